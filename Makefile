@@ -1,0 +1,84 @@
+# Everything a contributor runs. The first call makes .venv (or takes the one that is there) and installs into it.
+#   make demo PYTHON=python3.12      another interpreter for a new .venv (3.11 or newer)
+#   make test TESTS=tests/test_api.py WORKERS=0      a part of the tests, in one process
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+
+TESTS ?= tests
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# The oldest supported transformers, in its newest patch release, lives in an environment of its own.
+OLDEST ?= 5.20.2
+OLDEST_VENV := .venv-oldest
+OLDEST_TESTS ?= $(TESTS)
+
+# More threads are slower for models this small, and unbearably so beside another process.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install demo test test-oldest lint format wheel clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+
+install: $(VENV)/.installed ## make .venv and install vlmprune into it, editable, with everything for development
+
+# torch first and by its exact pin, before anything can ask for a looser one.
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt vlmprune/_version.py
+	@if [ ! -x $(VENV)/bin/python ]; then \
+	  $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vlmprune needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12 ..." % sys.version_info[:2])'; \
+	  echo "$(PYTHON) -m venv $(VENV)"; $(PYTHON) -m venv $(VENV); \
+	fi
+	@echo "Installing into $(VENV): a minute or two, most of it torch."
+	$(PIP) install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)" setuptools
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+# Everything but transformers comes from .venv through a .pth file, pip too: no second torch.
+$(OLDEST_VENV)/.installed: $(VENV)/.installed
+	rm -rf $(OLDEST_VENV)
+	$(VENV)/bin/python -m venv --without-pip $(OLDEST_VENV)
+	@shared=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$($(OLDEST_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$shared')" > "$$own/shared.pth"
+	sed 's/^transformers==.*/transformers==$(OLDEST)/' constraints.txt > $(OLDEST_VENV)/constraints.txt
+	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c $(OLDEST_VENV)/constraints.txt transformers
+	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation -e .
+	@$(OLDEST_VENV)/bin/python -c 'import transformers as t; t.__version__ == "$(OLDEST)" or __import__("sys").exit("transformers " + t.__version__ + " instead of $(OLDEST)")'
+	@touch $@
+
+demo: $(VENV)/.installed ## prune a really trained model and print what it costs and keeps
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash scripts/demo.sh
+
+# -P keeps the checkout off sys.path, where eval/ and patches/ would be importable by their bare names.
+test test-oldest: export HF_HUB_OFFLINE = 1
+test: $(VENV)/.installed ## run the tests
+	$(VENV)/bin/python -P -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(TESTS)
+
+# What is in a wheel does not depend on transformers.
+test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported transformers
+	$(OLDEST_VENV)/bin/python -P -m pytest -n $(WORKERS) --ignore tests/test_packaging.py $(PYTEST_ARGS) $(OLDEST_TESTS)
+
+lint: $(VENV)/.installed ## check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(VENV)/.installed ## mend what can be mended of it
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# From a clean build folder: an old one would put deleted files into the wheel.
+wheel: $(VENV)/.installed ## build dist/*.whl
+	rm -rf build dist
+	$(VENV)/bin/python -m build --wheel --no-isolation
+
+clean: ## remove what was built and cached; the environments stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find vlmprune patches eval scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Evaluation, benchmarks, reports and the embedded models; installed as ``vlmprune.eval``."""

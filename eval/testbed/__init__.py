@@ -1,0 +1,92 @@
+"""Two small LLaVA models that were really trained, and a versioned test split: vlmprune's testbed.
+
+They are made so that pruning methods can be compared in minutes on a CPU, without any download. They answer
+questions about drawn scenes and nothing else; see `README.md` beside this file for what they are not.
+
+    from vlmprune.eval import testbed
+    model = AutoModelForImageTextToText.from_pretrained(testbed.path("scene-llava"), dtype=torch.float32)
+    for record in testbed.questions("sparse"): ...
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+#: Version of the shipped test split; results of different versions must not be compared.
+VERSION = "1"
+#: The shipped models.
+NAMES: tuple[str, ...] = ("scene-llava", "scene-llava-next")
+#: The shipped splits. `next` is for scene-llava-next, the others are for scene-llava.
+SPLITS: tuple[str, ...] = ("sparse", "crowded", "unseen", "next")
+
+_HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question of a shipped split; `picture` is the encoded file (lossless WebP)."""
+
+    id: str
+    split: str
+    category: str
+    picture_id: str
+    picture: bytes
+    question: str
+    answer: str
+
+    @property
+    def image(self) -> Image.Image:
+        """The picture, decoded anew at every access."""
+        return Image.open(io.BytesIO(self.picture)).convert("RGB")
+
+
+def path(name: str) -> Path:
+    """Folder of a shipped model, for `from_pretrained`.
+
+    Args:
+        name: one of `NAMES`.
+
+    Raises:
+        ValueError: no such model; the message lists the names.
+        FileNotFoundError: the model's weights are missing from this installation.
+    """
+    if name not in NAMES:
+        raise ValueError(f"no embedded model {name!r}; there are {', '.join(NAMES)}")
+    folder = _HERE / name
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(f"the weights of {name} are missing from this installation ({folder})")
+    return folder
+
+
+def questions(split: str = "sparse") -> list[Record]:
+    """The shipped questions of one split, in a fixed order.
+
+    Args:
+        split: one of `SPLITS`.
+
+    Raises:
+        ValueError: no such split; the message lists them.
+        RuntimeError: the file on disk is of another version than this code.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}; there are {', '.join(SPLITS)}")
+    with zipfile.ZipFile(_HERE / "questions.zip") as archive:
+        found = archive.read("VERSION").decode().strip()
+        if found != VERSION:
+            raise RuntimeError(f"questions.zip is version {found}, this code expects {VERSION}")
+        lines = archive.read(f"{split}.jsonl").decode().splitlines()
+        rows = [json.loads(line) for line in lines]
+        pictures = {name: archive.read(f"{name}.webp") for name in {row["picture_id"] for row in rows}}
+    return [Record(split=split, picture=pictures[row["picture_id"]], **row) for row in rows]
+
+
+def pictures() -> list[dict]:
+    """A few held-out pictures for demonstrations: dicts with `file` (Path), `model`, `question` and `answer`."""
+    folder = _HERE / "pictures"
+    return [row | {"file": folder / row["file"]} for row in json.loads((folder / "pictures.json").read_text())]

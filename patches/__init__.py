@@ -1,0 +1,31 @@
+"""Model families, one file each; `family_of` finds the family of a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vlmprune.errors import UnsupportedError, did_you_mean
+from vlmprune.patches.base import Family, ModelFacts
+from vlmprune.patches.llava import Llava
+from vlmprune.patches.llava_next import LlavaNext
+
+__all__ = ["FAMILIES", "Family", "ModelFacts", "family_of"]
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llava(), LlavaNext())}
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the family of a Hugging Face model.
+
+    Raises:
+        TypeError: not a Hugging Face model.
+        UnsupportedError: no family serves its `model_type`.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind is None or not isinstance(model, nn.Module):
+        raise TypeError(f"patch needs a Hugging Face model with a config, not {type(model).__name__}.")
+    if kind not in FAMILIES:
+        raise UnsupportedError(
+            f"models of type {kind!r} are not supported; supported: {', '.join(FAMILIES)}.{did_you_mean(kind, FAMILIES)}"
+        )
+    return FAMILIES[kind]

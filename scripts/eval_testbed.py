@@ -1,0 +1,120 @@
+"""Scores an embedded model on the shipped questions, per category, and compares methods with paired intervals.
+
+python scripts/eval_testbed.py --gate                                  # the numbers the models' card is about
+python scripts/eval_testbed.py --split sparse --by-hand random cls received maxmin --keep 0.1 0.25
+python scripts/eval_testbed.py --split sparse --methods random vtc_cls fopru --keep 0.1      # through vlmprune
+python scripts/eval_testbed.py --model scene-llava-next --split next --methods random vtc_cls --keep 0.1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlmprune.eval import testbed
+from vlmprune.eval.testbed import scoring
+
+
+def load(name: str, folder: Path | None):
+    """Model (float32) and processor of a shipped or another folder."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = folder or testbed.path(name)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoProcessor.from_pretrained(folder)
+
+
+def show(label: str, records: list[testbed.Record], correct: np.ndarray) -> dict:
+    """Prints one line of per-category percentages and returns them with the interval of the whole."""
+    table = scoring.by_category(records, correct)
+    low, high = scoring.interval(records, correct)
+    cells = "  ".join(f"{k} {100 * v:.1f}" for k, v in table.items())
+    print(f"{label:34s} {cells}  [95 %: {100 * low:.1f} .. {100 * high:.1f}]", flush=True)
+    return table | {"low": low, "high": high}
+
+
+def versus(label: str, records: list[testbed.Record], ours: np.ndarray, theirs: np.ndarray) -> dict:
+    """Prints and returns the paired difference of two runs."""
+    low, high = scoring.interval(records, ours - theirs)
+    mean = float((ours - theirs).mean())
+    print(f"{label:34s} {100 * mean:+.1f}  [95 %: {100 * low:+.1f} .. {100 * high:+.1f}]", flush=True)
+    return {"difference": mean, "low": low, "high": high}
+
+
+def compare(model, processor, records, keeps, by_hand, methods, seeds) -> dict:
+    """Whole model, then every method at every budget, each against `random` at the same budget."""
+    result: dict = {}
+    whole = scoring.right(records, scoring.answer(model, processor, records))
+    result["whole"] = show("whole", records, whole)
+    seen = scoring.looks(model, processor, records) if by_hand else {}
+    for keep in keeps:
+        base: np.ndarray | None = None
+        for name in (*by_hand, *methods):
+            runs = []
+            for seed in range(seeds if name == "random" else 1):
+                if name in by_hand:
+                    count = round(keep * len(next(iter(seen.values()))[1]))
+                    choose = scoring.BY_HAND[name]
+                    said = scoring.answer_by_hand(model, processor, records, choose, count, seen=seen, seed=seed)
+                else:
+                    import vlmprune
+
+                    with vlmprune.patch(model, name, keep=keep):
+                        said = scoring.answer(model, processor, records)
+                runs.append(scoring.right(records, said))
+            correct = np.mean(runs, 0)
+            result[f"{name}@{keep}"] = show(f"{name} keep {keep}", records, correct)
+            result[f"{name}@{keep}"]["loss"] = versus(f"    {name} - whole", records, correct, whole)
+            if name == "random":
+                base = correct
+            elif base is not None:
+                result[f"{name}@{keep}"]["versus_random"] = versus(f"    {name} - random", records, correct, base)
+    return result
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=testbed.NAMES, default="scene-llava")
+    parser.add_argument("--folder", type=Path, help="another model folder than the shipped one")
+    parser.add_argument("--split", choices=testbed.SPLITS, help="default: sparse, or next for scene-llava-next")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.1, 0.25])
+    parser.add_argument("--by-hand", nargs="*", default=[], choices=sorted(scoring.BY_HAND))
+    parser.add_argument("--methods", nargs="*", default=[], help="vlmprune's methods; put random first")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of random by hand, averaged")
+    parser.add_argument("--limit", type=int, help="only the first so many questions")
+    parser.add_argument("--blind", action="store_true", help="also without the picture")
+    parser.add_argument("--gate", action="store_true", help="all splits, blind, and the choices by hand")
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    model, processor = load(args.model, args.folder)
+    nexts = args.model == "scene-llava-next"
+    splits = [args.split or ("next" if nexts else "sparse")]
+    if args.gate:
+        splits = ["next"] if nexts else ["sparse", "crowded", "unseen"]
+        args.by_hand = [] if nexts else list(scoring.BY_HAND)
+        args.blind = True
+    results: dict = {"version": testbed.VERSION, "model": args.model}
+    for split in splits:
+        records = testbed.questions(split)[: args.limit]
+        start = time.time()
+        print(f"== {args.model}, {split}: {len(records)} questions", flush=True)
+        by_hand = args.by_hand if split != "unseen" else []
+        results[split] = compare(model, processor, records, args.keep, by_hand, args.methods, args.seeds)
+        if args.blind and split in ("sparse", "next"):
+            said = scoring.answer(model, processor, records, blind=True)
+            results[split]["blind"] = show("blind", records, scoring.right(records, said))
+        print(f"({time.time() - start:.0f} s)")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

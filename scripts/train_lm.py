@@ -1,0 +1,221 @@
+"""Stage 2 of the embedded models: trains projector and language model on questions; the tower stays frozen.
+
+    python scripts/train_lm.py scene-llava --minutes 50
+    python scripts/train_lm.py scene-llava-next --minutes 25 --init .train/scene-llava
+
+Rerunning the same command resumes. Each step draws fresh pictures, so the accuracies it logs are those of pictures
+never seen before (handwriting excepted: only the evaluation uses held-out digits).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset
+
+from vlmprune.eval.testbed import asking, models, packed, scenes, tower, words
+
+#: Tile grids (rows, columns) of scene-llava-next's training batches, and how often each comes.
+LAYOUTS = (((1, 2), 0.45), ((2, 1), 0.45), ((2, 2), 0.1))
+
+
+def training_scene(rng: np.random.Generator, rows: int, columns: int, progress: float) -> scenes.Scene:
+    """One scene to be asked about: few objects at the very beginning, then one to four alike; some crowded."""
+    count = int(rng.integers(1, 3 if progress < 0.06 else 5))
+    if rows:
+        size = (11, 17) if rng.random() < 0.8 else (17, 26)
+        return scenes.quadrant_scene(
+            rng, count=count, size=size, width=scenes.TILE * columns, height=scenes.TILE * rows
+        )
+    if rng.random() < 0.12 and progress >= 0.06:
+        return scenes.crowded_scene(rng)
+    return scenes.quadrant_scene(rng, count=count, size=(17, 25))
+
+
+def views_of(scene: scenes.Scene, rows: int, columns: int) -> np.ndarray:
+    """The tiles the processor would cut: (1, 128, 128, 3), or thumbnail and crops (1 + rows * columns, ...)."""
+    if not rows:
+        return scene.pixels[None]
+    tile = scenes.TILE
+    thumbnail = np.asarray(scene.image().resize((tile, tile), 3))
+    crops = scene.pixels.reshape(rows, tile, columns, tile, 3).transpose(0, 2, 1, 3, 4).reshape(-1, tile, tile, 3)
+    return np.concatenate([thumbnail[None], crops])
+
+
+class Lessons(IterableDataset):
+    """Endless batches; batch i depends on (seed, i) and on the curriculum's progress."""
+
+    def __init__(self, args: argparse.Namespace, start: int, done: float) -> None:
+        self.args, self.start, self.done = args, start, done
+
+    def __iter__(self):
+        args, step = self.args, self.start
+        while True:
+            rng = np.random.default_rng(args.seed * 10_000_000 + step)
+            rows, columns = 0, 0
+            if args.model == "scene-llava-next":
+                rows, columns = LAYOUTS[rng.choice(len(LAYOUTS), p=[p for _, p in LAYOUTS])][0]
+            progress = 1.0 if args.init else self.done + (step - self.start) / 2000
+            pixels, captions, asked, kinds = [], [], [], []
+            for _ in range(args.batch):
+                scene = training_scene(rng, rows, columns, progress)
+                pixels.append(views_of(scene, rows, columns))
+                captions.append(
+                    [packed.encode_turn("describe the picture .", asking.caption(scene), packed.CAPTION_LENGTH)]
+                )
+                pairs = asking.training_questions(rng, scene, args.questions)
+                asked.append([packed.encode_turn(q, a, packed.QUESTION_LENGTH) for q, a in pairs])
+                kinds.append([asking.category_of(q) for q, _ in pairs])
+            yield (
+                torch.from_numpy(np.stack(pixels)),
+                torch.tensor(captions),  # (B, 1, 2, L): ids and labels
+                torch.tensor(asked),
+                torch.tensor(kinds),
+                (rows, columns),
+                int(rng.integers(0, 48)) if rng.random() < 0.5 else 0,
+            )
+            step += 1
+
+
+def build(args: argparse.Namespace) -> torch.nn.Module:
+    """The model with the trained tower, and with the other model's language model for --init."""
+    text = models.text_config(hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers)
+    llava = models.llava_next(text) if args.model == "scene-llava-next" else models.llava(text)
+    if args.init:
+        source = torch.load(args.init / "checkpoint.pt", weights_only=True)["model"]
+        missing = llava.load_state_dict(source, strict=False)
+        assert not missing.unexpected_keys, missing
+        assert set(missing.missing_keys) <= {"model.image_newline"}, missing
+        llava.model.image_newline.data.normal_(0, 0.02)
+    else:
+        from transformers import CLIPVisionModel
+
+        trained = CLIPVisionModel.from_pretrained(args.tower, dtype=torch.float32)
+        llava.model.vision_tower.load_state_dict(trained.state_dict())
+    llava.model.vision_tower.requires_grad_(False)
+    return llava
+
+
+def main() -> None:
+    """Trains, resumes, logs one JSON line every 50 steps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["scene-llava", "scene-llava-next"])
+    parser.add_argument("--out", type=Path, help="default .train/MODEL")
+    parser.add_argument("--tower", type=Path, default=Path(".train/tower/tower"))
+    parser.add_argument("--init", type=Path, help="folder of a trained stage to start from")
+    parser.add_argument("--minutes", type=float, default=50)
+    parser.add_argument("--steps", type=int, help="stop after so many steps instead of minutes")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--questions", type=int, default=20)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--every", type=int, default=50, help="steps between two log lines")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    args.out = args.out or Path(".train") / args.model
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    llava = build(args)
+    hidden = [p for p in llava.model.language_model.layers.parameters() if p.ndim == 2]
+    rest = [p for p in llava.parameters() if p.requires_grad and not any(p is h for h in hidden)]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=args.lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=args.lr / 2, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+    base = [args.lr, args.lr / 2]
+    step, spent = 0, 0.0
+    checkpoint = args.out / "checkpoint.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        llava.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        step, spent = state["step"], state["spent"]
+        print("resumed at step", step, flush=True)
+
+    def done() -> float:
+        return step / args.steps if args.steps else spent / (60 * args.minutes)
+
+    def save() -> None:
+        state = {"model": llava.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        torch.save(
+            state | {"step": step, "spent": spent, "width": args.width, "layers": args.layers},
+            checkpoint.with_suffix(".tmp"),
+        )
+        checkpoint.with_suffix(".tmp").replace(checkpoint)
+
+    model = packed.PackedModel(llava)
+    eyes = llava.model.vision_tower
+
+    def look(pixels: torch.Tensor) -> torch.Tensor:
+        hidden_states = eyes.pre_layrnorm(eyes.embeddings(tower.normalise(pixels)))
+        for layer in eyes.encoder.layers[:-1]:
+            hidden_states = layer(hidden_states, None)
+        return hidden_states[:, 1:]
+
+    if args.compile:
+        model, look = torch.compile(model, dynamic=False), torch.compile(look, dynamic=False)
+    loader = iter(DataLoader(Lessons(args, step, done()), batch_size=None, num_workers=1, prefetch_factor=4))
+    log = (args.out / "log.jsonl").open("a")
+    right, total = np.zeros(8), np.zeros(8)
+    loss_sum, last, window = 0.0, time.time(), 0
+    while done() < 1:
+        decay = 1.0 if done() < 0.5 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done() - 0.5) / 0.5))
+        rate = min(1, (step + 1) / 100) * decay
+        for optimizer, peak in zip(optimizers, base, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate
+        pixels, captions, asked, kinds, (rows, columns), shift = next(loader)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                features = look(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+            turns = [captions[:, :, 0], asked[:, :, 0]]
+            said = model(features, turns, torch.tensor(shift), rows, columns)
+        labels = [captions[:, :, 1], asked[:, :, 1]]
+        losses = [functional.cross_entropy(x.flatten(0, 2), y.flatten()) for x, y in zip(said, labels, strict=True)]
+        (losses[1] + 0.5 * losses[0]).backward()
+        torch.nn.utils.clip_grad_norm_(hidden + rest, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            hit = (said[1].argmax(-1) == labels[1]) | (labels[1] == packed.IGNORE)
+            correct = hit.all(-1).flatten()
+            for c in range(len(words.CATEGORIES)):
+                mine = kinds.flatten() == c
+                right[c] += correct[mine].sum()
+                total[c] += mine.sum()
+            tokens = labels[0] != packed.IGNORE
+            right[7] += (said[0].argmax(-1) == labels[0])[tokens].sum()
+            total[7] += tokens.sum()
+        loss_sum += losses[1].item()
+        step, window = step + 1, window + 1
+        now = time.time()
+        spent, last = spent + (now - last), now
+        if step % args.every == 0:
+            record = {"step": step, "spent": round(spent), "rate": round(rate, 4), "loss": round(loss_sum / window, 4)}
+            share = right / np.maximum(total, 1)
+            record |= {"all": round(float(right[:7].sum() / total[:7].sum()), 4)}
+            record |= {c: round(float(v), 3) for c, v in zip((*words.CATEGORIES, "caption"), share, strict=True)}
+            right[:], total[:], loss_sum, window = 0, 0, 0.0, 0
+            print(json.dumps(record), flush=True)
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            if step % (4 * args.every) == 0:
+                save()
+    save()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Tiny random models built from configs, and inputs for them; nothing is downloaded."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+IMAGE, PAD, VOCAB = 5, 3, 64
+TILE, PATCH, SIDE = 24, 6, 4  # pixels of a view, of a patch; patches along a side
+LAYERS = 4
+
+TEXT = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+TOWER = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
+
+
+def model(family="llava", text="llama", tower="clip", dtype=torch.float32, seed=0, attn="sdpa", **text_options):
+    """A random model whose outputs depend strongly on its picture."""
+    torch.manual_seed(seed)
+    vision = {
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 3,
+        "image_size": TILE, "patch_size": PATCH,
+    }  # fmt: skip
+    if tower == "clip":
+        vision["projection_dim"] = 16
+    else:
+        vision["vision_use_head"] = False
+    language = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1,
+        "eos_token_id": 2, "pad_token_id": PAD,
+    }  # fmt: skip
+    options = {
+        "vision_config": TOWER[tower](**vision),
+        "text_config": TEXT[text](**(language | text_options)),
+        "image_token_index": IMAGE,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
+        "attn_implementation": attn,
+    }
+    if family == "llava":
+        made = LlavaForConditionalGeneration(LlavaConfig(image_seq_length=SIDE * SIDE, **options))
+    else:
+        pinpoints = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
+        made = LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=pinpoints, **options))
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if weight.ndim > 1:  # the default init hardly reacts to anything
+                weight.mul_(4.0 if "embed" not in name else 12.0)
+    made.generation_config.eos_token_id = None
+    return made.to(dtype).eval()
+
+
+def pixels(made, sizes, seed=0):
+    """Random pixel values and image sizes for images of `sizes` (height, width), as the processor would shape them."""
+    generator = torch.Generator().manual_seed(seed)
+    if made.config.model_type == "llava":
+        values = torch.randn(len(sizes), 3, TILE, TILE, generator=generator)
+        return {"pixel_values": values.to(made.dtype)}
+    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+    views = [image_size_to_num_patches(list(size), made.config.image_grid_pinpoints, TILE) for size in sizes]
+    values = torch.zeros(len(sizes), max(views), 3, TILE, TILE)
+    for i, count in enumerate(views):
+        values[i, :count] = torch.randn(count, 3, TILE, TILE, generator=generator)
+    return {"pixel_values": values.to(made.dtype), "image_sizes": torch.tensor(sizes)}
+
+
+def tokens_per_image(made, sizes, seed=0):
+    """Visual tokens of each image, asked of the model itself."""
+    with torch.no_grad():
+        return [
+            len(f) for f in made.model.get_image_features(**pixels(made, sizes, seed), return_dict=True).pooler_output
+        ]
+
+
+def prompt(made, parts, sizes, seed=0):
+    """Inputs of one prompt. `parts` lists ints (that many random text tokens) and "image" (the next of `sizes`)."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    counts = iter(tokens_per_image(made, sizes, seed) if sizes else [])
+    ids = []
+    for part in parts:
+        if part == "image":
+            ids += [IMAGE] * next(counts)
+        else:
+            ids += torch.randint(6, VOCAB, (part,), generator=generator).tolist()
+    inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    return inputs | (pixels(made, sizes, seed) if sizes else {})
+
+
+def batch(prompts, side="left"):
+    """Pad single prompts into one batch; images are concatenated (their views padded as the processor pads them)."""
+    width = max(p["input_ids"].shape[1] for p in prompts)
+    ids, mask = [], []
+    for p in prompts:
+        n = p["input_ids"].shape[1]
+        fill = torch.full((1, width - n), PAD)
+        parts = (fill, p["input_ids"]) if side == "left" else (p["input_ids"], fill)
+        ids.append(torch.cat(parts, 1))
+        zeros, ones = torch.zeros(1, width - n, dtype=torch.long), torch.ones(1, n, dtype=torch.long)
+        mask.append(torch.cat((zeros, ones) if side == "left" else (ones, zeros), 1))
+    out = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(mask)}
+    images = [p["pixel_values"] for p in prompts if "pixel_values" in p]
+    if images:
+        if images[0].ndim == 5:
+            most = max(x.shape[1] for x in images)
+            images = [torch.cat((x, x.new_zeros(len(x), most - x.shape[1], *x.shape[2:])), 1) for x in images]
+            out["image_sizes"] = torch.cat([p["image_sizes"] for p in prompts if "image_sizes" in p])
+        out["pixel_values"] = torch.cat(images)
+    return out

@@ -1,0 +1,96 @@
+"""The public interface: patch a model, run it, unpatch it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from vlmprune import engine, registry
+from vlmprune.methods.base import Method
+from vlmprune.patches import family_of
+from vlmprune.trace import Trace
+
+__all__ = ["Handle", "patch", "unpatch"]
+
+
+class Handle:
+    """What `patch` returns: the trace, a way to switch off, and a context manager that unpatches when left."""
+
+    def __init__(self, model: nn.Module, methods: list[Method], plan: engine.Plan):
+        self.model, self.methods, self._plan = model, methods, plan
+
+    @property
+    def trace(self) -> Trace | None:
+        """What the last pruned prefill did; None before the first one."""
+        return self._plan.trace
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """Run the plain model inside the `with`, for an A/B; generations already under way stay pruned."""
+        before, self._plan.enabled = self._plan.enabled, False
+        try:
+            yield self.model
+        finally:
+            self._plan.enabled = before
+
+    def unpatch(self) -> nn.Module:
+        """As `vlmprune.unpatch(model)`."""
+        return unpatch(self.model)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.unpatch()
+
+    def __repr__(self) -> str:
+        return f"Handle({type(self.model).__name__}, {', '.join(map(repr, self.methods))})"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The Hugging Face model inside a PEFT model, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def patch(model: nn.Module, method: str | Method | Iterable[str | Method], **options: Any) -> Handle:
+    """Make a LLaVA-style model read fewer visual tokens.
+
+    Nothing but hooks on this instance changes; every later call that carries images is pruned, calls without images
+    run as before. A patched model is patched anew: the earlier patch goes.
+
+    Args:
+        model: a Hugging Face model of a supported family (`vlmprune ls models`), or a PEFT model around one.
+        method: a name (`vlmprune ls methods`), a method object, or a list of them that run one after the other.
+        **options: the method's options, such as `keep=64` (patches per image) or `keep=0.1` (fraction).
+
+    Returns:
+        A handle with the `trace` of the last prefill; also a context manager.
+
+    Raises:
+        TypeError, ValueError: an unknown method or option, or a bad value.
+        UnsupportedError: the model, or this method on this model, is not supported.
+    """
+    model = unwrap(model)
+    methods = registry.build(method, options)
+    family = family_of(model)
+    facts = family.facts(family.inner(model))
+    cuts = [(made.name or type(made).__name__, cut) for made in methods for cut in made.cuts(facts)]
+    for name, cut in cuts:
+        if not 0 <= cut.at.layer < facts.decoder_layers:
+            raise ValueError(
+                f"{name} cuts at decoder layer {cut.at.layer}, and this model has layers 0..{facts.decoder_layers - 1}."
+            )
+    plan = engine.Plan(family, facts, sorted(cuts, key=lambda entry: entry[1].at))
+    engine.remove(model)
+    engine.install(model, plan)
+    return Handle(model, methods, plan)
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Take the patch off a model (or a PEFT model around it) and return it; harmless on an unpatched model."""
+    engine.remove(unwrap(model))
+    return model

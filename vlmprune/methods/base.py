@@ -1,0 +1,65 @@
+"""What a method is: a small frozen dataclass of hyperparameters that says where it cuts and what it wants to see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlmprune.cuts import Cut
+from vlmprune.errors import UnsupportedError
+from vlmprune.patches import ModelFacts
+
+__all__ = ["Method", "tower_layer"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Base class of all methods.
+
+    Class attributes describe the method for `vlmprune ls methods`; fields are its options.
+    """
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[str] = "nothing"
+    stage: ClassVar[str] = "before the LLM"
+    syncs: ClassVar[int] = 0  # device syncs a cut adds beyond the host read of the placeholder counts
+    training: ClassVar[str] = "none"
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        """The cuts this method makes in a model.
+
+        Raises:
+            UnsupportedError: the model lacks something the method needs.
+            ValueError: an option does not fit the model.
+        """
+        raise NotImplementedError
+
+
+def tower_layer(layer: int, facts: ModelFacts) -> int:
+    """Scale tower layer `layer` of a 24-layer tower to this tower: round(layer * L / 24), at most L - 2."""
+    return max(0, min(round(layer * facts.tower_layers / 24), facts.tower_layers - 2))
+
+
+def need_cls(method: str, facts: ModelFacts, way_out: str) -> None:
+    """Raise UnsupportedError if the tower has no [CLS] token; `way_out` names the documented fallback."""
+    if not facts.has_cls:
+        raise UnsupportedError(
+            f"{method} reads the attention of the tower's [CLS] token, and this tower has none; {way_out}."
+        )
+
+
+def check_layer(name: str, layer: int, layers: int, lowest: int = 0) -> int:
+    """Check a user's layer number (negative counts from the end) and return it as an index.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: out of range.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"{name}={layer!r} must be an int.")
+    index = layer + layers if layer < 0 else layer
+    if not lowest <= index < layers:
+        raise ValueError(f"{name}={layer} is out of range: this model allows {lowest}..{layers - 1}.")
+    return index

@@ -1,0 +1,172 @@
+"""Controls: what a method must beat. They look at nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from vlmprune.budget import check_keep, share
+from vlmprune.cuts import Cut, Decoder, Merge, Positions, Reduction
+from vlmprune.layout import ImageGrid, Layout
+from vlmprune.methods.base import Method
+from vlmprune.patches import ModelFacts
+from vlmprune.registry import register
+from vlmprune.selection import Newlines, check_choice, keep_patches, select
+
+__all__ = ["Grid", "Pool", "Random", "grid_shape"]
+
+
+@lru_cache(maxsize=256)
+def noise(seed: int, ordinal: int, tokens: int) -> torch.Tensor:
+    """`(tokens,)` uniform scores, the same on every device and for every batch row."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + ordinal) % 2**63)
+    return torch.rand(tokens, generator=generator)
+
+
+@dataclass(frozen=True)
+class Control(Method):
+    """Options that the controls share."""
+
+    keep: int | float
+    positions: Positions = "contiguous"
+    newlines: Newlines = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", check_keep(self.keep))
+        check_choice("positions", self.positions, Positions)
+        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        return [Cut(Decoder(0), (), self.reduce, self.positions)]
+
+    def reduce(self, seen: dict, layout: Layout) -> Reduction:
+        raise NotImplementedError
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random(Control):
+    """Keep random patches.
+
+    The choice depends on `seed`, the image's number in its prompt and its token count, and on nothing else: a batch row
+    gets what the sample alone gets. Report the spread over several seeds.
+
+    Args:
+        keep: patches per image, or a fraction.
+        seed: a whole number of at least 0.
+        positions, newlines: as everywhere.
+    """
+
+    summary = "random patches (control)"
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r} must be a whole number of at least 0.")
+
+    def reduce(self, seen: dict, layout: Layout) -> Reduction:
+        scores = torch.zeros(layout.position.shape)
+        for i, (grid, ordinal) in enumerate(zip(layout.grids, layout.ordinal, strict=True)):
+            scores[i, : grid.tokens] = noise(self.seed, ordinal, grid.tokens)
+        return select(scores.to(layout.device), self.keep, layout, self.newlines)
+
+
+def grid_shape(keep: int, rows: int, cols: int) -> tuple[int, int]:
+    """The largest (r, c) with r * c <= keep and the aspect of rows x cols, at least 1 x 1 and at most rows x cols."""
+    if keep >= rows * cols:
+        return rows, cols
+    scale = math.sqrt(keep / (rows * cols))
+    # a hair above, so that an exact fit is not lost to rounding
+    return max(1, min(keep, int(rows * scale + 1e-9))), max(1, min(keep, int(cols * scale + 1e-9)))
+
+
+@lru_cache(maxsize=256)
+def image_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Divide every plane of an image into the grid of cells that its share of the budget pays for.
+
+    Returns:
+        `(tokens,)` long, the middle patch of the cell a patch lies in (newlines and unpaid planes point at themselves);
+        `(tokens,)` float, 1 / patches of the cell (0 there); and the number of cells.
+    """
+    into, weight, total = torch.arange(grid.tokens), torch.zeros(grid.tokens), 0
+    shares = share(keep, [rows * cols for rows, cols in grid.planes])
+    for plane, ((rows, cols), budget) in enumerate(zip(grid.planes, shares, strict=True)):
+        if budget == 0:
+            continue
+        r, c = grid_shape(budget, rows, cols)
+        mine = ((grid.view > 0).long() == plane) & ~grid.newline
+        cell = (grid.row[mine] * r // rows) * c + grid.col[mine] * c // cols
+        # every cell is a rectangle, so its middle patch in raster order of row and column means lies inside it
+        middle_row = middle(torch.arange(rows) * r // rows, r)[cell // c]
+        middle_col = middle(torch.arange(cols) * c // cols, c)[cell % c]
+        number = torch.zeros(rows, cols, dtype=torch.long)
+        number[grid.row[mine], grid.col[mine]] = into[mine]
+        into[mine] = number[middle_row, middle_col]
+        weight[mine] = 1 / torch.bincount(cell, minlength=r * c)[cell]
+        total += r * c
+    return into, weight, total
+
+
+def middle(group: torch.Tensor, groups: int) -> torch.Tensor:
+    """`(groups,)` middle index of every run of equal numbers in ascending `group`."""
+    size = torch.bincount(group, minlength=groups)
+    return size.cumsum(0) - size + (size - 1) // 2
+
+
+@dataclass(frozen=True)
+class Cells(Control):
+    """A control that divides the picture into equal cells: the largest grid within the budget with its aspect.
+
+    On an anyres image the thumbnail and the canvas of crops each get their share. An image whose tokens were cut
+    before is divided as if they were all there.
+    """
+
+    def cells(self, layout: Layout) -> tuple[Reduction, torch.Tensor, torch.Tensor]:
+        into = torch.zeros(layout.position.shape, dtype=torch.long)
+        weight, counts = torch.zeros(layout.position.shape), []
+        for i, grid in enumerate(layout.grids):
+            into[i, : grid.tokens], weight[i, : grid.tokens], cells = image_cells(grid, self.keep)
+            counts.append(cells)
+        into, weight = (x.to(layout.device, non_blocking=True) for x in (into, weight))
+        anchor = (into == torch.arange(layout.width, device=layout.device)) & (weight > 0) & layout.patches
+        whole = layout.alive_patches == [grid.patches for grid in layout.grids]
+        return keep_patches(anchor, layout, counts if whole else None, self.newlines), into, weight
+
+
+@register("grid")
+@dataclass(frozen=True)
+class Grid(Cells):
+    """Keep the middle patch of every cell.
+
+    Args:
+        keep: at most so many patches per image (tables show the real count), or a fraction.
+        positions, newlines: as everywhere.
+    """
+
+    summary = "a regular grid of patches (control)"
+
+    def reduce(self, seen: dict, layout: Layout) -> Reduction:
+        return self.cells(layout)[0]
+
+
+@register("pool")
+@dataclass(frozen=True)
+class Pool(Cells):
+    """Average every cell's patches into one token that stands at the cell's middle patch.
+
+    Args:
+        keep: at most so many tokens per image (tables show the real count), or a fraction.
+        positions, newlines: as everywhere.
+    """
+
+    summary = "average pooling on a regular grid (control, merges)"
+
+    def reduce(self, seen: dict, layout: Layout) -> Reduction:
+        reduction, into, weight = self.cells(layout)
+        return replace(reduction, merge=Merge(into, weight))

@@ -1,0 +1,119 @@
+"""FoPru, focal pruning (arXiv 2411.14164)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vlmprune.budget import check_keep, count, share
+from vlmprune.cuts import Cut, Decoder, Positions, Reduction
+from vlmprune.layout import Layout
+from vlmprune.methods.base import Method, check_layer, need_cls
+from vlmprune.patches import ModelFacts
+from vlmprune.registry import register
+from vlmprune.selection import Newlines, Scope, check_choice, keep_patches, select, top_k
+from vlmprune.taps import Tap, VisionAttention
+
+__all__ = ["FoPru", "received_scores"]
+
+
+def received_scores(attention: torch.Tensor, score: str, has_cls: bool) -> torch.Tensor:
+    """Significance of every patch from full attention maps.
+
+    Args:
+        attention: `(..., heads, tokens, tokens)`, post-softmax; the [CLS] token first where there is one.
+        score: "cls", the [CLS] query's row, or "received", the mean over patch queries.
+
+    Returns:
+        `(..., patches)`.
+    """
+    mean, first = attention.mean(-3), int(has_cls)
+    return mean[..., 0, first:] if score == "cls" else mean[..., first:, first:].mean(-2)
+
+
+@register("fopru")
+@dataclass(frozen=True)
+class FoPru(Method):
+    """Keep the patches that the vision tower attends to most.
+
+    No code was published: the paper's abstract fixes the two strategies and the restored order; the layer, the score
+    and the rounding are our reading. We take the layer whose output becomes the visual features, and the mean attention
+    a patch receives from all patches; `score="cls"` is the other reading.
+
+    Args:
+        keep: patches per image, or a fraction. `rank` keeps floor(n * keep) of a fraction, at least 1; `row` keeps
+            whole rows, so the count is a multiple of a row and at least one row.
+        strategy: "rank" (global top-k) or "row" (rows of the raster by mean score).
+        score: "received" (any tower) or "cls" (towers with a [CLS] token).
+        layer: 0-based tower layer, negative from the end; default the feature layer.
+        scope: "view" gives each view of an anyres image its share, "image" ranks all its patches together; rows are
+            always taken per plane (the thumbnail, and the stitched canvas of crops).
+        positions: position ids after the cut; contiguous, as in code that embeds the kept tokens alone.
+        newlines: what happens to newline tokens.
+    """
+
+    summary = "the patches that get most attention in the vision tower"
+    paper = "arXiv 2411.14164"
+    needs = "tower attention (one layer)"
+
+    keep: int | float
+    strategy: Literal["rank", "row"] = "rank"
+    score: Literal["received", "cls"] = "received"
+    layer: int | None = None
+    scope: Scope = "view"
+    positions: Positions = "contiguous"
+    newlines: Newlines = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", check_keep(self.keep))
+        check_choice("strategy", self.strategy, Literal["rank", "row"])
+        check_choice("score", self.score, Literal["received", "cls"])
+        check_choice("scope", self.scope, Scope)
+        check_choice("positions", self.positions, Positions)
+        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        if self.score == "cls":
+            need_cls("fopru with score='cls'", facts, "use score='received'")
+        layer = facts.feature_layer if self.layer is None else check_layer("layer", self.layer, facts.tower_layers)
+        tap = VisionAttention(layer, "cls" if self.score == "cls" else "patches")
+        return [Cut(Decoder(0), (tap,), self.reduce, self.positions)]
+
+    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+        """Pure: `(images, tokens)` scores in, decision out."""
+        (scores,) = seen.values()
+        if self.strategy == "row":
+            return self.rows(scores, layout)
+        return select(scores, self.keep, layout, self.newlines, self.scope)
+
+    def rows(self, scores: torch.Tensor, layout: Layout) -> Reduction:
+        """Keep the best rows of every plane."""
+        planes = max(len(grid.planes) for grid in layout.grids)
+        tallest = max(rows for grid in layout.grids for rows, _ in grid.planes)
+        counts = torch.tensor(
+            [(n := rows_per_plane(self.keep, grid.planes)) + [0] * (planes - len(n)) for grid in layout.grids]
+        )
+        line = layout.plane * tallest + layout.row
+        zeros = scores.new_zeros(len(layout), planes * tallest)
+        patches = layout.patches.to(scores.dtype)
+        mass = zeros.scatter_add(1, line, scores * patches).unflatten(1, (planes, tallest))
+        size = zeros.scatter_add(1, line, patches).unflatten(1, (planes, tallest))
+        best = top_k(mass / size.clamp(min=1), counts, size > 0).flatten(1)
+        keep = best.gather(1, line) & layout.patches
+        total = [
+            sum(int(n) * cols for n, (_, cols) in zip(row, grid.planes, strict=False))
+            for row, grid in zip(counts.tolist(), layout.grids, strict=True)
+        ]
+        whole = layout.alive_patches == [grid.patches for grid in layout.grids]
+        return keep_patches(keep, layout, total if whole else None, self.newlines, scores)
+
+
+def rows_per_plane(keep: int | float, planes: tuple[tuple[int, int], ...]) -> list[int]:
+    """Whole rows of every plane that a budget pays for: at least one per plane of a fraction, one in all of a count."""
+    if isinstance(keep, float):
+        return [count(keep, rows) for rows, _ in planes]
+    shares = share(keep, [rows * cols for rows, cols in planes])
+    counts = [min(rows, part // cols) for part, (rows, cols) in zip(shares, planes, strict=True)]
+    return counts if any(counts) else [1] + [0] * (len(planes) - 1)

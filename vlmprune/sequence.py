@@ -1,0 +1,186 @@
+"""The sequence between two cuts: which prompt columns are left, their positions and their masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from vlmprune.cuts import Merge, Positions
+from vlmprune.layout import Layout
+from vlmprune.taps import sliding_window
+
+__all__ = ["Segment", "Sequence", "attention_mask", "merge_tokens", "real_tokens"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Decode state of one cut, kept on the cache it describes.
+
+    Attributes:
+        first: the first decoder layer with this sequence.
+        prompt: length of the unpruned prompt.
+        length: columns that the layers from `first` on have cached for it.
+        mask: `(batch, length)` bool of real columns, or None if all are.
+        shift: `(batch, 1)` positions by which a decoded token moves down, or None.
+    """
+
+    first: int
+    prompt: int
+    length: int
+    mask: torch.Tensor | None
+    shift: torch.Tensor | None
+
+
+def attention_mask(
+    layer: nn.Module, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any
+) -> torch.Tensor | None:
+    """The causal mask of decoder layer `index` as the host would build it for these `(batch, length, dim)` inputs.
+
+    `mask` is the 2-D padding mask over everything the layer has cached and `hidden`. Position ids are left out on
+    purpose: gaps in them would be read as packed sequences.
+    """
+    attention = layer.self_attn
+    make = create_causal_mask if sliding_window(attention) is None else create_sliding_window_causal_mask
+    return make(attention.config, hidden, mask, cache, layer_idx=index)
+
+
+def real_tokens(mask: Any, length: int) -> torch.Tensor | None:
+    """The `(batch, length)` bool mask of real prompt tokens behind whatever mask a call brings; None means all.
+
+    A static cache brings ready 4-D masks (one, or one per layer type): a column is real if any query sees it.
+    """
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        return mask[:, -length:].bool()
+    mask = mask[:, 0, :length, :length]
+    return (mask if mask.dtype == torch.bool else mask == 0).any(1)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What is left of a prompt batch, from one cut to the next.
+
+    Attributes:
+        prompt: columns of the unpruned prompt.
+        columns: `(batch, length)` prompt column of every entry.
+        mask: `(batch, length)` bool of real entries, or None if all are.
+        lengths: real entries of every row, on the host.
+        positions: `(batch, length)` position ids.
+        rotary: (cos, sin) of `positions`, each `(batch, length, dim)`.
+        shift: `(batch, 1)` positions by which decoded tokens move down, or None.
+        cut: whether any cut has changed the prompt.
+    """
+
+    prompt: int
+    columns: torch.Tensor
+    mask: torch.Tensor | None
+    lengths: list[int]
+    positions: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    shift: torch.Tensor | None = None
+    cut: bool = False
+    masks: dict[Any, torch.Tensor | None] = field(default_factory=dict, compare=False)
+
+    @property
+    def length(self) -> int:
+        return self.columns.shape[1]
+
+    def index_of(self, layout: Layout) -> torch.Tensor:
+        """`(images, tokens)` entry of every visual token in this sequence (0 for tokens that are gone)."""
+        where = self.columns.new_zeros(self.columns.shape[0], self.prompt)
+        entries = torch.arange(self.length, device=where.device).expand_as(self.columns)
+        # padding and dropped fillers come first and share columns with nothing that is real
+        where = where.scatter(1, self.columns, entries)
+        sample = torch.tensor(layout.sample, device=where.device)
+        return where[sample].gather(1, layout.position)
+
+    def shorten(
+        self, hidden: torch.Tensor, drop: torch.Tensor, dropped: list[int], positions: Positions, rotary_emb: nn.Module
+    ) -> tuple[torch.Tensor, Sequence]:
+        """Drop entries and left-pad the rest.
+
+        Args:
+            hidden: `(batch, length, dim)`.
+            drop: `(batch, length)` bool, entries to drop (real ones only).
+            dropped: their number per row, on the host.
+            positions: what happens to the position ids of the rest.
+        """
+        lengths = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
+        new = max(lengths)
+        kept = ~drop if self.mask is None else self.mask & ~drop
+        # a stable sort of False before True brings what is kept to the right end, in order
+        index = kept.to(torch.uint8).sort(dim=1, stable=True).indices[:, self.length - new :]
+        wide = index[..., None]
+        hidden = hidden.gather(1, wide.expand(-1, -1, hidden.shape[-1]))
+        ids, shift = self.positions.gather(1, index), self.shift
+        if positions == "contiguous":
+            before = drop.long().cumsum(1).gather(1, index)
+            lost = drop.sum(1, keepdim=True)
+            ids, shift = (ids - before).clamp(min=0), lost if shift is None else shift + lost
+            rotary = rotary_emb(hidden, position_ids=ids)
+        else:
+            rotary = tuple(x.gather(1, wide.expand(-1, -1, x.shape[-1])) for x in self.rotary)
+        mask = None if all(n == new for n in lengths) else kept.gather(1, index)
+        columns = self.columns.gather(1, index)
+        return hidden, Sequence(self.prompt, columns, mask, lengths, ids, rotary, shift, cut=True)
+
+    def segment(self, first: int) -> Segment:
+        return Segment(first, self.prompt, self.length, self.mask, self.shift)
+
+    def swap(self, layer: nn.Module, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A decoder layer's keyword arguments with everything that depends on the sequence exchanged."""
+        kind = sliding_window(layer.self_attn)
+        if kind not in self.masks:
+            self.masks[kind] = attention_mask(layer, index, hidden, self.mask, kwargs.get("past_key_values"))
+        # the rotary embedding carries the positions; gaps in the ids would be read as packed sequences
+        ids = torch.arange(self.length, device=hidden.device)[None]
+        return kwargs | {
+            "attention_mask": self.masks[kind],
+            "position_embeddings": self.rotary,
+            "position_ids": ids,
+        }
+
+    def expand(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Bring `(batch, length, dim)` back to the prompt's length.
+
+        A dropped or padding column repeats the last kept one before it, or the first kept one.
+        """
+        if not self.cut:
+            return hidden
+        real = torch.ones_like(self.columns) if self.mask is None else self.mask.long()
+        kept = torch.zeros_like(self.columns[:, :1]).expand(-1, self.prompt).scatter_add(1, self.columns, real)
+        first = self.length - kept.sum(1, keepdim=True)
+        index = first + (kept.cumsum(1) - 1).clamp(min=0)
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def merge_tokens(hidden: torch.Tensor, at: torch.Tensor, alive: torch.Tensor, merge: Merge, keep: torch.Tensor):
+    """Write merged tokens over their anchors.
+
+    Args:
+        hidden: `(batch, length, dim)`.
+        at: `(images, tokens)` flat index of every visual token into `(batch * length)`.
+        alive: `(images, tokens)` bool, tokens that take part.
+        merge: who goes where, with which weight.
+        keep: `(images, tokens)` bool, the anchors.
+
+    Returns:
+        `(batch, length, dim)`; sums run in float32 or better.
+    """
+    flat = hidden.flatten(0, 1)
+    tokens = flat[at]
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    weight = torch.where(alive, merge.weight, 0).to(wide)[..., None]
+    into = merge.into[..., None].expand_as(tokens)
+    merged = torch.zeros_like(tokens, dtype=wide).scatter_add_(1, into, tokens.to(wide) * weight).to(tokens.dtype)
+    # entries that are no anchor write to one spare row, so that no mask has to be read back
+    spare = torch.cat((flat, flat[:1]))
+    target = torch.where(keep, at, flat.shape[0])
+    return spare.index_put((target.flatten(),), merged.flatten(0, 1))[:-1].view_as(hidden)

@@ -1,0 +1,150 @@
+"""Taps: what a method asks to see, measured from one layer's input and that layer's own projections.
+
+Attention is recomputed for the rows asked for, in float32, so no layer needs eager attention; what needs all rows is
+chunked and never stored as N x N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+__all__ = ["Hidden", "Tap", "TextAttention", "VisionAttention", "attention_mass"]
+
+CHUNK = 128  # query rows whose scores exist at one time
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Base of all taps; a tap is its own key in what `reduce` sees."""
+
+
+@dataclass(frozen=True)
+class VisionAttention(Tap):
+    """Attention of tower layer `layer` (0-based): post-softmax, head mean.
+
+    `rows="cls"` is the [CLS] query's row over patch keys; `rows="patches"` the mean over patch queries, so the
+    attention each patch receives. Arrives as `(images, tokens)` float32 (newlines and padding are arbitrary).
+    """
+
+    layer: int
+    rows: Literal["cls", "patches"] = "cls"
+
+
+@dataclass(frozen=True)
+class TextAttention(Tap):
+    """Attention that visual tokens receive in decoder layer `layer`: post-softmax, mean over heads and query rows.
+
+    `rows="last"` is the last prompt token's row, `rows="all"` the mean over every real token's row. Recorded at the
+    input of that layer: before a cut at the same layer, after it for later cuts. Arrives as `(images, tokens)` float32.
+    """
+
+    layer: int
+    rows: Literal["last", "all"] = "last"
+
+
+@dataclass(frozen=True)
+class Hidden(Tap):
+    """The visual tokens' own vectors at the cut, `(images, tokens, dim)`: the projected features at `Decoder(0)`."""
+
+
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """Float32, or float64 where the model computes in it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def attention_mass(
+    query: torch.Tensor, key: torch.Tensor, scale: float, visible: torch.Tensor | None, weight: torch.Tensor | None
+) -> torch.Tensor:
+    """Attention received by every key: softmax(query key^T * scale), head mean, weighted sum over query rows.
+
+    Args:
+        query: `(batch, heads, rows, dim)`.
+        key: `(batch, key_heads, keys, dim)`; query heads are grouped over key heads.
+        visible: `(batch, 1, rows, keys)` bool, or None for all.
+        weight: `(batch, rows)` weight of each query row; None is the mean over rows.
+
+    Returns:
+        `(batch, keys)` in float32 (float64 for float64 input). Scores exist for `CHUNK` rows at a time.
+    """
+    query, key = upcast(query), upcast(key)
+    batch, heads, rows, dim = query.shape
+    key = key[:, :, None].transpose(-1, -2)
+    query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    weight = query.new_full((batch, rows), 1 / rows) if weight is None else weight.to(query.dtype)
+    mass = query.new_zeros(batch, key.shape[-1])
+    for start in range(0, rows, CHUNK):
+        part = slice(start, start + CHUNK)
+        logits = query[:, :, :, part] @ key * scale
+        if visible is not None:
+            logits = logits.masked_fill(~visible[:, None, :, part], torch.finfo(logits.dtype).min)
+        mean = logits.softmax(-1).mean((1, 2))
+        mass += (mean * weight[:, part, None]).sum(1)
+    return mass
+
+
+def split_heads(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """`(batch, rows, heads * dim)` -> `(batch, heads, rows, dim)`."""
+    return x.unflatten(-1, (-1, dim)).transpose(1, 2)
+
+
+def vision_attention(tap: VisionAttention, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+    """Measure a tower layer from its input `(views, tokens, dim)`; returns `(views, patches)`."""
+    attention, first = layer.self_attn, int(has_cls)
+    normed = layer.layer_norm1(hidden)
+    rows = normed[:, :1] if tap.rows == "cls" else normed[:, first:]
+    query = split_heads(attention.q_proj(rows), attention.head_dim)
+    key = split_heads(attention.k_proj(normed), attention.head_dim)
+    return attention_mass(query, key, attention.scale, None, None)[:, first:]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding in the half-split convention of Llama, Mistral and Qwen2.
+
+    Args:
+        x: `(batch, heads, rows, dim)`; cos, sin: `(batch, rows, dim)`.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def sliding_window(attention: nn.Module) -> int | None:
+    """The window of a decoder layer's attention in tokens, or None (Mistral keeps it in its config alone)."""
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+
+
+def text_attention(
+    tap: TextAttention,
+    layer: nn.Module,
+    hidden: torch.Tensor,
+    cos_sin: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Measure a decoder layer from its input `(batch, length, dim)`; returns `(batch, length)` mass on every key.
+
+    Args:
+        mask: `(batch, length)` bool of real tokens, None for all.
+    """
+    attention, (batch, length, _) = layer.self_attn, hidden.shape
+    columns = torch.arange(length, device=hidden.device)
+    real = hidden.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
+    normed = layer.input_layernorm(hidden)
+    cos, sin = (x.expand(batch, -1, -1) for x in cos_sin)
+    if tap.rows == "last":
+        at = torch.where(real, columns, 0).amax(1, keepdim=True)
+        weight = None
+    else:
+        at = columns.expand(batch, -1)
+        weight = real / real.sum(1, keepdim=True)
+    pick = at[..., None]
+    query = attention.q_proj(normed.gather(1, pick.expand(-1, -1, normed.shape[-1])))
+    query = split_heads(query, attention.head_dim)
+    query = rotate(query, *(x.gather(1, pick.expand(-1, -1, x.shape[-1])) for x in (cos, sin)))
+    key = rotate(split_heads(attention.k_proj(normed), attention.head_dim), cos, sin)
+    visible = (columns <= pick) & real[:, None]
+    if (window := sliding_window(attention)) is not None:
+        visible &= columns > pick - window
+    return attention_mass(query, key, attention.scaling, visible[:, None], weight)
