@@ -25,7 +25,6 @@ def family_of(model: nn.Module) -> Family:
     if kind is None or not isinstance(model, nn.Module):
         raise TypeError(f"patch needs a Hugging Face model with a config, not {type(model).__name__}.")
     if kind not in FAMILIES:
-        raise UnsupportedError(
-            f"models of type {kind!r} are not supported; supported: {', '.join(FAMILIES)}.{did_you_mean(kind, FAMILIES)}"
-        )
+        known, hint = ", ".join(FAMILIES), did_you_mean(kind, FAMILIES)
+        raise UnsupportedError(f"models of type {kind!r} are not supported; supported: {known}.{hint}")
     return FAMILIES[kind]

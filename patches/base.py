@@ -50,7 +50,7 @@ class Family:
     needs_sizes: ClassVar[bool] = False  # whether the packing depends on the image's size
 
     def inner(self, model: nn.Module) -> nn.Module:
-        """The module that joins tower, projector and language model (`LlavaModel`), from it or the model with a head."""
+        """The module that joins tower, projector and language model (`LlavaModel`): itself, or inside `model`."""
         return model if hasattr(model, "language_model") and hasattr(model, "vision_tower") else model.model
 
     def tower(self, inner: nn.Module) -> nn.Module:
@@ -90,8 +90,8 @@ class Family:
         has_cls, strategy = TOWERS[tower], config.vision_feature_select_strategy
         if has_cls and strategy != "default":
             raise UnsupportedError(
-                f"vision_feature_select_strategy={strategy!r} makes the tower's [CLS] token a visual token, which is not "
-                "supported; use 'default'."
+                f"vision_feature_select_strategy={strategy!r} makes the tower's [CLS] token a visual token, which is "
+                "not supported; use 'default'."
             )
         if not has_cls and strategy != "full":
             raise UnsupportedError(

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _parallel import Workers, rates
 from torch.nn import functional
-from torch.utils.data import DataLoader, IterableDataset
 
 from vlmprune.eval.testbed import asking, models, packed, scenes, tower, words
 
@@ -49,39 +49,66 @@ def views_of(scene: scenes.Scene, rows: int, columns: int) -> np.ndarray:
     return np.concatenate([thumbnail[None], crops])
 
 
-class Lessons(IterableDataset):
-    """Endless batches; batch i depends on (seed, i) and on the curriculum's progress."""
+def lesson(args: argparse.Namespace, step: int, index: int, progress: float):
+    """Draws one microbatch: pixels, captions and questions (ids and labels), categories, grid, position shift."""
+    rng = np.random.default_rng((args.seed * 10_000_000 + step) * 100 + index)
+    rows, columns = 0, 0
+    if args.model == "scene-llava-next":
+        choice = np.random.default_rng(step).choice(len(LAYOUTS), p=[p for _, p in LAYOUTS])
+        rows, columns = LAYOUTS[choice][0]
+    pixels, captions, asked, kinds = [], [], [], []
+    for _ in range(args.micro):
+        scene = training_scene(rng, rows, columns, 1.0 if args.init else progress)
+        pixels.append(views_of(scene, rows, columns))
+        told = asking.caption(scene)
+        captions.append([packed.encode_turn("describe the picture .", told, packed.CAPTION_LENGTH)])
+        pairs = asking.training_questions(rng, scene, args.questions)
+        asked.append([packed.encode_turn(q, a, packed.QUESTION_LENGTH) for q, a in pairs])
+        kinds.append([asking.category_of(q) for q, _ in pairs])
+    shift = int(rng.integers(0, 48)) if rng.random() < 0.5 else 0
+    arrays = torch.from_numpy(np.stack(pixels)), torch.tensor(captions), torch.tensor(asked), torch.tensor(kinds)
+    return *arrays, (rows, columns), shift
 
-    def __init__(self, args: argparse.Namespace, start: int, done: float) -> None:
-        self.args, self.start, self.done = args, start, done
 
-    def __iter__(self):
-        args, step = self.args, self.start
-        while True:
-            rng = np.random.default_rng(args.seed * 10_000_000 + step)
-            rows, columns = 0, 0
-            if args.model == "scene-llava-next":
-                rows, columns = LAYOUTS[rng.choice(len(LAYOUTS), p=[p for _, p in LAYOUTS])][0]
-            progress = 1.0 if args.init else self.done + (step - self.start) / 2000
-            pixels, captions, asked, kinds = [], [], [], []
-            for _ in range(args.batch):
-                scene = training_scene(rng, rows, columns, progress)
-                pixels.append(views_of(scene, rows, columns))
-                captions.append(
-                    [packed.encode_turn("describe the picture .", asking.caption(scene), packed.CAPTION_LENGTH)]
-                )
-                pairs = asking.training_questions(rng, scene, args.questions)
-                asked.append([packed.encode_turn(q, a, packed.QUESTION_LENGTH) for q, a in pairs])
-                kinds.append([asking.category_of(q) for q, _ in pairs])
-            yield (
-                torch.from_numpy(np.stack(pixels)),
-                torch.tensor(captions),  # (B, 1, 2, L): ids and labels
-                torch.tensor(asked),
-                torch.tensor(kinds),
-                (rows, columns),
-                int(rng.integers(0, 48)) if rng.random() < 0.5 else 0,
-            )
-            step += 1
+def make_micro(llava: torch.nn.Module, args: argparse.Namespace):
+    """A worker's function: one microbatch forward and backward.
+
+    It returns the loss, the right answers of each category and right caption tokens, and how many there were.
+    """
+    model = packed.PackedModel(llava)
+    eyes = llava.model.vision_tower
+
+    def look(pixels: torch.Tensor) -> torch.Tensor:
+        hidden_states = eyes.pre_layrnorm(eyes.embeddings(tower.normalise(pixels)))
+        for layer in eyes.encoder.layers[:-1]:
+            hidden_states = layer(hidden_states, None)
+        return hidden_states[:, 1:]
+
+    if args.compile:
+        model, look = torch.compile(model, dynamic=False), torch.compile(look, dynamic=False)
+
+    def micro(step: int, index: int, progress: float) -> torch.Tensor:
+        pixels, captions, asked, kinds, (rows, columns), shift = lesson(args, step, index, progress)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                features = look(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+            said = model(features, [captions[:, :, 0], asked[:, :, 0]], torch.tensor(shift), rows, columns)
+        labels = [captions[:, :, 1], asked[:, :, 1]]
+        losses = [functional.cross_entropy(x.flatten(0, 2), y.flatten()) for x, y in zip(said, labels, strict=True)]
+        (losses[1] + 0.5 * losses[0]).backward()
+        with torch.no_grad():
+            counted = torch.zeros(2, 8, dtype=torch.float64)
+            hit = (said[1].argmax(-1) == labels[1]) | (labels[1] == packed.IGNORE)
+            correct = hit.all(-1).flatten().double()
+            for c in range(len(words.CATEGORIES)):
+                mine = kinds.flatten() == c
+                counted[0, c], counted[1, c] = correct[mine].sum(), mine.sum()
+            tokens = labels[0] != packed.IGNORE
+            counted[0, 7] = (said[0].argmax(-1) == labels[0])[tokens].sum()
+            counted[1, 7] = tokens.sum()
+        return torch.cat([torch.tensor([losses[1].item()], dtype=torch.float64), counted.flatten()])
+
+    return micro
 
 
 def build(args: argparse.Namespace) -> torch.nn.Module:
@@ -118,13 +145,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--micro", type=int, default=4, help="pictures a worker takes at once")
+    parser.add_argument("--workers", type=int, default=2, help="single-threaded processes")
     parser.add_argument("--every", type=int, default=50, help="steps between two log lines")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
     args.out = args.out or Path(".train") / args.model
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     llava = build(args)
     hidden = [p for p in llava.model.language_model.layers.parameters() if p.ndim == 2]
@@ -133,7 +161,6 @@ def main() -> None:
         torch.optim.Muon(hidden, lr=args.lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(rest, lr=args.lr / 2, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
-    base = [args.lr, args.lr / 2]
     step, spent = 0, 0.0
     checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists():
@@ -155,65 +182,37 @@ def main() -> None:
         )
         checkpoint.with_suffix(".tmp").replace(checkpoint)
 
-    model = packed.PackedModel(llava)
-    eyes = llava.model.vision_tower
-
-    def look(pixels: torch.Tensor) -> torch.Tensor:
-        hidden_states = eyes.pre_layrnorm(eyes.embeddings(tower.normalise(pixels)))
-        for layer in eyes.encoder.layers[:-1]:
-            hidden_states = layer(hidden_states, None)
-        return hidden_states[:, 1:]
-
-    if args.compile:
-        model, look = torch.compile(model, dynamic=False), torch.compile(look, dynamic=False)
-    loader = iter(DataLoader(Lessons(args, step, done()), batch_size=None, num_workers=1, prefetch_factor=4))
+    workers = Workers(make_micro, llava, args, args.workers, 17)
+    micros = args.batch // args.micro
     log = (args.out / "log.jsonl").open("a")
-    right, total = np.zeros(8), np.zeros(8)
-    loss_sum, last, window = 0.0, time.time(), 0
+    sums, last, window = torch.zeros(17, dtype=torch.float64), time.time(), 0
     while done() < 1:
+        # Constant, then a cosine down: the run can be prolonged up to its middle without a restart.
         decay = 1.0 if done() < 0.5 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done() - 0.5) / 0.5))
         rate = min(1, (step + 1) / 100) * decay
-        for optimizer, peak in zip(optimizers, base, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * rate
-        pixels, captions, asked, kinds, (rows, columns), shift = next(loader)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                features = look(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-            turns = [captions[:, :, 0], asked[:, :, 0]]
-            said = model(features, turns, torch.tensor(shift), rows, columns)
-        labels = [captions[:, :, 1], asked[:, :, 1]]
-        losses = [functional.cross_entropy(x.flatten(0, 2), y.flatten()) for x, y in zip(said, labels, strict=True)]
-        (losses[1] + 0.5 * losses[0]).backward()
+        rates(optimizers, (args.lr, args.lr / 2), rate)
+        sums += workers.step(step, micros, done())
         torch.nn.utils.clip_grad_norm_(hidden + rest, 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            hit = (said[1].argmax(-1) == labels[1]) | (labels[1] == packed.IGNORE)
-            correct = hit.all(-1).flatten()
-            for c in range(len(words.CATEGORIES)):
-                mine = kinds.flatten() == c
-                right[c] += correct[mine].sum()
-                total[c] += mine.sum()
-            tokens = labels[0] != packed.IGNORE
-            right[7] += (said[0].argmax(-1) == labels[0])[tokens].sum()
-            total[7] += tokens.sum()
-        loss_sum += losses[1].item()
         step, window = step + 1, window + 1
         now = time.time()
         spent, last = spent + (now - last), now
         if step % args.every == 0:
-            record = {"step": step, "spent": round(spent), "rate": round(rate, 4), "loss": round(loss_sum / window, 4)}
-            share = right / np.maximum(total, 1)
+            right, total = sums[1:].view(2, 8).numpy()
+            record = {"step": step, "spent": round(spent), "rate": round(rate, 4)}
+            record |= {"loss": round(float(sums[0]) / window / micros, 4)}
             record |= {"all": round(float(right[:7].sum() / total[:7].sum()), 4)}
-            record |= {c: round(float(v), 3) for c, v in zip((*words.CATEGORIES, "caption"), share, strict=True)}
-            right[:], total[:], loss_sum, window = 0, 0, 0.0, 0
+            share = (right / np.maximum(total, 1)).tolist()
+            record |= {c: round(v, 3) for c, v in zip((*words.CATEGORIES, "caption"), share, strict=True)}
+            sums.zero_()
+            window = 0
             print(json.dumps(record), flush=True)
             log.write(json.dumps(record) + "\n")
             log.flush()
             if step % (4 * args.every) == 0:
                 save()
+    workers.stop()
     save()
 
 

@@ -16,24 +16,38 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from _parallel import Workers, rates
 
 from vlmprune.eval.testbed import scenes, targets, tower
 
+LOSSES = (
+    "colour",
+    "colour_background",
+    "value",
+    "value_background",
+    "row",
+    "column",
+    "place",
+    "middle",
+    "last",
+    "total",
+)
 
-class Views(IterableDataset):
-    """Endless batches of tower views; batch i depends on (seed, i) alone."""
 
-    def __init__(self, seed: int, start: int, size: int) -> None:
-        self.seed, self.start, self.size = seed, start, size
+def make_micro(model: tower.SupervisedTower, args: argparse.Namespace):
+    """A worker's function: draws one microbatch, leaves its gradient, returns its losses."""
+    losses_of = torch.compile(model) if args.compile else model
 
-    def __iter__(self):
-        step = self.start
-        while True:
-            dense = max(0.3, 0.8 - step / 1500)  # full pictures first: they teach what the objects are
-            pixels, patches, cls = targets.tower_batch(self.seed * 10_000_000 + step, self.size, dense)
-            yield torch.from_numpy(pixels), torch.from_numpy(patches), torch.from_numpy(cls)
-            step += 1
+    def micro(step: int, index: int, progress: float) -> torch.Tensor:
+        dense = max(0.3, 0.8 - step / 1500)  # full pictures first: they teach what the objects are
+        seed = (args.seed * 10_000_000 + step) * 100 + index
+        pixels, patches, cls = (torch.from_numpy(x) for x in targets.tower_batch(seed, args.micro, dense))
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = losses_of(tower.normalise(pixels), patches, cls)
+        losses["total"].backward()
+        return torch.tensor([losses[k].item() for k in LOSSES], dtype=torch.float64)
+
+    return micro
 
 
 @torch.no_grad()
@@ -86,10 +100,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--micro", type=int, default=16, help="pictures a worker takes at once")
+    parser.add_argument("--workers", type=int, default=2, help="single-threaded processes")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     model = tower.SupervisedTower()
@@ -114,43 +129,35 @@ def main() -> None:
         torch.save(state | {"step": step, "spent": spent}, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
 
-    losses_of = torch.compile(model) if args.compile else model
-    loader = iter(DataLoader(Views(args.seed, step, args.batch), batch_size=None, num_workers=1, prefetch_factor=4))
+    workers = Workers(make_micro, model, args, args.workers, len(LOSSES))
+    micros = args.batch // args.micro
     log = (args.out / "log.jsonl").open("a")
-    sums: dict[str, float] = {}
-    last, start = time.time(), step
+    sums, last, window = torch.zeros(len(LOSSES), dtype=torch.float64), time.time(), 0
     while True:
         done = step / args.steps if args.steps else spent / (60 * args.minutes)
         if done >= 1:
             break
         rate = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(1, done))) + 0.01
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * rate
-        pixels, patches, cls = next(loader)
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = losses_of(tower.normalise(pixels), patches, cls)
-        losses["total"].backward()
+        rates(optimizers, (args.lr, args.lr), rate)
+        sums += workers.step(step, micros, done) / micros
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
-        for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + loss.item()
-        step += 1
+        step, window = step + 1, window + 1
         now = time.time()
         spent, last = spent + (now - last), now
         if step % 50 == 0:
-            count = min(50, step - start)
             record = {"step": step, "spent": round(spent), "lr": args.lr * rate}
-            record |= {k: round(v / count, 4) for k, v in sums.items()}
-            sums.clear()
+            record |= {k: round(v / window, 4) for k, v in zip(LOSSES, sums.tolist(), strict=True)}
+            sums.zero_()
+            window = 0
             if step % 250 == 0:
                 record["report"] = report(model)
                 save()
             print(json.dumps(record), flush=True)
             log.write(json.dumps(record) + "\n")
             log.flush()
+    workers.stop()
     save()
     print(json.dumps({"step": step, "spent": round(spent), "report": report(model, 6)}), flush=True)
     model.tower.half().save_pretrained(args.out / "tower")

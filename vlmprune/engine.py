@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,211 +18,19 @@ from torch import nn
 
 from vlmprune.cuts import Cut, Reduction
 from vlmprune.errors import CutNotRunError, UnsupportedError
-from vlmprune.layout import ImageGrid, Layout
-from vlmprune.patches import Family, ModelFacts
-from vlmprune.sequence import Segment, Sequence, attention_mask, merge_tokens, real_tokens
-from vlmprune.taps import (
-    Hidden,
-    Tap,
-    TextAttention,
-    VisionAttention,
-    sliding_window,
-    text_attention,
-    vision_attention,
-)
+from vlmprune.plan import FRAME, Plan
+from vlmprune.prompt import prompt_layout
+from vlmprune.sequence import Segment, Sequence, attention_mask, merge_tokens
+from vlmprune.taps import Hidden, Tap, TextAttention, sliding_window, text_attention
+from vlmprune.tower import SEEN, AfterTower, BeforeTower, BeforeTowerLayer, RememberSizes
 from vlmprune.trace import CutTrace, Trace
 
 __all__ = ["Plan", "install", "is_hook", "remove"]
 
-FRAME = "vlmprune_frame"  # keyword argument that carries a frame
 SEGMENTS = "_vlmprune_segments"  # attribute of a cache: its decode state
-SEEN = "_vlmprune_seen"  # attribute of the tower's output: measured taps
-SIZES = "_vlmprune_sizes"  # attribute of the tower's output: (height, width) of every image
-
-
-@dataclass
-class Plan:
-    """What is done to one model: shared by its hooks, copied with them.
-
-    Attributes:
-        cuts: (name of the method, cut), in the order they run.
-        enabled: False while `handle.disabled()` is active.
-        trace: what the last pruned prefill did.
-    """
-
-    family: Family
-    facts: ModelFacts
-    cuts: list[tuple[str, Cut]]
-    enabled: bool = True
-    trace: Trace | None = None
-    grids: dict[Any, ImageGrid] = field(default_factory=dict, repr=False)
-
-    @property
-    def tower_taps(self) -> list[VisionAttention]:
-        return list(dict.fromkeys(t for _, cut in self.cuts for t in cut.see if isinstance(t, VisionAttention)))
-
-    def grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
-        if size not in self.grids:
-            self.grids[size] = self.family.image_grid(inner, size)
-        return self.grids[size]
-
-
-# --- vision tower ---------------------------------------------------------------------------------------------------
-
-
-class TowerFrame:
-    """One pass through the vision tower: the inputs of the layers that taps look at."""
-
-    def __init__(self, taps: list[VisionAttention], has_cls: bool):
-        self.taps, self.has_cls = taps, has_cls
-        self.seen: dict[Tap, torch.Tensor] = {}
-
-    def enter(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> None:
-        for tap in self.taps:
-            if tap.layer == index:
-                self.seen[tap] = vision_attention(tap, layer, hidden.detach(), self.has_cls)
-
-
-@dataclass
-class BeforeTower:
-    plan: Plan
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not self.plan.enabled or not self.plan.tower_taps:
-            return None
-        return args, kwargs | {FRAME: TowerFrame(self.plan.tower_taps, self.plan.facts.has_cls)}
-
-
-@dataclass
-class BeforeTowerLayer:
-    index: int
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if FRAME not in kwargs:
-            return None
-        frame = kwargs.pop(FRAME)
-        with torch.no_grad():  # scores choose tokens; nothing is learned through them
-            frame.enter(self.index, module, args[0] if args else kwargs["hidden_states"])
-        return args, kwargs
-
-
-@dataclass
-class AfterTower:
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if (frame := kwargs.get(FRAME)) is not None:
-            setattr(output, SEEN, frame.seen)
-
-
-class RememberSizes:
-    """Stands before `get_image_features` on one instance: notes the image sizes, which `generate` then throws away.
-
-    A bound attribute of the instance and not a hook, because no module is called with the sizes.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.__signature__ = inspect.signature(type(module).get_image_features.__get__(module))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = dict(self.__signature__.bind(*args, **kwargs).arguments)
-        given |= given.pop("kwargs", {})
-        # the host only computes with the sizes on the host: one read here spares it one per image
-        sizes = torch.as_tensor(given.pop("image_sizes")).cpu()
-        output = type(self.module).get_image_features(self.module, image_sizes=sizes, **given)
-        if not isinstance(output, tuple):
-            setattr(output, SIZES, [tuple(size) for size in sizes.tolist()])
-        return output
 
 
 # --- prefill --------------------------------------------------------------------------------------------------------
-
-
-def prompt_layout(plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, features: Any):
-    """Find every visual token of a batch.
-
-    One host read (placeholders and real tokens per row); nothing else leaves the device.
-
-    Args:
-        input_ids: `(batch, length)`.
-        mask: padding mask as the call brings it.
-        features: the encoder output, whose `pooler_output` lists `(tokens, dim)` per image.
-
-    Returns:
-        The layout, its real-token mask (`(batch, length)` bool or None), real tokens per row, and for every image its
-        number before beams were expanded.
-    """
-    batch, length = input_ids.shape
-    placeholder = input_ids == plan.family.image_token(inner)
-    real = real_tokens(mask, length)
-    facts = placeholder.sum(1, keepdim=True)
-    if real is not None:
-        facts = torch.cat((facts, real.sum(1, keepdim=True)), 1)
-    facts = facts.tolist()
-    lengths = [row[1] if real is not None else length for row in facts]
-    if all(n == length for n in lengths):
-        real = None
-
-    sizes = [len(image) for image in features.pooler_output]
-    sample, ordinal, offset, i = [], [], [], 0
-    for row, (placeholders, *_) in enumerate(facts):
-        taken = number = 0
-        while taken < placeholders and i < len(sizes):
-            sample.append(row), ordinal.append(number), offset.append(taken)
-            taken, number, i = taken + sizes[i], number + 1, i + 1
-        if taken != placeholders:
-            raise ValueError(
-                f"prompt {row} has {placeholders} image placeholders, its images have {taken} tokens: they must match."
-            )
-    if i != len(sizes):
-        raise ValueError(f"{len(sizes)} images were given and the prompts have placeholders for {i}.")
-
-    # beams: every prompt stands `beams` times in a row with all its images, the tower saw each image once
-    known = getattr(features, SIZES, None)
-    if known is not None:
-        total = len(known)
-    elif plan.family.views:
-        raise UnsupportedError("these image features were not computed by the patched model: their sizes are unknown.")
-    else:
-        total = features.last_hidden_state.shape[0]
-    if total == 0 or len(sizes) % total:
-        raise ValueError(f"{len(sizes)} image features cannot come from {total} encoded images.")
-    beams, origin, base = len(sizes) // total, [], 0
-    per_row = [sample.count(row) for row in range(batch)]
-    for row in range(batch):
-        origin += range(base, base + per_row[row])
-        base += per_row[row] if row % beams == beams - 1 else 0
-
-    grids = [plan.grid(inner, known[o] if known else None) for o in origin]
-    for i, (grid, tokens) in enumerate(zip(grids, sizes, strict=True)):
-        if grid.tokens != tokens:
-            raise UnsupportedError(f"image {i} has {tokens} features where its packing gives {grid.tokens} tokens.")
-    start = [0]
-    for known_size in range(total):
-        grid = plan.grid(inner, known[known_size] if known else None)
-        start.append(start[-1] + grid.views)
-
-    device = input_ids.device
-    width = max(sizes)
-    token = torch.arange(width, device=device)
-    alive = token < torch.tensor(sizes, device=device)[:, None]
-    most = max(row[0] for row in facts)
-    # placeholders in order: a stable sort brings them to the front of every row
-    columns = (~placeholder).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
-    number = (torch.tensor(offset, device=device)[:, None] + token).clamp(max=most - 1)
-    position = columns[torch.tensor(sample, device=device)].gather(1, number)
-    side = plan.family.side(inner)
-    layout = Layout(
-        grids=grids,
-        sample=sample,
-        ordinal=ordinal,
-        first_view=[start[o] for o in origin],
-        position=position,
-        alive=alive,
-        alive_counts=sizes,
-        alive_patches=[grid.patches for grid in grids],
-        view_size=side * side,
-    )
-    return layout, real, lengths, origin
 
 
 class Prefill:
@@ -231,13 +39,13 @@ class Prefill:
     def __init__(self, plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, features: Any):
         self.plan = plan
         self.rotary_emb = plan.family.language_model(inner).rotary_emb
-        self.layout, self.real, self.lengths, _ = prompt_layout(plan, inner, input_ids, mask, features)
+        self.layout, self.real, self.lengths = prompt_layout(plan, inner, input_ids, mask, features)
         self.prompt_lengths = self.lengths
         seen = getattr(features, SEEN, {})
         if missing := [tap for tap in plan.tower_taps if tap not in seen]:
             raise CutNotRunError(
-                f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model or "
-                "while the patch was disabled. Encode the images with the patched model."
+                f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model "
+                "or while the patch was disabled. Encode the images with the patched model."
             )
         self.seen: dict[Tap, torch.Tensor] = {
             tap: self.layout.from_tower(seen[tap].to(self.layout.device)) for tap in plan.tower_taps

@@ -38,18 +38,22 @@ class ImageGrid:
 
     @property
     def tokens(self) -> int:
+        """Visual tokens, newlines included."""
         return self.source.numel()
 
     @cached_property
     def patches_per_view(self) -> list[int]:
+        """Patches of every view that the packing left in."""
         return torch.bincount(self.view[~self.newline], minlength=self.views).tolist()
 
     @property
     def patches(self) -> int:
+        """Visual tokens without newlines."""
         return sum(self.patches_per_view)
 
     @property
     def newlines(self) -> int:
+        """Newline tokens."""
         return self.tokens - self.patches
 
 
@@ -123,6 +127,7 @@ class Layout:
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors live."""
         return self.position.device
 
     @property

@@ -90,6 +90,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
+        """Columns, padding included."""
         return self.columns.shape[1]
 
     def index_of(self, layout: Layout) -> torch.Tensor:
@@ -132,6 +133,7 @@ class Sequence:
         return hidden, Sequence(self.prompt, columns, mask, lengths, ids, rotary, shift, cut=True)
 
     def segment(self, first: int) -> Segment:
+        """The decode state of the layers from `first` on."""
         return Segment(first, self.prompt, self.length, self.mask, self.shift)
 
     def swap(self, layer: nn.Module, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def attention_mass(
         `(batch, keys)` in float32 (float64 for float64 input). Scores exist for `CHUNK` rows at a time.
     """
     query, key = upcast(query), upcast(key)
-    batch, heads, rows, dim = query.shape
+    batch, heads, rows, _ = query.shape
     key = key[:, :, None].transpose(-1, -2)
     query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
     weight = query.new_full((batch, rows), 1 / rows) if weight is None else weight.to(query.dtype)

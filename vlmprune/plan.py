@@ -1,0 +1,47 @@
+"""What is done to one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from vlmprune.cuts import Cut
+from vlmprune.layout import ImageGrid
+from vlmprune.patches import Family, ModelFacts
+from vlmprune.taps import VisionAttention
+from vlmprune.trace import Trace
+
+__all__ = ["FRAME", "Plan"]
+
+FRAME = "vlmprune_frame"  # the keyword argument that carries a frame through tower and decoder layers
+
+
+@dataclass
+class Plan:
+    """What is done to one model: shared by its hooks, copied with them.
+
+    Attributes:
+        cuts: (name of the method, cut), in the order they run.
+        enabled: False while `handle.disabled()` is active.
+        trace: what the last pruned prefill did.
+    """
+
+    family: Family
+    facts: ModelFacts
+    cuts: list[tuple[str, Cut]]
+    enabled: bool = True
+    trace: Trace | None = None
+    grids: dict[Any, ImageGrid] = field(default_factory=dict, repr=False)
+
+    @property
+    def tower_taps(self) -> list[VisionAttention]:
+        """What the cuts want to see of the vision tower, each once."""
+        return list(dict.fromkeys(t for _, cut in self.cuts for t in cut.see if isinstance(t, VisionAttention)))
+
+    def grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
+        """The layout of an image of `size` (height, width), traced once per size."""
+        if size not in self.grids:
+            self.grids[size] = self.family.image_grid(inner, size)
+        return self.grids[size]

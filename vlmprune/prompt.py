@@ -1,0 +1,117 @@
+"""Finding every visual token of a prompt batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmprune.errors import UnsupportedError
+from vlmprune.layout import Layout
+from vlmprune.plan import Plan
+from vlmprune.sequence import real_tokens
+from vlmprune.tower import SIZES
+
+__all__ = ["prompt_layout"]
+
+
+def prompt_layout(
+    plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, features: Any
+) -> tuple[Layout, torch.Tensor | None, list[int]]:
+    """Find every visual token of a batch, with one host read (placeholders and real tokens per row).
+
+    Args:
+        input_ids: `(batch, length)`.
+        mask: padding mask as the call brings it.
+        features: the encoder's output, whose `pooler_output` lists `(tokens, dim)` per image.
+
+    Returns:
+        The layout, the `(batch, length)` bool mask of real tokens (None if all are), and real tokens per row.
+
+    Raises:
+        ValueError: placeholders and features do not match.
+        UnsupportedError: features that this model's packing does not explain.
+    """
+    length = input_ids.shape[1]
+    placeholder = input_ids == plan.family.image_token(inner)
+    real = real_tokens(mask, length)
+    facts = [placeholder.sum(1)] if real is None else [placeholder.sum(1), real.sum(1)]
+    placeholders, *rest = torch.stack(facts).tolist()
+    lengths = rest[0] if rest else [length] * len(placeholders)
+    if all(n == length for n in lengths):
+        real = None
+
+    sizes = [len(image) for image in features.pooler_output]
+    sample, ordinal, offset = assign_images(placeholders, sizes)
+    known = getattr(features, SIZES, None)
+    if known is None:
+        if plan.family.needs_sizes:
+            raise UnsupportedError(
+                "these image features were not computed by the patched model: image sizes are unknown."
+            )
+        known = [None] * features.last_hidden_state.shape[0]
+    origin = undo_beams(sample, len(placeholders), len(known))
+    encoded = [plan.grid(inner, size) for size in known]
+    grids = [encoded[o] for o in origin]
+    for i, (grid, tokens) in enumerate(zip(grids, sizes, strict=True)):
+        if grid.tokens != tokens:
+            raise UnsupportedError(f"image {i} has {tokens} features where its packing gives {grid.tokens} tokens.")
+    first_view = [sum(grid.views for grid in encoded[:o]) for o in origin]
+
+    device, most = input_ids.device, max(placeholders)
+    token = torch.arange(max(sizes), device=device)
+    # a stable sort brings the placeholders to the front of every row, in order
+    columns = (~placeholder).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
+    number = (torch.tensor(offset, device=device)[:, None] + token).clamp(max=most - 1)
+    side = plan.family.side(inner)
+    layout = Layout(
+        grids=grids,
+        sample=sample,
+        ordinal=ordinal,
+        first_view=first_view,
+        position=columns[torch.tensor(sample, device=device)].gather(1, number),
+        alive=token < torch.tensor(sizes, device=device)[:, None],
+        alive_counts=sizes,
+        alive_patches=[grid.patches for grid in grids],
+        view_size=side * side,
+    )
+    return layout, real, lengths
+
+
+def assign_images(placeholders: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
+    """Hand images of `sizes` tokens to prompts with so many `placeholders`, in order.
+
+    Returns:
+        For every image its batch row, its number within the prompt and its offset among the prompt's placeholders.
+    """
+    sample, ordinal, offset = [], [], []
+    for row, wanted in enumerate(placeholders):
+        taken = number = 0
+        while taken < wanted and len(sample) < len(sizes):
+            size = sizes[len(sample)]
+            sample.append(row)
+            ordinal.append(number)
+            offset.append(taken)
+            taken, number = taken + size, number + 1
+        if taken != wanted:
+            raise ValueError(f"prompt {row} has {wanted} image placeholders and its images have {taken} tokens.")
+    if len(sample) != len(sizes):
+        raise ValueError(f"{len(sizes)} images were given, and the prompts have placeholders for {len(sample)}.")
+    return sample, ordinal, offset
+
+
+def undo_beams(sample: Sequence[int], batch: int, encoded: int) -> list[int]:
+    """For every image its number when the tower saw it.
+
+    `generate` repeats every prompt with all its images for its beams, after the tower ran once per image.
+    """
+    if encoded == 0 or len(sample) % encoded:
+        raise ValueError(f"{len(sample)} image features cannot come from {encoded} encoded images.")
+    beams, origin, base = len(sample) // encoded, [], 0
+    for row in range(batch):
+        images = sample.count(row)
+        origin += range(base, base + images)
+        base += images if row % beams == beams - 1 else 0
+    return origin
