@@ -18,6 +18,7 @@ from torch import nn
 
 from vlmprune.cuts import Cut, Reduction
 from vlmprune.errors import CutNotRunError, UnsupportedError
+from vlmprune.layout import upload
 from vlmprune.plan import FRAME, Plan
 from vlmprune.prompt import prompt_layout
 from vlmprune.sequence import Segment, Sequence, attention_mask, merge_tokens
@@ -91,7 +92,7 @@ class Prefill:
 
     def flat_index(self) -> torch.Tensor:
         """`(images, tokens)` index of every visual token into `(batch * length)` of the current sequence."""
-        sample = torch.tensor(self.layout.sample, device=self.layout.device)
+        sample = upload(self.layout.sample, self.layout.device)
         return self.sequence.index_of(self.layout) + sample[:, None] * self.sequence.length
 
     def cut(self, name: str, cut: Cut, hidden: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
-__all__ = ["ImageGrid", "Layout", "trace_packing"]
+__all__ = ["ImageGrid", "Layout", "trace_packing", "upload"]
+
+
+def upload(values: Any, device: torch.device) -> torch.Tensor:
+    """Bring host numbers to `device` without waiting for it (a plain `torch.tensor(..., device=)` waits)."""
+    return torch.as_tensor(values).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +144,12 @@ class Layout:
     def stack(self, field: str, fill: int | bool = 0) -> torch.Tensor:
         """Pad one field of all grids to `(images, width)` on the layout's device."""
         if len({id(grid) for grid in self.grids}) == 1:
-            return getattr(self.grids[0], field).to(self.device, non_blocking=True).expand(len(self), -1)
+            return upload(getattr(self.grids[0], field), self.device).expand(len(self), -1)
         rows = [getattr(grid, field) for grid in self.grids]
         out = rows[0].new_full((len(rows), self.width), fill)
         for i, row in enumerate(rows):
             out[i, : row.numel()] = row
-        return out.to(self.device, non_blocking=True)
+        return upload(out, self.device)
 
     @cached_property
     def newline(self) -> torch.Tensor:
@@ -180,6 +186,6 @@ class Layout:
 
         Newlines and padding get an arbitrary patch's value: mask with `patches`.
         """
-        start = torch.tensor(self.first_view, device=self.device)[:, None] * self.view_size
+        start = upload(self.first_view, self.device)[:, None] * self.view_size
         index = self.stack("source") + start
         return values.flatten(0, 1)[index]

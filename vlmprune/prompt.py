@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.layout import Layout
+from vlmprune.layout import Layout, upload
 from vlmprune.plan import Plan
 from vlmprune.sequence import real_tokens
 from vlmprune.tower import SIZES
@@ -64,15 +64,15 @@ def prompt_layout(
     token = torch.arange(max(sizes), device=device)
     # a stable sort brings the placeholders to the front of every row, in order
     columns = (~placeholder).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
-    number = (torch.tensor(offset, device=device)[:, None] + token).clamp(max=most - 1)
+    number = (upload(offset, device)[:, None] + token).clamp(max=most - 1)
     side = plan.family.side(inner)
     layout = Layout(
         grids=grids,
         sample=sample,
         ordinal=ordinal,
         first_view=first_view,
-        position=columns[torch.tensor(sample, device=device)].gather(1, number),
-        alive=token < torch.tensor(sizes, device=device)[:, None],
+        position=columns[upload(sample, device)].gather(1, number),
+        alive=token < upload(sizes, device)[:, None],
         alive_counts=sizes,
         alive_patches=[grid.patches for grid in grids],
         view_size=side * side,

@@ -8,7 +8,7 @@ import torch
 
 from vlmprune.budget import count, share
 from vlmprune.cuts import Reduction
-from vlmprune.layout import Layout
+from vlmprune.layout import Layout, upload
 
 __all__ = ["Newlines", "Scope", "check_choice", "keep_patches", "select", "top_k"]
 
@@ -36,7 +36,7 @@ def top_k(scores: torch.Tensor, counts: list[int] | torch.Tensor, candidates: to
     Returns:
         `(..., tokens)` bool.
     """
-    counts = torch.as_tensor(counts, device=scores.device)
+    counts = upload(counts, scores.device)
     order = scores.masked_fill(~candidates, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
     # a NaN sorts first and an excluded token ties with a score of -inf: rank candidates alone, whatever they score
     order = order.gather(-1, (~candidates).gather(-1, order).sort(dim=-1, stable=True).indices)
@@ -55,7 +55,7 @@ def keep_newlines(keep: torch.Tensor, layout: Layout, policy: Newlines) -> torch
         return keep | newline
     # a newline closes the tokens of its plane since the last newline
     closed = layout.newline.long().cumsum(1) - layout.newline.long()
-    several = torch.tensor([len(grid.planes) > 1 for grid in layout.grids], device=layout.device)
+    several = upload([len(grid.planes) > 1 for grid in layout.grids], layout.device)
     in_row = keep & ((layout.plane == 1) | ~several[:, None])
     hits = torch.zeros_like(closed).scatter_add_(1, closed, in_row.long())
     return keep | (newline & (hits.gather(1, closed) > 0))

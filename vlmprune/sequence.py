@@ -10,7 +10,7 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from vlmprune.cuts import Merge, Positions
-from vlmprune.layout import Layout
+from vlmprune.layout import Layout, upload
 from vlmprune.taps import sliding_window
 
 __all__ = ["Segment", "Sequence", "attention_mask", "merge_tokens", "real_tokens"]
@@ -45,7 +45,8 @@ def attention_mask(
     """
     attention = layer.self_attn
     make = create_causal_mask if sliding_window(attention) is None else create_sliding_window_causal_mask
-    return make(attention.config, hidden, mask, cache, layer_idx=index)
+    # asking whether the padding mask could be skipped would wait for the device
+    return make(attention.config, hidden, mask, cache, layer_idx=index, allow_is_causal_skip=mask is None)
 
 
 def real_tokens(mask: Any, length: int) -> torch.Tensor | None:
@@ -99,7 +100,7 @@ class Sequence:
         entries = torch.arange(self.length, device=where.device).expand_as(self.columns)
         # padding and dropped fillers come first and share columns with nothing that is real
         where = where.scatter(1, self.columns, entries)
-        sample = torch.tensor(layout.sample, device=where.device)
+        sample = upload(layout.sample, where.device)
         return where[sample].gather(1, layout.position)
 
     def shorten(

@@ -11,7 +11,7 @@ import torch
 
 from vlmprune.budget import check_keep, share
 from vlmprune.cuts import Cut, Decoder, Merge, Positions, Reduction
-from vlmprune.layout import ImageGrid, Layout
+from vlmprune.layout import ImageGrid, Layout, upload
 from vlmprune.methods.base import Method
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
@@ -74,7 +74,7 @@ class Random(Control):
         scores = torch.zeros(layout.position.shape)
         for i, (grid, ordinal) in enumerate(zip(layout.grids, layout.ordinal, strict=True)):
             scores[i, : grid.tokens] = noise(self.seed, ordinal, grid.tokens)
-        return select(scores.to(layout.device), self.keep, layout, self.newlines)
+        return select(upload(scores, layout.device), self.keep, layout, self.newlines)
 
 
 def grid_shape(keep: int, rows: int, cols: int) -> tuple[int, int]:
@@ -133,7 +133,7 @@ class Cells(Control):
         for i, grid in enumerate(layout.grids):
             into[i, : grid.tokens], weight[i, : grid.tokens], cells = image_cells(grid, self.keep)
             counts.append(cells)
-        into, weight = (x.to(layout.device, non_blocking=True) for x in (into, weight))
+        into, weight = upload(into, layout.device), upload(weight, layout.device)
         anchor = (into == torch.arange(layout.width, device=layout.device)) & (weight > 0) & layout.patches
         whole = layout.alive_patches == [grid.patches for grid in layout.grids]
         return keep_patches(anchor, layout, counts if whole else None, self.newlines), into, weight
