@@ -26,15 +26,17 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Merge:
-    """A linear map X' = M X with one entry per column: token t adds `weight[t]` times itself to token `into[t]`.
+    """The matrix M of X' = M X by its entries: `weight[e]` times token `source[e]` is added to token `into[e]`.
 
     Attributes:
-        into: `(images, tokens)` long, the kept token (the anchor) each token is merged into.
-        weight: `(images, tokens)` float, that token's weight; the weights going into one anchor sum to 1 for a mean.
+        into: `(images, entries)` long, a kept token (an anchor).
+        weight: `(images, entries)` float; the weights going into one anchor sum to 1 for a mean, 0 pads.
+        source: `(images, entries)` long; None means that entry t is about token t.
     """
 
     into: torch.Tensor
     weight: torch.Tensor
+    source: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from vlmprune.layout import upload
 from vlmprune.plan import FRAME, Plan
 from vlmprune.prompt import prompt_layout
 from vlmprune.sequence import Segment, Sequence, attention_mask, merge_tokens
-from vlmprune.taps import Hidden, Tap, TextAttention, sliding_window, text_attention
+from vlmprune.taps import DecoderTap, Hidden, Tap, sliding_window
 from vlmprune.tower import SEEN, AfterTower, BeforeTower, BeforeTowerLayer, RememberSizes
 from vlmprune.trace import CutTrace, Trace
 
@@ -86,9 +86,8 @@ class Prefill:
     def measure(self, index: int, layer: nn.Module, hidden: torch.Tensor, taps: list[Tap]) -> None:
         """Measure the taps of this layer that nobody has measured yet."""
         for tap in taps:
-            if isinstance(tap, TextAttention) and tap.layer == index and tap not in self.seen:
-                mass = text_attention(tap, layer, hidden, self.sequence.rotary, self.sequence.mask)
-                self.seen[tap] = mass.flatten()[self.flat_index()]
+            if isinstance(tap, DecoderTap) and tap.layer == index and tap not in self.seen:
+                self.seen[tap] = tap.measure(layer, hidden.detach(), self)
 
     def flat_index(self) -> torch.Tensor:
         """`(images, tokens)` index of every visual token into `(batch * length)` of the current sequence."""

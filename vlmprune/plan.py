@@ -10,7 +10,7 @@ from torch import nn
 from vlmprune.cuts import Cut
 from vlmprune.layout import ImageGrid
 from vlmprune.patches import Family, ModelFacts
-from vlmprune.taps import VisionAttention
+from vlmprune.taps import TowerTap
 from vlmprune.trace import Trace
 
 __all__ = ["FRAME", "Plan"]
@@ -36,9 +36,9 @@ class Plan:
     grids: dict[Any, ImageGrid] = field(default_factory=dict, repr=False)
 
     @property
-    def tower_taps(self) -> list[VisionAttention]:
+    def tower_taps(self) -> list[TowerTap]:
         """What the cuts want to see of the vision tower, each once."""
-        return list(dict.fromkeys(t for _, cut in self.cuts for t in cut.see if isinstance(t, VisionAttention)))
+        return list(dict.fromkeys(t for _, cut in self.cuts for t in cut.see if isinstance(t, TowerTap)))
 
     def grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
         """The layout of an image of `size` (height, width), traced once per size."""

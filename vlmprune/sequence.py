@@ -164,12 +164,14 @@ class Sequence:
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-def merge_tokens(hidden: torch.Tensor, at: torch.Tensor, alive: torch.Tensor, merge: Merge, keep: torch.Tensor):
+def merge_tokens(
+    hidden: torch.Tensor, at: torch.Tensor, alive: torch.Tensor, merge: Merge, keep: torch.Tensor
+) -> torch.Tensor:
     """Write merged tokens over their anchors.
 
     Args:
         hidden: `(batch, length, dim)`.
-        at: `(images, tokens)` flat index of every visual token into `(batch * length)`.
+        at: `(images, tokens)` index of every visual token into the flattened `(batch * length)`.
         alive: `(images, tokens)` bool, tokens that take part.
         merge: who goes where, with which weight.
         keep: `(images, tokens)` bool, the anchors.
@@ -178,12 +180,14 @@ def merge_tokens(hidden: torch.Tensor, at: torch.Tensor, alive: torch.Tensor, me
         `(batch, length, dim)`; sums run in float32 or better.
     """
     flat = hidden.flatten(0, 1)
-    tokens = flat[at]
-    wide = torch.promote_types(tokens.dtype, torch.float32)
-    weight = torch.where(alive, merge.weight, 0).to(wide)[..., None]
-    into = merge.into[..., None].expand_as(tokens)
-    merged = torch.zeros_like(tokens, dtype=wide).scatter_add_(1, into, tokens.to(wide) * weight).to(tokens.dtype)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    source, taking = (
+        (at, alive) if merge.source is None else (at.gather(1, merge.source), alive.gather(1, merge.source))
+    )
+    parts = flat[source].to(wide) * torch.where(taking, merge.weight, 0).to(wide)[..., None]
+    merged = parts.new_zeros(*at.shape, hidden.shape[-1])
+    merged = merged.scatter_add(1, merge.into[..., None].expand_as(parts), parts).to(hidden.dtype)
     # entries that are no anchor write to one spare row, so that no mask has to be read back
-    spare = torch.cat((flat, flat[:1]))
     target = torch.where(keep, at, flat.shape[0])
-    return spare.index_put((target.flatten(),), merged.flatten(0, 1))[:-1].view_as(hidden)
+    spare = torch.cat((flat, flat[:1])).index_put((target.flatten(),), merged.flatten(0, 1))
+    return spare[:-1].view_as(hidden)

@@ -7,14 +7,28 @@ chunked and never stored as N x N.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import nn
 
-__all__ = ["Hidden", "Tap", "TextAttention", "VisionAttention", "attention_mass"]
+if TYPE_CHECKING:
+    from vlmprune.layout import Layout
+    from vlmprune.sequence import Sequence
+
+__all__ = ["DecoderTap", "Hidden", "Tap", "TextAttention", "TowerTap", "VisionAttention", "attention_mass"]
 
 CHUNK = 128  # query rows whose scores exist at one time
+
+
+class Scene(Protocol):
+    """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are."""
+
+    sequence: Sequence
+    layout: Layout
+
+    def flat_index(self) -> torch.Tensor:
+        """`(images, tokens)` index of every visual token into the flattened `(batch * length)` sequence."""
 
 
 @dataclass(frozen=True)
@@ -23,32 +37,80 @@ class Tap:
 
 
 @dataclass(frozen=True)
-class VisionAttention(Tap):
-    """Attention of tower layer `layer` (0-based): post-softmax, head mean.
-
-    `rows="cls"` is the [CLS] query's row over patch keys; `rows="patches"` the mean over patch queries, so the
-    attention each patch receives. Arrives as `(images, tokens)` float32 (newlines and padding are arbitrary).
-    """
+class TowerTap(Tap):
+    """A tap measured at the input of tower layer `layer` (0-based)."""
 
     layer: int
-    rows: Literal["cls", "patches"] = "cls"
+
+    def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        """From the layer's input `(views, tokens, dim)`; returns `(views, patches, ...)`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class TextAttention(Tap):
-    """Attention that visual tokens receive in decoder layer `layer`: post-softmax, mean over heads and query rows.
-
-    `rows="last"` is the last prompt token's row, `rows="all"` the mean over every real token's row. Recorded at the
-    input of that layer: before a cut at the same layer, after it for later cuts. Arrives as `(images, tokens)` float32.
-    """
+class DecoderTap(Tap):
+    """A tap measured at the input of decoder layer `layer` (0-based): before a cut there, after it for later cuts."""
 
     layer: int
-    rows: Literal["last", "all"] = "last"
+
+    def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        """From the layer's input `(batch, length, dim)`; returns `(images, tokens, ...)`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Hidden(Tap):
     """The visual tokens' own vectors at the cut, `(images, tokens, dim)`: the projected features at `Decoder(0)`."""
+
+
+@dataclass(frozen=True)
+class VisionAttention(TowerTap):
+    """Attention of a tower layer: post-softmax, head mean.
+
+    `rows="cls"` is the [CLS] query's row over patch keys; `rows="patches"` the mean over patch queries, so the
+    attention each patch receives. Arrives as `(images, tokens)` float32 (newlines and padding are arbitrary).
+    """
+
+    rows: Literal["cls", "patches"] = "cls"
+
+    def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        attention, first = layer.self_attn, int(has_cls)
+        normed = layer.layer_norm1(hidden)
+        rows = normed[:, :1] if self.rows == "cls" else normed[:, first:]
+        query = split_heads(attention.q_proj(rows), attention.head_dim)
+        key = split_heads(attention.k_proj(normed), attention.head_dim)
+        return attention_mass(query, key, attention.scale, None, None)[:, first:]
+
+
+@dataclass(frozen=True)
+class TextAttention(DecoderTap):
+    """Attention that visual tokens receive in a decoder layer: post-softmax, mean over heads and query rows.
+
+    `rows="last"` is the last prompt token's row, `rows="all"` the mean over every real token's row. Arrives as
+    `(images, tokens)` float32.
+    """
+
+    rows: Literal["last", "all"] = "last"
+
+    def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        attention, (batch, length, _) = layer.self_attn, hidden.shape
+        columns = torch.arange(length, device=hidden.device)
+        mask = scene.sequence.mask
+        real = torch.ones(batch, length, dtype=torch.bool, device=hidden.device) if mask is None else mask
+        normed = layer.input_layernorm(hidden)
+        cos, sin = scene.sequence.rotary
+        if self.rows == "last":
+            at, weight = torch.where(real, columns, 0).amax(1, keepdim=True), None
+        else:
+            at, weight = columns.expand(batch, -1), real / real.sum(1, keepdim=True)
+        query = split_heads(attention.q_proj(take_rows(normed, at)), attention.head_dim)
+        query = rotate(query, take_rows(cos, at), take_rows(sin, at))
+        key = rotate(split_heads(attention.k_proj(normed), attention.head_dim), cos, sin)
+        visible = (columns <= at[..., None]) & real[:, None]
+        if (window := sliding_window(attention)) is not None:
+            visible &= columns > at[..., None] - window
+        mass = attention_mass(query, key, attention.scaling, visible[:, None], weight)
+        return mass.flatten()[scene.flat_index()]
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
@@ -91,14 +153,9 @@ def split_heads(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.unflatten(-1, (-1, dim)).transpose(1, 2)
 
 
-def vision_attention(tap: VisionAttention, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-    """Measure a tower layer from its input `(views, tokens, dim)`; returns `(views, patches)`."""
-    attention, first = layer.self_attn, int(has_cls)
-    normed = layer.layer_norm1(hidden)
-    rows = normed[:, :1] if tap.rows == "cls" else normed[:, first:]
-    query = split_heads(attention.q_proj(rows), attention.head_dim)
-    key = split_heads(attention.k_proj(normed), attention.head_dim)
-    return attention_mass(query, key, attention.scale, None, None)[:, first:]
+def take_rows(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Rows `at` `(batch, rows)` of `(batch, length, dim)`."""
+    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -114,37 +171,3 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def sliding_window(attention: nn.Module) -> int | None:
     """The window of a decoder layer's attention in tokens, or None (Mistral keeps it in its config alone)."""
     return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-
-
-def text_attention(
-    tap: TextAttention,
-    layer: nn.Module,
-    hidden: torch.Tensor,
-    cos_sin: tuple[torch.Tensor, torch.Tensor],
-    mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """Measure a decoder layer from its input `(batch, length, dim)`; returns `(batch, length)` mass on every key.
-
-    Args:
-        mask: `(batch, length)` bool of real tokens, None for all.
-    """
-    attention, (batch, length, _) = layer.self_attn, hidden.shape
-    columns = torch.arange(length, device=hidden.device)
-    real = hidden.new_ones(batch, length, dtype=torch.bool) if mask is None else mask
-    normed = layer.input_layernorm(hidden)
-    cos, sin = (x.expand(batch, -1, -1) for x in cos_sin)
-    if tap.rows == "last":
-        at = torch.where(real, columns, 0).amax(1, keepdim=True)
-        weight = None
-    else:
-        at = columns.expand(batch, -1)
-        weight = real / real.sum(1, keepdim=True)
-    pick = at[..., None]
-    query = attention.q_proj(normed.gather(1, pick.expand(-1, -1, normed.shape[-1])))
-    query = split_heads(query, attention.head_dim)
-    query = rotate(query, *(x.gather(1, pick.expand(-1, -1, x.shape[-1])) for x in (cos, sin)))
-    key = rotate(split_heads(attention.k_proj(normed), attention.head_dim), cos, sin)
-    visible = (columns <= pick) & real[:, None]
-    if (window := sliding_window(attention)) is not None:
-        visible &= columns > pick - window
-    return attention_mass(query, key, attention.scaling, visible[:, None], weight)

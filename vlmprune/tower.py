@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vlmprune.plan import FRAME, Plan
-from vlmprune.taps import Tap, VisionAttention, vision_attention
+from vlmprune.taps import Tap, TowerTap
 
 __all__ = ["SEEN", "SIZES", "AfterTower", "BeforeTower", "BeforeTowerLayer", "RememberSizes"]
 
@@ -25,7 +25,7 @@ SIZES = "_vlmprune_sizes"  # attribute of the tower's output: (height, width) of
 class TowerFrame:
     """One pass through the vision tower: the inputs of the layers that taps look at."""
 
-    def __init__(self, taps: list[VisionAttention], has_cls: bool):
+    def __init__(self, taps: list[TowerTap], has_cls: bool):
         self.taps, self.has_cls = taps, has_cls
         self.seen: dict[Tap, torch.Tensor] = {}
 
@@ -33,7 +33,7 @@ class TowerFrame:
         """Measure what is to be seen of tower layer `index`, from its input `(views, tokens, dim)`."""
         for tap in self.taps:
             if tap.layer == index:
-                self.seen[tap] = vision_attention(tap, layer, hidden.detach(), self.has_cls)
+                self.seen[tap] = tap.measure(layer, hidden.detach(), self.has_cls)
 
 
 @dataclass
