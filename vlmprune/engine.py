@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from vlmprune.layout import upload
 from vlmprune.plan import FRAME, Plan
 from vlmprune.prompt import prompt_layout
 from vlmprune.sequence import Segment, Sequence, attention_mask, merge_tokens
-from vlmprune.taps import DecoderTap, Hidden, Tap, sliding_window
+from vlmprune.taps import BlockTap, DecoderTap, Hidden, Tap, sliding_window
 from vlmprune.tower import SEEN, AfterTower, BeforeTower, BeforeTowerLayer, RememberSizes
 from vlmprune.trace import CutTrace, Trace
 
@@ -40,7 +41,7 @@ class Prefill:
     def __init__(self, plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, features: Any):
         self.plan = plan
         self.rotary_emb = plan.family.language_model(inner).rotary_emb
-        self.layout, self.real, self.lengths = prompt_layout(plan, inner, input_ids, mask, features)
+        self.layout, self.real, self.lengths, self.text_after = prompt_layout(plan, inner, input_ids, mask, features)
         self.prompt_lengths = self.lengths
         seen = getattr(features, SEEN, {})
         if missing := [tap for tap in plan.tower_taps if tap not in seen]:
@@ -89,6 +90,14 @@ class Prefill:
             if isinstance(tap, DecoderTap) and tap.layer == index and tap not in self.seen:
                 self.seen[tap] = tap.measure(layer, hidden.detach(), self)
 
+    @torch.no_grad()
+    def watch(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Let the block taps of layer `index` see what one of its two blocks read and wrote."""
+        for tap in dict.fromkeys(tap for _, cut in self.pending for tap in cut.see):
+            if isinstance(tap, BlockTap) and tap.layer == index:
+                value = tap.measure(before.detach(), after.detach(), self)
+                self.seen[tap] = self.seen[tap] + value if tap in self.seen else value
+
     def flat_index(self) -> torch.Tensor:
         """`(images, tokens)` index of every visual token into `(batch * length)` of the current sequence."""
         sample = upload(self.layout.sample, self.layout.device)
@@ -123,6 +132,8 @@ class Prefill:
         drop = drop.view_as(sequence.columns) > 0
         hidden, self.sequence = sequence.shorten(hidden, drop, dropped, cut.positions, self.rotary_emb)
         self.layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=reduction.patches)
+        if cut.at.layer == 0:
+            self.layout = replace(self.layout, entered=counts, entered_patches=reduction.patches)
         return hidden
 
     def finish(self, output: Any) -> None:
@@ -201,6 +212,30 @@ def decode_mask(
     return torch.cat((kept, tail), 1)
 
 
+def drop_overlap(kwargs: dict, first: Segment, cache: Any) -> dict:
+    """The inputs without the columns that the cache already holds.
+
+    To continue a conversation, `generate` slices its input by the cache's physical length, which a cut at layer 0 made
+    short: so many of the old tokens come again in front of the new ones. A caller who slices by hand brings the new
+    ones alone; the end of the sequence, which the mask or the positions tell, says which it is.
+    """
+    short = first.prompt - first.length if first.first == 0 else 0
+    given = {k: kwargs[k] for k in ("input_ids", "inputs_embeds", "position_ids") if kwargs.get(k) is not None}
+    queries = (given["input_ids"] if "input_ids" in given else given["inputs_embeds"]).shape[1]
+    if not 0 < short < queries:
+        return {}
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        end = mask.shape[1]
+    elif "position_ids" in given:
+        end = int(given["position_ids"].max()) + 1  # one host read a turn, none in a decode step
+    else:
+        return {}
+    if int(cache.get_seq_length()) + queries != end:
+        return {}
+    return {k: x[:, short:] for k, x in given.items()}
+
+
 # --- hooks on the model ---------------------------------------------------------------------------------------------
 
 
@@ -250,9 +285,10 @@ class BeforeModel:
 
     def decode(self, module: nn.Module, kwargs: dict, segments: list[Segment]) -> tuple[tuple, dict]:
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+        first, prompt = segments[0], segments[0].prompt
+        kwargs = kwargs | drop_overlap(kwargs, first, cache)
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
         batch, queries = tokens.shape[:2]
-        first, prompt = segments[0], segments[0].prompt
         new = mask[:, prompt:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -270,11 +306,42 @@ class BeforeModel:
         return (), kwargs
 
 
+class Watch:
+    """Hands the frame to the hooks on a layer's two blocks, which get no keyword arguments of ours.
+
+    The layer's pre-hook and the blocks run in one thread within one call, so the thread's number finds the frame.
+    """
+
+    def __init__(self) -> None:
+        self.frames: dict[int, Prefill] = {}
+
+    def begin(self, frame: Any) -> None:
+        if isinstance(frame, Prefill):
+            self.frames[get_ident()] = frame
+
+
+@dataclass
+class AfterBlock:
+    """Hook of an attention or feed-forward block that a tap watches; the second of the two ends the watch."""
+
+    index: int
+    watching: Watch
+    last: bool
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        frames, me = self.watching.frames, get_ident()
+        frame = frames.pop(me, None) if self.last else frames.get(me)
+        if frame is not None:
+            before = args[0] if args else kwargs["hidden_states"]
+            frame.watch(self.index, before, output[0] if isinstance(output, tuple) else output)
+
+
 @dataclass
 class BeforeLayer:
     """Pre-hook of a decoder layer: takes the frame out and lets it act."""
 
     index: int
+    watching: Watch | None = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if FRAME not in kwargs:
@@ -282,6 +349,8 @@ class BeforeLayer:
         frame = kwargs.pop(FRAME)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         hidden, kwargs = frame.enter(self.index, module, hidden, kwargs)
+        if self.watching is not None:
+            self.watching.begin(frame)
         return (hidden, *args[1:]), kwargs
 
 
@@ -306,7 +375,16 @@ class CheckLabels:
             raise ValueError("labels on visual placeholders must be -100: pruned tokens cannot carry a loss.")
 
 
-HOOKS = (BeforeTower, BeforeTowerLayer, AfterTower, BeforeModel, BeforeLayer, AfterLanguageModel, CheckLabels)
+HOOKS = (
+    AfterBlock,
+    BeforeTower,
+    BeforeTowerLayer,
+    AfterTower,
+    BeforeModel,
+    BeforeLayer,
+    AfterLanguageModel,
+    CheckLabels,
+)
 
 
 def is_hook(hook: Callable) -> bool:
@@ -331,7 +409,11 @@ def install(model: nn.Module, plan: Plan) -> None:
         inner.get_image_features = RememberSizes(inner)
     before(inner, BeforeModel(plan))
     for index, layer in enumerate(family.decoder_layers(inner)):
-        before(layer, BeforeLayer(index))
+        watching = Watch() if index in plan.block_layers else None
+        before(layer, BeforeLayer(index, watching))
+        if watching is not None:
+            layer.self_attn.register_forward_hook(AfterBlock(index, watching, last=False), with_kwargs=True)
+            layer.mlp.register_forward_hook(AfterBlock(index, watching, last=True), with_kwargs=True)
     family.language_model(inner).register_forward_hook(AfterLanguageModel(), with_kwargs=True)
     if model is not inner:
         before(model, CheckLabels(plan))

@@ -115,6 +115,8 @@ class Layout:
         alive: `(images, tokens)` bool, real tokens that earlier cuts have not dropped.
         alive_counts: number of alive tokens of every image, known on the host.
         alive_patches: the same without newlines; None after a cut that let newlines compete with patches.
+        entered: `alive_counts` at the input of the first decoder layer, after the cuts there: what a fraction is of.
+        entered_patches: the same for `alive_patches`.
         view_size: patches of one tower view (rows * cols), for `source`.
     """
 
@@ -126,6 +128,8 @@ class Layout:
     alive: torch.Tensor
     alive_counts: list[int]
     alive_patches: list[int] | None
+    entered: list[int]
+    entered_patches: list[int] | None
     view_size: int
 
     def __len__(self) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from vlmprune.cuts import Cut
 from vlmprune.layout import ImageGrid
 from vlmprune.patches import Family, ModelFacts
-from vlmprune.taps import TowerTap
+from vlmprune.taps import BlockTap, TowerTap
 from vlmprune.trace import Trace
 
 __all__ = ["FRAME", "Plan"]
@@ -39,6 +39,11 @@ class Plan:
     def tower_taps(self) -> list[TowerTap]:
         """What the cuts want to see of the vision tower, each once."""
         return list(dict.fromkeys(t for _, cut in self.cuts for t in cut.see if isinstance(t, TowerTap)))
+
+    @property
+    def block_layers(self) -> set[int]:
+        """Decoder layers whose two blocks a tap watches."""
+        return {tap.layer for _, cut in self.cuts for tap in cut.see if isinstance(tap, BlockTap)}
 
     def grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
         """The layout of an image of `size` (height, width), traced once per size."""

@@ -19,8 +19,8 @@ __all__ = ["prompt_layout"]
 
 def prompt_layout(
     plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, features: Any
-) -> tuple[Layout, torch.Tensor | None, list[int]]:
-    """Find every visual token of a batch, with one host read (placeholders and real tokens per row).
+) -> tuple[Layout, torch.Tensor | None, list[int], list[int]]:
+    """Find every visual token of a batch, with one host read (three counts per row).
 
     Args:
         input_ids: `(batch, length)`.
@@ -28,7 +28,8 @@ def prompt_layout(
         features: the encoder's output, whose `pooler_output` lists `(tokens, dim)` per image.
 
     Returns:
-        The layout, the `(batch, length)` bool mask of real tokens (None if all are), and real tokens per row.
+        The layout, the `(batch, length)` bool mask of real tokens (None if all are), and per row the number of real
+        tokens and of those after the last visual token.
 
     Raises:
         ValueError: placeholders and features do not match.
@@ -37,9 +38,10 @@ def prompt_layout(
     length = input_ids.shape[1]
     placeholder = input_ids == plan.family.image_token(inner)
     real = real_tokens(mask, length)
-    facts = [placeholder.sum(1)] if real is None else [placeholder.sum(1), real.sum(1)]
-    placeholders, *rest = torch.stack(facts).tolist()
-    lengths = rest[0] if rest else [length] * len(placeholders)
+    everything = torch.ones_like(placeholder) if real is None else real
+    # real tokens behind the last placeholder: those that a sum from the right has not met a placeholder for
+    after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
+    placeholders, lengths, text_after = torch.stack([x.sum(1) for x in (placeholder, everything, after)]).tolist()
     if all(n == length for n in lengths):
         real = None
 
@@ -75,9 +77,11 @@ def prompt_layout(
         alive=token < upload(sizes, device)[:, None],
         alive_counts=sizes,
         alive_patches=[grid.patches for grid in grids],
+        entered=sizes,
+        entered_patches=[grid.patches for grid in grids],
         view_size=side * side,
     )
-    return layout, real, lengths
+    return layout, real, lengths, text_after
 
 
 def assign_images(placeholders: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int], list[int]]:

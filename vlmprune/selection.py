@@ -10,7 +10,7 @@ from vlmprune.budget import count, share
 from vlmprune.cuts import Reduction
 from vlmprune.layout import Layout, upload
 
-__all__ = ["Newlines", "Scope", "check_choice", "keep_patches", "select", "top_k"]
+__all__ = ["Newlines", "Scope", "candidates", "capped", "check_choice", "keep_patches", "select", "top_k"]
 
 Newlines = Literal["all", "row", "none", "candidates"]
 Scope = Literal["view", "image"]
@@ -94,20 +94,28 @@ def select(
         keep: budget in patches per image (tokens for `newlines="candidates"`, which lets newlines compete).
         scope: "image" ranks all patches of an image together, "view" gives each view its share of the budget.
     """
-    candidates = layout.alive if newlines == "candidates" else layout.patches
-    available = layout.alive_counts if newlines == "candidates" else layout.alive_patches
+    among, totals, available = candidates(layout, newlines)
     if scope == "view":
         views = max(grid.views for grid in layout.grids)
         shares = [share(keep, grid.patches_per_view) + [0] * (views - grid.views) for grid in layout.grids]
         by_view = layout.view[:, None] == torch.arange(views, device=layout.device)[:, None]
-        rows = (candidates[:, None] & by_view) if views > 1 else candidates[:, None]
+        rows = (among[:, None] & by_view) if views > 1 else among[:, None]
         mask = top_k(scores[:, None].expand_as(rows), shares, rows).any(1)
-        counts = [sum(s) for s in shares]
         untouched = available == [grid.patches for grid in layout.grids]
-        return keep_patches(mask, layout, counts if untouched else None, newlines, scores)
-    totals = [grid.tokens if newlines == "candidates" else grid.patches for grid in layout.grids]
+        return keep_patches(mask, layout, [sum(s) for s in shares] if untouched else None, newlines, scores)
     counts = [count(keep, total) for total in totals]
-    mask = top_k(scores, counts, candidates)
-    if available is not None:
-        counts = [min(c, a) for c, a in zip(counts, available, strict=True)]
-    return keep_patches(mask, layout, counts if available is not None else None, newlines, scores)
+    mask = top_k(scores, counts, among)
+    return keep_patches(mask, layout, capped(counts, available), newlines, scores)
+
+
+def candidates(layout: Layout, newlines: Newlines) -> tuple[torch.Tensor, list[int], list[int] | None]:
+    """Who competes: `(images, tokens)` bool, their number when they entered the LLM, and now (None if unknown)."""
+    if newlines == "candidates":
+        return layout.alive, layout.entered, layout.alive_counts
+    entered = layout.entered_patches or [grid.patches for grid in layout.grids]
+    return layout.patches, entered, layout.alive_patches
+
+
+def capped(counts: list[int], available: list[int] | None) -> list[int] | None:
+    """Counts that a selection really reaches: at most what is there, unknown if that is unknown."""
+    return None if available is None else [min(c, a) for c, a in zip(counts, available, strict=True)]

@@ -94,6 +94,10 @@ class Sequence:
         """Columns, padding included."""
         return self.columns.shape[1]
 
+    def real(self) -> torch.Tensor:
+        """`(batch, length)` bool of real entries."""
+        return torch.ones_like(self.columns, dtype=torch.bool) if self.mask is None else self.mask
+
     def index_of(self, layout: Layout) -> torch.Tensor:
         """`(images, tokens)` entry of every visual token in this sequence (0 for tokens that are gone)."""
         where = self.columns.new_zeros(self.columns.shape[0], self.prompt)

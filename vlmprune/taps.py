@@ -12,20 +12,37 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import torch
 from torch import nn
 
+from vlmprune.layout import upload
+
 if TYPE_CHECKING:
     from vlmprune.layout import Layout
     from vlmprune.sequence import Sequence
 
-__all__ = ["DecoderTap", "Hidden", "Tap", "TextAttention", "TowerTap", "VisionAttention", "attention_mass"]
+__all__ = [
+    "BlockTap",
+    "CrossShare",
+    "DecoderTap",
+    "Hidden",
+    "Tap",
+    "TextAttention",
+    "TowerTap",
+    "VisionAttention",
+    "attention_mass",
+    "upcast",
+]
 
 CHUNK = 128  # query rows whose scores exist at one time
 
 
 class Scene(Protocol):
-    """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are."""
+    """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are.
+
+    `text_after` counts the tokens after the last visual token of every batch row.
+    """
 
     sequence: Sequence
     layout: Layout
+    text_after: list[int]
 
     def flat_index(self) -> torch.Tensor:
         """`(images, tokens)` index of every visual token into the flattened `(batch * length)` sequence."""
@@ -86,31 +103,65 @@ class VisionAttention(TowerTap):
 class TextAttention(DecoderTap):
     """Attention that visual tokens receive in a decoder layer: post-softmax, mean over heads and query rows.
 
-    `rows="last"` is the last prompt token's row, `rows="all"` the mean over every real token's row. Arrives as
+    `rows="last"` is the last prompt token's row, `rows="instruction"` the mean over the rows of all text after the
+    last image (the last token's where there is none), `rows="all"` the mean over every real token's row. Arrives as
     `(images, tokens)` float32.
     """
 
-    rows: Literal["last", "all"] = "last"
+    rows: Literal["last", "instruction", "all"] = "last"
 
     def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
-        attention, (batch, length, _) = layer.self_attn, hidden.shape
-        columns = torch.arange(length, device=hidden.device)
-        mask = scene.sequence.mask
-        real = torch.ones(batch, length, dtype=torch.bool, device=hidden.device) if mask is None else mask
-        normed = layer.input_layernorm(hidden)
-        cos, sin = scene.sequence.rotary
-        if self.rows == "last":
-            at, weight = torch.where(real, columns, 0).amax(1, keepdim=True), None
+        real = scene.sequence.real()
+        if self.rows == "all":
+            at = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+            weight = real / real.sum(1, keepdim=True)
         else:
-            at, weight = columns.expand(batch, -1), real / real.sum(1, keepdim=True)
-        query = split_heads(attention.q_proj(take_rows(normed, at)), attention.head_dim)
-        query = rotate(query, take_rows(cos, at), take_rows(sin, at))
-        key = rotate(split_heads(attention.k_proj(normed), attention.head_dim), cos, sin)
-        visible = (columns <= at[..., None]) & real[:, None]
-        if (window := sliding_window(attention)) is not None:
-            visible &= columns > at[..., None] - window
-        mass = attention_mass(query, key, attention.scaling, visible[:, None], weight)
-        return mass.flatten()[scene.flat_index()]
+            at, weight = last_rows(real, [1] * len(hidden) if self.rows == "last" else scene.text_after)
+        return decoder_mass(layer, hidden, scene, [(at, weight)])[0].flatten()[scene.flat_index()]
+
+
+@dataclass(frozen=True)
+class CrossShare(DecoderTap):
+    """How much text and image of a sample look at each other in a decoder layer, `(images, 2)` float32.
+
+    Share of the attention of text rows (all text after the first visual token) that goes to visual tokens, and share
+    of the attention of visual rows that goes to that text (ToDRE, stage 2). Equal for all images of a sample.
+    """
+
+    def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        layout, real = scene.layout, scene.sequence.real()
+        at, sample = scene.flat_index(), upload(layout.sample, hidden.device)
+        visual = torch.zeros(real.numel(), dtype=torch.long, device=real.device)
+        visual = visual.scatter_add(0, at.flatten(), layout.alive.long().flatten()).view_as(real) > 0
+        text = real & ~visual & (visual.cumsum(1) > 0)
+        if max(layout.ordinal) == 0:
+            # one image a sample: the text after it cannot be seen from it, and its rows alone need to be computed
+            rows = [last_rows(real, scene.text_after)]
+        else:
+            all_rows = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+            rows = [(all_rows, mean_weight(text)), (all_rows, mean_weight(visual))]
+        mass = decoder_mass(layer, hidden, scene, rows)
+        shares = [
+            (mass[0] * visual).sum(1),
+            (mass[1] * text).sum(1) if len(mass) > 1 else mass[0].new_zeros(len(hidden)),
+        ]
+        return torch.stack(shares, 1)[sample]
+
+
+@dataclass(frozen=True)
+class BlockTap(Tap):
+    """A tap on the two blocks (attention, feed-forward) of decoder layer `layer`: what each did to every token."""
+
+    layer: int
+
+    def measure(self, before: torch.Tensor, after: torch.Tensor, scene: Scene) -> torch.Tensor:
+        """From a block's input and output, both `(batch, length, dim)`; the engine adds up a layer's two blocks.
+
+        Args:
+            before: what the block read (normalised hidden states).
+            after: what it wrote, before the residual is added.
+        """
+        raise NotImplementedError
 
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
@@ -171,3 +222,43 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def sliding_window(attention: nn.Module) -> int | None:
     """The window of a decoder layer's attention in tokens, or None (Mistral keeps it in its config alone)."""
     return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+
+
+def mean_weight(rows: torch.Tensor) -> torch.Tensor:
+    """Weights that average the marked rows of `(batch, length)`."""
+    return rows / rows.sum(1, keepdim=True).clamp(min=1)
+
+
+def last_rows(real: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last `counts` real rows of every sample (at least one), and the weights that average them.
+
+    Args:
+        real: `(batch, length)` bool.
+
+    Returns:
+        `(batch, rows)` long indices and `(batch, rows)` float weights, 0 at padding.
+    """
+    most, device = max(1, *counts), real.device
+    n = upload(counts, device).clamp(min=1)[:, None]
+    end = torch.where(real, torch.arange(real.shape[1], device=device), 0).amax(1, keepdim=True) + 1
+    number = torch.arange(most, device=device)
+    return (end - n + number).clamp(0, real.shape[1] - 1), (number < n) / n
+
+
+def decoder_mass(
+    layer: nn.Module, hidden: torch.Tensor, scene: Scene, rows: list[tuple[torch.Tensor, torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Attention mass `(batch, length)` on every key of a decoder layer, for each set of query rows with weights."""
+    attention, columns = layer.self_attn, torch.arange(hidden.shape[1], device=hidden.device)
+    normed, (cos, sin) = layer.input_layernorm(hidden), scene.sequence.rotary
+    real = scene.sequence.real()
+    key = rotate(split_heads(attention.k_proj(normed), attention.head_dim), cos, sin)
+    window, masses = sliding_window(attention), []
+    for at, weight in rows:
+        query = split_heads(attention.q_proj(take_rows(normed, at)), attention.head_dim)
+        query = rotate(query, take_rows(cos, at), take_rows(sin, at))
+        visible = (columns <= at[..., None]) & real[:, None]
+        if window is not None:
+            visible &= columns > at[..., None] - window
+        masses.append(attention_mass(query, key, attention.scaling, visible[:, None], weight))
+    return masses

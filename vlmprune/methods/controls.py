@@ -17,7 +17,7 @@ from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 from vlmprune.selection import Newlines, check_choice, keep_patches, select
 
-__all__ = ["Grid", "Pool", "Random", "grid_shape"]
+__all__ = ["Grid", "Pool", "Random", "grid_shape", "random_scores"]
 
 
 @lru_cache(maxsize=256)
@@ -25,6 +25,14 @@ def noise(seed: int, ordinal: int, tokens: int) -> torch.Tensor:
     """`(tokens,)` uniform scores, the same on every device and for every batch row."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + ordinal) % 2**63)
     return torch.rand(tokens, generator=generator)
+
+
+def random_scores(seed: int, layout: Layout) -> torch.Tensor:
+    """`(images, tokens)` uniform scores that depend on the seed, the image's number in its prompt and its size."""
+    scores = torch.zeros(layout.position.shape)
+    for i, (grid, ordinal) in enumerate(zip(layout.grids, layout.ordinal, strict=True)):
+        scores[i, : grid.tokens] = noise(seed, ordinal, grid.tokens)
+    return upload(scores, layout.device)
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,7 @@ class Random(Control):
             raise ValueError(f"seed={self.seed!r} must be a whole number of at least 0.")
 
     def reduce(self, seen: dict, layout: Layout) -> Reduction:
-        scores = torch.zeros(layout.position.shape)
-        for i, (grid, ordinal) in enumerate(zip(layout.grids, layout.ordinal, strict=True)):
-            scores[i, : grid.tokens] = noise(self.seed, ordinal, grid.tokens)
-        return select(upload(scores, layout.device), self.keep, layout, self.newlines)
+        return select(random_scores(self.seed, layout), self.keep, layout, self.newlines)
 
 
 def grid_shape(keep: int, rows: int, cols: int) -> tuple[int, int]:

@@ -1,0 +1,78 @@
+"""The `vlmprune` command: one module per verb; torch and transformers are imported after the arguments are read."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from vlmprune._version import __version__
+from vlmprune.cli import demo, ls, run
+from vlmprune.cli.errors import CommandError
+
+__all__ = ["main"]
+
+EPILOG = """\
+examples:
+  vlmprune demo
+  vlmprune run --image photo.jpg --prompt "what is this?" --model llava-hf/llava-1.5-7b-hf --keep 64
+  vlmprune ls methods
+
+exit codes: 0 done, 1 failed, 2 wrong usage (a missing file, an unknown method, ...), 130 interrupted
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    made = argparse.ArgumentParser(
+        prog="vlmprune",
+        description="Visual token pruning for LLaVA-style Hugging Face models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("--version", action="store_true", help="show the versions of vlmprune and what it runs on")
+    verbs = made.add_subparsers(title="verbs", metavar="VERB")
+    for verb in (run, ls, demo):
+        verb.add_to(verbs)
+    return made
+
+
+def versions() -> str:
+    """`vlmprune 0.1.0 (torch ..., transformers ..., Python ...)`, read from metadata."""
+    found = []
+    for name in ("torch", "transformers"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    return f"vlmprune {__version__} ({', '.join(found)}, Python {sys.version.split()[0]})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    try:
+        made = parser()
+        args = made.parse_args(argv)
+        if args.version:
+            print(versions())
+            return 0
+        if not hasattr(args, "verb"):
+            made.print_help(sys.stderr)
+            return 2
+        args.verb(args)
+        sys.stdout.flush()
+    except SystemExit as stop:  # argparse: 0 after --help, 2 after a mistake
+        return stop.code if isinstance(stop.code, int) else 2
+    except CommandError as error:
+        print(f"vlmprune: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        print("\nvlmprune: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `vlmprune ls methods | head`: nobody reads on, and the exit must not flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0

@@ -1,0 +1,23 @@
+"""What the command says instead of a traceback."""
+
+from __future__ import annotations
+
+__all__ = ["CommandError", "UserError", "brief"]
+
+
+class CommandError(Exception):
+    """Ends the command with this message."""
+
+    code = 1
+
+
+class UserError(CommandError):
+    """The user's mistake."""
+
+    code = 2
+
+
+def brief(error: BaseException, limit: int = 300) -> str:
+    """The first lines of an exception's message, on one line; its type where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

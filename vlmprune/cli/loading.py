@@ -1,0 +1,180 @@
+"""From what the user named to a model on a device, and from pictures and a prompt to its inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmprune.cli.errors import UserError, brief
+from vlmprune.cli.status import note, quiet
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["DTYPES", "Loaded", "find_model", "load", "model_inputs", "pick_device"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: a folder (`local`) or an id on the hub; `embedded` models come with the package."""
+
+    name: str
+    place: str
+    local: bool
+    embedded: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run, with its processor."""
+
+    source: Source
+    model: Any
+    processor: Any
+
+    @property
+    def description(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters())
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        kind = self.model.config.model_type
+        return f"{self.source.name} ({kind}, {size / 1e6:.3g} M parameters), {self.model.device}, {dtype}"
+
+
+def find_model(name: str) -> Source:
+    """Find out what `name` means: an embedded model, a folder, or an id on the hub.
+
+    Raises:
+        UserError: an embedded model whose weights are missing, no such folder, or a folder without a model.
+    """
+    from vlmprune.errors import did_you_mean
+    from vlmprune.eval import testbed
+
+    if name in testbed.NAMES:
+        try:
+            return Source(name, str(testbed.path(name)), local=True, embedded=True)
+        except FileNotFoundError as error:
+            raise UserError(f"{brief(error)}; name another model with --model.") from None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no config.json: it is not the folder of a model.")
+        return Source(name, str(folder), local=True)
+    if folder.exists():
+        raise UserError(f"{folder} is a file: --model takes the folder of a model.")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        hint = did_you_mean(name, testbed.NAMES)
+        raise UserError(
+            f"no model {name!r}: no such folder, no embedded model ({', '.join(testbed.NAMES)}), and not an id "
+            f"owner/name on the hub.{hint}"
+        )
+    return Source(name, name, local=False)
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        UserError: a device that this machine or this torch lacks.
+    """
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        number = re.fullmatch(r"cuda(?::(\d+))?", wanted)
+        if number is None or int(number[1] or 0) >= count:
+            raise UserError(f"there is no device {wanted!r}: torch {torch.__version__} sees {count} CUDA devices.")
+    elif wanted != "cpu":
+        raise UserError(f"unknown device {wanted!r}: cpu, cuda, cuda:N or auto.")
+    return wanted
+
+
+def load(source: Source, device: str = "cpu", dtype: str = "auto") -> Loaded:
+    """Load a model and its processor.
+
+    Args:
+        source: of `find_model`.
+        device: of `pick_device`.
+        dtype: one of `DTYPES`; "auto" is the checkpoint's own on a GPU and float32 on a CPU.
+
+    Raises:
+        UserError: not there, not reachable, not complete, or of a family that is not supported.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    from vlmprune.errors import UnsupportedError
+    from vlmprune.patches import FAMILIES, family_of
+
+    where = "" if source.local else " from the Hugging Face hub"
+    note(f"loading {source.name}{where} ...")
+    kind = dtype if dtype != "auto" else ("auto" if device.startswith("cuda") else "float32")
+    only = {"local_files_only": source.local}
+    with quiet(downloads=not source.local):
+        try:
+            config = AutoConfig.from_pretrained(source.place, **only)
+            if config.model_type not in FAMILIES:
+                raise UserError(
+                    f"{source.name} is a model of type {config.model_type!r}, which is not supported. "
+                    f"Supported: {', '.join(FAMILIES)} (see `vlmprune ls models`)."
+                )
+            processor = AutoProcessor.from_pretrained(source.place, **only)
+            if getattr(processor, "image_processor", None) is None:
+                raise UserError(f"{source.name} has no processor for pictures (processor_config.json).")
+            wanted = kind if kind == "auto" else getattr(torch, kind)
+            model = AutoModelForImageTextToText.from_pretrained(source.place, dtype=wanted, **only)
+            family = family_of(model)
+            family.facts(family.inner(model))
+        except UnsupportedError as error:
+            raise UserError(f"{source.name}: {error}") from None
+        except UserError:
+            raise
+        except Exception as error:  # transformers, the hub and safetensors raise nearly anything
+            way = "" if source.local else " (no such folder here, and the hub could not help)"
+            raise UserError(f"cannot load {source.name}{way}: {brief(error)}") from error
+    return Loaded(source, model.to(device).eval(), processor)
+
+
+def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> dict[str, Any]:
+    """Prepare pictures and prompt as the model wants them, by its chat template where it has one.
+
+    A prompt that has the image placeholder in it is taken as it is.
+
+    Raises:
+        UserError: placeholders and pictures do not match, or the processor cannot prepare them.
+    """
+    processor, model = loaded.processor, loaded.model
+    token = getattr(processor, "image_token", None) or "<image>"
+    if token in prompt:
+        text, made = prompt, f"the prompt has {prompt.count(token)} {token}"
+    elif getattr(processor, "chat_template", None):
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        made = f"the model's chat template writes {text.count(token)} {token}"
+    else:
+        text, made = token * len(images) + "\n" + prompt, ""
+    if text.count(token) != len(images):
+        raise UserError(f"{made}, and there are {len(images)} pictures.")
+    # a template that writes the first token itself must not get a second one
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+    try:
+        inputs = processor(text=text, images=list(images), return_tensors="pt", **once)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"the model's processor cannot prepare these pictures: {brief(error)}") from error
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return inputs
+
+
+def unknown_words(loaded: Loaded, prompt: str) -> list[str]:
+    """Words that an embedded model, which knows few, reads as <unk>."""
+    tokenizer = loaded.processor.tokenizer
+    words = dict.fromkeys(re.findall(r"[\w:]+|[^\w\s]", prompt.replace("<image>", " ")))
+    return [w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"]]

@@ -1,0 +1,184 @@
+"""`vlmprune ls`: the methods and models there are."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from dataclasses import MISSING, fields
+from importlib import metadata
+from typing import Any
+
+from vlmprune.cli.errors import UserError, brief
+
+__all__ = ["add_to"]
+
+EXAMPLES = """\
+examples:
+  vlmprune ls methods
+  vlmprune ls methods fopru      one method with all its options
+  vlmprune ls models --json
+"""
+
+
+def add_to(verbs: Any) -> None:
+    """Add this verb's parser."""
+    made = verbs.add_parser(
+        "ls",
+        help="list the methods or models there are",
+        description="List the methods (with those of other packages), or the models that can be pruned.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.add_argument("what", choices=("methods", "models"))
+    made.add_argument("name", nargs="?", help="only this method, in full")
+    made.add_argument("--json", action="store_true", help="print JSON")
+    made.set_defaults(verb=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print one of the lists."""
+    if args.name is not None and args.what != "methods":
+        raise UserError(f"ls {args.what} takes no name.")
+    if args.what == "methods":
+        found = methods()
+        if args.name is not None:
+            found = [pick(found, args.name)]
+        print(json.dumps(found, indent=2) if args.json else methods_text(found, full=args.name is not None))
+    else:
+        about = models()
+        print(json.dumps(about, indent=2) if args.json else models_text(about))
+
+
+def pick(found: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """The method called `name`."""
+    from vlmprune.errors import did_you_mean
+
+    names = [method["name"] for method in found]
+    if name not in names:
+        raise UserError(f"unknown method {name!r}.{did_you_mean(name, names)} Known: {', '.join(names)}.")
+    return found[names.index(name)]
+
+
+def methods() -> list[dict[str, Any]]:
+    """Every registered method; of one that cannot be loaded, the error."""
+    from vlmprune import registry
+
+    offered = {point.name: point for point in metadata.entry_points(group=registry.ENTRY_POINTS)}
+    found = []
+    for name in registry.names():
+        try:
+            about = describe(name, registry.find(name))
+        except Exception as error:  # another package's code: whatever it raises, the others are listed
+            about = {"name": name, "error": f"{type(error).__name__}: {brief(error)}"}
+        point = offered.get(name)
+        about["from"] = (point.dist.name if point.dist else point.value) if point else "vlmprune"
+        found.append(about)
+    return found
+
+
+def describe(name: str, cls: type) -> dict[str, Any]:
+    """What a method's class says about itself."""
+    options = {
+        f.name: {"type": f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))}
+        | ({} if f.default is MISSING else {"default": f.default})
+        for f in fields(cls)
+        if f.init
+    }
+    return {
+        "name": name,
+        "summary": cls.summary,
+        "paper": cls.paper,
+        "needs": cls.needs,
+        "stage": cls.stage,
+        "positions": options.get("positions", {}).get("default", "-"),
+        "syncs": cls.syncs,
+        "training": cls.training,
+        "options": json.loads(json.dumps(options, default=str)),
+        "doc": inspect.getdoc(cls) or "",
+    }
+
+
+def methods_text(found: list[dict[str, Any]], full: bool) -> str:
+    """A paragraph per method."""
+    lines = []
+    for method in found:
+        ours = "" if method["from"] == "vlmprune" else f" [from {method['from']}]"
+        if "error" in method:
+            lines += [f"{method['name']}{ours}", f"    cannot be loaded: {method['error']}"]
+            continue
+        paper = f" ({method['paper']})" if method["paper"] else ""
+        lines.append(f"{method['name']}: {method['summary']}{paper}{ours}")
+        facts = ("needs", "stage", "positions", "syncs", "training")
+        lines.append("    " + "; ".join(f"{fact} {method[fact]}" for fact in facts))
+        if full:
+            given = [f"{o}={v['default']!r}" if "default" in v else o for o, v in method["options"].items()]
+            lines += [f"    options: {', '.join(given)}", "", method["doc"]]
+    if not full:
+        lines += [
+            "",
+            "stage: where tokens go; positions: default position ids after the cut; syncs: device syncs per cut beyond",
+            "one read of the placeholder counts. Options of one method: vlmprune ls methods NAME",
+        ]
+    return "\n".join(lines)
+
+
+def models() -> dict[str, Any]:
+    """Families, towers and language models that are supported, and the embedded models."""
+    from vlmprune.eval import testbed
+    from vlmprune.patches import FAMILIES
+    from vlmprune.patches.base import LANGUAGE_MODELS, TOWERS
+
+    embedded = []
+    for name in testbed.NAMES:
+        try:
+            kind = json.loads((testbed.path(name) / "config.json").read_text())["model_type"]
+            embedded.append({"name": name, "family": kind, "present": True})
+        except FileNotFoundError as error:
+            embedded.append({"name": name, "present": False, "why": brief(error)})
+    return {
+        "families": [{"model_type": kind, "title": family.title} for kind, family in FAMILIES.items()],
+        "towers": [
+            {"model_type": kind, "has_cls": has_cls, "refused_methods": refused(has_cls)}
+            for kind, has_cls in TOWERS.items()
+        ],
+        "language_models": list(LANGUAGE_MODELS),
+        "embedded": embedded,
+    }
+
+
+def refused(has_cls: bool) -> dict[str, str]:
+    """Methods that do not run on a tower with or without a [CLS] token, by their own words."""
+    from vlmprune import registry
+    from vlmprune.errors import UnsupportedError
+    from vlmprune.patches import ModelFacts
+
+    facts = ModelFacts("llava", 24, 22, has_cls, decoder_layers=32, views=False)
+    why = {}
+    for name in registry.names():
+        try:
+            cls = registry.find(name)
+            if set(registry.required(cls)) <= {"keep"}:
+                cls(**({"keep": 1} if "keep" in registry.options(cls) else {})).cuts(facts)
+        except UnsupportedError as error:
+            why[name] = str(error)
+        except Exception:  # a method that cannot be loaded is reported by `ls methods`
+            continue
+    return why
+
+
+def models_text(about: dict[str, Any]) -> str:
+    """The same for a person."""
+    lines = ["families (model_type: class)"]
+    lines += [f"    {family['model_type']}: {family['title']}" for family in about["families"]]
+    lines.append("vision towers")
+    for tower in about["towers"]:
+        lines.append(f"    {tower['model_type']}: {'with' if tower['has_cls'] else 'without'} a [CLS] token")
+        lines += [f"        not {name}: {why}" for name, why in tower["refused_methods"].items()]
+    lines += ["language models", f"    {', '.join(about['language_models'])}", "embedded models"]
+    for model in about["embedded"]:
+        state = f"family {model['family']}" if model["present"] else f"missing: {model['why']}"
+        lines.append(f"    {model['name']}: {state}")
+    lines += ["", "Any folder or hub checkpoint of these families, towers and language models runs: --model PATH_OR_ID"]
+    return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""`vlmprune run`: one prompt about pictures, with and without pruning."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from typing import Any
+
+from vlmprune.cli.errors import UserError
+
+__all__ = ["add_to"]
+
+EXAMPLES = """\
+examples:
+  vlmprune run --image scene.png --prompt "what colour is the circle ?"
+  vlmprune run --image scene.png --prompt "which digit is in the picture ?" --keep 26 --save kept.png
+  vlmprune run --image a.jpg b.jpg --prompt "What differs?" --model llava-hf/llava-v1.6-mistral-7b-hf \\
+      --method fopru,vtc_cls,random --keep 0.25,0.1 --device cuda
+  vlmprune run --image scene.png --prompt "is there a red square ?" --method fastv --option layer=3
+
+The default model, scene-llava, comes with the package; it knows drawn scenes and some eighty words.
+"""
+
+OVERHEAD = (
+    "The embedded models are so small that these times are bound by overhead: they say nothing about a real model."
+)
+
+
+def add_to(verbs: Any) -> None:
+    """Add this verb's parser."""
+    made = verbs.add_parser(
+        "run",
+        help="answer a prompt about pictures, with and without pruning",
+        description="Answer a prompt about pictures with the full model and with pruned ones, and show what it costs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("--image", nargs="+", action="extend", required=True, metavar="FILE", help="picture, or several")
+    add("--prompt", required=True, help="what to ask; the model's chat template is put around it")
+    add(
+        "--model", default="scene-llava", metavar="NAME", help="embedded model, folder or hub id (default: %(default)s)"
+    )
+    add(
+        "--method", default="fopru", metavar="NAME[,NAME]", help="methods (`vlmprune ls methods`; default: %(default)s)"
+    )
+    add(
+        "--keep",
+        default="0.25",
+        metavar="N[,N]",
+        help="patches per image (36), or a fraction of them (0.1 or 10%%); default: %(default)s",
+    )
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the method (`vlmprune ls methods NAME`); may be repeated",
+    )
+    add("--save", metavar="FILE", help="draw the kept tokens over the picture and save that")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: %(default)s)")
+    add(
+        "--repeats", type=int, default=5, metavar="N", help="timed pairs of prefills, 0 for none (default: %(default)s)"
+    )
+    add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: float32 on a CPU, the checkpoint's own on a GPU (default: %(default)s)",
+    )
+    add("--json", action="store_true", help="print JSON")
+    made.set_defaults(verb=run)
+
+
+def parse_keep(text: str) -> int | float:
+    """`36` is a count; `0.1` and `10%` are fractions.
+
+    Raises:
+        UserError: no such number, or one that cannot be meant.
+    """
+    from vlmprune.budget import check_keep
+
+    text = text.strip()
+    try:
+        if text.endswith("%"):
+            value: int | float = float(text[:-1]) / 100
+        else:
+            value = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+        return check_keep(value)
+    except ValueError as error:
+        if "keep" in str(error):
+            raise UserError(f"--keep {text}: {error}") from None
+        raise UserError(f"--keep {text!r} is neither a count (36) nor a fraction (0.1, 10%).") from None
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """`key=value`, the value read as int, float, true, false, none or text.
+
+    Raises:
+        UserError: no `=`, or an option that has a flag of its own.
+    """
+    key, equals, value = text.partition("=")
+    key = key.strip().replace("-", "_")
+    if not equals or not key:
+        raise UserError(f"--option {text!r} is not KEY=VALUE.")
+    if key == "keep":
+        raise UserError("the budget is given by --keep.")
+    words = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return key, words[value.lower()]
+    for read in (int, float):
+        try:
+            return key, read(value)
+        except ValueError:
+            pass
+    return key, value
+
+
+def words_of(text: str, flag: str) -> list[str]:
+    """The comma-separated parts of a flag's value, without repetitions."""
+    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not parts:
+        raise UserError(f"{flag} is empty.")
+    return parts
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check everything that can be checked early, load the model, answer, print, draw."""
+    from vlmprune.cli.pictures import check_target, read_picture
+
+    if args.max_new_tokens < 1 or args.repeats < 0:
+        raise UserError("--max-new-tokens must be at least 1, and --repeats at least 0.")
+    if not args.prompt.strip():
+        raise UserError("--prompt is empty.")
+    methods, keeps = words_of(args.method, "--method"), words_of(args.keep, "--keep")
+    options = dict(parse_option(text) for text in args.option)
+    target = check_target(args.save) if args.save else None
+    images = [read_picture(path) for path in args.image]
+
+    # from here on it takes seconds: torch and transformers are imported
+    from vlmprune.cli import answering, loading
+    from vlmprune.cli.report import Asked, as_json, as_text, save
+    from vlmprune.cli.status import note, status
+
+    todo = answering.jobs(methods, [parse_keep(text) for text in keeps], options)
+    device = loading.pick_device(args.device)
+    loaded = loading.load(loading.find_model(args.model), device, args.dtype)
+    answering.check(loaded, todo)
+    inputs = loading.model_inputs(loaded, images, args.prompt)
+    if loaded.source.embedded and (strange := loading.unknown_words(loaded, args.prompt)):
+        note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
+    status("full model: answering")
+    plain = answering.answer(loaded, inputs, args.max_new_tokens)
+    outcomes = [answering.run_job(loaded, job, inputs, args.max_new_tokens, args.repeats) for job in todo]
+
+    asked = Asked(loaded, args.prompt, args.image, images, plain, outcomes)
+    print(json.dumps(as_json(asked), indent=2) if args.json else as_text(asked))
+    if target is not None:
+        save(target, asked)
+        print(f"kept tokens: {target}", file=sys.stderr if args.json else sys.stdout)

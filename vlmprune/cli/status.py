@@ -1,0 +1,47 @@
+"""What goes to stderr while something runs: stdout has results only."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["note", "quiet", "status"]
+
+
+def status(text: str = "") -> None:
+    """Show what is going on in one line that the next one replaces; nothing clears it. Silent if no terminal."""
+    if sys.stderr.isatty():
+        room = shutil.get_terminal_size().columns - 1
+        print(f"\r\x1b[2K{text[:room]}", end="", file=sys.stderr, flush=True)
+
+
+def note(text: str) -> None:
+    """Print a line that stays."""
+    status()
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def quiet(downloads: bool = False) -> Iterator[None]:
+    """Keep the warnings and progress bars of transformers away.
+
+    Args:
+        downloads: leave the bars on, for a terminal's user who waits for a download.
+    """
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not (downloads and sys.stderr.isatty()):
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

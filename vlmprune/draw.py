@@ -1,0 +1,230 @@
+"""Pictures of what a method kept: kept patches clear, dropped ones pale and dark.
+
+Where a patch lies in the picture is asked of the image processor itself: a picture of its own coordinates goes through
+it, so crops, padding and squashing need no reimplementation. Only Pillow and numpy are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+
+if TYPE_CHECKING:
+    from vlmprune.layout import ImageGrid
+    from vlmprune.trace import Trace
+
+__all__ = ["Panel", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "sheet"]
+
+LONGEST = 384  # pixels of a panel's longer side: small pictures are scaled up by a whole number, large ones down
+GAP, TEXT, HEADING = 14, 15, 18
+DARK = 0.35  # brightness of what was dropped; what no patch covers is darker still
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Pictures side by side under a title and some lines."""
+
+    title: str
+    lines: list[str]
+    pictures: list[Image.Image]
+
+
+def probe(size: tuple[int, int]) -> Image.Image:
+    """A picture of its own coordinates: red grows to the right, green downwards, blue is everywhere full."""
+    width, height = size
+    pixels = np.full((height, width, 3), 255, np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width).round()[None, :]
+    pixels[..., 1] = np.linspace(0, 255, height).round()[:, None]
+    return Image.fromarray(pixels)
+
+
+def line_through(at: np.ndarray, shade: np.ndarray, length: int, whole: int) -> tuple[float, float]:
+    """Slope and start of the line from a plane's pixels to the picture's, by least squares.
+
+    Args:
+        at: pixel centres in the plane.
+        shade: the probe's brightness there, 0 to 255 over the picture's `length` pixels.
+        whole: pixels of the plane, for a picture too thin to measure.
+    """
+    inner = (shade > 8) & (shade < 247)  # resampling bends the ends
+    if inner.sum() > 1 and np.ptp(at[inner]) > 0:
+        at, shade = at[inner], shade[inner]
+    if length == 1 or np.ptp(at) == 0 or np.ptp(shade) == 0:
+        return length / whole, 0.0
+    slope, start = np.polyfit(at, shade * (length - 1) / 255 + 0.5, 1)
+    return float(slope), float(start)
+
+
+def patch_boxes(image_processor: Any, size: tuple[int, int], grid: ImageGrid) -> list[Box]:
+    """Where every visual token lies in the picture.
+
+    Args:
+        image_processor: the model's; it is called once.
+        size: (width, height) of the picture.
+        grid: the picture's layout, of `Trace.grids`.
+
+    Returns:
+        (left, top, right, bottom) in pixels of the picture for every token; empty boxes for newlines. Boxes of padded
+        patches reach beyond the picture.
+    """
+    made = image_processor(images=probe(size), do_rescale=False, do_normalize=False, return_tensors="np")
+    views = np.asarray(made["pixel_values"], np.float64).reshape(-1, 3, *np.shape(made["pixel_values"])[-2:])
+    side_y, side_x = grid.planes[0]
+    step_y, step_x = views.shape[2] / side_y, views.shape[3] / side_x
+    view, row, col, newline = (getattr(grid, name).numpy() for name in ("view", "row", "col", "newline"))
+    within = grid.source.numpy() % (side_y * side_x)
+    # how far each view is shifted on its plane: on the canvas of crops, from its tokens' places there
+    down, right = row - within // side_x, col - within % side_x
+
+    boxes = np.zeros((grid.tokens, 4))
+    for plane in range(len(grid.planes)):
+        mine = ((view > 0) == bool(plane)) & ~newline
+        xs, ys, shades = [], [], []
+        for number in np.unique(view[mine]):
+            first = int(np.flatnonzero(mine & (view == number))[0])
+            red, green, blue = views[number]
+            y, x = np.nonzero(blue > 250)  # padding is not blue
+            xs.append(x + 0.5 + right[first] * step_x)
+            ys.append(y + 0.5 + down[first] * step_y)
+            shades.append(np.stack((red[y, x], green[y, x])))
+        shade_x, shade_y = np.concatenate(shades, 1)
+        rows, cols = grid.planes[plane]
+        slope_x, left = line_through(np.concatenate(xs), shade_x, size[0], round(cols * step_x))
+        slope_y, top = line_through(np.concatenate(ys), shade_y, size[1], round(rows * step_y))
+        corners = np.stack((col * step_x, row * step_y, (col + 1) * step_x, (row + 1) * step_y), 1)[mine]
+        boxes[mine] = corners * (slope_x, slope_y, slope_x, slope_y) + (left, top, left, top)
+    return [tuple(box) for box in boxes.tolist()]
+
+
+def scaled(image: Image.Image, longest: int = LONGEST) -> tuple[Image.Image, float]:
+    """The picture at panel size and the factor; small ones by a whole number, without new colours."""
+    factor = longest / max(image.size)
+    if factor >= 1:
+        factor = max(1, round(factor))
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST), factor
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.LANCZOS), factor
+
+
+def paint(image: Image.Image, boxes: Sequence[Box], kept: Sequence[bool], longest: int = LONGEST) -> Image.Image:
+    """Leave kept boxes as they are, with a thin line around them, and dim everything else."""
+    base, factor = scaled(image, longest)
+    clear, covered = Image.new("L", base.size), Image.new("L", base.size)
+    for box, keep in zip(boxes, kept, strict=True):
+        left, top, right, bottom = (round(edge * factor) for edge in box)
+        if right > left and bottom > top:
+            for mask in (covered, clear) if keep else (covered,):
+                mask.paste(255, (left, top, right, bottom))
+    dropped = ImageEnhance.Brightness(ImageEnhance.Color(base).enhance(0.3)).enhance(DARK)
+    unseen = ImageEnhance.Brightness(dropped).enhance(0.35)
+    made = Image.composite(base, Image.composite(dropped, unseen, covered), clear)
+    # the line runs on what was dropped: what was kept stays untouched
+    edge = ImageChops.subtract(clear.filter(ImageFilter.MaxFilter(3)), clear)
+    made.paste((255, 255, 255), mask=edge)
+    return made
+
+
+def kept_pictures(image: Image.Image, trace: Trace, image_processor: Any, index: int = 0) -> list[Image.Image]:
+    """The picture with what was kept of image `index` after the last cut.
+
+    Of an image with crops: the canvas of crops first, then, smaller, the thumbnail.
+    """
+    grid, kept = trace.grids[index], set(trace.kept_patches(index))
+    boxes = patch_boxes(image_processor, image.size, grid)
+    planes = []
+    for plane in range(len(grid.planes)):
+        mine = [t for t in range(grid.tokens) if (int(grid.view[t]) > 0) == bool(plane) and not grid.newline[t]]
+        longest = LONGEST if len(grid.planes) == 1 or plane else LONGEST // 2
+        planes.append(paint(image, [boxes[t] for t in mine], [t in kept for t in mine], longest))
+    return planes[::-1]
+
+
+def plain_panel(image: Image.Image, title: str, lines: Sequence[str] = ()) -> Panel:
+    """The picture as it is."""
+    return Panel(title, list(lines), [scaled(image)[0]])
+
+
+def kept_panel(
+    image: Image.Image, trace: Trace, image_processor: Any, index: int, title: str, lines: Sequence[str] = ()
+) -> Panel:
+    """The picture with what was kept, and the counts under the title."""
+    count = trace.counts[index]
+    merged = " (merged)" if any(cut.merged for cut in trace.cuts) else ""
+    about = [f"{count['patches_after']} of {count['patches_before']} patches{merged}"]
+    grid = trace.grids[index]
+    if len(grid.planes) > 1:
+        kept = trace.kept_patches(index)
+        small = sum(int(grid.view[t]) == 0 for t in kept)
+        whole = grid.patches_per_view[0]
+        about = [f"crops {len(kept) - small} of {grid.patches - whole}, thumbnail {small} of {whole}{merged}"]
+    return Panel(title, about + list(lines), kept_pictures(image, trace, image_processor, index))
+
+
+def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own font, in its only size where Pillow was built without FreeType."""
+    try:
+        return ImageFont.load_default(size)
+    except (TypeError, ImportError, OSError):
+        return ImageFont.load_default()
+
+
+def write(canvas: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, room: int) -> None:
+    """Write one line, cut to `room` pixels."""
+    used, text = font(size), " ".join(text.split())
+    if isinstance(used, ImageFont.ImageFont):
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    whole = text
+    while text and canvas.textlength(text if text == whole else text + "...", used) > room:
+        text = text[:-1]
+    canvas.text(at, text if text == whole else text + "...", fill=(20, 20, 20), font=used)
+
+
+def sheet(rows: Sequence[Sequence[Panel]], heading: str = "") -> Image.Image:
+    """Put rows of panels onto one white picture, columns under each other."""
+    columns = max(len(row) for row in rows)
+
+    def size(panel: Panel) -> tuple[int, int]:
+        wide = sum(p.width for p in panel.pictures) + GAP // 2 * (len(panel.pictures) - 1)
+        return max(wide, 12 * TEXT), max(p.height for p in panel.pictures)
+
+    line = TEXT + 5
+    wide = [max(size(row[c])[0] for row in rows if c < len(row)) for c in range(columns)]
+    text = [line * (1 + max(len(panel.lines) for panel in row)) + 4 for row in rows]
+    tall = [max(size(panel)[1] for panel in row) for row in rows]
+    top = GAP + (HEADING + GAP if heading else 0)
+    made = Image.new("RGB", (sum(wide) + GAP * (columns + 1), top + sum(text) + sum(tall) + GAP * len(rows)), "white")
+    canvas = ImageDraw.Draw(made)
+    if heading:
+        write(canvas, (GAP, GAP), heading, HEADING, made.width - 2 * GAP)
+    for row, words, height in zip(rows, text, tall, strict=True):
+        left = GAP
+        for panel, room in zip(row, wide, strict=False):
+            for i, line_text in enumerate((panel.title, *panel.lines)):
+                write(canvas, (left, top + i * line), line_text, TEXT, room)
+            x = left
+            for picture in panel.pictures:
+                made.paste(picture, (x, top + words))
+                x += picture.width + GAP // 2
+            left += room + GAP
+        top += words + height + GAP
+    return made
+
+
+def draw_kept(image: Image.Image, trace: Trace, processor: Any, index: int = 0) -> Image.Image:
+    """A picture of what the last pruned prefill kept of image `index`.
+
+    Args:
+        image: the picture that the processor got.
+        trace: `handle.trace`.
+        processor: the model's processor (or its image processor).
+        index: the image's number in the batch.
+    """
+    image_processor = getattr(processor, "image_processor", processor)
+    title = " + ".join(dict.fromkeys(cut.method for cut in trace.cuts))
+    return sheet([[plain_panel(image, "picture"), kept_panel(image, trace, image_processor, index, title)]])

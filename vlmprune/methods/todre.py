@@ -1,0 +1,127 @@
+"""ToDRE (arXiv 2505.18757)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vlmprune.budget import check_keep, count
+from vlmprune.cuts import Cut, Decoder, Positions, Reduction
+from vlmprune.diversity import greedy_diversity
+from vlmprune.errors import UnsupportedError
+from vlmprune.layout import Layout
+from vlmprune.methods.base import Method, check_layer
+from vlmprune.methods.controls import random_scores
+from vlmprune.patches import ModelFacts
+from vlmprune.registry import register
+from vlmprune.selection import Newlines, candidates, capped, check_choice, keep_patches
+from vlmprune.taps import CrossShare, Hidden, Tap, VisionAttention
+
+__all__ = ["ToDRE", "stage2_layer"]
+
+Pivot = Literal["cls", "mean", "random", "first"]
+
+
+def stage2_layer(layers: int) -> int:
+    """1-based number of the layer whose attention decides stage 2: 7L/8, floored (the paper is silent on rounding)."""
+    return 7 * layers // 8
+
+
+@register("todre")
+@dataclass(frozen=True)
+class ToDRE(Method):
+    """Keep mutually dissimilar patches; late in the decoder, drop all that are left once text and image stop looking.
+
+    Stage 1 (before the LLM) picks `keep` patches greedily by the cosine of their projected features, starting from the
+    one the tower's [CLS] token looks at most. Stage 2 reads the attention of layer 7L/8 during prefill: if the share of
+    text attention that goes to the image and the share of image attention that goes to the text are both under `tau`,
+    all visual tokens of that sample leave the later layers. Decided per sample, once.
+
+    Args:
+        keep: patches per image, or a fraction (floored, at least 1), for stage 1.
+        objective: "max_sum" (v2 of the paper, the default) or "max_min" (v1, k-center; its metric is inferred).
+        pivot: the first pick: "cls" (thumbnail only on anyres images), "mean" (the patch nearest the mean feature),
+            "random" (seeded) or "first". Towers without a [CLS] token need another pivot than "cls".
+        cls_layer: tower layer of the [CLS] row; the paper says the last.
+        tau: threshold of stage 2 (paper: 0.10); None leaves stage 2 out.
+        seed: for `pivot="random"`.
+        positions: stage 1, contiguous (inferred); stage 2 always leaves the ids of the text alone.
+        newlines: stage 1; the paper is silent (its budget counts patches). Stage 2 drops newlines too.
+    """
+
+    summary = "mutually dissimilar patches; late in the LLM none, once text and image stop looking at each other"
+    paper = "arXiv 2505.18757"
+    needs = "features, [CLS] token (or another pivot), decoder attention (one layer)"
+    stage = "before the LLM + decoder layer 7L/8"
+    syncs = 1
+
+    keep: int | float
+    objective: Literal["max_sum", "max_min"] = "max_sum"
+    pivot: Pivot = "cls"
+    cls_layer: int = -1
+    tau: float | None = 0.1
+    seed: int = 0
+    positions: Positions = "contiguous"
+    newlines: Newlines = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", check_keep(self.keep))
+        check_choice("objective", self.objective, Literal["max_sum", "max_min"])
+        check_choice("pivot", self.pivot, Pivot)
+        check_choice("positions", self.positions, Positions)
+        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
+        if self.tau is not None and not 0 <= self.tau <= 1:
+            raise ValueError(
+                f"tau={self.tau!r} must be between 0 and 1 (a share of attention), or None for no stage 2."
+            )
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        see: tuple[Tap, ...] = (Hidden(),)
+        if self.pivot == "cls":
+            if not facts.has_cls:
+                raise UnsupportedError(
+                    "todre starts from the patch the tower's [CLS] token looks at most, and this tower has none; "
+                    "use pivot='mean', 'random' or 'first'."
+                )
+            see += (VisionAttention(check_layer("cls_layer", self.cls_layer, facts.tower_layers)),)
+        cuts = [Cut(Decoder(0), see, self.stage1, self.positions)]
+        late = stage2_layer(facts.decoder_layers)
+        if self.tau is not None and 1 <= late < facts.decoder_layers:
+            cuts.append(Cut(Decoder(late), (CrossShare(late - 1),), self.stage2, "original"))
+        return cuts
+
+    def stage1(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+        """Pure: features (and the [CLS] row) in, decision out."""
+        features, patches = seen[Hidden()], layout.patches
+        cls_row = next((value for tap, value in seen.items() if isinstance(tap, VisionAttention)), None)
+        _, totals, available = candidates(layout, self.newlines)
+        counts = [count(self.keep, total) for total in totals]
+        first = self.first_pick(features, patches, cls_row, layout)
+        keep, _ = greedy_diversity(features, first, counts, patches, self.objective)
+        return keep_patches(keep & patches, layout, capped(counts, available), self.newlines)
+
+    def first_pick(
+        self, features: torch.Tensor, patches: torch.Tensor, cls_row: torch.Tensor | None, layout: Layout
+    ) -> torch.Tensor:
+        """`(images,)` index of the first pick."""
+        if self.pivot == "cls":
+            thumbnail = patches & (layout.view == 0)
+            pool = torch.where(thumbnail.any(1, keepdim=True), thumbnail, patches)
+            return cls_row.masked_fill(~pool, -torch.inf).argmax(1)
+        if self.pivot == "mean":
+            x = features.float()
+            weight = patches[..., None].float()
+            mean = (x * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+            near = torch.nn.functional.cosine_similarity(x, mean, dim=-1)
+            return near.masked_fill(~patches, -torch.inf).argmax(1)
+        if self.pivot == "random":
+            return random_scores(self.seed, layout).masked_fill(~patches, -torch.inf).argmax(1)
+        return patches.to(torch.uint8).argmax(1)
+
+    def stage2(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+        """Pure: `(images, 2)` shares in, keep all or nothing of every sample."""
+        (shares,) = seen.values()
+        stay = ~(shares < self.tau).all(-1)
+        return Reduction(layout.alive & stay[:, None])

@@ -1,0 +1,167 @@
+"""TransPrune (arXiv 2507.20630; code liaolea/TransPrune)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+
+from vlmprune.budget import check_keep, count
+from vlmprune.cuts import Cut, Decoder, Positions, Reduction
+from vlmprune.layout import Layout
+from vlmprune.methods.base import Method
+from vlmprune.patches import ModelFacts
+from vlmprune.registry import register
+from vlmprune.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
+from vlmprune.taps import BlockTap, Scene, Tap, TextAttention, upcast
+
+__all__ = ["TransPrune", "transition"]
+
+Mode = Literal["official", "paper"]
+
+
+def transition(before: torch.Tensor, after: torch.Tensor, among: torch.Tensor, mode: Mode) -> torch.Tensor:
+    """Token transition variation of one block: softmax of the direction term times |after| / |before|.
+
+    Args:
+        before, after: `(..., tokens, dim)` what the block read and wrote (without the residual).
+        among: `(..., tokens)` bool, the tokens the softmax runs over.
+        mode: the direction term is 1 - cos ("official") or 1 - |cos| ("paper").
+
+    Returns:
+        `(..., tokens)`, 0 outside `among`.
+    """
+    before, after = upcast(before), upcast(after)
+    norm = torch.linalg.vector_norm
+    magnitude = norm(after, dim=-1) / norm(before, dim=-1)
+    cosine = torch.nn.functional.cosine_similarity(after, before, dim=-1)
+    direction = 1 - cosine if mode == "official" else 1 - cosine.abs()
+    weight = direction.masked_fill(~among, -torch.inf).softmax(-1)
+    return torch.where(among, weight * magnitude, 0)
+
+
+@dataclass(frozen=True)
+class Transition(BlockTap):
+    """Transition variation of visual tokens, `(images, tokens)` float32, summed over a layer's two blocks.
+
+    The softmax runs over every real token of the sample ("official") or over the image's tokens ("paper").
+    """
+
+    mode: Mode = "official"
+
+    def measure(self, before: torch.Tensor, after: torch.Tensor, scene: Scene) -> torch.Tensor:
+        at = scene.flat_index()
+        if self.mode == "official":
+            return transition(before, after, scene.sequence.real(), self.mode).flatten()[at]
+        return transition(before.flatten(0, 1)[at], after.flatten(0, 1)[at], scene.layout.alive, self.mode)
+
+
+def schedule_layers(layers: tuple[int, ...], depth: int) -> list[int]:
+    """Scale 1-based layers of a 32-layer decoder: max(previous + 1, round(p * depth / 32))."""
+    scaled: list[int] = []
+    for p in layers:
+        scaled.append(max(scaled[-1] + 1 if scaled else 1, round(p * depth / 32)))
+    return scaled
+
+
+@register("transprune")
+@dataclass(frozen=True)
+class TransPrune(Method):
+    """Keep the tokens that the middle layers change most and that the instruction looks at, in three steps.
+
+    After layers 7, 9 and 12 of 32 (scaled with depth): the accumulated transition variation of layers 7..12 so far,
+    plus the attention the next layer's instruction rows pay to each token.
+
+    Args:
+        keep: visual tokens per image left after the last cut, or a fraction; None runs the published "High" schedule,
+            another value bends that schedule so that it ends there.
+        mode: "official", what the released code computes (1 - cos, softmax over the whole sequence, both scores
+            rescaled to sum 1), or "paper" (1 - |cos|, softmax over the image, raw sum with alpha).
+        accumulate_layers, prune_layers: 1-based, of a 32-layer decoder.
+        keep_ratios: of the tokens that entered the LLM, one per cut (truncated).
+        alpha: weight of the transition score; the official code has none, which is 0.5.
+        positions: contiguous, re-indexed at every cut, as the source; its decode positions differ by layer.
+        newlines: "candidates" (source: all tokens of the image compete).
+    """
+
+    summary = "the tokens that middle layers change most and the instruction looks at, in three steps"
+    paper = "arXiv 2507.20630"
+    needs = "decoder blocks' inputs and outputs, decoder attention (three layers)"
+    stage = "decoder layers 7, 9, 12 of 32"
+
+    keep: int | float | None = None
+    mode: Mode = "official"
+    accumulate_layers: tuple[int, ...] = (7, 8, 9, 10, 11, 12)
+    prune_layers: tuple[int, ...] = (7, 9, 12)
+    keep_ratios: tuple[float, ...] = (0.875, 0.625, 0.125)
+    alpha: float = 0.5
+    positions: Positions = "contiguous"
+    newlines: Newlines = "candidates"
+
+    def __post_init__(self) -> None:
+        if self.keep is not None:
+            object.__setattr__(self, "keep", check_keep(self.keep))
+        check_choice("mode", self.mode, Mode)
+        check_choice("positions", self.positions, Positions)
+        check_choice("newlines", self.newlines, Newlines)
+        for name in ("accumulate_layers", "prune_layers", "keep_ratios"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.keep_ratios) != len(self.prune_layers) or not self.prune_layers:
+            raise ValueError(
+                f"keep_ratios has {len(self.keep_ratios)} entries, prune_layers {len(self.prune_layers)}: one per cut."
+            )
+        if list(self.prune_layers) != sorted(set(self.prune_layers)) or min(self.prune_layers) < 1:
+            raise ValueError(f"prune_layers={self.prune_layers} must be ascending layer numbers from 1.")
+        if any(not 0 < r <= 1 for r in self.keep_ratios) or list(self.keep_ratios) != sorted(self.keep_ratios)[::-1]:
+            raise ValueError(f"keep_ratios={self.keep_ratios} must lie in (0, 1] and not grow.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} must be between 0 and 1.")
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        depth = facts.decoder_layers
+        prune = schedule_layers(self.prune_layers, depth)
+        if prune[-1] >= depth:
+            raise ValueError(f"prune_layers={self.prune_layers} scale to {prune}, and this model has {depth} layers.")
+        watched = sorted({max(1, round(layer * depth / 32)) for layer in self.accumulate_layers})
+        if watched[0] > prune[0]:
+            raise ValueError(
+                f"accumulate_layers={self.accumulate_layers} start after the first cut: scaled to {depth} layers they "
+                f"are {watched}, the cuts {prune}."
+            )
+        cuts = []
+        for stage, p in enumerate(prune):
+            # layers count from 1: "after layer p" is the input of layer p counted from 0, whose attention decides
+            taps = tuple(Transition(layer - 1, self.mode) for layer in watched if layer <= p)
+            see = (*taps, TextAttention(p, "instruction"))
+            cuts.append(Cut(Decoder(p), see, partial(self.reduce, stage=stage), self.positions))
+        return cuts
+
+    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, stage: int) -> Reduction:
+        """Pure: transitions of the layers so far and `(images, tokens)` attention in, decision out."""
+        change = torch.stack([value for tap, value in seen.items() if isinstance(tap, Transition)]).sum(0)
+        attention = next(value for tap, value in seen.items() if isinstance(tap, TextAttention))
+        among, totals, available = candidates(layout, self.newlines)
+        scores = self.score(change, attention, among)
+        counts = [self.count(total, stage) for total in totals]
+        keep = top_k(scores, counts, among)
+        return keep_patches(keep, layout, capped(counts, available), self.newlines, scores)
+
+    def score(self, change: torch.Tensor, attention: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
+        """Both scores in one, `(..., tokens)`; the official code first divides each by its sum over the image."""
+        if self.mode == "official":
+            change, attention = (
+                x / (torch.where(among, x, 0).sum(-1, keepdim=True) + 1e-8) for x in (change, attention)
+            )
+        return self.alpha * change + (1 - self.alpha) * attention
+
+    def count(self, total: int, stage: int) -> int:
+        """Tokens kept of an image's `total` after a stage."""
+        last = self.keep_ratios[-1]
+        if self.keep is None:
+            return max(1, int(total * self.keep_ratios[stage]))
+        end = count(self.keep, total)
+        if stage == len(self.keep_ratios) - 1 or last == 1:
+            return end
+        return max(end, int(total - (total - end) * (1 - self.keep_ratios[stage]) / (1 - last)))
