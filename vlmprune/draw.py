@@ -155,7 +155,7 @@ def kept_panel(
 ) -> Panel:
     """The picture with what was kept, and the counts under the title."""
     count = trace.counts[index]
-    merged = " (merged)" if any(cut.merged for cut in trace.cuts) else ""
+    merged = " (merged)" if any(cut.merge is not None for cut in trace.cuts) else ""
     about = [f"{count['patches_after']} of {count['patches_before']} patches{merged}"]
     grid = trace.grids[index]
     if len(grid.planes) > 1:

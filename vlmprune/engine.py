@@ -116,9 +116,7 @@ class Prefill:
         reduction: Reduction = cut.reduce(seen, layout)
         keep = reduction.keep & layout.alive
         counts = keep.sum(1).tolist() if reduction.counts is None else reduction.counts
-        self.cuts.append(
-            CutTrace(cut.at.layer, name, cut.positions, keep, reduction.merge is not None, reduction.scores)
-        )
+        self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, keep, reduction.merge, reduction.scores))
         if counts == layout.alive_counts:
             return hidden  # a budget of all tokens is the exact identity
         if reduction.merge is not None:

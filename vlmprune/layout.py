@@ -32,6 +32,8 @@ class ImageGrid:
         newline: `(tokens,)` bool.
         planes: (rows, cols) of the thumbnail (or only view) and, where there are crops, of their stitched canvas.
         views: number of views.
+        side: (rows, cols) of patches in one view.
+        crops: (vertical, horizontal) number of crops; (0, 0) for a single view.
     """
 
     source: torch.Tensor
@@ -41,6 +43,8 @@ class ImageGrid:
     newline: torch.Tensor
     planes: tuple[tuple[int, int], ...]
     views: int
+    side: tuple[int, int]
+    crops: tuple[int, int]
 
     @property
     def tokens(self) -> int:
@@ -99,7 +103,8 @@ def trace_packing(pack, views: int, rows: int, cols: int, grid: tuple[int, int])
     # a newline closes the row of the token before it
     for i in newline.nonzero().flatten().tolist():
         row[i], col[i], view[i] = (row[i - 1], col[i - 1] + 1, view[i - 1]) if i else (0, 0, 0)
-    return ImageGrid(source, view, row, col, newline, tuple(planes), views)
+    crops = grid if views > 1 else (0, 0)
+    return ImageGrid(source, view, row, col, newline, tuple(planes), views, (rows, cols), crops)
 
 
 @dataclass(frozen=True, eq=False)

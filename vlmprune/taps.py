@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockTap",
+    "ClsLogits",
     "CrossShare",
     "DecoderTap",
+    "Distinctness",
     "Hidden",
     "Tap",
     "TextAttention",
@@ -97,6 +99,26 @@ class VisionAttention(TowerTap):
         query = split_heads(attention.q_proj(rows), attention.head_dim)
         key = split_heads(attention.k_proj(normed), attention.head_dim)
         return attention_mass(query, key, attention.scale, None, None)[:, first:]
+
+
+@dataclass(frozen=True)
+class ClsLogits(TowerTap):
+    """The [CLS] query's scaled scores over patch keys in a tower layer before the softmax: signed, head mean."""
+
+    def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        attention, normed = layer.self_attn, layer.layer_norm1(hidden)
+        query = upcast(split_heads(attention.q_proj(normed[:, :1]), attention.head_dim))
+        key = upcast(split_heads(attention.k_proj(normed[:, 1:]), attention.head_dim))
+        return (query @ key.transpose(-1, -2)).mean(1).squeeze(1) * attention.scale
+
+
+@dataclass(frozen=True)
+class Distinctness(TowerTap):
+    """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer."""
+
+    def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        patches = upcast(hidden[:, int(has_cls) :])
+        return -nn.functional.cosine_similarity(patches, patches.mean(1, keepdim=True), dim=-1)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from vlmprune.cuts import Positions
+from vlmprune.cuts import Merge, Positions
 from vlmprune.layout import ImageGrid
 
 __all__ = ["CutTrace", "Trace"]
@@ -22,7 +22,7 @@ class CutTrace:
         method: registered name of the method that cut.
         positions: position policy of the cut.
         keep: `(images, tokens)` bool, tokens alive after the cut (newlines included), on the model's device.
-        merged: whether dropped tokens flowed into kept ones.
+        merge: how dropped tokens flowed into kept ones, or None.
         scores: `(images, tokens)` float scores behind the choice, or None.
     """
 
@@ -30,8 +30,13 @@ class CutTrace:
     method: str
     positions: Positions
     keep: torch.Tensor
-    merged: bool
+    merge: Merge | None = None
     scores: torch.Tensor | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether dropped tokens flowed into kept ones."""
+        return self.merge is not None
 
 
 @dataclass(frozen=True)

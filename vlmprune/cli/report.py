@@ -96,7 +96,7 @@ def as_json(asked: Asked) -> dict[str, Any]:
                 "layer_average": outcome.layer_average,
                 "kv_lengths": outcome.trace.kv_lengths,
                 "cuts": [
-                    {"layer": c.layer, "method": c.method, "positions": c.positions, "merged": c.merged}
+                    {"layer": c.layer, "method": c.method, "positions": c.positions, "merged": c.merge is not None}
                     for c in outcome.trace.cuts
                 ],
                 "prefill": outcome.times,

@@ -1,0 +1,196 @@
+"""GlobalCom² (arXiv 2501.05179; code xuyang-liu16/GlobalCom2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from vlmprune.budget import check_keep
+from vlmprune.cuts import Cut, Decoder, Merge, Positions, Reduction
+from vlmprune.errors import UnsupportedError
+from vlmprune.layout import ImageGrid, Layout, upload
+from vlmprune.methods.base import Method, need_cls
+from vlmprune.patches import ModelFacts
+from vlmprune.registry import register
+from vlmprune.selection import Newlines, check_choice, keep_patches, top_k
+from vlmprune.taps import ClsLogits, Distinctness, Tap
+
+__all__ = ["GlobalCom2", "crop_ratios", "guided"]
+
+Parity = Literal["released"]
+
+
+def crop_ratios(thumbnail: torch.Tensor, crops: tuple[int, int], ratio: float, tau: float) -> torch.Tensor:
+    """How much of every crop to keep: the thumbnail is the commander.
+
+    The thumbnail is divided into one cell per crop (remainders go to the last row and column); the sums of its scores
+    over the cells, as softmax(sum / tau), move each crop's ratio up or down around `ratio`, clipped at 1.
+
+    Args:
+        thumbnail: `(..., rows, cols)` scores.
+        crops: (vertical, horizontal) number of crops.
+
+    Returns:
+        `(..., crops)` float64.
+    """
+    down, across = crops
+    rows, cols = thumbnail.shape[-2:]
+    r = (torch.arange(rows) // max(rows // down, 1)).clamp(max=down - 1)
+    c = (torch.arange(cols) // max(cols // across, 1)).clamp(max=across - 1)
+    cell = upload((r[:, None] * across + c).flatten(), thumbnail.device)
+    scores = thumbnail.double().flatten(-2)
+    mass = scores.new_zeros(*scores.shape[:-1], down * across).index_add(-1, cell, scores)
+    weight = ((mass - mass.amax(-1, keepdim=True)) / tau).exp()
+    share = weight / (weight.sum(-1, keepdim=True) + 1e-8)
+    return (ratio * (1 + share - share.mean(-1, keepdim=True))).clamp(max=1)
+
+
+def guided(local: torch.Tensor, guide: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
+    """A crop's own scores and the thumbnail's guide, each L2-normalised over the crop's tokens, added.
+
+    Args:
+        local, guide: `(crops, tokens)`.
+        member: `(crops, tokens)` bool, the tokens of each crop.
+    """
+    return sum(functional.normalize(torch.where(member, x, 0), dim=-1, eps=1e-12) for x in (local, guide))
+
+
+@register("globalcom2")
+@dataclass(frozen=True)
+class GlobalCom2(Method):
+    """Let the thumbnail decide how much of every crop stays, and help to decide what.
+
+    Scores are the last tower layer's [CLS] logits (before the softmax: with probabilities the budgets would be flat).
+    The thumbnail keeps its own best floor(N * R) patches; crop j keeps floor(n_j * r_j) of its un-padded patches by its
+    own scores plus the thumbnail's, stretched over the un-padded canvas. An image with a single view is left alone, as
+    in the source.
+
+    Args:
+        keep: R, a fraction, or patches per image (turned into the fraction of the image's patches). Budgets are floored
+            per view and clipped at whole crops, so tables show the real count.
+        tau: temperature of the crop budgets (code: 10).
+        score: "cls", or "distinct": negated cosine to the view's mean patch, the appendix's score for towers without a
+            [CLS] token (its features and details are inferred).
+        parity: None puts every token back in its place, in ascending order. "released" repeats the released code:
+            thumbnail by descending score, crop tokens at the place of their number among the un-padded ones, and one
+            newline after every canvas row, padded rows included.
+        positions: contiguous (code).
+        newlines: what happens to newline tokens; `parity="released"` has its own rule.
+    """
+
+    summary = "the thumbnail sets each crop's budget and guides its choice"
+    paper = "arXiv 2501.05179"
+    needs = "a family with views; tower [CLS] logits (or score='distinct')"
+    syncs = 1
+
+    keep: int | float = 0.25
+    tau: float = 10.0
+    score: Literal["cls", "distinct"] = "cls"
+    parity: Parity | None = None
+    positions: Positions = "contiguous"
+    newlines: Newlines = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", check_keep(self.keep))
+        check_choice("score", self.score, Literal["cls", "distinct"])
+        check_choice("parity", self.parity, Literal["released", None])
+        check_choice("positions", self.positions, Positions)
+        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
+        if not self.tau > 0:
+            raise ValueError(f"tau={self.tau} must be above 0.")
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        if not facts.views:
+            raise UnsupportedError(
+                f"globalcom2 shares a budget among the crops of an image, and {facts.family} models have a single view."
+            )
+        if self.score == "cls":
+            need_cls("globalcom2", facts, "use score='distinct'")
+            tap: Tap = ClsLogits(facts.tower_layers - 1)
+        else:
+            tap = Distinctness(facts.feature_layer + 1)
+        return [Cut(Decoder(0), (tap,), self.reduce, self.positions)]
+
+    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+        """Pure: `(images, tokens)` scores in, decision out."""
+        (scores,) = seen.values()
+        keep = torch.zeros_like(layout.alive)
+        combined = scores.clone()
+        for i, grid in enumerate(layout.grids):  # images differ in their grids; tokens do not meet a loop
+            kept, values = self.choose(scores[i, : grid.tokens], grid)
+            keep[i, : grid.tokens], combined[i, : grid.tokens] = kept, values
+        keep &= layout.alive
+        if self.parity == "released":
+            return self.released(keep, combined, layout)
+        return replace(keep_patches(keep, layout, None, self.newlines), scores=combined)
+
+    def ratio(self, grid: ImageGrid) -> float:
+        return self.keep if isinstance(self.keep, float) else min(1.0, self.keep / grid.patches)
+
+    def choose(self, scores: torch.Tensor, grid: ImageGrid) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(tokens,)` kept patches of one image, and the scores they were chosen by."""
+        device = scores.device
+        patch = ~upload(grid.newline, device)
+        if grid.views == 1 or self.ratio(grid) >= 1:
+            return patch, scores
+        thumb, (rows, cols) = grid.side[0] * grid.side[1], grid.planes[1]
+        view, ratio = upload(grid.view, device), self.ratio(grid)
+        small = scores[:thumb].view(grid.side)
+        guide = functional.interpolate(small[None, None], (rows, cols), mode="bilinear", align_corners=False)[0, 0]
+        guide = guide[upload(grid.row, device).clamp(max=rows - 1), upload(grid.col, device).clamp(max=cols - 1)]
+        crop = torch.arange(1, grid.views, device=device)[:, None]
+        member = (view == crop) & patch
+        local = guided(scores.expand_as(member), guide.expand_as(member), member)
+        sizes = upload(grid.patches_per_view[1:], device)
+        counts = (sizes * crop_ratios(small, grid.crops, ratio, self.tau)).floor().long()
+        kept = top_k(local, counts, member).any(0)
+        kept |= top_k(scores, int(thumb * ratio), (view == 0) & patch)
+        return kept, torch.where(view == 0, scores, local.sum(0))
+
+    def released(self, keep: torch.Tensor, scores: torch.Tensor, layout: Layout) -> Reduction:
+        """The sequence of the released code: a new order, written over the image's first tokens."""
+        into, source, weight, counts = [], [], [], []
+        most = layout.width + max(grid.side[0] * grid.crops[0] for grid in layout.grids)
+        for i, grid in enumerate(layout.grids):
+            order = released_order(keep[i, : grid.tokens], scores[i, : grid.tokens], grid)
+            if len(order) > grid.tokens:
+                raise ValueError(
+                    f"parity='released' makes {len(order)} tokens of image {i}'s {grid.tokens}: keep less than {self.keep}."
+                )
+            pad = most - len(order)
+            source.append(functional.pad(order, (0, pad)))
+            into.append(functional.pad(torch.arange(len(order), device=order.device), (0, pad)))
+            weight.append(functional.pad(torch.ones(len(order), device=order.device), (0, pad)))
+            counts.append(len(order))
+        anchors = torch.arange(layout.width, device=keep.device) < upload(counts, keep.device)[:, None]
+        merge = Merge(torch.stack(into), torch.stack(weight), torch.stack(source))
+        return Reduction(anchors, counts, merge=merge, scores=scores)
+
+
+def released_order(keep: torch.Tensor, scores: torch.Tensor, grid: ImageGrid) -> torch.Tensor:
+    """Token numbers of one image in the order of the released code, one newline token for every canvas row.
+
+    Args:
+        keep, scores: `(tokens,)`.
+    """
+    device = keep.device
+    if grid.views == 1:
+        return torch.arange(grid.tokens, device=device)
+    view, newline = upload(grid.view, device), upload(grid.newline, device)
+    (rows, cols), (down, across) = grid.side, grid.crops
+    thumbnail = (keep & (view == 0)).nonzero().flatten()
+    thumbnail = thumbnail[scores[thumbnail].sort(descending=True, stable=True).indices]
+    token = (keep & (view > 0) & ~newline).nonzero().flatten()
+    crop = view[token] - 1
+    # the code's bug: a token's number among its crop's un-padded tokens is taken for its place in the tile
+    member = torch.nn.functional.one_hot(view, grid.views) * ~newline[:, None]
+    place = (member.cumsum(0) - member)[token, view[token]]
+    y, x = (crop // across) * rows + place // cols, (crop % across) * cols + place % cols
+    width = across * cols + 1
+    ends = torch.arange(1, down * rows + 1, device=device) * width - 1
+    slot = torch.cat((y * width + x, ends))
+    newlines = newline.nonzero().flatten()[:1].expand(down * rows)
+    return torch.cat((thumbnail, torch.cat((token, newlines))[slot.argsort()]))
