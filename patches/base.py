@@ -28,6 +28,7 @@ class ModelFacts:
         has_cls: whether the tower has a [CLS] token.
         decoder_layers: number of layers of the language model.
         views: whether one image may have several views (thumbnail and crops).
+        view_patches: patches of one view.
     """
 
     family: str
@@ -36,6 +37,7 @@ class ModelFacts:
     has_cls: bool
     decoder_layers: int
     views: bool
+    view_patches: int
 
 
 class Family:
@@ -110,6 +112,7 @@ class Family:
             has_cls=has_cls,
             decoder_layers=len(self.decoder_layers(inner)),
             views=self.views,
+            view_patches=self.side(inner) ** 2,
         )
 
     def grid(self, inner: nn.Module, size: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from vlmprune.patches.base import Family
 
@@ -22,9 +21,12 @@ class LlavaNext(Family):
     needs_sizes = True
 
     def grid(self, inner: nn.Module, size: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
+        # imported late: transformers' model files take seconds to load, and `vlmprune --help` needs none
+        from transformers.models.llava_next import modeling_llava_next as host
+
         tile, pinpoints = inner.config.vision_config.image_size, inner.config.image_grid_pinpoints
-        views = image_size_to_num_patches(size, pinpoints, tile)
-        return views, get_anyres_image_grid_shape(size, pinpoints, tile)
+        views = host.image_size_to_num_patches(size, pinpoints, tile)
+        return views, host.get_anyres_image_grid_shape(size, pinpoints, tile)
 
     def pack(self, inner: nn.Module, views: torch.Tensor, newline: torch.Tensor, size: Any) -> torch.Tensor:
         strategy = inner.config.vision_feature_select_strategy

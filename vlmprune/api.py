@@ -9,8 +9,11 @@ from typing import Any
 from torch import nn
 
 from vlmprune import engine, registry
+from vlmprune.cuts import Cut, Decoder, Vision
+from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
-from vlmprune.patches import family_of
+from vlmprune.patches import ModelFacts, family_of
+from vlmprune.taps import ClusterOf, TowerTap
 from vlmprune.trace import Trace
 
 __all__ = ["Handle", "patch", "unpatch"]
@@ -79,15 +82,32 @@ def patch(model: nn.Module, method: str | Method | Iterable[str | Method], **opt
     family = family_of(model)
     facts = family.facts(family.inner(model))
     cuts = [(made.name or type(made).__name__, cut) for made in methods for cut in made.cuts(facts)]
-    for name, cut in cuts:
-        if not 0 <= cut.at.layer < facts.decoder_layers:
-            raise ValueError(
-                f"{name} cuts at decoder layer {cut.at.layer}, and this model has layers 0..{facts.decoder_layers - 1}."
-            )
-    plan = engine.Plan(family, facts, sorted(cuts, key=lambda entry: entry[1].at))
+    check_cuts(cuts, facts)
+    order = sorted(cuts, key=lambda entry: (isinstance(entry[1].at, Decoder), entry[1].at.layer))
+    plan = engine.Plan(family, facts, order)
     engine.remove(model)
     engine.install(model, plan)
     return Handle(model, methods, plan)
+
+
+def check_cuts(cuts: list[tuple[str, Cut]], facts: ModelFacts) -> None:
+    """Refuse cuts that this model has no layer for, and taps on a tower that is merged."""
+    for name, cut in cuts:
+        where, first, layers = (
+            ("decoder", 0, facts.decoder_layers) if isinstance(cut.at, Decoder) else ("tower", 1, facts.tower_layers)
+        )
+        if not first <= cut.at.layer < layers:
+            raise ValueError(
+                f"{name} cuts at {where} layer {cut.at.layer}, and this model allows {first}..{layers - 1}."
+            )
+    merging = next((name for name, cut in cuts if isinstance(cut.at, Vision)), None)
+    for name, cut in cuts:
+        for tap in cut.see:
+            if merging and isinstance(cut.at, Decoder) and isinstance(tap, TowerTap) and not isinstance(tap, ClusterOf):
+                raise UnsupportedError(
+                    f"{merging!r} merges tokens inside the vision tower and {name!r} looks at that tower ({tap}): "
+                    "combine it with a method that needs no tower tap."
+                )
 
 
 def unpatch(model: nn.Module) -> nn.Module:

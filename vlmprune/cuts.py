@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
-    from vlmprune.layout import Layout
     from vlmprune.taps import Tap
 
-__all__ = ["Cut", "Decoder", "Merge", "Positions", "Reduction"]
+__all__ = ["Clusters", "Cut", "Decoder", "Merge", "Positions", "Reduction", "Vision"]
 
 Positions = Literal["original", "contiguous"]
 
@@ -22,6 +21,26 @@ class Decoder:
     """A cut at the input of decoder layer `layer` (0-based); `Decoder(0)` is "before the LLM"."""
 
     layer: int
+
+
+@dataclass(frozen=True, order=True)
+class Vision:
+    """A cut at the input of tower layer `layer` (0-based, from 1): tokens are merged inside the tower."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """What a cut in the tower decides.
+
+    Attributes:
+        into: `(views, tokens)` long, the new token that each token is merged into (size-weighted mean).
+        count: number of new tokens, the same for every view.
+    """
+
+    into: torch.Tensor
+    count: int
 
 
 @dataclass(frozen=True)
@@ -64,13 +83,17 @@ class Cut:
     """One place where tokens go.
 
     Attributes:
-        at: the decoder layer at whose input the sequence gets shorter.
+        at: the layer at whose input the sequence gets shorter.
         see: taps handed to `reduce`, keyed by themselves.
-        reduce: pure function `(seen, layout) -> Reduction`; picklable (a bound method of the method object).
-        positions: "original" leaves the position ids of what is kept, "contiguous" closes the gaps.
+        reduce: pure function `(seen, layout) -> Reduction`, at `Vision(l)` `(seen, sizes) -> Clusters`, where sizes
+            `(views, tokens)` says how many patches a token stands for; picklable (a bound method of the method object).
+        positions: "original" leaves the position ids of what is kept, "contiguous" closes the gaps (decoder only).
+        weigh: at `Vision(l)`: whether attention from there on counts a token as often as its size (adds log size to
+            the scores).
     """
 
-    at: Decoder
+    at: Vision | Decoder
     see: tuple[Tap, ...]
-    reduce: Callable[[dict[Tap, Any], Layout], Reduction]
+    reduce: Callable[[dict[Tap, Any], Any], Reduction | Clusters]
     positions: Positions = "contiguous"
+    weigh: bool = False

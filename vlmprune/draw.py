@@ -21,7 +21,7 @@ __all__ = ["Panel", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "sh
 
 LONGEST = 384  # pixels of a panel's longer side: small pictures are scaled up by a whole number, large ones down
 GAP, TEXT, HEADING = 14, 15, 18
-DARK = 0.35  # brightness of what was dropped; what no patch covers is darker still
+DARK = 0.45  # brightness of what was dropped; what no patch covers is darker still
 
 Box = tuple[float, float, float, float]
 
@@ -130,7 +130,9 @@ def paint(image: Image.Image, boxes: Sequence[Box], kept: Sequence[bool], longes
     return made
 
 
-def kept_pictures(image: Image.Image, trace: Trace, image_processor: Any, index: int = 0) -> list[Image.Image]:
+def kept_pictures(
+    image: Image.Image, trace: Trace, image_processor: Any, index: int = 0, longest: int = LONGEST
+) -> list[Image.Image]:
     """The picture with what was kept of image `index` after the last cut.
 
     Of an image with crops: the canvas of crops first, then, smaller, the thumbnail.
@@ -140,22 +142,28 @@ def kept_pictures(image: Image.Image, trace: Trace, image_processor: Any, index:
     planes = []
     for plane in range(len(grid.planes)):
         mine = [t for t in range(grid.tokens) if (int(grid.view[t]) > 0) == bool(plane) and not grid.newline[t]]
-        longest = LONGEST if len(grid.planes) == 1 or plane else LONGEST // 2
-        planes.append(paint(image, [boxes[t] for t in mine], [t in kept for t in mine], longest))
+        size = longest if len(grid.planes) == 1 or plane else longest // 2
+        planes.append(paint(image, [boxes[t] for t in mine], [t in kept for t in mine], size))
     return planes[::-1]
 
 
-def plain_panel(image: Image.Image, title: str, lines: Sequence[str] = ()) -> Panel:
+def plain_panel(image: Image.Image, title: str, lines: Sequence[str] = (), longest: int = LONGEST) -> Panel:
     """The picture as it is."""
-    return Panel(title, list(lines), [scaled(image)[0]])
+    return Panel(title, list(lines), [scaled(image, longest)[0]])
 
 
 def kept_panel(
-    image: Image.Image, trace: Trace, image_processor: Any, index: int, title: str, lines: Sequence[str] = ()
+    image: Image.Image,
+    trace: Trace,
+    image_processor: Any,
+    index: int,
+    title: str,
+    lines: Sequence[str] = (),
+    longest: int = LONGEST,
 ) -> Panel:
     """The picture with what was kept, and the counts under the title."""
     count = trace.counts[index]
-    merged = " (merged)" if any(cut.merge is not None for cut in trace.cuts) else ""
+    merged = ", the rest merged in" if any(cut.merge is not None for cut in trace.cuts) else ""
     about = [f"{count['patches_after']} of {count['patches_before']} patches{merged}"]
     grid = trace.grids[index]
     if len(grid.planes) > 1:
@@ -163,7 +171,7 @@ def kept_panel(
         small = sum(int(grid.view[t]) == 0 for t in kept)
         whole = grid.patches_per_view[0]
         about = [f"crops {len(kept) - small} of {grid.patches - whole}, thumbnail {small} of {whole}{merged}"]
-    return Panel(title, about + list(lines), kept_pictures(image, trace, image_processor, index))
+    return Panel(title, about + list(lines), kept_pictures(image, trace, image_processor, index, longest))
 
 
 def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from threading import get_ident
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from vlmprune.plan import FRAME, Plan
 from vlmprune.prompt import prompt_layout
 from vlmprune.sequence import Segment, Sequence, attention_mask, merge_tokens
 from vlmprune.taps import BlockTap, DecoderTap, Hidden, Tap, sliding_window
-from vlmprune.tower import SEEN, AfterTower, BeforeTower, BeforeTowerLayer, RememberSizes
+from vlmprune.tower import SEEN, AfterKeys, AfterTower, BeforeTower, BeforeTowerLayer, RememberSizes
 from vlmprune.trace import CutTrace, Trace
+from vlmprune.watch import Watch
 
 __all__ = ["Plan", "install", "is_hook", "remove"]
 
@@ -52,11 +52,12 @@ class Prefill:
         self.seen: dict[Tap, torch.Tensor] = {
             tap: self.layout.from_tower(seen[tap].to(self.layout.device)) for tap in plan.tower_taps
         }
-        self.pending = list(plan.cuts)
+        self.pending = plan.decoder_cuts
         self.sequence: Sequence | None = None
         self.by_layer: list[Sequence] = []
         self.cuts: list[CutTrace] = []
         self.segments: list[Segment] = []
+        self.finished = False
 
     def enter(self, index: int, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, dict]:
         """Do all that is to be done at the input of decoder layer `index`."""
@@ -134,11 +135,16 @@ class Prefill:
             self.layout = replace(self.layout, entered=counts, entered_patches=reduction.patches)
         return hidden
 
-    def finish(self, output: Any) -> None:
-        """Restore lengths, leave the decode state on the cache, file the trace."""
+    def check(self) -> None:
+        """Raise if a cut has not run: a silent no-op would pass for a pruned call."""
         if self.pending:
             left = ", ".join(f"{name!r} at decoder layer {cut.at.layer}" for name, cut in self.pending)
             raise CutNotRunError(f"this call carried images, and these cuts did not run: {left}.")
+
+    def finish(self, output: Any) -> None:
+        """Restore lengths, leave the decode state on the cache, file the trace."""
+        self.check()
+        self.finished = True
         output.last_hidden_state = self.sequence.expand(output.last_hidden_state)
         if output.hidden_states is not None:
             # entry 0 is the input of layer 0 as that layer got it, entry i the output of layer i - 1
@@ -304,20 +310,6 @@ class BeforeModel:
         return (), kwargs
 
 
-class Watch:
-    """Hands the frame to the hooks on a layer's two blocks, which get no keyword arguments of ours.
-
-    The layer's pre-hook and the blocks run in one thread within one call, so the thread's number finds the frame.
-    """
-
-    def __init__(self) -> None:
-        self.frames: dict[int, Prefill] = {}
-
-    def begin(self, frame: Any) -> None:
-        if isinstance(frame, Prefill):
-            self.frames[get_ident()] = frame
-
-
 @dataclass
 class AfterBlock:
     """Hook of an attention or feed-forward block that a tap watches; the second of the two ends the watch."""
@@ -327,9 +319,7 @@ class AfterBlock:
     last: bool
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        frames, me = self.watching.frames, get_ident()
-        frame = frames.pop(me, None) if self.last else frames.get(me)
-        if frame is not None:
+        if (frame := self.watching.frame(self.last)) is not None:
             before = args[0] if args else kwargs["hidden_states"]
             frame.watch(self.index, before, output[0] if isinstance(output, tuple) else output)
 
@@ -347,7 +337,7 @@ class BeforeLayer:
         frame = kwargs.pop(FRAME)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         hidden, kwargs = frame.enter(self.index, module, hidden, kwargs)
-        if self.watching is not None:
+        if self.watching is not None and isinstance(frame, Prefill):
             self.watching.begin(frame)
         return (hidden, *args[1:]), kwargs
 
@@ -357,6 +347,19 @@ class AfterLanguageModel:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if isinstance(frame := kwargs.get(FRAME), Prefill):
             frame.finish(output)
+
+
+@dataclass
+class AfterModel:
+    """Hook of the inner model: notices a frame that was lost on the way to the language model."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        frame = kwargs.get(FRAME)
+        if isinstance(frame, Prefill) and not frame.finished:
+            frame.check()
+            raise CutNotRunError(
+                "this call carried images, and the frame of its cuts did not reach the language model."
+            )
 
 
 @dataclass
@@ -375,12 +378,14 @@ class CheckLabels:
 
 HOOKS = (
     AfterBlock,
+    AfterKeys,
     BeforeTower,
     BeforeTowerLayer,
     AfterTower,
     BeforeModel,
     BeforeLayer,
     AfterLanguageModel,
+    AfterModel,
     CheckLabels,
 )
 
@@ -397,15 +402,19 @@ def install(model: nn.Module, plan: Plan) -> None:
     def before(module: nn.Module, hook: Callable) -> None:
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    if plan.tower_taps:
+    if plan.tower_taps or plan.tower_cuts:
         tower = family.tower(inner)
         before(tower, BeforeTower(plan))
         for index, layer in enumerate(family.tower_layers(inner)):
-            before(layer, BeforeTowerLayer(index))
+            watching = Watch() if index in plan.key_layers else None
+            before(layer, BeforeTowerLayer(index, watching))
+            if watching is not None:
+                layer.self_attn.k_proj.register_forward_hook(AfterKeys(index, watching, layer.self_attn.num_heads))
         tower.register_forward_hook(AfterTower(), with_kwargs=True)
     if family.needs_sizes:
         inner.get_image_features = RememberSizes(inner)
     before(inner, BeforeModel(plan))
+    inner.register_forward_hook(AfterModel(), with_kwargs=True)
     for index, layer in enumerate(family.decoder_layers(inner)):
         watching = Watch() if index in plan.block_layers else None
         before(layer, BeforeLayer(index, watching))

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune.cuts import Cut
+from vlmprune.cuts import Cut, Decoder, Vision
 from vlmprune.layout import ImageGrid
 from vlmprune.patches import Family, ModelFacts
-from vlmprune.taps import BlockTap, TowerTap
+from vlmprune.taps import BlockKeys, BlockTap, TowerTap
 from vlmprune.trace import Trace
 
 __all__ = ["FRAME", "Plan"]
@@ -37,8 +37,23 @@ class Plan:
 
     @property
     def tower_taps(self) -> list[TowerTap]:
-        """What the cuts want to see of the vision tower, each once."""
-        return list(dict.fromkeys(t for _, cut in self.cuts for t in cut.see if isinstance(t, TowerTap)))
+        """What the cuts in the language model want to see of the vision tower, each once."""
+        return list(dict.fromkeys(t for _, cut in self.decoder_cuts for t in cut.see if isinstance(t, TowerTap)))
+
+    @property
+    def tower_cuts(self) -> list[Cut]:
+        """Cuts inside the vision tower."""
+        return [cut for _, cut in self.cuts if isinstance(cut.at, Vision)]
+
+    @property
+    def decoder_cuts(self) -> list[tuple[str, Cut]]:
+        """Cuts in the language model, with the names of their methods."""
+        return [(name, cut) for name, cut in self.cuts if isinstance(cut.at, Decoder)]
+
+    @property
+    def key_layers(self) -> set[int]:
+        """Tower layers whose keys a cut in the tower wants."""
+        return {tap.layer for cut in self.tower_cuts for tap in cut.see if isinstance(tap, BlockKeys)}
 
     @property
     def block_layers(self) -> set[int]:

@@ -49,9 +49,10 @@ def prompt_layout(
     sample, ordinal, offset = assign_images(placeholders, sizes)
     known = getattr(features, SIZES, None)
     if known is None:
-        if plan.family.needs_sizes:
+        if plan.family.needs_sizes or features.last_hidden_state is None:
             raise UnsupportedError(
-                "these image features were not computed by the patched model: image sizes are unknown."
+                "these image features are not as the patched model computed them, and how many images there were (and "
+                "their sizes) is unknown. `prefill_chunk_size` is not supported: it cuts the features into pieces."
             )
         known = [None] * features.last_hidden_state.shape[0]
     origin = undo_beams(sample, len(placeholders), len(known))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from vlmprune.cuts import Merge, Positions
 from vlmprune.layout import Layout, upload
@@ -43,6 +42,8 @@ def attention_mask(
     `mask` is the 2-D padding mask over everything the layer has cached and `hidden`. Position ids are left out on
     purpose: gaps in them would be read as packed sequences.
     """
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
     attention = layer.self_attn
     make = create_causal_mask if sliding_window(attention) is None else create_sliding_window_causal_mask
     # asking whether the padding mask could be skipped would wait for the device

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from vlmprune.sequence import Sequence
 
 __all__ = [
+    "BlockKeys",
     "BlockTap",
     "ClsLogits",
+    "ClusterOf",
     "CrossShare",
     "DecoderTap",
     "Distinctness",
@@ -119,6 +121,21 @@ class Distinctness(TowerTap):
     def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         patches = upcast(hidden[:, int(has_cls) :])
         return -nn.functional.cosine_similarity(patches, patches.mean(1, keepdim=True), dim=-1)
+
+
+@dataclass(frozen=True)
+class BlockKeys(TowerTap):
+    """Head-mean keys of a tower layer's attention, `(views, tokens, dim)`, for cuts in the tower.
+
+    Taken from the layer's own key projection as it runs.
+    """
+
+
+@dataclass(frozen=True)
+class ClusterOf(TowerTap):
+    """After cuts in the tower: the number of the cluster that every patch belongs to at the feature layer."""
+
+    layer: int = -1  # known when the tower is done
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The hooks inside the vision tower: they measure taps while it runs and leave them on its output.
+"""The hooks inside the vision tower: they measure taps, merge tokens, and leave what was seen on its output.
 
 `BeforeTower` puts a frame into the keyword arguments, the host hands these to every layer, `BeforeTowerLayer` takes it
 out and measures, `AfterTower` leaves what was seen on the output object, which comes back with the image features.
@@ -13,54 +13,133 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmprune.cuts import Cut
 from vlmprune.plan import FRAME, Plan
-from vlmprune.taps import Tap, TowerTap
+from vlmprune.taps import BlockKeys, ClusterOf, Tap
+from vlmprune.watch import Watch
 
-__all__ = ["SEEN", "SIZES", "AfterTower", "BeforeTower", "BeforeTowerLayer", "RememberSizes"]
+__all__ = ["SEEN", "SIZES", "AfterKeys", "AfterTower", "BeforeTower", "BeforeTowerLayer", "RememberSizes"]
 
 SEEN = "_vlmprune_seen"  # attribute of the tower's output: measured taps
 SIZES = "_vlmprune_sizes"  # attribute of the tower's output: (height, width) of every image
 
 
 class TowerFrame:
-    """One pass through the vision tower: the inputs of the layers that taps look at."""
+    """One pass through the vision tower: taps, and what cuts inside it have merged.
 
-    def __init__(self, taps: list[TowerTap], has_cls: bool):
-        self.taps, self.has_cls = taps, has_cls
+    Attributes:
+        seen: measured taps.
+        sizes: `(views, tokens)` float, patches that every token stands for; None before the first cut.
+        places: for every layer, `(views, original tokens)` long, the token that each original one is part of; None
+            where nothing is merged.
+    """
+
+    def __init__(self, plan: Plan):
+        self.plan, self.has_cls = plan, plan.facts.has_cls
         self.seen: dict[Tap, torch.Tensor] = {}
+        self.keys: dict[int, torch.Tensor] = {}
+        self.sizes: torch.Tensor | None = None
+        self.places: list[torch.Tensor | None] = []
+        self.weigh = False
 
-    def enter(self, index: int, layer: nn.Module, hidden: torch.Tensor) -> None:
-        """Measure what is to be seen of tower layer `index`, from its input `(views, tokens, dim)`."""
-        for tap in self.taps:
-            if tap.layer == index:
-                self.seen[tap] = tap.measure(layer, hidden.detach(), self.has_cls)
+    def enter(
+        self, index: int, layer: nn.Module, hidden: torch.Tensor, rest: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        """Do all that is to be done at the input of tower layer `index`; returns its new arguments."""
+        with torch.no_grad():  # scores choose tokens; nothing is learned through them
+            for tap in self.plan.tower_taps:
+                if tap.layer == index:
+                    self.seen[tap] = tap.measure(layer, hidden.detach(), self.has_cls)
+        place = self.places[-1] if self.places else None
+        for cut in self.plan.tower_cuts:
+            if cut.at.layer == index:
+                hidden, place = self.merge(cut, hidden, place)
+        self.places.append(place)
+        if self.weigh:
+            bias = self.sizes.log().to(hidden.dtype)[:, None, None]
+            rest, kwargs = rest[1:], kwargs | {"attention_mask": bias}
+        return (hidden, *rest), kwargs
+
+    def merge(self, cut: Cut, hidden: torch.Tensor, place: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replace `(views, tokens, dim)` by its clusters' size-weighted means."""
+        views, tokens, _ = hidden.shape
+        if self.sizes is None:
+            self.sizes = torch.ones(
+                views, tokens, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+            )
+            place = torch.arange(tokens, device=hidden.device).expand(views, -1)
+        with torch.no_grad():
+            seen = {tap: self.keys.pop(tap.layer) if isinstance(tap, BlockKeys) else hidden for tap in cut.see}
+            clusters = cut.reduce(seen, self.sizes)
+        into = clusters.into
+        sizes = self.sizes.new_zeros(views, clusters.count).scatter_add(1, into, self.sizes)
+        share = (self.sizes / sizes.gather(1, into))[..., None]
+        parts = hidden.to(share.dtype) * share
+        merged = parts.new_zeros(views, clusters.count, hidden.shape[-1])
+        merged = merged.scatter_add(1, into[..., None].expand_as(parts), parts).to(hidden.dtype)
+        self.sizes, self.weigh = sizes, cut.weigh
+        return merged, into.gather(1, place)
+
+    def finish(self, output: Any) -> None:
+        """Give every original position its cluster's token, and leave what was seen on the output."""
+        if self.plan.tower_cuts:
+            made_by = [self.places[0], *self.places]  # entry i of hidden_states is the output of layer i - 1
+            states = zip(output.hidden_states, made_by, strict=True)
+            output.hidden_states = tuple(h if h is None else spread(h, place) for h, place in states)
+            output.last_hidden_state = spread(output.last_hidden_state, self.places[-1])
+        if ClusterOf() in self.plan.tower_taps:
+            place = self.places[self.plan.facts.feature_layer]
+            if place is None:
+                views, tokens, _ = output.last_hidden_state.shape
+                place = torch.arange(tokens, device=output.last_hidden_state.device).expand(views, -1)
+            self.seen[ClusterOf()] = place[:, int(self.has_cls) :]
+        setattr(output, SEEN, self.seen)
+
+
+def spread(hidden: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
+    """`(views, clusters, dim)` back to `(views, original tokens, dim)`."""
+    return hidden if place is None else hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 @dataclass
 class BeforeTower:
-    """Pre-hook of the tower: starts a frame if any cut wants to see the tower."""
+    """Pre-hook of the tower: starts a frame."""
 
     plan: Plan
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not self.plan.enabled or not self.plan.tower_taps:
-            return None
-        return args, kwargs | {FRAME: TowerFrame(self.plan.tower_taps, self.plan.facts.has_cls)}
+        return (args, kwargs | {FRAME: TowerFrame(self.plan)}) if self.plan.enabled else None
 
 
 @dataclass
 class BeforeTowerLayer:
-    """Pre-hook of a tower layer: takes the frame out and lets it measure."""
+    """Pre-hook of a tower layer: takes the frame out and lets it measure and merge."""
 
     index: int
+    watching: Watch | None = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if FRAME not in kwargs:
             return None
         frame = kwargs.pop(FRAME)
-        with torch.no_grad():  # scores choose tokens; nothing is learned through them
-            frame.enter(self.index, module, args[0] if args else kwargs["hidden_states"])
+        hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
+        args, kwargs = frame.enter(self.index, module, hidden, tuple(rest), kwargs)
+        if self.watching is not None:
+            self.watching.begin(frame)
         return args, kwargs
+
+
+@dataclass
+class AfterKeys:
+    """Hook of a tower layer's key projection: keeps the head-mean keys for a cut behind this layer."""
+
+    index: int
+    watching: Watch
+    heads: int
+
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if (frame := self.watching.frame(last=True)) is not None:
+            frame.keys[self.index] = output.detach().unflatten(-1, (self.heads, -1)).mean(-2)
 
 
 @dataclass
@@ -69,7 +148,7 @@ class AfterTower:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if (frame := kwargs.get(FRAME)) is not None:
-            setattr(output, SEEN, frame.seen)
+            frame.finish(output)
 
 
 class RememberSizes:

@@ -22,6 +22,7 @@ __all__ = ["add_to"]
 METHODS = ("fopru", "vtc_cls", "fastv", "random", "grid", "pool")
 KEEPS = (0.25, 0.1)
 LONGEST = 16  # tokens of an answer
+LARGEST = 256  # pixels of a drawn picture's longer side
 CLOSING = """\
 A handful of questions shows how it works, not how well: random and pooling are there to be beaten, and sometimes they
 win. Measured numbers on a thousand questions are in the embedded models' card."""
@@ -146,15 +147,15 @@ def save(target: Path, loaded: Loaded, asked: Asked, image: Image.Image) -> None
     """Draw one row of panels per budget, one panel per method."""
     from vlmprune import draw
 
-    expected = asked.picture["answer"]
+    expected, image_processor = asked.picture["answer"], loaded.processor.image_processor
     rows = []
     for keep in KEEPS:
-        row = [draw.plain_panel(image, "full model", [f"answer: {asked.plain}"])]
+        row = [draw.plain_panel(image, "full model", [f"answer: {asked.plain}"], LARGEST)]
         for outcome in asked.outcomes:
             if outcome.job.options["keep"] == keep:
                 wrong = "" if correct(outcome.answer, expected) else " (wrong)"
                 title, more = f"{outcome.job.method}, keep {keep:g}", [f"answer: {outcome.answer}{wrong}"]
-                row.append(draw.kept_panel(image, outcome.trace, loaded.processor.image_processor, 0, title, more))
+                row.append(draw.kept_panel(image, outcome.trace, image_processor, 0, title, more, LARGEST))
         rows.append(row)
     try:
         draw.sheet(rows, heading=f"{asked.picture['question']}   ({expected})").save(target)

@@ -157,9 +157,8 @@ class GlobalCom2(Method):
         for i, grid in enumerate(layout.grids):
             order = released_order(keep[i, : grid.tokens], scores[i, : grid.tokens], grid)
             if len(order) > grid.tokens:
-                raise ValueError(
-                    f"parity='released' makes {len(order)} tokens of image {i}'s {grid.tokens}: keep less than {self.keep}."
-                )
+                made = f"{len(order)} tokens of image {i}, which has {grid.tokens}"
+                raise ValueError(f"parity='released' with keep={self.keep} makes {made}: lower keep.")
             pad = most - len(order)
             source.append(functional.pad(order, (0, pad)))
             into.append(functional.pad(torch.arange(len(order), device=order.device), (0, pad)))

@@ -1,0 +1,184 @@
+"""ToMe (arXiv 2210.09461) and PiToMe (arXiv 2405.16148): merging tokens inside the vision tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Literal
+
+import torch
+
+from vlmprune.budget import check_keep, count
+from vlmprune.cuts import Clusters, Cut, Decoder, Positions, Reduction, Vision
+from vlmprune.errors import UnsupportedError
+from vlmprune.layout import Layout
+from vlmprune.merging import match_alternating, match_energy, spread_evenly
+from vlmprune.methods.base import Method
+from vlmprune.patches import ModelFacts
+from vlmprune.registry import register
+from vlmprune.selection import Newlines, check_choice, keep_patches
+from vlmprune.taps import BlockKeys, ClusterOf, Hidden, Tap
+
+__all__ = ["PiToMe", "ToMe", "first_of_cluster"]
+
+
+def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Mark the first patch of every cluster of every view; all patches of a cluster carry the same token.
+
+    Args:
+        cluster: `(images, tokens)` long, the cluster's number within the token's view.
+
+    Returns:
+        `(images, tokens)` bool.
+    """
+    patches = layout.patches
+    # newlines and padding get a key of their own
+    last = max(grid.views for grid in layout.grids) * (layout.view_size + 1)
+    key = torch.where(patches, layout.view * (layout.view_size + 1) + cluster, last)
+    token = torch.arange(layout.width, device=key.device).expand_as(key)
+    first = torch.full((len(layout), last + 1), layout.width, device=key.device)
+    first = first.scatter_reduce(1, key, token, "amin")
+    return patches & (first.gather(1, key) == token)
+
+
+@dataclass(frozen=True)
+class EncoderMerge(Method):
+    """What both methods share: a schedule of merges behind the tower's layers, and one token per cluster afterwards.
+
+    Merging happens at the end of a layer (ToMe's own code merges between its attention and its feed-forward block,
+    where no hook can reach); the rest of the model sees every original position carry its cluster's token, and the
+    repeats are dropped where the sequence is cut.
+    """
+
+    stage = "vision tower, every layer"
+    needs = "the tower's keys or hidden states"
+
+    keep: int | float
+    weigh: bool = False
+    positions: Positions = "contiguous"
+    newlines: Newlines = "all"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", check_keep(self.keep))
+        check_choice("positions", self.positions, Positions)
+        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        if facts.views and isinstance(self.keep, int):
+            raise UnsupportedError(
+                f"{self.name} merges all views alike, and images differ in their views: give a fraction as keep."
+            )
+        layers, patches = facts.feature_layer, facts.view_patches
+        if layers < 1:
+            raise UnsupportedError(f"{self.name} needs a layer before the feature layer, and this tower has none.")
+        schedule = self.schedule(patches, count(self.keep, patches), layers)
+        cuts, left = [], patches
+        for layer, removed in enumerate(schedule, start=1):
+            if removed > left // 2:
+                raise ValueError(
+                    f"keep={self.keep} would merge {removed} of {left} tokens behind one layer, at most half can go: "
+                    f"raise keep (this tower has {layers} layers to merge behind)."
+                )
+            if removed:
+                cuts.append(self.cut(layer, removed, facts))
+            left -= removed
+        return [*cuts, Cut(Decoder(0), (ClusterOf(),), partial(self.reduce, clusters=left), self.positions)]
+
+    def schedule(self, patches: int, target: int, layers: int) -> list[int]:
+        """Tokens to merge away behind each layer, to get from `patches` to `target`."""
+        return spread_evenly(patches - target, layers)
+
+    def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
+        """The cut at the input of tower layer `layer`."""
+        raise NotImplementedError
+
+    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, clusters: int) -> Reduction:
+        """Pure: cluster numbers in, one token per cluster stays."""
+        (cluster,) = seen.values()
+        keep = first_of_cluster(cluster, layout)
+        # where packing cuts padding off, whole clusters can go with it
+        whole = all(p == layout.view_size for grid in layout.grids for p in grid.patches_per_view)
+        counts = [clusters * grid.views for grid in layout.grids] if whole else None
+        return keep_patches(keep, layout, counts, self.newlines)
+
+
+@register("tome")
+@dataclass(frozen=True)
+class ToMe(EncoderMerge):
+    """Merge the most similar pairs of patches behind every tower layer, by the cosine of their keys.
+
+    Args:
+        keep: patches per image that enter the LLM (a fraction on families with views); the same number of tokens is
+            merged behind every layer before the feature layer.
+        weigh: proportional attention: later layers count a token as often as the patches it stands for. Off as in
+            adaptations to CLIP; ToMe's own code turns it on for its trained models.
+        positions, newlines: as everywhere.
+    """
+
+    summary = "similar patches merged behind every tower layer"
+    paper = "arXiv 2210.09461"
+
+    def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
+        reduce = partial(self.match, removed=removed, has_cls=facts.has_cls)
+        return Cut(Vision(layer), (BlockKeys(layer - 1),), reduce, weigh=self.weigh)
+
+    def match(self, seen: dict[Tap, torch.Tensor], sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
+        """Pure: `(views, tokens, dim)` keys in, clusters out."""
+        (keys,) = seen.values()
+        return match_alternating(keys, removed, has_cls)
+
+
+@register("pitome")
+@dataclass(frozen=True)
+class PiToMe(EncoderMerge):
+    """Merge patches that live in dense, redundant clusters (high energy) and protect the rest.
+
+    Args:
+        keep: patches per image that enter the LLM (a fraction on families with views).
+        energy_from: first of 24 layers (scaled) whose tokens are chosen by energy; the official CLIP patch matches
+            alternately in layers 0..12.
+        weigh: proportional attention; off in the official CLIP patch.
+        positions, newlines: as everywhere.
+
+    Every layer keeps the same share of its tokens (paper). The metric is the hidden state, the margin
+    0.9 - 0.9 l / L (code). Means are weighted by size as in the paper; the CLIP patch takes plain ones.
+    """
+
+    summary = "redundant patches merged behind every tower layer, distinct ones protected"
+    paper = "arXiv 2405.16148"
+
+    energy_from: int = 13
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (
+            isinstance(self.energy_from, bool)
+            or not isinstance(self.energy_from, int)
+            or not 0 <= self.energy_from <= 24
+        ):
+            raise ValueError(f"energy_from={self.energy_from!r} must be a layer from 0 to 24 (of 24, scaled).")
+
+    def schedule(self, patches: int, target: int, layers: int) -> list[int]:
+        """The same share of what is left behind every layer, in whole tokens."""
+        sizes = [round(patches * (target / patches) ** (layer / layers)) for layer in range(layers + 1)]
+        return [before - after for before, after in pairwise(sizes)]
+
+    def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
+        behind = layer - 1  # the layer that has just run
+        if behind >= round(self.energy_from * facts.tower_layers / 24):
+            margin = 0.9 - 0.9 * behind / facts.tower_layers
+            reduce = partial(self.by_energy, removed=removed, margin=margin, has_cls=facts.has_cls)
+        else:
+            reduce = partial(self.alternating, removed=removed, has_cls=facts.has_cls)
+        return Cut(Vision(layer), (Hidden(),), reduce, weigh=self.weigh)
+
+    def alternating(self, seen: dict[Tap, torch.Tensor], sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
+        """Pure: `(views, tokens, dim)` hidden states in, clusters out."""
+        return match_alternating(seen[Hidden()], removed, has_cls)
+
+    def by_energy(
+        self, seen: dict[Tap, torch.Tensor], sizes: torch.Tensor, removed: int, margin: float, has_cls: bool
+    ) -> Clusters:
+        """Pure: `(views, tokens, dim)` hidden states in, clusters out."""
+        return match_energy(seen[Hidden()], removed, margin, has_cls)
