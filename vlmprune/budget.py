@@ -8,24 +8,24 @@ from numbers import Integral, Real
 __all__ = ["check_keep", "count", "share"]
 
 
-def check_keep(keep: int | float) -> int | float:
-    """Return `keep` as a plain int (tokens per image) or float (fraction of an image's tokens).
+def check_keep(keep: int | float, name: str = "keep") -> int | float:
+    """Return a budget as a plain int (tokens per image) or float (fraction of an image's tokens).
 
     Raises:
         TypeError: `keep` is not a number.
         ValueError: an int below 1, or a float outside (0, 1].
     """
-    rule = "keep is an int of at least 1 (patches per image) or a float in (0, 1] (fraction of an image's patches)"
+    rule = f"{name} is an int of at least 1 (patches per image) or a float in (0, 1] (fraction of an image's patches)"
     if isinstance(keep, bool) or not isinstance(keep, Real):
-        raise TypeError(f"keep={keep!r} is not a number: {rule}.")
+        raise TypeError(f"{name}={keep!r} is not a number: {rule}.")
     if isinstance(keep, Integral):
         if keep < 1:
-            raise ValueError(f"keep={keep} keeps nothing: {rule}.")
+            raise ValueError(f"{name}={keep} keeps nothing: {rule}.")
         return int(keep)
     keep = float(keep)
     if math.isnan(keep) or not 0 < keep <= 1:
-        hint = f" For {keep:g} tokens write keep={int(keep)}." if 1 < keep < math.inf else ""
-        raise ValueError(f"keep={keep} is out of range: {rule}.{hint}")
+        hint = f" For {keep:g} tokens write {name}={int(keep)}." if 1 < keep < math.inf else ""
+        raise ValueError(f"{name}={keep} is out of range: {rule}.{hint}")
     return keep
 
 

@@ -154,7 +154,7 @@ def refused(has_cls: bool) -> dict[str, str]:
     from vlmprune.errors import UnsupportedError
     from vlmprune.patches import ModelFacts
 
-    facts = ModelFacts("llava", 24, 22, has_cls, decoder_layers=32, views=False)
+    facts = ModelFacts("llava", 24, 22, has_cls, decoder_layers=32, views=False, view_patches=576)
     why = {}
     for name in registry.names():
         try:

@@ -98,7 +98,7 @@ def parse_keep(text: str) -> int | float:
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """`key=value`, the value read as int, float, true, false, none or text.
+    """`key=value`, the value read as int, float, true, false or text.
 
     Raises:
         UserError: no `=`, or an option that has a flag of its own.
@@ -109,9 +109,8 @@ def parse_option(text: str) -> tuple[str, Any]:
         raise UserError(f"--option {text!r} is not KEY=VALUE.")
     if key == "keep":
         raise UserError("the budget is given by --keep.")
-    words = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return key, words[value.lower()]
+    if value.lower() in ("true", "false"):
+        return key, value.lower() == "true"
     for read in (int, float):
         try:
             return key, read(value)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from vlmprune.budget import check_keep
 from vlmprune.cuts import Cut
 from vlmprune.errors import UnsupportedError
 from vlmprune.patches import ModelFacts
 
-__all__ = ["Method", "tower_layer"]
+__all__ = ["Budgeted", "Method", "check_layer", "need_cls", "tower_layer"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,35 @@ class Method:
             ValueError: an option does not fit the model.
         """
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Budgeted(Method):
+    """A method with a budget, given in one of two words.
+
+    Args:
+        keep: patches per image (int), or a fraction of them, that enter the LLM or are left after the last cut.
+        average: the same as a mean over all decoder layers; what it means for the cuts is solved by the method.
+    """
+
+    keep: int | float | None = None
+    average: int | float | None = None
+
+    optional: ClassVar[bool] = False  # whether the method has a published schedule of its own
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.average is not None:
+            raise ValueError(f"{self.name}: give keep= or average=, not both.")
+        if self.keep is None and self.average is None and not self.optional:
+            raise TypeError(f"{self.name} needs keep= (patches per image, or a fraction) or average=.")
+        for word in ("keep", "average"):
+            if getattr(self, word) is not None:
+                object.__setattr__(self, word, check_keep(getattr(self, word), word))
+
+    @property
+    def budget(self) -> int | float:
+        """The budget of a method whose only cut is before the LLM, where both words mean the same."""
+        return self.average if self.keep is None else self.keep
 
 
 def tower_layer(layer: int, facts: ModelFacts) -> int:

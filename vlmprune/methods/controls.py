@@ -9,10 +9,10 @@ from typing import Literal
 
 import torch
 
-from vlmprune.budget import check_keep, share
+from vlmprune.budget import share
 from vlmprune.cuts import Cut, Decoder, Merge, Positions, Reduction
 from vlmprune.layout import ImageGrid, Layout, upload
-from vlmprune.methods.base import Method
+from vlmprune.methods.base import Budgeted
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 from vlmprune.selection import Newlines, check_choice, keep_patches, select
@@ -36,15 +36,14 @@ def random_scores(seed: int, layout: Layout) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Control(Method):
+class Control(Budgeted):
     """Options that the controls share."""
 
-    keep: int | float
     positions: Positions = "contiguous"
     newlines: Newlines = "all"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", check_keep(self.keep))
+        super().__post_init__()
         check_choice("positions", self.positions, Positions)
         check_choice("newlines", self.newlines, Literal["all", "row", "none"])
 
@@ -64,7 +63,7 @@ class Random(Control):
     gets what the sample alone gets. Report the spread over several seeds.
 
     Args:
-        keep: patches per image, or a fraction.
+        keep, average: patches per image, or a fraction.
         seed: a whole number of at least 0.
         positions, newlines: as everywhere.
     """
@@ -79,7 +78,7 @@ class Random(Control):
             raise ValueError(f"seed={self.seed!r} must be a whole number of at least 0.")
 
     def reduce(self, seen: dict, layout: Layout) -> Reduction:
-        return select(random_scores(self.seed, layout), self.keep, layout, self.newlines)
+        return select(random_scores(self.seed, layout), self.budget, layout, self.newlines)
 
 
 def grid_shape(keep: int, rows: int, cols: int) -> tuple[int, int]:
@@ -136,7 +135,7 @@ class Cells(Control):
         into = torch.zeros(layout.position.shape, dtype=torch.long)
         weight, counts = torch.zeros(layout.position.shape), []
         for i, grid in enumerate(layout.grids):
-            into[i, : grid.tokens], weight[i, : grid.tokens], cells = image_cells(grid, self.keep)
+            into[i, : grid.tokens], weight[i, : grid.tokens], cells = image_cells(grid, self.budget)
             counts.append(cells)
         into, weight = upload(into, layout.device), upload(weight, layout.device)
         anchor = (into == torch.arange(layout.width, device=layout.device)) & (weight > 0) & layout.patches
@@ -150,7 +149,7 @@ class Grid(Cells):
     """Keep the middle patch of every cell.
 
     Args:
-        keep: at most so many patches per image (tables show the real count), or a fraction.
+        keep, average: at most so many patches per image (tables show the real count), or a fraction.
         positions, newlines: as everywhere.
     """
 
@@ -166,7 +165,7 @@ class Pool(Cells):
     """Average every cell's patches into one token that stands at the cell's middle patch.
 
     Args:
-        keep: at most so many tokens per image (tables show the real count), or a fraction.
+        keep, average: at most so many tokens per image (tables show the real count), or a fraction.
         positions, newlines: as everywhere.
     """
 

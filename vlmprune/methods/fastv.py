@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 
-from vlmprune.budget import check_keep
+from vlmprune.budget import count
 from vlmprune.cuts import Cut, Decoder, Positions, Reduction
 from vlmprune.layout import Layout
-from vlmprune.methods.base import Method, check_layer
+from vlmprune.methods.base import Budgeted, check_layer
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
-from vlmprune.selection import Newlines, check_choice, select
+from vlmprune.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
 from vlmprune.taps import Tap, TextAttention
 
 __all__ = ["FastV"]
@@ -21,13 +22,14 @@ __all__ = ["FastV"]
 
 @register("fastv")
 @dataclass(frozen=True)
-class FastV(Method):
+class FastV(Budgeted):
     """Keep the visual tokens that the last prompt token attends to in an early decoder layer.
 
     The attention of layer K - 1 (head mean) decides what enters layer K; system and text tokens always stay.
 
     Args:
-        keep: visual tokens per image left from layer K on, or a fraction; the code's default removes half.
+        keep: visual tokens per image left from layer K on, or a fraction; without a budget 0.5, the code's default.
+        average: the mean over all layers; layer K onwards gets (L T - K N) / (L - K) tokens.
         layer: K, 0-based (code default 2; the demo uses 3). Not scaled with depth.
         rows: "last", the last prompt token's row (all released code), or "all", the mean over every row (the paper's
             description).
@@ -39,24 +41,45 @@ class FastV(Method):
     paper = "arXiv 2403.06764"
     needs = "decoder attention (one layer)"
     stage = "decoder layer K"
+    optional = True
 
-    keep: int | float = 0.5
     layer: int = 2
     rows: Literal["last", "all"] = "last"
     positions: Positions = "original"
     newlines: Newlines = "candidates"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", check_keep(self.keep))
+        super().__post_init__()
         check_choice("rows", self.rows, Literal["last", "all"])
         check_choice("positions", self.positions, Positions)
         check_choice("newlines", self.newlines, Newlines)
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         layer = check_layer("layer", self.layer, facts.decoder_layers, lowest=1)
-        return [Cut(Decoder(layer), (TextAttention(layer - 1, self.rows),), self.reduce, self.positions)]
+        reduce = partial(self.reduce, before=layer / facts.decoder_layers)
+        if isinstance(self.average, float):
+            self.left(
+                10**9, layer / facts.decoder_layers
+            )  # whether the fraction can be met does not depend on the image
+        return [Cut(Decoder(layer), (TextAttention(layer - 1, self.rows),), reduce, self.positions)]
 
-    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
-        """Pure: `(images, tokens)` attention in, decision out."""
+    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, before: float) -> Reduction:
+        """Pure: `(images, tokens)` attention in, decision out; `before` is the share of layers before the cut."""
         (scores,) = seen.values()
-        return select(scores, self.keep, layout, self.newlines)
+        among, totals, available = candidates(layout, self.newlines)
+        counts = [self.left(total, before) for total in totals]
+        keep = top_k(scores, counts, among)
+        return keep_patches(keep, layout, capped(counts, available), self.newlines, scores)
+
+    def left(self, total: int, before: float) -> int:
+        """Tokens of an image's `total` that stay from layer K on."""
+        if self.average is None:
+            return count(0.5 if self.keep is None else self.keep, total)
+        wanted = self.average if isinstance(self.average, int) else self.average * total
+        left = round((min(wanted, total) - before * total) / (1 - before))
+        if left < 1:
+            raise ValueError(
+                f"average={self.average} cannot be met: the layers before the cut see all tokens, which alone is an "
+                f"average of {before:.3f} of them."
+            )
+        return left

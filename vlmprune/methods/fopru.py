@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from vlmprune.budget import check_keep, count, share
+from vlmprune.budget import count, share
 from vlmprune.cuts import Cut, Decoder, Positions, Reduction
 from vlmprune.layout import Layout
-from vlmprune.methods.base import Method, check_layer, need_cls
+from vlmprune.methods.base import Budgeted, check_layer, need_cls
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 from vlmprune.selection import Newlines, Scope, check_choice, keep_patches, select, top_k
@@ -35,7 +35,7 @@ def received_scores(attention: torch.Tensor, score: str, has_cls: bool) -> torch
 
 @register("fopru")
 @dataclass(frozen=True)
-class FoPru(Method):
+class FoPru(Budgeted):
     """Keep the patches that the vision tower attends to most.
 
     No code was published: the paper's abstract fixes the two strategies and the restored order; the layer, the score
@@ -43,8 +43,8 @@ class FoPru(Method):
     a patch receives from all patches; `score="cls"` is the other reading.
 
     Args:
-        keep: patches per image, or a fraction. `rank` keeps floor(n * keep) of a fraction, at least 1; `row` keeps
-            whole rows, so the count is a multiple of a row and at least one row.
+        keep, average: patches per image, or a fraction. `rank` keeps floor(n * keep) of a fraction, at least 1; `row`
+            keeps whole rows, so the count is a multiple of a row and at least one row.
         strategy: "rank" (global top-k) or "row" (rows of the raster by mean score).
         score: "received" (any tower) or "cls" (towers with a [CLS] token).
         layer: 0-based tower layer, negative from the end; default the feature layer.
@@ -58,7 +58,6 @@ class FoPru(Method):
     paper = "arXiv 2411.14164"
     needs = "tower attention (one layer)"
 
-    keep: int | float
     strategy: Literal["rank", "row"] = "rank"
     score: Literal["received", "cls"] = "received"
     layer: int | None = None
@@ -67,7 +66,7 @@ class FoPru(Method):
     newlines: Newlines = "all"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", check_keep(self.keep))
+        super().__post_init__()
         check_choice("strategy", self.strategy, Literal["rank", "row"])
         check_choice("score", self.score, Literal["received", "cls"])
         check_choice("scope", self.scope, Scope)
@@ -86,14 +85,14 @@ class FoPru(Method):
         (scores,) = seen.values()
         if self.strategy == "row":
             return self.rows(scores, layout)
-        return select(scores, self.keep, layout, self.newlines, self.scope)
+        return select(scores, self.budget, layout, self.newlines, self.scope)
 
     def rows(self, scores: torch.Tensor, layout: Layout) -> Reduction:
         """Keep the best rows of every plane."""
         planes = max(len(grid.planes) for grid in layout.grids)
         tallest = max(rows for grid in layout.grids for rows, _ in grid.planes)
         counts = torch.tensor(
-            [(n := rows_per_plane(self.keep, grid.planes)) + [0] * (planes - len(n)) for grid in layout.grids]
+            [(n := rows_per_plane(self.budget, grid.planes)) + [0] * (planes - len(n)) for grid in layout.grids]
         )
         line = layout.plane * tallest + layout.row
         zeros = scores.new_zeros(len(layout), planes * tallest)

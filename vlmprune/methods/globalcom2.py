@@ -8,11 +8,10 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from vlmprune.budget import check_keep
 from vlmprune.cuts import Cut, Decoder, Merge, Positions, Reduction
 from vlmprune.errors import UnsupportedError
 from vlmprune.layout import ImageGrid, Layout, upload
-from vlmprune.methods.base import Method, need_cls
+from vlmprune.methods.base import Budgeted, need_cls
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 from vlmprune.selection import Newlines, check_choice, keep_patches, top_k
@@ -60,7 +59,7 @@ def guided(local: torch.Tensor, guide: torch.Tensor, member: torch.Tensor) -> to
 
 @register("globalcom2")
 @dataclass(frozen=True)
-class GlobalCom2(Method):
+class GlobalCom2(Budgeted):
     """Let the thumbnail decide how much of every crop stays, and help to decide what.
 
     Scores are the last tower layer's [CLS] logits (before the softmax: with probabilities the budgets would be flat).
@@ -69,8 +68,9 @@ class GlobalCom2(Method):
     in the source.
 
     Args:
-        keep: R, a fraction, or patches per image (turned into the fraction of the image's patches). Budgets are floored
-            per view and clipped at whole crops, so tables show the real count.
+        keep, average: R, a fraction (0.25, the code's default, if none is given), or patches per image, turned into the
+            fraction of the image's patches. Budgets are floored per view and clipped at whole crops, so tables show the
+            real count.
         tau: temperature of the crop budgets (code: 10).
         score: "cls", or "distinct": negated cosine to the view's mean patch, the appendix's score for towers without a
             [CLS] token (its features and details are inferred).
@@ -85,8 +85,8 @@ class GlobalCom2(Method):
     paper = "arXiv 2501.05179"
     needs = "a family with views; tower [CLS] logits (or score='distinct')"
     syncs = 1
+    optional = True
 
-    keep: int | float = 0.25
     tau: float = 10.0
     score: Literal["cls", "distinct"] = "cls"
     parity: Parity | None = None
@@ -94,7 +94,7 @@ class GlobalCom2(Method):
     newlines: Newlines = "all"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", check_keep(self.keep))
+        super().__post_init__()
         check_choice("score", self.score, Literal["cls", "distinct"])
         check_choice("parity", self.parity, Literal["released", None])
         check_choice("positions", self.positions, Positions)
@@ -128,7 +128,9 @@ class GlobalCom2(Method):
         return replace(keep_patches(keep, layout, None, self.newlines), scores=combined)
 
     def ratio(self, grid: ImageGrid) -> float:
-        return self.keep if isinstance(self.keep, float) else min(1.0, self.keep / grid.patches)
+        """R of the paper for one image."""
+        budget = 0.25 if self.budget is None else self.budget
+        return budget if isinstance(budget, float) else min(1.0, budget / grid.patches)
 
     def choose(self, scores: torch.Tensor, grid: ImageGrid) -> tuple[torch.Tensor, torch.Tensor]:
         """`(tokens,)` kept patches of one image, and the scores they were chosen by."""
@@ -158,7 +160,7 @@ class GlobalCom2(Method):
             order = released_order(keep[i, : grid.tokens], scores[i, : grid.tokens], grid)
             if len(order) > grid.tokens:
                 made = f"{len(order)} tokens of image {i}, which has {grid.tokens}"
-                raise ValueError(f"parity='released' with keep={self.keep} makes {made}: lower keep.")
+                raise ValueError(f"parity='released' makes {made}: lower keep.")
             pad = most - len(order)
             source.append(functional.pad(order, (0, pad)))
             into.append(functional.pad(torch.arange(len(order), device=order.device), (0, pad)))

@@ -7,12 +7,12 @@ from typing import Literal
 
 import torch
 
-from vlmprune.budget import check_keep, count
+from vlmprune.budget import count
 from vlmprune.cuts import Cut, Decoder, Positions, Reduction
 from vlmprune.diversity import greedy_diversity
 from vlmprune.errors import UnsupportedError
 from vlmprune.layout import Layout
-from vlmprune.methods.base import Method, check_layer
+from vlmprune.methods.base import Budgeted, check_layer
 from vlmprune.methods.controls import random_scores
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
@@ -31,7 +31,7 @@ def stage2_layer(layers: int) -> int:
 
 @register("todre")
 @dataclass(frozen=True)
-class ToDRE(Method):
+class ToDRE(Budgeted):
     """Keep mutually dissimilar patches; late in the decoder, drop all that are left once text and image stop looking.
 
     Stage 1 (before the LLM) picks `keep` patches greedily by the cosine of their projected features, starting from the
@@ -40,7 +40,8 @@ class ToDRE(Method):
     all visual tokens of that sample leave the later layers. Decided per sample, once.
 
     Args:
-        keep: patches per image, or a fraction (floored, at least 1), for stage 1.
+        keep, average: patches per image, or a fraction (floored, at least 1), for stage 1; what stage 2 saves is in the
+            trace only.
         objective: "max_sum" (v2 of the paper, the default) or "max_min" (v1, k-center; its metric is inferred).
         pivot: the first pick: "cls" (thumbnail only on anyres images), "mean" (the patch nearest the mean feature),
             "random" (seeded) or "first". Towers without a [CLS] token need another pivot than "cls".
@@ -57,7 +58,6 @@ class ToDRE(Method):
     stage = "before the LLM + decoder layer 7L/8"
     syncs = 1
 
-    keep: int | float
     objective: Literal["max_sum", "max_min"] = "max_sum"
     pivot: Pivot = "cls"
     cls_layer: int = -1
@@ -67,7 +67,7 @@ class ToDRE(Method):
     newlines: Newlines = "all"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", check_keep(self.keep))
+        super().__post_init__()
         check_choice("objective", self.objective, Literal["max_sum", "max_min"])
         check_choice("pivot", self.pivot, Pivot)
         check_choice("positions", self.positions, Positions)
@@ -97,7 +97,7 @@ class ToDRE(Method):
         features, patches = seen[Hidden()], layout.patches
         cls_row = next((value for tap, value in seen.items() if isinstance(tap, VisionAttention)), None)
         _, totals, available = candidates(layout, self.newlines)
-        counts = [count(self.keep, total) for total in totals]
+        counts = [count(self.budget, total) for total in totals]
         first = self.first_pick(features, patches, cls_row, layout)
         keep, _ = greedy_diversity(features, first, counts, patches, self.objective)
         return keep_patches(keep & patches, layout, capped(counts, available), self.newlines)

@@ -9,12 +9,12 @@ from typing import Literal
 
 import torch
 
-from vlmprune.budget import check_keep, count
+from vlmprune.budget import count
 from vlmprune.cuts import Clusters, Cut, Decoder, Positions, Reduction, Vision
 from vlmprune.errors import UnsupportedError
 from vlmprune.layout import Layout
 from vlmprune.merging import match_alternating, match_energy, spread_evenly
-from vlmprune.methods.base import Method
+from vlmprune.methods.base import Budgeted
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 from vlmprune.selection import Newlines, check_choice, keep_patches
@@ -43,7 +43,7 @@ def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class EncoderMerge(Method):
+class EncoderMerge(Budgeted):
     """What both methods share: a schedule of merges behind the tower's layers, and one token per cluster afterwards.
 
     Merging happens at the end of a layer (ToMe's own code merges between its attention and its feed-forward block,
@@ -54,30 +54,29 @@ class EncoderMerge(Method):
     stage = "vision tower, every layer"
     needs = "the tower's keys or hidden states"
 
-    keep: int | float
     weigh: bool = False
     positions: Positions = "contiguous"
     newlines: Newlines = "all"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", check_keep(self.keep))
+        super().__post_init__()
         check_choice("positions", self.positions, Positions)
         check_choice("newlines", self.newlines, Literal["all", "row", "none"])
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
-        if facts.views and isinstance(self.keep, int):
+        if facts.views and isinstance(self.budget, int):
             raise UnsupportedError(
                 f"{self.name} merges all views alike, and images differ in their views: give a fraction as keep."
             )
         layers, patches = facts.feature_layer, facts.view_patches
         if layers < 1:
             raise UnsupportedError(f"{self.name} needs a layer before the feature layer, and this tower has none.")
-        schedule = self.schedule(patches, count(self.keep, patches), layers)
+        schedule = self.schedule(patches, count(self.budget, patches), layers)
         cuts, left = [], patches
         for layer, removed in enumerate(schedule, start=1):
             if removed > left // 2:
                 raise ValueError(
-                    f"keep={self.keep} would merge {removed} of {left} tokens behind one layer, at most half can go: "
+                    f"keep={self.budget} would merge {removed} of {left} tokens behind one layer, at most half can go: "
                     f"raise keep (this tower has {layers} layers to merge behind)."
                 )
             if removed:
@@ -109,8 +108,8 @@ class ToMe(EncoderMerge):
     """Merge the most similar pairs of patches behind every tower layer, by the cosine of their keys.
 
     Args:
-        keep: patches per image that enter the LLM (a fraction on families with views); the same number of tokens is
-            merged behind every layer before the feature layer.
+        keep, average: patches per image that enter the LLM (a fraction on families with views); the same number of
+            tokens is merged behind every layer before the feature layer.
         weigh: proportional attention: later layers count a token as often as the patches it stands for. Off as in
             adaptations to CLIP; ToMe's own code turns it on for its trained models.
         positions, newlines: as everywhere.
@@ -135,7 +134,7 @@ class PiToMe(EncoderMerge):
     """Merge patches that live in dense, redundant clusters (high energy) and protect the rest.
 
     Args:
-        keep: patches per image that enter the LLM (a fraction on families with views).
+        keep, average: patches per image that enter the LLM (a fraction on families with views).
         energy_from: first of 24 layers (scaled) whose tokens are chosen by energy; the official CLIP patch matches
             alternately in layers 0..12.
         weigh: proportional attention; off in the official CLIP patch.

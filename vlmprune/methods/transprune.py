@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Literal
 
 import torch
 
-from vlmprune.budget import check_keep, count
+from vlmprune.budget import count
 from vlmprune.cuts import Cut, Decoder, Positions, Reduction
 from vlmprune.layout import Layout
-from vlmprune.methods.base import Method
+from vlmprune.methods.base import Budgeted
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 from vlmprune.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
@@ -68,15 +69,16 @@ def schedule_layers(layers: tuple[int, ...], depth: int) -> list[int]:
 
 @register("transprune")
 @dataclass(frozen=True)
-class TransPrune(Method):
+class TransPrune(Budgeted):
     """Keep the tokens that the middle layers change most and that the instruction looks at, in three steps.
 
     After layers 7, 9 and 12 of 32 (scaled with depth): the accumulated transition variation of layers 7..12 so far,
     plus the attention the next layer's instruction rows pay to each token.
 
     Args:
-        keep: visual tokens per image left after the last cut, or a fraction; None runs the published "High" schedule,
-            another value bends that schedule so that it ends there.
+        keep: visual tokens per image left after the last cut, or a fraction; without a budget the published "High"
+            schedule runs, another value stretches what it removes so that it ends there.
+        average: the mean over all layers, met in the same way.
         mode: "official", what the released code computes (1 - cos, softmax over the whole sequence, both scores
             rescaled to sum 1), or "paper" (1 - |cos|, softmax over the image, raw sum with alpha).
         accumulate_layers, prune_layers: 1-based, of a 32-layer decoder.
@@ -90,8 +92,8 @@ class TransPrune(Method):
     paper = "arXiv 2507.20630"
     needs = "decoder blocks' inputs and outputs, decoder attention (three layers)"
     stage = "decoder layers 7, 9, 12 of 32"
+    optional = True
 
-    keep: int | float | None = None
     mode: Mode = "official"
     accumulate_layers: tuple[int, ...] = (7, 8, 9, 10, 11, 12)
     prune_layers: tuple[int, ...] = (7, 9, 12)
@@ -101,8 +103,7 @@ class TransPrune(Method):
     newlines: Newlines = "candidates"
 
     def __post_init__(self) -> None:
-        if self.keep is not None:
-            object.__setattr__(self, "keep", check_keep(self.keep))
+        super().__post_init__()
         check_choice("mode", self.mode, Mode)
         check_choice("positions", self.positions, Positions)
         check_choice("newlines", self.newlines, Newlines)
@@ -130,21 +131,25 @@ class TransPrune(Method):
                 f"accumulate_layers={self.accumulate_layers} start after the first cut: scaled to {depth} layers they "
                 f"are {watched}, the cuts {prune}."
             )
+        # the share of all layers that runs with the tokens of each stage
+        shares = tuple((b - a) / depth for a, b in pairwise([*prune, depth]))
+        if isinstance(self.average, float):
+            self.count(10**9, 0, shares)  # a fraction can be met for all images or for none
         cuts = []
         for stage, p in enumerate(prune):
             # layers count from 1: "after layer p" is the input of layer p counted from 0, whose attention decides
             taps = tuple(Transition(layer - 1, self.mode) for layer in watched if layer <= p)
             see = (*taps, TextAttention(p, "instruction"))
-            cuts.append(Cut(Decoder(p), see, partial(self.reduce, stage=stage), self.positions))
+            cuts.append(Cut(Decoder(p), see, partial(self.reduce, stage=stage, share=shares), self.positions))
         return cuts
 
-    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, stage: int) -> Reduction:
+    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, stage: int, share: tuple[float, ...]) -> Reduction:
         """Pure: transitions of the layers so far and `(images, tokens)` attention in, decision out."""
         change = torch.stack([value for tap, value in seen.items() if isinstance(tap, Transition)]).sum(0)
         attention = next(value for tap, value in seen.items() if isinstance(tap, TextAttention))
         among, totals, available = candidates(layout, self.newlines)
         scores = self.score(change, attention, among)
-        counts = [self.count(total, stage) for total in totals]
+        counts = [self.count(total, stage, share) for total in totals]
         keep = top_k(scores, counts, among)
         return keep_patches(keep, layout, capped(counts, available), self.newlines, scores)
 
@@ -156,12 +161,27 @@ class TransPrune(Method):
             )
         return self.alpha * change + (1 - self.alpha) * attention
 
-    def count(self, total: int, stage: int) -> int:
-        """Tokens kept of an image's `total` after a stage."""
-        last = self.keep_ratios[-1]
-        if self.keep is None:
-            return max(1, int(total * self.keep_ratios[stage]))
-        end = count(self.keep, total)
-        if stage == len(self.keep_ratios) - 1 or last == 1:
-            return end
-        return max(end, int(total - (total - end) * (1 - self.keep_ratios[stage]) / (1 - last)))
+    def count(self, total: int, stage: int, share: tuple[float, ...] = ()) -> int:
+        """Tokens kept of an image's `total` after a stage.
+
+        Args:
+            share: share of the decoder's layers that runs on the tokens of each stage (for `average`).
+        """
+        removed = [1 - ratio for ratio in self.keep_ratios]
+        if self.keep is None and self.average is None:
+            stretch = 1.0
+        elif self.average is None:
+            left = count(self.keep, total)
+            if stage == len(removed) - 1:
+                return left
+            stretch = (1 - left / total) / removed[-1] if removed[-1] else 0.0
+        else:
+            wanted = min(1.0, self.average / total if isinstance(self.average, int) else self.average)
+            stretch = (1 - wanted) / sum(s * r for s, r in zip(share, removed, strict=True))
+            if stretch * removed[-1] >= 1:
+                lowest = 1 - sum(s * r for s, r in zip(share, removed, strict=True)) / removed[-1]
+                raise ValueError(
+                    f"average={self.average} cannot be met with these cuts: even with nothing left after the last one "
+                    f"the average is {lowest:.3f} of the tokens."
+                )
+        return max(1, int(total * (1 - stretch * removed[stage]) + 1e-9))

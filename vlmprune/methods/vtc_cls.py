@@ -7,10 +7,9 @@ from typing import Literal
 
 import torch
 
-from vlmprune.budget import check_keep
 from vlmprune.cuts import Cut, Decoder, Positions, Reduction
 from vlmprune.layout import Layout
-from vlmprune.methods.base import Method, check_layer, need_cls, tower_layer
+from vlmprune.methods.base import Budgeted, check_layer, need_cls, tower_layer
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 from vlmprune.selection import Newlines, Scope, check_choice, select
@@ -29,13 +28,13 @@ def ensemble_scores(rows: list[torch.Tensor], ensemble: Ensemble = "sum") -> tor
 
 @register("vtc_cls")
 @dataclass(frozen=True)
-class VtcCls(Method):
+class VtcCls(Budgeted):
     """Keep the patches that the tower's [CLS] token looks at, summed over its last layers.
 
     The layers run from `start_layer` to the last but one; the last layer is never used (code: the slice `[start:-1]`).
 
     Args:
-        keep: patches per image, or a fraction.
+        keep, average: patches per image, or a fraction.
         start_layer: 0-based, negative from the end. The evaluation loaders of the official code default to 16 of 24
             layers, which is the default here, scaled to the tower's depth; notes on the paper say 20 (three layers).
         ensemble: "sum" (code), "mean" (same ranking), "max" or "min" (ablations).
@@ -51,7 +50,6 @@ class VtcCls(Method):
     paper = "arXiv 2412.05819"
     needs = "tower attention, [CLS] token (or fallback='received')"
 
-    keep: int | float
     start_layer: int | None = None
     ensemble: Ensemble = "sum"
     fallback: Literal["received"] | None = None
@@ -60,7 +58,7 @@ class VtcCls(Method):
     newlines: Newlines = "all"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "keep", check_keep(self.keep))
+        super().__post_init__()
         check_choice("ensemble", self.ensemble, Ensemble)
         check_choice("fallback", self.fallback, Literal["received", None])
         check_choice("scope", self.scope, Scope)
@@ -89,4 +87,4 @@ class VtcCls(Method):
     def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
         """Pure: one `(images, tokens)` row per layer in, decision out."""
         scores = ensemble_scores(list(seen.values()), self.ensemble)
-        return select(scores, self.keep, layout, self.newlines, self.scope)
+        return select(scores, self.budget, layout, self.newlines, self.scope)
