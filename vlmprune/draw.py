@@ -89,7 +89,7 @@ def patch_boxes(image_processor: Any, size: tuple[int, int], grid: ImageGrid) ->
         for number in np.unique(view[mine]):
             first = int(np.flatnonzero(mine & (view == number))[0])
             red, green, blue = views[number]
-            y, x = np.nonzero(blue > -1)  # padding is not blue
+            y, x = np.nonzero(blue > 250)  # padding is not blue
             xs.append(x + 0.5 + right[first] * step_x)
             ys.append(y + 0.5 + down[first] * step_y)
             shades.append(np.stack((red[y, x], green[y, x])))

@@ -109,9 +109,9 @@ class ClsLogits(TowerTap):
 
     def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-        query = upcast(split_heads(attention.q_proj(normed[:, :1]), attention.head_dim))
-        key = upcast(split_heads(attention.k_proj(normed[:, 1:]), attention.head_dim))
-        return (query @ key.transpose(-1, -2)).mean(1).squeeze(1) * attention.scale
+        query = split_heads(attention.q_proj(normed[:, :1]), attention.head_dim)
+        key = split_heads(attention.k_proj(normed[:, 1:]), attention.head_dim)
+        return cls_logits(query[..., 0, :], key, attention.scale)
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ class Distinctness(TowerTap):
     """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer."""
 
     def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-        patches = upcast(hidden[:, int(has_cls) :])
-        return -nn.functional.cosine_similarity(patches, patches.mean(1, keepdim=True), dim=-1)
+        return distinctness(hidden[:, int(has_cls) :])
 
 
 @dataclass(frozen=True)
@@ -236,6 +235,24 @@ def attention_mass(
         mean = logits.softmax(-1).mean((1, 2))
         mass += (mean * weight[:, part, None]).sum(1)
     return mass
+
+
+def cls_logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
+    """Head mean of the scaled scores of one query, before any softmax.
+
+    Args:
+        query: `(..., heads, dim)`; key: `(..., heads, patches, dim)`.
+
+    Returns:
+        `(..., patches)`.
+    """
+    return (upcast(key) @ upcast(query)[..., None]).squeeze(-1).mean(-2) * scale
+
+
+def distinctness(tokens: torch.Tensor) -> torch.Tensor:
+    """Negated cosine of every row of `(..., tokens, dim)` to their mean, `(..., tokens)`."""
+    tokens = upcast(tokens)
+    return -nn.functional.cosine_similarity(tokens, tokens.mean(-2, keepdim=True), dim=-1)
 
 
 def split_heads(x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -9,8 +9,10 @@ import pytest
 import tiny
 import torch
 
-from vlmprune.methods.globalcom2 import GlobalCom2, crop_ratios, released_order
+from vlmprune.methods.globalcom2 import GlobalCom2, crop_ratios, released_order, stretch
 from vlmprune.patches import FAMILIES
+from vlmprune.selection import top_k
+from vlmprune.taps import cls_logits, distinctness
 
 CASES = [
     case
@@ -79,3 +81,49 @@ def test_golden(inner, case, dtype):
 
 def test_cases_were_found():
     assert len(CASES) >= 2
+
+
+def helper_case(name):
+    cases = json.loads((Path(__file__).parents[1] / "goldens/encoder_methods.json").read_text())["cases"]
+    return next(case for case in cases if case["name"] == name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_from_query_and_keys(dtype):
+    case = helper_case("gc2_scores_from_qk")
+    query, key = (torch.tensor(case["inputs"][k], dtype=dtype) for k in ("q_cls", "k_patches"))
+    scores = cls_logits(query, key, case["params"]["scale"])
+    torch.testing.assert_close(scores, torch.tensor(case["expected"]["scores"], dtype=dtype), rtol=1e-5, atol=1e-6)
+    kept = top_k(scores, 4, torch.ones_like(scores, dtype=torch.bool)).nonzero().flatten().tolist()
+    assert kept == sorted(case["expected"]["top4"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_without_cls(dtype):
+    case = helper_case("gc2_no_cls_scores")
+    scores = distinctness(torch.tensor(case["inputs"]["tokens"], dtype=dtype))
+    torch.testing.assert_close(scores, torch.tensor(case["expected"]["scores"], dtype=dtype), rtol=1e-5, atol=1e-6)
+    kept = top_k(scores, 4, torch.ones_like(scores, dtype=torch.bool)).nonzero().flatten().tolist()
+    assert kept == sorted(case["expected"]["top4"])
+
+
+def test_guide_is_bilinear():
+    case = helper_case("gc2_bilinear_4x4_to_6x8")
+    grid = torch.tensor(case["inputs"]["grid"], dtype=torch.float64)
+    out = stretch(grid, (case["params"]["out_h"], case["params"]["out_w"]))
+    torch.testing.assert_close(out, torch.tensor(case["expected"]["out"], dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+def test_unpad_boxes():
+    """The original code rounds down, transformers rounds at the seventh digit: the layout follows the host."""
+    case = helper_case("gc2_unpad_boxes")
+    inner = tiny.model("llava_next").model
+    inner.config.vision_config.image_size, inner.config.vision_config.patch_size = 24, 1
+    for (width, height, across, down), box in zip(case["params"]["items"], case["expected"]["boxes"], strict=True):
+        inner.config.image_grid_pinpoints = [[down, across]]
+        grid = FAMILIES["llava_next"].image_grid(inner, (height, width))
+        crop = (grid.view > 0) & ~grid.newline
+        tile, number = grid.source[crop] % (24 * 24), grid.view[crop] - 1
+        y = (number // (across // 24)) * 24 + tile // 24
+        x = (number % (across // 24)) * 24 + tile % 24
+        assert [int(y.min()), int(y.max()) + 1, int(x.min()), int(x.max()) + 1] == box

@@ -27,9 +27,15 @@ class Job:
     options: dict[str, Any]
 
     @property
-    def keep(self) -> str:
+    def budget(self) -> str:
         """As a table shows it."""
-        return str(self.options.get("keep", "-"))
+        return str(self.options.get("keep", self.options.get("average", "-")))
+
+    @property
+    def label(self) -> str:
+        """As a title names it: `fopru, keep 0.1`."""
+        given = [f"{word} {self.options[word]}" for word in ("keep", "average") if word in self.options]
+        return ", ".join([self.method, *given])
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,16 @@ class Outcome:
         }
 
 
-def jobs(methods: Sequence[str], keeps: Sequence[int | float], options: dict[str, Any]) -> list[Job]:
-    """One job for every method and keep; an option goes to all methods that have it.
+def jobs(
+    methods: Sequence[str], budgets: Sequence[dict[str, Any]], options: dict[str, Any], asked: bool = True
+) -> list[Job]:
+    """One job for every method and budget; an option goes to all methods that have it.
+
+    Args:
+        methods: names.
+        budgets: `{"keep": 64}`, `{"average": 0.1}`, ...
+        options: all other options.
+        asked: whether the user named the budgets, so that a method without budgets is a mistake.
 
     Raises:
         UserError: an unknown method or option, or a bad value.
@@ -91,9 +105,11 @@ def jobs(methods: Sequence[str], keeps: Sequence[int | float], options: dict[str
                 f"{who} has no option {option!r}.{did_you_mean(option, every)} Options: {', '.join(every)}."
             )
     made = []
-    for keep in keeps:
+    for budget in budgets:
         for name in methods:
-            mine = {"keep": keep, **options}
+            if asked and not set(budget) <= known[name]:
+                raise UserError(f"method {name!r} has no budget {', '.join(budget)}.")
+            mine = budget | options
             job = Job(name, {option: value for option, value in mine.items() if option in known[name]})
             try:
                 registry.build(name, job.options)
@@ -137,6 +153,8 @@ def guarded(run, *args: Any) -> Any:
         raise CommandError(f"out of memory: {brief(error)}") from None
     except (vlmprune.UnsupportedError, vlmprune.CutNotRunError) as error:
         raise CommandError(str(error)) from error
+    except ValueError as error:  # a budget that this picture cannot meet, too long a prompt
+        raise UserError(brief(error)) from error
 
 
 def answer(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> str:
@@ -176,11 +194,10 @@ def paired_times(handle: Handle, inputs: dict[str, Any], repeats: int, label: st
 
 def run_job(loaded: Loaded, job: Job, inputs: dict[str, Any], max_new_tokens: int, repeats: int = 0) -> Outcome:
     """Answer with one method, time it and leave the model as it was."""
-    label = f"{job.method}, keep {job.keep}"
-    status(f"{label}: answering")
+    status(f"{job.label}: answering")
     with patch(loaded, job) as handle:
         said = answer(loaded, inputs, max_new_tokens)
         trace = handle.trace
-        pairs = guarded(paired_times, handle, inputs, repeats, label)
+        pairs = guarded(paired_times, handle, inputs, repeats, job.label)
     status()
     return Outcome(job, said, trace, pairs)

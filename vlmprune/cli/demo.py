@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     from vlmprune.cli import answering, loading
     from vlmprune.cli.pictures import read_picture
 
-    todo = answering.jobs(METHODS, KEEPS, {})
+    todo = answering.jobs(METHODS, [{"keep": keep} for keep in KEEPS], {})
     asked: list[Asked] = []
     drawn: list[Path] = []
     loaded: Loaded | None = None
@@ -154,7 +154,7 @@ def save(target: Path, loaded: Loaded, asked: Asked, image: Image.Image) -> None
         for outcome in asked.outcomes:
             if outcome.job.options["keep"] == keep:
                 wrong = "" if correct(outcome.answer, expected) else " (wrong)"
-                title, more = f"{outcome.job.method}, keep {keep:g}", [f"answer: {outcome.answer}{wrong}"]
+                title, more = outcome.job.label, [f"answer: {outcome.answer}{wrong}"]
                 row.append(draw.kept_panel(image, outcome.trace, image_processor, 0, title, more, LARGEST))
         rows.append(row)
     try:

@@ -40,14 +40,15 @@ def as_text(asked: Asked) -> str:
     first = asked.outcomes[0]
     newlines, timed = first.total["newlines_before"], first.times is not None
     before = first.total["patches_before"]
-    columns = ["method", "keep", "patches", "newlines", "layer average", "prefill", "speed-up", "answer"]
+    word = "average" if "average" in first.job.options else "keep"
+    columns = ["method", word, "patches", "newlines", "layer average", "prefill", "speed-up", "answer"]
     rows = [["full model", "-", str(before), str(newlines), f"{before + newlines:.1f}", "", "", line(asked.plain)]]
     for outcome in asked.outcomes:
         total, times = outcome.total, outcome.times
         rows.append(
             [
                 outcome.job.method,
-                outcome.job.keep,
+                outcome.job.budget,
                 change(before, total["patches_after"]),
                 change(newlines, total["newlines_after"]),
                 f"{outcome.layer_average:.1f}",
@@ -115,9 +116,8 @@ def save(target: Path, asked: Asked) -> None:
     for i, image in enumerate(asked.images):
         row = [draw.plain_panel(image, "full model", [f"answer: {line(asked.plain)}"])]
         for outcome in asked.outcomes:
-            title = f"{outcome.job.method}, keep {outcome.job.keep}"
             more = [f"answer: {line(outcome.answer)}"]
-            row.append(draw.kept_panel(image, outcome.trace, image_processor, i, title, more))
+            row.append(draw.kept_panel(image, outcome.trace, image_processor, i, outcome.job.label, more))
         rows.append(row)
     try:
         draw.sheet(rows, heading=asked.prompt).save(target)

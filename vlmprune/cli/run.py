@@ -12,6 +12,7 @@ from vlmprune.cli.errors import UserError
 
 __all__ = ["add_to"]
 
+KEEP = "0.25"
 EXAMPLES = """\
 examples:
   vlmprune run --image scene.png --prompt "what colour is the circle ?"
@@ -47,12 +48,13 @@ def add_to(verbs: Any) -> None:
     add(
         "--method", default="fopru", metavar="NAME[,NAME]", help="methods (`vlmprune ls methods`; default: %(default)s)"
     )
-    add(
+    budget = made.add_mutually_exclusive_group()
+    budget.add_argument(
         "--keep",
-        default="0.25",
         metavar="N[,N]",
-        help="patches per image (36), or a fraction of them (0.1 or 10%%); default: %(default)s",
+        help=f"patches per image (36), or a fraction of them (0.1 or 10%%%%), left in the end (default: {KEEP})",
     )
+    budget.add_argument("--average", metavar="N[,N]", help="the same as a mean over all decoder layers")
     add(
         "--option",
         action="append",
@@ -76,7 +78,7 @@ def add_to(verbs: Any) -> None:
     made.set_defaults(verb=run)
 
 
-def parse_keep(text: str) -> int | float:
+def parse_budget(text: str, word: str = "keep") -> int | float:
     """`36` is a count; `0.1` and `10%` are fractions.
 
     Raises:
@@ -90,11 +92,11 @@ def parse_keep(text: str) -> int | float:
             value: int | float = float(text[:-1]) / 100
         else:
             value = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
-        return check_keep(value)
+        return check_keep(value, word)
     except ValueError as error:
-        if "keep" in str(error):
-            raise UserError(f"--keep {text}: {error}") from None
-        raise UserError(f"--keep {text!r} is neither a count (36) nor a fraction (0.1, 10%).") from None
+        if word in str(error):
+            raise UserError(f"--{word} {text}: {error}") from None
+        raise UserError(f"--{word} {text!r} is neither a count (36) nor a fraction (0.1, 10%).") from None
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -107,8 +109,8 @@ def parse_option(text: str) -> tuple[str, Any]:
     key = key.strip().replace("-", "_")
     if not equals or not key:
         raise UserError(f"--option {text!r} is not KEY=VALUE.")
-    if key == "keep":
-        raise UserError("the budget is given by --keep.")
+    if key in ("keep", "average"):
+        raise UserError(f"the budget is given by --{key}.")
     if value.lower() in ("true", "false"):
         return key, value.lower() == "true"
     for read in (int, float):
@@ -135,7 +137,10 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--max-new-tokens must be at least 1, and --repeats at least 0.")
     if not args.prompt.strip():
         raise UserError("--prompt is empty.")
-    methods, keeps = words_of(args.method, "--method"), words_of(args.keep, "--keep")
+    methods = words_of(args.method, "--method")
+    word = "keep" if args.average is None else "average"
+    asked = getattr(args, word) is not None
+    amounts = words_of(getattr(args, word) if asked else KEEP, f"--{word}")
     options = dict(parse_option(text) for text in args.option)
     target = check_target(args.save) if args.save else None
     images = [read_picture(path) for path in args.image]
@@ -145,7 +150,8 @@ def run(args: argparse.Namespace) -> None:
     from vlmprune.cli.report import Asked, as_json, as_text, save
     from vlmprune.cli.status import note, status
 
-    todo = answering.jobs(methods, [parse_keep(text) for text in keeps], options)
+    budgets = [{word: parse_budget(text, word)} for text in amounts]
+    todo = answering.jobs(methods, budgets, options, asked)
     device = loading.pick_device(args.device)
     loaded = loading.load(loading.find_model(args.model), device, args.dtype)
     answering.check(loaded, todo)

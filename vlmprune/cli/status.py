@@ -26,15 +26,17 @@ def note(text: str) -> None:
 
 @contextmanager
 def quiet(downloads: bool = False) -> Iterator[None]:
-    """Keep the warnings and progress bars of transformers away.
+    """Keep the warnings and progress bars of transformers and of the hub's client away.
 
     Args:
         downloads: leave the bars on, for a terminal's user who waits for a download.
     """
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    verbosity, bars, hub = logging.get_verbosity(), logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     if not (downloads and sys.stderr.isatty()):
         logging.disable_progress_bar()
     try:
@@ -43,5 +45,6 @@ def quiet(downloads: bool = False) -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub)
         if bars:
             logging.enable_progress_bar()

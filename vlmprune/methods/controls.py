@@ -96,9 +96,10 @@ def image_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torch
 
     Returns:
         `(tokens,)` long, the middle patch of the cell a patch lies in (newlines and unpaid planes point at themselves);
-        `(tokens,)` float, 1 / patches of the cell (0 there); and the number of cells.
+        `(tokens,)` float64, 1 / patches of the cell (1 at newlines, which stay what they are, 0 in unpaid planes); and
+        the number of cells.
     """
-    into, weight, total = torch.arange(grid.tokens), torch.zeros(grid.tokens), 0
+    into, weight, total = torch.arange(grid.tokens), grid.newline.double(), 0
     shares = share(keep, [rows * cols for rows, cols in grid.planes])
     for plane, ((rows, cols), budget) in enumerate(zip(grid.planes, shares, strict=True)):
         if budget == 0:
@@ -133,10 +134,11 @@ class Cells(Control):
 
     def cells(self, layout: Layout) -> tuple[Reduction, torch.Tensor, torch.Tensor]:
         into = torch.zeros(layout.position.shape, dtype=torch.long)
-        weight, counts = torch.zeros(layout.position.shape), []
+        weight, counts = torch.zeros(layout.position.shape, dtype=torch.float64), []
         for i, grid in enumerate(layout.grids):
             into[i, : grid.tokens], weight[i, : grid.tokens], cells = image_cells(grid, self.budget)
             counts.append(cells)
+        weight = weight.float() if layout.device.type == "mps" else weight  # which has no float64
         into, weight = upload(into, layout.device), upload(weight, layout.device)
         anchor = (into == torch.arange(layout.width, device=layout.device)) & (weight > 0) & layout.patches
         whole = layout.alive_patches == [grid.patches for grid in layout.grids]

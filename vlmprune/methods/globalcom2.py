@@ -57,6 +57,11 @@ def guided(local: torch.Tensor, guide: torch.Tensor, member: torch.Tensor) -> to
     return sum(functional.normalize(torch.where(member, x, 0), dim=-1, eps=1e-12) for x in (local, guide))
 
 
+def stretch(scores: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Resize a `(rows, cols)` map of scores bilinearly, half-pixel centres, no antialias."""
+    return functional.interpolate(scores[None, None], shape, mode="bilinear", align_corners=False)[0, 0]
+
+
 @register("globalcom2")
 @dataclass(frozen=True)
 class GlobalCom2(Budgeted):
@@ -141,7 +146,7 @@ class GlobalCom2(Budgeted):
         thumb, (rows, cols) = grid.side[0] * grid.side[1], grid.planes[1]
         view, ratio = upload(grid.view, device), self.ratio(grid)
         small = scores[:thumb].view(grid.side)
-        guide = functional.interpolate(small[None, None], (rows, cols), mode="bilinear", align_corners=False)[0, 0]
+        guide = stretch(small, (rows, cols))
         guide = guide[upload(grid.row, device).clamp(max=rows - 1), upload(grid.col, device).clamp(max=cols - 1)]
         crop = torch.arange(1, grid.views, device=device)[:, None]
         member = (view == crop) & patch

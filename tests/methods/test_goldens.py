@@ -1,0 +1,109 @@
+"""Published reference cases, on pure functions without a model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import probes
+import pytest
+import tiny
+import torch
+
+from vlmprune.methods import FoPru, VtcCls
+from vlmprune.methods.fopru import received_scores
+from vlmprune.methods.vtc_cls import ensemble_scores
+from vlmprune.patches import family_of
+from vlmprune.selection import top_k
+from vlmprune.taps import VisionAttention
+
+DATA = json.loads((Path(__file__).parents[1] / "goldens" / "encoder_methods.json").read_text())
+CASES = {case["name"]: case for case in DATA["cases"]}
+DTYPES = [torch.float32, torch.float64]
+
+
+def of(method):
+    return [pytest.param(case, id=name) for name, case in CASES.items() if case["method"] == method]
+
+
+def facts(layers, has_cls=True):
+    made = family_of(tiny.shared()).facts(tiny.shared().model)
+    return replace(made, tower_layers=layers, feature_layer=layers - 2, has_cls=has_cls)
+
+
+def close(got, want, dtype):
+    want = torch.tensor(want, dtype=dtype)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", of("fopru"))
+def test_fopru(case, dtype):
+    params, expected = case["params"], case["expected"]
+    attention = torch.tensor(case["inputs"]["attn"], dtype=dtype)
+    scores = received_scores(attention, params["mode"], params["has_cls"])
+    close(scores, expected["scores"], dtype)
+    method = FoPru(params["ratio"], strategy=params["strategy"], score=params["mode"])
+    rows = "cls" if params["mode"] == "cls" else "patches"
+    (cut,) = method.cuts(facts(6, params["has_cls"]))
+    assert cut.see == (VisionAttention(4, rows),)
+    layout = probes.hand_layout(probes.raster(params["grid_h"], params["grid_w"]))
+    reduction = cut.reduce({cut.see[0]: scores[None]}, layout)
+    assert probes.kept(reduction) == expected["kept"]
+    assert reduction.counts == [len(expected["kept"])]
+    if "k" in expected:
+        assert len(expected["kept"]) == expected["k"]
+    if "kept_rows" in expected:
+        cols = params["grid_w"]
+        means = scores.view(params["grid_h"], cols).mean(1)
+        close(means, expected["row_scores"], dtype)
+        best = top_k(means[None], [expected["k_rows"]], torch.ones(1, len(means), dtype=torch.bool))
+        assert best[0].nonzero().flatten().tolist() == expected["kept_rows"]
+        assert {t // cols for t in probes.kept(reduction)} == set(expected["kept_rows"])
+    # the other strategy and the other score choose otherwise, but for the tie
+    if case["expected"].get("gap"):
+        other = FoPru(params["ratio"], strategy="row" if params["strategy"] == "rank" else "rank")
+        assert probes.kept(other.reduce({cut.see[0]: scores[None]}, layout)) != expected["kept"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", of("vtc_cls"))
+def test_vtc_cls(case, dtype):
+    params, expected, given = case["params"], case["expected"], case["inputs"]["attns"]
+    maps = torch.tensor(DATA["shared"]["vtc_shared"] if given == "@vtc_shared" else given, dtype=dtype)
+    maps = maps if maps.ndim == 4 else maps[:, 0]
+    method = VtcCls(params["num_keep"], start_layer=params["start_layer"], ensemble=params["ensemble"])
+    (cut,) = method.cuts(facts(len(maps)))
+    assert [tap.layer for tap in cut.see] == expected["layers_used"]
+    assert {tap.rows for tap in cut.see} == {"cls"}
+    rows = {tap: maps[tap.layer].mean(0)[0, 1:][None] for tap in cut.see}
+    close(ensemble_scores(list(rows.values()), params["ensemble"])[0], expected["scores"], dtype)
+    patches = maps.shape[-1] - 1
+    side = int(patches**0.5)
+    layout = probes.hand_layout(probes.raster(side, patches // side))
+    assert probes.kept(cut.reduce(rows, layout)) == expected["kept"]
+
+    # the mistakes that the case knows lead elsewhere, and to where it says
+    def choose(layers, heads, row):
+        seen = {VisionAttention(i): row(heads(maps[i]))[None] for i in layers}
+        return probes.kept(cut.reduce(seen, layout))
+
+    used, every = expected["layers_used"], lambda m: m.mean(0)
+    mistakes = {
+        "last_layer_included": lambda: choose([*used, len(maps) - 1], every, lambda m: m[0, 1:]),
+        "last_layer_only": lambda: choose([len(maps) - 1], every, lambda m: m[0, 1:]),
+        "cls_column_not_dropped": lambda: choose(used, every, lambda m: m[0, :-1]),
+        "cls_as_key_instead_of_query": lambda: choose(used, every, lambda m: m[1:, 0]),
+        "first_head_only": lambda: choose(used, lambda m: m[0], lambda m: m[0, 1:]),
+    }
+    for name, wrong in expected.get("must_differ_from", {}).items():
+        assert wrong != expected["kept"]
+        if name != "cls_column_not_dropped":
+            assert mistakes[name]() == wrong, name
+
+
+def test_cases_are_there():
+    """The files may gain cases; losing some would pass silently."""
+    methods = [case["method"] for case in DATA["cases"]]
+    assert (methods.count("fopru"), methods.count("vtc_cls")) >= (5, 3)

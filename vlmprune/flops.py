@@ -1,0 +1,29 @@
+"""Published FLOP formulas, so that published totals can be recomputed. They differ; each says what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["decode_flops", "prefill_flops"]
+
+
+def prefill_flops(tokens: Sequence[int], hidden: int, ffn: int, ffn_matrices: int = 3) -> int:
+    """Multiply-adds of a prefill, counting each as one: sum over layers of 4 n d² + 2 n² d + f n d m.
+
+    Args:
+        tokens: n of every layer. The TransPrune and FastV papers count visual tokens alone, ToDRE the whole input.
+        hidden: d; ffn: m.
+        ffn_matrices: f, 3 for Llama's gated feed-forward (TransPrune, arXiv 2507.20630), 2 in ToDRE's formula
+            (arXiv 2505.18757), which undercounts Llama.
+    """
+    return sum(4 * n * hidden**2 + 2 * n**2 * hidden + ffn_matrices * n * hidden * ffn for n in tokens)
+
+
+def decode_flops(prompt: int, output: int, layers: int, hidden: int, ffn: int, ffn_matrices: int = 2) -> int:
+    """Multiply-adds of decoding `output` tokens after `prompt` (ToDRE, arXiv 2505.18757):
+    L (4 R d² + f R d m + d R (2 n + R - 1)).
+    """
+    one_layer = (
+        4 * output * hidden**2 + ffn_matrices * output * hidden * ffn + hidden * output * (2 * prompt + output - 1)
+    )
+    return layers * one_layer
