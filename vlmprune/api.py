@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from vlmprune import engine, registry
-from vlmprune.cuts import Cut, Decoder, Vision
+from vlmprune.cuts import Cut, Decoder, Pixels, Vision
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
 from vlmprune.patches import ModelFacts, family_of
@@ -83,7 +83,8 @@ def patch(model: nn.Module, method: str | Method | Iterable[str | Method], **opt
     facts = family.facts(family.inner(model))
     cuts = [(made.name or type(made).__name__, cut) for made in methods for cut in made.cuts(facts)]
     check_cuts(cuts, facts)
-    order = sorted(cuts, key=lambda entry: (isinstance(entry[1].at, Decoder), entry[1].at.layer))
+    stages = (Pixels, Vision, Decoder)
+    order = sorted(cuts, key=lambda entry: (stages.index(type(entry[1].at)), entry[1].at.layer))
     plan = engine.Plan(family, facts, order)
     engine.remove(model)
     engine.install(model, plan)
@@ -93,6 +94,8 @@ def patch(model: nn.Module, method: str | Method | Iterable[str | Method], **opt
 def check_cuts(cuts: list[tuple[str, Cut]], facts: ModelFacts) -> None:
     """Refuse cuts that this model has no layer for, and taps on a tower that is merged."""
     for name, cut in cuts:
+        if isinstance(cut.at, Pixels):
+            continue
         where, first, layers = (
             ("decoder", 0, facts.decoder_layers) if isinstance(cut.at, Decoder) else ("tower", 1, facts.tower_layers)
         )

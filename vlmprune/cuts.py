@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from vlmprune.taps import Tap
 
-__all__ = ["Clusters", "Cut", "Decoder", "Merge", "Positions", "Reduction", "Vision"]
+__all__ = ["Clusters", "Cut", "Decoder", "Merge", "Pixels", "Positions", "Reduction", "Vision"]
 
 Positions = Literal["original", "contiguous"]
 
@@ -21,6 +21,13 @@ class Decoder:
     """A cut at the input of decoder layer `layer` (0-based); `Decoder(0)` is "before the LLM"."""
 
     layer: int
+
+
+@dataclass(frozen=True, order=True)
+class Pixels:
+    """In front of the tower: no token goes, the picture loses detail."""
+
+    layer: int = 0
 
 
 @dataclass(frozen=True, order=True)
@@ -69,6 +76,9 @@ class Reduction:
         patches: the same without newlines, where it is known beforehand.
         merge: how dropped tokens flow into kept ones; None drops them.
         scores: `(images, tokens)` float, for the trace only.
+        soft: `(images, tokens)` float in [0, 1], for training: nothing is removed (`keep` says what would stay), and
+            every later layer adds log(soft) to its attention scores on these tokens; the weights of several cuts
+            multiply.
     """
 
     keep: torch.Tensor
@@ -76,6 +86,7 @@ class Reduction:
     patches: list[int] | None = None
     merge: Merge | None = None
     scores: torch.Tensor | None = None
+    soft: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,13 +97,14 @@ class Cut:
         at: the layer at whose input the sequence gets shorter.
         see: taps handed to `reduce`, keyed by themselves.
         reduce: pure function `(seen, layout) -> Reduction`, at `Vision(l)` `(seen, sizes) -> Clusters`, where sizes
-            `(views, tokens)` says how many patches a token stands for; picklable (a bound method of the method object).
+            `(views, tokens)` says how many patches a token stands for, at `Pixels()` `pixel_values -> pixel_values`;
+            picklable (a bound method of the method object).
         positions: "original" leaves the position ids of what is kept, "contiguous" closes the gaps (decoder only).
         weigh: at `Vision(l)`: whether attention from there on counts a token as often as its size (adds log size to
             the scores).
     """
 
-    at: Vision | Decoder
+    at: Pixels | Vision | Decoder
     see: tuple[Tap, ...]
     reduce: Callable[[dict[Tap, Any], Any], Reduction | Clusters]
     positions: Positions = "contiguous"

@@ -30,6 +30,7 @@ from vlmprune.watch import Watch
 __all__ = ["Plan", "install", "is_hook", "remove"]
 
 SEGMENTS = "_vlmprune_segments"  # attribute of a cache: its decode state
+SOFT_EPS = 1e-6  # the least weight of a token under a soft mask, whose logarithm must exist
 
 
 # --- prefill --------------------------------------------------------------------------------------------------------
@@ -115,6 +116,9 @@ class Prefill:
                 f"the cut of {name!r} at decoder layer {cut.at.layer} did not get to see {missing[0]}."
             )
         reduction: Reduction = cut.reduce(seen, layout)
+        if reduction.soft is not None:
+            self.soften(name, cut, reduction, at)
+            return hidden
         keep = reduction.keep & layout.alive
         counts = keep.sum(1).tolist() if reduction.counts is None else reduction.counts
         self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, keep, reduction.merge, reduction.scores))
@@ -134,6 +138,19 @@ class Prefill:
         if cut.at.layer == 0:
             self.layout = replace(self.layout, entered=counts, entered_patches=reduction.patches)
         return hidden
+
+    def soften(self, name: str, cut: Cut, reduction: Reduction, at: torch.Tensor) -> None:
+        """Weaken tokens for all later layers instead of removing them."""
+        layout, sequence = self.layout, self.sequence
+        soft, standing = torch.where(layout.alive, reduction.soft, 0), reduction.keep & layout.alive
+        if layout.soft is not None:
+            soft, standing = soft * layout.soft, standing & layout.standing
+        # padding entries of the layout point at column 0 or repeat a column: add, don't overwrite
+        log = torch.where(layout.alive, (soft + SOFT_EPS).log(), 0)
+        bias = log.new_zeros(sequence.columns.numel()).scatter_add(0, at.flatten(), log.flatten())
+        self.sequence = replace(sequence, bias=bias.view_as(sequence.columns), cut=True, masks={})
+        self.layout = replace(layout, soft=soft, standing=standing)
+        self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, standing, None, reduction.scores, soft))
 
     def check(self) -> None:
         """Raise if a cut has not run: a silent no-op would pass for a pruned call."""
@@ -289,6 +306,11 @@ class BeforeModel:
 
     def decode(self, module: nn.Module, kwargs: dict, segments: list[Segment]) -> tuple[tuple, dict]:
         cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+        if any(segment.soft for segment in segments):
+            raise UnsupportedError(
+                "this cache was filled under soft masks, which are for training alone: call .eval() on the method's "
+                "modules before generating."
+            )
         first, prompt = segments[0], segments[0].prompt
         kwargs = kwargs | drop_overlap(kwargs, first, cache)
         tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
@@ -402,7 +424,7 @@ def install(model: nn.Module, plan: Plan) -> None:
     def before(module: nn.Module, hook: Callable) -> None:
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
-    if plan.tower_taps or plan.tower_cuts:
+    if plan.tower_taps or plan.tower_cuts or plan.pixel_cuts:
         tower = family.tower(inner)
         before(tower, BeforeTower(plan))
         for index, layer in enumerate(family.tower_layers(inner)):

@@ -123,6 +123,8 @@ class Layout:
         entered: `alive_counts` at the input of the first decoder layer, after the cuts there: what a fraction is of.
         entered_patches: the same for `alive_patches`.
         view_size: patches of one tower view (rows * cols), for `source`.
+        soft: `(images, tokens)` weights where a cut only weakened tokens (training), and
+        standing: `(images, tokens)` bool, what would be left had it removed them; both None otherwise.
     """
 
     grids: Sequence[ImageGrid]
@@ -136,6 +138,8 @@ class Layout:
     entered: list[int]
     entered_patches: list[int] | None
     view_size: int
+    soft: torch.Tensor | None = None
+    standing: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.grids)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune.cuts import Cut, Decoder, Vision
+from vlmprune.cuts import Cut, Decoder, Pixels, Vision
 from vlmprune.layout import ImageGrid
 from vlmprune.patches import Family, ModelFacts
 from vlmprune.taps import BlockKeys, BlockTap, TowerTap
@@ -39,6 +39,11 @@ class Plan:
     def tower_taps(self) -> list[TowerTap]:
         """What the cuts in the language model want to see of the vision tower, each once."""
         return list(dict.fromkeys(t for _, cut in self.decoder_cuts for t in cut.see if isinstance(t, TowerTap)))
+
+    @property
+    def pixel_cuts(self) -> list[Cut]:
+        """What happens to the picture before the tower sees it."""
+        return [cut for _, cut in self.cuts if isinstance(cut.at, Pixels)]
 
     @property
     def tower_cuts(self) -> list[Cut]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vlmprune.cuts import Merge, Positions
+from vlmprune.errors import UnsupportedError
 from vlmprune.layout import Layout, upload
 from vlmprune.taps import sliding_window
 
@@ -25,6 +26,7 @@ class Segment:
         length: columns that the layers from `first` on have cached for it.
         mask: `(batch, length)` bool of real columns, or None if all are.
         shift: `(batch, 1)` positions by which a decoded token moves down, or None.
+        soft: whether tokens were weakened instead of removed; such a cache cannot be decoded from.
     """
 
     first: int
@@ -32,6 +34,7 @@ class Segment:
     length: int
     mask: torch.Tensor | None
     shift: torch.Tensor | None
+    soft: bool = False
 
 
 def attention_mask(
@@ -48,6 +51,19 @@ def attention_mask(
     make = create_causal_mask if sliding_window(attention) is None else create_sliding_window_causal_mask
     # asking whether the padding mask could be skipped would wait for the device
     return make(attention.config, hidden, mask, cache, layer_idx=index, allow_is_causal_skip=mask is None)
+
+
+def add_bias(mask: Any, bias: torch.Tensor) -> torch.Tensor:
+    """Bring a `(batch, length)` bias of keys into a 4-D attention mask, as a float mask.
+
+    Raises:
+        UnsupportedError: the attention implementation takes no such mask.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        raise UnsupportedError("soft masks need attn_implementation='sdpa' or 'eager'.")
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    bias = nn.functional.pad(bias, (0, mask.shape[-1] - bias.shape[1]))
+    return torch.where(visible, bias[:, None, None], torch.finfo(bias.dtype).min)
 
 
 def real_tokens(mask: Any, length: int) -> torch.Tensor | None:
@@ -78,6 +94,7 @@ class Sequence:
         rotary: (cos, sin) of `positions`, each `(batch, length, dim)`.
         shift: `(batch, 1)` positions by which decoded tokens move down, or None.
         cut: whether any cut has changed the prompt.
+        bias: `(batch, length)` float added to the attention scores on every entry (soft masks in training), or None.
     """
 
     prompt: int
@@ -88,6 +105,7 @@ class Sequence:
     rotary: tuple[torch.Tensor, torch.Tensor]
     shift: torch.Tensor | None = None
     cut: bool = False
+    bias: torch.Tensor | None = None
     masks: dict[Any, torch.Tensor | None] = field(default_factory=dict, compare=False)
 
     @property
@@ -136,17 +154,21 @@ class Sequence:
             rotary = tuple(x.gather(1, wide.expand(-1, -1, x.shape[-1])) for x in self.rotary)
         mask = None if all(n == new for n in lengths) else kept.gather(1, index)
         columns = self.columns.gather(1, index)
-        return hidden, Sequence(self.prompt, columns, mask, lengths, ids, rotary, shift, cut=True)
+        bias = None if self.bias is None else self.bias.gather(1, index)
+        return hidden, Sequence(self.prompt, columns, mask, lengths, ids, rotary, shift, cut=True, bias=bias)
 
     def segment(self, first: int) -> Segment:
         """The decode state of the layers from `first` on."""
-        return Segment(first, self.prompt, self.length, self.mask, self.shift)
+        return Segment(first, self.prompt, self.length, self.mask, self.shift, soft=self.bias is not None)
 
     def swap(self, layer: nn.Module, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A decoder layer's keyword arguments with everything that depends on the sequence exchanged."""
         kind = sliding_window(layer.self_attn)
         if kind not in self.masks:
-            self.masks[kind] = attention_mask(layer, index, hidden, self.mask, kwargs.get("past_key_values"))
+            # a mask over everything is never left out, so there is one to add the bias to
+            real = self.mask if self.bias is None else self.real()
+            mask = attention_mask(layer, index, hidden, real, kwargs.get("past_key_values"))
+            self.masks[kind] = mask if self.bias is None else add_bias(mask, self.bias.to(hidden.dtype))
         # the rotary embedding carries the positions; gaps in the ids would be read as packed sequences
         ids = torch.arange(self.length, device=hidden.device)[None]
         return kwargs | {

@@ -6,6 +6,7 @@ chunked and never stored as N x N.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -27,6 +28,7 @@ __all__ = [
     "DecoderTap",
     "Distinctness",
     "Hidden",
+    "ReceivedAttention",
     "Tap",
     "TextAttention",
     "TowerTap",
@@ -159,6 +161,40 @@ class TextAttention(DecoderTap):
 
 
 @dataclass(frozen=True)
+class ReceivedAttention(DecoderTap):
+    """Attention that visual tokens receive in a decoder layer from their own image and from the text.
+
+    Arrives as `(images, tokens, 2)` float32, head mean: the mean over the rows of the image's patches ("self"), and the
+    mean over the rows of all text after the last image ("cross", the last token's where there is none). Under soft
+    masks the rows of patches count by their weight. `logits=True` takes "self" before the softmax, as a mean over the
+    rows that see the token (causal).
+    """
+
+    logits: bool = False
+
+    def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        layout, at = scene.layout, scene.flat_index()
+        entries = scene.sequence.index_of(layout)
+        part = layout.patches.to(torch.float32) if layout.soft is None else layout.patches * layout.soft
+        part = part / part.sum(1, keepdim=True).clamp(min=torch.finfo(part.dtype).tiny)
+        own = []
+        for ordinal in range(max(layout.ordinal) + 1):
+            images = [-1] * len(hidden)
+            for image, (sample, number) in enumerate(zip(layout.sample, layout.ordinal, strict=True)):
+                images[sample] = image if number == ordinal else images[sample]
+            index = upload(images, hidden.device)  # samples with fewer images take any and weigh it 0
+            own.append((entries[index], part[index] * (index >= 0)[:, None]))
+        text = last_rows(scene.sequence.real(), scene.text_after)
+        if self.logits:
+            masses = decoder_mass(layer, hidden, scene, own, mean_logits)
+            masses += decoder_mass(layer, hidden, scene, [text])
+        else:
+            masses = decoder_mass(layer, hidden, scene, [*own, text])
+        mine = at + upload(layout.ordinal, hidden.device)[:, None] * hidden.shape[0] * hidden.shape[1]
+        return torch.stack((torch.stack(masses[:-1]).flatten()[mine], masses[-1].flatten()[at]), -1)
+
+
+@dataclass(frozen=True)
 class CrossShare(DecoderTap):
     """How much text and image of a sample look at each other in a decoder layer, `(images, 2)` float32.
 
@@ -208,15 +244,21 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
 
 
 def attention_mass(
-    query: torch.Tensor, key: torch.Tensor, scale: float, visible: torch.Tensor | None, weight: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    visible: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention received by every key: softmax(query key^T * scale), head mean, weighted sum over query rows.
+    """Attention received by every key: softmax(query key^T * scale + bias), head mean, weighted sum over query rows.
 
     Args:
         query: `(batch, heads, rows, dim)`.
         key: `(batch, key_heads, keys, dim)`; query heads are grouped over key heads.
         visible: `(batch, 1, rows, keys)` bool, or None for all.
         weight: `(batch, rows)` weight of each query row; None is the mean over rows.
+        bias: `(batch, keys)` added to the scores on every key, or None.
 
     Returns:
         `(batch, keys)` in float32 (float64 for float64 input). Scores exist for `CHUNK` rows at a time.
@@ -230,11 +272,39 @@ def attention_mass(
     for start in range(0, rows, CHUNK):
         part = slice(start, start + CHUNK)
         logits = query[:, :, :, part] @ key * scale
+        if bias is not None:
+            logits = logits + bias[:, None, None, None].to(logits.dtype)
         if visible is not None:
             logits = logits.masked_fill(~visible[:, None, :, part], torch.finfo(logits.dtype).min)
         mean = logits.softmax(-1).mean((1, 2))
         mass += (mean * weight[:, part, None]).sum(1)
     return mass
+
+
+def mean_logits(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    visible: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `attention_mass` without the softmax: weighted mean over the query rows that see a key; `bias` is ignored."""
+    query, key = upcast(query), upcast(key)
+    batch, heads, rows, _ = query.shape
+    key = key[:, :, None].transpose(-1, -2)
+    query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    weight = query.new_ones(batch, rows) if weight is None else weight.to(query.dtype)
+    total = query.new_zeros(batch, key.shape[-1])
+    seen = torch.zeros_like(total)
+    for start in range(0, rows, CHUNK):
+        part = slice(start, start + CHUNK)
+        share = weight[:, part, None].expand(-1, -1, key.shape[-1])
+        if visible is not None:
+            share = share * visible[:, 0, part]
+        total += ((query[:, :, :, part] @ key).mean((1, 2)) * share).sum(1)
+        seen += share.sum(1)
+    return total * scale / torch.where(seen > 0, seen, 1)
 
 
 def cls_logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
@@ -302,7 +372,11 @@ def last_rows(real: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torc
 
 
 def decoder_mass(
-    layer: nn.Module, hidden: torch.Tensor, scene: Scene, rows: list[tuple[torch.Tensor, torch.Tensor]]
+    layer: nn.Module,
+    hidden: torch.Tensor,
+    scene: Scene,
+    rows: list[tuple[torch.Tensor, torch.Tensor]],
+    measure: Callable[..., torch.Tensor] = attention_mass,
 ) -> list[torch.Tensor]:
     """Attention mass `(batch, length)` on every key of a decoder layer, for each set of query rows with weights."""
     attention, columns = layer.self_attn, torch.arange(hidden.shape[1], device=hidden.device)
@@ -316,5 +390,5 @@ def decoder_mass(
         visible = (columns <= at[..., None]) & real[:, None]
         if window is not None:
             visible &= columns > at[..., None] - window
-        masses.append(attention_mass(query, key, attention.scaling, visible[:, None], weight))
+        masses.append(measure(query, key, attention.scaling, visible[:, None], weight, scene.sequence.bias))
     return masses

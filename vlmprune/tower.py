@@ -108,7 +108,12 @@ class BeforeTower:
     plan: Plan
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        return (args, kwargs | {FRAME: TowerFrame(self.plan)}) if self.plan.enabled else None
+        if not self.plan.enabled:
+            return None
+        pixels, *rest = args if args else (kwargs.pop("pixel_values"),)
+        for cut in self.plan.pixel_cuts:
+            pixels = cut.reduce(pixels)
+        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan)}
 
 
 @dataclass

@@ -24,6 +24,8 @@ class CutTrace:
         keep: `(images, tokens)` bool, tokens alive after the cut (newlines included), on the model's device.
         merge: how dropped tokens flowed into kept ones, or None.
         scores: `(images, tokens)` float scores behind the choice, or None.
+        soft: `(images, tokens)` float, in training with soft masks: the weight of every token so far, with gradients
+            (nothing was removed, and `keep` is what would be left).
     """
 
     layer: int
@@ -32,6 +34,7 @@ class CutTrace:
     keep: torch.Tensor
     merge: Merge | None = None
     scores: torch.Tensor | None = None
+    soft: torch.Tensor | None = None
 
     @property
     def merged(self) -> bool:
@@ -63,6 +66,8 @@ class Trace:
 
     def kept(self, image: int = 0, cut: int = -1) -> list[int]:
         """Token numbers of `image` alive after `cut`, ascending; newlines counted and included."""
+        if not self.cuts:  # nothing in the language model was cut
+            return list(range(self.grids[image].tokens))
         return self.cuts[cut].keep[image].nonzero().flatten().tolist()
 
     def kept_patches(self, image: int = 0, cut: int = -1) -> list[int]:

@@ -52,7 +52,7 @@ def add_to(verbs: Any) -> None:
     budget.add_argument(
         "--keep",
         metavar="N[,N]",
-        help=f"patches per image (36), or a fraction of them (0.1 or 10%%%%), left in the end (default: {KEEP})",
+        help=f"patches per image (36), or a fraction of them (0.1 or 10%%), left in the end (default: {KEEP})",
     )
     budget.add_argument("--average", metavar="N[,N]", help="the same as a mean over all decoder layers")
     add(

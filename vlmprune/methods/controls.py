@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
 
 from vlmprune.budget import share
-from vlmprune.cuts import Cut, Decoder, Merge, Positions, Reduction
+from vlmprune.cuts import Cut, Decoder, Merge, Pixels, Positions, Reduction
 from vlmprune.layout import ImageGrid, Layout, upload
 from vlmprune.methods.base import Budgeted
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 from vlmprune.selection import Newlines, check_choice, keep_patches, select
 
-__all__ = ["Grid", "Pool", "Random", "grid_shape", "random_scores"]
+__all__ = ["Downsample", "Grid", "Pool", "Random", "grid_shape", "random_scores"]
 
 
 @lru_cache(maxsize=256)
@@ -113,7 +113,7 @@ def image_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torch
         number = torch.zeros(rows, cols, dtype=torch.long)
         number[grid.row[mine], grid.col[mine]] = into[mine]
         into[mine] = number[middle_row, middle_col]
-        weight[mine] = 1 / torch.bincount(cell, minlength=r * c)[cell]
+        weight[mine] = 1 / torch.bincount(cell, minlength=r * c).double()[cell]
         total += r * c
     return into, weight, total
 
@@ -176,3 +176,29 @@ class Pool(Cells):
     def reduce(self, seen: dict, layout: Layout) -> Reduction:
         reduction, into, weight = self.cells(layout)
         return replace(reduction, merge=Merge(into, weight))
+
+
+@register("downsample")
+@dataclass(frozen=True)
+class Downsample(Budgeted):
+    """Shrink the picture and enlarge it again: as many pixels as the budget has patches, but all the tokens.
+
+    It saves nothing. It tells how much of a task needs detail at all, so it stands apart from methods in every table.
+
+    Args:
+        keep, average: fraction of the pixels (an int is taken of one view's patches).
+    """
+
+    summary = "the picture shrunk and enlarged again, all tokens (control, saves nothing)"
+    stage = "pixels"
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        budget = self.budget
+        share = budget if isinstance(budget, float) else min(1.0, budget / facts.view_patches)
+        return [] if share == 1 else [Cut(Pixels(), (), partial(self.shrink, share=share))]
+
+    def shrink(self, pixels: torch.Tensor, share: float) -> torch.Tensor:
+        """Pure: `(views, channels, height, width)` in and out, with `share` of the pixels' information."""
+        resize = partial(torch.nn.functional.interpolate, mode="bilinear", antialias=True)
+        small = [max(1, round(n * share**0.5)) for n in pixels.shape[-2:]]
+        return resize(resize(pixels.float(), small), pixels.shape[-2:]).to(pixels.dtype)
