@@ -30,7 +30,7 @@ from vlmprune.watch import Watch
 __all__ = ["Plan", "install", "is_hook", "remove"]
 
 SEGMENTS = "_vlmprune_segments"  # attribute of a cache: its decode state
-SOFT_EPS = 1e-6  # the least weight of a token under a soft mask, whose logarithm must exist
+SOFT_EPS = 1e-20  # the least weight of a token under a soft mask, whose logarithm must exist
 
 
 # --- prefill --------------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ class TextAttention(DecoderTap):
         real = scene.sequence.real()
         if self.rows == "all":
             at = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-            weight = real / real.sum(1, keepdim=True)
+            weight = mean_weight(real)
         else:
             at, weight = last_rows(real, [1] * len(hidden) if self.rows == "last" else scene.text_after)
         return decoder_mass(layer, hidden, scene, [(at, weight)])[0].flatten()[scene.flat_index()]
@@ -352,7 +352,7 @@ def sliding_window(attention: nn.Module) -> int | None:
 
 def mean_weight(rows: torch.Tensor) -> torch.Tensor:
     """Weights that average the marked rows of `(batch, length)`."""
-    return rows / rows.sum(1, keepdim=True).clamp(min=1)
+    return rows.double() / rows.sum(1, keepdim=True).clamp(min=1)
 
 
 def last_rows(real: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -368,7 +368,7 @@ def last_rows(real: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torc
     n = upload(counts, device).clamp(min=1)[:, None]
     end = torch.where(real, torch.arange(real.shape[1], device=device), 0).amax(1, keepdim=True) + 1
     number = torch.arange(most, device=device)
-    return (end - n + number).clamp(0, real.shape[1] - 1), (number < n) / n
+    return (end - n + number).clamp(0, real.shape[1] - 1), mean_weight(number < n)
 
 
 def decoder_mass(

@@ -138,9 +138,12 @@ def models() -> dict[str, Any]:
         except FileNotFoundError as error:
             embedded.append({"name": name, "present": False, "why": brief(error)})
     return {
-        "families": [{"model_type": kind, "title": family.title} for kind, family in FAMILIES.items()],
+        "families": [
+            {"model_type": kind, "title": family.title, "refused_methods": refused(kind, family.views, has_cls=True)}
+            for kind, family in FAMILIES.items()
+        ],
         "towers": [
-            {"model_type": kind, "has_cls": has_cls, "refused_methods": refused(has_cls)}
+            {"model_type": kind, "has_cls": has_cls, "refused_methods": refused("llava_next", True, has_cls)}
             for kind, has_cls in TOWERS.items()
         ],
         "language_models": list(LANGUAGE_MODELS),
@@ -148,13 +151,13 @@ def models() -> dict[str, Any]:
     }
 
 
-def refused(has_cls: bool) -> dict[str, str]:
-    """Methods that do not run on a tower with or without a [CLS] token, by their own words."""
+def refused(family: str, views: bool, has_cls: bool) -> dict[str, str]:
+    """Methods that do not run on a family, or a tower with or without a [CLS] token, by their own words."""
     from vlmprune import registry
     from vlmprune.errors import UnsupportedError
     from vlmprune.patches import ModelFacts
 
-    facts = ModelFacts("llava", 24, 22, has_cls, decoder_layers=32, views=False, view_patches=576)
+    facts = ModelFacts(family, 24, 22, has_cls, decoder_layers=32, views=views, view_patches=576)
     why = {}
     for name in registry.names():
         try:
@@ -171,7 +174,9 @@ def refused(has_cls: bool) -> dict[str, str]:
 def models_text(about: dict[str, Any]) -> str:
     """The same for a person."""
     lines = ["families (model_type: class)"]
-    lines += [f"    {family['model_type']}: {family['title']}" for family in about["families"]]
+    for family in about["families"]:
+        lines.append(f"    {family['model_type']}: {family['title']}")
+        lines += [f"        not {name}: {why}" for name, why in family["refused_methods"].items()]
     lines.append("vision towers")
     for tower in about["towers"]:
         lines.append(f"    {tower['model_type']}: {'with' if tower['has_cls'] else 'without'} a [CLS] token")

@@ -1,9 +1,27 @@
 """The methods, one file each; importing this package registers them."""
 
 from vlmprune.methods.base import Method
-from vlmprune.methods.controls import Grid, Pool, Random
+from vlmprune.methods.controls import Downsample, Grid, Pool, Random
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
+from vlmprune.methods.globalcom2 import GlobalCom2
+from vlmprune.methods.todre import ToDRE
+from vlmprune.methods.tome import PiToMe, ToMe
+from vlmprune.methods.transprune import TransPrune
 from vlmprune.methods.vtc_cls import VtcCls
 
-__all__ = ["FastV", "FoPru", "Grid", "Method", "Pool", "Random", "VtcCls"]
+__all__ = [
+    "Downsample",
+    "FastV",
+    "FoPru",
+    "GlobalCom2",
+    "Grid",
+    "Method",
+    "PiToMe",
+    "Pool",
+    "Random",
+    "ToDRE",
+    "ToMe",
+    "TransPrune",
+    "VtcCls",
+]

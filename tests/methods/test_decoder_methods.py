@@ -1,0 +1,158 @@
+"""TransPrune and ToDRE in a model, against a walk through its layers by hand."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import tiny
+import torch
+from torch.nn.functional import cosine_similarity, normalize
+
+import vlmprune
+
+F64 = torch.float64
+FAMILIES = [{}, {"family": "llava_next"}, {"text": "mistral", "sliding_window": 20}]
+
+
+def blocks(model, index, x, positions):
+    """Output of a decoder layer, and what its two blocks read and wrote."""
+    layer = model.model.language_model.layers[index]
+    weights = reference.probabilities(model, index, x, positions)
+    read = layer.input_layernorm(x)
+    value = layer.self_attn.v_proj(read).view(len(x), -1, layer.self_attn.head_dim).transpose(0, 1)
+    value = value.repeat_interleave(weights.shape[0] // value.shape[0], 0)
+    wrote = layer.self_attn.o_proj((weights @ value).transpose(0, 1).flatten(1))
+    x = x + wrote
+    read2 = layer.post_attention_layernorm(x)
+    wrote2 = layer.mlp(read2)
+    return x + wrote2, [(read, wrote), (read2, wrote2)], weights.mean(0)
+
+
+def transprune_by_hand(model, prompt, mode, ratios, prune=(1, 2, 3), watched=(1, 2), contiguous=True):
+    """Kept tokens of every cut for a prompt with one image, and the last token's logits."""
+    x, (image,) = reference.embed(model, prompt)
+    columns, positions = list(range(len(x))), torch.arange(len(x))
+    change, kept = dict.fromkeys(image, 0.0), []
+    total = len(image)
+    for index in range(tiny.LAYERS):
+        here = [i for i, c in enumerate(columns) if c in image]
+        if index in prune:
+            ratio = ratios[prune.index(index)]
+            weights = reference.probabilities(model, index, x, positions).mean(0)
+            rows = [i for i, c in enumerate(columns) if c > image[-1]]
+            attention = weights[rows][:, here].mean(0)
+            score = torch.stack([change[columns[i]] for i in here])
+            if mode == "official":
+                score, attention = score / (score.sum() + 1e-8), attention / (attention.sum() + 1e-8)
+            best = reference.top(
+                (0.5 * score + 0.5 * attention).tolist(), max(1, int(total * ratio)), list(range(len(here)))
+            )
+            stay = {columns[here[i]] for i in best}
+            kept.append(sorted(c - image[0] for c in stay))
+            rows = [i for i, c in enumerate(columns) if c not in image or c in stay]
+            x, columns, positions = x[rows], [columns[i] for i in rows], positions[rows]
+            if contiguous:
+                positions = torch.arange(len(x))
+        x, both, _ = blocks(model, index, x, positions)
+        if index + 1 in watched:
+            here = [i for i, c in enumerate(columns) if c in image]
+            for read, wrote in both:
+                cosine = cosine_similarity(wrote, read, dim=-1)
+                direction = 1 - cosine if mode == "official" else 1 - cosine.abs()
+                among = list(range(len(x))) if mode == "official" else here
+                weight = direction[among].softmax(0)
+                magnitude = wrote.norm(dim=-1) / read.norm(dim=-1)
+                for i, w in zip(among, weight, strict=True):
+                    if columns[i] in change:
+                        change[columns[i]] = change[columns[i]] + w * magnitude[i]
+    return kept, model.lm_head(model.model.language_model.norm(x)[-1])
+
+
+@pytest.mark.parametrize("options", FAMILIES, ids=["llava", "next", "mistral"])
+@pytest.mark.parametrize("mode", ["official", "paper"])
+def test_transprune(options, mode):
+    model = tiny.shared(dtype=F64, **options)
+    prompt = tiny.prompt(model, [4, "image", 6], [(40, 24)])
+    ratios = (0.875, 0.625, 0.25)
+    with torch.no_grad():
+        want, logits = transprune_by_hand(model, prompt, mode, ratios)
+        other, far = transprune_by_hand(model, prompt, mode, ratios, contiguous=False)
+        with vlmprune.patch(model, "transprune", mode=mode, keep_ratios=ratios) as handle:
+            got = model(**prompt).logits[0, -1]
+            assert [handle.trace.kept(0, cut) for cut in range(3)] == want
+    torch.testing.assert_close(got, logits, rtol=1e-9, atol=1e-9)
+    assert (got - far).abs().max() > 1e-7
+    assert other[0] == want[0]  # the first cut comes before positions differ
+
+
+def test_transprune_modes_differ():
+    model = tiny.shared(dtype=F64, family="llava_next")
+    prompt = tiny.prompt(model, [4, "image", 6], [(40, 24)])
+    kept = {}
+    for mode in ("official", "paper"):
+        with torch.no_grad(), vlmprune.patch(model, "transprune", mode=mode) as handle:
+            model(**prompt)
+            kept[mode] = handle.trace.kept()
+    assert kept["official"] != kept["paper"]
+
+
+@pytest.mark.parametrize("options", FAMILIES, ids=["llava", "next", "mistral"])
+@pytest.mark.parametrize("objective", ["max_sum", "max_min"])
+def test_todre_stage1(options, objective):
+    model = tiny.shared(dtype=F64, **options)
+    plain = tiny.shared(dtype=F64, attn="eager", **options)
+    prompt = tiny.prompt(model, [4, "image", 6], [(40, 24)])
+    with torch.no_grad(), vlmprune.patch(model, "todre", keep=9, objective=objective, tau=None) as handle:
+        model(**prompt)
+        grid, got = handle.trace.grids[0], handle.trace.kept_patches()
+        (features,) = reference.image_features(plain, prompt)
+        views = prompt["pixel_values"] if prompt["pixel_values"].ndim == 4 else prompt["pixel_values"][0, : grid.views]
+        row = plain.model.vision_tower(views, output_attentions=True).attentions[-1][0].mean(0)[0, 1:]
+    patches = [t for t in range(grid.tokens) if not grid.newline[t]]
+    thumbnail = [t for t in patches if grid.view[t] == 0]
+    x = normalize(features, dim=-1)
+    picked = [max(thumbnail, key=lambda t: float(row[grid.source[t]]))]
+    while len(picked) < 9:
+        cosine = x @ x[picked].T
+        cost = cosine.sum(1) if objective == "max_sum" else cosine.max(1).values
+        picked.append(min((t for t in patches if t not in picked), key=lambda t: float(cost[t])))
+    assert got == sorted(picked)
+
+
+@pytest.mark.parametrize("options", FAMILIES, ids=["llava", "next", "mistral"])
+@pytest.mark.parametrize("parts", [[4, "image", 6], [4, "image", 3, "image", 5]], ids=["one", "two"])
+def test_todre_stage2_shares(options, parts):
+    model = tiny.shared(dtype=F64, **options)
+    prompt = tiny.prompt(model, parts, [(40, 24), (20, 70)][: parts.count("image")])
+    with torch.no_grad():
+        x, images = reference.embed(model, prompt)
+        visual = [c for image in images for c in image]
+        for index in range(3):
+            x, _, weights = blocks(model, index, x, torch.arange(len(x)))
+        text = [c for c in range(visual[0], len(x)) if c not in visual]
+        to_image = float(weights[text][:, visual].sum(1).mean())
+        to_text = float(weights[visual][:, text].sum(1).mean())
+        assert (to_text > 0) == (len(images) > 1)
+        for tau, drops in ((max(to_image, to_text) + 1e-9, True), (max(to_image, to_text) - 1e-9, False)):
+            with vlmprune.patch(model, "todre", keep=1.0, tau=tau) as handle:
+                model(**prompt)
+                lengths = handle.trace.kv_lengths
+            assert lengths == [len(x)] * 3 + [len(x) - len(visual) * drops]
+
+
+def test_todre_decides_per_sample():
+    model = tiny.shared(dtype=F64)
+    prompts = [tiny.prompt(model, [4, "image", 6], [(24, 24)], seed=s) for s in range(4)]
+    shares = []
+    with torch.no_grad():
+        for prompt in prompts:
+            x, (image,) = reference.embed(model, prompt)
+            for index in range(3):
+                x, _, weights = blocks(model, index, x, torch.arange(len(x)))
+            shares.append(float(weights[image[-1] + 1 :][:, list(image)].sum(1).mean()))
+        tau = sum(sorted(shares)[1:3]) / 2
+        with vlmprune.patch(model, "todre", keep=1.0, tau=tau) as handle:
+            model(**tiny.batch(prompts))
+            left = [counts["patches_after"] for counts in handle.trace.counts]
+    assert left == [0 if share < tau else 16 for share in shares]
+    assert sorted(set(left)) == [0, 16]

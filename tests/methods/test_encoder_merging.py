@@ -1,0 +1,179 @@
+"""Merging inside the vision tower, against a tower walked through by hand with Python lists."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import reference
+import tiny
+import torch
+from torch.nn.functional import elu, normalize
+
+import vlmprune
+from vlmprune import UnsupportedError
+from vlmprune.merging import match_alternating, match_energy, spread_evenly
+from vlmprune.methods.tome import PiToMe, ToMe
+
+F64 = torch.float64
+
+
+def pairs(metric, a, b, removed):
+    """The `removed` tokens of `a` with the most similar partner in `b`: {token: partner}."""
+    x = normalize(metric, dim=-1)
+    best = {}
+    for i in a:
+        partner = max(b, key=lambda j: (float(x[i] @ x[j]), -j))
+        best[i] = (partner, float(x[i] @ x[partner]))
+    chosen = sorted(best, key=lambda i: -best[i][1])[:removed]
+    return {i: best[i][0] for i in chosen}
+
+
+def merged(x, sizes, members, gone, order):
+    """New tokens in `order` after every token of `gone` flowed into its partner."""
+    groups = {i: [i] for i in order}
+    for i, partner in gone.items():
+        groups[partner].append(i)
+    out, new_sizes, new_members = [], [], []
+    for i in order:
+        total = sum(sizes[j] for j in groups[i])
+        out.append(sum(x[j] * (sizes[j] / total) for j in groups[i]))
+        new_sizes.append(total)
+        new_members.append(sorted(m for j in groups[i] for m in members[j]))
+    return torch.stack(out), new_sizes, new_members
+
+
+def tower_by_hand(model, view, method, keep, weigh=False):
+    """Clusters of original patches at the feature layer, and each one's vector, for one view."""
+    tower, first = model.model.vision_tower, int(model.config.vision_config.model_type == "clip_vision_model")
+    x = tower.embeddings(view[None])
+    x = tower.pre_layrnorm(x)[0] if first else x[0]
+    layers = tower.encoder.layers
+    feature, patches = len(layers) - 2, len(x) - first
+    target = int(patches * keep)
+    if method == "tome":
+        schedule = spread_evenly(patches - target, feature)
+    else:
+        sizes_at = [round(patches * (target / patches) ** (i / feature)) for i in range(feature + 1)]
+        schedule = [a - b for a, b in pairwise(sizes_at)]
+    sizes, members, keys = [1.0] * len(x), [[i - first] for i in range(len(x))], x
+    for index in range(feature + 1):
+        if index:
+            removed = schedule[index - 1]
+            metric = keys if method == "tome" else x
+            if method == "tome" or index - 1 < round(13 * len(layers) / 24):
+                a, b = list(range(2 * first, len(x), 2)), list(range(1, len(x), 2))
+                gone = pairs(metric, a, b, removed)
+                order = [*range(first), *(i for i in a if i not in gone), *b]
+            else:
+                unit = normalize(x[first:], dim=-1)
+                margin = 0.9 - 0.9 * (index - 1) / len(layers)
+                energy = elu(unit @ unit.T - margin).mean(1).tolist()
+                ranked = sorted(range(len(energy)), key=lambda i: (-energy[i], i))
+                ranked = [i + first for i in ranked]
+                a, b = ranked[: 2 * removed : 2], ranked[1 : 2 * removed : 2]
+                gone = pairs(metric, a, b, removed)
+                order = [*range(first), *sorted(ranked[2 * removed :]), *b]
+            x, sizes, members = merged(x, sizes, members, gone, order)
+        bias = torch.tensor(sizes, dtype=x.dtype).log()[None, None, None] if weigh and index else None
+        attention = layers[index].self_attn
+        keys = attention.k_proj(layers[index].layer_norm1(x)).view(len(x), attention.num_heads, -1).mean(1)
+        x = layers[index](x[None], bias)[0]
+    return members[first:], x[first:]
+
+
+CASES = [
+    ("tome", {}, "clip"),
+    ("tome", {"weigh": True}, "clip"),
+    ("pitome", {}, "clip"),
+    ("tome", {}, "siglip"),
+    ("pitome", {"weigh": True}, "siglip"),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "tower"), CASES)
+def test_llava_equals_by_hand(method, options, tower):
+    model = tiny.shared(dtype=F64, tower=tower)
+    prompt = tiny.prompt(model, [4, "image", 3, "image", 5], [(24, 24), (24, 24)])
+    with torch.no_grad():
+        x, images = reference.embed(model, prompt)
+        rows, gone, expected = list(x), set(), []
+        for view, image in zip(prompt["pixel_values"], images, strict=True):
+            clusters, vectors = tower_by_hand(model, view, method, 0.5, **options)
+            assert len(clusters) == 8
+            projected = model.model.multi_modal_projector(vectors)
+            for members, vector in zip(clusters, projected, strict=True):
+                rows[image[members[0]]] = vector
+                gone |= {image[m] for m in members[1:]}
+            expected.append(sorted(members[0] for members in clusters))
+        short = torch.stack([row for c, row in enumerate(rows) if c not in gone])
+        out = model.model.language_model(inputs_embeds=short[None]).last_hidden_state[0]
+        want = model.lm_head(out[-1])
+        with vlmprune.patch(model, method, keep=0.5, **options) as handle:
+            got = model(**prompt).logits[0, -1]
+            assert [handle.trace.kept(i) for i in range(2)] == expected
+            assert handle.trace.kv_lengths == [len(short)] * tiny.LAYERS
+        plain = model(**prompt).logits[0, -1]
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert (got - plain).abs().max() > 1e-7
+
+
+@pytest.mark.parametrize("method", ["tome", "pitome"])
+def test_next_equals_by_hand(method):
+    """Un-padding takes part of a cluster away: what is left of it is one token."""
+    model = tiny.shared(dtype=F64, family="llava_next")
+    prompt = tiny.prompt(model, [4, "image", 5], [(40, 24)])
+    with torch.no_grad():
+        x, (image,) = reference.embed(model, prompt)
+        with vlmprune.patch(model, method, keep=0.5) as handle:
+            got = model(**prompt).logits[0, -1]
+            grid, kept = handle.trace.grids[0], handle.trace.kept()
+        rows, gone = list(x), set()
+        for v in range(grid.views):
+            clusters, vectors = tower_by_hand(model, prompt["pixel_values"][0, v], method, 0.5)
+            projected = model.model.multi_modal_projector(vectors)
+            token = {
+                int(grid.source[t]) - v * 16: t for t in range(grid.tokens) if grid.view[t] == v and not grid.newline[t]
+            }
+            for members, vector in zip(clusters, projected, strict=True):
+                tokens = sorted(token[m] for m in members if m in token)
+                for t in tokens:
+                    rows[image[t]] = vector
+                gone |= {image[t] for t in tokens[1:]}
+        short = torch.stack([row for c, row in enumerate(rows) if c not in gone])
+        out = model.model.language_model(inputs_embeds=short[None]).last_hidden_state[0]
+    assert kept == [t for t, c in enumerate(image) if c not in gone]
+    torch.testing.assert_close(got, model.lm_head(out[-1]), rtol=1e-9, atol=1e-9)
+
+
+def test_a_tower_that_is_looked_at_is_not_merged():
+    model = tiny.shared()
+    for other in ("fopru", "vtc_cls", "todre"):
+        with pytest.raises(UnsupportedError, match=f"tome.*{other}"):
+            vlmprune.patch(model, [ToMe(keep=0.5), other], keep=4)
+    vlmprune.patch(model, [PiToMe(keep=0.5), "fastv"])
+    vlmprune.unpatch(model)
+
+
+def test_bad_budgets():
+    with pytest.raises(ValueError, match="at most half"):
+        vlmprune.patch(tiny.shared(), "tome", keep=1)
+    with pytest.raises(UnsupportedError, match="fraction"):
+        vlmprune.patch(tiny.shared(family="llava_next"), "pitome", keep=4)
+
+
+def test_matchings_are_partitions():
+    torch.manual_seed(1)
+    x = torch.randn(2, 21, 6)
+    for has_cls in (True, False):
+        for clusters in (match_alternating(x, 7, has_cls), match_energy(x, 7, 0.5, has_cls)):
+            assert clusters.count == 14
+            assert clusters.into.shape == (2, 21)
+            for row in clusters.into.tolist():
+                assert set(row) == set(range(14))
+                if has_cls:
+                    assert row.count(row[0]) == 1
+                    assert row[0] == 0
+    assert spread_evenly(384, 22) == [18] * 10 + [17] * 12
+    assert math.isclose(sum(spread_evenly(512, 23)), 512)

@@ -1,0 +1,119 @@
+"""GlobalCom² in a model, against its description followed step by step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import reference
+import tiny
+import torch
+from torch.nn.functional import cosine_similarity, interpolate
+
+import vlmprune
+from vlmprune import UnsupportedError
+
+F64 = torch.float64
+SIZES = [(40, 24), (20, 70)]
+
+
+def scores_by_hand(model, views, score):
+    """`(views, patches)` scores from the tower's own hidden states."""
+    tower = model.model.vision_tower
+    states = tower(views, output_hidden_states=True).hidden_states
+    if score == "distinct":
+        first = int(model.config.vision_config.model_type == "clip_vision_model")
+        x = states[-2][:, first:]
+        return -cosine_similarity(x, x.mean(1, keepdim=True), dim=-1)
+    layer, attention = tower.encoder.layers[-1], tower.encoder.layers[-1].self_attn
+    x = layer.layer_norm1(states[-2])
+    query = attention.q_proj(x)[:, 0].view(len(x), attention.num_heads, 1, -1)
+    key = attention.k_proj(x)[:, 1:].view(len(x), 16, attention.num_heads, -1).transpose(1, 2)
+    return (query * key).sum(-1).mean(1) * attention.head_dim**-0.5
+
+
+def by_hand(grid, scores, ratio, tau=10.0):
+    """Kept token numbers of one image, patches alone."""
+    side, (down, across) = 4, grid.crops
+    thumb = scores[0].view(side, side)
+    cells = [[] for _ in range(down * across)]
+    for r in range(side):
+        for c in range(side):
+            row, col = min(r // max(side // down, 1), down - 1), min(c // max(side // across, 1), across - 1)
+            cells[row * across + col].append(float(thumb[r, c]))
+    mass = [sum(cell) for cell in cells]
+    weight = [math.exp((m - max(mass)) / tau) for m in mass]
+    share = [w / (sum(weight) + 1e-8) for w in weight]
+    ratios = [min(1.0, ratio * (1 + s - sum(share) / len(share))) for s in share]
+    kept = reference.top(thumb.flatten().tolist(), int(16 * ratio), list(range(16)))
+    rows, cols = grid.planes[1]
+    guide = interpolate(thumb[None, None], (rows, cols), mode="bilinear", align_corners=False)[0, 0]
+    for j, r in enumerate(ratios):
+        mine = [t for t in range(grid.tokens) if grid.view[t] == j + 1 and not grid.newline[t]]
+        local = torch.stack([scores[j + 1, int(grid.source[t]) % 16] for t in mine]) if mine else torch.zeros(0)
+        far = torch.stack([guide[grid.row[t], grid.col[t]] for t in mine]) if mine else torch.zeros(0)
+        both = local / local.norm().clamp(min=1e-12) + far / far.norm().clamp(min=1e-12)
+        best = reference.top(both.tolist(), int(len(mine) * r), list(range(len(mine))))
+        kept += [mine[i] for i in best]
+    return sorted(kept)
+
+
+@pytest.mark.parametrize(("tower", "score"), [("clip", "cls"), ("clip", "distinct"), ("siglip", "distinct")])
+@pytest.mark.parametrize("keep", [0.25, 0.6, 20])
+def test_choice_and_batch(tower, score, keep):
+    model = tiny.shared(dtype=F64, family="llava_next", tower=tower)
+    prompts = [tiny.prompt(model, [4, "image", 3 + s], [size], seed=s) for s, size in enumerate(SIZES)]
+    with torch.no_grad(), vlmprune.patch(model, "globalcom2", keep=keep, score=score) as handle:
+        both = tiny.batch(prompts)
+        # as generate counts: rotary embeddings are float32 and would differ between shifted rows
+        both["position_ids"] = (both["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        together = model(**both).logits[:, -1]
+        got = [handle.trace.kept_patches(i) for i in range(2)]
+        for i, prompt in enumerate(prompts):
+            alone = model(**prompt).logits[0, -1]
+            torch.testing.assert_close(together[i], alone, rtol=1e-9, atol=1e-9)
+            grid = handle.trace.grids[0]
+            ratio = keep if isinstance(keep, float) else keep / grid.patches
+            scores = scores_by_hand(model, prompt["pixel_values"][0, : grid.views], score)
+            assert got[i] == handle.trace.kept_patches() == by_hand(grid, scores, ratio)
+            assert by_hand(grid, scores.flip(0), ratio) != got[i]
+
+
+def test_released_order_reaches_the_language_model():
+    """The released sequence is not ascending and has a newline for padded rows: compare what the LLM computes."""
+    model = tiny.shared(dtype=F64, family="llava_next")
+    prompt = tiny.prompt(model, [4, "image", 5], [(24, 60)])
+    with torch.no_grad():
+        x, (image,) = reference.embed(model, prompt)
+        with vlmprune.patch(model, "globalcom2", keep=0.5, parity="released") as handle:
+            got = model(**prompt).logits[0, -1]
+            grid = handle.trace.grids[0]
+        scores = scores_by_hand(model, prompt["pixel_values"][0, : grid.views], "cls")
+        kept = by_hand(grid, scores, 0.5)
+        thumbnail = sorted((t for t in kept if grid.view[t] == 0), key=lambda t: -float(scores[0, grid.source[t]]))
+        (down, across), slots = grid.crops, {}
+        for j in range(down * across):
+            mine = [t for t in range(grid.tokens) if grid.view[t] == j + 1 and not grid.newline[t]]
+            for place, t in enumerate(mine):
+                if t in kept:
+                    slots[(j // across) * 4 + place // 4, (j % across) * 4 + place % 4] = t
+        newline = next(t for t in range(grid.tokens) if grid.newline[t])
+        order = list(thumbnail)
+        for row in range(down * 4):
+            order += [slots[row, col] for col in range(across * 4) if (row, col) in slots]
+            order.append(newline)
+        columns = [*range(image[0]), *(image[t] for t in order), *range(image[-1] + 1, len(x))]
+        out = model.model.language_model(inputs_embeds=x[columns][None]).last_hidden_state[0]
+        ascending = sorted(columns)
+        other = model.model.language_model(inputs_embeds=x[ascending][None]).last_hidden_state[0]
+    torch.testing.assert_close(got, model.lm_head(out[-1]), rtol=1e-9, atol=1e-9)
+    assert (got - model.lm_head(other[-1])).abs().max() > 1e-7
+
+
+def test_refusals():
+    with pytest.raises(UnsupportedError, match="single view"):
+        vlmprune.patch(tiny.shared(), "globalcom2", keep=0.5)
+    with pytest.raises(UnsupportedError, match="distinct"):
+        vlmprune.patch(tiny.shared(family="llava_next", tower="siglip"), "globalcom2", keep=0.5)
+    with pytest.raises(ValueError, match="tau"):
+        vlmprune.patch(tiny.shared(family="llava_next"), "globalcom2", keep=0.5, tau=0.0)
