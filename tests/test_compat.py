@@ -21,7 +21,9 @@ OUT_OF_RANGE = ["4.57.6", "5.0.0", "5.2.0", "5.19.9", "6.0.0", "6.0.0.dev0", "10
 
 def python(code: str, *paths: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter, outside the checkout, with folders put before the installed packages."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
+    # Not this process's environment: vlmprune is imported here, and would hide what its import does to one.
+    env = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
+    env |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-c", textwrap.dedent(code)]
     return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=120)
 
@@ -178,8 +180,16 @@ def test_transformers_alone_does_not_explain_it(tmp_path: Path) -> None:
 
 
 def test_a_torchvision_that_imports_is_fine(tmp_path: Path) -> None:
-    torchvision(tmp_path, "works = True\n")  # no compiled operators: only importing it can tell
-    done = python("import vlmprune, sys; print(sys.modules['torchvision'].works)", tmp_path, cwd=tmp_path)
+    """It has no compiled operators here: only importing it can tell."""
+    torchvision(tmp_path / "fake", "works = True\n")
+    code = f"""
+        import sys
+        from vlmprune import _compat
+        sys.path.insert(0, {str(tmp_path / "fake")!r})
+        _compat.check_torchvision()
+        print(sys.modules["torchvision"].works)
+    """
+    done = python(code, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
 
 
@@ -219,14 +229,13 @@ def test_a_hidden_torchvision_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 # What `import vlmprune` costs and touches
 
-HEAVY = ["lmms_eval", "matplotlib", "sklearn", "accelerate", "datasets", "pandas", "triton", "vlmprune.eval"]
+#: Extras, and the parts of transformers that take seconds: whoever loads a model has them, `vlmprune --help` must not.
+HEAVY = ["lmms_eval", "matplotlib", "sklearn", "datasets", "pandas", "vlmprune.eval", "transformers.modeling_utils"]
 
 
 def test_import_loads_nothing_heavy(tmp_path: Path) -> None:
-    """Beyond what torch and the LLaVA classes of transformers load themselves."""
     code = f"""
-        import sys, torch
-        from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+        import sys, torch, transformers
         before = set(sys.modules)
         import vlmprune
         print([name for name in {HEAVY} if name in sys.modules and name not in before])
@@ -236,25 +245,22 @@ def test_import_loads_nothing_heavy(tmp_path: Path) -> None:
 
 
 def test_import_adds_little_time(tmp_path: Path) -> None:
-    """CPU seconds, after what every user of it imports anyway; the best of three, since machines are noisy."""
+    """CPU seconds, next to torch and transformers; the best of three, since machines are noisy."""
     code = """
         import time
         start = time.process_time()
-        import torch
-        from transformers import LlavaForConditionalGeneration
+        import torch, transformers
         middle = time.process_time()
         import vlmprune
         print(middle - start, time.process_time() - middle)
     """
-    runs = []
-    for _ in range(3):
+    added = []
+    while len(added) < 3 and min(added, default=1.0) > 0.15:
         done = python(code, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        base, added = map(float, done.stdout.split())
-        runs.append(added / base)
-        if runs[-1] < 0.1:
-            return
-    pytest.fail(f"importing vlmprune adds {min(runs):.0%} to importing torch and LLaVA")
+        base, ours = map(float, done.stdout.split())
+        added.append(ours / base)
+    assert min(added) <= 0.15
 
 
 TOUCHED = """

@@ -247,7 +247,8 @@ def test_the_command_answers(from_wheel: Path) -> None:
     """`vlmprune` as the installed script runs it, and `python -m vlmprune`."""
     script = python_with(from_wheel, SCRIPT.format(script=str(from_wheel / "bin" / "vlmprune")))
     module = python_with(
-        from_wheel, "import runpy; sys.argv[1:] = ['--help']; runpy.run_module('vlmprune', alter_sys=True)"
+        from_wheel,
+        "import runpy; sys.argv[1:] = ['--help']; runpy.run_module('vlmprune', run_name='__main__', alter_sys=True)",
     )
     assert "usage: vlmprune" in script
     assert script == module

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -58,6 +60,12 @@ def model(family="llava", text="llama", tower="clip", dtype=torch.float32, seed=
                 weight.mul_(4.0 if "embed" not in name else 12.0)
     made.generation_config.eos_token_id = None
     return made.to(dtype).eval()
+
+
+@lru_cache
+def shared(**options):
+    """`model`, built once a process; leave it as you found it."""
+    return model(**options)
 
 
 def pixels(made, sizes, seed=0):

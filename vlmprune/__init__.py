@@ -7,19 +7,23 @@ model.generate(**inputs)
 vlmprune.unpatch(model)
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from vlmprune._compat import check_torchvision, check_transformers
 from vlmprune._version import __version__
 
 check_transformers()
 check_torchvision()
 
-from vlmprune.api import Handle, patch, unpatch  # noqa: E402  (the checks explain what these imports would hit)
-from vlmprune.cuts import Cut, Decoder, Merge, Reduction  # noqa: E402
-from vlmprune.errors import CutNotRunError, UnsupportedError  # noqa: E402
-from vlmprune.layout import Layout  # noqa: E402
-from vlmprune.methods import Method  # noqa: E402
-from vlmprune.registry import register  # noqa: E402
-from vlmprune.trace import Trace  # noqa: E402
+if TYPE_CHECKING:
+    from vlmprune.api import Handle, patch, unpatch
+    from vlmprune.cuts import Cut, Decoder, Merge, Reduction
+    from vlmprune.errors import CutNotRunError, UnsupportedError
+    from vlmprune.layout import Layout
+    from vlmprune.methods import Method
+    from vlmprune.registry import register
+    from vlmprune.trace import Trace
 
 __all__ = [
     "Cut",
@@ -37,3 +41,26 @@ __all__ = [
     "register",
     "unpatch",
 ]
+
+# Imported when first asked for, so that `vlmprune --help` does not wait for torch and transformers.
+_HOMES = {
+    "api": ("Handle", "patch", "unpatch"),
+    "cuts": ("Cut", "Decoder", "Merge", "Reduction"),
+    "errors": ("CutNotRunError", "UnsupportedError"),
+    "layout": ("Layout",),
+    "methods": ("Method",),
+    "registry": ("register",),
+    "trace": ("Trace",),
+}
+
+
+def __getattr__(name: str) -> object:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module 'vlmprune' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"vlmprune.{home}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -163,7 +163,7 @@ def refused(family: str, views: bool, has_cls: bool) -> dict[str, str]:
         try:
             cls = registry.find(name)
             if set(registry.required(cls)) <= {"keep"}:
-                cls(**({"keep": 1} if "keep" in registry.options(cls) else {})).cuts(facts)
+                cls(**({"keep": 0.5} if "keep" in registry.options(cls) else {})).cuts(facts)
         except UnsupportedError as error:
             why[name] = str(error)
         except Exception:  # a method that cannot be loaded is reported by `ls methods`

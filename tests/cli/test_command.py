@@ -1,0 +1,68 @@
+"""The command as a process: instant help, clean streams, exit codes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import vlmprune
+from vlmprune._version import __version__
+
+ROOT = Path(vlmprune.__file__).parent
+
+
+def start(*argv, code=None):
+    command = [sys.executable, "-P", *(["-c", code] if code else ["-m", "vlmprune"]), *map(str, argv)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+
+
+def test_help_imports_nothing_heavy():
+    # a stand-in for the package, whose __init__ may import what it likes
+    code = f"""
+import sys, types
+package = types.ModuleType("vlmprune"); package.__path__ = [{str(ROOT)!r}]; sys.modules["vlmprune"] = package
+from vlmprune.cli import main
+for argv in (["--help"], ["--version"], ["run", "--help"], ["ls", "--help"], ["demo", "--help"], ["run"]):
+    print("exit", main(argv))
+print("heavy", sorted({{"torch", "transformers", "numpy", "PIL"}} & set(sys.modules)))
+"""
+    done = start(code=code)
+    assert done.stdout.count("exit 0") == 5, done.stderr
+    assert done.stdout.count("exit 2") == 1
+    assert "heavy []" in done.stdout
+    assert f"vlmprune {__version__} (torch " in done.stdout
+    assert "examples:" in done.stdout
+
+
+def test_streams(folders, picture):
+    done = start(
+        "run", "--image", picture, "--prompt", "what is it ?", "--model", folders["llava"], "--method", "fastv",
+        "--keep", "4", "--repeats", "1", "--max-new-tokens", "3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "16 -> 4" in done.stdout
+    assert done.stderr == f"loading {folders['llava']} ...\n"  # no warning, no progress bar
+    assert "\r" not in done.stdout
+
+
+def test_a_mistake(tmp_path):
+    done = start("run", "--image", tmp_path / "none.png", "--prompt", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"vlmprune: no such picture: {tmp_path / 'none.png'}\n"
+
+
+def test_reader_that_stops():
+    # more than a pipe holds, so that the writer meets the closed end
+    code = """
+import sys
+from vlmprune.cli import main, ls
+ls.methods_text = lambda *_, **__: "x" * 500_000
+sys.exit(main(["ls", "methods"]))
+"""
+    command = [sys.executable, "-P", "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 0

@@ -1,0 +1,117 @@
+"""`vlmprune ls`."""
+
+import json
+from importlib import metadata
+
+import pytest
+
+from vlmprune import registry
+from vlmprune.eval import testbed
+from vlmprune.patches import FAMILIES
+from vlmprune.patches.base import LANGUAGE_MODELS, TOWERS
+
+
+class Point:
+    """What an entry point looks like from outside."""
+
+    value, group, dist = "other:Thing", registry.ENTRY_POINTS, None
+
+    def __init__(self, name, load):
+        self.name, self.load = name, load
+
+
+@pytest.fixture
+def broken_plugin(monkeypatch):
+    """A method of another package, whose import fails."""
+
+    def load():
+        raise OSError("libthing.so: cannot open")
+
+    real, point = metadata.entry_points, Point("thing", load)
+
+    def entry_points(**wanted):
+        if wanted.get("group") != registry.ENTRY_POINTS:
+            return real(**wanted)
+        return [*real(**wanted), point] if wanted.get("name", "thing") == "thing" else real(**wanted)
+
+    monkeypatch.setattr(metadata, "entry_points", entry_points)
+
+
+def test_methods_text(cli):
+    code, out, err = cli("ls", "methods")
+    assert (code, err) == (0, "")
+    for name in registry.names():
+        cls = registry.find(name)
+        (at,) = [i for i, line in enumerate(out.splitlines()) if line.startswith(f"{name}: ")]
+        first, second = out.splitlines()[at : at + 2]
+        assert cls.summary in first
+        assert cls.paper in first
+        assert f"needs {cls.needs}; stage {cls.stage}; positions " in second
+        assert second.endswith(f"syncs {cls.syncs}; training {cls.training}")
+
+
+def test_methods_json(cli):
+    found = {method["name"]: method for method in json.loads(cli("ls", "methods", "--json")[1])}
+    assert sorted(found) == registry.names()
+    assert found["fopru"]["paper"] == "arXiv 2411.14164"
+    assert (found["fopru"]["positions"], found["fastv"]["positions"]) == ("contiguous", "original")
+    assert found["fopru"]["options"]["strategy"]["default"] == "rank"
+    assert found["random"]["from"] == "vlmprune"
+
+
+def test_one_method(cli):
+    code, out, _ = cli("ls", "methods", "fopru")
+    assert code == 0
+    assert "strategy='rank'" in out
+    assert "No code was published" in out  # the docstring
+    assert "vtc_cls" not in out
+    code, out, err = cli("ls", "methods", "fopro")
+    assert (code, out) == (2, "")
+    assert "Did you mean 'fopru'?" in err
+    assert cli("ls", "models", "fopru")[0] == 2
+
+
+def test_a_broken_plugin_does_not_break_the_list(cli, broken_plugin):
+    code, out, _ = cli("ls", "methods")
+    assert code == 0
+    assert "thing [from other:Thing]\n    cannot be loaded: OSError: libthing.so: cannot open" in out
+    assert "fopru: " in out
+    listed = {method["name"]: method for method in json.loads(cli("ls", "methods", "--json")[1])}
+    assert listed["thing"]["error"] == "OSError: libthing.so: cannot open"
+    assert cli("ls", "models")[0] == 0
+
+
+def test_running_a_broken_plugin(cli, broken_plugin, picture):
+    code, out, err = cli("run", "--image", picture, "--prompt", "x", "--method", "thing")
+    assert (code, out) == (2, "")
+    assert "method 'thing' cannot be loaded: OSError: libthing.so" in err
+
+
+def test_models(cli):
+    code, out, _ = cli("ls", "models")
+    assert code == 0
+    for word in (*FAMILIES, *TOWERS, *LANGUAGE_MODELS, *testbed.NAMES):
+        assert word in out
+    about = json.loads(cli("ls", "models", "--json")[1])
+    towers = {tower["model_type"]: tower for tower in about["towers"]}
+    assert towers["clip_vision_model"]["refused_methods"] == {}
+    assert "vtc_cls" in towers["siglip_vision_model"]["refused_methods"]
+    assert "fopru" not in towers["siglip_vision_model"]["refused_methods"]
+    assert "fallback='received'" in out
+    assert all("view" in why for why in about["families"][0]["refused_methods"].values())
+    assert about["families"][1]["refused_methods"] == {}
+    assert [family["model_type"] for family in about["families"]] == list(FAMILIES)
+
+
+def test_missing_embedded_model_is_said_to_be_missing(cli, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')
+
+    def path(name):
+        if name != "scene-llava":
+            raise FileNotFoundError(f"the weights of {name} are missing")
+        return tmp_path
+
+    monkeypatch.setattr(testbed, "path", path)
+    out = cli("ls", "models")[1]
+    assert "scene-llava: family llava" in out
+    assert "scene-llava-next: missing: the weights of scene-llava-next are missing" in out

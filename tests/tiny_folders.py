@@ -1,0 +1,65 @@
+"""Tiny random models (see tiny.py) as folders with processors, as a user would have them on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import tiny
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+)
+
+WORDS = ["<unk>", "<s>", "</s>", "<pad>", "user:", "<image>", "assistant:", "what", "colour", "is", "it", "?"]
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}user: {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}assistant:"
+)
+SIZE = {"shortest_edge": tiny.TILE}
+CROP = {"height": tiny.TILE, "width": tiny.TILE}
+
+
+def tokenizer():
+    words = WORDS + [f"word{i}" for i in range(tiny.VOCAB - len(WORDS))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"}, padding_side="left",
+    )  # fmt: skip
+
+
+def processor(family="llava", tower="clip"):
+    shared = {
+        "tokenizer": tokenizer(), "patch_size": tiny.PATCH, "chat_template": TEMPLATE,
+        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
+        "num_additional_image_tokens": int(tower == "clip"),
+    }  # fmt: skip
+    if family == "llava_next":
+        pinpoints = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
+        pictures = LlavaNextImageProcessorPil(size=SIZE, crop_size=CROP, image_grid_pinpoints=pinpoints)
+        return LlavaNextProcessor(pictures, **shared)
+    if tower == "siglip":
+        return LlavaProcessor(SiglipImageProcessorPil(size=CROP), **shared)
+    return LlavaProcessor(CLIPImageProcessorPil(size=SIZE, crop_size=CROP), **shared)
+
+
+def save(folder: Path, family="llava", tower="clip"):
+    """Write model and processor; returns the folder."""
+    made = tiny.model(family, tower=tower)
+    made.generation_config.max_new_tokens = 8
+    made.save_pretrained(folder)
+    processor(family, tower).save_pretrained(folder)
+    return folder
+
+
+def noise_picture(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
