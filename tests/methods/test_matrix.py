@@ -1,0 +1,177 @@
+"""Every registered method on every family: what its trace says it did is what the model computed.
+
+A new method joins by being registered. Whatever it decides, the rest is the engine's: the decision is taken from the
+trace and carried out by hand, layer by layer.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import reference
+import tiny
+import torch
+
+import vlmprune
+from vlmprune import UnsupportedError, registry
+
+F64 = torch.float64
+FAMILIES = {
+    "llava": {},
+    "llava-siglip-qwen2": {"tower": "siglip", "text": "qwen2"},
+    "next": {"family": "llava_next"},
+    "next-mistral": {"family": "llava_next", "text": "mistral", "sliding_window": 24},
+}
+NAMES = [name for name in registry.names() if registry.find(name).training == "none"]
+FORCED = [9, 33, 21]
+OPTIONS = {"todre": {"keep": 0.4, "tau": 0.35}, "transprune": {"keep": 0.3}}
+FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}}
+
+
+@pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
+def options(request):
+    return request.param
+
+
+def start(model, name):
+    """Patch a model with a method, by its documented fallback where it needs a [CLS] token."""
+    given = OPTIONS.get(name, {"keep": 0.4})
+    if model.config.vision_config.model_type != "clip_vision_model":
+        given = given | FALLBACK.get(name, {})
+    try:
+        return vlmprune.patch(model, name, **given)
+    except UnsupportedError:
+        if (name, model.config.model_type) != ("globalcom2", "llava"):
+            raise
+        return None
+
+
+def replay(model, prompt, features, trace, wrong=False, positions=None):
+    """Logits of the prompt's last token and of every forced one, from what a trace says was kept.
+
+    Args:
+        features: `(tokens, dim)` per image, as the patched tower makes them.
+        wrong: swap one kept token of the first image at the first cut for a dropped one.
+        positions: another position policy than the trace's.
+    """
+    ids = torch.cat((prompt["input_ids"][0], torch.tensor(FORCED)))
+    x, length = model.get_input_embeddings()(ids), prompt["input_ids"].shape[1]
+    holes = (ids == reference.IMAGE).nonzero().flatten()
+    x = x.index_put((holes,), torch.cat(features))
+    edges = [0]
+    for f in features:
+        edges.append(edges[-1] + len(f))
+    images = [holes[a:b].tolist() for a, b in pairwise(edges)]
+    columns, place = list(range(len(x))), torch.arange(len(x))
+    alive = [[True] * len(image) for image in images]
+    now, changes = torch.arange(trace.cuts[0].keep.shape[1]) < len(images[0]) if trace.cuts else None, []
+    for cut in trace.cuts:
+        changes += [cut] if not torch.equal(cut.keep[0], now) else []
+        now = cut.keep[0]
+    for index in range(tiny.LAYERS):
+        for cut in [c for c in trace.cuts if c.layer == index]:
+            drop = set()
+            for i, image in enumerate(images):
+                keep = cut.keep[i, : len(image)].tolist()
+                if wrong and i == 0 and cut is changes[0] and any(keep):
+                    gone = max(t for t, k in enumerate(keep) if k)
+                    come = next(t for t in reversed(range(len(keep))) if not keep[t] and alive[i][t])
+                    keep[gone], keep[come] = False, True
+                if cut.merge is not None:
+                    here = {c: r for r, c in enumerate(columns)}
+                    rows = {t: torch.zeros_like(x[0]) for t in range(len(image))}
+                    for t, (into, weight) in enumerate(
+                        zip(cut.merge.into[i].tolist(), cut.merge.weight[i].tolist(), strict=True)
+                    ):
+                        if t < len(image) and alive[i][t] and into in rows:
+                            rows[into] = rows[into] + weight * x[here[image[t]]]
+                    x = x.clone()
+                    for t in range(len(image)):
+                        if keep[t] and alive[i][t]:
+                            x[here[image[t]]] = rows[t]
+                drop |= {c for c, k, a in zip(image, keep, alive[i], strict=True) if a and not k}
+                alive[i] = [a and k for a, k in zip(alive[i], keep, strict=True)]
+            if (positions or cut.positions) == "contiguous":
+                place = place - torch.tensor([sum(d < c for d in drop) for c in columns])
+            stay = [r for r, c in enumerate(columns) if c not in drop]
+            x, place, columns = x[stay], place[stay], [columns[r] for r in stay]
+        x = reference.run_layer(model, index, x, place)
+    x = model.model.language_model.norm(x)
+    last = [max(r for r, c in enumerate(columns) if c < length)]
+    return model.lm_head(x[last + [r for r, c in enumerate(columns) if c >= length]]), bool(changes)
+
+
+def with_cache(model, inputs, positions=None):
+    """Logits at the last token and after every forced token, `(1 + forced, batch, vocab)`, with a cache."""
+    inputs = dict(inputs)
+    mask = inputs["attention_mask"]
+    inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    out = model(**inputs, use_cache=True)
+    rows = torch.arange(len(mask))
+    logits, cache, step = [out.logits[rows, last]], out.past_key_values, mask.sum(1, keepdim=True)
+    for token in FORCED:
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+        ids = torch.full((len(mask), 1), token)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=step, past_key_values=cache, use_cache=True)
+        logits.append(out.logits[:, -1])
+        step = step + 1
+    return torch.stack(logits)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_trace_says_is_what_was_computed(options, name):
+    model = tiny.shared(dtype=F64, **options)
+    prompt = tiny.prompt(model, [4, "image", 3, "image", 5], [(40, 24), (20, 70)])
+    with torch.no_grad():
+        handle = start(model, name)
+        if handle is None:
+            return
+        got = with_cache(model, prompt)[:, 0]
+        features = reference.image_features(model, prompt)
+        trace = handle.trace
+        vlmprune.unpatch(model)
+        want, cut = replay(model, prompt, features, trace)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        assert cut or name == "downsample"
+        if cut:
+            other = "original" if trace.cuts[0].positions == "contiguous" else "contiguous"
+            for twin in ({"positions": other}, *([] if trace.cuts[-1].merge is not None else [{"wrong": True}])):
+                assert (replay(model, prompt, features, trace, **twin)[0] - got).abs().max() > 1e-7, twin
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_of_a_batch_is_the_sample_alone(options, name, side):
+    model = tiny.shared(dtype=F64, **options)
+    parts = [([3, "image", 4], [(40, 24)]), ([6], []), (["image", "image", 9], [(20, 70), (24, 24)])]
+    prompts = [tiny.prompt(model, *p, seed=s) for s, p in enumerate(parts)]
+    with torch.no_grad():
+        if start(model, name) is None:
+            return
+        together = with_cache(model, tiny.batch(prompts, side))
+        # a sliding window counts columns: padding between prompt and answer takes its place in any layer it reaches
+        steps = 1 if side == "right" and "sliding_window" in options else None
+        for row, prompt in enumerate(prompts):
+            alone = with_cache(model, prompt)[:steps, 0]
+            torch.testing.assert_close(together[:steps, row], alone, rtol=1e-9, atol=1e-9)
+        vlmprune.unpatch(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_beams_streams_and_unpatching(options, name):
+    model = tiny.shared(dtype=F64, **options)
+    prompts = [tiny.prompt(model, [3, "image", 4 + s], [size], seed=s) for s, size in enumerate([(40, 24), (20, 70)])]
+    both = tiny.batch(prompts)
+    with torch.no_grad():
+        before = model(**both).logits
+        if start(model, name) is None:
+            return
+        for beams in (1, 3):
+            given = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+            out = model.generate(**both, **given)
+            for row, prompt in enumerate(prompts):
+                assert out[row, -5:].tolist() == model.generate(**prompt, **given)[0, -5:].tolist()
+        vlmprune.unpatch(model)
+        assert torch.equal(model(**both).logits, before)
