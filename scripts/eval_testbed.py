@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import vlmprune
 from vlmprune.eval import testbed
 from vlmprune.eval.testbed import scoring
 
@@ -35,7 +36,7 @@ def show(label: str, records: list[testbed.Record], correct: np.ndarray) -> dict
     table = scoring.by_category(records, correct)
     low, high = scoring.interval(records, correct)
     cells = "  ".join(f"{k} {100 * v:.1f}" for k, v in table.items())
-    print(f"{label:34s} {cells}  [95 %: {100 * low:.1f} .. {100 * high:.1f}]", flush=True)
+    print(f"{label:36s} {cells}  [95 %: {100 * low:.1f} .. {100 * high:.1f}]", flush=True)
     return table | {"low": low, "high": high}
 
 
@@ -43,7 +44,7 @@ def versus(label: str, records: list[testbed.Record], ours: np.ndarray, theirs: 
     """Prints and returns the paired difference of two runs."""
     low, high = scoring.interval(records, ours - theirs)
     mean = float((ours - theirs).mean())
-    print(f"{label:34s} {100 * mean:+.1f}  [95 %: {100 * low:+.1f} .. {100 * high:+.1f}]", flush=True)
+    print(f"{label:36s} {100 * mean:+.1f}  [95 %: {100 * low:+.1f} .. {100 * high:+.1f}]", flush=True)
     return {"difference": mean, "low": low, "high": high}
 
 
@@ -54,27 +55,27 @@ def compare(model, processor, records, keeps, by_hand, methods, seeds) -> dict:
     result["whole"] = show("whole", records, whole)
     seen = scoring.looks(model, processor, records) if by_hand else {}
     for keep in keeps:
-        base: np.ndarray | None = None
-        for name in (*by_hand, *methods):
+        bases: dict[str, np.ndarray] = {}
+        for kind, name in [*(("by hand", n) for n in by_hand), *(("vlmprune", n) for n in methods)]:
             runs = []
             for seed in range(seeds if name == "random" else 1):
-                if name in by_hand:
+                if kind == "by hand":
                     count = round(keep * len(next(iter(seen.values()))[1]))
                     choose = scoring.BY_HAND[name]
                     said = scoring.answer_by_hand(model, processor, records, choose, count, seen=seen, seed=seed)
                 else:
-                    import vlmprune
-
-                    with vlmprune.patch(model, name, keep=keep):
+                    options = {"seed": seed} if name == "random" else {}
+                    with vlmprune.patch(model, name, keep=keep, **options):
                         said = scoring.answer(model, processor, records)
                 runs.append(scoring.right(records, said))
             correct = np.mean(runs, 0)
-            result[f"{name}@{keep}"] = show(f"{name} keep {keep}", records, correct)
-            result[f"{name}@{keep}"]["loss"] = versus(f"    {name} - whole", records, correct, whole)
+            row = show(f"{name} keep {keep} ({kind})", records, correct)
+            row["loss"] = versus(f"    {name} - whole", records, correct, whole)
             if name == "random":
-                base = correct
-            elif base is not None:
-                result[f"{name}@{keep}"]["versus_random"] = versus(f"    {name} - random", records, correct, base)
+                bases[kind] = correct
+            elif kind in bases:
+                row["versus_random"] = versus(f"    {name} - random", records, correct, bases[kind])
+            result[f"{name}@{keep} ({kind})"] = row
     return result
 
 
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.1, 0.25])
     parser.add_argument("--by-hand", nargs="*", default=[], choices=sorted(scoring.BY_HAND))
     parser.add_argument("--methods", nargs="*", default=[], help="vlmprune's methods; put random first")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of random by hand, averaged")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of random, averaged")
     parser.add_argument("--limit", type=int, help="only the first so many questions")
     parser.add_argument("--blind", action="store_true", help="also without the picture")
     parser.add_argument("--gate", action="store_true", help="all splits, blind, and the choices by hand")

@@ -157,8 +157,13 @@ def load(weights: str | Path) -> Thresholds:
     """
     from safetensors.torch import load_file
 
-    found = [Path(weights) / name for name in (CONFIG, WEIGHTS)]
-    if not Path(weights).is_dir():
+    folder = Path(weights)
+    if not folder.is_dir():
+        from vlmprune.eval import testbed
+
+        folder = Path(testbed.__file__).parent / weights  # modules of an embedded model
+    found = [folder / name for name in (CONFIG, WEIGHTS)]
+    if not folder.is_dir():
         from huggingface_hub import hf_hub_download
 
         try:

@@ -96,6 +96,8 @@ def build(method: str | Method | Iterable[str | Method], given: dict[str, Any]) 
         if not takers:
             known = sorted({o for cls in classes if cls is not None for o in options(cls)})
             who = " and ".join(repr(part) for part in parts if isinstance(part, str))
+            if why := next((cls.refuses[option] for cls in classes if cls and option in cls.refuses), None):
+                raise ValueError(f"{who} refuses {option}={value!r}: {why}")
             raise ValueError(
                 f"{who} has no option {option!r}.{did_you_mean(option, known)} Options: {', '.join(known)}."
             )

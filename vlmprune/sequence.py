@@ -13,7 +13,9 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.layout import Layout, upload
 from vlmprune.taps import sliding_window
 
-__all__ = ["Segment", "Sequence", "attention_mask", "merge_tokens", "real_tokens"]
+__all__ = ["SEGMENTS", "Segment", "Sequence", "attention_mask", "merge_tokens", "real_tokens"]
+
+SEGMENTS = "_vlmprune_segments"  # attribute of a cache: its decode state
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,8 @@ class BeforeTowerLayer:
     watching: Watch | None = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self.watching is not None:
+            self.watching.end()
         if FRAME not in kwargs:
             return None
         frame = kwargs.pop(FRAME)

@@ -21,6 +21,10 @@ class Watch:
         """Called by the layer's pre-hook."""
         self.frames[get_ident()] = frame
 
+    def end(self) -> None:
+        """Called by the layer's pre-hook before anything else: a call that failed inside the layer left its frame."""
+        self.frames.pop(get_ident(), None)
+
     def frame(self, last: bool) -> Any:
         """The frame of the call under way, or None; `last` ends the watch."""
         return self.frames.pop(get_ident(), None) if last else self.frames.get(get_ident())

@@ -152,13 +152,14 @@ def caption(scene: Scene) -> str:
 
 
 def training_questions(rng: np.random.Generator, scene: Scene, count: int) -> list[QuestionAnswer]:
-    """About equally many questions of each category that the scene allows; repetitions are rare."""
+    """Questions of every category that the scene allows, most about relations; repetitions are rare."""
+    turns = (*CATEGORIES, "relation", "relation")  # two hops: by far the slowest to learn
     questions: list[QuestionAnswer] = []
     seen: set[str] = set()
     for attempt in range(count * 4):
         if len(questions) == count:
             break
-        asked = ASK[CATEGORIES[(attempt + int(rng.integers(2))) % len(CATEGORIES)]](rng, scene)
+        asked = ASK[turns[(attempt + int(rng.integers(2))) % len(turns)]](rng, scene)
         if asked is None or (asked[0] in seen and attempt < count * 3):
             continue
         seen.add(asked[0])

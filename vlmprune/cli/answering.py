@@ -108,12 +108,13 @@ def jobs(
     for budget in budgets:
         for name in methods:
             if asked and not set(budget) <= known[name]:
-                raise UserError(f"method {name!r} has no budget {', '.join(budget)}.")
+                why = " ".join(classes[name].refuses.get(word, "") for word in budget)
+                raise UserError(f"method {name!r} has no budget {', '.join(budget)}. {why}".rstrip())
             mine = budget | options
             job = Job(name, {option: value for option, value in mine.items() if option in known[name]})
             try:
                 registry.build(name, job.options)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, FileNotFoundError) as error:
                 raise UserError(f"{name}: {error}") from None
             if job not in made:
                 made.append(job)

@@ -1,5 +1,6 @@
 """The methods, one file each; importing this package registers them."""
 
+from vlmprune.methods.atp import Atp
 from vlmprune.methods.base import Method
 from vlmprune.methods.controls import Downsample, Grid, Pool, Random
 from vlmprune.methods.fastv import FastV
@@ -11,6 +12,7 @@ from vlmprune.methods.transprune import TransPrune
 from vlmprune.methods.vtc_cls import VtcCls
 
 __all__ = [
+    "Atp",
     "Downsample",
     "FastV",
     "FoPru",

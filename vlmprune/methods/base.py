@@ -27,6 +27,7 @@ class Method:
     stage: ClassVar[str] = "before the LLM"
     syncs: ClassVar[int] = 0  # device syncs a cut adds beyond the host read of the placeholder counts
     training: ClassVar[str] = "none"
+    refuses: ClassVar[dict[str, str]] = {}  # options that a user may expect, and why the method has none
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         """The cuts this method makes in a model.

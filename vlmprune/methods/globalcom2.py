@@ -143,8 +143,10 @@ class GlobalCom2(Budgeted):
         patch = ~upload(grid.newline, device)
         if grid.views == 1 or self.ratio(grid) >= 1:
             return patch, scores
-        thumb, (rows, cols) = grid.side[0] * grid.side[1], grid.planes[1]
-        view, ratio = upload(grid.view, device), self.ratio(grid)
+        thumb, view, ratio = grid.side[0] * grid.side[1], upload(grid.view, device), self.ratio(grid)
+        if len(grid.planes) == 1:  # a picture so thin that un-padding leaves no patch of its canvas
+            return top_k(scores, max(1, int(thumb * ratio)), (view == 0) & patch), scores
+        rows, cols = grid.planes[1]
         small = scores[:thumb].view(grid.side)
         guide = stretch(small, (rows, cols))
         guide = guide[upload(grid.row, device).clamp(max=rows - 1), upload(grid.col, device).clamp(max=cols - 1)]

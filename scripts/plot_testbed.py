@@ -1,0 +1,56 @@
+"""Draws the embedded models' learning curves from the training logs.
+
+python scripts/plot_testbed.py --train .train --out eval/testbed/curves.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from vlmprune.eval.testbed.words import CATEGORIES
+
+STAGES = ("tower", "scene-llava", "scene-llava-next")
+
+
+def curve(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
+    """Minutes and values of one logged quantity, a tower report's included."""
+    found = [(r["spent"] / 60, r.get(name, r.get("report", {}).get(name))) for r in rows]
+    found = [(m, v) for m, v in found if v is not None]
+    return [m for m, _ in found], [v for _, v in found]
+
+
+def main() -> None:
+    """One panel a stage."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train", type=Path, default=Path(".train"))
+    parser.add_argument("--out", type=Path, default=Path("eval/testbed/curves.png"))
+    args = parser.parse_args()
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True)
+    for axis, stage in zip(axes, STAGES, strict=True):
+        log = args.train / stage / "log.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        shown = ("value", "digit", "cls_middle", "found1_L-2", "half_L-2") if stage == "tower" else CATEGORIES
+        for name in shown:
+            if stage == "tower":  # a loss of the same name is logged beside the report's accuracy
+                points = [(r["spent"] / 60, r["report"][name]) for r in rows if "report" in r]
+                axis.plot([m for m, _ in points], [v for _, v in points], ".-", lw=1, label=name)
+            else:
+                axis.plot(*curve(rows, name), lw=1, label=name)
+        if stage != "tower":
+            axis.plot(*curve(rows, "all"), "k", lw=2, label="all")
+        axis.set(title=stage, xlabel="minutes", ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7, loc="lower right")
+    axes[0].set_ylabel("share right")
+    figure.savefig(args.out, dpi=90)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What each family tells about a model."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+import vlmprune
+from vlmprune.patches import FAMILIES, family_of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("text", ["llama", "mistral", "qwen2"])
+def test_facts(family, tower, text):
+    model = tiny.shared(family=family, tower=tower, text=text)
+    found = family_of(model)
+    facts = found.facts(model.model)
+    assert (found.model_type, facts.family) == (family, family)
+    assert (facts.tower_layers, facts.feature_layer, facts.decoder_layers) == (6, 4, 4)
+    assert facts.has_cls == (tower == "clip")
+    assert facts.views == (family == "llava_next")
+    assert found.inner(model) is found.inner(model.model) is model.model
+    assert found.side(model.model) == tiny.SIDE
+    assert len(found.tower_layers(model.model)) == 6
+    assert len(found.decoder_layers(model.model)) == 4
+
+
+@pytest.mark.parametrize(("given", "want"), [(-1, 5), (-2, 4), (-6, 0), (3, 2), (6, 5), ([2, -2], 4), ([-3, 1], 3)])
+def test_the_feature_layer_is_the_one_whose_output_is_used(given, want):
+    model = tiny.model()
+    model.config.vision_feature_layer = given
+    assert family_of(model).facts(model.model).feature_layer == want
+
+
+@pytest.mark.parametrize("layers", [-1, -3, 2])
+def test_fopru_follows_the_feature_layer(layers):
+    model = tiny.model()
+    model.config.vision_feature_layer = layers
+    (cut,) = vlmprune.registry.find("fopru")(keep=3).cuts(family_of(model).facts(model.model))
+    seen = []
+    model.model.vision_tower.encoder.layers[cut.see[0].layer].register_forward_hook(lambda m, a, o: seen.append(o))
+    pixels = tiny.pixels(model, [(24, 24)])
+    with torch.no_grad():
+        out = model.model.vision_tower(**pixels, output_hidden_states=True)
+    got = seen[0] if isinstance(seen[0], torch.Tensor) else seen[0][0]
+    assert torch.equal(got, out.hidden_states[layers])
+
+
+def test_a_family_is_small_enough_to_copy():
+    import inspect
+
+    from vlmprune.patches import llava, llava_next
+
+    for module in (llava, llava_next):
+        assert len(inspect.getsource(module).splitlines()) < 60

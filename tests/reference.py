@@ -1,0 +1,230 @@
+"""What a pruned model must compute, written out by hand. Imports nothing from the library that it judges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+IMAGE = 5  # placeholder id of the tiny models
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A cut by pure arithmetic: token t of a prompt's image number o stays iff (7 t + 3 o + 5) % mod < rest.
+
+    `mod=0` keeps every token and `rest=0` none. With `merge`, a dropped token flows into the last kept one before it
+    (or the first kept) with weight 1 + t % 3 before normalising. `wrong` moves one kept token per image to a dropped
+    number: the negative twin.
+    """
+
+    layer: int
+    mod: int = 3
+    rest: int = 1
+    positions: str = "contiguous"
+    merge: bool = False
+    emergent: bool = True
+    wrong: bool = False
+
+    def keeps(self, ordinal: int, tokens: int) -> list[bool]:
+        keep = [not self.mod or (7 * t + 3 * ordinal + 5) % self.mod < self.rest for t in range(tokens)]
+        if self.wrong and any(keep) and not all(keep):
+            gone, come = keep.index(True), len(keep) - 1 - keep[::-1].index(False)
+            keep[gone], keep[come] = False, True
+        return keep
+
+    def flow(self, keep: list[bool], alive: list[bool]) -> tuple[list[int], list[float]]:
+        """(anchor of every token, its weight)."""
+        kept = [t for t, (k, a) in enumerate(zip(keep, alive, strict=True)) if k and a]
+        into, raw = list(range(len(keep))), [0.0] * len(keep)
+        for t, a in enumerate(alive):
+            if a and kept:
+                into[t], raw[t] = max((k for k in kept if k <= t), default=kept[0]), 1.0 + t % 3
+        total = [0.0] * len(keep)
+        for t, r in zip(into, raw, strict=True):
+            total[t] += r
+        return into, [r / total[t] if r else 0.0 for t, r in zip(into, raw, strict=True)]
+
+
+def wrong(rules: list[Rule]) -> list[Rule]:
+    """The same cuts with one wrong kept index in the first."""
+    return [replace(rules[0], wrong=True), *rules[1:]]
+
+
+def other_positions(rules: list[Rule]) -> list[Rule]:
+    """The same cuts with the other position policy in the last."""
+    other = "original" if rules[-1].positions == "contiguous" else "contiguous"
+    return [*rules[:-1], replace(rules[-1], positions=other)]
+
+
+def image_features(model: nn.Module, prompt: dict) -> list[torch.Tensor]:
+    """`(tokens, dim)` features per image, of an unpatched model."""
+    if "pixel_values" not in prompt:
+        return []
+    vision = {k: prompt[k] for k in ("pixel_values", "image_sizes") if k in prompt}
+    return list(model.model.get_image_features(**vision, return_dict=True).pooler_output)
+
+
+def embed(model: nn.Module, prompt: dict) -> tuple[torch.Tensor, list[range]]:
+    """`(length, dim)` embeddings of one prompt, image features in place, and the columns of every image."""
+    ids = prompt["input_ids"][0]
+    rows = list(model.get_input_embeddings()(ids))
+    features, images, column = image_features(model, prompt), [], 0
+    holes = (ids == IMAGE).nonzero().flatten().tolist()
+    for feature in features:
+        images.append(range(holes[column], holes[column] + len(feature)))
+        for vector in feature:
+            rows[holes[column]] = vector
+            column += 1
+    assert column == len(holes)
+    return torch.stack(rows), images
+
+
+def window_of(model: nn.Module, index: int) -> int | None:
+    """Sliding window of a decoder layer, from the config alone."""
+    config = model.config.text_config
+    if config.model_type == "mistral":
+        return config.sliding_window
+    if config.model_type == "qwen2" and config.layer_types[index] == "sliding_attention":
+        return config.sliding_window
+    return None
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+    return x * cos + turned * sin
+
+
+def probabilities(model: nn.Module, index: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`(heads, rows, keys)` attention of decoder layer `index` for its input `(length, dim)`."""
+    layer, attention = model.model.language_model.layers[index], model.model.language_model.layers[index].self_attn
+    dim = attention.head_dim
+    normed = layer.input_layernorm(x)
+    cos, sin = (c[0] for c in model.model.language_model.rotary_emb(x[None], position_ids=positions[None]))
+    query = rotate(attention.q_proj(normed).view(len(x), -1, dim).transpose(0, 1), cos, sin)
+    key = rotate(attention.k_proj(normed).view(len(x), -1, dim).transpose(0, 1), cos, sin)
+    key = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
+    row, column = torch.arange(len(x))[:, None], torch.arange(len(x))
+    hidden = column > row
+    if (window := window_of(model, index)) is not None:
+        hidden |= column <= row - window
+    return (query @ key.transpose(1, 2) / dim**0.5).masked_fill(hidden, -torch.inf).softmax(-1)
+
+
+def run_layer(model: nn.Module, index: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Decoder layer `index` on `(length, dim)`."""
+    layer = model.model.language_model.layers[index]
+    weights = probabilities(model, index, x, positions)
+    value = layer.self_attn.v_proj(layer.input_layernorm(x)).view(len(x), -1, layer.self_attn.head_dim).transpose(0, 1)
+    value = value.repeat_interleave(weights.shape[0] // value.shape[0], 0)
+    x = x + layer.self_attn.o_proj((weights @ value).transpose(0, 1).flatten(1))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+@dataclass
+class Result:
+    """One prompt, layer by layer.
+
+    Attributes:
+        logits: `(1 + forced, vocab)` at the prompt's last token and at every forced one.
+        hidden: `(kept, dim)` final normed states of what is left, forced tokens included.
+        columns: the prompt column of every entry of `hidden` (forced tokens count on).
+        inputs: `(kept, dim)` input of every decoder layer after its cuts, and the columns there.
+        positions: position ids at every layer.
+        kv_lengths: prompt columns that every layer sees.
+        kept: kept token numbers per cut and image.
+    """
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    columns: list[int]
+    inputs: list[tuple[torch.Tensor, list[int]]]
+    positions: list[torch.Tensor]
+    kv_lengths: list[int]
+    kept: list[list[list[int]]]
+
+    def at_prompt_length(self, values: torch.Tensor, length: int) -> torch.Tensor:
+        """Spread `(kept, ...)` values over the prompt: a dropped column repeats the last kept one, or the first."""
+        out = []
+        for column in range(length):
+            before = [i for i, c in enumerate(self.columns) if c <= column]
+            out.append(values[before[-1] if before else 0])
+        return torch.stack(out)
+
+
+def run(model: nn.Module, prompt: dict, rules: list[Rule], forced: list[int] | None = None) -> Result:
+    """One prompt through the model with cuts, without any cache: causality makes forced tokens decode steps."""
+    forced = forced or []
+    x, images = embed(model, prompt)
+    length = len(x)
+    if forced:
+        x = torch.cat((x, model.get_input_embeddings()(torch.tensor(forced))))
+    columns, positions = list(range(len(x))), torch.arange(len(x))
+    alive = [[True] * len(image) for image in images]
+    inputs, kv, kept, history = [], [], [], []
+    for index in range(len(model.model.language_model.layers)):
+        for rule in [r for r in rules if r.layer == index]:
+            drop, cut_kept = set(), []
+            for o, image in enumerate(images):
+                keep = [k and a for k, a in zip(rule.keeps(o, len(image)), alive[o], strict=True)]
+                if rule.merge:
+                    # X' = M X over the tokens of this image, written out as a matrix
+                    into, weight = rule.flow(keep, alive[o])
+                    matrix = x.new_zeros(len(image), len(image))
+                    for t, (anchor, w) in enumerate(zip(into, weight, strict=True)):
+                        matrix[anchor, t] = w
+                    here = {c: i for i, c in enumerate(columns)}
+                    tokens = torch.stack(
+                        [x[here[c]] if a else torch.zeros_like(x[0]) for c, a in zip(image, alive[o], strict=True)]
+                    )
+                    merged, rows = matrix @ tokens, list(x)
+                    for t, c in enumerate(image):
+                        if keep[t]:
+                            rows[here[c]] = merged[t]
+                    x = torch.stack(rows)
+                drop |= {c for c, k, a in zip(image, keep, alive[o], strict=True) if a and not k}
+                alive[o] = keep
+                cut_kept.append([t for t, k in enumerate(keep) if k])
+            kept.append(cut_kept)
+            if rule.positions == "contiguous":
+                lost = torch.tensor([sum(d < c for d in drop) for c in columns])
+                positions = positions - lost
+            stay = [i for i, c in enumerate(columns) if c not in drop]
+            x, positions, columns = x[stay], positions[stay], [columns[i] for i in stay]
+        inputs.append((x, columns))
+        history.append(positions)
+        kv.append(sum(c < length for c in columns))
+        x = run_layer(model, index, x, positions)
+    x = model.model.language_model.norm(x)
+    last = [max(i for i, c in enumerate(columns) if c < length)]
+    last += [i for i, c in enumerate(columns) if c >= length]
+    return Result(model.lm_head(x[last]), x, columns, inputs, history, kv, kept)
+
+
+def short_sequence(model: nn.Module, prompt: dict, rule: Rule, forced: list[int]) -> torch.Tensor:
+    """A `Decoder(0)` cut with the model's own language model: embed, select rows, run it on the short sequence."""
+    x, images = embed(model, prompt)
+    gone = {c for o, image in enumerate(images) for c, k in zip(image, rule.keeps(o, len(image)), strict=True) if not k}
+    stay = [c for c in range(len(x)) if c not in gone]
+    x = torch.cat((x[stay], model.get_input_embeddings()(torch.tensor(forced))))
+    old = [*stay, *range(prompt["input_ids"].shape[1], prompt["input_ids"].shape[1] + len(forced))]
+    positions = torch.arange(len(x)) if rule.positions == "contiguous" else torch.tensor(old)
+    # a 4-D mask: gaps in the ids would be taken for packed sequences
+    mask = torch.full((len(x), len(x)), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)[None, None]
+    out = model.model.language_model(inputs_embeds=x[None], attention_mask=mask, position_ids=positions[None])
+    return model.lm_head(out.last_hidden_state[0, len(stay) - 1 :])
+
+
+def loss(model: nn.Module, result: Result, labels: list[int]) -> torch.Tensor:
+    """Next-token loss over what is left; every label stands at its kept column."""
+    logits = model.lm_head(result.hidden)
+    kept = [labels[c] for c in result.columns]
+    pairs = [(logits[i], kept[i + 1]) for i in range(len(kept) - 1) if kept[i + 1] != -100]
+    return -torch.stack([row.double().log_softmax(-1)[label] for row, label in pairs]).mean()
+
+
+def top(scores: list[float], count: int, candidates: list[int]) -> list[int]:
+    """Best candidates, ties to the lower index, ascending."""
+    return sorted(sorted(candidates, key=lambda i: (-scores[i], i))[:count])

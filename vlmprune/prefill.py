@@ -1,0 +1,171 @@
+"""The frame of one pruned prefill: measures, cuts, and puts everything back into shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmprune.cuts import Cut, Reduction
+from vlmprune.errors import CutNotRunError
+from vlmprune.layout import upload
+from vlmprune.plan import Plan
+from vlmprune.prompt import prompt_layout
+from vlmprune.sequence import SEGMENTS, Segment, Sequence, merge_tokens
+from vlmprune.taps import BlockTap, DecoderTap, Hidden, Tap
+from vlmprune.tower import SEEN
+from vlmprune.trace import CutTrace, Trace
+
+__all__ = ["Prefill"]
+
+SOFT_EPS = 1e-20  # the least weight of a token under a soft mask, whose logarithm must exist
+
+
+class Prefill:
+    """One pruned forward pass."""
+
+    def __init__(self, plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, features: Any):
+        self.plan = plan
+        self.rotary_emb = plan.family.language_model(inner).rotary_emb
+        self.layout, self.real, self.lengths, self.text_after = prompt_layout(plan, inner, input_ids, mask, features)
+        self.prompt_lengths = self.lengths
+        seen = getattr(features, SEEN, {})
+        if missing := [tap for tap in plan.tower_taps if tap not in seen]:
+            raise CutNotRunError(
+                f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model "
+                "or while the patch was disabled. Encode the images with the patched model."
+            )
+        self.seen: dict[Tap, torch.Tensor] = {
+            tap: self.layout.from_tower(seen[tap].to(self.layout.device)) for tap in plan.tower_taps
+        }
+        self.pending = plan.decoder_cuts
+        self.sequence: Sequence | None = None
+        self.by_layer: list[Sequence] = []
+        self.cuts: list[CutTrace] = []
+        self.segments: list[Segment] = []
+        self.finished = False
+
+    def enter(self, index: int, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, dict]:
+        """Do all that is to be done at the input of decoder layer `index`."""
+        if self.sequence is None:
+            batch, length, _ = hidden.shape
+            self.sequence = Sequence(
+                prompt=length,
+                columns=torch.arange(length, device=hidden.device).expand(batch, -1),
+                mask=self.real,
+                lengths=self.lengths,
+                positions=kwargs["position_ids"].expand(batch, -1),
+                rotary=tuple(x.expand(batch, -1, -1) for x in kwargs["position_embeddings"]),
+            )
+        here = [cut for _, cut in self.pending if cut.at.layer == index]
+        self.measure(index, layer, hidden, [tap for cut in here for tap in cut.see])
+        before = self.sequence
+        while self.pending and self.pending[0][1].at.layer == index:
+            hidden = self.cut(*self.pending.pop(0), hidden)
+        if self.sequence is not before:
+            self.segments = [s for s in self.segments if s.first != index] + [self.sequence.segment(index)]
+        self.measure(index, layer, hidden, [tap for _, cut in self.pending for tap in cut.see])
+        self.by_layer.append(self.sequence)
+        if self.sequence.cut:
+            kwargs = self.sequence.swap(layer, index, hidden, kwargs)
+        return hidden, kwargs
+
+    @torch.no_grad()
+    def measure(self, index: int, layer: nn.Module, hidden: torch.Tensor, taps: list[Tap]) -> None:
+        """Measure the taps of this layer that nobody has measured yet."""
+        for tap in taps:
+            if isinstance(tap, DecoderTap) and tap.layer == index and tap not in self.seen:
+                self.seen[tap] = tap.measure(layer, hidden.detach(), self)
+
+    @torch.no_grad()
+    def watch(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Let the block taps of layer `index` see what one of its two blocks read and wrote."""
+        for tap in dict.fromkeys(tap for _, cut in self.pending for tap in cut.see):
+            if isinstance(tap, BlockTap) and tap.layer == index:
+                value = tap.measure(before.detach(), after.detach(), self)
+                self.seen[tap] = self.seen[tap] + value if tap in self.seen else value
+
+    def flat_index(self) -> torch.Tensor:
+        """`(images, tokens)` index of every visual token into `(batch * length)` of the current sequence."""
+        sample = upload(self.layout.sample, self.layout.device)
+        return self.sequence.index_of(self.layout) + sample[:, None] * self.sequence.length
+
+    def cut(self, name: str, cut: Cut, hidden: torch.Tensor) -> torch.Tensor:
+        layout, sequence = self.layout, self.sequence
+        at = self.flat_index()
+        seen = {tap: self.seen[tap] for tap in cut.see if tap in self.seen}
+        if any(isinstance(tap, Hidden) for tap in cut.see):
+            seen[Hidden()] = hidden.detach().flatten(0, 1)[at]
+        if missing := [tap for tap in cut.see if tap not in seen]:
+            raise CutNotRunError(
+                f"the cut of {name!r} at decoder layer {cut.at.layer} did not get to see {missing[0]}."
+            )
+        reduction: Reduction = cut.reduce(seen, layout)
+        if reduction.soft is not None:
+            self.soften(name, cut, reduction, at)
+            return hidden
+        keep = reduction.keep & layout.alive
+        counts = keep.sum(1).tolist() if reduction.counts is None else reduction.counts
+        self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, keep, reduction.merge, reduction.scores))
+        if counts == layout.alive_counts:
+            return hidden  # a budget of all tokens is the exact identity
+        if reduction.merge is not None:
+            hidden = merge_tokens(hidden, at, layout.alive, reduction.merge, keep)
+        dropped = [0] * len(sequence.lengths)
+        for row, before, after in zip(layout.sample, layout.alive_counts, counts, strict=True):
+            dropped[row] += before - after
+        # padding entries of the layout point at column 0 or repeat a column: add, don't overwrite
+        gone = (layout.alive & ~keep).long()
+        drop = gone.new_zeros(sequence.columns.numel()).scatter_add(0, at.flatten(), gone.flatten())
+        drop = drop.view_as(sequence.columns) > 0
+        hidden, self.sequence = sequence.shorten(hidden, drop, dropped, cut.positions, self.rotary_emb)
+        self.layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=reduction.patches)
+        if cut.at.layer == 0:
+            self.layout = replace(self.layout, entered=counts, entered_patches=reduction.patches)
+        return hidden
+
+    def soften(self, name: str, cut: Cut, reduction: Reduction, at: torch.Tensor) -> None:
+        """Weaken tokens for all later layers instead of removing them."""
+        layout, sequence = self.layout, self.sequence
+        soft, standing = torch.where(layout.alive, reduction.soft, 0), reduction.keep & layout.alive
+        if layout.soft is not None:
+            soft, standing = soft * layout.soft, standing & layout.standing
+        # padding entries of the layout point at column 0 or repeat a column: add, don't overwrite
+        log = torch.where(layout.alive, (soft + SOFT_EPS).log(), 0)
+        bias = log.new_zeros(sequence.columns.numel()).scatter_add(0, at.flatten(), log.flatten())
+        self.sequence = replace(sequence, bias=bias.view_as(sequence.columns), cut=True, masks={})
+        self.layout = replace(layout, soft=soft, standing=standing)
+        self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, standing, None, reduction.scores, soft))
+
+    def check(self) -> None:
+        """Raise if a cut has not run: a silent no-op would pass for a pruned call."""
+        if self.pending:
+            left = ", ".join(f"{name!r} at decoder layer {cut.at.layer}" for name, cut in self.pending)
+            raise CutNotRunError(f"this call carried images, and these cuts did not run: {left}.")
+
+    def finish(self, output: Any) -> None:
+        """Restore lengths, leave the decode state on the cache, file the trace."""
+        self.check()
+        self.finished = True
+        output.last_hidden_state = self.sequence.expand(output.last_hidden_state)
+        if output.hidden_states is not None:
+            # entry 0 is the input of layer 0 as that layer got it, entry i the output of layer i - 1
+            made_by = [self.by_layer[0], *self.by_layer[:-1]]
+            states = [
+                h if h is None else sequence.expand(h)
+                for h, sequence in zip(output.hidden_states, made_by, strict=False)
+            ]
+            output.hidden_states = (*states, output.last_hidden_state)
+        if output.past_key_values is not None:
+            setattr(output.past_key_values, SEGMENTS, self.segments)
+        self.plan.trace = Trace(
+            grids=list(self.layout.grids),
+            sample=self.layout.sample,
+            cuts=self.cuts,
+            prompt_length=self.sequence.prompt,
+            prompt_lengths=self.prompt_lengths,
+            kv_lengths=[s.length for s in self.by_layer],
+            row_lengths=[s.lengths for s in self.by_layer],
+        )
