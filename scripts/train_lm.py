@@ -1,10 +1,11 @@
 """Stage 2 of the embedded models: trains projector and language model on questions; the tower stays frozen.
 
     python scripts/train_lm.py scene-llava --minutes 50
-    python scripts/train_lm.py scene-llava-next --minutes 25 --init .train/scene-llava
+    python scripts/train_lm.py scene-llava-next --minutes 34 --init .train/scene-llava --micro 2 --batch 24 --lr 2e-3
 
-Rerunning the same command resumes. Each step draws fresh pictures, so the accuracies it logs are those of pictures
-never seen before (handwriting excepted: only the evaluation uses held-out digits).
+Rerunning the same command resumes; `--init eval/testbed/scene-llava` goes on from the shipped fp16 weights instead.
+Each step draws fresh pictures, so the accuracies it logs are those of pictures never seen before (handwriting excepted:
+only the evaluation uses held-out digits).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from _parallel import Workers, rates
 from torch.nn import functional
+from transformers import AutoModelForImageTextToText, CLIPVisionModel
 
 from vlmprune.eval.testbed import asking, models, packed, scenes, tower, words
 
@@ -119,14 +121,17 @@ def build(args: argparse.Namespace) -> torch.nn.Module:
     text = models.text_config(hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=args.layers)
     llava = models.llava_next(text) if args.model == "scene-llava-next" else models.llava(text)
     if args.init:
-        source = torch.load(args.init / "checkpoint.pt", weights_only=True)["model"]
+        shipped = args.init / "model.safetensors"
+        if shipped.exists():  # fp16 weights, no optimizer state
+            source = AutoModelForImageTextToText.from_pretrained(args.init, dtype=torch.float32).state_dict()
+        else:
+            source = torch.load(args.init / "checkpoint.pt", weights_only=True)["model"]
         missing = llava.load_state_dict(source, strict=False)
         assert not missing.unexpected_keys, missing
         assert set(missing.missing_keys) <= {"model.image_newline"}, missing
-        llava.model.image_newline.data.normal_(0, 0.02)
+        if missing.missing_keys:
+            llava.model.image_newline.data.normal_(0, 0.02)
     else:
-        from transformers import CLIPVisionModel
-
         trained = CLIPVisionModel.from_pretrained(args.tower, dtype=torch.float32)
         llava.model.vision_tower.load_state_dict(trained.state_dict())
     llava.model.vision_tower.requires_grad_(False)
@@ -139,7 +144,7 @@ def main() -> None:
     parser.add_argument("model", choices=["scene-llava", "scene-llava-next"])
     parser.add_argument("--out", type=Path, help="default .train/MODEL")
     parser.add_argument("--tower", type=Path, default=Path(".train/tower/tower"))
-    parser.add_argument("--init", type=Path, help="folder of a trained stage to start from")
+    parser.add_argument("--init", type=Path, help="training folder, or exported model, to start from")
     parser.add_argument("--minutes", type=float, default=50)
     parser.add_argument("--steps", type=int, help="stop after so many steps instead of minutes")
     parser.add_argument("--batch", type=int, default=32)

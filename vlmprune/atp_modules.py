@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vlmprune.budget import check_keep
-from vlmprune.methods.transprune import schedule_layers
+from vlmprune.cuts import schedule_layers
 from vlmprune.patches import ModelFacts
 from vlmprune.selection import check_choice
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from vlmprune.taps import Tap
 
-__all__ = ["Clusters", "Cut", "Decoder", "Merge", "Pixels", "Positions", "Reduction", "Vision"]
+__all__ = ["Clusters", "Cut", "Decoder", "Merge", "Pixels", "Positions", "Reduction", "Vision", "schedule_layers"]
 
 Positions = Literal["original", "contiguous"]
 
@@ -99,7 +99,8 @@ class Cut:
         reduce: pure function `(seen, layout) -> Reduction`, at `Vision(l)` `(seen, sizes) -> Clusters`, where sizes
             `(views, tokens)` says how many patches a token stands for, at `Pixels()` `pixel_values -> pixel_values`;
             picklable (a bound method of the method object).
-        positions: "original" leaves the position ids of what is kept, "contiguous" closes the gaps (decoder only).
+        positions: "original" leaves the position ids of what is kept, "contiguous" closes the gaps that this cut makes
+            (decoder only).
         weigh: at `Vision(l)`: whether attention from there on counts a token as often as its size (adds log size to
             the scores).
     """
@@ -109,3 +110,11 @@ class Cut:
     reduce: Callable[[dict[Tap, Any], Any], Reduction | Clusters]
     positions: Positions = "contiguous"
     weigh: bool = False
+
+
+def schedule_layers(layers: tuple[int, ...], depth: int) -> list[int]:
+    """Scale 1-based layers of a 32-layer decoder: max(previous + 1, round(p * depth / 32))."""
+    scaled: list[int] = []
+    for p in layers:
+        scaled.append(max(scaled[-1] + 1 if scaled else 1, round(p * depth / 32)))
+    return scaled

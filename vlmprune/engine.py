@@ -41,10 +41,13 @@ class BeforeModel:
             return self.prefill(module, kwargs) if self.plan.enabled else None
         cache = kwargs.get("past_key_values")
         segments = getattr(cache, SEGMENTS, None)
-        if segments and cache.get_seq_length() == 0:  # the cache was reset and starts anew
-            delattr(cache, SEGMENTS)
-            return None
         if not segments:
+            return None
+        # a reset cache starts anew; a static one is asked before prompts alone, since asking it waits for the device
+        ids = kwargs.get("input_ids")
+        step = ids is not None and ids.shape[1] == 1 and getattr(cache, "is_compileable", False)
+        if not step and cache.get_seq_length() == 0:
+            delattr(cache, SEGMENTS)
             return None
         return (), resume(self.plan.family.language_model(module), kwargs, segments)
 

@@ -321,3 +321,14 @@ def test_a_budget_of_all_tokens_is_the_identity_bitwise(tiny_model, name, family
             pytest.skip(str(refused))
         assert torch.equal(pruned, plain)
         assert handle.trace.kv_lengths == [prompt["input_ids"].shape[1]] * tiny.LAYERS
+
+
+def test_pool_comes_first(tiny_model):
+    model = tiny_model()
+    prompt = tiny.prompt(model, [4, "image", 3], [(24, 24)])
+    methods = [vlmprune.registry.find("random")(keep=8), vlmprune.registry.find("pool")(keep=4)]
+    with vlmprune.patch(model, methods), pytest.raises(UnsupportedError, match="put pool first"):
+        model(**prompt)
+    with vlmprune.patch(model, methods[::-1]) as handle, torch.no_grad():
+        model(**prompt)
+        assert len(handle.trace.kept()) == 4

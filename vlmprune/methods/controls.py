@@ -11,6 +11,7 @@ import torch
 
 from vlmprune.budget import share
 from vlmprune.cuts import Cut, Decoder, Merge, Pixels, Positions, Reduction
+from vlmprune.errors import UnsupportedError
 from vlmprune.layout import ImageGrid, Layout, upload
 from vlmprune.methods.base import Budgeted
 from vlmprune.patches import ModelFacts
@@ -174,6 +175,8 @@ class Pool(Cells):
     summary = "average pooling on a regular grid (control, merges)"
 
     def reduce(self, seen: dict, layout: Layout) -> Reduction:
+        if layout.alive_patches != [grid.patches for grid in layout.grids]:
+            raise UnsupportedError("pool averages whole cells, and an earlier cut has taken patches: put pool first.")
         reduction, into, weight = self.cells(layout)
         return replace(reduction, merge=Merge(into, weight))
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from vlmprune.budget import count
-from vlmprune.cuts import Cut, Decoder, Positions, Reduction
+from vlmprune.cuts import Cut, Decoder, Positions, Reduction, schedule_layers
 from vlmprune.layout import Layout
 from vlmprune.methods.base import Budgeted
 from vlmprune.patches import ModelFacts
@@ -57,14 +57,6 @@ class Transition(BlockTap):
         if self.mode == "official":
             return transition(before, after, scene.sequence.real(), self.mode).flatten()[at]
         return transition(before.flatten(0, 1)[at], after.flatten(0, 1)[at], scene.layout.alive, self.mode)
-
-
-def schedule_layers(layers: tuple[int, ...], depth: int) -> list[int]:
-    """Scale 1-based layers of a 32-layer decoder: max(previous + 1, round(p * depth / 32))."""
-    scaled: list[int] = []
-    for p in layers:
-        scaled.append(max(scaled[-1] + 1 if scaled else 1, round(p * depth / 32)))
-    return scaled
 
 
 @register("transprune")
