@@ -3,9 +3,10 @@
 python scripts/eval_atp.py eval/testbed/atp-scene-llava
 python scripts/eval_atp.py .train/atp-25 .train/atp-37 .train/atp-50 --limit 600 --json atp.json
 
-For every folder of weights: accuracy, tokens per image as a mean over all layers and their spread, the
-paired difference to `random` (mean of several seeds), and ablations: each threshold alone, and both thresholds fixed at
-their mean over the questions (if that changed nothing, the modules would have learned constants).
+For every folder of weights: accuracy, tokens per image as a mean over all layers and their spread; paired differences to
+`random` before the LLM and to random tokens after the same layers in the same numbers (both means of several seeds); and
+ablations: each threshold alone, and both thresholds fixed at their mean over the questions (if that changed nothing, the
+thresholds need not have been set anew for every sample).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import argparse
 import json
 import os
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +25,33 @@ from eval_testbed import load, show, versus
 
 import vlmprune
 from vlmprune import atp_training
+from vlmprune.cuts import Cut, Decoder, Reduction
 from vlmprune.eval import testbed
 from vlmprune.eval.testbed import scoring
+from vlmprune.layout import Layout
 from vlmprune.methods.atp import Atp
+from vlmprune.methods.base import Method
+from vlmprune.methods.controls import random_scores
+from vlmprune.patches import ModelFacts
+from vlmprune.selection import select
+
+ABLATIONS = ("redundancy", "spatial", "fixed")
+
+
+@dataclass(frozen=True)
+class RandomAfter(Method):
+    """Random tokens, so many after each of some layers: ATP's schedule without its scores."""
+
+    layers: tuple[int, ...] = ()
+    counts: tuple[int, ...] = ()
+    seed: int = 0
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        pairs = zip(self.layers, self.counts, strict=True)
+        return [Cut(Decoder(p), (), partial(self.reduce, n), "original") for p, n in pairs]
+
+    def reduce(self, count: int, seen: dict, layout: Layout) -> Reduction:
+        return select(random_scores(self.seed, layout), count, layout)
 
 
 def fixed(method: Atp, found: dict[str, torch.Tensor]) -> Atp:
@@ -46,7 +73,7 @@ def main() -> None:
     parser.add_argument("--split", choices=testbed.SPLITS, default="sparse")
     parser.add_argument("--seeds", type=int, default=2, help="runs of random, averaged")
     parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--ablations", nargs="*", default=ABLATIONS, choices=ABLATIONS, help="default: all")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -66,9 +93,8 @@ def main() -> None:
         total = method.thresholds.config.model["view_patches"]
         kinds = {"both": method}
         first = atp_training.survey(model, processor, method, rows)
-        if not args.no_ablations:
-            kinds |= {use: Atp(weights=folder, use=use) for use in ("redundancy", "spatial")}
-            kinds |= {"fixed": fixed(method, first)}
+        for name in args.ablations:
+            kinds[name] = fixed(method, first) if name == "fixed" else Atp(weights=folder, use=name)
         for name, kind in kinds.items():
             found = first if name == "both" else atp_training.survey(model, processor, kind, rows)
             tokens = found["average"] * total
@@ -90,6 +116,12 @@ def main() -> None:
             runs = [accuracy("random", keep=keep, seed=seed) for seed in range(args.seeds)]
             told["random"] = show(f"    random, {keep} tokens", records, np.mean(runs, 0))
             told["versus_random"] = versus(f"    {name} - random", records, correct, np.mean(runs, 0))
+            if name == "both":
+                counts = tuple(max(1, round(float(s) * total)) for s in found["shares"].mean(0))
+                layers = method.thresholds.config.layers
+                runs = [accuracy(RandomAfter(layers, counts, seed)) for seed in range(args.seeds)]
+                told["random_after"] = show(f"    random, {counts} after {layers}", records, np.mean(runs, 0))
+                told["versus_random_after"] = versus(f"    {name} - random after", records, correct, np.mean(runs, 0))
             results[label] = told
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")

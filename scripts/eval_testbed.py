@@ -60,9 +60,8 @@ def compare(model, processor, records, keeps, by_hand, methods, seeds) -> dict:
             runs = []
             for seed in range(seeds if name == "random" else 1):
                 if kind == "by hand":
-                    count = round(keep * len(next(iter(seen.values()))[1]))
                     choose = scoring.BY_HAND[name]
-                    said = scoring.answer_by_hand(model, processor, records, choose, count, seen=seen, seed=seed)
+                    said = scoring.answer_by_hand(model, processor, records, choose, keep, seen=seen, seed=seed)
                 else:
                     options = {"seed": seed} if name == "random" else {}
                     with vlmprune.patch(model, name, keep=keep, **options):
@@ -100,7 +99,7 @@ def main() -> None:
     splits = [args.split or ("next" if nexts else "sparse")]
     if args.gate:
         splits = ["next"] if nexts else ["sparse", "crowded", "unseen"]
-        args.by_hand = [] if nexts else list(scoring.BY_HAND)
+        args.by_hand = ["random", "maxmin", "thumbnail", "crops"] if nexts else ["random", "cls", "received", "maxmin"]
         args.blind = True
     results: dict = {"version": testbed.VERSION, "model": args.model}
     for split in splits:

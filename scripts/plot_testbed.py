@@ -16,7 +16,8 @@ from matplotlib import pyplot
 
 from vlmprune.eval.testbed.words import CATEGORIES
 
-STAGES = ("tower", "scene-llava", "scene-llava-next")
+#: Panel: the training folders whose logs it joins.
+STAGES = {"tower": ["tower"], "scene-llava": ["scene-llava", "scene-llava-2"], "scene-llava-next": ["scene-llava-next"]}
 
 
 def curve(rows: list[dict], name: str) -> tuple[list[float], list[float]]:
@@ -33,9 +34,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("eval/testbed/curves.png"))
     args = parser.parse_args()
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.4), constrained_layout=True)
-    for axis, stage in zip(axes, STAGES, strict=True):
-        log = args.train / stage / "log.jsonl"
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    for axis, (stage, folders) in zip(axes, STAGES.items(), strict=True):
+        rows: list[dict] = []
+        for log in (args.train / folder / "log.jsonl" for folder in folders):
+            found = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+            before = rows[-1]["spent"] if rows else 0
+            rows += [row | {"spent": row["spent"] + before} for row in found]
         shown = ("value", "digit", "cls_middle", "found1_L-2", "half_L-2") if stage == "tower" else CATEGORIES
         for name in shown:
             if stage == "tower":  # a loss of the same name is logged beside the report's accuracy

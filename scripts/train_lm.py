@@ -52,7 +52,7 @@ def views_of(scene: scenes.Scene, rows: int, columns: int) -> np.ndarray:
 
 
 def lesson(args: argparse.Namespace, step: int, index: int, progress: float):
-    """Draws one microbatch: pixels, captions and questions (ids and labels), categories, grid, position shift."""
+    """Draws one microbatch: pixels, captions and questions (ids and labels), categories, grid, position changes."""
     rng = np.random.default_rng((args.seed * 10_000_000 + step) * 100 + index)
     rows, columns = 0, 0
     if args.model == "scene-llava-next":
@@ -68,8 +68,9 @@ def lesson(args: argparse.Namespace, step: int, index: int, progress: float):
         asked.append([packed.encode_turn(q, a, packed.QUESTION_LENGTH) for q, a in pairs])
         kinds.append([asking.category_of(q) for q, _ in pairs])
     shift = int(rng.integers(0, 48)) if rng.random() < 0.5 else 0
+    squeeze = float(rng.uniform(0.05, 1)) if rng.random() < args.squeeze else 1.0
     arrays = torch.from_numpy(np.stack(pixels)), torch.tensor(captions), torch.tensor(asked), torch.tensor(kinds)
-    return *arrays, (rows, columns), shift
+    return *arrays, (rows, columns), (torch.tensor(shift), torch.tensor(squeeze))
 
 
 def make_micro(llava: torch.nn.Module, args: argparse.Namespace):
@@ -91,13 +92,13 @@ def make_micro(llava: torch.nn.Module, args: argparse.Namespace):
         model, look = torch.compile(model, dynamic=False), torch.compile(look, dynamic=False)
 
     def micro(step: int, index: int, progress: float) -> torch.Tensor:
-        pixels, captions, asked, kinds, (rows, columns), shift = lesson(args, step, index, progress)
+        pixels, captions, asked, kinds, (rows, columns), (shift, squeeze) = lesson(args, step, index, progress)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 features = look(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
             # The largest grid is rare: compiling for it would cost more than it saves.
             run = plain if rows * columns > 2 else model
-            said = run(features, [captions[:, :, 0], asked[:, :, 0]], torch.tensor(shift), rows, columns)
+            said = run(features, [captions[:, :, 0], asked[:, :, 0]], shift, rows, columns, squeeze)
         labels = [captions[:, :, 1], asked[:, :, 1]]
         losses = [functional.cross_entropy(x.flatten(0, 2), y.flatten()) for x, y in zip(said, labels, strict=True)]
         (losses[1] + 0.5 * losses[0]).backward()
@@ -152,6 +153,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--squeeze", type=float, default=0.0, help="share of batches with squeezed visual positions")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--micro", type=int, default=4, help="pictures a worker takes at once")
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import probes
 import pytest
 import tiny
@@ -272,3 +274,21 @@ def test_unknown_families():
         vlmprune.patch(torch.nn.Linear(2, 2), "random", keep=5)
     with pytest.raises(TypeError):
         vlmprune.patch(None, "random", keep=5)
+
+
+def test_a_wrong_promise_of_counts_is_noticed(tiny_model):
+    model = tiny_model()
+    prompt = tiny.prompt(model, [4, "image", 3], [(24, 24)])
+    with vlmprune.patch(model, Liar()), pytest.raises(RuntimeError, match=r"promised \[9\]"):
+        model(**prompt)
+
+
+@dataclass(frozen=True)
+class Liar(vlmprune.Method):
+    def cuts(self, facts):
+        return [vlmprune.Cut(vlmprune.Decoder(0), (), self.reduce)]
+
+    def reduce(self, seen, layout):
+        keep = layout.alive.clone()
+        keep[:, ::2] = False
+        return vlmprune.Reduction(keep, counts=[9])

@@ -32,12 +32,18 @@ class Handle:
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
-        """Run the plain model inside the `with`, for an A/B; generations already under way stay pruned."""
-        before, self._plan.enabled = self._plan.enabled, False
-        try:
+        """Run the plain model inside the `with`, for an A/B.
+
+        It holds for the calls of this thread: another thread, one started inside the block too, goes on pruning, and a
+        cache that was filled by a pruned prefill stays pruned.
+
+        Raises:
+            RuntimeError: the model was unpatched or patched anew since this handle was made.
+        """
+        if not engine.installed(self.model, self._plan):
+            raise RuntimeError("this handle's patch is no longer on the model: it was unpatched or patched anew.")
+        with self._plan.disabled():
             yield self.model
-        finally:
-            self._plan.enabled = before
 
     def unpatch(self) -> nn.Module:
         """As `vlmprune.unpatch(model)`."""
@@ -59,7 +65,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     return get_base_model() if callable(get_base_model) else model
 
 
-def patch(model: nn.Module, method: str | Method | Iterable[str | Method], **options: Any) -> Handle:
+def patch(
+    model: nn.Module,
+    method: str | Method | Iterable[str | Method],
+    *,
+    keep: int | float | None = None,
+    **options: Any,
+) -> Handle:
     """Make a LLaVA-style model read fewer visual tokens.
 
     Nothing but hooks on this instance changes; every later call that carries images is pruned, calls without images
@@ -68,7 +80,8 @@ def patch(model: nn.Module, method: str | Method | Iterable[str | Method], **opt
     Args:
         model: a Hugging Face model of a supported family (`vlmprune ls models`), or a PEFT model around one.
         method: a name (`vlmprune ls methods`), a method object, or a list of them that run one after the other.
-        **options: the method's options, such as `keep=64` (patches per image) or `keep=0.1` (fraction).
+        keep: patches per image (int), or a fraction of them (float), that enter the LLM or are left after the last cut.
+        **options: the method's other options, such as `average=` or `positions=`.
 
     Returns:
         A handle with the `trace` of the last prefill; also a context manager.
@@ -78,7 +91,7 @@ def patch(model: nn.Module, method: str | Method | Iterable[str | Method], **opt
         UnsupportedError: the model, or this method on this model, is not supported.
     """
     model = unwrap(model)
-    methods = registry.build(method, options)
+    methods = registry.build(method, options if keep is None else {"keep": keep, **options})
     family = family_of(model)
     facts = family.facts(family.inner(model))
     cuts = [(made.name or type(made).__name__, cut) for made in methods for cut in made.cuts(facts)]
@@ -115,5 +128,7 @@ def check_cuts(cuts: list[tuple[str, Cut]], facts: ModelFacts) -> None:
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Take the patch off a model (or a PEFT model around it) and return it; harmless on an unpatched model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unpatch needs a model, not {type(model).__name__}.")
     engine.remove(unwrap(model))
     return model

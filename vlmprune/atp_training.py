@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +181,12 @@ def answer_loss(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tens
 # --- training -------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=2)
+def shuffled(seed: int, length: int) -> list[int]:
+    """A permutation."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
 @dataclass(frozen=True)
 class Training:
     """How modules are trained.
@@ -218,11 +224,7 @@ class Training:
     def rows(self, step: int, length: int, part: int, parts: int) -> list[int]:
         """Which rows of the data one of the processes takes at a step: every epoch has an order of its own."""
         mine = range(step * self.batch, (step + 1) * self.batch)[part * self.batch // parts :][: self.batch // parts]
-        found = []
-        for number in mine:
-            order = torch.Generator().manual_seed(self.seed * 1_000_003 + number // length)
-            found.append(int(torch.randperm(length, generator=order)[number % length]))
-        return found
+        return [shuffled(self.seed * 1_000_003 + number // length, length)[number % length] for number in mine]
 
 
 def facts_of(model: nn.Module) -> ModelFacts:

@@ -24,7 +24,7 @@ def check_keep(keep: int | float, name: str = "keep") -> int | float:
         return int(keep)
     keep = float(keep)
     if math.isnan(keep) or not 0 < keep <= 1:
-        hint = f" For {keep:g} tokens write {name}={int(keep)}." if 1 < keep < math.inf else ""
+        hint = f" For {keep:g} tokens write {name}={int(keep)}." if keep > 1 and keep.is_integer() else ""
         raise ValueError(f"{name}={keep} is out of range: {rule}.{hint}")
     return keep
 

@@ -38,7 +38,14 @@ class BeforeModel:
         outputs, pixels = kwargs.get("mm_encoder_outputs"), kwargs.get("pixel_values")
         images = outputs is not None and outputs.get("image") is not None
         if images or (pixels is not None and len(pixels) > 0):
-            return self.prefill(module, kwargs) if self.plan.enabled else None
+            if self.plan.enabled:
+                return self.prefill(module, kwargs)
+            cache = kwargs.get("past_key_values")
+            if not forget(cache) and getattr(cache, SEGMENTS, None):
+                raise UnsupportedError(
+                    "a plain call with images on a cache that holds a pruned prompt is not supported."
+                )
+            return None
         cache = kwargs.get("past_key_values")
         segments = getattr(cache, SEGMENTS, None)
         if not segments:
@@ -46,13 +53,17 @@ class BeforeModel:
         # a reset cache starts anew; a static one is asked before prompts alone, since asking it waits for the device
         ids = kwargs.get("input_ids")
         step = ids is not None and ids.shape[1] == 1 and getattr(cache, "is_compileable", False)
-        if not step and cache.get_seq_length() == 0:
-            delattr(cache, SEGMENTS)
+        if not step and forget(cache):
             return None
         return (), resume(self.plan.family.language_model(module), kwargs, segments)
 
     def prefill(self, module: nn.Module, kwargs: dict) -> tuple[tuple, dict]:
         cache, input_ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            if kwargs.get(name) is not None and kwargs[name] != getattr(module.config, name):
+                raise UnsupportedError(
+                    f"{name}={kwargs[name]!r} per call is not supported: set it in the model's config."
+                )
         if input_ids is None:
             raise UnsupportedError("a pruned call with images needs input_ids (inputs_embeds hide the placeholders).")
         if cache is not None and cache.get_seq_length() > 0:
@@ -144,6 +155,14 @@ class CheckLabels:
             raise ValueError("labels on visual placeholders must be -100: pruned tokens cannot carry a loss.")
 
 
+def forget(cache: Any) -> bool:
+    """Take the decode state off a cache that was reset and starts anew; whether there was any."""
+    if not getattr(cache, SEGMENTS, None) or cache.get_seq_length() > 0:
+        return False
+    delattr(cache, SEGMENTS)
+    return True
+
+
 HOOKS = (
     AfterBlock,
     AfterKeys,
@@ -192,6 +211,12 @@ def install(model: nn.Module, plan: Plan) -> None:
     family.language_model(inner).register_forward_hook(AfterLanguageModel(), with_kwargs=True)
     if model is not inner:
         before(model, CheckLabels(plan))
+
+
+def installed(model: nn.Module, plan: Plan) -> bool:
+    """Whether a plan's hooks are on a model."""
+    hooks = plan.family.inner(model)._forward_pre_hooks.values()
+    return any(isinstance(hook, BeforeModel) and hook.plan is plan for hook in hooks)
 
 
 def remove(model: nn.Module) -> None:

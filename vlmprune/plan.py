@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 from torch import nn
@@ -24,14 +27,14 @@ class Plan:
 
     Attributes:
         cuts: (name of the method, cut), in the order they run.
-        enabled: False while `handle.disabled()` is active.
+        plain: threads that are inside `handle.disabled()`, with the number of times they entered it.
         trace: what the last pruned prefill did.
     """
 
     family: Family
     facts: ModelFacts
     cuts: list[tuple[str, Cut]]
-    enabled: bool = True
+    plain: dict[int, int] = field(default_factory=dict, repr=False)
     trace: Trace | None = None
     grids: dict[Any, ImageGrid] = field(default_factory=dict, repr=False)
 
@@ -39,6 +42,27 @@ class Plan:
     def tower_taps(self) -> list[TowerTap]:
         """What the cuts in the language model want to see of the vision tower, each once."""
         return list(dict.fromkeys(t for _, cut in self.decoder_cuts for t in cut.see if isinstance(t, TowerTap)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy of the model is no part of the block that this one may be in
+        return self.__dict__ | {"plain": {}}
+
+    @property
+    def enabled(self) -> bool:
+        """Whether a call of this thread is to be pruned."""
+        return get_ident() not in self.plain
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Leave the calls that this thread makes inside the block alone."""
+        me = get_ident()
+        self.plain[me] = self.plain.get(me, 0) + 1
+        try:
+            yield
+        finally:
+            self.plain[me] -= 1
+            if not self.plain[me]:
+                del self.plain[me]
 
     @property
     def pixel_cuts(self) -> list[Cut]:

@@ -108,6 +108,9 @@ class Prefill:
             return hidden
         keep = reduction.keep & layout.alive
         counts = keep.sum(1).tolist() if reduction.counts is None else reduction.counts
+        # checked where the tensor is, so that nothing waits for it
+        told = f"method {name!r} promised {counts} kept tokens per image and kept other numbers."
+        torch._assert_async((keep.sum(1) == upload(counts, keep.device)).all(), told)
         self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, keep, reduction.merge, reduction.scores))
         if counts == layout.alive_counts:
             return hidden  # a budget of all tokens is the exact identity

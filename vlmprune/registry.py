@@ -78,13 +78,17 @@ def build(method: str | Method | Iterable[str | Method], given: dict[str, Any]) 
     """
     from vlmprune.methods.base import Method
 
-    parts = [method] if isinstance(method, str | Method) else method
+    parts = [method] if isinstance(method, str | Method | type) else method
     if not isinstance(parts, Iterable):
         raise TypeError(f"method must be a name, a method object or a list of them, not {type(method).__name__}.")
     parts = list(parts)
     if not parts:
         raise ValueError("the list of methods is empty.")
     for part in parts:
+        if isinstance(part, type) and issubclass(part, Method):
+            raise TypeError(
+                f"{part.__name__} is a class: pass an object, such as {part.__name__}(keep=64), or its name."
+            )
         if not isinstance(part, str | Method):
             raise TypeError(f"method must be a name, a method object or a list of them, not {type(part).__name__}.")
     classes = [find(part) if isinstance(part, str) else None for part in parts]

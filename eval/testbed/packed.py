@@ -69,7 +69,13 @@ class PackedModel(nn.Module):
         return torch.cat([start.expand(len(visual), -1, -1).to(visual.dtype), visual], 1)
 
     def forward(
-        self, features: torch.Tensor, turns: list[torch.Tensor], shift: torch.Tensor, rows: int = 0, columns: int = 0
+        self,
+        features: torch.Tensor,
+        turns: list[torch.Tensor],
+        shift: torch.Tensor,
+        rows: int = 0,
+        columns: int = 0,
+        squeeze: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """Next-token logits of every turn.
 
@@ -79,6 +85,8 @@ class PackedModel(nn.Module):
             shift: () tensor, added to all positions of the turns (as an earlier turn would).
             rows: see `prefix`.
             columns: see `prefix`.
+            squeeze: () tensor in (0, 1]: visual token i gets position 2 + floor(i * squeeze), and the turns follow. A
+                language model that has only ever seen one prefix length takes distances for places.
 
         Returns:
             One (B, n, L, vocabulary) tensor a group.
@@ -86,10 +94,12 @@ class PackedModel(nn.Module):
         language = self.llava.model.language_model
         hidden = self.prefix(features, rows, columns)
         batch, start, _ = hidden.shape
-        parts, positions = [hidden], [torch.arange(start)]
+        squeeze = torch.ones(()) if squeeze is None else squeeze
+        places = torch.cat([torch.arange(2), 2 + (torch.arange(start - 2) * squeeze).floor().long()])
+        parts, positions = [hidden], [places]
         for group in turns:
             parts.append(language.embed_tokens(group).flatten(1, 2).to(hidden.dtype))
-            positions.append((start + shift + torch.arange(group.shape[2])).repeat(group.shape[1]))
+            positions.append((places[-1] + 1 + shift + torch.arange(group.shape[2])).repeat(group.shape[1]))
         hidden = torch.cat(parts, 1)
         rotary = language.rotary_emb(hidden, torch.cat(positions)[None])
         sizes = [start] + [g.shape[1] * g.shape[2] for g in turns]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from . import Record
+from .scenes import GRID
 from .words import CATEGORIES
 
 #: features (N, D), CLS attention (N,), attention received (N,), tokens to keep, generator -> kept indices (k,).
@@ -47,11 +48,23 @@ def choose_maxmin(features, cls, received, keep, generator):
     return torch.tensor(chosen)
 
 
+def choose_thumbnail(features, cls, received, keep, generator):
+    """The first 256 tokens: all that is left of scene-llava-next's picture without its crops."""
+    return torch.arange(GRID * GRID)
+
+
+def choose_crops(features, cls, received, keep, generator):
+    """All tokens but the thumbnail's."""
+    return torch.arange(GRID * GRID, len(features))
+
+
 BY_HAND: dict[str, Choose] = {
     "random": choose_random,
     "cls": choose_cls,
     "received": choose_received,
     "maxmin": choose_maxmin,
+    "thumbnail": choose_thumbnail,
+    "crops": choose_crops,
 }
 
 
@@ -82,14 +95,20 @@ def answer(model, processor, records: Iterable[Record], *, batch: int = 32, blin
 def looks(model, processor, records: Iterable[Record]) -> dict[str, tuple[torch.Tensor, ...]]:
     """What the tower says about each picture: projected features, tower features, CLS and received attention.
 
-    Only for scene-llava. The attention is that of the layer which produces the features (layer -2), averaged over
-    heads. Returns by picture id: (N, D), (N, tower width), (N,), (N,).
+    The attention is that of the layer which produces the features (layer -2), averaged over heads. Returns by picture
+    id: (N, D), (N, tower width), (N,), (N,). For scene-llava-next, whose tokens are of several views, the projected
+    features stand for the tower's, and there is no attention.
     """
     tower = model.model.vision_tower
     tower.set_attn_implementation("eager")
     found = {}
     for record in records:
         if record.picture_id in found:
+            continue
+        if hasattr(model.model, "image_newline"):
+            inputs = processor.image_processor(record.image, return_tensors="pt")
+            (projected,) = model.model.get_image_features(**inputs).pooler_output
+            found[record.picture_id] = projected, projected, None, None
             continue
         pixels = processor.image_processor(record.image, return_tensors="pt")["pixel_values"]
         out = tower(pixels.to(model.dtype), output_hidden_states=True, output_attentions=True)
@@ -106,7 +125,7 @@ def answer_by_hand(
     processor,
     records: Iterable[Record],
     choose: Choose,
-    keep: int,
+    keep: int | float,
     *,
     seen: dict[str, tuple[torch.Tensor, ...]],
     keep_positions: bool = True,
@@ -116,11 +135,11 @@ def answer_by_hand(
     """Embeds the prompt, selects rows of the visual tokens, runs the language model on the short sequence.
 
     Args:
-        model: a scene-llava.
+        model: a scene-llava or a scene-llava-next.
         processor: its processor.
         records: what to answer.
         choose: one of `BY_HAND`.
-        keep: visual tokens kept.
+        keep: visual tokens kept, or the share of them.
         seen: of `looks`.
         keep_positions: whether the kept tokens keep their position ids, or the short sequence is renumbered.
         seed: of the random choices; each picture's choice is the same for all its questions.
@@ -131,7 +150,8 @@ def answer_by_hand(
     for i, name in enumerate(dict.fromkeys(r.picture_id for r in records)):
         projected, features, cls, received = seen[name]
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
-        rows[name] = choose(features, cls, received, keep, generator).sort().values
+        count = keep if isinstance(keep, int) else round(keep * len(projected))
+        rows[name] = choose(features, cls, received, count, generator).sort().values
     tokenizer, language = processor.tokenizer, model.model.language_model
     image, eos = model.config.image_token_id, tokenizer.eos_token_id
     by_length = defaultdict(list)
@@ -139,7 +159,7 @@ def answer_by_hand(
     for i, record in enumerate(records):
         ids = tokenizer(prompt_of(processor, record.question), return_tensors="pt")["input_ids"][0]
         prompts.append(ids)
-        by_length[len(ids)].append(i)
+        by_length[len(ids), len(rows[record.picture_id]), len(seen[record.picture_id][0])].append(i)
     answers = [""] * len(records)
     embed = model.get_input_embeddings()
     for members in by_length.values():

@@ -170,8 +170,8 @@ def test_wrong_names_list_the_right_ones():
         testbed.questions("train")
 
 
-@pytest.mark.parametrize("rows", [0, 1])
-def test_packed_training_turn_equals_the_model_on_the_single_prompt(rows):
+@pytest.mark.parametrize(("rows", "shift", "squeeze"), [(0, 0, 1.0), (1, 0, 1.0), (0, 7, 0.3)])
+def test_packed_training_turn_equals_the_model_on_the_single_prompt(rows, shift, squeeze):
     """The packed sequence gives the logits of the real prompt; another turn's question does not."""
     torch.manual_seed(0)
     model = models.llava_next() if rows else models.llava()
@@ -188,10 +188,16 @@ def test_packed_training_turn_equals_the_model_on_the_single_prompt(rows):
     inputs = processor(images=scene.image(), text=prompt, return_tensors="pt")
     pixels = inputs["pixel_values"].double()
     turns = [[packed.encode_turn(q, a, packed.QUESTION_LENGTH)[0] for q, a in pairs]]
+    visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    places = torch.cat([torch.arange(2), 2 + (torch.arange(visual) * torch.tensor(squeeze)).floor().long()])
+    after = places[-1] + 1 + shift + torch.arange(inputs["input_ids"].shape[1] - len(places))
     with torch.no_grad():
-        real = model(**(inputs | {"pixel_values": pixels})).logits[0, -1]
+        given = {"pixel_values": pixels, "position_ids": torch.cat([places, after])[None]}
+        real = model(**(inputs | given)).logits[0, -1]
         hidden = model.model.vision_tower(pixels.view(-1, 3, 128, 128), output_hidden_states=True).hidden_states[-2]
-        (said,) = packed.PackedModel(model)(hidden[None, :, 1:], [torch.tensor(turns)], torch.tensor(0), rows, 2 * rows)
+        (said,) = packed.PackedModel(model)(
+            hidden[None, :, 1:], [torch.tensor(turns)], torch.tensor(shift), rows, 2 * rows, torch.tensor(squeeze)
+        )
     at = len(pairs[1][0].split())
     assert (said[0, 1, at] - real).abs().max() < 1e-4  # rotary tables are float32
     assert (said[0, 0, len(pairs[0][0].split())] - real).abs().max() > 1e-2  # another turn's answer

@@ -569,6 +569,7 @@ def command(folder, out):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command(folder, tmp_path / "one"))
     runpy.run_path(sys.argv[0], run_name="__main__")

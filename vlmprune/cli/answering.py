@@ -108,8 +108,8 @@ def jobs(
     for budget in budgets:
         for name in methods:
             if asked and not set(budget) <= known[name]:
-                why = " ".join(classes[name].refuses.get(word, "") for word in budget)
-                raise UserError(f"method {name!r} has no budget {', '.join(budget)}. {why}".rstrip())
+                why = " ".join(f": {classes[name].refuses[word]}" for word in budget if word in classes[name].refuses)
+                raise UserError(f"method {name!r} has no budget {', '.join(budget)}{why or '.'}")
             mine = budget | options
             job = Job(name, {option: value for option, value in mine.items() if option in known[name]})
             try:

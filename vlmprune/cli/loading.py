@@ -14,9 +14,7 @@ from vlmprune.cli.status import note, quiet
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["DTYPES", "Loaded", "find_model", "load", "model_inputs", "pick_device"]
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+__all__ = ["Loaded", "find_model", "load", "model_inputs", "pick_device"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto") -> Loaded:
     Args:
         source: of `find_model`.
         device: of `pick_device`.
-        dtype: one of `DTYPES`; "auto" is the checkpoint's own on a GPU and float32 on a CPU.
+        dtype: "float32", "bfloat16", "float16" or "auto", which is the checkpoint's own on a GPU and float32 on a CPU.
 
     Raises:
         UserError: not there, not reachable, not complete, or of a family that is not supported.

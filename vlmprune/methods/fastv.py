@@ -27,6 +27,9 @@ class FastV(Budgeted):
 
     The attention of layer K - 1 (head mean) decides what enters layer K; system and text tokens always stay.
 
+    The choice hangs on the last prompt token. With `use_cache=False` every step has another one and chooses anew, and
+    with assisted or prompt-lookup decoding the first call ends in guessed tokens: answers can differ from plain greedy.
+
     Args:
         keep: visual tokens per image left from layer K on, or a fraction; without a budget 0.5, the code's default.
         average: the mean over all layers; layer K onwards gets (L T - K N) / (L - K) tokens.
