@@ -3,10 +3,10 @@
 python scripts/eval_atp.py eval/testbed/atp-scene-llava
 python scripts/eval_atp.py .train/atp-25 .train/atp-37 .train/atp-50 --limit 600 --json atp.json
 
-For every folder of weights: accuracy, tokens per image as a mean over all layers and their spread; paired differences to
-`random` before the LLM and to random tokens after the same layers in the same numbers (both means of several seeds); and
-ablations: each threshold alone, and both thresholds fixed at their mean over the questions (if that changed nothing, the
-thresholds need not have been set anew for every sample).
+For every folder of weights: accuracy, tokens per image as a mean over all layers and their spread; paired differences
+to `random` before the LLM and to random tokens after the same layers in the same numbers (means of several seeds); and
+ablations: each threshold alone, and both thresholds fixed at their mean over the questions (if that changed nothing,
+they need not have been set anew for every sample).
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def build(method: str | Method | Iterable[str | Method], given: dict[str, Any]) 
     for part in parts:
         if isinstance(part, type) and issubclass(part, Method):
             raise TypeError(
-                f"{part.__name__} is a class: pass an object, such as {part.__name__}(keep=64), or its name."
+                f"method {part.__name__} is a class: pass an object, {part.__name__}(keep=64), or its name."
             )
         if not isinstance(part, str | Method):
             raise TypeError(f"method must be a name, a method object or a list of them, not {type(part).__name__}.")

@@ -21,9 +21,9 @@ examples:
       --method fopru,vtc_cls,random --keep 0.25,0.1 --device cuda
   vlmprune run --image scene.png --prompt "is there a red square ?" --method fastv --option layer=3
 
-The default model, scene-llava, comes with the package; it knows drawn scenes and 66 words. It understands, among others:
-is there a red circle ? / what colour is the cross ? / what shape is the bottom right object ? / where is the blue 3 ? /
-how many red objects are there ? / which digit is in the picture ? / what is left of the square ?
+The default model, scene-llava, comes with the package; it knows drawn scenes and 66 words. It understands, among
+others: is there a red circle ? / what colour is the cross ? / what shape is the bottom right object ? / where is the
+blue 3 ? / how many red objects are there ? / which digit is in the picture ? / what is left of the square ?
 """
 
 
