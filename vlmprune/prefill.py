@@ -49,6 +49,11 @@ class Prefill:
 
     def enter(self, index: int, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, dict]:
         """Do all that is to be done at the input of decoder layer `index`."""
+        if index < len(self.by_layer):
+            raise UnsupportedError(
+                "gradient checkpointing runs pruned layers again in the backward pass, hooks included, with this version "
+                "of transformers: newer ones (5.23 is tested) checkpoint inside the hooks."
+            )
         if self.sequence is None:
             batch, length, _ = hidden.shape
             self.sequence = Sequence(
