@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlmprune.cuts import Cut, Reduction
-from vlmprune.errors import CutNotRunError
+from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.layout import upload
 from vlmprune.plan import Plan
 from vlmprune.prompt import prompt_layout
@@ -51,8 +51,8 @@ class Prefill:
         """Do all that is to be done at the input of decoder layer `index`."""
         if index < len(self.by_layer):
             raise UnsupportedError(
-                "gradient checkpointing runs pruned layers again in the backward pass, hooks included, with this version "
-                "of transformers: newer ones (5.23 is tested) checkpoint inside the hooks."
+                "gradient checkpointing runs pruned layers again in the backward pass, hooks included, with this "
+                "version of transformers: newer ones (5.23 is tested) checkpoint inside the hooks."
             )
         if self.sequence is None:
             batch, length, _ = hidden.shape
