@@ -1,6 +1,6 @@
 """What trained ATP modules do on the shipped questions, beside `random` at the same average number of tokens.
 
-python scripts/eval_atp.py eval/testbed/atp-scene-llava
+python scripts/eval_atp.py .train/atp-25
 python scripts/eval_atp.py .train/atp-25 .train/atp-37 .train/atp-50 --limit 600 --json atp.json
 
 For every folder of weights: accuracy, tokens per image as a mean over all layers and their spread; paired differences

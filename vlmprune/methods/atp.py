@@ -103,8 +103,7 @@ class Atp(Method):
     to passing kept where none does. Newlines of anyres images are not scored.
 
     Args:
-        weights: a folder or hub id with trained modules, or "atp-scene-llava"; they state the model and the average
-            that they are for.
+        weights: a folder or hub id with trained modules; they state the model and the average that they are for.
         use: "both" thresholds, or only "redundancy" or "spatial" (for ablations).
         newlines: "all" are kept, or "none".
         positions: original (source).
