@@ -48,33 +48,43 @@ def versus(label: str, records: list[testbed.Record], ours: np.ndarray, theirs: 
     return {"difference": mean, "low": low, "high": high}
 
 
-def compare(model, processor, records, keeps, by_hand, methods, seeds) -> dict:
-    """Whole model, then every method at every budget, each against `random` at the same budget."""
+def compare(model, processor, records, budgets, by_hand, methods, seeds) -> dict:
+    """Whole model, then every method at every budget, each against `random` at the same budget.
+
+    A budget is a word ("keep" or "average") and a fraction; a method that cannot meet one says why, and is left out.
+    """
     result: dict = {}
     whole = scoring.right(records, scoring.answer(model, processor, records))
     result["whole"] = show("whole", records, whole)
     seen = scoring.looks(model, processor, records) if by_hand else {}
-    for keep in keeps:
+    for word, share in budgets:
         bases: dict[str, np.ndarray] = {}
-        for kind, name in [*(("by hand", n) for n in by_hand), *(("vlmprune", n) for n in methods)]:
+        for kind, name in [*(("by hand", n) for n in by_hand if word == "keep"), *(("vlmprune", n) for n in methods)]:
             runs = []
             for seed in range(seeds if name == "random" else 1):
                 if kind == "by hand":
                     choose = scoring.BY_HAND[name]
-                    said = scoring.answer_by_hand(model, processor, records, choose, keep, seen=seen, seed=seed)
+                    said = scoring.answer_by_hand(model, processor, records, choose, share, seen=seen, seed=seed)
                 else:
                     options = {"seed": seed} if name == "random" else {}
-                    with vlmprune.patch(model, name, keep=keep, **options):
+                    try:
+                        handle = vlmprune.patch(model, name, **{word: share}, **options)
+                    except ValueError as error:
+                        print(f"{name} {word} {share}: {error}", flush=True)
+                        break
+                    with handle:
                         said = scoring.answer(model, processor, records)
                 runs.append(scoring.right(records, said))
+            if not runs:
+                continue
             correct = np.mean(runs, 0)
-            row = show(f"{name} keep {keep} ({kind})", records, correct)
+            row = show(f"{name} {word} {share} ({kind})", records, correct)
             row["loss"] = versus(f"    {name} - whole", records, correct, whole)
             if name == "random":
                 bases[kind] = correct
             elif kind in bases:
                 row["versus_random"] = versus(f"    {name} - random", records, correct, bases[kind])
-            result[f"{name}@{keep} ({kind})"] = row
+            result[f"{name}@{word}={share} ({kind})"] = row
     return result
 
 
@@ -84,7 +94,8 @@ def main() -> None:
     parser.add_argument("--model", choices=testbed.NAMES, default="scene-llava")
     parser.add_argument("--folder", type=Path, help="another model folder than the shipped one")
     parser.add_argument("--split", choices=testbed.SPLITS, help="default: sparse, or next for scene-llava-next")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.1, 0.25])
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.1, 0.25])
+    parser.add_argument("--average", type=float, nargs="*", default=[], help="budgets as a mean over decoder layers")
     parser.add_argument("--by-hand", nargs="*", default=[], choices=sorted(scoring.BY_HAND))
     parser.add_argument("--methods", nargs="*", default=[], help="vlmprune's methods; put random first")
     parser.add_argument("--seeds", type=int, default=3, help="runs of random, averaged")
@@ -107,7 +118,8 @@ def main() -> None:
         start = time.time()
         print(f"== {args.model}, {split}: {len(records)} questions", flush=True)
         by_hand = args.by_hand if split != "unseen" else []
-        results[split] = compare(model, processor, records, args.keep, by_hand, args.methods, args.seeds)
+        budgets = [*(("keep", k) for k in args.keep), *(("average", a) for a in args.average)]
+        results[split] = compare(model, processor, records, budgets, by_hand, args.methods, args.seeds)
         if args.blind and split in ("sparse", "next"):
             said = scoring.answer(model, processor, records, blind=True)
             results[split]["blind"] = show("blind", records, scoring.right(records, said))

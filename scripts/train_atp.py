@@ -50,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--depth-weight", type=float, default=0.01)
     parser.add_argument("--target-weight", type=float, default=2.0)
     parser.add_argument("--raw-target", action="store_true", help="budget loss in tokens (with --target-weight 0.2)")
-    parser.add_argument("--temperature", type=float, nargs=2, default=[10, 100], metavar=("START", "END"))
+    parser.add_argument("--temperature", type=float, nargs=2, default=[10, 1000], metavar=("START", "END"))
     parser.add_argument("--dtype", default="auto", help="of the frozen model: auto, float32, bfloat16 ...")
     parser.add_argument("--workers", type=int, default=0, help="processes that load images")
     parser.add_argument("--save-every", type=int, default=50)
@@ -65,6 +65,7 @@ def main() -> None:
     from accelerate import Accelerator
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from vlmprune import atp_data
     from vlmprune import atp_training as training
     from vlmprune.atp_modules import AtpConfig
     from vlmprune.eval import testbed
@@ -80,7 +81,7 @@ def main() -> None:
     scenes = args.data == "testbed"
     steps = args.steps or 500
     data = (
-        training.SceneQuestions(steps * args.batch, args.seed) if scenes else training.Questions(args.data, args.images)
+        atp_data.SceneQuestions(steps * args.batch, args.seed) if scenes else atp_data.Questions(args.data, args.images)
     )
     if not scenes and args.steps is None:
         steps = max(1, len(data) // args.batch)
@@ -98,7 +99,7 @@ def main() -> None:
         template=args.prompt, workers=args.workers, accelerator=accelerator,
     )  # fmt: skip
     if accelerator.is_main_process and args.check > 0:
-        rows = training.SceneQuestions(args.check, args.seed + 1) if scenes else data
+        rows = atp_data.SceneQuestions(args.check, args.seed + 1) if scenes else data
         rows = [rows[i] for i in range(min(args.check, len(rows)))]
         found = training.survey(model, processor, Atp(thresholds=thresholds), rows, template=args.prompt)
         print(f"{args.out}: aimed at an average of {config.average}, on {len(rows)} questions:")

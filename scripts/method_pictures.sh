@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Draws what every method keeps of one shipped picture, for docs/methods/. Called by `make pictures`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1
+
+draw() { # model, method, further options
+  vlmprune run --model "$1" --image eval/testbed/pictures/scene3.png --prompt "which digit is the top right object ?" \
+    --method "$2" --save "docs/methods/$2.png" "${@:3}"
+}
+
+for method in fopru vtc_cls todre transprune fastv random grid pool; do draw scene-llava "$method" --keep 0.25,0.1; done
+# three layers to merge behind, and at most half of the tokens behind each
+for method in tome pitome; do draw scene-llava "$method" --keep 0.5,0.25; done
+draw scene-llava-next globalcom2 --keep 0.25,0.1
+draw scene-llava atp --option weights=atp-scene-llava
