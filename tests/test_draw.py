@@ -152,6 +152,20 @@ def test_last_cut_is_drawn():
     assert same.sum() == 3
 
 
+def test_what_outlived_more_cuts_is_brighter():
+    image = Image.new("RGB", (24, 24), (200, 200, 200))
+    trace, processor = pruned("llava", image, "transprune", keep=3)
+    (panel,) = draw.kept_pictures(image, trace, processor.image_processor)
+    outlived = sum(cut.keep[0].int() for cut in trace.cuts)
+    shades = centres(panel, 4, 4)[..., 0].flatten()
+    by_cuts = [set(shades[outlived.numpy() == n].tolist()) for n in range(4)]
+    assert all(len(found) <= 1 for found in by_cuts)  # one shade for each
+    shown = [min(found) for found in by_cuts if found]
+    assert len(shown) > 2
+    assert shown == sorted(set(shown))
+    assert shown[-1] == 200
+
+
 def test_what_the_model_never_sees_is_darkest():
     image = Image.new("RGB", (48, 24), (200, 200, 200))
     trace, processor = pruned("llava", image, keep=16)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
 if TYPE_CHECKING:
@@ -112,38 +113,49 @@ def scaled(image: Image.Image, longest: int = LONGEST) -> tuple[Image.Image, flo
     return image.resize(size, Image.Resampling.LANCZOS), factor
 
 
-def paint(image: Image.Image, boxes: Sequence[Box], kept: Sequence[bool], longest: int = LONGEST) -> Image.Image:
-    """Leave kept boxes as they are, with a thin line around them, and dim everything else."""
+def paint(image: Image.Image, boxes: Sequence[Box], kept: Sequence[float], longest: int = LONGEST) -> Image.Image:
+    """Leave kept boxes as they are, with a thin line around them, and dim everything else.
+
+    Args:
+        kept: for every box the share of the cuts that it outlived: 1 stays clear, 0 is darkest.
+    """
     base, factor = scaled(image, longest)
-    clear, covered = Image.new("L", base.size), Image.new("L", base.size)
-    for box, keep in zip(boxes, kept, strict=True):
+    layers = {level: Image.new("L", base.size) for level in sorted({0.0, 1.0, *map(float, kept)})}
+    for box, level in zip(boxes, kept, strict=True):
         left, top, right, bottom = (round(edge * factor) for edge in box)
         if right > left and bottom > top:
-            for mask in (covered, clear) if keep else (covered,):
-                mask.paste(255, (left, top, right, bottom))
-    dropped = ImageEnhance.Brightness(ImageEnhance.Color(base).enhance(0.3)).enhance(DARK)
-    unseen = ImageEnhance.Brightness(dropped).enhance(0.35)
-    made = Image.composite(base, Image.composite(dropped, unseen, covered), clear)
+            layers[float(level)].paste(255, (left, top, right, bottom))
+    pale = ImageEnhance.Color(base).enhance(0.3)
+    made = ImageEnhance.Brightness(pale).enhance(DARK * 0.35)  # what no patch covers
+    for level, mask in layers.items():
+        shown = ImageEnhance.Brightness(base if level else pale).enhance(DARK + (1 - DARK) * level)
+        made = Image.composite(shown, made, mask)
     # the line runs on what was dropped: what was kept stays untouched
-    edge = ImageChops.subtract(clear.filter(ImageFilter.MaxFilter(3)), clear)
+    edge = ImageChops.subtract(layers[1.0].filter(ImageFilter.MaxFilter(3)), layers[1.0])
     made.paste((255, 255, 255), mask=edge)
     return made
+
+
+def outlived(trace: Trace, index: int) -> list[float]:
+    """For every token of image `index` the share of the cuts that it outlived."""
+    tokens = trace.grids[index].tokens
+    return torch.stack([cut.keep[index, :tokens].float() for cut in trace.cuts]).mean(0).tolist()
 
 
 def kept_pictures(
     image: Image.Image, trace: Trace, image_processor: Any, index: int = 0, longest: int = LONGEST
 ) -> list[Image.Image]:
-    """The picture with what was kept of image `index` after the last cut.
+    """The picture with what was kept of image `index`; of several cuts, what outlived more of them is brighter.
 
     Of an image with crops: the canvas of crops first, then, smaller, the thumbnail.
     """
-    grid, kept = trace.grids[index], set(trace.kept_patches(index))
+    grid, kept = trace.grids[index], outlived(trace, index)
     boxes = patch_boxes(image_processor, image.size, grid)
     planes = []
     for plane in range(len(grid.planes)):
         mine = [t for t in range(grid.tokens) if (int(grid.view[t]) > 0) == bool(plane) and not grid.newline[t]]
         size = longest if len(grid.planes) == 1 or plane else longest // 2
-        planes.append(paint(image, [boxes[t] for t in mine], [t in kept for t in mine], size))
+        planes.append(paint(image, [boxes[t] for t in mine], [kept[t] for t in mine], size))
     return planes[::-1]
 
 
@@ -162,10 +174,10 @@ def kept_panel(
     longest: int = LONGEST,
 ) -> Panel:
     """The picture with what was kept, and the counts under the title."""
-    count = trace.counts[index]
+    grid, count = trace.grids[index], trace.counts[index]
     merged = ", the rest merged in" if any(cut.merge is not None for cut in trace.cuts) else ""
-    about = [f"{count['patches_after']} of {count['patches_before']} patches{merged}"]
-    grid = trace.grids[index]
+    steps = " -> ".join(f"{int((~grid.newline)[cut.keep[index, : grid.tokens].cpu()].sum())}" for cut in trace.cuts)
+    about = [f"{steps} of {count['patches_before']} patches{merged}"]
     if len(grid.planes) > 1:
         kept = trace.kept_patches(index)
         small = sum(int(grid.view[t]) == 0 for t in kept)
