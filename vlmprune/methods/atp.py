@@ -91,11 +91,7 @@ class Atp(Method):
     other. How many stay differs between samples; the `average` of the training steers their mean, so neither keep nor
     average is an option here. The scores cost one attention map of all visual rows at three layers, chunked.
 
-    Use it where you can afford a training run on questions like yours (the model stays frozen) and want easy samples to
-    cost less than hard ones; for a given number of tokens, or without training, take another method. There is no code
-    and there are no weights by the authors: train modules for your model with scripts/train_atp.py. The paper reports,
-    with the language model trained too, 98.1 % of LLaVA-1.5-7B's scores at an average of 144 tokens of 576 and 94.6 %
-    at 88; modules alone lose 2-3 points more.
+    There is no code and there are no weights by the authors: train modules for your model with scripts/train_atp.py.
 
     Inferred, since the paper could not be seen in full: scores min-maxed per image (attention is far under any sigmoid;
     "none" and "logits" are options of the training), pooled to a fixed length for the modules, several nested grids
@@ -103,7 +99,8 @@ class Atp(Method):
     to passing kept where none does. Newlines of anyres images are not scored.
 
     Args:
-        weights: a folder or hub id with trained modules; they state the model and the average that they are for.
+        weights: a folder or hub id with trained modules, or "atp-scene-llava" for those of the embedded model; they
+            state the model and the average that they are for.
         use: "both" thresholds, or only "redundancy" or "spatial" (for ablations).
         newlines: "all" are kept, or "none".
         positions: original (source).
