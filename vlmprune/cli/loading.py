@@ -93,13 +93,14 @@ def pick_device(wanted: str) -> str:
     return wanted
 
 
-def load(source: Source, device: str = "cpu", dtype: str = "auto") -> Loaded:
+def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: Any) -> Loaded:
     """Load a model and its processor.
 
     Args:
         source: of `find_model`.
         device: of `pick_device`.
         dtype: "float32", "bfloat16", "float16" or "auto", which is the checkpoint's own on a GPU and float32 on a CPU.
+        **options: more for `from_pretrained`; a `device_map` places the model instead of `device`.
 
     Raises:
         UserError: not there, not reachable, not complete, or of a family that is not supported.
@@ -126,7 +127,7 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto") -> Loaded:
             if getattr(processor, "image_processor", None) is None:
                 raise UserError(f"{source.name} has no processor for pictures (processor_config.json).")
             wanted = kind if kind == "auto" else getattr(torch, kind)
-            model = AutoModelForImageTextToText.from_pretrained(source.place, dtype=wanted, **only)
+            model = AutoModelForImageTextToText.from_pretrained(source.place, dtype=wanted, **only, **options)
             family = family_of(model)
             family.facts(family.inner(model))
         except UnsupportedError as error:
@@ -136,7 +137,8 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto") -> Loaded:
         except Exception as error:  # transformers, the hub and safetensors raise nearly anything
             way = "" if source.local else " (no such folder here, and the hub could not help)"
             raise UserError(f"cannot load {source.name}{way}: {brief(error)}") from error
-    return Loaded(source, model.to(device).eval(), processor)
+    placed = model if options.get("device_map") is not None else model.to(device)
+    return Loaded(source, placed.eval(), processor)
 
 
 def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> dict[str, Any]:
