@@ -1,0 +1,152 @@
+"""A run on disk: one file per cell, written whole or not at all, and `run.json`, which says what belongs together."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+__all__ = ["FORMAT", "Run", "StoreError", "load_run", "locked", "read_cell", "write_cell", "write_run"]
+
+#: Of cell files and `run.json`; files of another format are not read.
+FORMAT = 1
+CELLS, RUN, LOCK = "cells", "run.json", ".lock"
+
+
+class StoreError(Exception):
+    """A run folder that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is on disk of one run.
+
+    Attributes:
+        folder: the run's folder.
+        info: what `run.json` holds.
+        cells: the cells that are there, in plan order; failed ones (with an `error`) included.
+        missing: ids of cells that are not there yet, or were measured for another config, version or model.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    cells: list[dict[str, Any]]
+    missing: list[str]
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run, finished or not.
+
+    Raises:
+        StoreError: no run in this folder, a damaged `run.json`, or one of another format.
+    """
+    folder = Path(folder)
+    try:
+        info = json.loads((folder / RUN).read_text())
+        ids, keys = info["cells"], info["keys"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{folder} has no {RUN}: not the output folder of `vlmprune eval`.") from None
+    except OSError as error:
+        raise StoreError(f"{folder / RUN} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(f"{folder / RUN} is damaged: run `vlmprune eval` again, which keeps the cells.") from None
+    if info.get("format") != FORMAT:
+        raise StoreError(
+            f"{folder / RUN} is of format {info.get('format')!r}, and this version reads {FORMAT}: "
+            "run `vlmprune eval` again, or read it with the version that wrote it."
+        )
+    found = {name: read_cell(folder, name) for name in ids}
+    good = {name: cell for name, cell in found.items() if cell is not None and cell["key"] == keys[name]}
+    return Run(folder, info, list(good.values()), [name for name in ids if name not in good])
+
+
+def read_cell(folder: Path, name: str) -> dict[str, Any] | None:
+    """The cell called `name`; None if it is not there, damaged, or of another format."""
+    try:
+        cell = json.loads((folder / CELLS / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(cell, dict) and cell.get("format") == FORMAT and {"cell", "key", "depends", "error"} <= {*cell}
+    return cell if whole else None
+
+
+def write_cell(folder: Path, cell: dict[str, Any]) -> Path:
+    """Write one cell; after a crash at any moment the file is the old one or the new one."""
+    return write_json(folder / CELLS / f"{cell['cell']['id']}.json", cell)
+
+
+def write_run(folder: Path, info: dict[str, Any]) -> Path:
+    """Write `run.json` in the same way."""
+    return write_json(folder / RUN, info)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write a file in one step: a temporary file beside it, flushed to the disk, then renamed.
+
+    Raises:
+        ValueError: something in `value` is not JSON (NaN included).
+        StoreError: the file cannot be written.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    except OSError as error:
+        raise StoreError(f"cannot write into {path.parent}: {error.strerror or error}.") from None
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that nobody else may read
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}.") from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+    return path
+
+
+def umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+class RunLock(filelock.FileLock):
+    """A class of our own, since lmms-eval makes all locks on one file be the same object, which lets everybody in."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one run; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        StoreError: another process holds it, or it cannot be made.
+    """
+    lock = RunLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise StoreError(
+            f"another `vlmprune eval` is writing into {folder}: wait for it, or choose another folder "
+            "(--set output=FOLDER)."
+        ) from None
+    except OSError as error:
+        raise StoreError(f"cannot use {folder} as output folder: {error.strerror or error}.") from None
+    try:
+        for left in (folder / CELLS).glob(".writing-*"):  # of a run that was killed while it wrote
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()

@@ -1,0 +1,125 @@
+"""`vlmprune validate` and `vlmprune eval`: what they print, refuse and return."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlmprune.eval import store, taskindex
+
+pytest.importorskip("lmms_eval")
+
+CONFIG = """\
+model: {model}
+name: tiny
+tasks: [vlmprune_scene_llava_shape]
+methods:
+  - fopru
+  - {{name: fastv, label: second}}
+average: [0.75, 0.1]
+controls: [none]
+limit: 2
+output: {output}
+"""
+
+
+@pytest.fixture
+def config(tmp_path, folders):
+    path = tmp_path / "my.yaml"
+    path.write_text(CONFIG.format(model=folders["llava"], output=tmp_path / "out"))
+    return path
+
+
+def test_validate(cli, config):
+    code, out, err = cli("validate", config)
+    assert (code, err) == (0, "")
+    assert "tiny: 4 cells" in out
+    assert "left out: tiny: second average 0.1: average=0.1 cannot be met" in out
+    assert out.endswith("is fine: 4 cells.\n")
+
+
+def test_validate_tells_all_mistakes_with_lines_and_reads_no_weights(cli, config, folders, monkeypatch):
+    import safetensors
+
+    monkeypatch.setattr(safetensors, "safe_open", lambda *_, **__: pytest.fail("read weights"))
+    config.write_text(config.read_text().replace("fopru", "vtc_cls").replace(folders["llava"], folders["siglip"]))
+    code, out, err = cli("validate", config, "--set", "tasks=[vlmprune_scene_llava_shap]")
+    assert (code, out) == (2, "")
+    assert "2 mistakes in the config" in err
+    assert f"{config}:5: vtc_cls: vtc_cls reads the attention of the tower's [CLS] token" in err
+    assert "--set tasks=[vlmprune_scene_llava_shap]: unknown task" in err
+    assert "Did you mean 'vlmprune_scene_llava_shape'?" in err
+
+
+def test_validate_without_the_model(cli, config):
+    code, out, _ = cli("validate", config, "--no-model", "--set", "model=some/where")
+    assert code == 0
+    assert "(the model was not looked at)" in out
+
+
+@pytest.mark.parametrize("verb", ["validate", "eval"])
+def test_usage(cli, verb, tmp_path):
+    assert cli(verb)[0] == 2
+    code, out, err = cli(verb, tmp_path / "none.yaml")
+    assert (code, out) == (2, "")
+    assert "no such file" in err
+
+
+def test_dry_run_shows_the_plan_and_writes_nothing(cli, config, tmp_path):
+    code, out, _ = cli("eval", config, "--dry-run")
+    assert code == 0
+    assert "tiny--fopru--average-0.75--vlmprune_scene_llava_shape  not measured yet" in out
+    assert "4 to measure: not measured yet" in out
+    assert "How long this takes is unknown" in out
+    assert not (tmp_path / "out").exists()
+
+
+def test_eval_measures_and_reports(cli, config, tmp_path):
+    code, out, err = cli("eval", config)
+    assert code == 0, err
+    assert "[4/4] tiny: second average 0.75 on vlmprune_scene_llava_shape: exact_match" in err
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in out
+    assert (tmp_path / "out" / "report.md").exists()
+    assert store.load_run(tmp_path / "out").info["skipped"][0]["label"] == "second"
+    code, out, _ = cli("eval", config, "--dry-run", "--set", "limit=3")
+    assert "limit 2 -> 3" in out
+    assert "About " in out
+    code, out, _ = cli("eval", config, "--dry-run")
+    assert "Nothing is left to measure." in out
+
+
+def test_a_folder_in_use(cli, config, tmp_path):
+    with store.locked(tmp_path / "out"):
+        code, _, err = cli("eval", config)
+    assert code == 2
+    assert "another `vlmprune eval` is writing into" in err
+
+
+def test_a_model_that_cannot_be_loaded(cli, config, folders, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folders["llava"], copy)
+    (copy / "model.safetensors").write_bytes(b"nothing")
+    code, _, err = cli("eval", config, "--set", f"model={copy}")
+    assert code == 2
+    assert "cannot load" in err
+
+
+def test_a_report_that_fails_does_not_hide_that_all_is_measured(cli, config, monkeypatch):
+    from vlmprune.eval import report
+
+    monkeypatch.setattr(report, "write", lambda folder: 1 / 0)
+    code, _, err = cli("eval", config)
+    assert code == 1
+    assert "all is measured and stored" in err
+    assert "ZeroDivisionError" in err
+
+
+def test_without_lmms_eval(cli, config, monkeypatch):
+    monkeypatch.setattr(taskindex, "have_lmms_eval", lambda: False)
+    code, out, err = cli("eval", config)
+    assert (code, out) == (2, "")
+    assert "pip install vlmprune[eval]" in err
+    code, out, _ = cli("validate", config)
+    assert code == 0
+    assert "Task names were not checked." in out

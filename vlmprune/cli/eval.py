@@ -1,0 +1,252 @@
+"""`vlmprune eval`: everything that a YAML file asks for, measured through lmms-eval, and a report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from vlmprune.cli.errors import CommandError, UserError, brief
+
+if TYPE_CHECKING:
+    from vlmprune.eval.plan import Cell, Job, Plan
+    from vlmprune.eval.survey import Survey
+
+__all__ = ["add_config", "add_to", "planned"]
+
+EXAMPLES = """\
+examples:
+  vlmprune eval configs/demo.yaml
+  vlmprune eval configs/demo.yaml --dry-run
+  vlmprune eval my.yaml --set limit=20 --set output=runs/try --set 'keep=[0.5, 64]'
+  accelerate launch --num_processes 8 -m vlmprune eval my.yaml
+
+configs/template.yaml explains every key. A run that was stopped goes on when it is started again; what was measured
+with another config, version or model is measured anew, and only that.
+
+exit codes: 0 all is measured, 1 something failed, 2 the config is wrong or the folder in use, 130 interrupted
+"""
+
+
+def add_to(verbs: Any) -> None:
+    """Add this verb's parser."""
+    made = verbs.add_parser(
+        "eval",
+        help="measure methods at budgets on benchmarks, as a YAML file says",
+        description="Measure methods at budgets on benchmarks through lmms-eval, as a YAML file says, and report.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_config(made)
+    made.add_argument("--dry-run", action="store_true", help="print the plan and how long it may take, and stop")
+    made.set_defaults(verb=run)
+
+
+def add_config(made: argparse.ArgumentParser) -> None:
+    """The arguments that say which config, and what is different in it."""
+    made.add_argument("config", metavar="CONFIG.yaml")
+    made.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="another value for a key (a.b.0=value; the value is read as YAML); may be repeated",
+    )
+
+
+def planned(args: argparse.Namespace, look_at_model: bool = True) -> Plan:
+    """Read the config and make its plan.
+
+    Raises:
+        UserError: everything that is wrong with it, one line each.
+    """
+    from vlmprune.eval.config import load_config
+    from vlmprune.eval.plan import make_plan
+    from vlmprune.eval.tree import Mistakes
+
+    try:
+        return make_plan(load_config(args.config, args.overrides), look_at_model=look_at_model)
+    except Mistakes as error:
+        lines = str(error).splitlines()
+        start = "" if len(lines) == 1 else f"{len(lines)} mistakes in the config\n"
+        raise UserError(start + "\n".join(lines)) from None
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan, measure, report."""
+    from vlmprune.eval import run as runner
+    from vlmprune.eval import survey
+    from vlmprune.eval.store import StoreError
+    from vlmprune.eval.taskindex import INSTALL, have_lmms_eval
+
+    if not have_lmms_eval() and not args.dry_run:
+        raise UserError(f"{INSTALL}.")
+    first = runner.rank() == 0
+    plan = planned(args)
+    if first:
+        for line in about(plan):
+            print(line, flush=True)
+    if args.dry_run:
+        if first:
+            print(dry(plan, survey.survey(plan, plan.config.output)))
+        return
+    show = Show(len(plan.cells)) if first else None
+    try:
+        done = runner.run_plan(plan, show, sys.argv)
+    except StoreError as error:
+        raise UserError(str(error)) from None
+    finally:
+        if show:
+            show.close()
+    if first:
+        report(plan, done.failed)
+
+
+def about(plan: Plan) -> list[str]:
+    """What is going to be run, and what not."""
+    made = []
+    for job in plan.jobs:
+        labels = list(dict.fromkeys(cell.label for cell in job.cells))
+        budgets = [word for cell in job.cells for word in [budget_text(cell.budget)] if word]
+        groups: dict[str, set[str]] = {}
+        for cell in job.cells:
+            groups.setdefault(cell.group or cell.task, set()).add(cell.task)
+        tasks = [name if found == {name} else f"{name} ({len(found)} tasks)" for name, found in groups.items()]
+        limit = "" if job.setting.limit is None else f", the first {job.setting.limit} samples of each"
+        made.append(f"{job.setting.name}: {len(job.cells)} cells")
+        made.append(f"  methods  {', '.join(labels)}")
+        made.append(f"  budgets  {', '.join(dict.fromkeys(budgets)) or '-'}")
+        made.append(f"  tasks    {', '.join(tasks)}{limit}")
+    for left in plan.skipped:
+        who = f"{left['model']}: {left['label']} {budget_text(left['budget'])}".rstrip()
+        made.append(f"left out: {who}: {left['reason']}")
+    return [*made, *(f"note: {note}" for note in plan.notes)]
+
+
+def budget_text(budget: dict[str, int | float] | None) -> str:
+    return " ".join(f"{word} {amount}" for word, amount in (budget or {}).items())
+
+
+def dry(plan: Plan, found: Survey) -> str:
+    """The cells one by one, and how long they may take."""
+    from vlmprune.eval.survey import estimate
+
+    rows = [f"  {cell.id}  {found.reasons.get(cell.id, 'measured')}" for _, cell in plan.cells]
+    about_time = estimate(plan, found, plan.config.output)
+    if not found.todo:
+        end = "Nothing is left to measure."
+    elif about_time.unknown == len(found.todo):
+        end = (
+            "How long this takes is unknown: nothing like it was measured in this folder yet. To find out, run it with "
+            "--set limit=4, then ask again."
+        )
+    else:
+        end = f"About {clock(about_time.seconds)}, by the {about_time.measured} cells measured in this folder"
+        more = f", and {about_time.unknown} cells that nothing is known about" if about_time.unknown else ""
+        end += f" (loading models not counted){more}."
+    return "\n".join([f"cells, in {plan.config.output}:", *rows, *found.told(), end])
+
+
+def clock(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 20 s`, `12 s`."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def report(plan: Plan, failed: dict[str, str]) -> None:
+    """Write the report, print its table, and say what failed.
+
+    Raises:
+        CommandError: a cell failed.
+    """
+    from vlmprune.eval import report as reports
+    from vlmprune.eval.run import LOG
+
+    folder = plan.config.output
+    try:
+        files = reports.write(folder)
+        print(f"\n{reports.summary(folder)}\n\nreport: {files[0]}", flush=True)
+    except Exception as error:  # the cells are safe, and a user must hear of them
+        raise CommandError(
+            f"all is measured and stored in {folder}, but the report failed: {type(error).__name__}: {brief(error)}. "
+            f"`vlmprune report {folder}` tries again."
+        ) from error
+    if failed:
+        shown = [f"  {name}: {why}" for name, why in list(failed.items())[:10]]
+        more = [f"  and {len(failed) - 10} more"] if len(failed) > 10 else []
+        told = "\n".join([*shown, *more])
+        raise CommandError(
+            f"{len(failed)} of {len(plan.cells)} cells failed ({folder / LOG} has the details; the next run tries "
+            f"them again):\n{told}"
+        )
+
+
+class Show:
+    """Progress on stderr: two bars in a terminal, a line per cell elsewhere."""
+
+    def __init__(self, cells: int):
+        self.total, self.ended = cells, 0
+        self.bars = sys.stderr.isatty()
+        self.stderr = sys.stderr  # lmms-eval's own is sent to a file
+        self.outer: Any = None
+        self.inner: Any = None
+
+    def start(self, found: Survey) -> None:
+        """Say what is there already."""
+        from tqdm import tqdm
+
+        for line in found.told():
+            print(line, file=self.stderr, flush=True)
+        self.ended = len(found.done)
+        if self.bars:
+            more = {"file": self.stderr, "dynamic_ncols": True}
+            self.outer = tqdm(total=self.total, initial=self.ended, unit="cell", position=0, smoothing=0, **more)
+            self.inner = tqdm(total=1, unit="sample", position=1, leave=False, **more)
+
+    def loading(self, job: Job) -> None:
+        """A model is about to be loaded."""
+        self.say(f"loading {job.setting.name} ...")
+
+    def cell(self, job: Job, cell: Cell) -> None:
+        """A cell begins."""
+        if self.bars:
+            self.outer.set_description(f"{cell.model}: {cell.title}")
+            self.inner.reset(1)
+            self.inner.set_description(cell.task)
+
+    def samples(self, answered: int, of: int) -> None:
+        """So many of a cell's samples are answered."""
+        if self.bars:
+            self.inner.total = of
+            self.inner.n = answered
+            self.inner.refresh()
+
+    def finished(self, cell: Cell, content: dict[str, Any]) -> None:
+        """A cell is on disk."""
+        self.ended += 1
+        if self.bars:
+            self.outer.update()
+        if content["error"] is not None:
+            self.say(f"failed: {cell.model}: {cell.title} on {cell.task}: {content['error']}")
+        elif not self.bars:
+            value = content["metrics"][content["metric"]]["value"]
+            told = f"{content['metric']} {value:.4g}, {content['elapsed_s']:.1f} s"
+            self.say(f"[{self.ended}/{self.total}] {cell.model}: {cell.title} on {cell.task}: {told}")
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.bars:
+            self.outer.write(text, file=self.stderr)
+        else:
+            print(text, file=self.stderr, flush=True)
+
+    def close(self) -> None:
+        """Take the bars away."""
+        for bar in (self.inner, self.outer):
+            if bar is not None:
+                bar.close()
