@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
+from vlmprune.eval import statistics
+
 from . import Record
 from .scenes import GRID
 from .words import CATEGORIES
@@ -216,12 +218,5 @@ def interval(records: list[Record], difference: np.ndarray, draws: int = 2000, s
 
     With `difference` = right(A) - right(B) it is the paired interval of A - B.
     """
-    names = {n: i for i, n in enumerate(dict.fromkeys(r.picture_id for r in records))}
-    sums, counts = np.zeros(len(names)), np.zeros(len(names))
-    for record, value in zip(records, difference, strict=True):
-        sums[names[record.picture_id]] += value
-        counts[names[record.picture_id]] += 1
-    rng = np.random.default_rng(seed)
-    sample = rng.integers(len(names), size=(draws, len(names)))
-    low, high = np.percentile(sums[sample].sum(1) / counts[sample].sum(1), [2.5, 97.5])
-    return float(low), float(high)
+    pictures = [record.picture_id for record in records]
+    return statistics.interval(statistics.Resampler(pictures, draws, seed).means(pictures, difference))

@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune.cli import answering, loading
-    from vlmprune.cli.report import Asked, as_json, as_text, save
+    from vlmprune.cli.printing import Asked, as_json, as_text, save
     from vlmprune.cli.status import note, status
 
     budgets = [{word: parse_budget(text, word)} for text in amounts]

@@ -1,0 +1,163 @@
+"""What stands on the page, in which order."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vlmprune.eval import statistics, testbed
+from vlmprune.eval.report import ledger, tables, words
+from vlmprune.eval.report.document import Block, Code, Heading, Items, Picture, Table, Text
+from vlmprune.eval.report.rows import MISSING, OK, Results, budget_text
+
+__all__ = ["NO_PLOTS", "build", "title"]
+
+NO_PLOTS = "No pictures were drawn: matplotlib is not installed (pip install 'vlmprune[plot]', then vlmprune report)."
+
+
+def title(results: Results) -> str:
+    """The page's title."""
+    return f"vlmprune: {', '.join(results.models) or 'no results yet'}"
+
+
+def build(results: Results, pictures: Mapping[str, Sequence[Picture]] | None) -> list[Block]:
+    """All blocks; `pictures` per model, None where they could not be drawn."""
+    blocks: list[Block] = [Heading(title(results), 1), Text(state(results)), *troubles(results)]
+    if pictures is None:
+        blocks.append(Text(NO_PLOTS, warning=True))
+    for model in results.models:
+        blocks += section(results, model, (pictures or {}).get(model, ()))
+    if found := ledger.lines(results):
+        blocks += [
+            Heading("Published numbers"),
+            Text("Paper, ours, and the difference, in the paper's unit. Read the definition before the difference."),
+            ledger.table(results, found),
+        ]
+    blocks += [
+        Heading("How to read this"),
+        Items(words.definitions(batched(results), embedded(results))),
+        *repeat(results),
+    ]
+    return blocks
+
+
+def state(results: Results) -> str:
+    """How much of the plan is there."""
+    planned, bad = len(results.info["cells"]), {problem.cell for problem in results.problems}
+    text = f"{planned - len(bad)} of {planned} planned cells are in this report."
+    return text if results.info.get("finished") else f"{text} The run is not finished."
+
+
+def troubles(results: Results) -> list[Block]:
+    """Everything that a reader must know before the numbers."""
+    blocks: list[Block] = [Text(note, warning=True) for note in results.info.get("notes") or []]
+    if results.problems:
+        blocks.append(Heading(f"Not in the comparison: {len(results.problems)} cells"))
+        rows = [[p.cell, p.state, tables.terminal.short(p.why, 400)] for p in results.problems]
+        blocks.append(Table(["cell", "state", "why"], rows, range(3)))
+        if any(p.state == MISSING for p in results.problems):
+            blocks.append(Text("Missing cells are evaluated by running the same vlmprune eval again."))
+    if skipped := results.info.get("skipped"):
+        blocks.append(Heading(f"Left out of the plan: {len(skipped)}"))
+        rows = [[s["model"], s["label"], budget_text(s.get("budget")), s["reason"]] for s in skipped]
+        blocks.append(Table(["model", "method", "budget", "why"], rows, range(4)))
+    return blocks
+
+
+def section(results: Results, model: str, pictures: Sequence[Picture]) -> list[Block]:
+    """One model."""
+    tasks, rows = results.tasks(model), results.of(model, None)
+    several = len(tasks) > 1
+    blocks: list[Block] = [Heading(model)]
+    if not any(row.full and row.value is not None for row in rows):
+        blocks.append(Text("The unpruned model has no complete results: no retention can be given.", warning=True))
+    if not any(row.method == "random" and row.value is not None for row in rows):
+        blocks.append(Text("There is no complete random to compare with.", warning=True))
+    if several:
+        blocks += [Heading(f"All {len(tasks)} tasks", 3), *warn(rows), tables.overview(rows), *notes(rows)]
+        blocks += [Items(said)] if (said := words.differences(rows)) else []
+        blocks += [Heading("Scores of all tasks", 3), tables.matrix(results, model)]
+    blocks += pictures
+    for task in tasks:
+        mine = results.of(model, task)
+        blocks += [Heading(task, 3), Text(about(mine)), *warn(mine), tables.detail(mine), *notes(mine)]
+        blocks += [Items(said)] if (said := words.differences(mine)) else []
+    tested = words.chance([row for row in results.rows if row.model == model and (several or row.task is not None)])
+    return [*blocks, Text(tested)] if tested else blocks
+
+
+def about(rows: Sequence[Any]) -> str:
+    """A task's metric and samples."""
+    known = [row for row in rows if row.metric is not None]
+    if not known:
+        return "No cell of this task has a result."
+    first = known[0]
+    text = f"{first.metric}, {'more' if first.higher_is_better else 'less'} is better; {first.samples} samples"
+    many = next((row.clusters for row in known if row.clusters), None)
+    if many and many != first.samples:
+        text += f" in {many} clusters (pictures)"
+    return f"{text}."
+
+
+def warn(rows: Sequence[Any]) -> list[Block]:
+    """A warning where there are few clusters."""
+    return [Text(text, warning=True) for text in words.few(rows)]
+
+
+def notes(rows: Sequence[Any]) -> list[Block]:
+    """What is to be said about single rows, equal notes together."""
+    said: dict[str, list[str]] = {}
+    for row in rows:
+        if row.note:
+            text = row.note if row.state == OK else f"{row.state}: {row.note}"
+            said.setdefault(tables.terminal.short(text, 400), []).append(f"{tables.shown(row)} {row.budget}".strip())
+    every = [f"{tables.shown(row)} {row.budget}".strip() for row in rows]
+    told = [f"{most(names, every)}: {text}" for text, names in said.items()]
+    return [Items(told)] if told else []
+
+
+def most(names: Sequence[str], every: Sequence[str]) -> str:
+    """`a, b`, or `all rows but c` where that is shorter."""
+    others = [name for name in every if name not in names]
+    if len(others) >= len(names):
+        return ", ".join(names)
+    return f"all rows but {', '.join(others)}" if others else "all rows"
+
+
+def batched(results: Results) -> bool:
+    """Whether any cell was measured with more than one request at a time."""
+    return any((cell["depends"].get("batch_size") or 1) > 1 for cell in results.cells)
+
+
+def embedded(results: Results) -> bool:
+    """Whether any model is one of those that the package ships."""
+    config = results.info.get("config") or {}
+    return any(part.get("model") in testbed.NAMES for part in (config, *config.get("runs", [])))
+
+
+def repeat(results: Results) -> list[Block]:
+    """Everything needed to do it again."""
+    info = results.info
+    seeds = sorted({c["cell"]["seed"] for c in results.cells if c["cell"].get("seed") is not None})
+    facts = {
+        **{f"version of {name}": version for name, version in (info.get("versions") or {}).items()},
+        "commit": info.get("commit") or "not known (installed from a package)",
+        "device": info.get("device"),
+        "seeds": ", ".join(map(str, seeds)) or "none were needed",
+        "bootstrap": f"{statistics.DRAWS} draws, seed {statistics.SEED}",
+        "started": info.get("started"),
+        "finished": info.get("finished") or "not finished",
+        "evaluation time": f"{sum(cell.get('elapsed_s') or 0 for cell in results.cells):.0f} s in cells",
+    }
+    command = info.get("command") or []
+    blocks: list[Block] = [
+        Heading("Repeat it"),
+        Table(["what", "value"], [[k, str(v)] for k, v in facts.items()], range(2)),
+    ]
+    blocks += [Text("Command:"), Code(shlex.join(map(str, command)) if not isinstance(command, str) else command)]
+    if info.get("config_text"):
+        blocks += [Text("Config, as given:"), Code(info["config_text"])]
+    blocks += [Text("Config, as resolved:"), Code(json.dumps(info.get("config"), indent=1, ensure_ascii=False))]
+    return blocks

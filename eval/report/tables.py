@@ -1,0 +1,202 @@
+"""Rows as tables: the page's, and the one that ends `vlmprune eval`."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+
+from vlmprune.cli import tables as terminal
+from vlmprune.eval.report import words
+from vlmprune.eval.report.document import Table
+from vlmprune.eval.report.rows import OK, Results, Row
+
+__all__ = ["detail", "matrix", "number", "overview", "shown", "summary"]
+
+NONE = "-"
+FULL = "full model"
+LEGEND = (
+    "entering, average: visual tokens at the first layer, and averaged over the layers, of the language model. "
+    "retention: score / full model's score, mean over tasks. - random: difference to random at the same budget; "
+    "noise: its 95 % interval contains 0."
+)
+#: Every table shows both counts.
+COUNTS = ("tokens entering the LLM", "layer average")
+
+
+def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
+    """A number with so many decimals; `-` for none."""
+    return NONE if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def digits(rows: Sequence[Row]) -> int:
+    """Decimals that suit a task's unit: 0..1, per cent, or points."""
+    largest = max((abs(row.value) for row in rows if row.value is not None), default=0)
+    return 3 if largest <= 1.5 else 1
+
+
+def shown(row: Row) -> str:
+    """What the method of a row is called."""
+    return FULL if row.full else row.label
+
+
+def counts(row: Row) -> list[str]:
+    """Both counts: tokens entering the language model (before pruning too), and the mean over its layers."""
+    before, after = (
+        f"{v:.0f}" if v.is_integer() else f"{v:.1f}" for v in (row.tokens_before or 0.0, row.tokens_after or 0.0)
+    )
+    entering = NONE if row.tokens_after is None else terminal.change(before, after)
+    return [entering, number(row.layer_average)]
+
+
+def with_interval(value: float | None, low: float | None, high: float | None, decimals: int, sign: bool = False) -> str:
+    """`92.4 [90.1, 94.0]`."""
+    text = number(value, decimals, sign)
+    return text if low is None else f"{text} [{number(low, decimals)}, {number(high, decimals)}]"
+
+
+def score(row: Row, decimals: int, interval: bool = True) -> str:
+    """A row's score in its unit, with the spread over seeds; its state where it has none."""
+    if row.value is None:
+        return row.state if row.state != OK else NONE
+    text = with_interval(row.value, row.low, row.high, decimals) if interval else number(row.value, decimals)
+    return text if row.spread is None else f"{text} ± {number(row.spread, decimals)} ({row.seeds} seeds)"
+
+
+def kept(row: Row) -> str:
+    """Retention in per cent with its interval and spread; the state where there is none."""
+    if row.retention is None:
+        return row.state if row.state != OK else NONE
+    scaled = [None if v is None else 100 * v for v in (row.retention, row.retention_low, row.retention_high)]
+    text = with_interval(scaled[0], *((None, None) if row.full else scaled[1:]), 1)
+    over_all = row.task is None and row.spread is not None
+    return f"{text} ± {number(100 * row.spread)} ({row.seeds} seeds)" if over_all else text
+
+
+def difference(row: Row, base: str, decimals: int, scale: float = 1.0) -> str:
+    """`-1.2 [-2.0, -0.4] worse`; empty where there is nothing to compare with."""
+    parts = [getattr(row, f"{base}_{part}") for part in ("difference", "low", "high")]
+    value, low, high = (None if v is None else scale * v for v in parts)
+    if value is None:
+        return ""
+    text = with_interval(value, low, high, decimals, sign=True)
+    return f"{text} {getattr(row, f'{base}_verdict') or '(no interval)'}"
+
+
+def costs(row: Row) -> list[str]:
+    """Time to first token (ms), decoding (tokens per second), peak memory (MiB)."""
+    first = None if row.ttft_s is None else 1000 * row.ttft_s
+    memory = None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**20
+    return [number(first), number(row.decode_tokens_per_s), number(memory, 0)]
+
+
+def kinds(rows: Sequence[Row]) -> list[str]:
+    """How the table's rows look: the full model, controls, the first row of a budget."""
+    made, last = [], None
+    for row in rows:
+        marks = {"full": row.full, "control": row.control and not row.full, "start": last not in (None, row.budget)}
+        made.append(" ".join(name for name, on in marks.items() if on))
+        last = row.budget
+    return made
+
+
+def overview(rows: Sequence[Row]) -> Table:
+    """The rows over all tasks."""
+    header = [
+        "method",
+        "budget",
+        *COUNTS,
+        "retention, % [95 %]",
+        "- random, points",
+        "first token, ms",
+        "decode, tokens/s",
+    ]
+    header += ["peak memory, MiB"]
+    cells = [
+        [shown(row), row.budget, *counts(row), kept(row), difference(row, "random", 1, 100), *costs(row)]
+        for row in rows
+    ]
+    return Table(header, cells, range(2), kinds(rows))
+
+
+def matrix(results: Results, model: str) -> Table:
+    """One column of scores per task, and the retention over all of them."""
+    tasks, rows = results.tasks(model), results.of(model, None)
+    of = {task: {row.name: row for row in results.of(model, task)} for task in tasks}
+    decimals = {task: digits(list(of[task].values())) for task in tasks}
+    cells = [
+        [
+            *(shown(row), row.budget, *counts(row)),
+            *(score(of[task][row.name], decimals[task], interval=False) for task in tasks),
+            kept(row),
+        ]
+        for row in rows
+    ]
+    heads = [f"{task} ({next((r.metric for r in of[task].values() if r.metric), 'no metric')})" for task in tasks]
+    return Table(["method", "budget", *COUNTS, *heads, "retention, % [95 %]"], cells, range(2), kinds(rows))
+
+
+def detail(rows: Sequence[Row]) -> Table:
+    """One task's rows with all intervals."""
+    decimals = digits(rows)
+    header = [
+        "method",
+        "budget",
+        *COUNTS,
+        "score [95 %]",
+        "- full model",
+        "- random",
+        "retention, %",
+        "first token, ms",
+    ]
+    header += ["decode, tokens/s", "peak memory, MiB"]
+    cells = [
+        [
+            *(shown(row), row.budget, *counts(row), score(row, decimals)),
+            *(difference(row, "full", decimals), difference(row, "random", decimals), kept(row), *costs(row)),
+        ]
+        for row in rows
+    ]
+    return Table(header, cells, range(2), kinds(rows))
+
+
+def brief(text: str, spread: bool = True) -> str:
+    """A score without the number of its seeds, or without its whole spread."""
+    return text.partition(" (" if spread else " ±")[0]
+
+
+def summary(results: Results, wide: int = 120) -> str:
+    """The compact table that ends `vlmprune eval`, one block per model; no line is longer than `wide`."""
+    parts = []
+    for model in results.models:
+        tasks, rows = results.tasks(model), results.of(model, None)
+        single = {row.name: row for row in results.of(model, tasks[0])} if len(tasks) == 1 else {}
+        decimals = digits(list(single.values()))
+        header = ["method", "budget", "entering", "average", *(["score"] if single else [])]
+        header += ["retention % [95 %]", "- random, points", "first token"]
+        cells: list[list[str]] = []
+        for row, kind in zip(rows, kinds(rows), strict=True):
+            first = NONE if row.ttft_s is None else f"{1000 * row.ttft_s:.1f} ms"
+            entering = NONE if row.tokens_after is None else number(row.tokens_after)
+            mine = [shown(row), row.budget, entering, number(row.layer_average)]
+            mine += [brief(score(single[row.name], decimals, interval=False))] if single else []
+            mine += [brief(kept(row), spread=not single), difference(row, "random", 1, 100), first]
+            cells += [[], mine] if "start" in kind else [mine]
+        metric = next((row.metric for row in single.values() if row.metric), "")
+        about = f"{tasks[0]} ({metric})" if single else f"mean over {len(tasks)} tasks"
+        room = wide - len(terminal.table(header[1:], [row[1:] for row in cells], header[1:]).split("\n")[1]) - 2
+        cells = [[terminal.short(row[0], max(12, room)), *row[1:]] if row else row for row in cells]
+        body = terminal.table(header, cells, [name for name in header[2:] if not name.startswith("- ")])
+        parts.append("\n".join(line[:wide] for line in (f"{model}: {about}", *body.split("\n"))))
+    return "\n\n".join(
+        [*parts, "\n".join(textwrap.fill(line, wide) for line in (LEGEND, *words.few(results.rows), *lacking(results)))]
+    )
+
+
+def lacking(results: Results) -> list[str]:
+    """How many planned cells are not in the tables."""
+    states = Counter(problem.state for problem in results.problems)
+    if not states:
+        return []
+    many = ", ".join(f"{count} {state}" for state, count in states.items())
+    return [f"Not in this table, of {len(results.info['cells'])} planned cells: {many}. The report lists them."]

@@ -1,0 +1,95 @@
+"""What the page says in sentences: definitions, and which differences are noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vlmprune.cli.printing import OVERHEAD
+from vlmprune.eval import statistics
+from vlmprune.eval.report.rows import Row
+
+__all__ = ["chance", "definitions", "differences", "few"]
+
+VERDICTS = {
+    "better": "better",
+    "worse": "worse",
+    "noise": "noise, no difference can be told",
+    "equal": "the same in every sample",
+    None: "difference without an interval",
+}
+BASES = {"full": "the full model", "random": "random at the same budget"}
+
+
+def definitions(batched: bool, embedded: bool) -> list[str]:
+    """How to read the tables.
+
+    Args:
+        batched: whether requests were answered several at a time.
+        embedded: whether one of the package's own small models was run.
+    """
+    times = "Time to first token: from the call of generate, pictures not encoded yet, to the first token; median over "
+    times += "requests, mean over tasks and seeds."
+    if batched:
+        times += " Requests were answered in batches: a time belongs to the whole batch."
+    if embedded:
+        times += f" {OVERHEAD}"
+    return [
+        "Tokens entering the LLM: visual tokens of a request (all its pictures) at the input of the language model's "
+        "first layer, newline tokens included, before -> after pruning; mean over requests. Layer average: the same, "
+        "averaged over the language model's layers: a method that prunes inside the language model starts with all "
+        "tokens, and this is its cost.",
+        "Retention: score / score of the unpruned model on the same samples (inverted where less is better), in per "
+        "cent; over all tasks, the mean of the tasks' ratios. It has no unit, so tasks with different scales count "
+        "alike. It is not given where a task is missing, since means over different tasks cannot be compared.",
+        "Intervals: 95 %, paired. All methods answered the same samples; whole clusters of samples (all questions "
+        f"about a picture where the task names its pictures, else single samples) are drawn with replacement, "
+        f"{statistics.DRAWS} times with seed {statistics.SEED}, the same draws for all methods, and differences are "
+        "taken within each draw. They cover the choice of samples, not the training of a model.",
+        "Words: a difference is noise if its interval contains 0, else better or worse; the interval says by how much. "
+        "Every interval stands for itself, with no correction for making many of them.",
+        "Metrics that are not the mean of their samples' scores (sums such as MME's, F1) have a value and no interval.",
+        "The same budget is the same keep (patches left in the end) or average (mean over layers): it need not be "
+        "the same cost, which both token counts show.",
+        "Random and other methods with seeds: mean over seeds, ± the standard deviation over seeds; per sample, the "
+        "mean over seeds goes into the intervals.",
+        times,
+    ]
+
+
+def few(rows: Sequence[Row]) -> list[str]:
+    """A warning where intervals rest on too little, or nothing."""
+    if all(row.clusters is None or row.clusters >= statistics.FEW_CLUSTERS for row in rows):
+        return []
+    return [
+        f"Fewer than {statistics.FEW_CLUSTERS} independent clusters of samples in a task: the intervals are too narrow "
+        "and so better or worse is said too easily."
+    ]
+
+
+def differences(rows: Sequence[Row]) -> list[str]:
+    """A sentence per budget and base: who is better, who is worse, what is noise."""
+    sentences = []
+    for base, name in BASES.items():
+        for budget in dict.fromkeys(row.budget for row in rows if not row.full):
+            mine = [
+                r for r in rows if r.budget == budget and not r.full and getattr(r, f"{base}_difference") is not None
+            ]
+            said = []
+            for verdict, meaning in VERDICTS.items():
+                labels = [r.label for r in mine if getattr(r, f"{base}_verdict") == verdict]
+                said += [f"{meaning}: {', '.join(labels)}"] if labels else []
+            if any(getattr(r, f"{base}_verdict") for r in mine):
+                sentences.append(f"{budget or 'Own budget'}, against {name}: {'; '.join(said)}.")
+    return sentences
+
+
+def chance(rows: Sequence[Row]) -> str | None:
+    """How many differences would look real by chance alone."""
+    made = [v for r in rows for base in BASES if (v := getattr(r, f"{base}_verdict")) is not None]
+    if not made:
+        return None
+    real = sum(v in ("better", "worse") for v in made)
+    return (
+        f"{len(made)} differences were tested, and {real} of them are not noise. If nothing differed at all, about "
+        f"{0.05 * len(made):.0f} would look real by chance."
+    )

@@ -1,0 +1,116 @@
+"""What may be said about a difference: bootstrap over clusters, retention, Pareto front. Arrays in, numbers out.
+
+All methods answer the same questions, so they are compared question by question (paired). Questions about one picture
+are not independent, so whole clusters (pictures, or single questions where the picture is not known) are drawn with
+replacement: the percentile interval of a ratio of sums (Efron & Tibshirani 1993, chapters 6 and 13).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+__all__ = ["DRAWS", "FEW_CLUSTERS", "SEED", "Resampler", "interval", "pareto", "retention", "verdict"]
+
+#: Bootstrap draws, and the seed that makes two reports of one run the same.
+DRAWS = 2000
+SEED = 0
+#: With fewer clusters a percentile interval is too narrow to be trusted (it still is given, with a warning).
+FEW_CLUSTERS = 20
+#: Below this a difference of means is round-off of sums taken in another order.
+ROUND_OFF = 1e-12
+
+
+class Resampler:
+    """Draws clusters with replacement, once, so that everything averaged with it is compared on the same draws.
+
+    Args:
+        clusters: names of what is drawn; repetitions count once.
+        draws: how often.
+        seed: of the draws; they depend on the number of clusters and on nothing else.
+    """
+
+    def __init__(self, clusters: Sequence[str], draws: int = DRAWS, seed: int = SEED):
+        self.position = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+        self.draws, self.seed = draws, seed
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    def counts(self, chunk: int = 200) -> Iterator[np.ndarray]:
+        """How often each cluster was drawn: (draws, clusters) float, some rows at a time to bound the memory."""
+        rng, size = np.random.default_rng(self.seed), len(self)
+        for start in range(0, self.draws, chunk):
+            rows = min(chunk, self.draws - start)
+            drawn = rng.integers(size, size=(rows, size)) + size * np.arange(rows)[:, None]
+            yield np.bincount(drawn.ravel(), minlength=rows * size).reshape(rows, size).astype(float)
+
+    def means(self, clusters: Sequence[str], values: np.ndarray) -> np.ndarray:
+        """Mean over samples in every draw.
+
+        Args:
+            clusters: (samples,) each sample's cluster, all of them known to this object.
+            values: (samples,) or (samples, columns).
+
+        Returns:
+            (draws,) or (draws, columns); NaN where a draw has none of the samples.
+        """
+        values = np.asarray(values, float)
+        flat = values.reshape(len(values), -1)
+        where = np.array([self.position[name] for name in clusters])
+        sums, sizes = np.zeros((len(self), flat.shape[1])), np.bincount(where, minlength=len(self)).astype(float)
+        np.add.at(sums, where, flat)
+        made = []
+        for counts in self.counts():
+            total = (counts @ sizes)[:, None]
+            made.append(
+                np.divide(counts @ sums, total, out=np.full((len(counts), flat.shape[1]), np.nan), where=total > 0)
+            )
+        return np.concatenate(made).reshape(-1, *values.shape[1:])
+
+
+def interval(draws: np.ndarray) -> tuple[float, float]:
+    """Percentile 95 % interval of (draws,) bootstrap values; draws that are not finite are left out.
+
+    Raises:
+        ValueError: no draw is finite.
+    """
+    draws = np.asarray(draws, float)
+    finite = draws[np.isfinite(draws)]
+    if not len(finite):
+        raise ValueError("no bootstrap draw has a value")
+    low, high = np.percentile(finite, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def verdict(low: float, high: float, higher_is_better: bool = True) -> str:
+    """A difference in a word: `noise` if its interval has 0 in it, `equal` if it is only 0, or `better` or `worse`."""
+    if max(abs(low), abs(high)) < ROUND_OFF:
+        return "equal"
+    if low <= ROUND_OFF and high >= -ROUND_OFF:
+        return "noise"
+    return "better" if (low > 0) == higher_is_better else "worse"
+
+
+def retention(value: float | np.ndarray, full: float | np.ndarray, higher_is_better: bool = True) -> np.ndarray:
+    """Share of the unpruned model's score that is left: value / full, or full / value where less is better.
+
+    Scale-free, so scores of any unit can be averaged. NaN where it is not defined (division by 0, or a negative score).
+    """
+    top, below = (value, full) if higher_is_better else (full, value)
+    top, below = np.asarray(top, float), np.asarray(below, float)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((below > 0) & (top >= 0), top / below, np.nan)
+
+
+def pareto(costs: Sequence[float], values: Sequence[float]) -> np.ndarray:
+    """(n,) bool: the points that no other point beats, with less or equal cost and higher or equal value.
+
+    Of equal points all are on the front. Points with a NaN never are.
+    """
+    costs, values = np.asarray(costs, float), np.asarray(values, float)
+    known = np.isfinite(costs) & np.isfinite(values)
+    cheap, good = costs[:, None] <= costs, values[:, None] >= values  # [i, j]: i is no worse than j
+    better = cheap & good & ((costs[:, None] < costs) | (values[:, None] > values)) & known[:, None]
+    return known & ~better.any(0)
