@@ -1,0 +1,438 @@
+"""`vlmprune fidelity` end to end on tiny models: what it measures, writes and refuses."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_folders import noise_picture
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import vlmprune
+from vlmprune.cli import fidelity as command
+from vlmprune.cli import loading
+from vlmprune.cli.errors import UserError
+from vlmprune.cli.prompts import find_pictures, read_pairs
+from vlmprune.eval import fidelity, testbed
+
+SIZES = {"a.png": (24, 24), "b.jpg": (48, 24), "c.WEBP": (30, 50), "d.png": (24, 48)}
+PROMPTS = ["what colour is it ?", "is word20 word21 word22 ?"]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of four pictures in three formats, and a file that is none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed, (name, size) in enumerate(SIZES.items()):
+        noise_picture(*size, seed).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture
+def run(cli, folders, pictures, prompts, tmp_path):
+    """`run(flag=value, ...)`: exit code, stdout, stderr and results.json (None if not written)."""
+
+    def call(**given):
+        flags = {
+            "images": pictures, "prompts": prompts, "model": folders["next"], "method": "fopru", "keep": "4",
+            "max_new_tokens": 4, "out": tmp_path / "out",
+        } | given  # fmt: skip
+        argv = ["fidelity"]
+        for flag, value in flags.items():
+            if value is not None:
+                argv += [f"--{flag.replace('_', '-')}", *([value] if value is not True else [])]
+        code, out, err = cli(*argv)
+        file = Path(flags["out"]) / "results.json"
+        return code, out, err, json.loads(file.read_text()) if file.is_file() else None
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """The message of a refused command that wrote nothing."""
+
+    def call(**given):
+        code, out, err, results = run(**given)
+        assert (code, out, results) == (2, "", None), err
+        return err.splitlines()[-1]
+
+    return call
+
+
+def by_hand(folder, picture, prompt, method=None, **options):
+    """The answer without any of the command's code."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    text = f"<s>user: <image> {prompt} assistant:"
+    image = Image.open(picture).convert("RGB")
+    inputs = processor(text=text, images=[image], return_tensors="pt", add_special_tokens=False)
+    if method:
+        vlmprune.patch(model, method, **options)
+    made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    return processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+
+
+def test_end_to_end(run, folders, pictures, tmp_path):
+    code, out, err, results = run(method="fopru,fastv", keep="4,25%", worst=2)
+    assert code == 0
+    assert (results["pictures"], results["prompts"], results["planned"], results["skipped"]) == (4, 8, 8, [])
+    # two methods, three seeds of random, grid and pool, at two budgets, on eight prompts
+    assert len(results["rows"]) == (2 + 3 + 1 + 1) * 2 * 8
+    labels = [f"{m}, keep {k}" for k in (4, 0.25) for m in ("fopru", "fastv")]
+    labels += [f"{m}, keep {k}" for k in (4, 0.25) for m in ("random", "grid", "pool")]
+    assert [line["label"] for line in results["summary"]] == labels
+    assert [line["control"] for line in results["summary"]] == [False] * 4 + [True] * 6
+    assert all((line["over_random"] is None) == (line["method"] == "random") for line in results["summary"])
+    for row in results["rows"]:
+        if row["picture"] == "b.jpg" and row["label"] in ("fopru, keep 4", "random, keep 4"):
+            seed = {} if row["seed"] is None else {"seed": row["seed"]}
+            where = folders["next"], pictures / row["picture"], row["prompt"]
+            assert row["unpruned"] == by_hand(*where)
+            assert row["pruned"] == by_hand(*where, row["label"].split(",")[0], keep=4, **seed)
+            assert row["tokens_before"] == 48 + 4
+            assert row["tokens_after"] == 4 + 4
+    # the table says what the file says
+    fopru = next(line for line in results["summary"] if line["label"] == "fopru, keep 4")
+    share = 100 * sum(r["answer_agrees"] for r in results["rows"] if r["label"] == "fopru, keep 4") / 8
+    assert fopru["measures"]["answer_agrees"]["value"] == pytest.approx(share / 100)
+    assert re.search(rf"^fopru +keep 4 .* {share:.1f} \[", out, re.M)
+    assert "random (3 seeds)" in out
+    assert f"report: {tmp_path / 'out' / 'report.html'}" in out
+    assert err == f"loading {folders['next']} ...\n"
+    names = ["report.html", "report.md", "results.json"] + [f"worst-{m}.png" for m in (
+        "fastv-keep-0.25", "fastv-keep-4", "fopru-keep-0.25", "fopru-keep-4",
+    )]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names  # no temporary file either
+
+
+class Tags(HTMLParser):
+    """Checks that tags close, and collects links and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.text = [], [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page(run, prompts, tmp_path):
+    prompts.write_text("is <b> a | b & _c_ ?\n")
+    code, _, _, results = run(worst=3)
+    assert code == 0
+    page = Tags()
+    page.feed((tmp_path / "out" / "report.html").read_text())
+    assert page.open == []
+    assert len(page.links) == 3
+    for link in page.links:  # nothing is fetched from anywhere
+        head, data = link.split(",", 1)
+        assert head == "data:image/jpeg;base64"
+        assert Image.open(io.BytesIO(base64.b64decode(data))).width > 256
+    assert page.text.count("is <b> a | b & _c_ ?") == 3
+    worst = [row for row in results["rows"] if row["label"] == "fopru, keep 4"]
+    worst.sort(key=lambda row: (row["answer_agrees"], -row["kl_answer"]))
+    order = [row["picture"] for row in worst][:3]
+    assert re.findall(r"\d\. (\S+\.(?:png|jpg|WEBP))", page.text) == order
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    cells = [re.split(r" (?<!\\)\| ", line) for line in markdown.splitlines() if re.match(r"\| \d \|", line)]
+    assert [cell[1] for cell in cells] == order
+    assert all(len(cell) == 6 and cell[2] == r"is &lt;b> a \| b &amp; \_c\_ ?" for cell in cells)
+    assert "](worst-fopru-keep-4.png)" in markdown
+    with Image.open(tmp_path / "out" / "worst-fopru-keep-4.png") as sheet:
+        assert sheet.width > 4 * 256  # two pictures in a row, each with what was kept
+        assert sheet.height > 2 * 128
+
+
+def test_all_tokens_kept(run, tmp_path):
+    code, out, _, results = run(method="fopru,fastv", keep="100%", controls="none")
+    assert code == 0
+    assert {row["answer_agrees"] and row["first_agrees"] for row in results["rows"]} == {True}
+    assert {row["kl_first"] + row["kl_answer"] for row in results["rows"]} == {0.0}
+    assert "100.0 [39.8, 100.0]" in out
+    assert "random" not in out
+    assert "Every picture got the same answer" in (tmp_path / "out" / "report.md").read_text()
+    assert not list((tmp_path / "out").glob("worst-*"))
+
+
+def test_order_and_batches_mean_nothing(run, pictures, prompts, tmp_path):
+    def rows(**given):
+        code, _, _, results = run(controls="random", seeds=2, **given)
+        assert code == 0
+        return results
+
+    first = rows(batch=1)
+    pairs = [{"image": name, "prompt": prompt} for prompt in PROMPTS[::-1] for name in sorted(SIZES, reverse=True)]
+    other = tmp_path / "pairs.jsonl"
+    other.write_text("\n".join(json.dumps(pair) for pair in pairs))
+    second = rows(batch=3, prompts=other)
+
+    def key(row):
+        return (row["label"], row["picture"], row["prompt"], row["seed"] or 0)
+
+    for a, b in zip(sorted(first["rows"], key=key), sorted(second["rows"], key=key), strict=True):
+        assert {k: v for k, v in a.items() if "kl" not in k} == {k: v for k, v in b.items() if "kl" not in k}
+        assert (a["kl_first"], a["kl_answer"]) == pytest.approx((b["kl_first"], b["kl_answer"]), rel=1e-3, abs=1e-6)
+    for a, b in zip(first["summary"], second["summary"], strict=True):
+        assert a["measures"]["answer_agrees"] == b["measures"]["answer_agrees"]
+        assert list(a["measures"]["kl_answer"].values()) == pytest.approx(
+            list(b["measures"]["kl_answer"].values()), rel=1e-3
+        )
+
+
+def test_pictures_that_cannot_be_read(run, pictures, tmp_path):
+    (pictures / "b.jpg").write_bytes(b"no picture")
+    Image.new("RGB", (24, 24)).save(pictures / "e.png")
+    (pictures / "e.png").write_bytes((pictures / "e.png").read_bytes()[:40])
+    code, _, err, results = run(controls="none")
+    assert code == 0
+    assert (results["pictures"], results["prompts"], results["planned"]) == (3, 6, 10)
+    assert [one["picture"] for one in results["skipped"]] == ["b.jpg", "e.png"]
+    assert "2 pictures could not be read, and left out: b.jpg, e.png" in err
+    assert f"left out: {pictures / 'b.jpg'} is not a picture" in err
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "Left out: 2 pictures" in report
+    assert "Interrupted" not in report
+
+
+def test_no_picture_can_be_read(refused, pictures):
+    for name in SIZES:
+        (pictures / name).write_bytes(b"no picture")
+    assert "none of the 4 pictures could be read, the first of them a.png: " in refused()
+
+
+def test_json(run):
+    code, out, err, results = run(json=True, controls="none")
+    assert code == 0
+    assert json.loads(out) == results
+    assert "report: " in err
+
+
+def test_limit_and_seeds(run):
+    code, _, _, results = run(limit=2, method="random", seeds=4, option="positions=original")
+    assert code == 0
+    assert {row["picture"] for row in results["rows"]} == {"a.png", "b.jpg"}
+    random, grid, pool = results["summary"]  # what is asked for is no control
+    assert (random["method"], random["seeds"], random["control"]) == ("random", [0, 1, 2, 3], False)
+    assert random["options"] == {"keep": 4, "positions": "original"}
+    assert (grid["options"], pool["control"]) == ({"keep": 4}, True)
+    code, _, _, results = run(limit=1, method="random", option="seed=7", controls="none")
+    assert results["summary"][0]["seeds"] == [None]
+    assert results["summary"][0]["options"] == {"keep": 4, "seed": 7}
+    assert results["summary"][0]["measures"]["kl_first"]["low"] is None  # one picture
+
+
+def test_interrupted(run, monkeypatch, tmp_path):
+    whole, calls = fidelity.reference, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(fidelity, "reference", interrupt)
+    code, out, err, results = run(batch=2, controls="none")
+    assert code == 130
+    assert "reporting on what is finished" in err
+    assert (results["prompts"], results["planned"], len(results["rows"])) == (4, 8, 4)
+    assert "4 prompts about 2 pictures" in out
+    assert "Interrupted: 4 of 8 prompts" in (tmp_path / "out" / "report.md").read_text()
+    code, out, _, results = run(out=tmp_path / "nothing")
+    assert (code, out, results) == (130, "", None)
+
+
+def test_short_of_memory(run, monkeypatch):
+    whole, sizes = fidelity.reference, []
+
+    def short(model, inputs, longest):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > limit:
+            raise torch.OutOfMemoryError("no room")
+        return whole(model, inputs, longest)
+
+    monkeypatch.setattr(fidelity, "reference", short)
+    limit = 2
+    code, _, err, results = run(batch=8, controls="none")
+    assert code == 0
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    assert "going on with 2 prompts at a time" in err
+    assert results["prompts"] == 8
+    limit = 0
+    code, out, err, _ = run(batch=2, controls="none")
+    assert (code, out) == (1, "")
+    assert "out of memory: no room" in err
+
+
+def test_no_hook_is_left(run, monkeypatch, folders):
+    loaded = loading.load(loading.find_model(folders["next"]))
+    monkeypatch.setattr(loading, "load", lambda *_: loaded)
+    assert run(controls="none", worst=1)[0] == 0
+    modules = list(loaded.model.modules())
+    hooks = [hook for m in modules for some in (m._forward_hooks, m._forward_pre_hooks) for hook in some.values()]
+    assert not [hook for hook in hooks if type(hook).__module__.startswith("vlmprune")]
+    with vlmprune.patch(loaded.model, "fopru", keep=4):  # the same look finds them where they are
+        hooks = [hook for m in modules for hook in m._forward_pre_hooks.values()]
+        assert [hook for hook in hooks if type(hook).__module__.startswith("vlmprune")]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"method": "fopro"}, ["unknown method 'fopro'", "Did you mean 'fopru'?"]),
+        ({"controls": "gird"}, ["unknown method 'gird'", "Did you mean 'grid'?"]),
+        ({"keep": "0"}, ["keep=0"]),
+        ({"option": "stratagy=row"}, ["Did you mean 'strategy'?"]),
+        ({"batch": "0"}, ["--batch must be at least 1"]),
+        ({"max_new_tokens": "0"}, ["--max-new-tokens must be at least 1"]),
+        ({"seeds": "0"}, ["--seeds must be at least 1"]),
+        ({"limit": "0"}, ["--limit must be at least 1"]),
+        ({"worst": "-1"}, ["--worst must be at least 0"]),
+        ({"images": "./no/such"}, ["./no/such: no such folder"]),
+        ({"prompts": "./none.txt"}, ["no such prompts file: ./none.txt"]),
+        ({"model": "scene-lava"}, ["Did you mean 'scene-llava'?"]),
+        ({"device": "tpu"}, ["unknown device 'tpu'"]),
+        ({"keep": None, "average": "3", "method": "fastv"}, ["average=3 cannot be met"]),
+    ],
+)
+def test_mistakes(refused, given, words):
+    err = refused(**given)
+    for word in words:
+        assert word in err
+
+
+def test_mistakes_in_files(refused, prompts, tmp_path):
+    prompts.write_text("what is it ?\n\nis <image> like <image> ?\n")
+    assert f"{prompts}, line 3: the prompt has <image> more than once" in refused()
+    blocked = tmp_path / "blocked"
+    blocked.write_text("")
+    assert "cannot make the folder" in refused(out=blocked / "out")
+
+
+def test_a_method_that_does_not_fit_is_told_before_work_is_done(refused, folders, monkeypatch):
+    monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("measured"))
+    assert "[CLS]" in refused(model=folders["siglip"], method="vtc_cls")
+
+
+def test_embedded_model_and_pictures(cli, tmp_path):
+    """The example of the help."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("how many objects are there ?\nwhat colour is a zebra ?\n")
+    pattern = Path(testbed.__file__).parent / "pictures" / "scene*.png"
+    code, out, err = cli(
+        "fidelity", "--images", pattern, "--prompts", prompts, "--keep", "100%", "--limit", 2, "--controls", "none",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0
+    assert "scene-llava: 4 prompts about 2 pictures" in out
+    assert "does not know these words: zebra" in err
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert all(row["unpruned"] == row["pruned"] != "" for row in rows)
+
+
+# Pairs of pictures and prompts
+
+
+def write(path, *lines):
+    path.write_bytes("\n".join(lines).encode())
+    return str(path)
+
+
+def test_pictures_are_found(pictures):
+    names = sorted(SIZES)
+    assert list(find_pictures(str(pictures))[1]) == names
+    assert list(find_pictures(str(pictures / "*"))[1]) == names
+    assert list(find_pictures(str(pictures / "*.png"))[1]) == ["a.png", "d.png"]
+    assert list(find_pictures(str(pictures / "a.png"))[1]) == ["a.png"]
+    assert list(find_pictures(str(pictures.parent / "**" / "*.png"))[1]) == ["pictures/a.png", "pictures/d.png"]
+    with pytest.raises(UserError, match=r"no pictures there .*'.*/\*\*/\*\.jpg'"):
+        find_pictures(str(pictures.parent))
+    with pytest.raises(UserError, match="no pictures there"):
+        find_pictures(str(pictures / "*.tiff"))
+    with pytest.raises(UserError, match="there is no folder"):
+        find_pictures(str(pictures / "none" / "*.png"))
+
+
+def test_prompts_of_text(pictures, tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes("\ufeffwhat is it ?\r\n\r\n  # how many ?  \r\nwhat is it ?\r\n".encode())
+    found = read_pairs(str(pictures), str(file))
+    assert [(p.picture, p.prompt, p.line) for p in found[:3]] == [
+        ("a.png", "what is it ?", 1), ("a.png", "# how many ?", 3), ("b.jpg", "what is it ?", 1),
+    ]  # fmt: skip
+    assert len(found) == 8
+    assert [p.picture for p in read_pairs(str(pictures), str(file), 1)] == ["a.png"] * 2
+
+
+def test_prompts_of_json_lines(pictures, tmp_path):
+    (pictures / "x[1].png").write_bytes((pictures / "a.png").read_bytes())
+    file = write(
+        tmp_path / "p.jsonl", '{"image": "b.jpg", "prompt": "one", "id": 3}', "", '{"image": "*.png", "prompt": "two"}',
+        '{"prompt": "three"}', '{"image": "x[1].png", "prompt": "four"}',
+    )  # fmt: skip
+    found = {(p.picture, p.prompt, p.line) for p in read_pairs(str(pictures), file)}
+    assert found == (
+        {("b.jpg", "one", 1), ("x[1].png", "four", 5)}
+        | {(name, "two", 3) for name in ("a.png", "d.png", "x[1].png")}
+        | {(name, "three", 4) for name in (*SIZES, "x[1].png")}
+    )
+    assert read_pairs(str(pictures), write(tmp_path / "bare", '{"prompt": "it"}'))[0].prompt == "it"
+    assert read_pairs(str(pictures), write(tmp_path / "p.txt", "{not JSON}"))[0].prompt == "{not JSON}"
+    outside = read_pairs(str(pictures / "*.png"), write(tmp_path / "q.jsonl", '{"image": "b.jpg", "prompt": "one"}'))
+    assert [pair.picture for pair in outside] == ["b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"image": "a.pgn", "prompt": "x"}', ["line 2", "no picture 'a.pgn'", "Did you mean 'a.png'?"]),
+        ('{"image": "*.pdf", "prompt": "x"}', ["line 2", "no picture '*.pdf'"]),
+        ('{"image": "a.png", "promt": "x"}', ["line 2", "no 'prompt', only 'image', 'promt'"]),
+        ('{"image": 3, "prompt": "x"}', ["line 2", "the image must be", "3"]),
+        ('{"prompt": " "}', ["line 2", "not empty"]),
+        ('{"prompt": 5}', ["line 2", "must be a text"]),
+        ('["x"]', ["line 2", "not a JSON object"]),
+        ('{"prompt": "x"', ["line 2", "not JSON", '"image"']),
+    ],
+)
+def test_bad_lines(pictures, tmp_path, line, words):
+    file = write(tmp_path / "p.jsonl", '{"prompt": "fine"}', line)
+    with pytest.raises(UserError) as caught:
+        read_pairs(str(pictures), file)
+    assert caught.value.code == 2
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_bad_files(pictures, tmp_path):
+    with pytest.raises(UserError, match="has no prompt in it"):
+        read_pairs(str(pictures), write(tmp_path / "empty.txt", "", "  "))
+    (tmp_path / "latin.txt").write_bytes("fine\nné".encode("latin-1"))
+    with pytest.raises(UserError, match="line 2: this is not UTF-8"):
+        read_pairs(str(pictures), str(tmp_path / "latin.txt"))
+    with pytest.raises(UserError, match="cannot read the prompts file"):
+        read_pairs(str(pictures), str(tmp_path))

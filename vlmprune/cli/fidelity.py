@@ -1,0 +1,394 @@
+"""`vlmprune fidelity`: what pruning changes on the user's own pictures, without labels."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmprune.cli.errors import CommandError, UserError, brief
+from vlmprune.cli.prompts import Pair, read_pairs
+from vlmprune.cli.run import parse_budget, parse_option, words_of
+
+if TYPE_CHECKING:
+    from vlmprune.cli.loading import Loaded
+    from vlmprune.eval.fidelity import Entry, Row
+    from vlmprune.eval.fidelity_report import Card
+
+__all__ = ["add_to"]
+
+KEEP = "0.25"
+CONTROLS = "random,grid,pool"
+EXAMPLES = """\
+examples:
+  vlmprune fidelity --images photos --prompts prompts.txt --model llava-hf/llava-1.5-7b-hf --method fopru,todre \\
+      --keep 64,128 --device cuda --batch 8
+  vlmprune fidelity --images 'photos/**/*.jpg' --prompts pairs.jsonl --model llava-hf/llava-1.5-7b-hf --keep 25%
+
+with what comes in the package (from a checkout; the default model, scene-llava, knows drawn scenes):
+  echo 'how many objects are there ?' > prompts.txt
+  vlmprune fidelity --images 'eval/testbed/pictures/scene*.png' --prompts prompts.txt --method fopru,vtc_cls --keep 26
+
+The prompts file has one prompt a line, each asked about every picture; or one JSON object a line, {"image": "cat.jpg",
+"prompt": "what is this?"}, where image may be a pattern ("2024/*.jpg") and without one means every picture.
+
+It writes report.html (self-contained), report.md with worst-*.png, and results.json with every row. What the measures
+mean is told there. Ctrl-C stops and reports on what is finished.
+"""
+
+
+def add_to(verbs: Any) -> None:
+    """Add this verb's parser."""
+    made = verbs.add_parser(
+        "fidelity",
+        help="what pruning changes on your own pictures, no labels needed",
+        description=(
+            "Ask the full model and pruned ones about your own pictures, and measure how often the first token and the "
+            "greedy answer stay the same and how far the next-token distributions drift apart (KL), with intervals, "
+            "beside controls that look at nothing. The pictures that suffer most are shown."
+        ),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("--images", required=True, metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")
+    add("--prompts", required=True, metavar="FILE", help="one prompt a line, or JSON lines (see below)")
+    add(
+        "--model", default="scene-llava", metavar="NAME", help="embedded model, folder or hub id (default: %(default)s)"
+    )
+    add(
+        "--method", default="fopru", metavar="NAME[,NAME]", help="methods (`vlmprune ls methods`; default: %(default)s)"
+    )
+    budget = made.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--keep", metavar="N[,N]", help=f"patches per picture (64), or a fraction (0.1 or 10%%) (default: {KEEP})"
+    )
+    budget.add_argument("--average", metavar="N[,N]", help="the same as a mean over all decoder layers")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the methods (`vlmprune ls methods NAME`), not of the controls; may be repeated",
+    )
+    add(
+        "--controls",
+        default=CONTROLS,
+        metavar="NAME[,NAME]",
+        help="what methods are measured against at the same budgets, or none (default: %(default)s)",
+    )
+    add("--seeds", type=int, default=3, metavar="N", help="seeds of `random`, averaged (default: %(default)s)")
+    add("--limit", type=int, metavar="N", help="only the first N pictures by name")
+    add(
+        "--worst", type=int, default=10, metavar="N", help="pictures shown per method and budget (default: %(default)s)"
+    )
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: %(default)s)")
+    add(
+        "--batch",
+        type=int,
+        default=4,
+        metavar="N",
+        help="prompts at a time; halved by itself where memory is short (default: %(default)s)",
+    )
+    add("--out", default="fidelity-out", metavar="FOLDER", help="folder for the report (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="auto: float32 on a CPU, the checkpoint's own on a GPU (default: %(default)s)",
+    )
+    add("--json", action="store_true", help="print the sums and every row as JSON instead of the table")
+    made.set_defaults(verb=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check everything that can be checked early, load the model, measure, report."""
+    for flag, least in (("max_new_tokens", 1), ("batch", 1), ("seeds", 1), ("limit", 1), ("worst", 0)):
+        given = getattr(args, flag)
+        if given is not None and given < least:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {given}.")
+    methods = words_of(args.method, "--method")
+    controls = [] if args.controls.strip() == "none" else words_of(args.controls, "--controls")
+    word = "keep" if args.average is None else "average"
+    asked = getattr(args, word) is not None
+    amounts = words_of(getattr(args, word) if asked else KEEP, f"--{word}")
+    options = dict(parse_option(text) for text in args.option)
+    pairs = read_pairs(args.images, args.prompts, args.limit)
+    folder = output_folder(args.out)
+
+    # from here on it takes seconds: torch and transformers are imported
+    from vlmprune.cli import answering, loading
+    from vlmprune.cli.status import note
+    from vlmprune.eval.fidelity_report import Study, write
+
+    budgets = [{word: parse_budget(text, word)} for text in amounts]
+    todo = answering.jobs(methods, budgets, options, asked)
+    beside = answering.jobs([name for name in controls if name not in methods], budgets, {}) if controls else []
+    entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
+    device = loading.pick_device(args.device)
+    loaded = loading.load(loading.find_model(args.model), device, args.dtype)
+    answering.check(loaded, [*todo, *beside])
+    check_prompts(loaded, pairs, args.prompts)
+
+    skipped: dict[str, str] = {}
+    rows, interrupted = measure(loaded, entries, pairs, args.batch, args.max_new_tokens, skipped)
+    if not rows and interrupted:
+        raise KeyboardInterrupt
+    if not rows:
+        name, why = next(iter(skipped.items()))
+        raise UserError(f"none of the {len(skipped)} pictures could be read, the first of them {name}: {why}")
+    cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst) for entry in entries if not entry.control}
+    about = about_run(loaded, args, sum(pair.picture in skipped for pair in pairs))
+    study = Study(about, entries, rows, list(skipped.items()), cards, len(pairs))
+    try:
+        files = write(folder, study)
+    except OSError as error:
+        raise CommandError(f"cannot write into {folder}: {brief(error)}") from None
+    show(study, files, args.json)
+    if skipped:
+        few = ", ".join(list(skipped)[:5]) + (", ..." if len(skipped) > 5 else "")
+        note(f"{len(skipped)} picture{'s' * (len(skipped) > 1)} could not be read, and left out: {few}")
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def output_folder(name: str) -> Path:
+    """Make the folder for the report, before the work is done."""
+    folder = Path(name).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {brief(error)}") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"no permission to write into {folder}")
+    return folder
+
+
+def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[Entry]:
+    """One entry per job; `random` runs with several seeds unless one was asked for."""
+    from vlmprune.eval.fidelity import Entry
+
+    for job in todo:
+        several = job.method == "random" and "seed" not in job.options
+        yield Entry(job.method, job.options, control, tuple(range(seeds)) if several else (None,))
+
+
+def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
+    """Refuse prompts that place several pictures, and name words that an embedded model does not know."""
+    from vlmprune.cli.loading import unknown_words
+    from vlmprune.cli.status import note
+
+    token, strange = getattr(loaded.processor, "image_token", None) or "<image>", {}
+    for pair in {pair.prompt: pair for pair in pairs}.values():
+        if pair.prompt.count(token) > 1:
+            raise UserError(
+                f"{file}, line {pair.line}: the prompt has {token} more than once, and is about one picture."
+            )
+        if loaded.source.embedded:
+            strange |= dict.fromkeys(unknown_words(loaded, pair.prompt))
+    if strange:
+        note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
+
+
+# Measuring
+
+
+def measure(
+    loaded: Loaded, entries: Sequence[Entry], pairs: Sequence[Pair], batch: int, longest: int, skipped: dict[str, str]
+) -> tuple[list[Row], bool]:
+    """Every prompt under every entry and seed, batch by batch, so that an interruption leaves whole batches.
+
+    Args:
+        batch: prompts at a time; halved when memory is short, for the rest of the run.
+        longest: tokens of an answer.
+        skipped: gets the pictures that could not be read, and why.
+
+    Returns:
+        The rows, and whether the user interrupted.
+    """
+    import torch
+
+    from vlmprune.cli.answering import guarded
+    from vlmprune.cli.status import note, status
+
+    rows: list[Row] = []
+    waiting: list[tuple[Pair, dict[str, torch.Tensor]]] = []
+    ready = prepared(loaded, pairs, skipped)
+    progress = Progress(len(pairs), 1 + sum(len(entry.seeds) for entry in entries))
+    try:
+        while True:
+            while len(waiting) < batch and (next_one := next(ready, None)):
+                waiting.append(next_one)
+            if not waiting:
+                break
+            lost = sum(pair.picture in skipped for pair in pairs)
+            try:
+                rows += guarded(one_batch, loaded, entries, waiting[:batch], longest, progress.at(lost))
+            except CommandError as error:
+                if batch == 1 or not isinstance(error.__context__, torch.OutOfMemoryError | MemoryError):
+                    raise
+                batch = max(1, min(batch, len(waiting)) // 2)
+                note(f"out of memory: going on with {batch} prompts at a time")
+                continue
+            progress.done += len(waiting[:batch])
+            waiting = waiting[batch:]
+    except KeyboardInterrupt:
+        note("interrupted: reporting on what is finished")
+        return rows, True
+    finally:
+        status()
+    return rows, False
+
+
+def prepared(loaded: Loaded, pairs: Sequence[Pair], skipped: dict[str, str]) -> Iterator[tuple[Pair, dict[str, Any]]]:
+    """Pairs with the model's inputs, each picture read once; pictures that cannot be read are noted and left out."""
+    from vlmprune.cli.loading import model_inputs
+    from vlmprune.cli.pictures import read_picture
+    from vlmprune.cli.status import note
+
+    name = image = None
+    for pair in pairs:
+        if pair.picture in skipped:
+            continue
+        try:
+            if pair.picture != name:
+                name, image = pair.picture, read_picture(pair.path)
+            yield pair, model_inputs(loaded, [image], pair.prompt)
+        except UserError as error:
+            skipped[pair.picture] = str(error)
+            note(f"left out: {error}")
+
+
+def one_batch(
+    loaded: Loaded, entries: Sequence[Entry], some: Sequence[tuple[Pair, dict[str, Any]]], longest: int, tell: Callable
+) -> list[Row]:
+    """The rows of one batch under all entries; the unpruned model answers once for all of them."""
+    from vlmprune.cli.answering import Job, patch
+    from vlmprune.eval import fidelity
+
+    tokenizer, rows = loaded.processor.tokenizer, []
+
+    def text(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    inputs = fidelity.collate([prompt for _, prompt in some], pad)
+    tell(0, "full model")
+    full = fidelity.reference(loaded.model, inputs, longest)
+    step = 0
+    for entry in entries:
+        for seed in entry.seeds:
+            step += 1
+            tell(step, entry.label)
+            with patch(loaded, Job(entry.method, entry.seeded(seed))) as handle:
+                compared = fidelity.compare(handle, inputs, full, longest)
+            for i, ((pair, _), one) in enumerate(zip(some, compared, strict=True)):
+                said = text(full.answer(i)), text(one.tokens)
+                rows.append(fidelity.Row(pair.picture, pair.prompt, entry.label, seed, *said, one))
+    return rows
+
+
+class Progress:
+    """A bar over prompts, and how long it will take."""
+
+    def __init__(self, total: int, steps: int):
+        self.total, self.steps, self.done, self.start = total, steps, 0, time.monotonic()
+
+    def at(self, lost: int) -> Callable[[int, str], None]:
+        """What shows step `step` of the next batch, `lost` prompts having been left out."""
+        from vlmprune.cli.status import status
+
+        total = max(1, self.total - lost)
+
+        def tell(step: int, label: str) -> None:
+            share = min(1.0, self.done / total)
+            bar = "#" * round(20 * share)
+            left = ""
+            if self.done:
+                minutes = (time.monotonic() - self.start) / self.done * (total - self.done) / 60
+                left = f", {minutes:.0f} min left" if minutes >= 1 else f", {60 * minutes:.0f} s left"
+            status(f"[{bar:.<20}] {self.done}/{total} prompts{left} (step {step + 1} of {self.steps}: {label})")
+
+        return tell
+
+
+# Reporting
+
+
+def worst_cards(loaded: Loaded, entry: Entry, rows: Sequence[Row], pairs: Sequence[Pair], count: int) -> list[Card]:
+    """Prefill the worst pictures of an entry once more, each by itself, and draw what was kept."""
+    from vlmprune import draw
+    from vlmprune.cli.answering import Job, guarded, patch
+    from vlmprune.cli.loading import model_inputs
+    from vlmprune.cli.pictures import read_picture
+    from vlmprune.cli.status import status
+    from vlmprune.eval.fidelity import worst
+    from vlmprune.eval.fidelity_report import SIDE, Card
+
+    paths = {pair.picture: pair.path for pair in pairs}
+    cards = []
+    for row in worst((row for row in rows if row.label == entry.label), count):
+        status(f"drawing {entry.label}: {row.picture}")
+        image = read_picture(paths[row.picture])
+        with patch(loaded, Job(entry.method, entry.seeded(row.seed))) as handle:
+            inputs = model_inputs(loaded, [image], row.prompt)
+            guarded(lambda inputs=inputs: loaded.model(**inputs, use_cache=True, logits_to_keep=1))
+            kept = draw.kept_panel(image, handle.trace, loaded.processor.image_processor, 0, "", (), SIDE)
+        cards.append(Card(row, draw.plain_panel(image, "", (), SIDE), kept))
+    status()
+    return cards
+
+
+def about_run(loaded: Loaded, args: argparse.Namespace, prompts_skipped: int) -> dict[str, Any]:
+    """What somebody else needs to repeat it."""
+    from vlmprune.cli import versions
+
+    return {
+        "model": loaded.source.name,
+        "family": loaded.model.config.model_type,
+        "device": str(loaded.model.device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "versions": versions(),
+        "command": "vlmprune " + " ".join(quoted(args)),
+        "max_new_tokens": args.max_new_tokens,
+        "batch": args.batch,
+        "prompts_skipped": prompts_skipped,
+    }
+
+
+def quoted(args: argparse.Namespace) -> Iterator[str]:
+    """The command line that means these arguments."""
+    import shlex
+
+    yield "fidelity"
+    for name, value in vars(args).items():
+        if name in ("verb", "version", "json", "out") or value is None:
+            continue
+        for one in value if isinstance(value, list) else [value]:
+            yield f"--{name.replace('_', '-')} {shlex.quote(str(one))}"
+
+
+def show(study: Any, files: Sequence[Path], as_json: bool) -> None:
+    """Print the table, or JSON."""
+    from vlmprune.cli.tables import table
+    from vlmprune.eval import fidelity_report
+
+    if as_json:
+        print(json.dumps(fidelity_report.as_json(study), indent=2))
+        print(f"report: {files[0]}", file=sys.stderr)
+        return
+    header, rows = fidelity_report.table_of(study.lines)
+    print(f"{study.about['model']}: {study.prompts} prompts about {study.pictures} pictures\n")
+    print(table(header, rows, header[2:]))
+    print("\nAgreement in per cent, KL in nats (per token); in brackets 95 % intervals over pictures.")
+    for line in study.lines:
+        if not line.entry.control:
+            print(fidelity_report.in_words(line, study.pictures))
+    print(f"\nreport: {files[0]}")

@@ -1,0 +1,139 @@
+"""Which prompts to ask about which pictures: from a folder or pattern and a file of prompts to pairs."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from vlmprune.cli.errors import UserError, brief
+from vlmprune.errors import did_you_mean
+
+__all__ = ["ENDINGS", "Pair", "find_pictures", "read_pairs"]
+
+#: File names that count as pictures in a folder.
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".ppm")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt (of that line of the prompts file) about a picture (its name below the folder)."""
+
+    picture: str
+    path: Path
+    prompt: str
+    line: int
+
+
+def find_pictures(where: str) -> tuple[Path, dict[str, Path]]:
+    """The picture files that `where` means, sorted by name.
+
+    Args:
+        where: a folder, a pattern (`photos/*.jpg`, `photos/**/*.png`), or one file.
+
+    Returns:
+        The folder that names are relative to, and the files by name.
+
+    Raises:
+        UserError: no such folder, or no picture in it.
+    """
+    path = Path(where).expanduser()
+    if path.is_dir():
+        base, found = path, [file for file in path.iterdir() if file.suffix.lower() in ENDINGS]
+    elif path.is_file():
+        base, found = path.parent, [path]
+    elif glob.has_magic(where):
+        base = Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
+        found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).suffix.lower() in ENDINGS]
+        if not base.is_dir():
+            raise UserError(f"--images {where}: there is no folder {base}.")
+    else:
+        raise UserError(f"--images {where}: no such folder.")
+    named = {file.relative_to(base).as_posix(): file for file in sorted(found) if file.is_file()}
+    if not named:
+        hint = "" if glob.has_magic(where) else f" Pictures in folders below it are found by '{where}/**/*.jpg'."
+        raise UserError(f"--images {where}: no pictures there ({', '.join(e[1:] for e in ENDINGS)}).{hint}")
+    return base, named
+
+
+def read_pairs(images: str, prompts: str, limit: int | None = None) -> list[Pair]:
+    """Every prompt with the pictures it is about, sorted by picture; repetitions count once.
+
+    Args:
+        images: as `find_pictures` takes it.
+        prompts: a file with one prompt a line, each about all pictures; or with one JSON object a line, `{"image": name
+            or pattern, "prompt": text}`, where a missing image means all pictures.
+        limit: take only the first so many pictures.
+
+    Raises:
+        UserError: nothing there, or a line that is not understood (it is named).
+    """
+    base, named = find_pictures(images)
+    found: dict[tuple[str, str], Pair] = {}
+    for line, image, prompt in read_prompts(prompts):
+        mine = named if image is None else {name: path for name, path in named.items() if fnmatch(name, image)}
+        if image is not None and image in named:  # a name may have brackets in it
+            mine = {image: named[image]}
+        elif not mine and image is not None:
+            if glob.has_magic(image) or not (base / image).is_file():
+                hint = did_you_mean(image, named)
+                raise UserError(f"{prompts}, line {line}: no picture {image!r} in {base}.{hint}")
+            mine = {image: base / image}
+        for name, path in mine.items():
+            found.setdefault((name, prompt), Pair(name, path, prompt, line))
+    chosen = sorted({pair.picture for pair in found.values()})[:limit]
+    order = {name: i for i, name in enumerate(chosen)}
+    return sorted((pair for pair in found.values() if pair.picture in order), key=lambda p: (order[p.picture], p.line))
+
+
+def read_prompts(file: str) -> Iterator[tuple[int, str | None, str]]:
+    """Line number, image (None for all) and prompt of every line that is not blank."""
+    path = Path(file).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{file}, line {line}: this is not UTF-8 text.") from None
+    except FileNotFoundError:
+        raise UserError(f"no such prompts file: {file}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the prompts file {file}: {brief(error)}") from None
+    lines = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{file} has no prompt in it: write one a line, or one JSON object a line.")
+    as_json = path.suffix.lower() in JSON_LINES or is_object(lines[0][1])
+    for number, line in lines:
+        yield (number, *parse_object(line, f"{file}, line {number}")) if as_json else (number, None, line)
+
+
+def is_object(line: str) -> bool:
+    """Whether a line of a file without a telling name is JSON with a prompt in it."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and "prompt" in value
+
+
+def parse_object(line: str, where: str) -> tuple[str | None, str]:
+    """Image (None for all) and prompt of one JSON line."""
+    wanted = 'expected {"image": "a.jpg", "prompt": "what is this?"}'
+    try:
+        value: Any = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({brief(error)}); {wanted}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object; {wanted}.")
+    if "prompt" not in value:
+        raise UserError(f"{where}: it has no 'prompt', only {', '.join(map(repr, value)) or 'nothing'}; {wanted}.")
+    prompt, image = value["prompt"], value.get("image")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise UserError(f"{where}: the prompt must be a text that is not empty, and it is {prompt!r}.")
+    if image is not None and (not isinstance(image, str) or not image):
+        raise UserError(f"{where}: the image must be the name of a picture or a pattern, and it is {image!r}.")
+    return image, prompt.strip()
