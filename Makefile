@@ -23,7 +23,7 @@ OLDEST_TESTS ?= $(TESTS)
 # More threads are slower for models this small, and unbearably so beside another process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test test-oldest lint format wheel clean
+.PHONY: help install demo pictures test test-oldest lint format wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -56,8 +56,11 @@ $(OLDEST_VENV)/.installed: $(VENV)/.installed
 	@$(OLDEST_VENV)/bin/python -c 'import transformers as t; t.__version__ == "$(OLDEST)" or __import__("sys").exit("transformers " + t.__version__ + " instead of $(OLDEST)")'
 	@touch $@
 
-demo: $(VENV)/.installed ## prune a really trained model and print what it costs and keeps
+demo: $(VENV)/.installed ## evaluate all methods on two really trained models, with a report
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash scripts/demo.sh
+
+pictures: $(VENV)/.installed ## draw what every method keeps, for docs/methods
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash scripts/method_pictures.sh
 
 # -P keeps the checkout off sys.path, where eval/ and patches/ would be importable by their bare names.
 test test-oldest: export HF_HUB_OFFLINE = 1

@@ -28,7 +28,8 @@ def definitions(batched: bool, embedded: bool) -> list[str]:
         embedded: whether one of the package's own small models was run.
     """
     times = "Time to first token: from the call of generate, pictures not encoded yet, to the first token; median over "
-    times += "requests, mean over tasks and seeds."
+    times += "requests, mean over tasks and seeds. Methods ran one after the other, so a machine that others use as well, or "
+    times += "that heats up, distorts the comparison; vlmprune bench compares times in interleaved pairs."
     if batched:
         times += " Requests were answered in batches: a time belongs to the whole batch."
     if embedded:
