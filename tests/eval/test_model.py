@@ -9,6 +9,7 @@ import tiny_folders
 import torch
 from lmms_eval.api.instance import Instance
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 import vlmprune
 from vlmprune.cli.errors import CommandError, UserError
@@ -304,6 +305,26 @@ def test_a_chat_template_is_needed(folders, docs, tmp_path):
     blind = VlmPrune(str(folder), device="cpu", template=str(template))
     with pytest.raises(UserError, match=r"documents .*writes 0 <image> for"):
         blind.generate_until(instances(blind, task))
+
+
+def test_the_first_token_is_there_once(folders, docs, tmp_path):
+    """Templates that write it, and templates that leave it to the tokenizer."""
+    folder = tmp_path / "adds_bos"
+    tiny.model().save_pretrained(folder)
+    processor = tiny_folders.processor()
+    inner = processor.tokenizer.backend_tokenizer
+    inner.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    processor.save_pretrained(folder)
+    without = tmp_path / "without.jinja"
+    without.write_text(tiny_folders.TEMPLATE.replace("{{ bos_token }}", ""))
+    said = []
+    for template in (None, str(without)):
+        lm = VlmPrune(str(folder), device="cpu", batch_size=11, template=template)
+        requests = instances(lm, harness.task(docs["llava"]))
+        ids = lm.inputs([lm.ask(request) for request in requests])["input_ids"]
+        assert (ids == 1).sum(1).tolist() == [1] * 11
+        said.append(texts(lm.generate_until(requests)))
+    assert said[0] == said[1]
 
 
 def test_a_placeholder_in_the_text_is_no_second_image(folders, tmp_path):
