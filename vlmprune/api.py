@@ -94,7 +94,9 @@ def patch(
     methods = registry.build(method, options if keep is None else {"keep": keep, **options})
     family = family_of(model)
     facts = family.facts(family.inner(model))
-    cuts = [(made.name or type(made).__name__, cut) for made in methods for cut in made.cuts(facts)]
+    by_method = [(made.name or type(made).__name__, made.cuts(facts)) for made in methods]
+    check_methods(by_method)
+    cuts = [(name, cut) for name, made in by_method for cut in made]
     check_cuts(cuts, facts)
     stages = (Pixels, Vision, Decoder)
     order = sorted(cuts, key=lambda entry: (stages.index(type(entry[1].at)), entry[1].at.layer))
@@ -102,6 +104,24 @@ def patch(
     engine.remove(model)
     engine.install(model, plan)
     return Handle(model, methods, plan)
+
+
+def check_methods(methods: list[tuple[str, list[Cut]]]) -> None:
+    """Refuse methods that cannot share a model: their cuts would not mean what they say."""
+    merging = [name for name, cuts in methods if any(isinstance(cut.at, Vision) for cut in cuts)]
+    if len(merging) > 1:
+        raise UnsupportedError(
+            f"{merging[0]!r} and {merging[1]!r} both merge tokens inside the vision tower, each by a schedule that "
+            "counts on all tokens: take one of them."
+        )
+    cutting = [name for name, cuts in methods if any(isinstance(cut.at, Decoder) for cut in cuts)]
+    for name, cuts in methods:
+        if len(cutting) > 1 and any(cut.reorders for cut in cuts):
+            other = next(n for n in [*cutting, name] if n != name)
+            raise UnsupportedError(
+                f"{name!r} writes its tokens in an order of its own and cannot be combined with {other!r}, which reads "
+                "their places: use it alone, or without parity='released'."
+            )
 
 
 def check_cuts(cuts: list[tuple[str, Cut]], facts: ModelFacts) -> None:

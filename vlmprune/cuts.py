@@ -57,7 +57,8 @@ class Merge:
     Attributes:
         into: `(images, entries)` long, a kept token (an anchor).
         weight: `(images, entries)` float; the weights going into one anchor sum to 1 for a mean, 0 pads.
-        source: `(images, entries)` long; None means that entry t is about token t.
+        source: `(images, entries)` long; None means that entry t is about token t. Where it is given, the tokens with
+            a weight are fed in the order of their entries.
     """
 
     into: torch.Tensor
@@ -103,6 +104,8 @@ class Cut:
             (decoder only).
         weigh: at `Vision(l)`: whether attention from there on counts a token as often as its size (adds log size to
             the scores).
+        reorders: whether the reduction writes tokens in an order of its own (`Merge.source`). The layout does not
+            follow that, so no other method may cut the sequence.
     """
 
     at: Pixels | Vision | Decoder
@@ -110,6 +113,7 @@ class Cut:
     reduce: Callable[[dict[Tap, Any], Any], Reduction | Clusters]
     positions: Positions = "contiguous"
     weigh: bool = False
+    reorders: bool = False
 
 
 def schedule_layers(layers: tuple[int, ...], depth: int) -> list[int]:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
 if TYPE_CHECKING:
@@ -138,8 +137,8 @@ def paint(image: Image.Image, boxes: Sequence[Box], kept: Sequence[float], longe
 
 def outlived(trace: Trace, index: int) -> list[float]:
     """For every token of image `index` the share of the cuts that it outlived."""
-    tokens = trace.grids[index].tokens
-    return torch.stack([cut.keep[index, :tokens].float() for cut in trace.cuts]).mean(0).tolist()
+    cuts, tokens = [set(cut.tokens(index)) for cut in trace.cuts], trace.grids[index].tokens
+    return [sum(token in kept for kept in cuts) / len(cuts) for token in range(tokens)]
 
 
 def kept_pictures(
@@ -176,7 +175,7 @@ def kept_panel(
     """The picture with what was kept, and the counts under the title."""
     grid, count = trace.grids[index], trace.counts[index]
     merged = ", the rest merged in" if any(cut.merge is not None for cut in trace.cuts) else ""
-    steps = " -> ".join(f"{int((~grid.newline)[cut.keep[index, : grid.tokens].cpu()].sum())}" for cut in trace.cuts)
+    steps = " -> ".join(f"{len(trace.kept_patches(index, cut))}" for cut in range(len(trace.cuts)))
     about = [f"{steps} of {count['patches_before']} patches{merged}"]
     if len(grid.planes) > 1:
         kept = trace.kept_patches(index)

@@ -117,7 +117,7 @@ class Prefill:
         told = f"method {name!r} promised {counts} kept tokens per image and kept other numbers."
         torch._assert_async((keep.sum(1) == upload(counts, keep.device)).all(), told)
         self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, keep, reduction.merge, reduction.scores))
-        if counts == layout.alive_counts:
+        if counts == layout.alive_counts and not cut.reorders:
             return hidden  # a budget of all tokens is the exact identity
         if reduction.merge is not None:
             hidden = merge_tokens(hidden, at, layout.alive, reduction.merge, keep)

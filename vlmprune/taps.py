@@ -118,9 +118,9 @@ class ClsLogits(TowerTap):
 
 @dataclass(frozen=True)
 class Distinctness(TowerTap):
-    """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer."""
+    """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer or behind the last."""
 
-    def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+    def measure(self, layer: nn.Module | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return distinctness(hidden[:, int(has_cls) :])
 
 

@@ -82,6 +82,10 @@ class TowerFrame:
 
     def finish(self, output: Any) -> None:
         """Give every original position its cluster's token, and leave what was seen on the output."""
+        for tap in self.plan.tower_taps:
+            if tap.layer == self.plan.facts.tower_layers:  # behind the last layer
+                with torch.no_grad():
+                    self.seen[tap] = tap.measure(None, output.hidden_states[-1].detach(), self.has_cls)
         if self.plan.tower_cuts:
             made_by = [self.places[0], *self.places]  # entry i of hidden_states is the output of layer i - 1
             states = zip(output.hidden_states, made_by, strict=True)

@@ -36,6 +36,13 @@ class CutTrace:
     scores: torch.Tensor | None = None
     soft: torch.Tensor | None = None
 
+    def tokens(self, image: int) -> list[int]:
+        """Token numbers of `image` alive after this cut: ascending, or, where the cut has an order of its own, in that
+        order, tokens that stand there repeatedly included."""
+        if self.merge is not None and self.merge.source is not None:
+            return self.merge.source[image][self.merge.weight[image] > 0].tolist()
+        return self.keep[image].nonzero().flatten().tolist()
+
     @property
     def merged(self) -> bool:
         """Whether dropped tokens flowed into kept ones."""
@@ -65,10 +72,10 @@ class Trace:
     row_lengths: list[list[int]] = field(repr=False, default_factory=list)
 
     def kept(self, image: int = 0, cut: int = -1) -> list[int]:
-        """Token numbers of `image` alive after `cut`, ascending; newlines counted and included."""
+        """Token numbers of `image` alive after `cut` (see `CutTrace.tokens`); newlines counted and included."""
         if not self.cuts:  # nothing in the language model was cut
             return list(range(self.grids[image].tokens))
-        return self.cuts[cut].keep[image].nonzero().flatten().tolist()
+        return self.cuts[cut].tokens(image)
 
     def kept_patches(self, image: int = 0, cut: int = -1) -> list[int]:
         """As `kept`, without newlines (token numbers still count them)."""

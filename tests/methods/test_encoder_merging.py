@@ -177,3 +177,10 @@ def test_matchings_are_partitions():
                     assert row[0] == 0
     assert spread_evenly(384, 22) == [18] * 10 + [17] * 12
     assert math.isclose(sum(spread_evenly(512, 23)), 512)
+
+
+@pytest.mark.parametrize("second", [{"keep": 0.5}, {"keep": 0.25}])
+def test_two_mergers_are_refused(second):
+    for other in (vlmprune.methods.ToMe, vlmprune.methods.PiToMe):
+        with pytest.raises(vlmprune.UnsupportedError, match="both merge tokens inside the vision tower"):
+            vlmprune.patch(tiny.shared(), [vlmprune.methods.ToMe(keep=0.5), other(**second)])

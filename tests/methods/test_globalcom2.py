@@ -12,6 +12,7 @@ from torch.nn.functional import cosine_similarity, interpolate
 
 import vlmprune
 from vlmprune import UnsupportedError
+from vlmprune.methods import GlobalCom2, Random, TransPrune
 
 F64 = torch.float64
 SIZES = [(40, 24), (20, 70)]
@@ -79,15 +80,17 @@ def test_choice_and_batch(tower, score, keep):
             assert by_hand(grid, scores.flip(0), ratio) != got[i]
 
 
-def test_released_order_reaches_the_language_model():
+@pytest.mark.parametrize("size", [(24, 60), (60, 24)])
+def test_released_order_reaches_the_language_model(size):
     """The released sequence is not ascending and has a newline for padded rows: compare what the LLM computes."""
     model = tiny.shared(dtype=F64, family="llava_next")
-    prompt = tiny.prompt(model, [4, "image", 5], [(24, 60)])
+    prompt = tiny.prompt(model, [4, "image", 5], [size])
     with torch.no_grad():
         x, (image,) = reference.embed(model, prompt)
         with vlmprune.patch(model, "globalcom2", keep=0.5, parity="released") as handle:
             got = model(**prompt).logits[0, -1]
-            grid = handle.trace.grids[0]
+            trace = handle.trace
+        grid = trace.grids[0]
         scores = scores_by_hand(model, prompt["pixel_values"][0, : grid.views], "cls")
         kept = by_hand(grid, scores, 0.5)
         thumbnail = sorted((t for t in kept if grid.view[t] == 0), key=lambda t: -float(scores[0, grid.source[t]]))
@@ -108,9 +111,67 @@ def test_released_order_reaches_the_language_model():
         other = model.model.language_model(inputs_embeds=x[ascending][None]).last_hidden_state[0]
     torch.testing.assert_close(got, model.lm_head(out[-1]), rtol=1e-9, atol=1e-9)
     assert (got - model.lm_head(other[-1])).abs().max() > 1e-7
+    assert trace.kept() == order
+    assert trace.counts[0]["patches_after"] == len(kept)
+    assert trace.counts[0]["newlines_after"] == down * 4
+    assert order != sorted(set(order))
+    assert trace.layer_average() == len(order)
+    assert trace.kv_lengths == [len(columns)] * 4
+
+
+def test_released_order_as_long_as_the_image():
+    """Nothing gets shorter, and the order is still another one."""
+    model = tiny.shared(dtype=F64, family="llava_next")
+    prompt = tiny.prompt(model, [4, "image", 5], [(26, 44)])
+    with torch.no_grad():
+        plain = model(**prompt).logits[0, -1]
+        tokens = int((prompt["input_ids"] == model.config.image_token_id).sum())
+        for percent in range(990, 900, -2):
+            with vlmprune.patch(model, "globalcom2", keep=percent / 1000, parity="released") as handle:
+                try:
+                    got = model(**prompt).logits[0, -1]
+                except ValueError:  # longer than the image
+                    continue
+                if len(handle.trace.kept()) == tokens:
+                    break
+        else:
+            pytest.fail("no budget gave as many tokens as the image has")
+    assert (got - plain).abs().max() > 1e-7
+
+
+def test_a_canvas_that_vanishes():
+    model = tiny.shared(dtype=F64, family="llava_next")
+    prompt = tiny.prompt(model, [4, "image", 5], [(90, 1)])
+    with torch.no_grad(), vlmprune.patch(model, "globalcom2", keep=0.5, parity="released") as handle:
+        assert model(**prompt).logits.isfinite().all()
+    assert len(handle.trace.grids[0].planes) == 1  # the case is the one that is meant
+    assert len(handle.trace.kept()) == 8
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_features_of_the_last_layer(tower):
+    """`vision_feature_layer=-1`: what is measured lies behind the tower's last layer."""
+    model = tiny.model("llava_next", tower=tower, seed=3).double()
+    prompt = tiny.prompt(model, [4, "image", 5], [(40, 24)])
+    kept = {}
+    for layer in (-1, -2):
+        model.config.vision_feature_layer = model.model.config.vision_feature_layer = layer
+        with torch.no_grad(), vlmprune.patch(model, "globalcom2", keep=0.4, score="distinct") as handle:
+            model(**prompt)
+            pixels = prompt["pixel_values"][0, : handle.trace.grids[0].views]
+            hidden = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer]
+            features = hidden[:, 1:] if tower == "clip" else hidden
+            scores = -torch.cosine_similarity(features, features.mean(1, keepdim=True), dim=-1)
+            kept[layer] = handle.trace.kept_patches()
+            assert kept[layer] == by_hand(handle.trace.grids[0], scores, 0.4)
+    assert kept[-1] != kept[-2]
 
 
 def test_refusals():
+    released, others = GlobalCom2(keep=0.5, parity="released"), (Random(keep=0.9), TransPrune(keep=0.5))
+    for made in ([others[0], released], [released, others[1]]):
+        with pytest.raises(UnsupportedError, match="order of its own"):
+            vlmprune.patch(tiny.shared(family="llava_next"), made)
     with pytest.raises(UnsupportedError, match="single view"):
         vlmprune.patch(tiny.shared(), "globalcom2", keep=0.5)
     with pytest.raises(UnsupportedError, match="distinct"):

@@ -75,13 +75,14 @@ class GlobalCom2(Budgeted):
     Args:
         keep, average: R, a fraction (0.25, the code's default, if none is given), or patches per image, turned into the
             fraction of the image's patches. Budgets are floored per view and clipped at whole crops, so tables show the
-            real count.
+            real count; a very small budget can leave no patch at all (as in the source).
         tau: temperature of the crop budgets (code: 10).
         score: "cls", or "distinct": negated cosine to the view's mean patch, the appendix's score for towers without a
             [CLS] token (its features and details are inferred).
         parity: None puts every token back in its place, in ascending order. "released" repeats the released code:
             thumbnail by descending score, crop tokens at the place of their number among the un-padded ones, and one
-            newline after every canvas row, padded rows included.
+            newline after every canvas row, padded rows included. It cannot be combined with other methods that cut, and
+            at R = 1 it keeps all tokens (the released code still thins dull crops).
         positions: contiguous (code).
         newlines: what happens to newline tokens; `parity="released"` has its own rule.
     """
@@ -117,7 +118,7 @@ class GlobalCom2(Budgeted):
             tap: Tap = ClsLogits(facts.tower_layers - 1)
         else:
             tap = Distinctness(facts.feature_layer + 1)
-        return [Cut(Decoder(0), (tap,), self.reduce, self.positions)]
+        return [Cut(Decoder(0), (tap,), self.reduce, self.positions, reorders=self.parity == "released")]
 
     def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` scores in, decision out."""
@@ -191,6 +192,8 @@ def released_order(keep: torch.Tensor, scores: torch.Tensor, grid: ImageGrid) ->
     (rows, cols), (down, across) = grid.side, grid.crops
     thumbnail = (keep & (view == 0)).nonzero().flatten()
     thumbnail = thumbnail[scores[thumbnail].sort(descending=True, stable=True).indices]
+    if len(grid.planes) == 1:  # a picture so thin that un-padding leaves nothing of its canvas
+        return thumbnail
     token = (keep & (view > 0) & ~newline).nonzero().flatten()
     crop = view[token] - 1
     # the code's bug: a token's number among its crop's un-padded tokens is taken for its place in the tile
