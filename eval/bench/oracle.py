@@ -109,8 +109,8 @@ class Plain:
     def prefill(self) -> torch.Tensor:
         """`(batch, 1)` first tokens; logits and cache stay on the object."""
         out = self.work.model(**self.work.inputs, use_cache=True, logits_to_keep=1)
-        self.logits, self.cache = out.logits, out.past_key_values
-        return out.logits[:, -1:].argmax(-1)
+        self.logits, self.cache = out.logits[:, -1:], out.past_key_values
+        return self.logits.argmax(-1)
 
     def place(self, number: int) -> Any:
         """What decode step `number` (from 0) needs to know beforehand: position ids, as `generate` counts them."""
@@ -120,7 +120,8 @@ class Plain:
     def step(self, token: torch.Tensor, place: Any) -> torch.Tensor:
         """The next `(batch, 1)` tokens."""
         out = self.work.model(input_ids=token, position_ids=place, past_key_values=self.cache, use_cache=True)
-        return out.logits[:, -1:].argmax(-1)
+        self.logits = out.logits[:, -1:]
+        return self.logits.argmax(-1)
 
 
 class Oracle(Plain):
@@ -178,9 +179,11 @@ class Oracle(Plain):
                 past_key_values=self.cache,
                 use_cache=True,
             )
-            return out.logits[:, -1:].argmax(-1)
-        hidden = self.layers(self.language_model.embed_tokens(token), self.stretches, positions, number + 1)
-        return self.head(hidden[:, -1:]).argmax(-1)
+            self.logits = out.logits[:, -1:]
+        else:
+            hidden = self.layers(self.language_model.embed_tokens(token), self.stretches, positions, number + 1)
+            self.logits = self.head(hidden[:, -1:])
+        return self.logits.argmax(-1)
 
     def layers(
         self, hidden: torch.Tensor, parts: list[Stretch], positions: list[torch.Tensor], decoded: int
