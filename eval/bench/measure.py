@@ -31,7 +31,7 @@ class Effort:
         pairs: (pruned, oracle) pairs of first tokens.
         plain: how many of them an unpruned run stands beside; answers are decoded after the first of these, after more
             where they are so short that fewer tokens than pairs would be timed.
-        stages: runs with stamps.
+        stages: runs with stamps, at most as many as pairs.
         new_tokens: tokens of an answer, the first included.
     """
 
@@ -40,9 +40,9 @@ class Effort:
     stages: int = 3
     new_tokens: int = 32
 
-    def with_plain(self, number: int) -> bool:
-        """Whether pair `number` brings the unpruned model with it: `plain` of them do, evenly spaced."""
-        return (number * self.plain) // self.pairs != ((number + 1) * self.plain) // self.pairs
+    def due(self, number: int, times: int) -> bool:
+        """Whether something that happens `times` times, evenly spaced, happens beside pair `number`."""
+        return (number * times) // self.pairs != ((number + 1) * times) // self.pairs
 
 
 @dataclass
@@ -163,13 +163,14 @@ def run_method(
     difference = float((logits - oracle.run.logits).abs().max() / logits.abs().max())
     oracle.first.clear()
 
-    beside: dict[str, list[float]] = defaultdict(list)  # times of the pairs that stand beside an unpruned run
+    stages: list[dict[str, Any]] = []
+    beside: dict[str, list] = defaultdict(list)  # what stood beside the unpruned runs
     for i in range(effort.pairs):
         tell(f"pair {i + 1}/{effort.pairs}")
         order = [oracle, pruned] if i % 2 else [pruned, oracle]
-        order += [plain] if effort.with_plain(i) else []
+        order += [plain] if effort.due(i, effort.plain) else []
         tokens = [contender.prefill() for contender in order]
-        if effort.with_plain(i):
+        if plain in order:
             beside["pruned"].append(pruned.first[-1])
             beside["oracle"].append(oracle.first[-1])
             if effort.new_tokens > 2 and len(plain.decode) < effort.pairs:
@@ -177,14 +178,13 @@ def run_method(
                 decode(order, tokens, effort.new_tokens)
         for contender in order:
             contender.run.cache = None
+        if effort.due(i, effort.stages):
+            tell("stages")
+            stages.append(stage_seconds(work, clock, plan, oracle.run.stretches))
+            beside["stages"].append(i * effort.plain // effort.pairs)  # the unpruned run that is nearest
 
-    stages, cost = [], []
-    for i in range(effort.stages):
-        tell(f"stages {i + 1}/{effort.stages}")
-        stages.append(stage_seconds(work, clock, plan, oracle.run.stretches))
-        cost.append(sum(stages[-1][name] for name in DROP))
-    base = spread(plain.first)["median"] / 1e3
-
+    cost = [sum(run[name] for name in DROP) for run in stages]
+    nearest = [plain.first[number] for number in beside["stages"]]
     parts, layers = oracle.run.stretches, len(trace.kv_lengths)
     made: dict[str, Any] = {
         "tokens": {
@@ -207,7 +207,7 @@ def run_method(
         "speedup": ratio(plain.first, beside["pruned"]),
         "oracle_speedup": ratio(plain.first, beside["oracle"]),
         "amdahl": amdahl(work, unpruned["stages_ms"], trace.kv_lengths),
-        "cost_share": ratio(cost, [base] * len(cost)),
+        "cost_share": ratio(cost, nearest),
         "stages_ms": stage_spreads(stages),
         "kv_bytes": cached,
         "peak_bytes": counted["peak_bytes"],

@@ -135,7 +135,8 @@ def settings_of(args: argparse.Namespace, old: dict[str, Any] | None) -> dict[st
     for name, low in least.items():
         if settings[name] < low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}.")
-    settings["plain_runs"] = min(settings["plain_runs"], settings["pairs"])
+    for name in ("plain_runs", "stage_runs"):  # they stand beside pairs
+        settings[name] = min(settings[name], settings["pairs"])
     return settings
 
 

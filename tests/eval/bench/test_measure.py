@@ -110,10 +110,35 @@ def test_a_method_that_raises_leaves_the_model_unpatched(work):
     assert not patched(here.model)
 
 
-def test_unpruned_runs_are_spread_evenly():
-    assert [i for i in range(15) if Effort(15, 3).with_plain(i)] == [4, 9, 14]
-    assert [i for i in range(5) if Effort(5, 1).with_plain(i)] == [4]
-    assert [i for i in range(4) if Effort(4, 4).with_plain(i)] == [0, 1, 2, 3]
+@pytest.mark.parametrize(("pairs", "times", "when"), [(15, 3, [4, 9, 14]), (5, 1, [4]), (4, 4, [0, 1, 2, 3])])
+def test_runs_are_spread_evenly(pairs, times, when):
+    assert [i for i in range(pairs) if Effort(pairs).due(i, times)] == when
+
+
+def test_what_pruning_costs_is_compared_with_the_nearest_unpruned_run(cell, monkeypatch):
+    times = iter([10.0, 1000.0])
+    real = measure.Contender.prefill
+
+    def prefill(self):
+        token = real(self)
+        if self.plan is None and not isinstance(self.run, Oracle):
+            self.first[-1] = next(times)
+        return token
+
+    fixed = {
+        "taps": 1.0,
+        "selection": 2.0,
+        "gather": 7.0,
+        "tower": 0.0,
+        "projector": 0.0,
+        "prefill": [0.0],
+        "rest": 0.0,
+    }
+    monkeypatch.setattr(measure.Contender, "prefill", prefill)
+    monkeypatch.setattr(measure, "stage_seconds", lambda *_: fixed | {"total": 10.0})
+    monkeypatch.setattr(measure, "amdahl", lambda *_: {})
+    found = cell(effort=Effort(4, 2, 2, 1), keep=4)[2]
+    assert (found["cost_share"]["low"], found["cost_share"]["high"]) == (0.01, 1.0)
 
 
 def test_amdahl_by_hand(work, monkeypatch):
