@@ -13,7 +13,7 @@ from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.layout import upload
 from vlmprune.plan import Plan
 from vlmprune.prompt import prompt_layout
-from vlmprune.sequence import SEGMENTS, Segment, Sequence, merge_tokens
+from vlmprune.sequence import SEGMENTS, Segment, Sequence
 from vlmprune.taps import BlockTap, DecoderTap, Hidden, Tap
 from vlmprune.tower import SEEN
 from vlmprune.trace import CutTrace, Trace
@@ -120,7 +120,8 @@ class Prefill:
         if counts == layout.alive_counts:
             return hidden  # a budget of all tokens is the exact identity
         if reduction.merge is not None:
-            hidden = merge_tokens(hidden, at, layout.alive, reduction.merge, keep)
+            flow = reduction.merge
+            hidden = torch.ops.vlmprune.merge(hidden, at, layout.alive, keep, flow.into, flow.weight, flow.source)
         dropped = [0] * len(sequence.lengths)
         for row, before, after in zip(layout.sample, layout.alive_counts, counts, strict=True):
             dropped[row] += before - after
