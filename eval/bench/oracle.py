@@ -133,6 +133,8 @@ class Oracle(Plain):
         self.language_model = work.family.language_model(self.inner)
         self.head = work.model.get_output_embeddings()
         self.stretches = stretches(trace, work)
+        # one short prompt is a plain call of the language model; with a mask that call would wait for the device
+        self.whole = len(self.stretches) == 1 and self.stretches[0].mask is None
         ids, device = work.inputs["input_ids"], work.model.device
         # entries of (text rows of all samples, then visual rows of all samples) that the first layer sees
         text = work.length - work.visual
@@ -152,10 +154,9 @@ class Oracle(Plain):
         hidden = torch.cat((text, *encoded.pooler_output))[self.entry]
         first = self.stretches[0]
         self.cache = DynamicCache(config=self.language_model.config)
-        if len(self.stretches) == 1:
+        if self.whole:
             hidden = self.language_model(
                 inputs_embeds=hidden,
-                attention_mask=first.mask,
                 position_ids=first.positions,
                 past_key_values=self.cache,
                 use_cache=True,
@@ -171,13 +172,9 @@ class Oracle(Plain):
 
     def step(self, token: torch.Tensor, place: Any) -> torch.Tensor:
         number, positions = place
-        if len(self.stretches) == 1:
+        if self.whole:
             out = self.work.model(
-                input_ids=token,
-                position_ids=positions[0],
-                attention_mask=self.stretches[0].longer(number + 1),
-                past_key_values=self.cache,
-                use_cache=True,
+                input_ids=token, position_ids=positions[0], past_key_values=self.cache, use_cache=True
             )
             self.logits = out.logits[:, -1:]
         else:

@@ -13,7 +13,7 @@ SPEED = """\
 First token: vision tower to first token, medians of interleaved runs. Tokens: visual ones, mean over decoder layers.
 Speed-up: unpruned / pruned; its ceilings are the oracle's (the same tower and projector, then the language model on the
 kept rows, known beforehand) and Amdahl's bound (the unpruned stages, only the decoder layers shrunk, as their FLOPs
-are). Overhead: pruned / oracle, median of {pairs} interleaved pairs with its 95 % interval. Token: one decode step;
+are). Overhead: pruned / oracle, median of {pairs} interleaved pairs with {interval}. Token: one decode step;
 answer: speed-up of {new_tokens} new tokens."""
 STAGES = """\
 Milliseconds of separate runs with stamps (medians). Gather: all the patch does besides taps and selection. Rest:
@@ -53,9 +53,10 @@ def as_text(results: dict[str, Any]) -> str:
     if not results["cells"]:
         return "\n".join([*parts, "nothing was measured"])
     pairs = results["cells"][0]["overhead"]["pairs"]
+    interval_name = "its 95 % interval" if pairs > 5 else "their range"
     new = results["settings"]["new_tokens"]
     how = ", the allocator's" if results["machine"].get("gpu") else ", all tensors alive at one time"
-    parts += ["", speed_table(results["cells"]), "", SPEED.format(pairs=pairs, new_tokens=new)]
+    parts += ["", speed_table(results["cells"]), "", SPEED.format(pairs=pairs, interval=interval_name, new_tokens=new)]
     parts += ["", stage_table(results), "", STAGES, "", needs_table(results), "", NEEDS.format(how=how)]
     strange = [c for c in results["cells"] if (c["same_as_oracle"] or 0) > tolerance(results)]
     for cell in strange:
