@@ -43,12 +43,12 @@ __all__ = [
 class Scene(Protocol):
     """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are.
 
-    `text_after` counts the tokens after the last visual token of every batch row.
+    `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most.
     """
 
     sequence: Sequence
     layout: Layout
-    text_after: list[int]
+    text_after: tuple[torch.Tensor, int]
 
     def flat_index(self) -> torch.Tensor:
         """`(images, tokens)` index of every visual token into the flattened `(batch * length)` sequence."""
@@ -156,7 +156,9 @@ class TextAttention(DecoderTap):
             at = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
             weight = mean_weight(real)
         else:
-            at, weight = last_rows(real, [1] * len(hidden) if self.rows == "last" else scene.text_after)
+            at, weight = last_rows(
+                real, *((real.new_ones(len(real), dtype=torch.long), 1) if self.rows == "last" else scene.text_after)
+            )
         return decoder_mass(layer, hidden, scene, [(at, weight)])[0].flatten()[scene.flat_index()]
 
 
@@ -184,7 +186,7 @@ class ReceivedAttention(DecoderTap):
                 images[sample] = image if number == ordinal else images[sample]
             index = upload(images, hidden.device)  # samples with fewer images take any and weigh it 0
             own.append((entries[index], part[index] * (index >= 0)[:, None]))
-        text = last_rows(scene.sequence.real(), scene.text_after)
+        text = last_rows(scene.sequence.real(), *scene.text_after)
         if self.logits:
             masses = decoder_mass(layer, hidden, scene, own, mean_logits)
             masses += decoder_mass(layer, hidden, scene, [text])
@@ -210,7 +212,7 @@ class CrossShare(DecoderTap):
         text = real & ~visual & (visual.cumsum(1) > 0)
         if max(layout.ordinal) == 0:
             # one image a sample: the text after it cannot be seen from it, and its rows alone need to be computed
-            rows = [last_rows(real, scene.text_after)]
+            rows = [last_rows(real, *scene.text_after)]
         else:
             all_rows = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
             rows = [(all_rows, mean_weight(text)), (all_rows, mean_weight(visual))]
@@ -350,19 +352,20 @@ def mean_weight(rows: torch.Tensor) -> torch.Tensor:
     return rows.double() / rows.sum(1, keepdim=True).clamp(min=1)
 
 
-def last_rows(real: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def last_rows(real: torch.Tensor, counts: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The last `counts` real rows of every sample (at least one), and the weights that average them.
 
     Args:
         real: `(batch, length)` bool.
+        counts: `(batch,)` long.
+        most: at least the largest of them.
 
     Returns:
         `(batch, rows)` long indices and `(batch, rows)` float weights, 0 at padding.
     """
-    most, device = max(1, *counts), real.device
-    n = upload(counts, device).clamp(min=1)[:, None]
+    device, n = real.device, counts.clamp(min=1)[:, None]
     end = torch.where(real, torch.arange(real.shape[1], device=device), 0).amax(1, keepdim=True) + 1
-    number = torch.arange(most, device=device)
+    number = torch.arange(max(1, most), device=device)
     return (end - n + number).clamp(0, real.shape[1] - 1), mean_weight(number < n)
 
 

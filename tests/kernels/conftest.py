@@ -1,7 +1,7 @@
 """Every implementation of every op, on whatever machine this is.
 
-With a GPU the kernels run on it. Without one Triton's run through its interpreter, and the CUDA sources are compiled for
-the CPU (cuda_on_cpu.h); both compute what they compute, and say nothing about speed or races.
+With a GPU the kernels run on it. Without one Triton's run through its interpreter, and the CUDA sources are compiled
+for the CPU (cuda_on_cpu.h); both compute what they compute, and say nothing about speed or races.
 """
 
 from __future__ import annotations

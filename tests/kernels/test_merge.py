@@ -4,25 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import merge_inputs
 
 merge = torch.ops.vlmprune.merge
-
-
-def case(dtype, device="cpu", sparse=False, seed=0):
-    """Two images of different size in three rows; what is gone or padding must not flow, whatever is said about it."""
-    g = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(3, 13, 2, 9, generator=g).to(dtype)[:, :, 0]  # not contiguous
-    at = torch.stack([torch.randperm(13, generator=g)[:8] + 13 * row for row in (2, 0)])
-    alive = torch.rand(2, 8, generator=g) < 0.8
-    alive[:, [0, 7]] = True
-    keep = alive & (torch.rand(2, 8, generator=g) < 0.5)
-    keep[:, 7] = True
-    anchors = [row.nonzero().flatten() for row in keep]
-    entries = 11 if sparse else 8
-    into = torch.stack([a[torch.randint(len(a), (entries,), generator=g)] for a in anchors])
-    weight = torch.rand(2, entries, generator=g)
-    source = torch.randint(8, (2, entries), generator=g) if sparse else None
-    return [x if x is None else x.to(device) for x in (hidden, at, alive, keep, into, weight, source)]
 
 
 def by_hand(hidden, at, alive, keep, into, weight, source):
@@ -45,7 +29,7 @@ def test_merge(implementation, device, dtype, sparse):
     if implementation == "cuda":
         pytest.skip("there is no CUDA C++ for it")
     for seed in range(3):
-        given = case(dtype, device, sparse, seed)
+        given = merge_inputs(dtype, device, sparse, seed)
         before = given[0].clone()
         out = merge(*given)
         assert out.dtype == dtype
@@ -59,7 +43,7 @@ def test_merge(implementation, device, dtype, sparse):
 def test_nothing_to_merge(implementation, device):
     if implementation == "cuda":
         pytest.skip("there is no CUDA C++ for it")
-    given = case(torch.float32, device)
+    given = merge_inputs(torch.float32, device)
     given[3] = torch.zeros_like(given[3])
     assert torch.equal(merge(*given), given[0])
     empty = [given[0], *[x[:, :0] for x in given[1:6]], None]
@@ -68,7 +52,7 @@ def test_nothing_to_merge(implementation, device):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_gradients(sparse):
-    given = case(torch.float64, sparse=sparse)
+    given = merge_inputs(torch.float64, sparse=sparse)
     given[0] = given[0].contiguous().requires_grad_()
     given[5] = given[5].double().requires_grad_()
     assert torch.autograd.gradcheck(lambda hidden, weight: merge(hidden, *given[1:5], weight, given[6]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_cases import gather_inputs
 
 top_k = torch.ops.vlmprune.top_k
 select_gather = torch.ops.vlmprune.select_gather
@@ -51,21 +52,6 @@ def test_top_k_of_nothing_and_of_more_dimensions(implementation, device):
     kept = top_k(scores.transpose(0, 1), counts.T, torch.ones(3, 2, 4, device=device) > 0)  # not contiguous
     assert kept.sum(-1).T.tolist() == [[0, 1, 2], [3, 4, 4]]
     assert kept[2, 0].tolist() == [False, False, True, True]
-
-
-def inputs(batch, columns, dim, dtype, device, axes=0, rotary=6, seed=0, twisted=False):
-    """Random rows, ids and rotary embeddings; `twisted` has none of them contiguous."""
-    g = torch.Generator().manual_seed(seed)
-    front = (axes,) if axes else ()
-    hidden = torch.randn(batch, columns, dim, generator=g).to(dtype)
-    ids = torch.randint(0, 4 * columns + 1, (*front, batch, columns), generator=g)
-    cos, sin = torch.randn(2, *front, batch, columns, rotary, generator=g).to(dtype)
-    if twisted:
-        hidden = hidden.transpose(0, 1).contiguous().transpose(0, 1)
-        ids = ids.new_zeros(*ids.shape[:-1], 2 * columns)[..., ::2].copy_(ids)
-        cos = cos[..., :1, :, :].expand_as(cos)
-        sin = sin.transpose(-1, -2).contiguous().transpose(-1, -2)
-    return [x.to(device) for x in (hidden, ids, cos, sin)]
 
 
 def by_hand(kept, real, given, length, contiguous):
@@ -119,7 +105,7 @@ def test_select_gather(implementation, device, axes, twisted, ranked_by, contigu
         ((2, 33), 5, torch.bfloat16),
     ):
         batch, columns = shape
-        given = inputs(*shape, dim, dtype, device, axes, rotary=6 if dim != 7 else 0, twisted=twisted)
+        given = gather_inputs(*shape, dim, dtype, device, axes, rotary=6 if dim != 7 else 0, twisted=twisted)
         real = torch.rand(shape, generator=g) < 0.8
         if batch > 1:
             real[0] = True
@@ -147,7 +133,7 @@ def test_select_gather(implementation, device, axes, twisted, ranked_by, contigu
 
 
 def test_a_mask_of_none_is_all_real(implementation, device):
-    given = inputs(2, 9, 4, torch.float32, device)
+    given = gather_inputs(2, 9, 4, torch.float32, device)
     keep = torch.tensor([[1, 0, 1, 1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0]], device=device).bool()
     out = select_gather(keep, None, None, *given, 4, True)
     check(out, [[0, 2, 3, 8], []], [[True] * 9] * 2, given, 4, True)
@@ -155,7 +141,7 @@ def test_a_mask_of_none_is_all_real(implementation, device):
 
 def test_nothing_at_all(implementation, device):
     for batch, columns, length in ((0, 5, 2), (2, 5, 0), (2, 0, 0)):
-        given = inputs(batch, columns, 4, torch.float32, device)
+        given = gather_inputs(batch, columns, 4, torch.float32, device)
         keep = torch.zeros(batch, columns, dtype=torch.bool, device=device)
         out = select_gather(keep, None, None, *given, length, True)
         assert [x.shape for x in out[:1] + out[4:]] == [(batch, length, 4), (batch, length), (batch, length), (batch,)]
@@ -163,7 +149,7 @@ def test_nothing_at_all(implementation, device):
 
 
 def test_refusals():
-    given = inputs(1, 4, 2, torch.float32, "cpu")
+    given = gather_inputs(1, 4, 2, torch.float32, "cpu")
     with pytest.raises(ValueError, match="between 0 and the 4 columns"):
         select_gather(torch.ones(1, 4).bool(), None, None, *given, 5, False)
     with pytest.raises(ValueError, match="float scores need counts"):
@@ -171,7 +157,7 @@ def test_refusals():
 
 
 def test_gradients_go_back_where_rows_came_from():
-    given = inputs(2, 6, 3, torch.float64, "cpu", axes=3)
+    given = gather_inputs(2, 6, 3, torch.float64, "cpu", axes=3)
     keep = torch.tensor([[1, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1]]).bool()
     hidden, cos, sin = (given[i].requires_grad_() for i in (0, 2, 3))
 

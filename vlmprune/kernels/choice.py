@@ -34,9 +34,9 @@ class Refused(Exception):
 class use:
     """Force an implementation: "torch", "triton", "cuda", or "auto" for the default again.
 
-    Holds from the call on, for the whole process; in a `with` statement until its end. An implementation that cannot run
-    here (no GPU, no Triton, a dtype it does not have) is replaced by the plain one, and a warning says so once. The
-    environment variable `VLMPRUNE_KERNELS` sets the same from outside; `use` wins.
+    Holds from the call on, for the whole process; in a `with` statement until its end. An implementation that cannot
+    run here (no GPU, no Triton, a dtype it does not have) is replaced by the plain one, and a warning says so once.
+    The environment variable `VLMPRUNE_KERNELS` sets the same from outside; `use` wins.
 
     Args:
         name: one of `IMPLEMENTATIONS`.

@@ -58,7 +58,7 @@ def select_gather(
 
 
 def take(x: torch.Tensor, row: torch.Tensor, index: torch.Tensor, inner: int) -> torch.Tensor:
-    """Columns `index` `(batch, length)` of `(batch, columns)` and `inner` more dimensions, with an axis before or not."""
+    """Columns `index` `(batch, length)` of `([axes,] batch, columns)` and `inner` more dimensions."""
     return x[:, row, index] if x.ndim == 3 + inner else x[row, index]
 
 

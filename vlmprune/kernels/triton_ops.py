@@ -96,7 +96,7 @@ def select_gather_kernel(
     score = tl.load(scores + sample * score_sample + column * score_step, mask=among, other=0)
     if REAL:
         among = (tl.load(real + sample * real_sample + column * real_step, mask=among, other=0) != 0) & among
-    if RANK:
+    if RANK:  # noqa: SIM108 - decided while compiling
         kept = best(score.to(tl.float32), among, tl.load(counts + sample))
     else:
         kept = (score != 0) & among

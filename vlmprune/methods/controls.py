@@ -22,6 +22,7 @@ __all__ = ["Downsample", "Grid", "Pool", "Random", "grid_shape", "random_scores"
 
 
 @lru_cache(maxsize=256)
+@torch._dynamo.assume_constant_result
 def noise(seed: int, ordinal: int, tokens: int) -> torch.Tensor:
     """`(tokens,)` uniform scores, the same on every device and for every batch row."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + ordinal) % 2**63)
@@ -91,7 +92,6 @@ def grid_shape(keep: int, rows: int, cols: int) -> tuple[int, int]:
     return max(1, min(keep, int(rows * scale + 1e-9))), max(1, min(keep, int(cols * scale + 1e-9)))
 
 
-@lru_cache(maxsize=256)
 def image_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Divide every plane of an image into the grid of cells that its share of the budget pays for.
 
@@ -133,11 +133,18 @@ class Cells(Control):
     before is divided as if they were all there.
     """
 
+    def image_cells(self, grid: ImageGrid) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """`image_cells` of this budget, worked out once per grid."""
+        key = "cells", self.budget
+        if key not in grid.memo:
+            grid.memo[key] = image_cells(grid, self.budget)
+        return grid.memo[key]
+
     def cells(self, layout: Layout) -> tuple[Reduction, torch.Tensor, torch.Tensor]:
         into = torch.zeros(layout.position.shape, dtype=torch.long)
         weight, counts = torch.zeros(layout.position.shape, dtype=torch.float64), []
         for i, grid in enumerate(layout.grids):
-            into[i, : grid.tokens], weight[i, : grid.tokens], cells = image_cells(grid, self.budget)
+            into[i, : grid.tokens], weight[i, : grid.tokens], cells = self.image_cells(grid)
             counts.append(cells)
         weight = weight.float() if layout.device.type == "mps" else weight  # which has no float64
         into, weight = upload(into, layout.device), upload(weight, layout.device)
