@@ -92,7 +92,7 @@ class Sequence:
         prompt: columns of the unpruned prompt.
         columns: `(batch, length)` prompt column of every entry.
         mask: `(batch, length)` bool of real entries, or None if all are.
-        lengths: real entries of every row, on the host.
+        lengths: real entries of every row, on the host (upper bounds inside a compiled graph).
         positions: `(batch, length)` position ids.
         rotary: (cos, sin) of `positions`, each `(batch, length, dim)`.
         shift: `(batch, 1)` positions by which decoded tokens move down, or None.
@@ -152,7 +152,9 @@ class Sequence:
         if positions == "contiguous":
             shift = lost[:, None] if shift is None else shift + lost[:, None]
             cos, sin = rotary_emb(hidden, position_ids=ids)
-        mask = None if all(n == new for n in lengths) else mask
+        # inside a compiled graph lengths are upper bounds, and cannot tell that no padding is left
+        known = self.mask is None or not torch.compiler.is_compiling()
+        mask = None if known and all(n == new for n in lengths) else mask
         columns = self.columns.gather(1, index)
         bias = None if self.bias is None else self.bias.gather(1, index)
         return hidden, Sequence(self.prompt, columns, mask, lengths, ids, (cos, sin), shift, cut=True, bias=bias)

@@ -40,8 +40,6 @@ def exact(images, tokens, dim, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_picks_of_a_ragged_batch(implementation, device, objective, dtype):
-    if implementation == "cuda":
-        pytest.skip("there is no CUDA C++ for it")
     features = exact(3, 30, 16) if objective != "log_det" else torch.randn(3, 30, 16, generator=torch.manual_seed(0))
     features = features.to(dtype)
     candidates = torch.rand(3, 30, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -59,8 +57,6 @@ def test_picks_of_a_ragged_batch(implementation, device, objective, dtype):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_edges(implementation, device, objective):
-    if implementation == "cuda":
-        pytest.skip("there is no CUDA C++ for it")
     zero = torch.zeros(1, dtype=torch.long, device=device)
 
     def run(features, count, candidates=None):

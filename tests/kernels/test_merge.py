@@ -26,8 +26,6 @@ def by_hand(hidden, at, alive, keep, into, weight, source):
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_merge(implementation, device, dtype, sparse):
-    if implementation == "cuda":
-        pytest.skip("there is no CUDA C++ for it")
     for seed in range(3):
         given = merge_inputs(dtype, device, sparse, seed)
         before = given[0].clone()
@@ -41,8 +39,6 @@ def test_merge(implementation, device, dtype, sparse):
 
 
 def test_nothing_to_merge(implementation, device):
-    if implementation == "cuda":
-        pytest.skip("there is no CUDA C++ for it")
     given = merge_inputs(torch.float32, device)
     given[3] = torch.zeros_like(given[3])
     assert torch.equal(merge(*given), given[0])

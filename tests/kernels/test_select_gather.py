@@ -8,6 +8,7 @@ from kernel_cases import gather_inputs
 
 top_k = torch.ops.vlmprune.top_k
 select_gather = torch.ops.vlmprune.select_gather
+CUDA = True
 SHAPES = [(1, 1), (3, 17), (2, 257), (1, 700)]
 SCORES = [torch.float32, torch.float16, torch.bfloat16]
 SPECIAL = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e-7, -1e-7, 3e38, 65504.0]
@@ -97,13 +98,11 @@ def check(out, kept, real, given, length, contiguous):
 def test_select_gather(implementation, device, axes, twisted, ranked_by, contiguous):
     """Ragged counts from nothing to everything, padding on both sides, the first and the last column among the kept."""
     g = torch.Generator().manual_seed(3)
-    for shape, dim, dtype in (
-        ((1, 1), 8, torch.float32),
-        ((4, 40), 1, torch.float16),
-        ((3, 280), 24, torch.bfloat16),
-        ((2, 20), 7, torch.float32),
-        ((2, 33), 5, torch.bfloat16),
-    ):
+    cases = [((1, 1), 8, torch.float32), ((3, 20), 1, torch.float16), ((2, 33), 5, torch.bfloat16)]
+    cases += [] if implementation == "triton" and device.type == "cpu" else [
+        ((3, 280), 24, torch.bfloat16), ((2, 270), 7, torch.float32), ((2, 600), 8, torch.float16),
+    ]  # fmt: skip
+    for shape, dim, dtype in cases:
         batch, columns = shape
         given = gather_inputs(*shape, dim, dtype, device, axes, rotary=6 if dim != 7 else 0, twisted=twisted)
         real = torch.rand(shape, generator=g) < 0.8
@@ -120,7 +119,7 @@ def test_select_gather(implementation, device, axes, twisted, ranked_by, contigu
             kept = [ranked(s.tolist(), int(n), r.tolist()) for s, n, r in zip(scores, counts, real, strict=True)]
         longest = max(map(len, kept))
         wide = scores.new_zeros(batch, 2 * columns)[:, ::2].copy_(scores) if twisted else scores
-        for length in (longest, columns) if columns < 50 else (longest,):
+        for length in {longest, columns}:
             out = select_gather(
                 wide.to(device),
                 None if counts is None else counts.to(device),

@@ -243,13 +243,16 @@ def greedy(
 @triton.jit
 def scores_of(
     query, key, at, real, bias, row, column, rows, keys, dim, query_step, key_step, scale, window,
-    CAUSAL: tl.constexpr, REAL: tl.constexpr, BIAS: tl.constexpr, DIM: tl.constexpr,
+    CAUSAL: tl.constexpr, REAL: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
+    DIM: tl.constexpr,
 ):  # fmt: skip
     """A tile of scaled scores: what a row may not see is the lowest number, what is no key minus infinity."""
     d = tl.arange(0, DIM)
     q = tl.load(query + row[:, None] * query_step + d, mask=(row < rows)[:, None] & (d < dim), other=0)
     k = tl.load(key + column[:, None] * key_step + d, mask=(column < keys)[:, None] & (d < dim), other=0)
     # products of half-precision numbers are exact in float32; float32 must not become tf32
+    if WIDE:
+        q, k = q.to(tl.float32), k.to(tl.float32)
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if BIAS:
         score += tl.load(bias + column, mask=column < keys, other=0)[None]
@@ -265,7 +268,7 @@ def scores_of(
 def softmax_kernel(
     query, key, at, real, bias, top, total, rows, keys, dim, heads, group, query_batch, query_head, query_step,
     key_batch, key_head, key_step, scale, window, CAUSAL: tl.constexpr, REAL: tl.constexpr, BIAS: tl.constexpr,
-    DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The largest score of every row, and the sum of the exponentials below it, in one pass over the keys."""
     head, batch = (tl.program_id(1) % heads).to(tl.int64), (tl.program_id(1) // heads).to(tl.int64)
@@ -277,7 +280,7 @@ def softmax_kernel(
     for start in range(0, keys, KEYS):
         score = scores_of(
             query, key, at + batch * rows, real + batch * keys, bias + batch * keys, row, start + tl.arange(0, KEYS),
-            rows, keys, dim, query_step, key_step, scale, window, CAUSAL, REAL, BIAS, DIM,
+            rows, keys, dim, query_step, key_step, scale, window, CAUSAL, REAL, BIAS, WIDE, DIM,
         )  # fmt: skip
         now = tl.maximum(largest, tl.max(score, 1))
         below = below * tl.exp(largest - now) + tl.sum(tl.exp(score - now[:, None]), 1)
@@ -291,7 +294,7 @@ def softmax_kernel(
 def mass_kernel(
     query, key, at, real, bias, weight, top, total, out, rows, keys, dim, heads, group, query_batch, query_head,
     query_step, key_batch, key_head, key_step, scale, window, CAUSAL: tl.constexpr, REAL: tl.constexpr,
-    BIAS: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BIAS: tl.constexpr, WIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The weighted column sums of one head's attention for one block of keys, in one pass over the rows."""
     head, batch = (tl.program_id(1) % heads).to(tl.int64), (tl.program_id(1) // heads).to(tl.int64)
@@ -303,7 +306,7 @@ def mass_kernel(
         row = start + tl.arange(0, ROWS)
         score = scores_of(
             query, key, at + batch * rows, real + batch * keys, bias + batch * keys, row, column, rows, keys, dim,
-            query_step, key_step, scale, window, CAUSAL, REAL, BIAS, DIM,
+            query_step, key_step, scale, window, CAUSAL, REAL, BIAS, WIDE, DIM,
         )  # fmt: skip
         mine = (batch * heads + head) * rows + row
         largest = tl.load(top + mine, mask=row < rows, other=0)
@@ -347,6 +350,7 @@ def attention_mass(
         "DIM": max(16, triton.next_power_of_2(dim)),
     }
     size |= {"CAUSAL": at is not None, "REAL": real is not None, "BIAS": bias is not None}
+    size["WIDE"] = kind == torch.bfloat16 and not query.is_cuda  # Triton's interpreter has no bfloat16 products
     top, total = query.new_empty(2, batch, heads, rows, dtype=torch.float32)
     softmax_kernel[(triton.cdiv(rows, size["ROWS"]), batch * heads)](query, key, *seen, top, total, *numbers, **size)
     mass = query.new_empty(batch, heads, keys, dtype=torch.float32)

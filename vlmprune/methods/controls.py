@@ -21,7 +21,6 @@ from vlmprune.selection import Newlines, check_choice, keep_patches, select
 __all__ = ["Downsample", "Grid", "Pool", "Random", "grid_shape", "random_scores"]
 
 
-@lru_cache(maxsize=256)
 @torch._dynamo.assume_constant_result
 def noise(seed: int, ordinal: int, tokens: int) -> torch.Tensor:
     """`(tokens,)` uniform scores, the same on every device and for every batch row."""
@@ -29,11 +28,15 @@ def noise(seed: int, ordinal: int, tokens: int) -> torch.Tensor:
     return torch.rand(tokens, generator=generator)
 
 
+cached_noise = lru_cache(maxsize=256)(noise)
+
+
 def random_scores(seed: int, layout: Layout) -> torch.Tensor:
     """`(images, tokens)` uniform scores that depend on the seed, the image's number in its prompt and its size."""
     scores = torch.zeros(layout.position.shape)
+    draw = noise if torch.compiler.is_compiling() else cached_noise  # which a compiler would trace into
     for i, (grid, ordinal) in enumerate(zip(layout.grids, layout.ordinal, strict=True)):
-        scores[i, : grid.tokens] = noise(seed, ordinal, grid.tokens)
+        scores[i, : grid.tokens] = draw(seed, ordinal, grid.tokens)
     return upload(scores, layout.device)
 
 
