@@ -14,7 +14,7 @@ from reference import Rule
 
 import vlmprune
 from vlmprune import Cut, Decoder, Method, Reduction
-from vlmprune.taps import Hidden, TextAttention, VisionAttention, Visible, attention_mass
+from vlmprune.taps import Hidden, TextAttention, Visible, VisionAttention, attention_mass
 
 F64 = torch.float64
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 import warnings
 from collections import Counter
+from importlib import util
+from pathlib import Path
 
 import pytest
 import test_engine_syncs
@@ -194,3 +198,16 @@ def test_cuda_sources_compile(tmp_path, source, arch):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out.cubin").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_triton_kernels_compile_for_a_gpu(tmp_path):
+    """Down to machine code: what the interpreter takes is not always what the compiler takes."""
+    if util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    script = Path(__file__).parent / "compile_triton.py"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-P", str(script), "90", "bf16"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count(" ok\n") == 11
