@@ -14,7 +14,7 @@ from transformers import CompileConfig
 import vlmprune
 
 METHODS = {
-    "random": {}, "grid": {}, "pool": {}, "fopru": {}, "vtc_cls": {}, "todre": {"tau": None}, "fastv": {},
+    "random": {}, "pool": {}, "fopru": {}, "vtc_cls": {}, "todre": {"tau": None}, "fastv": {},
     "transprune": {}, "tome": {},
 }  # fmt: skip
 
@@ -103,12 +103,11 @@ def test_a_wrong_prompt_fails_on_the_device(tiny_model):
             compiled(**swapped)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("method", [None, "random", "fastv", "todre"])
+@pytest.mark.parametrize(("method", "rows"), [(None, 1), ("random", 2), ("fastv", 2), ("todre", 1)])
 def test_decoding_on_a_static_cache_compiles(tiny_model, method, rows):
     """`generate` compiles its decode steps itself where it can; here it is told to, without a single break."""
     model = tiny_model()
-    prompt, forced = prompt_of(model, rows), probes.random_tokens(rows, 5)
+    prompt, forced = prompt_of(model, rows), probes.random_tokens(rows, 3)
     prompt.pop("position_ids")
     config = CompileConfig(backend="eager", mode=None, fullgraph=True)
     config._compile_all_devices = True
