@@ -211,3 +211,24 @@ def test_triton_kernels_compile_for_a_gpu(tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count(" ok\n") == 11
+
+
+@pytest.mark.parametrize("method", ["fopru", "pool", "fastv"])
+def test_training_through_a_pruned_forward(monkeypatch, method):
+    """Every gradient is what torch works out itself when the ops are plain functions."""
+    model = tiny.model()
+    prompt = tiny.prompt(model, [4, "image", 6], [(24, 24)])
+    weights = [w for name, w in model.named_parameters() if "projector" in name or "language" in name]
+
+    def gradients():
+        loss = model(**prompt).logits[0, -3:].log_softmax(-1)[:, 7].sum()
+        return torch.autograd.grad(loss, weights, allow_unused=True)
+
+    with vlmprune.patch(model, method, keep=5):
+        got = gradients()
+        for name in ("select_gather", "merge"):
+            monkeypatch.setattr(ops, name, getattr(reference, name))
+        expected = gradients()
+    assert sum(g is not None and bool(g.any()) for g in got) > 20
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
