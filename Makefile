@@ -23,7 +23,7 @@ OLDEST_TESTS ?= $(TESTS)
 # More threads are slower for models this small, and unbearably so beside another process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo pictures test test-oldest lint format wheel clean
+.PHONY: help install demo pictures test test-oldest bench lint format wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -70,6 +70,19 @@ test: $(VENV)/.installed ## run the tests
 # What is in a wheel does not depend on transformers.
 test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported transformers
 	$(OLDEST_VENV)/bin/python -P -m pytest -n $(WORKERS) --ignore tests/test_packaging.py $(PYTEST_ARGS) $(OLDEST_TESTS)
+
+# Goes on where it was stopped. Results of another thread count or package version are refused: remove the files first.
+# The machine must have nothing else to do.
+BENCH_THREADS ?= 2
+BENCH_RUNS ?= --pairs 15 --stage-runs 15
+BENCH_METHODS ?= fopru,vtc_cls,todre,fastv,transprune,random,pool,grid,tome,pitome
+bench: export OMP_NUM_THREADS = $(BENCH_THREADS)
+bench: $(VENV)/.installed ## measure the CPU tables of docs/performance.md (hours; goes on where it was stopped)
+	@mkdir -p benchmarks
+	[ -e benchmarks/cpu-selection.json ] || $(VENV)/bin/vlmprune bench --selection --device cpu --json benchmarks/cpu-selection.json
+	$(VENV)/bin/vlmprune bench --device cpu --shape small --method $(BENCH_METHODS) --keep 25%,10% $(BENCH_RUNS) --json benchmarks/cpu-576.json --resume
+	$(VENV)/bin/vlmprune bench --device cpu --shape small-next --method globalcom2,$(BENCH_METHODS) --keep 25%,10% $(BENCH_RUNS) --json benchmarks/cpu-2880.json --resume
+	$(VENV)/bin/python scripts/performance_tables.py
 
 lint: $(VENV)/.installed ## check style and formatting
 	$(VENV)/bin/ruff check .

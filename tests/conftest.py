@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
-import tiny
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's own functions read it when triton is imported, so before all else
+
+import tiny
 from torch import nn
 
 torch.set_num_threads(1)

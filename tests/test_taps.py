@@ -14,7 +14,7 @@ from reference import Rule
 
 import vlmprune
 from vlmprune import Cut, Decoder, Method, Reduction
-from vlmprune.taps import Hidden, TextAttention, VisionAttention, attention_mass
+from vlmprune.taps import Hidden, TextAttention, Visible, VisionAttention, attention_mass
 
 F64 = torch.float64
 
@@ -162,14 +162,16 @@ def test_attention_mass_in_chunks(rows, grouped):
     g = torch.Generator().manual_seed(0)
     q = torch.randn(2, 2 * grouped, rows, 5, generator=g, dtype=F64)
     k = torch.randn(2, 2, 40, 5, generator=g, dtype=F64)
-    visible = torch.rand(2, 1, rows, 40, generator=g) < 0.7
-    visible[..., 0] = True
+    at, real = torch.randint(40, (2, rows), generator=g), torch.rand(2, 40, generator=g) < 0.7
+    real[:, 0] = True
+    seen, visible = Visible(at, real), (torch.arange(40) <= at[..., None]) & real[:, None]
+    visible = visible[:, None]
     weight = torch.rand(2, rows, generator=g, dtype=F64)
     full = q @ k.repeat_interleave(grouped, 1).transpose(2, 3) * 0.3
     want = full.masked_fill(~visible, -torch.inf).softmax(-1).mean(1)
-    same(attention_mass(q, k, 0.3, visible, weight), (want * weight[..., None]).sum(1), 1e-12)
-    same(attention_mass(q, k, 0.3, None, None), full.softmax(-1).mean((1, 2)), 1e-12)
-    far(attention_mass(q, k, 0.3, visible, None), (want * weight[..., None]).sum(1), 1e-12)
+    same(attention_mass(q, k, 0.3, seen, weight), (want * weight[..., None]).sum(1), 1e-12)
+    same(attention_mass(q, k, 0.3), full.softmax(-1).mean((1, 2)), 1e-12)
+    far(attention_mass(q, k, 0.3, seen), (want * weight[..., None]).sum(1), 1e-12)
 
 
 def test_a_tap_costs_nothing_when_no_method_asks(tiny_model):

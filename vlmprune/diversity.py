@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch.nn import functional
 
+import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
 from vlmprune.layout import upload
-from vlmprune.taps import upcast
 
 __all__ = ["Objective", "greedy_diversity"]
 
-Objective = Literal["max_sum", "max_min"]
+Objective = Literal["max_sum", "max_min", "log_det"]
 
 
 def greedy_diversity(
@@ -21,7 +20,8 @@ def greedy_diversity(
     """Pick mutually dissimilar tokens by cosine distance, starting from a given one.
 
     "max_sum" picks the token with the smallest sum of cosines to all picked ones; "max_min" (k-center, farthest first)
-    the one whose nearest picked token is farthest. Ties go to the lower index. No device sync; no N x N matrix.
+    the one whose nearest picked token is farthest; "log_det" the one farthest from the span of the picked ones (a
+    determinantal point process on the cosines). Ties go to the lower index. No device sync.
 
     Args:
         features: `(images, tokens, dim)`.
@@ -33,23 +33,5 @@ def greedy_diversity(
         `(images, tokens)` bool mask of the picks, and `(images, max(counts))` long their order (arbitrary past an
         image's count).
     """
-    x = functional.normalize(upcast(features), dim=-1)
-    images, tokens, _ = x.shape
-    budget = upload(counts, x.device)
-    row = torch.arange(images, device=x.device)
-    worst = -torch.inf  # a token that may not be picked (any more)
-    value = torch.zeros(images, tokens, dtype=x.dtype, device=x.device)
-    if objective == "max_min":
-        value += torch.inf
-    value = value.masked_fill(~candidates, worst)
-    pick, order = first, [first]
-    picked = torch.zeros(images, tokens, dtype=torch.bool, device=x.device)
-    picked[row, pick] = budget > 0
-    for i in range(1, max(counts, default=0)):
-        cosine = (x @ x[row, pick, :, None]).squeeze(-1)
-        value = value - cosine if objective == "max_sum" else torch.minimum(value, 1 - cosine)
-        value = value.scatter(1, pick[:, None], worst)
-        pick = value.argmax(1)
-        order.append(pick)
-        picked[row, pick] |= budget > i
-    return picked, torch.stack(order, 1)
+    budget = upload(counts, features.device)
+    return torch.ops.vlmprune.greedy(features, first, budget, candidates, objective, max(counts, default=0))

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 __all__ = ["decode_flops", "prefill_flops"]
 
 
-def prefill_flops(tokens: Sequence[int], hidden: int, ffn: int, ffn_matrices: int = 3) -> int:
+def prefill_flops(
+    tokens: Sequence[int], hidden: int, ffn: int, ffn_matrices: int = 3, kv_hidden: int | None = None
+) -> int:
     """Multiply-adds of a prefill, counting each as one: sum over layers of 4 n d² + 2 n² d + f n d m.
 
     Args:
@@ -15,8 +17,11 @@ def prefill_flops(tokens: Sequence[int], hidden: int, ffn: int, ffn_matrices: in
         hidden: d; ffn: m.
         ffn_matrices: f, 3 for Llama's gated feed-forward (TransPrune, arXiv 2507.20630), 2 in ToDRE's formula
             (arXiv 2505.18757), which undercounts Llama.
+        kv_hidden: k, the width of keys and values where grouped queries make it less than d (4 n d² is then
+            2 n d² + 2 n d k); the papers have none.
     """
-    return sum(4 * n * hidden**2 + 2 * n**2 * hidden + ffn_matrices * n * hidden * ffn for n in tokens)
+    projections = 2 * hidden * (hidden + (hidden if kv_hidden is None else kv_hidden))
+    return sum(n * projections + 2 * n**2 * hidden + ffn_matrices * n * hidden * ffn for n in tokens)
 
 
 def decode_flops(prompt: int, output: int, layers: int, hidden: int, ffn: int, ffn_matrices: int = 2) -> int:

@@ -6,14 +6,28 @@ padded to the longest image; `valid` says which entries are real.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 __all__ = ["ImageGrid", "Layout", "trace_packing", "upload"]
+
+
+class cached_property:  # as in functools, whose own takes a lock that torch.compile cannot trace
+    """A property computed once per object (every time inside a graph, where it costs nothing)."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self.function, self.__doc__, self.name = function, function.__doc__, function.__name__
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        if instance is None:
+            return self
+        if torch.compiler.is_compiling():
+            return self.function(instance)
+        value = instance.__dict__[self.name] = self.function(instance)
+        return value
 
 
 def upload(values: Any, device: torch.device) -> torch.Tensor:
@@ -34,6 +48,7 @@ class ImageGrid:
         views: number of views.
         side: (rows, cols) of patches in one view.
         crops: (vertical, horizontal) number of crops; (0, 0) for a single view.
+        memo: what methods work out from it alone, by a key of their own. torch.compile traces into functools' caches.
     """
 
     source: torch.Tensor
@@ -45,6 +60,7 @@ class ImageGrid:
     views: int
     side: tuple[int, int]
     crops: tuple[int, int]
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def tokens(self) -> int:

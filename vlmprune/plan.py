@@ -50,7 +50,7 @@ class Plan:
     @property
     def enabled(self) -> bool:
         """Whether a call of this thread is to be pruned."""
-        return get_ident() not in self.plain
+        return not self.plain or get_ident() not in self.plain  # torch.compile cannot trace get_ident
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

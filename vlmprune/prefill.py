@@ -13,7 +13,7 @@ from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.layout import upload
 from vlmprune.plan import Plan
 from vlmprune.prompt import prompt_layout
-from vlmprune.sequence import SEGMENTS, Segment, Sequence, merge_tokens
+from vlmprune.sequence import SEGMENTS, Segment, Sequence
 from vlmprune.taps import BlockTap, DecoderTap, Hidden, Tap
 from vlmprune.tower import SEEN
 from vlmprune.trace import CutTrace, Trace
@@ -77,20 +77,20 @@ class Prefill:
             kwargs = self.sequence.swap(layer, index, hidden, kwargs)
         return hidden, kwargs
 
-    @torch.no_grad()
     def measure(self, index: int, layer: nn.Module, hidden: torch.Tensor, taps: list[Tap]) -> None:
         """Measure the taps of this layer that nobody has measured yet."""
         for tap in taps:
             if isinstance(tap, DecoderTap) and tap.layer == index and tap not in self.seen:
-                self.seen[tap] = tap.measure(layer, hidden.detach(), self)
+                with torch.no_grad():  # not as a decorator: a compiled graph can hold the one and not the other
+                    self.seen[tap] = tap.measure(layer, hidden.detach(), self)
 
-    @torch.no_grad()
     def watch(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Let the block taps of layer `index` see what one of its two blocks read and wrote."""
         for tap in dict.fromkeys(tap for _, cut in self.pending for tap in cut.see):
             if isinstance(tap, BlockTap) and tap.layer == index:
-                value = tap.measure(before.detach(), after.detach(), self)
-                self.seen[tap] = self.seen[tap] + value if tap in self.seen else value
+                with torch.no_grad():
+                    value = tap.measure(before.detach(), after.detach(), self)
+                    self.seen[tap] = self.seen[tap] + value if tap in self.seen else value
 
     def flat_index(self) -> torch.Tensor:
         """`(images, tokens)` index of every visual token into `(batch * length)` of the current sequence."""
@@ -120,7 +120,8 @@ class Prefill:
         if counts == layout.alive_counts and not cut.reorders:
             return hidden  # a budget of all tokens is the exact identity
         if reduction.merge is not None:
-            hidden = merge_tokens(hidden, at, layout.alive, reduction.merge, keep)
+            flow = reduction.merge
+            hidden = torch.ops.vlmprune.merge(hidden, at, layout.alive, keep, flow.into, flow.weight, flow.source)
         dropped = [0] * len(sequence.lengths)
         for row, before, after in zip(layout.sample, layout.alive_counts, counts, strict=True):
             dropped[row] += before - after

@@ -19,7 +19,7 @@ __all__ = ["prompt_layout"]
 
 def prompt_layout(
     plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, features: Any
-) -> tuple[Layout, torch.Tensor | None, list[int], list[int]]:
+) -> tuple[Layout, torch.Tensor | None, list[int], tuple[torch.Tensor, int]]:
     """Find every visual token of a batch, with one host read (three counts per row).
 
     Args:
@@ -28,8 +28,9 @@ def prompt_layout(
         features: the encoder's output, whose `pooler_output` lists `(tokens, dim)` per image.
 
     Returns:
-        The layout, the `(batch, length)` bool mask of real tokens (None if all are), and per row the number of real
-        tokens and of those after the last visual token.
+        The layout, the `(batch, length)` bool mask of real tokens (None if all are), per row the number of real tokens,
+        and `(batch,)` the number of those after the last visual token with the largest of them. Inside a compiled
+        graph the last two numbers of the host are upper bounds.
 
     Raises:
         ValueError: placeholders and features do not match.
@@ -41,11 +42,19 @@ def prompt_layout(
     everything = torch.ones_like(placeholder) if real is None else real
     # real tokens behind the last placeholder: those that a sum from the right has not met a placeholder for
     after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
-    placeholders, lengths, text_after = torch.stack([x.sum(1) for x in (placeholder, everything, after)]).tolist()
-    if all(n == length for n in lengths):
-        real = None
-
-    sizes = [len(image) for image in features.pooler_output]
+    sizes, text_after = [len(image) for image in features.pooler_output], after.sum(1)
+    if torch.compiler.is_compiling() and len(input_ids) in (1, len(sizes)):
+        # reading would break the graph: one prompt has all images and several have one each, or an error on the device;
+        # padding is not counted, so it stays where it is, masked
+        placeholders = sizes if len(input_ids) > 1 else [sum(sizes)]
+        lengths, most_after = [length] * len(input_ids), length - min(placeholders)
+        told = "compiled prompts with images need one image each, and as many placeholders as it has tokens."
+        torch._assert_async((placeholder.sum(1) == upload(placeholders, input_ids.device)).all(), told)
+    else:
+        placeholders, lengths, counts_after = torch.stack((placeholder.sum(1), everything.sum(1), text_after)).tolist()
+        most_after = max(counts_after)
+        if all(n == length for n in lengths):
+            real = None
     sample, ordinal, offset = assign_images(placeholders, sizes)
     known = getattr(features, SIZES, None)
     if known is None:
@@ -82,7 +91,7 @@ def prompt_layout(
         entered_patches=[grid.patches for grid in grids],
         view_size=side * side,
     )
-    return layout, real, lengths, text_after
+    return layout, real, lengths, (text_after, most_after)
 
 
 def assign_images(placeholders: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int], list[int]]:

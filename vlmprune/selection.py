@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
+import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
 from vlmprune.budget import count, share
 from vlmprune.cuts import Reduction
 from vlmprune.layout import Layout, upload
@@ -36,14 +37,7 @@ def top_k(scores: torch.Tensor, counts: list[int] | torch.Tensor, candidates: to
     Returns:
         `(..., tokens)` bool.
     """
-    counts = upload(counts, scores.device)
-    order = scores.masked_fill(~candidates, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    # a NaN sorts first and an excluded token ties with a score of -inf: rank candidates alone, whatever they score
-    order = order.gather(-1, (~candidates).gather(-1, order).sort(dim=-1, stable=True).indices)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return (rank < counts[..., None]) & candidates
+    return torch.ops.vlmprune.top_k(scores, upload(counts, scores.device), candidates)
 
 
 def keep_newlines(keep: torch.Tensor, layout: Layout, policy: Newlines) -> torch.Tensor:

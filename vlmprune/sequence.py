@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.cuts import Merge, Positions
+import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
+from vlmprune.cuts import Positions
 from vlmprune.errors import UnsupportedError
 from vlmprune.layout import Layout, upload
 from vlmprune.taps import sliding_window
 
-__all__ = ["SEGMENTS", "Segment", "Sequence", "attention_mask", "merge_tokens", "real_tokens"]
+__all__ = ["SEGMENTS", "Segment", "Sequence", "attention_mask", "real_tokens"]
 
 SEGMENTS = "_vlmprune_segments"  # attribute of a cache: its decode state
 
@@ -91,7 +92,7 @@ class Sequence:
         prompt: columns of the unpruned prompt.
         columns: `(batch, length)` prompt column of every entry.
         mask: `(batch, length)` bool of real entries, or None if all are.
-        lengths: real entries of every row, on the host.
+        lengths: real entries of every row, on the host (upper bounds inside a compiled graph).
         positions: `(batch, length)` position ids.
         rotary: (cos, sin) of `positions`, each `(batch, length, dim)`.
         shift: `(batch, 1)` positions by which decoded tokens move down, or None.
@@ -141,23 +142,22 @@ class Sequence:
         """
         lengths = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
         new = max(lengths)
-        kept = ~drop if self.mask is None else self.mask & ~drop
-        # a stable sort of False before True brings what is kept to the right end, in order
-        index = kept.to(torch.uint8).sort(dim=1, stable=True).indices[:, self.length - new :]
-        wide = index[..., None]
-        hidden = hidden.gather(1, wide.expand(-1, -1, hidden.shape[-1]))
-        ids, shift = self.positions.gather(1, index), self.shift
+        empty = hidden.new_empty(*hidden.shape[:2], 0)
+        # contiguous ids have another rotary embedding than the prompt's, and it is not gathered
+        cos, sin = (empty, empty) if positions == "contiguous" else self.rotary
+        hidden, ids, cos, sin, index, mask, lost = torch.ops.vlmprune.select_gather(
+            ~drop, None, self.mask, hidden, self.positions, cos, sin, new, positions == "contiguous"
+        )
+        shift = self.shift
         if positions == "contiguous":
-            before = drop.long().cumsum(1).gather(1, index)
-            lost = drop.sum(1, keepdim=True)
-            ids, shift = (ids - before).clamp(min=0), lost if shift is None else shift + lost
-            rotary = rotary_emb(hidden, position_ids=ids)
-        else:
-            rotary = tuple(x.gather(1, wide.expand(-1, -1, x.shape[-1])) for x in self.rotary)
-        mask = None if all(n == new for n in lengths) else kept.gather(1, index)
+            shift = lost[:, None] if shift is None else shift + lost[:, None]
+            cos, sin = rotary_emb(hidden, position_ids=ids)
+        # inside a compiled graph lengths are upper bounds, and cannot tell that no padding is left
+        known = self.mask is None or not torch.compiler.is_compiling()
+        mask = None if known and all(n == new for n in lengths) else mask
         columns = self.columns.gather(1, index)
         bias = None if self.bias is None else self.bias.gather(1, index)
-        return hidden, Sequence(self.prompt, columns, mask, lengths, ids, rotary, shift, cut=True, bias=bias)
+        return hidden, Sequence(self.prompt, columns, mask, lengths, ids, (cos, sin), shift, cut=True, bias=bias)
 
     def segment(self, first: int) -> Segment:
         """The decode state of the layers from `first` on."""
@@ -191,32 +191,3 @@ class Sequence:
         first = self.length - kept.sum(1, keepdim=True)
         index = first + (kept.cumsum(1) - 1).clamp(min=0)
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
-def merge_tokens(
-    hidden: torch.Tensor, at: torch.Tensor, alive: torch.Tensor, merge: Merge, keep: torch.Tensor
-) -> torch.Tensor:
-    """Write merged tokens over their anchors.
-
-    Args:
-        hidden: `(batch, length, dim)`.
-        at: `(images, tokens)` index of every visual token into the flattened `(batch * length)`.
-        alive: `(images, tokens)` bool, tokens that take part.
-        merge: who goes where, with which weight.
-        keep: `(images, tokens)` bool, the anchors.
-
-    Returns:
-        `(batch, length, dim)`; sums run in float32 or better.
-    """
-    flat = hidden.flatten(0, 1)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    source, taking = (
-        (at, alive) if merge.source is None else (at.gather(1, merge.source), alive.gather(1, merge.source))
-    )
-    parts = flat[source].to(wide) * torch.where(taking, merge.weight, 0).to(wide)[..., None]
-    merged = parts.new_zeros(*at.shape, hidden.shape[-1])
-    merged = merged.scatter_add(1, merge.into[..., None].expand_as(parts), parts).to(hidden.dtype)
-    # entries that are no anchor write to one spare row, so that no mask has to be read back
-    target = torch.where(keep, at, flat.shape[0])
-    spare = torch.cat((flat, flat[:1])).index_put((target.flatten(),), merged.flatten(0, 1))
-    return spare[:-1].view_as(hidden)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from vlmprune.kernels.reference import CHUNK, upcast, visible_keys
 from vlmprune.layout import upload
 
 if TYPE_CHECKING:
@@ -32,23 +33,22 @@ __all__ = [
     "Tap",
     "TextAttention",
     "TowerTap",
+    "Visible",
     "VisionAttention",
     "attention_mass",
     "upcast",
 ]
 
-CHUNK = 128  # query rows whose scores exist at one time
-
 
 class Scene(Protocol):
     """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are.
 
-    `text_after` counts the tokens after the last visual token of every batch row.
+    `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most.
     """
 
     sequence: Sequence
     layout: Layout
-    text_after: list[int]
+    text_after: tuple[torch.Tensor, int]
 
     def flat_index(self) -> torch.Tensor:
         """`(images, tokens)` index of every visual token into the flattened `(batch * length)` sequence."""
@@ -102,7 +102,7 @@ class VisionAttention(TowerTap):
         rows = normed[:, :1] if self.rows == "cls" else normed[:, first:]
         query = split_heads(attention.q_proj(rows), attention.head_dim)
         key = split_heads(attention.k_proj(normed), attention.head_dim)
-        return attention_mass(query, key, attention.scale, None, None)[:, first:]
+        return attention_mass(query, key, attention.scale)[:, first:]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,9 @@ class TextAttention(DecoderTap):
             at = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
             weight = mean_weight(real)
         else:
-            at, weight = last_rows(real, [1] * len(hidden) if self.rows == "last" else scene.text_after)
+            at, weight = last_rows(
+                real, *((real.new_ones(len(real), dtype=torch.long), 1) if self.rows == "last" else scene.text_after)
+            )
         return decoder_mass(layer, hidden, scene, [(at, weight)])[0].flatten()[scene.flat_index()]
 
 
@@ -184,7 +186,7 @@ class ReceivedAttention(DecoderTap):
                 images[sample] = image if number == ordinal else images[sample]
             index = upload(images, hidden.device)  # samples with fewer images take any and weigh it 0
             own.append((entries[index], part[index] * (index >= 0)[:, None]))
-        text = last_rows(scene.sequence.real(), scene.text_after)
+        text = last_rows(scene.sequence.real(), *scene.text_after)
         if self.logits:
             masses = decoder_mass(layer, hidden, scene, own, mean_logits)
             masses += decoder_mass(layer, hidden, scene, [text])
@@ -210,7 +212,7 @@ class CrossShare(DecoderTap):
         text = real & ~visual & (visual.cumsum(1) > 0)
         if max(layout.ordinal) == 0:
             # one image a sample: the text after it cannot be seen from it, and its rows alone need to be computed
-            rows = [last_rows(real, scene.text_after)]
+            rows = [last_rows(real, *scene.text_after)]
         else:
             all_rows = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
             rows = [(all_rows, mean_weight(text)), (all_rows, mean_weight(visual))]
@@ -238,17 +240,26 @@ class BlockTap(Tap):
         raise NotImplementedError
 
 
-def upcast(x: torch.Tensor) -> torch.Tensor:
-    """Float32, or float64 where the model computes in it."""
-    return x if x.dtype == torch.float64 else x.float()
+class Visible(NamedTuple):
+    """What query rows may see: never more than one number per row and key, whatever the product of their numbers.
+
+    Attributes:
+        at: `(batch, rows)` long, the column of every row where attention is causal; None where it is not.
+        real: `(batch, keys)` bool, keys that are no padding; None if all are.
+        window: columns that a causal row sees backwards, itself included; 0 for all.
+    """
+
+    at: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    window: int = 0
 
 
 def attention_mass(
     query: torch.Tensor,
     key: torch.Tensor,
     scale: float,
-    visible: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    visible: Visible = Visible(),  # noqa: B008 - immutable
+    weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention received by every key: softmax(query key^T * scale + bias), head mean, weighted sum over query rows.
@@ -256,52 +267,38 @@ def attention_mass(
     Args:
         query: `(batch, heads, rows, dim)`.
         key: `(batch, key_heads, keys, dim)`; query heads are grouped over key heads.
-        visible: `(batch, 1, rows, keys)` bool, or None for all.
         weight: `(batch, rows)` weight of each query row; None is the mean over rows.
         bias: `(batch, keys)` added to the scores on every key, or None.
 
     Returns:
-        `(batch, keys)` in float32 (float64 for float64 input). Scores exist for `CHUNK` rows at a time.
+        `(batch, keys)` in float32 (float64 for float64 input).
     """
-    query, key = upcast(query), upcast(key)
-    batch, heads, rows, _ = query.shape
-    key = key[:, :, None].transpose(-1, -2)
-    query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
-    weight = query.new_full((batch, rows), 1 / rows) if weight is None else weight.to(query.dtype)
-    mass = query.new_zeros(batch, key.shape[-1])
-    for start in range(0, rows, CHUNK):
-        part = slice(start, start + CHUNK)
-        logits = query[:, :, :, part] @ key * scale
-        if bias is not None:
-            logits = logits + bias[:, None, None, None].to(logits.dtype)
-        if visible is not None:
-            logits = logits.masked_fill(~visible[:, None, :, part], torch.finfo(logits.dtype).min)
-        mean = logits.softmax(-1).mean((1, 2))
-        mass += (mean * weight[:, part, None]).sum(1)
-    return mass
+    return torch.ops.vlmprune.attention_mass(query, key, scale, *visible, weight, bias)
 
 
 def mean_logits(
     query: torch.Tensor,
     key: torch.Tensor,
     scale: float,
-    visible: torch.Tensor | None,
-    weight: torch.Tensor | None,
+    visible: Visible = Visible(),  # noqa: B008 - immutable
+    weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `attention_mass` without the softmax: weighted mean over the query rows that see a key; `bias` is ignored."""
     query, key = upcast(query), upcast(key)
     batch, heads, rows, _ = query.shape
+    keys = key.shape[2]
     key = key[:, :, None].transpose(-1, -2)
     query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
     weight = query.new_ones(batch, rows) if weight is None else weight.to(query.dtype)
-    total = query.new_zeros(batch, key.shape[-1])
+    total = query.new_zeros(batch, keys)
     seen = torch.zeros_like(total)
     for start in range(0, rows, CHUNK):
         part = slice(start, start + CHUNK)
-        share = weight[:, part, None].expand(-1, -1, key.shape[-1])
-        if visible is not None:
-            share = share * visible[:, 0, part]
+        share = weight[:, part, None].expand(-1, -1, keys)
+        at = None if visible.at is None else visible.at[:, part]
+        if (may := visible_keys(at, visible.real, visible.window, keys)) is not None:
+            share = share * may
         total += ((query[:, :, :, part] @ key).mean((1, 2)) * share).sum(1)
         seen += share.sum(1)
     return total * scale / torch.where(seen > 0, seen, 1)
@@ -355,19 +352,20 @@ def mean_weight(rows: torch.Tensor) -> torch.Tensor:
     return rows.double() / rows.sum(1, keepdim=True).clamp(min=1)
 
 
-def last_rows(real: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def last_rows(real: torch.Tensor, counts: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The last `counts` real rows of every sample (at least one), and the weights that average them.
 
     Args:
         real: `(batch, length)` bool.
+        counts: `(batch,)` long.
+        most: at least the largest of them.
 
     Returns:
         `(batch, rows)` long indices and `(batch, rows)` float weights, 0 at padding.
     """
-    most, device = max(1, *counts), real.device
-    n = upload(counts, device).clamp(min=1)[:, None]
+    device, n = real.device, counts.clamp(min=1)[:, None]
     end = torch.where(real, torch.arange(real.shape[1], device=device), 0).amax(1, keepdim=True) + 1
-    number = torch.arange(most, device=device)
+    number = torch.arange(max(1, most), device=device)
     return (end - n + number).clamp(0, real.shape[1] - 1), mean_weight(number < n)
 
 
@@ -379,16 +377,13 @@ def decoder_mass(
     measure: Callable[..., torch.Tensor] = attention_mass,
 ) -> list[torch.Tensor]:
     """Attention mass `(batch, length)` on every key of a decoder layer, for each set of query rows with weights."""
-    attention, columns = layer.self_attn, torch.arange(hidden.shape[1], device=hidden.device)
+    attention = layer.self_attn
     normed, (cos, sin) = layer.input_layernorm(hidden), scene.sequence.rotary
-    real = scene.sequence.real()
+    real = scene.sequence.mask
     key = rotate(split_heads(attention.k_proj(normed), attention.head_dim), cos, sin)
-    window, masses = sliding_window(attention), []
+    window, masses = sliding_window(attention) or 0, []
     for at, weight in rows:
         query = split_heads(attention.q_proj(take_rows(normed, at)), attention.head_dim)
         query = rotate(query, take_rows(cos, at), take_rows(sin, at))
-        visible = (columns <= at[..., None]) & real[:, None]
-        if window is not None:
-            visible &= columns > at[..., None] - window
-        masses.append(measure(query, key, attention.scaling, visible[:, None], weight, scene.sequence.bias))
+        masses.append(measure(query, key, attention.scaling, Visible(at, real, window), weight, scene.sequence.bias))
     return masses

@@ -5,7 +5,14 @@ from __future__ import annotations
 from threading import get_ident
 from typing import Any
 
+import torch
+
 __all__ = ["Watch"]
+
+
+def caller() -> int:
+    """The thread's number. A compiled graph cannot ask for it and needs none: it begins and ends its own watch."""
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 class Watch:
@@ -19,12 +26,12 @@ class Watch:
 
     def begin(self, frame: Any) -> None:
         """Called by the layer's pre-hook."""
-        self.frames[get_ident()] = frame
+        self.frames[caller()] = frame
 
     def end(self) -> None:
         """Called by the layer's pre-hook before anything else: a call that failed inside the layer left its frame."""
-        self.frames.pop(get_ident(), None)
+        self.frames.pop(caller(), None)
 
     def frame(self, last: bool) -> Any:
         """The frame of the call under way, or None; `last` ends the watch."""
-        return self.frames.pop(get_ident(), None) if last else self.frames.get(get_ident())
+        return self.frames.pop(caller(), None) if last else self.frames.get(caller())

@@ -19,7 +19,7 @@ from vlmprune import UnsupportedError
 from vlmprune.atp_modules import AtpConfig, Threshold, Thresholds, load, pool_scores, save
 from vlmprune.atp_training import budget_loss, depth_loss, facts_of, shares_left
 from vlmprune.methods.atp import Atp, hard_keep, min_max, redundancy, soft_masks, spatial_scores
-from vlmprune.taps import attention_mass, mean_logits
+from vlmprune.taps import Visible, attention_mass, mean_logits
 
 F64 = torch.float64
 ROOT = Path(__file__).parents[2]
@@ -62,14 +62,14 @@ def test_module_golden(dtype):
     scale, n = q.shape[-1] ** -0.5, q.shape[2]
     first, last = given["n_sys"], given["n_sys"] + given["side"] ** 2
     everything, row = torch.ones(1, last - first, dtype=torch.bool), torch.arange(n)
-    visible = (row <= row[:, None])[None, None]
+    visible = Visible(row[None])
     visual, text = ((row >= first) & (row < last))[None].to(dtype), (row >= last)[None].to(dtype)
     own, cross = (attention_mass(q, k, scale, visible, rows / rows.sum())[:, first:last] for rows in (visual, text))
     close(own[0], expected["s_self_probs"], dtype)
     close(cross[0], expected["s_cross"], dtype)
     red = redundancy(own, cross, everything, "none")[2]
     close(red[0], expected["s_redundant"], dtype)
-    logits = mean_logits(q, k, scale, None, visual)[:, first:last]
+    logits = mean_logits(q, k, scale, weight=visual)[:, first:last]
     close(logits[0], expected["s_self_raw_logits"], dtype)
     close(redundancy(logits, cross, everything, "logits")[2][0], expected["s_redundant_raw_logits"], dtype)
 
@@ -110,13 +110,13 @@ def test_module_golden(dtype):
 def test_masked_logits_are_left_out_of_the_mean():
     torch.manual_seed(0)
     q, k = torch.randn(1, 2, 5, 4, dtype=F64), torch.randn(1, 1, 5, 4, dtype=F64)
-    visible, weight = torch.ones(5, 5).tril().bool(), torch.tensor([[0.0, 1, 2, 1, 0]], dtype=F64)
+    visible, weight = Visible(torch.arange(5)[None]), torch.tensor([[0.0, 1, 2, 1, 0]], dtype=F64)
     logits = (q @ k.transpose(-1, -2)).mean(1)[0]
     expected = [
         sum(weight[0, j] * logits[j, i] for j in range(i, 5)) / max(sum(weight[0, j] for j in range(i, 5)), 1)
         for i in range(5)
     ]
-    same(mean_logits(q, k, 1.0, visible[None, None], weight)[0], torch.stack(expected))
+    same(mean_logits(q, k, 1.0, visible, weight)[0], torch.stack(expected))
 
 
 def test_pool_is_the_adaptive_one_over_what_is_left():

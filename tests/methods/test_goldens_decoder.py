@@ -33,7 +33,7 @@ def test_todre_cls_pivot(dtype):
     query, key = (x["z_cls"] @ x["w_q"])[None, None], (x["z_vis"] @ x["w_k"])[None]
     for heads, name in ((1, "single_head_literal_eq3"), (2, "two_heads_mean")):
         dim = query.shape[-1] // heads
-        row = attention_mass(split_heads(query, dim), split_heads(key, dim), dim**-0.5, None, None)[0]
+        row = attention_mass(split_heads(query, dim), split_heads(key, dim), dim**-0.5)[0]
         close(row, case["expected"][name]["attention"], dtype)
         assert int(row.argmax()) == case["expected"][name]["pivot"]
 

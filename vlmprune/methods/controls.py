@@ -21,18 +21,22 @@ from vlmprune.selection import Newlines, check_choice, keep_patches, select
 __all__ = ["Downsample", "Grid", "Pool", "Random", "grid_shape", "random_scores"]
 
 
-@lru_cache(maxsize=256)
+@torch._dynamo.assume_constant_result
 def noise(seed: int, ordinal: int, tokens: int) -> torch.Tensor:
     """`(tokens,)` uniform scores, the same on every device and for every batch row."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + ordinal) % 2**63)
     return torch.rand(tokens, generator=generator)
 
 
+cached_noise = lru_cache(maxsize=256)(noise)
+
+
 def random_scores(seed: int, layout: Layout) -> torch.Tensor:
     """`(images, tokens)` uniform scores that depend on the seed, the image's number in its prompt and its size."""
     scores = torch.zeros(layout.position.shape)
+    draw = noise if torch.compiler.is_compiling() else cached_noise  # which a compiler would trace into
     for i, (grid, ordinal) in enumerate(zip(layout.grids, layout.ordinal, strict=True)):
-        scores[i, : grid.tokens] = noise(seed, ordinal, grid.tokens)
+        scores[i, : grid.tokens] = draw(seed, ordinal, grid.tokens)
     return upload(scores, layout.device)
 
 
@@ -91,7 +95,6 @@ def grid_shape(keep: int, rows: int, cols: int) -> tuple[int, int]:
     return max(1, min(keep, int(rows * scale + 1e-9))), max(1, min(keep, int(cols * scale + 1e-9)))
 
 
-@lru_cache(maxsize=256)
 def image_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Divide every plane of an image into the grid of cells that its share of the budget pays for.
 
@@ -133,11 +136,18 @@ class Cells(Control):
     before is divided as if they were all there.
     """
 
+    def image_cells(self, grid: ImageGrid) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """`image_cells` of this budget, worked out once per grid."""
+        key = "cells", self.budget
+        if key not in grid.memo:
+            grid.memo[key] = image_cells(grid, self.budget)
+        return grid.memo[key]
+
     def cells(self, layout: Layout) -> tuple[Reduction, torch.Tensor, torch.Tensor]:
         into = torch.zeros(layout.position.shape, dtype=torch.long)
         weight, counts = torch.zeros(layout.position.shape, dtype=torch.float64), []
         for i, grid in enumerate(layout.grids):
-            into[i, : grid.tokens], weight[i, : grid.tokens], cells = image_cells(grid, self.budget)
+            into[i, : grid.tokens], weight[i, : grid.tokens], cells = self.image_cells(grid)
             counts.append(cells)
         weight = weight.float() if layout.device.type == "mps" else weight  # which has no float64
         into, weight = upload(into, layout.device), upload(weight, layout.device)

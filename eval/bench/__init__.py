@@ -1,0 +1,1 @@
+"""Where the milliseconds of a pruned model go: shapes, the oracle, stages, paired timing, tables."""

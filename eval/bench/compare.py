@@ -1,0 +1,72 @@
+"""What changed between two benchmarks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmprune.eval.bench.results import cells_by_key
+
+__all__ = ["FIGURES", "changes", "differing_settings"]
+
+#: What is compared: (name, path in a cell, whether more is better).
+FIGURES = (
+    ("first token ms", ("first_token_ms", "pruned"), False),
+    ("overhead", ("overhead",), False),
+    ("speed-up", ("speedup",), True),
+    ("token ms", ("decode_ms", "pruned"), False),
+    ("token overhead", ("decode_overhead",), False),
+    ("KV bytes", ("kv_bytes",), False),
+    ("peak bytes", ("peak_bytes",), False),
+)
+
+
+def figure(cell: dict[str, Any], path: tuple[str, ...]) -> tuple[float, float, float] | None:
+    """(value, low, high) of one figure; None where the cell lacks it."""
+    value: Any = cell
+    for part in path:
+        value = value.get(part) if isinstance(value, dict) else None
+    if value is None:
+        return None
+    return (value["median"], value["low"], value["high"]) if isinstance(value, dict) else (value, value, value)
+
+
+def differing_settings(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings and machine facts that two results do not share, old and new: times then say little."""
+    made = {}
+    for part in ("settings", "machine"):
+        for name in {**old[part], **new[part]}:
+            if (was := old[part].get(name)) != (now := new[part].get(name)):
+                made[name] = (was, now)
+    return made
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every figure of the cells that both results have.
+
+    Returns:
+        Dictionaries of `method`, `budget`, `batch`, `figure`, `old`, `new`, `change` (new / old - 1) and `verdict`:
+        "better" or "worse" where the two intervals (quartiles of times, 95 % of ratios) are apart, else "".
+    """
+    before, made = cells_by_key(old), []
+    for key, cell in cells_by_key(new).items():
+        if key not in before:
+            continue
+        for name, path, more in FIGURES:
+            was, now = figure(before[key], path), figure(cell, path)
+            if was is None or now is None:
+                continue
+            apart = now[1] > was[2] or now[2] < was[1]
+            verdict = ("better" if (now[0] > was[0]) == more else "worse") if apart else ""
+            made.append(
+                {
+                    "method": cell["method"],
+                    "budget": cell["budget"],
+                    "batch": cell["batch"],
+                    "figure": name,
+                    "old": was[0],
+                    "new": now[0],
+                    "change": now[0] / was[0] - 1 if was[0] else 0.0,
+                    "verdict": verdict,
+                }
+            )
+    return made

@@ -1,0 +1,171 @@
+"""Where one prefill's time goes. Stamps are taken around modules and around what the patch does, by hooks on this model
+that go away again; the run that takes them is not the run that is timed end to end.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from vlmprune import engine
+from vlmprune.cuts import Cut, Decoder
+from vlmprune.eval.bench.clock import Clock
+from vlmprune.eval.bench.oracle import Plain, Stretch
+from vlmprune.eval.bench.workload import Workload
+from vlmprune.taps import BlockTap, Tap, TowerTap
+
+__all__ = ["STAGES", "stage_seconds"]
+
+#: What a prefill is divided into. `prefill` is a list, one entry per stretch between cuts.
+STAGES = ("tower", "projector", "taps", "selection", "gather", "prefill", "rest")
+
+
+class Spans:
+    """Stamps by name; a name is open once at a time."""
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
+        self.open: dict[str, Any] = {}
+        self.done: list[tuple[str, Any, Any]] = []
+
+    def begin(self, name: str) -> None:
+        self.open[name] = self.clock.now()
+
+    def end(self, name: str) -> None:
+        if name in self.open:
+            self.done.append((name, self.open.pop(name), self.clock.now()))
+
+    def around(self, name: str, call: Callable) -> Callable:
+        """`call` between two stamps, with its own signature."""
+
+        @functools.wraps(call)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            self.begin(name)
+            result = call(*args, **kwargs)
+            self.end(name)
+            return result
+
+        timed.__signature__ = inspect.signature(call)
+        return timed
+
+    def seconds(self) -> dict[str, float]:
+        """Sum of each name's spans."""
+        self.clock.wait()
+        total: dict[str, float] = defaultdict(float)
+        for name, start, end in self.done:
+            total[name] += self.clock.between(start, end)
+        return total
+
+
+def instrumented_plan(plan: engine.Plan, spans: Spans) -> engine.Plan:
+    """A copy of a plan whose taps and decisions take stamps.
+
+    Taps are equal by their fields, so an instance with a `measure` of its own stands for any other.
+    """
+
+    def tap(original: Tap) -> Tap:
+        if not hasattr(original, "measure"):
+            return original
+        if isinstance(original, BlockTap):
+            name = f"taps in layer {original.layer}"
+        else:
+            name = "taps in tower" if isinstance(original, TowerTap) else "taps before layers"
+        copy = replace(original)
+        object.__setattr__(copy, "measure", spans.around(name, original.measure))  # frozen: around its own guard
+        return copy
+
+    def cut(original: Cut) -> Cut:
+        name = "selection before layers" if isinstance(original.at, Decoder) else "selection in tower"
+        see = tuple(tap(t) for t in original.see)
+        return replace(original, see=see, reduce=spans.around(name, original.reduce))
+
+    return replace(plan, cuts=[(name, cut(c)) for name, c in plan.cuts])
+
+
+@contextmanager
+def stamps(work: Workload, spans: Spans) -> Iterator[None]:
+    """Hooks that stamp the model's parts and, where there is a patch, what its hooks do at each place."""
+    family, inner, handles = work.family, work.family.inner(work.model), []
+
+    def pre(module: nn.Module, action: Callable, name: str, first: bool) -> None:
+        hook = lambda *_: action(name)  # noqa: E731
+        handles.append(module.register_forward_pre_hook(hook, prepend=first))
+
+    def post(module: nn.Module, action: Callable, name: str, first: bool) -> None:
+        hook = lambda *_: action(name)  # noqa: E731
+        handles.append(module.register_forward_hook(hook, prepend=first))
+
+    parts = {"tower": family.tower(inner), "projector": inner.multi_modal_projector}
+    for name, module in parts.items():
+        pre(module, spans.begin, name, first=True)
+        post(module, spans.end, name, first=False)
+    pre(inner, spans.begin, "before model", first=True)
+    pre(inner, spans.end, "before model", first=False)
+    for index, layer in enumerate(family.decoder_layers(inner)):
+        pre(layer, spans.begin, "before layers", first=True)
+        pre(layer, spans.end, "before layers", first=False)
+        pre(layer, spans.begin, f"layer {index}", first=False)
+        post(layer, spans.end, f"layer {index}", first=False)
+    language_model = family.language_model(inner)
+    post(language_model, spans.begin, "after layers", first=True)
+    post(language_model, spans.end, "after layers", first=False)
+    mine = inner.__dict__.get("get_image_features")
+    inner.get_image_features = spans.around("encode", inner.get_image_features)
+    try:
+        yield
+    finally:
+        del inner.get_image_features
+        if mine is not None:
+            inner.get_image_features = mine
+        for handle in handles:
+            handle.remove()
+
+
+def stage_seconds(
+    work: Workload, clock: Clock, plan: engine.Plan | None = None, parts: list[Stretch] | None = None
+) -> dict[str, Any]:
+    """Run one prefill with stamps and return the seconds of its stages, which add up to `total`.
+
+    Args:
+        plan: what is done to the model, or None for the unpruned one.
+        parts: stretches of layers between cuts; all layers are one without.
+
+    Returns:
+        `STAGES` and `total`. "tower" and "projector" are theirs alone; "taps" is the measuring of what a method looks
+        at, wherever that is; "selection" its decision; "gather" all else that the patch does (finding visual tokens,
+        shortening, positions, masks, restoring lengths); "prefill" has one number per stretch of decoder layers; "rest"
+        is the host's remainder: packing of crops, embedding, masks, norm and head.
+    """
+    spans = Spans(clock)
+    engine.remove(work.model)
+    if plan is not None:
+        engine.install(work.model, instrumented_plan(plan, spans))
+    try:
+        with stamps(work, spans):
+            _, total = clock.time(Plain(work).prefill)
+    finally:
+        engine.remove(work.model)
+    took = spans.seconds()
+    count = len(work.family.decoder_layers(work.family.inner(work.model)))
+    layers = [took[f"layer {i}"] - took[f"taps in layer {i}"] for i in range(count)]
+    firsts = [part.first for part in parts or []] or [0]
+    stages: dict[str, Any] = {
+        "tower": took["tower"] - took["taps in tower"] - took["selection in tower"],
+        "projector": took["projector"],
+        "taps": sum(seconds for name, seconds in took.items() if name.startswith("taps")),
+        "selection": took["selection in tower"] + took["selection before layers"],
+        "gather": 0.0,
+        "prefill": [sum(layers[a:b]) for a, b in zip(firsts, [*firsts[1:], count], strict=True)],
+    }
+    if plan is not None:
+        before = took["before layers"] - took["taps before layers"] - took["selection before layers"]
+        stages["gather"] = took["before model"] - took["encode"] + before + took["after layers"]
+    known = sum(value if isinstance(value, float) else sum(value) for value in stages.values())
+    return stages | {"rest": total - known, "total": total}

@@ -1,0 +1,81 @@
+"""FLOPs by counter and by formula, memory, bytes in the cache."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vlmprune
+from vlmprune.eval.bench.counting import AliveBytes, count, formula_flops, kv_bytes, language_flops
+from vlmprune.eval.bench.oracle import Plain
+from vlmprune.flops import prefill_flops
+
+KINDS = [
+    {},
+    {"family": "llava_next"},
+    {"tower": "siglip"},
+    {"text": "qwen2", "num_key_value_heads": 1},
+    {"num_key_value_heads": 4},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_formula_is_what_the_counter_counts(work, kind, batch):
+    here = work(batch, **kind)
+    with torch.no_grad():
+        counted = count(here, Plain(here).prefill)
+    assert counted["flops"] == formula_flops(here, [here.length] * 4)
+
+
+@pytest.mark.parametrize("method", ["random", "grid"])
+def test_the_formula_follows_the_cut(work, method):
+    here = work(2)
+    with vlmprune.patch(here.model, method, keep=4) as handle, torch.no_grad():
+        counted = count(here, Plain(here).prefill)
+        assert handle.trace.kv_lengths == [11] * 4
+        assert counted["flops"] == formula_flops(here, handle.trace.kv_lengths)
+
+
+def test_language_flops_by_hand(work):
+    # d 32, k 16 (2 of 4 heads), m 48; 5 tokens in one layer
+    assert language_flops(work(3), [5]) == 3 * 2 * (5 * (2 * 32 * 32 + 2 * 32 * 16) + 2 * 25 * 32 + 3 * 5 * 32 * 48)
+
+
+def test_grouped_queries_in_the_published_formula():
+    assert prefill_flops([7], 8, 12) == prefill_flops([7], 8, 12, kv_hidden=8) == 4 * 7 * 64 + 2 * 49 * 8 + 3 * 7 * 96
+    assert prefill_flops([7], 8, 12, kv_hidden=2) == prefill_flops([7], 8, 12) - 2 * 7 * 8 * 6
+
+
+def test_bytes_in_the_cache(work):
+    here = work(2)
+    plain = Plain(here)
+    with torch.no_grad():
+        plain.prefill()
+        assert kv_bytes(plain.cache) == 4 * 2 * 2 * 23 * 16 * 4  # layers, k and v, rows, columns, width, float32
+        with vlmprune.patch(here.model, "fastv", keep=5):
+            plain.prefill()
+        assert kv_bytes(plain.cache) == (2 * 23 + 2 * 12) * 2 * 2 * 16 * 4
+
+
+def test_alive_bytes_sees_the_peak_and_forgets_what_is_gone():
+    base = torch.ones(1000)
+    with AliveBytes() as alive:
+        a = base + 1  # 4000
+        b = a * 2  # 8000
+        view = b[10:].view(-1)  # nothing new
+        a.add_(1)  # nothing new
+        del a  # 4000
+        c = view + 1  # 7960
+        del b, view, c
+    assert alive.peak == 8000
+
+
+def test_a_pruned_prefill_needs_less(work):
+    here = work(2, family="llava_next")
+    with torch.no_grad():
+        plain = count(here, Plain(here).prefill)
+        with vlmprune.patch(here.model, "random", keep=0.1):
+            pruned = count(here, Plain(here).prefill)
+    assert pruned["peak_bytes"] < plain["peak_bytes"]
+    assert pruned["flops"] < plain["flops"]

@@ -1,0 +1,104 @@
+"""Greedy diversity, every implementation against textbook loops in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+greedy = torch.ops.vlmprune.greedy
+OBJECTIVES = ["max_sum", "max_min", "log_det"]
+
+
+def textbook(features, first, count, candidates, objective):
+    """Picks of one image; every step looks at all picks anew. Cosines closer than rounding count as equal."""
+    x = functional.normalize(features.double(), dim=-1)
+    cosine = x @ x.T
+    picks, allowed = [first], {i for i in range(len(x)) if candidates[i]} - {first}
+    while len(picks) < count:
+        values = {}
+        for i in sorted(allowed):
+            if objective == "max_sum":
+                values[i] = -sum(float(cosine[i, j]) for j in picks)
+            elif objective == "max_min":
+                values[i] = min(1 - float(cosine[i, j]) for j in picks)
+            else:
+                both = [*picks, i]
+                values[i] = float(torch.linalg.det(cosine[both][:, both]))
+        best = max(values.values())
+        picks.append(next(i for i, value in values.items() if value >= best - 1e-7 * (objective != "log_det")))
+        allowed.remove(picks[-1])
+    return picks
+
+
+def exact(images, tokens, dim, seed=0):
+    """Features of ±1 in 4^n dimensions: their norms are powers of two and all cosines exact, with many ties."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 2, (images, tokens, dim), generator=g).float() * 2 - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_picks_of_a_ragged_batch(implementation, device, objective, dtype):
+    features = exact(3, 30, 16) if objective != "log_det" else torch.randn(3, 30, 16, generator=torch.manual_seed(0))
+    features = features.to(dtype)
+    candidates = torch.rand(3, 30, generator=torch.Generator().manual_seed(1)) < 0.7
+    candidates[:, [0, 29]] = True
+    first, counts = torch.tensor([29, 0, 0]), torch.tensor([8, 1, 5])
+    # not contiguous
+    wide = features.transpose(1, 2).contiguous().transpose(1, 2)
+    args = [x.to(device) for x in (wide, first, counts, candidates)]
+    picked, order = (x.cpu() for x in greedy(*args, objective, 8))
+    for i in range(3):
+        expected = textbook(features[i], int(first[i]), int(counts[i]), candidates[i].tolist(), objective)
+        assert order[i, : counts[i]].tolist() == expected
+        assert picked[i].nonzero().flatten().tolist() == sorted(expected)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_edges(implementation, device, objective):
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+
+    def run(features, count, candidates=None):
+        features = features.to(device)
+        candidates = torch.ones(features.shape[:2], device=device) > 0 if candidates is None else candidates.to(device)
+        counts = torch.full((len(features),), count, device=device)
+        return greedy(features, zero.expand(len(features)), counts, candidates, objective, count)
+
+    picked, order = run(torch.randn(1, 1, 4), 1)  # one token
+    assert picked.all()
+    assert order.tolist() == [[0]]
+    picked, order = run(torch.randn(2, 5, 4), 0)  # no picks
+    assert not picked.any()
+    assert order.shape == (2, 0)
+    picked, order = run(torch.randn(0, 5, 4), 3)  # no images
+    assert picked.shape == (0, 5)
+    picked, order = run(torch.ones(1, 6, 4), 6)  # all alike: in order
+    assert order.tolist() == [[0, 1, 2, 3, 4, 5]]
+    picked, order = run(torch.zeros(1, 4, 4), 3)  # no direction at all
+    assert order.tolist() == [[0, 1, 2]]
+    picked, order = run(torch.randn(1, 7, 4), 7)  # everything
+    assert picked.all()
+    only = torch.tensor([[True, False, False, True, False]])
+    picked, order = run(torch.randn(1, 5, 4), 2, only)
+    assert order.tolist() == [[0, 3]]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_all_cosines_at_once_or_row_by_row(monkeypatch, objective):
+    """The plain implementation has two ways to its cosines."""
+    from vlmprune.kernels import reference
+
+    features, first = exact(2, 300, 64), torch.tensor([3, 299])
+    args = (features, first, torch.tensor([40, 17]), torch.ones(2, 300) > 0, objective, 40)
+    orders = []
+    for limit in (0, 10**6):
+        monkeypatch.setattr(reference, "GRAM_LIMIT", limit)
+        orders.append(reference.greedy(*args)[1])
+    assert torch.equal(*orders)
+
+
+def test_unknown_objective():
+    x = torch.zeros(1, 2, 2)
+    with pytest.raises(ValueError, match="max_sum"):
+        greedy(x, torch.zeros(1).long(), torch.ones(1).long(), x[..., 0] == 0, "maxmin", 1)

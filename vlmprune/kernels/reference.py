@@ -1,0 +1,211 @@
+"""The plain torch implementations: what every other one is tested against, and what runs on a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+__all__ = ["attention_mass", "greedy", "merge", "merge_weights", "select_gather", "top_k", "upcast", "visible_keys"]
+
+CHUNK = 128  # query rows whose scores exist at one time
+GRAM_SHARE = 16  # from one pick in so many tokens on, all cosines at once are cheaper than a row per pick
+GRAM_LIMIT = 8192  # tokens of which all cosines may exist at one time
+
+
+def upcast(x: torch.Tensor) -> torch.Tensor:
+    """Float32, or float64 where the model computes in it."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def top_k(scores: torch.Tensor, counts: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    order = scores.masked_fill(~candidates, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    # a NaN sorts first and an excluded token ties with a score of -inf: rank candidates alone, whatever they score
+    order = order.gather(-1, (~candidates).gather(-1, order).sort(dim=-1, stable=True).indices)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    return (rank < counts[..., None]) & candidates
+
+
+def select_gather(
+    scores: torch.Tensor,
+    counts: torch.Tensor | None,
+    real: torch.Tensor | None,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    length: int,
+    contiguous: bool,
+) -> tuple[torch.Tensor, ...]:
+    among = torch.ones_like(scores, dtype=torch.bool) if real is None else real
+    kept = scores & among if counts is None else top_k(scores, counts, among)
+    batch, columns = kept.shape
+    rank, total = kept.cumsum(1), kept.sum(1, keepdim=True)
+    column = torch.arange(columns, device=kept.device)
+    # kept columns fill the right end in order, the last of the others the padding before them
+    slot = torch.where(kept, length - total + rank - 1, column - rank - (columns - length))
+    index = rank.new_zeros(batch, length + 1)
+    index = index.scatter_(1, torch.where(slot < 0, length, slot), column.expand(batch, -1))[:, :length]
+    dropped = among & ~kept
+    row = torch.arange(batch, device=kept.device)[:, None]
+    ids = take(ids, row, index, 0)
+    if contiguous:
+        ids = (ids - dropped.cumsum(1).gather(1, index)).clamp(min=0)
+    mask = torch.arange(length, device=kept.device) >= length - total
+    return hidden[row, index], ids, take(cos, row, index, 1), take(sin, row, index, 1), index.clone(), mask, \
+        dropped.sum(1)  # fmt: skip
+
+
+def take(x: torch.Tensor, row: torch.Tensor, index: torch.Tensor, inner: int) -> torch.Tensor:
+    """Columns `index` `(batch, length)` of `([axes,] batch, columns)` and `inner` more dimensions."""
+    return x[:, row, index] if x.ndim == 3 + inner else x[row, index]
+
+
+def greedy(
+    features: torch.Tensor,
+    first: torch.Tensor,
+    counts: torch.Tensor,
+    candidates: torch.Tensor,
+    objective: str,
+    steps: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = functional.normalize(upcast(features), dim=-1)
+    images, tokens, _ = x.shape
+    order = first.new_zeros(images, steps)
+    picked = torch.zeros(images, tokens, dtype=torch.bool, device=x.device)
+    if steps == 0 or images == 0 or tokens == 0:
+        return picked, order
+    row = torch.arange(images, device=x.device)
+    cosines = gram(x) if steps * GRAM_SHARE >= tokens and tokens <= GRAM_LIMIT else None
+    value = x.new_full((images, tokens), {"max_sum": 0.0, "max_min": torch.inf, "log_det": 1.0}[objective])
+    value = value.masked_fill_(~candidates, -torch.inf)  # a token that may not be picked (any more)
+    basis = x.new_zeros(images, steps if objective == "log_det" else 0, tokens)
+    pick = order[:, 0] = first
+    for i in range(1, steps):
+        cosine = (x @ x[row, pick, :, None]).squeeze(-1) if cosines is None else cosines[row, pick]
+        if objective == "max_sum":
+            value.sub_(cosine)
+        elif objective == "max_min":
+            value = torch.minimum(value, 1 - cosine)
+        else:
+            value = value - project(cosine, basis[:, : i - 1], pick, value, basis[:, i - 1])
+            value = torch.where((value > -torch.inf) & (value < floor(x.dtype)), 0, value)
+        value.scatter_(1, pick[:, None], -torch.inf)
+        pick = order[:, i] = value.argmax(1)
+    inside = torch.arange(steps, device=x.device) < counts[:, None]
+    # an order past the image's count goes to one spare column
+    spare = torch.zeros(images, tokens + 1, dtype=torch.bool, device=x.device)
+    return spare.scatter_(1, torch.where(inside, order, tokens), True)[:, :tokens].clone(), order
+
+
+def gram(x: torch.Tensor, block: int = 256) -> torch.Tensor:
+    """All cosines of `(images, tokens, dim)` unit vectors; symmetric, so the lower half is a copy."""
+    out = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
+    for start in range(0, x.shape[1], block):
+        part = x[:, start : start + block] @ x[:, start:].transpose(1, 2)
+        out[:, start : start + block, start:] = part
+        out[:, start:, start : start + block] = part.transpose(1, 2)
+    return out
+
+
+def floor(dtype: torch.dtype) -> float:
+    """Squared distance from the span of the picks under which a unit vector counts as inside it."""
+    return 1e-10 if dtype == torch.float64 else 1e-5
+
+
+def project(
+    cosine: torch.Tensor, basis: torch.Tensor, pick: torch.Tensor, value: torch.Tensor, out: torch.Tensor
+) -> torch.Tensor:
+    """One step of the incremental Cholesky factorisation: what the last pick takes from every squared distance.
+
+    Args:
+        cosine: `(images, tokens)` to the pick.
+        basis: `(images, i, tokens)` components along the picks before it.
+        pick: `(images,)`; value: `(images, tokens)` squared distances from their span.
+        out: `(images, tokens)`, gets the components along this pick.
+    """
+    own = basis.gather(2, pick[:, None, None].expand(-1, basis.shape[1], 1))
+    left = value.gather(1, pick[:, None])
+    # a first pick may be no candidate; its distance is that of a unit vector
+    left = torch.where(left == -torch.inf, 1, left)
+    component = (cosine - (basis * own).sum(1)) * torch.where(left > floor(value.dtype), left, torch.inf).rsqrt()
+    out.copy_(component)
+    return component.square()
+
+
+def visible_keys(at: torch.Tensor | None, real: torch.Tensor | None, window: int, keys: int) -> torch.Tensor | None:
+    """`(batch, rows, keys)` bool of the keys that query rows may see, None for all.
+
+    Args:
+        at: `(batch, rows)` long, the column of every row where attention is causal.
+        real: `(batch, keys)` bool, keys that are no padding.
+        window: columns that a row sees backwards, itself included; 0 for all. Needs `at`.
+    """
+    if at is None:
+        return None if real is None else real[:, None]
+    column = torch.arange(keys, device=at.device)
+    visible = column <= at[..., None]
+    if real is not None:
+        visible = visible & real[:, None]
+    return visible & (column > at[..., None] - window) if window else visible
+
+
+def attention_mass(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    at: torch.Tensor | None,
+    real: torch.Tensor | None,
+    window: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    query, key = upcast(query), upcast(key)
+    batch, heads, rows, _ = query.shape
+    keys = key.shape[2]
+    key = key[:, :, None].transpose(-1, -2)
+    query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    weight = query.new_full((batch, rows), 1 / max(rows, 1)) if weight is None else weight.to(query.dtype)
+    mass = query.new_zeros(batch, keys)
+    for start in range(0, rows, CHUNK):
+        part = slice(start, start + CHUNK)
+        logits = query[:, :, :, part] @ key * scale
+        if bias is not None:
+            logits = logits + bias[:, None, None, None].to(logits.dtype)
+        visible = visible_keys(None if at is None else at[:, part], real, window, keys)
+        if visible is not None:
+            logits = logits.masked_fill(~visible[:, None, None], torch.finfo(logits.dtype).min)
+        mean = logits.softmax(-1).mean((1, 2))
+        mass += (mean * weight[:, part, None]).sum(1)
+    return mass
+
+
+def merge_weights(
+    at: torch.Tensor, alive: torch.Tensor, weight: torch.Tensor, source: torch.Tensor | None, wide: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(images, entries)` flat row that every entry reads, and its weight (0 where a token takes no part)."""
+    if source is not None:
+        at, alive = at.gather(1, source), alive.gather(1, source)
+    return at, torch.where(alive, weight, 0).to(wide)
+
+
+def merge(
+    hidden: torch.Tensor,
+    at: torch.Tensor,
+    alive: torch.Tensor,
+    keep: torch.Tensor,
+    into: torch.Tensor,
+    weight: torch.Tensor,
+    source: torch.Tensor | None,
+) -> torch.Tensor:
+    flat = hidden.flatten(0, 1)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    rows, weight = merge_weights(at, alive, weight, source, wide)
+    parts = flat[rows].to(wide) * weight[..., None]
+    merged = parts.new_zeros(*at.shape, hidden.shape[-1])
+    merged = merged.scatter_add(1, into[..., None].expand_as(parts), parts).to(hidden.dtype)
+    # entries that are no anchor write to one spare row, so that no mask has to be read back
+    target = torch.where(keep, at, flat.shape[0])
+    spare = torch.cat((flat, flat.new_zeros(1, flat.shape[1]))).index_put((target.flatten(),), merged.flatten(0, 1))
+    return spare[:-1].view_as(hidden)
