@@ -70,7 +70,8 @@ def greedy(
     objective: str,
     steps: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x = functional.normalize(upcast(features), dim=-1)
+    x = upcast(features)
+    twin, x = first_of_equal(x), functional.normalize(x, dim=-1)
     images, tokens, _ = x.shape
     order = first.new_zeros(images, steps)
     picked = torch.zeros(images, tokens, dtype=torch.bool, device=x.device)
@@ -83,7 +84,9 @@ def greedy(
     basis = x.new_zeros(images, steps if objective == "log_det" else 0, tokens)
     pick = order[:, 0] = first
     for i in range(1, steps):
-        cosine = (x @ x[row, pick, :, None]).squeeze(-1) if cosines is None else cosines[row, pick]
+        like = twin[row, pick]
+        cosine = (x @ x[row, like, :, None]).squeeze(-1) if cosines is None else cosines[row, like]
+        cosine = cosine.gather(1, twin)
         if objective == "max_sum":
             value.sub_(cosine)
         elif objective == "max_min":
@@ -97,6 +100,21 @@ def greedy(
     # an order past the image's count goes to one spare column
     spare = torch.zeros(images, tokens + 1, dtype=torch.bool, device=x.device)
     return spare.scatter_(1, torch.where(inside, order, tokens), True)[:, :tokens].clone(), order
+
+
+def first_of_equal(x: torch.Tensor) -> torch.Tensor:
+    """`(images, tokens)` long: for every row of `(images, tokens, dim)` the first one that is bitwise equal to it.
+
+    A matrix product may give equal rows values that differ in the last bit, by where they stand in its blocks, and ties
+    between them would not go to the lower index. Rows are compared by a 64-bit sum that does not depend on the order.
+    """
+    bits = (x + 0.0).view(torch.int64 if x.dtype == torch.float64 else torch.int32).long()  # -0.0 is 0.0
+    weight = torch.arange(1, x.shape[-1] + 1, device=x.device) * 0x9E3779B97F4A7C1
+    key, index = (bits * (weight ^ (weight >> 23) | 1)).sum(-1).sort(dim=-1, stable=True)
+    place = torch.arange(x.shape[1], device=x.device).expand_as(index)
+    same = functional.pad(key[:, 1:] == key[:, :-1], (1, 0))
+    start = place.masked_fill(same, 0).cummax(-1).values
+    return torch.empty_like(index).scatter_(-1, index, index.gather(-1, start))
 
 
 def gram(x: torch.Tensor, block: int = 256) -> torch.Tensor:
