@@ -45,6 +45,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=100, help="steps (default 100)")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 14, 24], help="of 32, scaled (default 4 14 24)")
     parser.add_argument("--form", choices=("pooled", "means"), default="pooled")
+    parser.add_argument("--pool", type=int, default=64, help="numbers a score is pooled to (pooled form; default 64)")
+    parser.add_argument("--hidden", type=int, default=256, help="width of a module (default 256)")
+    parser.add_argument(
+        "--strides", type=int, nargs="+", default=[2, 3, 4, 6, 8, 12, 24], metavar="PATCHES",
+        help="distances of the nested grids of the spatial score (default 2 3 4 6 8 12 24)",
+    )  # fmt: skip
     parser.add_argument("--score-norm", choices=("minmax", "none", "logits"), default="minmax")
     parser.add_argument("--mean-over", choices=("layers", "modules"), default="layers", help="what the average is over")
     parser.add_argument("--depth-weight", type=float, default=0.01)
@@ -87,7 +93,8 @@ def main() -> None:
         steps = max(1, len(data) // args.batch)
     config = AtpConfig.of(
         training.facts_of(model), args.average, args.layers,
-        form=args.form, score_norm=args.score_norm, mean_over=args.mean_over,
+        form=args.form, hidden=args.hidden, pool=args.pool, score_norm=args.score_norm, strides=tuple(args.strides),
+        mean_over=args.mean_over,
     )  # fmt: skip
     options = training.Training(
         steps=steps, batch=args.batch, lr=args.lr, warmup=args.warmup, depth_weight=args.depth_weight,

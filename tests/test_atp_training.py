@@ -110,8 +110,17 @@ def command(folder, out):
     return [
         str(ROOT / "scripts/train_atp.py"), "--model", str(folder / "model"), "--data", str(folder / "data.jsonl"),
         "--average", "0.5", "--out", str(out), "--steps", "3", "--batch", "4", "--lr", "1e-2", "--warmup", "1",
-        "--check", "4",
+        "--check", "4", "--pool", "8", "--hidden", "16", "--strides", "2", "4",
     ]  # fmt: skip
+
+
+def test_the_script_has_the_defaults_of_the_modules(monkeypatch):
+    script = str(ROOT / "scripts/train_atp.py")
+    monkeypatch.setattr(sys, "argv", [script, "--model", "m", "--data", "d", "--average", "0.5", "--out", "o"])
+    args = vars(runpy.run_path(script)["parse"]())
+    for name in ("pool", "hidden", "strides", "form", "score_norm", "mean_over"):
+        told = tuple(args[name]) if isinstance(args[name], list) else args[name]
+        assert told == getattr(AtpConfig, name), name
 
 
 @pytest.mark.slow
@@ -127,6 +136,8 @@ def test_two_processes_train_what_one_does(folder, tmp_path, monkeypatch, capsys
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("aimed at an average of 0.5") == 1
+    config = load(tmp_path / "one").config
+    assert (config.pool, config.hidden, config.strides) == (8, 16, (2, 4))
     one, two = load(tmp_path / "one").state_dict(), load(tmp_path / "two").state_dict()
     for name, value in one.items():
         same(two[name], value, 1e-4)

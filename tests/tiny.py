@@ -68,6 +68,23 @@ def shared(**options):
     return model(**options)
 
 
+def modules(made, seed=0, train=False, biases=(-1.2, 1.0), **options):
+    """Random ATP modules for a model, with thresholds among the scores that differ between images.
+
+    Higher `biases` keep fewer tokens.
+    """
+    from vlmprune.atp_modules import AtpConfig, Thresholds
+    from vlmprune.atp_training import facts_of
+
+    torch.manual_seed(seed)
+    thresholds = Thresholds(AtpConfig.of(facts_of(made), 0.9, **{"pool": 8, "hidden": 16} | options)).to(made.dtype)
+    with torch.no_grad():
+        for cut in thresholds.cuts:
+            cut.r.bias.fill_(biases[0])
+            cut.s.bias.fill_(biases[1])
+    return thresholds.train(train)
+
+
 def pixels(made, sizes, seed=0):
     """Random pixel values and image sizes for images of `sizes` (height, width), as the processor would shape them."""
     generator = torch.Generator().manual_seed(seed)

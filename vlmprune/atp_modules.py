@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +20,14 @@ from vlmprune.selection import check_choice
 __all__ = ["TRAIN", "AtpConfig", "Norm", "Threshold", "Thresholds", "load", "pool_scores", "save"]
 
 CONFIG, WEIGHTS = "atp_config.json", "atp.safetensors"
+FORMAT = 1
 TRAIN = "python scripts/train_atp.py --model MODEL --data QUESTIONS.jsonl --average 0.25 --out FOLDER"
 
 Norm = Literal["minmax", "none", "logits"]
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def pool_scores(scores: torch.Tensor, among: torch.Tensor, bins: int) -> torch.Tensor:
@@ -63,8 +69,15 @@ class AtpConfig:
 
     def __post_init__(self) -> None:
         for name in ("layers", "strides"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            given = getattr(self, name)
+            if not isinstance(given, tuple | list) or not all(is_int(x) for x in given):
+                raise ValueError(f"{name}={given!r} must be whole numbers.")
+            object.__setattr__(self, name, tuple(given))
         object.__setattr__(self, "average", check_keep(self.average, "average"))
+        if not isinstance(self.model, dict) or not is_int(self.model.get("decoder_layers")):
+            raise ValueError(f"model={self.model!r} must be the facts of a model, decoder_layers among them.")
+        if isinstance(self.lambda_sample, bool) or not isinstance(self.lambda_sample, Real):
+            raise ValueError(f"lambda_sample={self.lambda_sample!r} must be a number.")
         check_choice("form", self.form, Literal["pooled", "means"])
         check_choice("score_norm", self.score_norm, Norm)
         check_choice("mean_over", self.mean_over, Literal["layers", "modules"])
@@ -75,8 +88,9 @@ class AtpConfig:
             raise ValueError(f"layers={self.layers}: a model of {depth} layers allows 1..{depth - 1}.")
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides={self.strides} must be positive numbers of patches.")
-        if self.hidden < 1 or self.pool < 1:
-            raise ValueError(f"hidden={self.hidden} and pool={self.pool} must be at least 1.")
+        for name in ("hidden", "pool"):
+            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
 
     @classmethod
     def of(
@@ -144,7 +158,7 @@ def save(thresholds: Thresholds, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in thresholds.state_dict().items()}, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps({"format": 1} | asdict(thresholds.config), indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps({"format": FORMAT} | asdict(thresholds.config), indent=2) + "\n")
     return folder
 
 
@@ -153,10 +167,10 @@ def load(weights: str | Path) -> Thresholds:
 
     Raises:
         FileNotFoundError: neither has them.
-        ValueError: they are not what they say they are.
+        ValueError: they are not what they say they are; names the file.
     """
-    from safetensors.torch import load_file
-
+    if not isinstance(weights, str | Path):
+        raise ValueError(f"weights={weights!r} must be a folder or a hub id, not {type(weights).__name__}.")
     folder = Path(weights)
     if not folder.is_dir():
         from vlmprune.eval import testbed
@@ -175,16 +189,46 @@ def load(weights: str | Path) -> Thresholds:
             ) from error
     if missing := [path.name for path in found if not path.exists()]:
         raise FileNotFoundError(f"{weights} has no {missing[0]}: not a folder that scripts/train_atp.py wrote.")
-    given = json.loads(found[0].read_text())
-    known = {f.name for f in fields(AtpConfig)}
-    try:
-        thresholds = Thresholds(AtpConfig(**{k: v for k, v in given.items() if k in known}))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{found[0]} is not a configuration of ATP modules: {error}") from error
-    state, wanted = load_file(found[1]), thresholds.state_dict()
+    thresholds = Thresholds(read_config(found[0]))
+    state, wanted = read_state(found[1]), thresholds.state_dict()
     for name in sorted({*state, *wanted}):
         have, want = (tuple(x[name].shape) if name in x else None for x in (state, wanted))
         if have != want:
             raise ValueError(f"{found[1]}: {name} has shape {have}, and {CONFIG} describes {want}.")
     thresholds.load_state_dict(state)
     return thresholds.requires_grad_(False).eval()
+
+
+def read_config(path: Path) -> AtpConfig:
+    """Read what `save` wrote beside the weights.
+
+    Raises:
+        ValueError: anything else; names the file.
+    """
+    try:
+        given = json.loads(path.read_text())
+        if not isinstance(given, dict):
+            raise ValueError(f"it holds a JSON {type(given).__name__} instead of an object.")
+        if (number := given.pop("format", None)) != FORMAT:
+            raise ValueError(f"its format is {number!r}, and this version of vlmprune reads format {FORMAT}.")
+        known = [f.name for f in fields(AtpConfig)]
+        if unknown := sorted({*given} - {*known}):
+            raise ValueError(f"{unknown[0]!r} is none of its entries, which are {', '.join(known)}.")
+        return AtpConfig(**given)
+    except (TypeError, ValueError) as error:  # of which bad JSON and bad UTF-8 are kinds
+        raise ValueError(f"{path} is not a configuration of ATP modules: {error}") from error
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: it is none; names the file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file, or not a whole one: {error}") from error

@@ -98,6 +98,42 @@ def test_fopru_by_cls_and_layer(case):
         assert got == [choose(g, to_tokens(g, a[index].mean(1)[:, 0, 1:]), 9, "view") for g, a in images]
 
 
+COMBINE = {
+    "sum": lambda x: x.sum(0),
+    "mean": lambda x: x.mean(0),
+    "max": lambda x: x.amax(0),
+    "min": lambda x: x.amin(0),
+}
+
+
+@pytest.mark.parametrize("ensemble", COMBINE)
+@pytest.mark.parametrize("layer", [(1, 4), (0, -2, 3)], ids=str)
+def test_fopru_over_several_layers(case, ensemble, layer):
+    model, prompt, images, _ = case
+    first = int(model.config.vision_config.model_type == "clip_vision_model")
+    got, _ = kept_by(model, prompt, "fopru", keep=9, layer=layer, ensemble=ensemble)
+    rows = [[a[i].mean(1)[:, first:, first:].mean(1) for i in layer] for _, a in images]
+    want, *twins = (
+        [
+            choose(grid, to_tokens(grid, COMBINE[how](torch.stack(mine))), 9, "view")
+            for (grid, _), mine in zip(images, rows, strict=True)
+        ]
+        for how in (ensemble, "max" if ensemble != "max" else "min")
+    )
+    assert got == want
+    assert got not in twins
+    alone, _ = kept_by(model, prompt, "fopru", keep=9, layer=layer[0])
+    assert got != alone
+    assert got == kept_by(model, prompt, "fopru", keep=9, layer=list(layer), ensemble=ensemble)[0]
+
+
+@pytest.mark.parametrize("strategy", ["rank", "row"])
+def test_fopru_with_a_budget_above_what_is_there_keeps_all(case, strategy):
+    model, prompt, images, _ = case
+    got, _ = kept_by(model, prompt, "fopru", keep=100_000, strategy=strategy)
+    assert got == [list(range(grid.tokens)) for grid, _ in images]
+
+
 @pytest.mark.parametrize("newlines", ["all", "row", "none"])
 @pytest.mark.parametrize("keep", [9, 0.4])
 def test_fopru_rows(case, keep, newlines):
@@ -147,14 +183,8 @@ def test_vtc_cls(case, ensemble):
     else:
         got, _ = kept_by(model, prompt, "vtc_cls", keep=9, start_layer=2, ensemble=ensemble)
         picture = [[a[i].mean(1)[:, 0, 1:] for i in (2, 3, 4)] for _, a in images]
-    combine = {
-        "sum": lambda x: x.sum(0),
-        "mean": lambda x: x.mean(0),
-        "max": lambda x: x.amax(0),
-        "min": lambda x: x.amin(0),
-    }
     want = [
-        choose(grid, to_tokens(grid, combine[ensemble](torch.stack(rows))), 9, "view")
+        choose(grid, to_tokens(grid, COMBINE[ensemble](torch.stack(rows))), 9, "view")
         for (grid, _), rows in zip(images, picture, strict=True)
     ]
     assert got == want
@@ -282,12 +312,15 @@ def test_random_is_uniform():
 # All methods
 
 
-def patched(model, name, **options):
-    """As `patch`; a method that this model or these options do not suit is skipped with its own words."""
-    try:
-        return vlmprune.patch(model, name, **options)
-    except (UnsupportedError, ValueError) as refused:
-        pytest.skip(str(refused))
+SINGLE_VIEW = "llava models have a single view"
+UNEQUAL_VIEWS = "merges all views alike, and images differ in their views: give a fraction as keep"
+
+
+def refused(words, call):
+    """Check that `call` is refused in these words, and skip the test for all to see."""
+    with pytest.raises(UnsupportedError, match=words):
+        call()
+    pytest.skip(f"refused, as it should be: {words}")
 
 
 @pytest.mark.parametrize("name", vlmprune.registry.names())
@@ -296,8 +329,8 @@ def test_odd_pictures(tiny_model, name, size):
     """So thin that nothing of the canvas is left, or its newlines alone."""
     model = tiny_model(family="llava_next", dtype=F64)
     prompt = tiny.prompt(model, [3, "image", 4], [size])
-    options = {"keep": 0.3} if "keep" in vlmprune.registry.options(vlmprune.registry.find(name)) else {}
-    with torch.no_grad(), patched(model, name, **options) as handle:
+    options = {"keep": 0.3} if name != "atp" else {"thresholds": tiny.modules(model)}
+    with torch.no_grad(), vlmprune.patch(model, name, **options) as handle:
         out = model(**prompt)
         assert torch.isfinite(out.logits).all()
         assert handle.trace.counts[0]["patches_after"] >= 1
@@ -314,11 +347,12 @@ def test_a_budget_of_all_tokens_is_the_identity_bitwise(tiny_model, name, family
     model = tiny_model(family=family)
     prompt, forced = tiny.prompt(model, [4, "image", 3, "image", 5], SIZES), probes.random_tokens(1, 3)
     plain = probes.forced_logits(model, prompt, forced)
-    with patched(model, name, keep=keep) as handle:
-        try:
-            pruned = probes.forced_logits(model, prompt, forced)
-        except UnsupportedError as refused:  # of these images
-            pytest.skip(str(refused))
+    if (name, family) == ("globalcom2", "llava"):
+        refused(SINGLE_VIEW, lambda: vlmprune.patch(model, name, keep=keep))
+    if name in ("tome", "pitome") and family == "llava_next" and isinstance(keep, int):
+        refused(UNEQUAL_VIEWS, lambda: vlmprune.patch(model, name, keep=keep))
+    with vlmprune.patch(model, name, keep=keep) as handle:
+        pruned = probes.forced_logits(model, prompt, forced)
         assert torch.equal(pruned, plain)
         assert handle.trace.kv_lengths == [prompt["input_ids"].shape[1]] * tiny.LAYERS
 

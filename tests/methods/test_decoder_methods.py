@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import reference
 import tiny
@@ -9,6 +11,10 @@ import torch
 from torch.nn.functional import cosine_similarity, normalize
 
 import vlmprune
+from vlmprune import registry
+from vlmprune.methods import GlobalCom2, TransPrune
+from vlmprune.methods.transprune import Transition, accumulated
+from vlmprune.patches import family_of
 
 F64 = torch.float64
 FAMILIES = [{}, {"family": "llava_next"}, {"text": "mistral", "sliding_window": 20}]
@@ -28,7 +34,7 @@ def blocks(model, index, x, positions):
     return x + wrote2, [(read, wrote), (read2, wrote2)], weights.mean(0)
 
 
-def transprune_by_hand(model, prompt, mode, ratios, prune=(1, 2, 3), watched=(1, 2), contiguous=True):
+def transprune_by_hand(model, prompt, mode, ratios, prune=(1, 2, 3), watched=(1, 2, 3), contiguous=True):
     """Kept tokens of every cut for a prompt with one image, and the last token's logits."""
     x, (image,) = reference.embed(model, prompt)
     columns, positions = list(range(len(x))), torch.arange(len(x))
@@ -83,6 +89,62 @@ def test_transprune(options, mode):
     torch.testing.assert_close(got, logits, rtol=1e-9, atol=1e-9)
     assert (got - far).abs().max() > 1e-7
     assert other[0] == want[0]  # the first cut comes before positions differ
+
+
+@pytest.mark.parametrize(
+    ("depth", "cuts", "layers"),
+    [
+        (6, [1, 2, 3], range(1, 4)),
+        (12, [3, 4, 5], range(3, 6)),
+        (28, [6, 8, 10], range(6, 11)),
+        (32, [7, 9, 12], range(7, 13)),
+        (40, [9, 11, 15], range(9, 16)),
+        (64, [14, 18, 24], range(14, 25)),
+    ],
+)
+def test_transprune_accumulates_over_every_layer_up_to_each_cut(depth, cuts, layers):
+    """At every depth from the first cut's layer to the last one's without a hole, each cut's own layer included."""
+    model = tiny.shared()
+    facts = replace(family_of(model).facts(model.model), decoder_layers=depth)
+    made = TransPrune().cuts(facts)
+    assert [cut.at.layer for cut in made] == cuts
+    for cut, p in zip(made, cuts, strict=True):
+        # a tap counts layers from 0
+        assert [tap.layer + 1 for tap in cut.see if isinstance(tap, Transition)] == [n for n in layers if n <= p]
+
+
+def test_transprune_layers_with_gaps_scale_one_by_one():
+    assert accumulated((6, 9, 11), (7, 9, 12), 32) == [6, 9, 11]
+    assert accumulated((6, 9, 11), (7, 9, 12), 64) == [12, 18, 22]
+    assert accumulated((6, 9, 11), (7, 9, 12), 6) == [1, 2]  # 9 is the second cut
+    assert accumulated((2, 7, 12), (7, 9, 12), 6) == [1, 3]  # 12 is the third cut
+    assert accumulated((7,), (7, 9, 12), 64) == [14]
+
+
+def test_transprune_counts():
+    plain = TransPrune(prune_layers=(7, 9, 12), keep_ratios=(0.7, 0.29, 0.05))
+    for total in (1, 3, 10, 19, 100, 110, 576, 2343):
+        # not int(total * (1 - (1 - ratio))), which is one more or less here and there; at least one token
+        assert [plain.count(total, i) for i in range(3)] == [max(1, int(total * r)) for r in plain.keep_ratios]
+    assert (plain.count(100, 1), plain.count(10, 2)) == (28, 1)
+    share = (2 / 32, 3 / 32, 20 / 32)
+    for method in (plain, TransPrune(keep=5), TransPrune(keep=0.5), TransPrune(average=40), TransPrune(average=0.5)):
+        assert [method.count(0, i, share) for i in range(3)] == [0, 0, 0]
+        assert all(method.count(100, i, share) >= 1 for i in range(3))
+
+
+@pytest.mark.parametrize("method", ["transprune", "fastv", "random", "todre"])
+def test_an_image_whose_tokens_are_all_gone(method):
+    """GlobalCom² may leave nothing of an image when its budget is a token or two; later methods live with that."""
+    model = tiny.shared(dtype=F64, family="llava_next")
+    first = GlobalCom2(keep=1, newlines="none")
+    second = registry.find(method)(keep=0.5)
+    both = tiny.batch(
+        [tiny.prompt(model, [4, "image", 6], [(40, 24)]), tiny.prompt(model, [3, "image", 2], [(24, 24)])]
+    )
+    with torch.no_grad(), vlmprune.patch(model, [first, second]) as handle:
+        assert torch.isfinite(model(**both).logits).all()
+        assert min(counts["patches_after"] for counts in handle.trace.counts) == 0
 
 
 def test_transprune_modes_differ():

@@ -62,21 +62,36 @@ def test_golden(inner, case, dtype):
         rtol=1e-5 if dtype.itemsize == 4 else 1e-9,
     )
     assert grid.patches_per_view[1:] == expected["valid_per_crop"]
+    # what is inside: with a ratio so low that nothing is clipped, each ratio states its share, and each share its mass
+    low = crop_ratios(thumb.view(grid.side), grid.crops, 0.1, params["tau"])
+    share = low / 0.1 - 1 + 1 / len(low)
+    exact = {"rtol": 0, "atol": 1e-5 if dtype.itemsize == 4 else 1e-7}
+    torch.testing.assert_close(share, torch.tensor(expected["crop_sigma"], dtype=torch.float64), **exact)
+    mass, told = params["tau"] * share.log(), torch.tensor(expected["crop_mass"], dtype=torch.float64)
+    torch.testing.assert_close(mass - mass[0], told - told[0], rtol=1e-4, atol=1e-4)
 
     method = GlobalCom2(keep=float(params["ratio"]), tau=params["tau"])
     kept, values = method.choose(scores, grid)
     assert sorted(grid.source[kept & (grid.view == 0)].tolist()) == sorted(expected["thumb_kept"])
+    assert int((kept & (grid.view == 0)).sum()) == expected["k_thumb"]
     patches = grid.side[0] * grid.side[1]
     for crop, true in enumerate(expected["crops_kept"]):
-        mine = kept & (grid.view == crop + 1) & ~grid.newline
+        member = (grid.view == crop + 1) & ~grid.newline
+        mine = kept & member
         assert (grid.source[mine] % patches).tolist() == sorted(true)
         assert int(mine.sum()) == expected["k_per_crop"][crop]
+        assert kept[member].nonzero().flatten().tolist() == sorted(expected["crops_kept_compact"][crop])
+        combined = torch.tensor(expected["combined_scores"][crop], dtype=dtype)
+        torch.testing.assert_close(values[member], combined, rtol=0, atol=1e-5 if dtype.itemsize == 4 else 1e-9)
 
     spatial = (kept | grid.newline).nonzero().flatten()
     assert names(spatial, grid) == expected["sequence_spatial"]
+    assert len(spatial) == expected["len_spatial"]
     released = released_order(kept & ~grid.newline, values, grid)
     assert names(released, grid) == expected["sequence_released"]
     assert len(released) == expected["len_released"]
+    by_score = names(released, grid)[: expected["k_thumb"]]
+    assert by_score == [f"T{t}" for t in expected["thumb_kept_by_score"]]
 
 
 def test_cases_were_found():

@@ -61,10 +61,41 @@ def test_fopru(case, dtype):
         best = top_k(means[None], [expected["k_rows"]], torch.ones(1, len(means), dtype=torch.bool))
         assert best[0].nonzero().flatten().tolist() == expected["kept_rows"]
         assert {t // cols for t in probes.kept(reduction)} == set(expected["kept_rows"])
-    # the other strategy and the other score choose otherwise, but for the tie
-    if case["expected"].get("gap"):
-        other = FoPru(params["ratio"], strategy="row" if params["strategy"] == "rank" else "rank")
-        assert probes.kept(other.reduce({cut.see[0]: scores[None]}, layout)) != expected["kept"]
+    # the other strategy on the same scores, in plain Python
+    other = "row" if params["strategy"] == "rank" else "rank"
+    reduction = replace(method, strategy=other).reduce({cut.see[0]: scores[None]}, layout)
+    by_hand = {"rank": best_patches, "row": best_rows}
+    rows, cols, ratio = params["grid_h"], params["grid_w"], params["ratio"]
+    assert by_hand[params["strategy"]](scores.tolist(), rows, cols, ratio) == expected["kept"]
+    assert by_hand[other](scores.tolist(), rows, cols, ratio) == probes.kept(reduction)
+
+
+def best_patches(scores, rows, cols, ratio):
+    order = sorted(range(rows * cols), key=lambda t: (-scores[t], t))
+    return sorted(order[: max(1, int(rows * cols * ratio))])
+
+
+def best_rows(scores, rows, cols, ratio):
+    means = [sum(scores[r * cols : (r + 1) * cols]) / cols for r in range(rows)]
+    order = sorted(range(rows), key=lambda r: (-means[r], r))[: max(1, int(rows * ratio))]
+    return [r * cols + c for r in sorted(order) for c in range(cols)]
+
+
+def test_fopru_strategies_differ():
+    """Of the cases at least these two are such that the other strategy keeps other patches."""
+    for name in ("fopru_rank_received_25", "fopru_row_received_50"):
+        case = CASES[name]
+        given = (case["expected"]["scores"], 4, 4, case["params"]["ratio"])
+        assert best_patches(*given) != best_rows(*given)
+
+
+def test_a_score_that_fopru_does_not_have():
+    attention = torch.full((2, 5, 5), 0.2)
+    assert received_scores(attention, "received", True).shape == (4,)
+    with pytest.raises(ValueError, match="score='bogus' is not one of 'received', 'cls'"):
+        received_scores(attention, "bogus", True)
+    with pytest.raises(ValueError, match=r"needs the row of a \[CLS\] token"):
+        received_scores(attention, "cls", False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

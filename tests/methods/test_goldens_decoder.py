@@ -47,6 +47,13 @@ def test_todre_selection(objective, name, dtype):
     picked, order = greedy_diversity(x, first, [k], torch.ones(x.shape[:2], dtype=torch.bool), objective)
     assert order[0].tolist() == case["expected"][name]["order"]
     assert picked[0].nonzero().flatten().tolist() == case["expected"][name]["kept"]
+    unit = torch.nn.functional.normalize(x[0], dim=-1)[order[0]]
+    cosine = (unit @ unit.T).tril(-1)[1:]  # of every pick to those before it
+    if objective == "max_sum":
+        close(cosine.sum(1), case["expected"][name]["cumulative_cosine_when_picked"], dtype)
+    else:
+        near = (1 - cosine).masked_fill(cosine == 0, torch.inf).amin(1)
+        close(near, case["expected"][name]["min_distance_when_picked"], dtype)
 
 
 def test_diversity_of_a_batch_is_that_of_each_row():
@@ -92,7 +99,14 @@ def test_transprune_transition(dtype):
     before, after = (torch.tensor(case["inputs"][k], dtype=dtype) for k in ("before", "after"))
     rows, expected = case["inputs"]["image_rows"], case["expected"]
     everything = torch.ones(len(before), dtype=torch.bool)
-    close(transition(before, after, everything, "official"), expected["ttv_official_all_rows"], dtype)
+    official = transition(before, after, everything, "official")
+    close(official, expected["ttv_official_all_rows"], dtype)
+    # a softmax over one row is 1, and its logarithm over all rows is the direction up to a constant
+    alone = [transition(before[i : i + 1], after[i : i + 1], everything[:1], "official") for i in range(len(before))]
+    magnitude = torch.cat(alone)
+    close(magnitude, expected["magnitude"], dtype)
+    direction = (official / magnitude).log()
+    close(expected["cosine"][0] + direction[0] - direction, expected["cosine"], dtype)
     image = torch.zeros_like(everything)
     image[rows] = True
     close(transition(before, after, image, "paper")[rows], expected["ttv_paper_image_rows"], dtype)

@@ -23,9 +23,14 @@ FAMILIES = {
     "next": {"family": "llava_next"},
     "next-mistral": {"family": "llava_next", "text": "mistral", "sliding_window": 24},
 }
-NAMES = [name for name in registry.names() if registry.find(name).training == "none"]
+NAMES = registry.names()
 FORCED = [9, 33, 21]
-OPTIONS = {"todre": {"keep": 0.4, "tau": 0.35}, "transprune": {"keep": 0.3}}
+OPTIONS = {
+    "todre": lambda model: {"keep": 0.4, "tau": 0.35},
+    "transprune": lambda model: {"keep": 0.3},
+    "atp": lambda model: {"thresholds": tiny.modules(model, biases=(-0.3, 1.5))},
+}
+REFUSED = {("globalcom2", "llava"): "llava models have a single view"}
 FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}}
 
 
@@ -35,16 +40,18 @@ def options(request):
 
 
 def start(model, name):
-    """Patch a model with a method, by its documented fallback where it needs a [CLS] token."""
-    given = OPTIONS.get(name, {"keep": 0.4})
+    """Patch a model with a method, by its documented fallback where it needs a [CLS] token.
+
+    What cannot be is refused in the words expected, and the test is skipped for all to see.
+    """
+    given = OPTIONS[name](model) if name in OPTIONS else {"keep": 0.4}
     if model.config.vision_config.model_type != "clip_vision_model":
         given = given | FALLBACK.get(name, {})
-    try:
-        return vlmprune.patch(model, name, **given)
-    except UnsupportedError:
-        if (name, model.config.model_type) != ("globalcom2", "llava"):
-            raise
-        return None
+    if words := REFUSED.get((name, model.config.model_type)):
+        with pytest.raises(UnsupportedError, match=words):
+            vlmprune.patch(model, name, **given)
+        pytest.skip(f"refused, as it should be: {words}")
+    return vlmprune.patch(model, name, **given)
 
 
 def replay(model, prompt, features, trace, wrong=False, positions=None):
@@ -126,8 +133,6 @@ def test_what_the_trace_says_is_what_was_computed(options, name):
     prompt = tiny.prompt(model, [4, "image", 3, "image", 5], [(40, 24), (20, 70)])
     with torch.no_grad():
         handle = start(model, name)
-        if handle is None:
-            return
         got = with_cache(model, prompt)[:, 0]
         features = reference.image_features(model, prompt)
         trace = handle.trace
@@ -148,8 +153,7 @@ def test_a_row_of_a_batch_is_the_sample_alone(options, name, side):
     parts = [([3, "image", 4], [(40, 24)]), ([6], []), (["image", "image", 9], [(20, 70), (24, 24)])]
     prompts = [tiny.prompt(model, *p, seed=s) for s, p in enumerate(parts)]
     with torch.no_grad():
-        if start(model, name) is None:
-            return
+        start(model, name)
         together = with_cache(model, tiny.batch(prompts, side))
         # a sliding window counts columns: padding between prompt and answer takes its place in any layer it reaches
         steps = 1 if side == "right" and "sliding_window" in options else None
@@ -166,8 +170,7 @@ def test_beams_streams_and_unpatching(options, name):
     both = tiny.batch(prompts)
     with torch.no_grad():
         before = model(**both).logits
-        if start(model, name) is None:
-            return
+        start(model, name)
         for beams in (1, 3):
             given = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
             out = model.generate(**both, **given)

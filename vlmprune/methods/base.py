@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 from vlmprune.budget import check_keep
@@ -10,7 +11,7 @@ from vlmprune.cuts import Cut
 from vlmprune.errors import UnsupportedError
 from vlmprune.patches import ModelFacts
 
-__all__ = ["Budgeted", "Method", "check_layer", "need_cls", "tower_layer"]
+__all__ = ["Budgeted", "Method", "check_layer", "check_seed", "check_share", "need_cls", "tower_layer"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,18 @@ def need_cls(method: str, facts: ModelFacts, way_out: str) -> None:
         raise UnsupportedError(
             f"{method} reads the attention of the tower's [CLS] token, and this tower has none; {way_out}."
         )
+
+
+def check_seed(seed: object) -> None:
+    """Raise ValueError unless `seed` is a whole number of at least 0."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed={seed!r} must be a whole number of at least 0.")
+
+
+def check_share(name: str, value: object, hint: str = "") -> None:
+    """Raise ValueError unless `value` is a number between 0 and 1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} must be a number between 0 and 1{hint}.")
 
 
 def check_layer(name: str, layer: int, layers: int, lowest: int = 0) -> int:

@@ -13,7 +13,7 @@ from vlmprune.budget import share
 from vlmprune.cuts import Cut, Decoder, Merge, Pixels, Positions, Reduction
 from vlmprune.errors import UnsupportedError
 from vlmprune.layout import ImageGrid, Layout, upload
-from vlmprune.methods.base import Budgeted
+from vlmprune.methods.base import Budgeted, check_seed
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 from vlmprune.selection import Newlines, check_choice, keep_patches, select
@@ -79,8 +79,7 @@ class Random(Control):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r} must be a whole number of at least 0.")
+        check_seed(self.seed)
 
     def reduce(self, seen: dict, layout: Layout) -> Reduction:
         return select(random_scores(self.seed, layout), self.budget, layout, self.newlines)

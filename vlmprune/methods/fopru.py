@@ -11,12 +11,15 @@ from vlmprune.budget import count, share
 from vlmprune.cuts import Cut, Decoder, Positions, Reduction
 from vlmprune.layout import Layout
 from vlmprune.methods.base import Budgeted, check_layer, need_cls
+from vlmprune.methods.vtc_cls import Ensemble, ensemble_scores
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 from vlmprune.selection import Newlines, Scope, check_choice, keep_patches, select, top_k
 from vlmprune.taps import Tap, VisionAttention
 
 __all__ = ["FoPru", "received_scores"]
+
+Score = Literal["received", "cls"]
 
 
 def received_scores(attention: torch.Tensor, score: str, has_cls: bool) -> torch.Tensor:
@@ -28,7 +31,13 @@ def received_scores(attention: torch.Tensor, score: str, has_cls: bool) -> torch
 
     Returns:
         `(..., patches)`.
+
+    Raises:
+        ValueError: another score, or "cls" without a [CLS] token.
     """
+    check_choice("score", score, Score)
+    if score == "cls" and not has_cls:
+        raise ValueError("score='cls' needs the row of a [CLS] token: use 'received'.")
     mean, first = attention.mean(-3), int(has_cls)
     return mean[..., 0, first:] if score == "cls" else mean[..., first:, first:].mean(-2)
 
@@ -43,11 +52,13 @@ class FoPru(Budgeted):
     a patch receives from all patches; `score="cls"` is the other reading.
 
     Args:
-        keep, average: patches per image, or a fraction. `rank` keeps floor(n * keep) of a fraction, at least 1; `row`
-            keeps whole rows, so the count is a multiple of a row and at least one row.
+        keep, average: patches per image (as many as there are, or more, is the identity), or a fraction. `rank` keeps
+            floor(n * keep) of a fraction, at least 1; `row` keeps whole rows, so the count is a multiple of a row and
+            at least one row.
         strategy: "rank" (global top-k) or "row" (rows of the raster by mean score).
         score: "received" (any tower) or "cls" (towers with a [CLS] token).
-        layer: 0-based tower layer, negative from the end; default the feature layer.
+        layer: 0-based tower layer, negative from the end, or several; default the feature layer.
+        ensemble: how the scores of several layers become one: "mean", "sum" (same ranking), "max" or "min".
         scope: "view" gives each view of an anyres image its share, "image" ranks all its patches together; rows are
             always taken per plane (the thumbnail, and the stitched canvas of crops).
         positions: position ids after the cut; contiguous, as in code that embeds the kept tokens alone.
@@ -59,8 +70,9 @@ class FoPru(Budgeted):
     needs = "tower attention (one layer)"
 
     strategy: Literal["rank", "row"] = "rank"
-    score: Literal["received", "cls"] = "received"
-    layer: int | None = None
+    score: Score = "received"
+    layer: int | tuple[int, ...] | None = None
+    ensemble: Ensemble = "mean"
     scope: Scope = "view"
     positions: Positions = "contiguous"
     newlines: Newlines = "all"
@@ -68,21 +80,34 @@ class FoPru(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("strategy", self.strategy, Literal["rank", "row"])
-        check_choice("score", self.score, Literal["received", "cls"])
+        check_choice("score", self.score, Score)
+        check_choice("ensemble", self.ensemble, Ensemble)
         check_choice("scope", self.scope, Scope)
         check_choice("positions", self.positions, Positions)
         check_choice("newlines", self.newlines, Literal["all", "row", "none"])
+        if isinstance(self.layer, list):
+            object.__setattr__(self, "layer", tuple(self.layer))
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         if self.score == "cls":
             need_cls("fopru with score='cls'", facts, "use score='received'")
-        layer = facts.feature_layer if self.layer is None else check_layer("layer", self.layer, facts.tower_layers)
-        tap = VisionAttention(layer, "cls" if self.score == "cls" else "patches")
-        return [Cut(Decoder(0), (tap,), self.reduce, self.positions)]
+        rows = "cls" if self.score == "cls" else "patches"
+        taps = tuple(VisionAttention(layer, rows) for layer in self.layers(facts))
+        return [Cut(Decoder(0), taps, self.reduce, self.positions)]
+
+    def layers(self, facts: ModelFacts) -> list[int]:
+        """The tower layers that are read."""
+        if self.layer is None:
+            return [facts.feature_layer]
+        given = self.layer if isinstance(self.layer, tuple) else (self.layer,)
+        layers = [check_layer("layer", layer, facts.tower_layers) for layer in given]
+        if not layers or len({*layers}) != len(layers):
+            raise ValueError(f"layer={self.layer} must name at least one tower layer, and each of them once.")
+        return layers
 
     def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
-        """Pure: `(images, tokens)` scores in, decision out."""
-        (scores,) = seen.values()
+        """Pure: `(images, tokens)` scores per layer in, decision out."""
+        scores = ensemble_scores(list(seen.values()), self.ensemble)
         if self.strategy == "row":
             return self.rows(scores, layout)
         return select(scores, self.budget, layout, self.newlines, self.scope)

@@ -12,7 +12,7 @@ from vlmprune.cuts import Cut, Decoder, Positions, Reduction
 from vlmprune.diversity import greedy_diversity
 from vlmprune.errors import UnsupportedError
 from vlmprune.layout import Layout
-from vlmprune.methods.base import Budgeted, check_layer
+from vlmprune.methods.base import Budgeted, check_layer, check_seed, check_share
 from vlmprune.methods.controls import random_scores
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
@@ -42,12 +42,14 @@ class ToDRE(Budgeted):
     Args:
         keep, average: patches per image, or a fraction (floored, at least 1), for stage 1; what stage 2 saves is in the
             trace only.
-        objective: "max_sum" (v2 of the paper, the default) or "max_min" (v1, k-center; its metric is inferred).
-        pivot: the first pick: "cls" (thumbnail only on anyres images), "mean" (the patch nearest the mean feature),
-            "random" (seeded) or "first". Towers without a [CLS] token need another pivot than "cls".
+        objective: "max_sum" (v2 of the paper, the default) or "max_min" (v1, k-center; its metric, the cosine too,
+            is inferred).
+        pivot: the first pick: "cls" (thumbnail only on anyres images), "mean" (the patch nearest the mean feature,
+            the paper's "center"), "random" (seeded) or "first". The paper's "farthest" is not offered: from what is not
+            known to us. Towers without a [CLS] token need another pivot than "cls".
         cls_layer: tower layer of the [CLS] row; the paper says the last.
         tau: threshold of stage 2 (paper: 0.10); None leaves stage 2 out.
-        seed: for `pivot="random"`.
+        seed: for `pivot="random"`; a whole number of at least 0.
         positions: stage 1, contiguous (inferred); stage 2 always leaves the ids of the text alone.
         newlines: stage 1; the paper is silent (its budget counts patches). Stage 2 drops newlines too.
     """
@@ -72,10 +74,9 @@ class ToDRE(Budgeted):
         check_choice("pivot", self.pivot, Pivot)
         check_choice("positions", self.positions, Positions)
         check_choice("newlines", self.newlines, Literal["all", "row", "none"])
-        if self.tau is not None and not 0 <= self.tau <= 1:
-            raise ValueError(
-                f"tau={self.tau!r} must be between 0 and 1 (a share of attention), or None for no stage 2."
-            )
+        if self.tau is not None:
+            check_share("tau", self.tau, " (a share of attention), or None for no stage 2")
+        check_seed(self.seed)
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         see: tuple[Tap, ...] = (Hidden(),)

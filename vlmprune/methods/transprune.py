@@ -2,25 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 import torch
 
 from vlmprune.budget import count
 from vlmprune.cuts import Cut, Decoder, Positions, Reduction, schedule_layers
 from vlmprune.layout import Layout
-from vlmprune.methods.base import Budgeted
+from vlmprune.methods.base import Budgeted, check_share
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 from vlmprune.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
 from vlmprune.taps import BlockTap, Scene, Tap, TextAttention, upcast
 
-__all__ = ["TransPrune", "transition"]
+__all__ = ["TransPrune", "accumulated", "transition"]
 
 Mode = Literal["official", "paper"]
+
+DEPTH = 32  # of the decoder that a user's layer numbers mean
+
+
+def ascending(name: str, given: Any, most: int) -> tuple[int, ...]:
+    """Check layer numbers of a 32-layer decoder that a user gave.
+
+    Raises:
+        ValueError: not a tuple or list of ascending whole numbers from 1 to `most`.
+    """
+    layers = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+    whole = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
+    if not layers or not whole or list(layers) != sorted({*layers}) or layers[0] < 1 or layers[-1] > most:
+        raise ValueError(
+            f"{name}={given!r} must be one or more ascending layer numbers from 1 to {most} (of a {DEPTH}-layer "
+            "decoder; they scale with depth)."
+        )
+    return layers
+
+
+def falling(name: str, given: Any) -> tuple[float, ...]:
+    """Check the ratios that a user gave.
+
+    Raises:
+        ValueError: not a tuple or list of numbers in (0, 1] of which none is above the one before.
+    """
+    ratios = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
+    numbers = all(isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 < ratio <= 1 for ratio in ratios)
+    if not ratios or not numbers or list(ratios) != sorted(ratios, reverse=True):
+        raise ValueError(f"{name}={given!r} must be one or more numbers in (0, 1] that do not grow.")
+    return ratios
+
+
+def accumulated(layers: tuple[int, ...], prune: tuple[int, ...], depth: int) -> list[int]:
+    """Scale 1-based layers to accumulate over, of a 32-layer decoder, so that they follow the scaled cuts.
+
+    A layer behind which tokens are cut becomes that cut's layer, any other one max(1, round(l * depth / 32)). Layers
+    without a gap stay so: all from the first scaled one to the last.
+    """
+    cut = dict(zip(prune, schedule_layers(prune, depth), strict=True))
+    scaled = sorted({cut.get(layer, max(1, round(layer * depth / DEPTH))) for layer in layers})
+    whole = layers[-1] - layers[0] + 1 == len(layers)
+    return list(range(scaled[0], scaled[-1] + 1)) if whole else scaled
 
 
 def transition(before: torch.Tensor, after: torch.Tensor, among: torch.Tensor, mode: Mode) -> torch.Tensor:
@@ -73,8 +118,11 @@ class TransPrune(Budgeted):
         average: the mean over all layers, met in the same way.
         mode: "official", what the released code computes (1 - cos, softmax over the whole sequence, both scores
             rescaled to sum 1), or "paper" (1 - |cos|, softmax over the image, raw sum with alpha).
-        accumulate_layers, prune_layers: 1-based, of a 32-layer decoder.
-        keep_ratios: of the tokens that entered the LLM, one per cut (truncated).
+        accumulate_layers, prune_layers: 1-based, of a 32-layer decoder; all layers from the first cut to the last one
+            are accumulated if none are given (7 to 12, as the source). At another depth the cuts scale by
+            max(previous + 1, round(p L / 32)), and the accumulated layers follow them (see `accumulated`).
+        keep_ratios: of the tokens that entered the LLM, one per cut: int(tokens * ratio), but never fewer than 1 of an
+            image that has tokens (code: 0 is possible).
         alpha: weight of the transition score; the official code has none, which is 0.5.
         positions: contiguous, re-indexed at every cut, as the source; its decode positions differ by layer.
         newlines: "candidates" (source: all tokens of the image compete).
@@ -87,7 +135,7 @@ class TransPrune(Budgeted):
     optional = True
 
     mode: Mode = "official"
-    accumulate_layers: tuple[int, ...] = (7, 8, 9, 10, 11, 12)
+    accumulate_layers: tuple[int, ...] | None = None
     prune_layers: tuple[int, ...] = (7, 9, 12)
     keep_ratios: tuple[float, ...] = (0.875, 0.625, 0.125)
     alpha: float = 0.5
@@ -99,30 +147,32 @@ class TransPrune(Budgeted):
         check_choice("mode", self.mode, Mode)
         check_choice("positions", self.positions, Positions)
         check_choice("newlines", self.newlines, Newlines)
-        for name in ("accumulate_layers", "prune_layers", "keep_ratios"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if len(self.keep_ratios) != len(self.prune_layers) or not self.prune_layers:
+        object.__setattr__(self, "prune_layers", ascending("prune_layers", self.prune_layers, DEPTH - 1))
+        first, last = self.prune_layers[0], self.prune_layers[-1]
+        watched = range(first, last + 1) if self.accumulate_layers is None else self.accumulate_layers
+        object.__setattr__(self, "accumulate_layers", ascending("accumulate_layers", watched, DEPTH))
+        if self.accumulate_layers[0] > first or self.accumulate_layers[-1] > last:
+            raise ValueError(
+                f"accumulate_layers={self.accumulate_layers} must start by the first cut, after layer {first}, and end "
+                f"by the last one, after layer {last}: what comes later is never read."
+            )
+        object.__setattr__(self, "keep_ratios", falling("keep_ratios", self.keep_ratios))
+        check_share("alpha", self.alpha)
+        if len(self.keep_ratios) != len(self.prune_layers):
             raise ValueError(
                 f"keep_ratios has {len(self.keep_ratios)} entries, prune_layers {len(self.prune_layers)}: one per cut."
             )
-        if list(self.prune_layers) != sorted(set(self.prune_layers)) or min(self.prune_layers) < 1:
-            raise ValueError(f"prune_layers={self.prune_layers} must be ascending layer numbers from 1.")
-        if any(not 0 < r <= 1 for r in self.keep_ratios) or list(self.keep_ratios) != sorted(self.keep_ratios)[::-1]:
-            raise ValueError(f"keep_ratios={self.keep_ratios} must lie in (0, 1] and not grow.")
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha} must be between 0 and 1.")
+        if self.keep_ratios[-1] == 1 and (self.keep, self.average) != (None, None):
+            raise ValueError(
+                f"keep_ratios={self.keep_ratios} remove nothing that keep= or average= could stretch: lower the last."
+            )
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         depth = facts.decoder_layers
         prune = schedule_layers(self.prune_layers, depth)
         if prune[-1] >= depth:
             raise ValueError(f"prune_layers={self.prune_layers} scale to {prune}, and this model has {depth} layers.")
-        watched = sorted({max(1, round(layer * depth / 32)) for layer in self.accumulate_layers})
-        if watched[0] > prune[0]:
-            raise ValueError(
-                f"accumulate_layers={self.accumulate_layers} start after the first cut: scaled to {depth} layers they "
-                f"are {watched}, the cuts {prune}."
-            )
+        watched = accumulated(self.accumulate_layers, self.prune_layers, depth)
         # the share of all layers that runs with the tokens of each stage
         shares = tuple((b - a) / depth for a, b in pairwise([*prune, depth]))
         if isinstance(self.average, float):
@@ -158,15 +208,20 @@ class TransPrune(Budgeted):
 
         Args:
             share: share of the decoder's layers that runs on the tokens of each stage (for `average`).
+
+        Returns:
+            At least 1, but 0 of 0.
         """
+        if total == 0:
+            return 0
         removed = [1 - ratio for ratio in self.keep_ratios]
         if self.keep is None and self.average is None:
-            stretch = 1.0
-        elif self.average is None:
+            return max(1, int(total * self.keep_ratios[stage]))
+        if self.average is None:
             left = count(self.keep, total)
             if stage == len(removed) - 1:
                 return left
-            stretch = (1 - left / total) / removed[-1] if removed[-1] else 0.0
+            stretch = (1 - left / total) / removed[-1]
         else:
             wanted = min(1.0, self.average / total if isinstance(self.average, int) else self.average)
             stretch = (1 - wanted) / sum(s * r for s, r in zip(share, removed, strict=True))

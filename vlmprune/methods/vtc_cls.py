@@ -15,13 +15,13 @@ from vlmprune.registry import register
 from vlmprune.selection import Newlines, Scope, check_choice, select
 from vlmprune.taps import Tap, VisionAttention
 
-__all__ = ["VtcCls", "ensemble_scores"]
+__all__ = ["Ensemble", "VtcCls", "ensemble_scores"]
 
 Ensemble = Literal["sum", "mean", "max", "min"]
 
 
 def ensemble_scores(rows: list[torch.Tensor], ensemble: Ensemble = "sum") -> torch.Tensor:
-    """Combine the head-mean [CLS] rows of several layers, each `(..., patches)`, into one score."""
+    """Combine the rows of several layers (head-mean), each `(..., patches)`, into one score."""
     stack = torch.stack(rows)
     return getattr(stack, {"max": "amax", "min": "amin"}.get(ensemble, ensemble))(0)
 
@@ -40,8 +40,8 @@ class VtcCls(Budgeted):
         ensemble: "sum" (code), "mean" (same ranking), "max" or "min" (ablations).
         fallback: None refuses towers without a [CLS] token; "received" scores by the mean attention received from all
             patches over the same layers, a recognised stand-in that is not VTC-CLS.
-        scope: "view" gives each view of an anyres image its share, "image" ranks all its patches together (the
-            official code knows single views only).
+        scope: "view" gives each view of an anyres image its share (patches are split by largest remainder, so that the
+            budget is met), "image" ranks all its patches together (the official code knows single views only).
         positions: contiguous, as the official code (its prepare step drops the original ids).
         newlines: what happens to newline tokens.
     """
