@@ -118,9 +118,12 @@ class ClsLogits(TowerTap):
 
 @dataclass(frozen=True)
 class Distinctness(TowerTap):
-    """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer."""
+    """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer.
 
-    def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+    One layer more than there are means the tower's last hidden state.
+    """
+
+    def measure(self, layer: nn.Module | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return distinctness(hidden[:, int(has_cls) :])
 
 
