@@ -74,8 +74,8 @@ class LlavaLlama(Family):
             raise UnsupportedError(f"{type(tower).__name__} is not supported: original LLaVA needs its CLIP tower.")
         if tower.select_feature != "patch":
             raise UnsupportedError(
-                f"mm_vision_select_feature={tower.select_feature!r} makes the tower's [CLS] token a visual token, which "
-                "is not supported; use 'patch'."
+                f"mm_vision_select_feature={tower.select_feature!r} makes the tower's [CLS] token a visual token, "
+                "which is not supported; use 'patch'."
             )
         layers = len(self.tower_layers(tower.vision_tower))
         return ModelFacts(

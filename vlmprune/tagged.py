@@ -21,13 +21,17 @@ class Tagged(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        note = next(x.note for x in tree_iter((args, kwargs)) if isinstance(x, Tagged) and hasattr(x, "note"))
+        note = next((x.note for x in tree_iter((args, kwargs)) if isinstance(x, Tagged)), None)
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-        if isinstance(out, tuple | list) and all(isinstance(x, torch.Tensor) for x in out):
-            return type(out)(map(lambda x: tag(x, note), out)) if type(out) in (tuple, list) else out
-        # masks, sizes and other things read off the tensor are not the tensor any more
-        return tag(out, note) if isinstance(out, torch.Tensor) and out.is_floating_point() and out.ndim > 2 else out
+        if type(out) in (tuple, list):  # split into pieces
+            return type(out)(carry(x, note) for x in out)
+        return carry(out, note)
+
+
+def carry(made: Any, note: Any) -> Any:
+    """Put a note on what was made of a tensor; masks, sizes and the like, read off it, are not the tensor any more."""
+    return tag(made, note) if isinstance(made, torch.Tensor) and made.is_floating_point() and made.ndim > 2 else made
 
 
 def tag(tensor: torch.Tensor, note: Any) -> torch.Tensor:
