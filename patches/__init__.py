@@ -7,7 +7,7 @@ from torch import nn
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.patches.base import Family, ModelFacts
 from vlmprune.patches.llava import Llava
-from vlmprune.patches.llava_llama import LlavaLlama
+from vlmprune.patches.llava_llama import LlavaLlama, LlavaMistral
 from vlmprune.patches.llava_next import LlavaNext
 from vlmprune.patches.llava_next_video import LlavaNextVideo
 from vlmprune.patches.llava_onevision import LlavaOnevision
@@ -17,7 +17,7 @@ __all__ = ["FAMILIES", "Family", "ModelFacts", "family_of"]
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (Llava(), LlavaNext(), LlavaOnevision(), LlavaNextVideo(), VipLlava(), LlavaLlama())
+    for family in (Llava(), LlavaNext(), LlavaOnevision(), LlavaNextVideo(), VipLlava(), LlavaLlama(), LlavaMistral())
 }
 
 

@@ -1,4 +1,4 @@
-"""The original LLaVA package: `LlavaLlamaForCausalLM`, which expands its prompts itself.
+"""The original LLaVA package: `LlavaLlamaForCausalLM` and its Mistral twin, which expand their prompts themselves.
 
 Its prompts have one placeholder (-200) per image; `prepare_inputs_labels_for_multimodal` puts embeddings in its place
 before the language model, or `generate`, sees anything. `ExpandPrompt` stands before that method on one instance, lets
@@ -22,7 +22,7 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.patches.base import TOWERS, Bound, Family, ModelFacts, feature_index
 from vlmprune.tagged import tag, untag
 
-__all__ = ["LlavaLlama"]
+__all__ = ["LlavaLlama", "LlavaMistral"]
 
 IMAGE, IGNORE = -200, -100  # llava.constants
 EXPAND = "prepare_inputs_labels_for_multimodal"
@@ -33,15 +33,15 @@ class LlavaLlama(Family):
     """`LlavaLlamaForCausalLM` of the `llava` package."""
 
     model_type = "llava_llama"
-    title = "original LLaVA (LlavaLlamaForCausalLM of the llava package)"
-    views = True
+    title = "original LLaVA (LlavaLlamaForCausalLM of the llava package, in Python); with anyres also globalcom2"
+    views = False  # without anyres; `facts` tells of a model
     fixed = ()
 
     def inner(self, model: nn.Module) -> nn.Module:
         """The language model, in which tower and projector are."""
         if not hasattr(model, EXPAND):
             raise UnsupportedError(
-                f"{type(model).__name__} has no {EXPAND}: give the whole LlavaLlamaForCausalLM of the llava package."
+                f"{type(model).__name__} has no {EXPAND}: give the whole model of the llava package."
             )
         return model.get_model()
 
@@ -129,6 +129,13 @@ class LlavaLlama(Family):
             image_sizes=[shape],
         )
         return packed[4][0, :-1]
+
+
+class LlavaMistral(LlavaLlama):
+    """`LlavaMistralForCausalLM` of the `llava` package."""
+
+    model_type = "llava_mistral"
+    title = "original LLaVA (LlavaMistralForCausalLM of the llava package, in Python); with anyres also globalcom2"
 
 
 def spatial(config: Any) -> bool:

@@ -14,9 +14,14 @@ pytest.importorskip(
 )
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 IMAGE = -200
+CLASSES = {
+    "llama": (LlavaLlamaForCausalLM, LlavaConfig),
+    "mistral": (LlavaMistralForCausalLM, LlavaMistralConfig),
+}
 RENAMED = {
     "model.language_model.": "model.",
     "model.vision_tower.": "model.vision_tower.vision_tower.",
@@ -33,6 +38,7 @@ def renamed(name):
 
 def model(twin, load=True, **options):
     """The original model with the weights of `twin`."""
+    kind, made_from = CLASSES[twin.config.text_config.model_type]
     text, anyres = twin.config.text_config.to_dict(), twin.config.model_type == "llava_next"
     text = {name: text[name] for name in text if name not in ("model_type", "architectures", "transformers_version")}
     if anyres:
@@ -42,13 +48,13 @@ def model(twin, load=True, **options):
     with tempfile.TemporaryDirectory() as folder:
         CLIPVisionModel(twin.config.vision_config).save_pretrained(folder)
         CLIPImageProcessorPil(size={"shortest_edge": tiny.TILE}).save_pretrained(folder)
-        config = LlavaConfig(
+        config = made_from(
             **text, mm_vision_tower=folder, mm_hidden_size=twin.config.vision_config.hidden_size,
             mm_projector_type="mlp2x_gelu", mm_vision_select_layer=twin.config.vision_feature_layer,
             **({"mm_vision_select_feature": "patch", "tokenizer_padding_side": "left"} | options),
         )  # fmt: skip
         config._attn_implementation = twin.config._attn_implementation
-        made = LlavaLlamaForCausalLM(config)
+        made = kind(config)
         if not load:
             return made
         made.get_vision_tower().load_model()
@@ -64,9 +70,9 @@ def model(twin, load=True, **options):
 
 
 @lru_cache
-def pair(family="llava", dtype=torch.float64, side="left"):
+def pair(family="llava", dtype=torch.float64, side="left", **text):
     """(original, Hugging Face twin), built once a process; leave them as you found them."""
-    twin = tiny.shared(family=family, dtype=dtype)
+    twin = tiny.shared(family=family, dtype=dtype, **text)
     return model(twin, tokenizer_padding_side=side), twin
 
 

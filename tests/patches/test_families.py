@@ -56,6 +56,15 @@ def test_fopru_follows_the_feature_layer(layers):
     assert torch.equal(got, out.hidden_states[layers])
 
 
+def test_nothing_imports_the_original_package():
+    import subprocess
+    import sys
+
+    code = "import sys, vlmprune; from vlmprune.patches import FAMILIES; vlmprune.patch; print('llava' in sys.modules)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_a_family_is_small_enough_to_copy():
     import inspect
     from importlib import import_module

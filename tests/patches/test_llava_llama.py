@@ -231,6 +231,24 @@ def test_flat_views_of_one_picture_are_refused():
         model(**inputs)
 
 
+@pytest.mark.parametrize("name", ["vtc_cls", "fastv", "transprune"])
+@torch.no_grad()
+def test_mistral_with_a_sliding_window(name):
+    model, twin = original.pair("llava_next", text="mistral", sliding_window=24)
+    ours, theirs = original.prompt(twin, PARTS, SIZES)
+    length, forced = theirs["input_ids"].shape[1], random_tokens(1, 4)
+    assert family_of(model).model_type == model.config.model_type == "llava_mistral"
+    same(model(**ours).logits, twin(**theirs).logits, 1e-12)
+    try:
+        handle, twins = start(model, name), start(twin, name)
+        same(original.forced_logits(model, ours, [length], forced), theirs_forced(twin, theirs, forced))
+        assert torch.equal(handle.trace.cuts[0].keep, twins.trace.cuts[0].keep)
+        assert torch.equal(generate(model, ours), twin.generate(**theirs, **GREEDY)[:, length:])
+    finally:
+        vlmprune.unpatch(model)
+        vlmprune.unpatch(twin)
+
+
 def test_facts(family):
     model, twin = original.pair(family)
     found = family_of(model)
@@ -247,7 +265,7 @@ def without(model, name):
 
 
 REFUSALS = {
-    "inner": (lambda: original.pair()[0].model, "give the whole LlavaLlamaForCausalLM"),
+    "inner": (lambda: original.pair()[0].model, "give the whole model of the llava package"),
     "not loaded": (lambda: original.model(original.pair()[1], load=False), r"load_model\(\) first"),
     "cls": (lambda: without(variant("llava"), ("select_feature", "cls_patch")), "mm_vision_select_feature='cls_patch'"),
     "s2": (lambda: variant("llava", s2=True), "needs its CLIP tower"),
