@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
+from vlmprune.layout import upload
 from vlmprune.patches.base import TOWERS, Bound, Family, ModelFacts, feature_index
 from vlmprune.tagged import tag, untag
 
@@ -190,7 +191,7 @@ class Prompt:
 
     def for_rows(self, embeds: torch.Tensor) -> dict[str, Any]:
         """Arguments for the engine, once it is known how often `generate` repeats each row for its beams."""
-        from vlmprune.tower import SEEN, SIZES
+        from vlmprune.tower import SEEN, SIZES  # late: that module imports the families
 
         (rows, length), batch = embeds.shape[:2], len(self.rows)
         if length != self.visual.shape[1] or rows % batch:
@@ -204,8 +205,8 @@ class Prompt:
         setattr(features, SIZES, [size for row in self.rows for size in row])
         if (seen := getattr(self, SEEN, None)) is not None:
             if self.unread is not None:
-                read = torch.tensor([i for i, unread in enumerate(self.unread) if not unread])
-                seen = {tap: values[read.to(values.device)] for tap, values in seen.items()}
+                read = [view for view, unread in enumerate(self.unread) if not unread]
+                seen = {tap: values[upload(read, values.device)] for tap, values in seen.items()}
             setattr(features, SEEN, seen)
         ids = torch.where(self.visual, IMAGE, 0).repeat_interleave(beams, 0)
         return {"input_ids": ids, "mm_encoder_outputs": {"image": features}}

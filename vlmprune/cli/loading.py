@@ -117,6 +117,7 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
     only = {"local_files_only": source.local}
     with quiet(downloads=not source.local):
         try:
+            refuse_original(source)
             config = AutoConfig.from_pretrained(source.place, **only)
             if config.model_type not in FAMILIES:
                 raise UserError(
@@ -139,6 +140,24 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
             raise UserError(f"cannot load {source.name}{way}: {brief(error)}") from error
     placed = model if options.get("device_map") is not None else model.to(device)
     return Loaded(source, placed.eval(), processor)
+
+
+def refuse_original(source: Source) -> None:
+    """Refuse checkpoints of the original llava package, of which transformers would load the wrong half or nothing.
+
+    Raises:
+        UserError: with the two ways to run one.
+        Exception: whatever transformers raises where there is no config.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(source.place, local_files_only=source.local)
+    if "mm_vision_tower" in config:
+        raise UserError(
+            f"{source.name} is a checkpoint of the original llava package, which this command does not load. Give its "
+            "Hugging Face conversion (llava-hf/... on the hub), or use Python: load it with "
+            "llava.model.builder.load_pretrained_model and call vlmprune.patch(model, ...)."
+        )
 
 
 def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> dict[str, Any]:
