@@ -44,7 +44,7 @@ class ImageGrid:
         frames: frames of a video; 0 for an image.
         centre: `(tokens, 2)` float64 place of every token on its plane before un-padding and shrinking: (row, column)
             in patches, whole numbers where nothing was shrunk.
-        pitch: patches between the centres of neighbours, by plane; 1 where nothing was shrunk.
+        pitch: patches between the centres of neighbours, down and across, by plane; 1 where nothing was shrunk.
         blend: where packing shrinks a plane: `(tokens, 4)` indices like `source` and their `(tokens, 4)` float64
             weights, which add up to 1; None where every token is one patch.
     """
@@ -61,7 +61,7 @@ class ImageGrid:
     crops: tuple[int, int]
     frames: int
     centre: torch.Tensor
-    pitch: tuple[float, ...]
+    pitch: tuple[tuple[float, float], ...]
     blend: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -162,9 +162,10 @@ def trace_packing(
         for z, rank in ((centre[mine, 0], row), (centre[mine, 1], col)):
             values, rank[mine] = torch.unique((z / ROUNDING).round(), return_inverse=True)
             counts.append(len(values))
-            steps += [float(z.max() - z.min()) / (len(values) - 1)] if len(values) > 1 else []
-        planes.append(tuple(counts))
-        pitch.append(steps[0] if steps else 1.0)
+            steps.append(float(z.max() - z.min()) / (len(values) - 1) if len(values) > 1 else 0.0)
+        planes.append((counts[0], counts[1]))
+        # a single row or column has no neighbours: planes shrink in both directions about alike
+        pitch.append((steps[0] or steps[1] or 1.0, steps[1] or steps[0] or 1.0))
     # a newline closes the row of the token before it
     for i in newline.nonzero().flatten().tolist():
         row[i], col[i], view[i], plane[i] = (row[i - 1], col[i - 1] + 1, view[i - 1], plane[i - 1]) if i else [0] * 4

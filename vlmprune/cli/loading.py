@@ -106,7 +106,7 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
         UserError: not there, not reachable, not complete, or of a family that is not supported.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     from vlmprune.errors import UnsupportedError
     from vlmprune.patches import FAMILIES, family_of
@@ -124,7 +124,7 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
                     f"{source.name} is a model of type {config.model_type!r}, which is not supported. "
                     f"Supported: {', '.join(FAMILIES)} (see `vlmprune ls models`)."
                 )
-            processor = AutoProcessor.from_pretrained(source.place, **only)
+            processor = load_processor(source, config.model_type, **only)
             if getattr(processor, "image_processor", None) is None:
                 raise UserError(f"{source.name} has no processor for pictures (processor_config.json).")
             wanted = kind if kind == "auto" else getattr(torch, kind)
@@ -160,6 +160,36 @@ def refuse_original(source: Source) -> None:
         )
 
 
+def load_processor(source: Source, model_type: str, **only: Any) -> Any:
+    """The model's processor; without its part for videos where that cannot be had.
+
+    transformers has no video processor that works without torchvision, and loads no processor that lacks a part.
+
+    Raises:
+        UserError: a family whose processor cannot do without.
+        Exception: whatever transformers raises.
+    """
+    from importlib.util import find_spec
+
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    from vlmprune.patches import FAMILIES
+
+    if "video" not in FAMILIES[model_type].modalities or find_spec("torchvision") is not None:
+        return transformers.AutoProcessor.from_pretrained(source.place, **only)
+    name = PROCESSOR_MAPPING_NAMES[model_type]
+    if name != "LlavaOnevisionProcessor":
+        raise UserError(
+            f"the processor of {model_type} models needs torchvision, for its videos: install the torchvision that "
+            "fits your torch."
+        )
+    whole = getattr(transformers, name)
+    part = type(name, (whole,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
+    note("no torchvision: images only")
+    return part.from_pretrained(source.place, **only)
+
+
 def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> dict[str, Any]:
     """Prepare pictures and prompt as the model wants them, by its chat template where it has one.
 
@@ -184,7 +214,8 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
     bos = getattr(processor.tokenizer, "bos_token", None)
     once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
     try:
-        inputs = processor(text=text, images=list(images), return_tensors="pt", **once)
+        # in a list of their own: LLaVA-OneVision prepares several pictures of one prompt differently
+        inputs = processor(text=text, images=[list(images)], return_tensors="pt", **once)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"the model's processor cannot prepare these pictures: {brief(error)}") from error
     inputs = {name: value.to(model.device) for name, value in inputs.items()}

@@ -57,8 +57,8 @@ class Budgeted(Method):
     """A method with a budget, given in one of two words.
 
     Args:
-        keep: patches per image or per whole video (int), or a fraction of them, that enter the LLM or are left after the
-            last cut.
+        keep: patches per image or per whole video (int), or a fraction of them, that enter the LLM or are left after
+            the last cut.
         average: the same as a mean over all decoder layers; what it means for the cuts is solved by the method.
     """
 
