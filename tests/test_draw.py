@@ -178,7 +178,7 @@ def test_kept_patches_keep_their_colour():
 def test_kept_crops_are_at_their_place(size):
     image, colours = coloured(*size, 6)
     trace, processor = pruned("llava_next", image, keep=12)
-    canvas, _ = draw.kept_pictures(image, trace, processor.image_processor)
+    canvas, thumbnail = draw.kept_pictures(image, trace, processor.image_processor)
     grid = trace.grids[0]
     assert max(thumbnail.size) * 2 == max(canvas.size)
     rows, cols = grid.planes[1]

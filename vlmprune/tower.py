@@ -217,5 +217,5 @@ def encoder(modality: str) -> str:
 def check_fixed(family: Family, config: Any, given: dict[str, Any]) -> None:
     """Refuse arguments of a call that contradict the config, by which layouts and taps are traced."""
     for name in family.fixed:
-        if given.get(name) is not None and given[name] != getattr(config, name):
+        if given.get(name) is not None and given[name] != getattr(config, name, given[name]):
             raise UnsupportedError(f"{name}={given[name]!r} per call is not supported: set it in the model's config.")

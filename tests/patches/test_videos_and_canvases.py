@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -303,8 +304,10 @@ def test_another_aspect_ratio_per_call_is_refused(way):
 def test_vipllava_refuses_other_layers_per_call():
     model = tiny.shared(family="vipllava")
     prompt = tiny.prompt(model, [3, "image", 4], [(24, 24)])
+    names = ("vision_feature_layer", "vision_feature_layers")  # newer and older transformers
+    (name,) = set(inspect.signature(type(model.model).forward).parameters) & set(names)
     with torch.no_grad(), vlmprune.patch(model, "random", keep=3), pytest.raises(UnsupportedError, match="per call"):
-        model.model(**prompt, vision_feature_layer=[-3, -4, 1])
+        model.model(**prompt, **{name: [-3, -4, 1]})
 
 
 def test_labels_on_placeholders_of_videos_are_refused():
