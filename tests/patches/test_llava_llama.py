@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import original
 import pytest
@@ -21,6 +22,7 @@ import vlmprune
 from vlmprune import CutNotRunError, UnsupportedError, registry
 from vlmprune.patches import family_of
 from vlmprune.patches.base import Bound
+from vlmprune.tagged import Tagged
 
 F64 = torch.float64
 NAMES = [name for name in registry.names() if registry.find(name).training == "none"]
@@ -360,19 +362,63 @@ def test_loss_and_labels(pair):
     want = model(**inputs, labels=labels).loss
     vlmprune.patch(model, "random", keep=1.0)  # the identity, through all that stands in between
     assert torch.equal(model(**inputs, labels=labels).loss, want)
-    host = type(model).prepare_inputs_labels_for_multimodal
-    given = (inputs["input_ids"], None, inputs["attention_mask"], None, labels, inputs["images"])
-    sizes = {"image_sizes": inputs.get("image_sizes")}
-    for mine, theirs in zip(
-        model.prepare_inputs_labels_for_multimodal(*given, **sizes), host(model, *given, **sizes), strict=True
-    ):
-        assert mine is theirs is None or (torch.equal(mine, theirs) and mine.dtype == theirs.dtype)
     vlmprune.patch(model, "random", keep=4)
     loss = model(**inputs, labels=labels).loss
     far(loss, want)
     loss.backward()
     assert model.model.mm_projector[0].weight.grad.abs().max() > 0
     model.zero_grad()
+
+
+@pytest.mark.parametrize("given", [(), ("mask",), ("positions", "labels"), ("mask", "labels")])
+@torch.no_grad()
+def test_prompts_are_expanded_as_the_host_expands_them(pair, given):
+    model, twin = pair
+    inputs = original.batch([original.prompt(twin, *p)[0] for p in ((PARTS, SIZES), ([7, "image"], SIZES[:1]))])
+    inputs["input_ids"][1, 0] = original.IMAGE  # in the padding: no image unless there is no mask
+    if "mask" not in given:
+        inputs["images"] = [*inputs["images"], inputs["images"][0]]
+        inputs["image_sizes"] = [*inputs.get("image_sizes", SIZES), SIZES[0][::-1]]
+    kwargs = {
+        "input_ids": inputs["input_ids"],
+        "position_ids": torch.zeros_like(inputs["input_ids"]) if "positions" in given else None,
+        "attention_mask": inputs["attention_mask"] if "mask" in given else None,
+        "past_key_values": None,
+        "labels": inputs["input_ids"] + 1 if "labels" in given else None,
+        "images": inputs["images"],
+        "image_sizes": inputs.get("image_sizes"),
+    }
+    want = model.prepare_inputs_labels_for_multimodal(**kwargs)
+    plain = model(**{k: v for k, v in kwargs.items() if k != "labels"}).logits
+    handle = vlmprune.patch(model, "random", keep=1.0)
+    for mine, theirs in zip(model.prepare_inputs_labels_for_multimodal(**kwargs), want, strict=True):
+        assert mine is theirs is None or (torch.equal(mine, theirs) and mine.dtype == theirs.dtype)
+    assert torch.equal(model(**{k: v for k, v in kwargs.items() if k != "labels"}).logits, plain)
+    assert handle.trace.sample == ([0, 0, 1] if "mask" in given else [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+@torch.no_grad()
+def test_no_part_of_the_model_computes_with_tagged_tensors(pair, disabled):
+    model, twin = pair
+    ours, _ = original.prompt(twin, PARTS, SIZES)
+    handle, ran, hooks = vlmprune.patch(model, "vtc_cls", keep=4), [], []
+
+    def check(module, args, kwargs, output):
+        ran.append(module)
+        assert not any(isinstance(x, Tagged) for x in (*args, *kwargs.values(), output))
+
+    for name, module in model.named_modules():
+        if name not in ("", "model", "model.vision_tower", "model.vision_tower.vision_tower"):
+            hooks.append(module.register_forward_hook(check, with_kwargs=True))
+    try:
+        with handle.disabled() if disabled else nullcontext():
+            model(**ours)
+            generate(model, ours)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert {type(module).__name__ for module in ran} >= {"CLIPEncoderLayer", "LlamaDecoderLayer", "Linear"}
 
 
 @torch.no_grad()
