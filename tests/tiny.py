@@ -64,7 +64,7 @@ def model(family="llava", text="llama", tower="clip", dtype=torch.float32, seed=
         "vision_config": TOWER[tower](**vision),
         "text_config": TEXT[text](**(language | text_options)),
         "image_token_index": IMAGE,
-        "vision_feature_layer": -2,
+        "vision_feature_layer": -1 if family == "llava_onevision" else -2,  # as published
         "vision_feature_select_strategy": "default" if tower == "clip" else "full",
         "attn_implementation": attn,
     }

@@ -25,7 +25,8 @@ def test_facts(family, tower, text):
         return
     facts = found.facts(model.model)
     assert (found.model_type, facts.family) == (family, family)
-    assert (facts.tower_layers, facts.feature_layer, facts.decoder_layers) == (6, 4, 4)
+    feature = 5 if family == "llava_onevision" else 4
+    assert (facts.tower_layers, facts.feature_layer, facts.decoder_layers) == (6, feature, 4)
     assert facts.has_cls == (tower == "clip")
     assert facts.views == (family not in ("llava", "vipllava"))
     assert found.inner(model) is found.inner(model.model) is model.model

@@ -138,9 +138,11 @@ def packed_scores(model, scores, sizes, frames):
     return made
 
 
-def test_tower_scores_are_shrunk_as_the_features_are():
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_tower_scores_are_shrunk_as_the_features_are(layer):
     """Images and videos mixed: values arrive at their tokens; the tap behind the last layer sees what is projected."""
-    model = onevision()
+    model = tiny.model(**VIDEO_FAMILIES["llava_onevision"], dtype=F64)
+    model.config.vision_feature_layer = layer
     parts = ["video", 2, "image", 3, "image", "video", 4]
     prompt, projected = tiny.prompt(model, parts, [LARGE, SMALL], videos=[3, 3]), []
     hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda m, args: projected.append(args[0]))
