@@ -32,6 +32,7 @@ install: $(VENV)/.installed ## make .venv and install vlmprune into it, editable
 
 # torch first and by its exact pin, before anything can ask for a looser one. lmms-eval without its requirements: they
 # would bring another torch, CUDA libraries and a torchvision that this torch cannot load; `dev` has what the tasks need.
+# llava-torch, the original LLaVA (`llava` itself is an empty package), pins a torch and a transformers of 2023: the same.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt vlmprune/_version.py
 	@if [ ! -x $(VENV)/bin/python ]; then \
 	  $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vlmprune needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12 ..." % sys.version_info[:2])'; \
@@ -40,7 +41,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt vlmprune/_version.p
 	@echo "Installing into $(VENV): a minute or two, most of it torch."
 	$(PIP) install --quiet -c constraints.txt "$$(grep '^torch==' constraints.txt)" setuptools
 	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
-	$(PIP) install --quiet --no-deps "$$(grep '^lmms_eval==' constraints.txt)"
+	$(PIP) install --quiet --no-deps "$$(grep '^lmms_eval==' constraints.txt)" "$$(grep '^llava_torch==' constraints.txt)"
 	@touch $@
 
 # Everything but transformers comes from .venv through a .pth file, pip too: no second torch.

@@ -59,7 +59,7 @@ def model(name: str) -> tuple[ModelFacts, dict[str, Any]]:
     from transformers import AutoConfig
 
     from vlmprune.cli.errors import UserError, brief
-    from vlmprune.cli.loading import find_model
+    from vlmprune.cli.loading import find_model, refuse_original
     from vlmprune.cli.status import quiet
 
     try:
@@ -68,7 +68,10 @@ def model(name: str) -> tuple[ModelFacts, dict[str, Any]]:
         raise ValueError(str(error).replace("--model", "`model`")) from None
     with quiet():
         try:
+            refuse_original(source)
             config = AutoConfig.from_pretrained(source.place, local_files_only=source.local)
+        except UserError as error:
+            raise UnsupportedError(str(error)) from None
         except Exception as error:  # transformers and the hub raise nearly anything
             raise ValueError(f"cannot read the config.json of {name}: {brief(error)}") from None
         facts = facts_of(config, name)

@@ -268,7 +268,8 @@ class VlmPrune(lmms):
     def inputs(self, asked: Sequence[Asked]) -> dict[str, torch.Tensor]:
         """Processor's output for a left-padded batch, on the device."""
         processor, texts = self.loaded.processor, [one.text for one in asked]
-        images = [image for one in asked for image in one.images]
+        # prompt by prompt: LLaVA-OneVision prepares several pictures of one prompt differently
+        images = [one.images for one in asked if one.images]
         bos = processor.tokenizer.bos_token
         # a template that writes the first token itself must not get a second one
         once = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}

@@ -7,11 +7,18 @@ from torch import nn
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.patches.base import Family, ModelFacts
 from vlmprune.patches.llava import Llava
+from vlmprune.patches.llava_llama import LlavaLlama, LlavaMistral
 from vlmprune.patches.llava_next import LlavaNext
+from vlmprune.patches.llava_next_video import LlavaNextVideo
+from vlmprune.patches.llava_onevision import LlavaOnevision
+from vlmprune.patches.vipllava import VipLlava
 
 __all__ = ["FAMILIES", "Family", "ModelFacts", "family_of"]
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (Llava(), LlavaNext())}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (Llava(), LlavaNext(), LlavaOnevision(), LlavaNextVideo(), VipLlava(), LlavaLlama(), LlavaMistral())
+}
 
 
 def family_of(model: nn.Module) -> Family:

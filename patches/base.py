@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -11,10 +12,20 @@ from torch import nn
 from vlmprune.errors import UnsupportedError
 from vlmprune.layout import ImageGrid, trace_packing
 
-__all__ = ["Family", "ModelFacts"]
+if TYPE_CHECKING:
+    from vlmprune.plan import Plan
+
+__all__ = ["Bound", "Family", "ModelFacts"]
 
 TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}  # model_type -> has a [CLS] token
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+
+
+def feature_index(given: int | Sequence[int], layers: int) -> int:
+    """0-based tower layer whose output is entry `given` of `hidden_states`, which has one entry more than layers."""
+    if not isinstance(given, int):  # several layers are concatenated; the deepest leads
+        given = max(f if f >= 0 else layers + 1 + f for f in given)
+    return max((given if given >= 0 else layers + 1 + given) - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -40,26 +51,37 @@ class ModelFacts:
     view_patches: int
 
 
+class Bound:
+    """Base of what stands before a method of one instance, as its attribute; `unpatch` finds it by this type."""
+
+
 class Family:
     """One Hugging Face `model_type`: where its parts are and how it packs views into visual tokens.
 
-    A new family overrides `model_type`, and what differs of `grid`, `pack` and `needs_sizes`.
+    A new family overrides `model_type`, and what differs of `grid`, `pack`, `sizes` and `needs_sizes`; one that reads
+    videos also `modalities` and `pack_video`.
     """
 
     model_type: ClassVar[str]
     title: ClassVar[str]
     views: ClassVar[bool] = False
-    needs_sizes: ClassVar[bool] = False  # whether the packing depends on the image's size
+    needs_sizes: ClassVar[bool] = False  # whether the packing of images depends on more than the model
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+    usual_tower: ClassVar[str] = "clip_vision_model"  # of the published checkpoints
+    shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
+    # arguments of a call that must be as the config says, since the layout and the taps are traced by it
+    fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
 
     def inner(self, model: nn.Module) -> nn.Module:
         """The module that joins tower, projector and language model (`LlavaModel`): itself, or inside `model`."""
         return model if hasattr(model, "language_model") and hasattr(model, "vision_tower") else model.model
 
-    def tower(self, inner: nn.Module) -> nn.Module:
-        return inner.vision_tower
+    def towers(self, inner: nn.Module) -> list[nn.Module]:
+        """The vision towers, all built alike: one, or one for every modality."""
+        return [inner.vision_tower]
 
-    def tower_layers(self, inner: nn.Module) -> nn.ModuleList:
-        return inner.vision_tower.encoder.layers
+    def tower_layers(self, tower: nn.Module) -> nn.ModuleList:
+        return tower.encoder.layers
 
     def language_model(self, inner: nn.Module) -> nn.Module:
         return inner.language_model
@@ -67,8 +89,9 @@ class Family:
     def decoder_layers(self, inner: nn.Module) -> nn.ModuleList:
         return inner.language_model.layers
 
-    def image_token(self, inner: nn.Module) -> int:
-        return inner.config.image_token_id
+    def token(self, inner: nn.Module, modality: str = "image") -> int:
+        """Id of the placeholder."""
+        return getattr(inner.config, f"{modality}_token_id")
 
     def side(self, inner: nn.Module) -> int:
         """Patches along one side of a view."""
@@ -89,7 +112,7 @@ class Family:
             raise UnsupportedError(
                 f"language model {text!r} is not supported; supported: {', '.join(LANGUAGE_MODELS)}."
             )
-        has_cls, strategy = TOWERS[tower], config.vision_feature_select_strategy
+        has_cls, strategy = TOWERS[tower], self.strategy(inner)
         if has_cls and strategy != "default":
             raise UnsupportedError(
                 f"vision_feature_select_strategy={strategy!r} makes the tower's [CLS] token a visual token, which is "
@@ -100,20 +123,53 @@ class Family:
                 f"vision_feature_select_strategy={strategy!r} drops the first patch of a tower without a [CLS] token; "
                 "use 'full'."
             )
-        layers, feature = len(self.tower_layers(inner)), config.vision_feature_layer
-        if not isinstance(feature, int):  # several layers are concatenated; the deepest leads
-            feature = max(f if f >= 0 else layers + 1 + f for f in feature)
-        # hidden_states has one entry more than there are layers: entry i is the output of layer i - 1
-        feature = (feature if feature >= 0 else layers + 1 + feature) - 1
+        layers = len(self.tower_layers(self.towers(inner)[0]))
         return ModelFacts(
             family=self.model_type,
             tower_layers=layers,
-            feature_layer=max(feature, 0),
+            feature_layer=feature_index(self.feature_layer(inner), layers),
             has_cls=has_cls,
             decoder_layers=len(self.decoder_layers(inner)),
             views=self.views,
             view_patches=self.side(inner) ** 2,
         )
+
+    def strategy(self, inner: nn.Module) -> str:
+        """Whether the tower's first token is dropped ("default") or not ("full")."""
+        return inner.config.vision_feature_select_strategy
+
+    def feature_layer(self, inner: nn.Module) -> int | Sequence[int]:
+        """As the config counts: entry of the tower's hidden states that becomes the features, or several."""
+        return inner.config.vision_feature_layer
+
+    def sizes(self, modality: str, given: dict[str, Any]) -> list[Any]:
+        """What the packing of every image (`grid`, `pack`) or video depends on besides the model.
+
+        Args:
+            modality: "image" or "video".
+            given: arguments of `get_image_features` or `get_video_features`, numbers on the host.
+
+        Returns:
+            (height, width) per image, the number of frames per video.
+        """
+        if modality == "video":
+            batch, frames = given["pixel_values_videos"].shape[:2]
+            return [frames] * batch
+        return [tuple(size) for size in given["image_sizes"].tolist()]
+
+    def bind(self, model: nn.Module, plan: Plan) -> None:
+        """Set `Bound` attributes where no hook reaches what the engine has to know."""
+
+    def open(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The inner model's arguments with what a host keeps elsewhere put where the engine looks for it.
+
+        That is `input_ids` with a placeholder per visual token, and features as `pixel_values` or `mm_encoder_outputs`.
+        """
+        return kwargs
+
+    def close(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The reverse of `open`: arguments that the host's inner model takes."""
+        return kwargs
 
     def grid(self, inner: nn.Module, size: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
         """Views of an image of `size` (height, width), and its (vertical, horizontal) number of crops."""
@@ -122,6 +178,17 @@ class Family:
     def pack(self, inner: nn.Module, views: torch.Tensor, newline: torch.Tensor, size: Any) -> torch.Tensor:
         """Pack `(views, patches, dim)` of one image into `(tokens, dim)` exactly as the model does."""
         return views[0]
+
+    def pack_video(self, inner: nn.Module, frames: torch.Tensor, newline: torch.Tensor) -> torch.Tensor:
+        """Pack `(frames, patches, dim)` of one video into `(tokens, dim)` exactly as the model does."""
+        raise UnsupportedError(f"{self.model_type} models read no videos.")
+
+    def video_grid(self, inner: nn.Module, frames: int) -> ImageGrid:
+        """The layout of one video, traced through `pack_video`."""
+        side = self.side(inner)
+        return trace_packing(
+            lambda x, newline: self.pack_video(inner, x, newline), frames, side, side, (1, 1), frames=frames
+        )
 
     def image_grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
         """The layout of one image, traced through `pack`."""

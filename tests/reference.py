@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-IMAGE = 5  # placeholder id of the tiny models
+IMAGE, VIDEO = 5, 4  # placeholder ids of the tiny models
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,18 @@ def other_positions(rules: list[Rule]) -> list[Rule]:
 
 
 def image_features(model: nn.Module, prompt: dict) -> list[torch.Tensor]:
-    """`(tokens, dim)` features per image, of an unpatched model."""
+    """`(tokens, dim)` features per image, as the model makes them."""
     if "pixel_values" not in prompt:
         return []
-    vision = {k: prompt[k] for k in ("pixel_values", "image_sizes") if k in prompt}
+    vision = {k: prompt[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in prompt}
     return list(model.model.get_image_features(**vision, return_dict=True).pooler_output)
+
+
+def video_features(model: nn.Module, prompt: dict) -> list[torch.Tensor]:
+    """`(tokens, dim)` features per video, as the model makes them."""
+    if "pixel_values_videos" not in prompt:
+        return []
+    return list(model.model.get_video_features(prompt["pixel_values_videos"], return_dict=True).pooler_output)
 
 
 def embed(model: nn.Module, prompt: dict) -> tuple[torch.Tensor, list[range]]:

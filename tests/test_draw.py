@@ -19,6 +19,10 @@ def grid_of(model, size):
     return family.image_grid(family.inner(model), size[::-1])
 
 
+def onevision():
+    return tiny.shared(family="llava_onevision", tower="siglip", text="qwen2")
+
+
 def boxes_of(family, size, tower="clip"):
     grid = grid_of(tiny.model(family, tower=tower), size)
     image_processor = tiny_folders.processor(family, tower).image_processor
@@ -100,6 +104,55 @@ def centres(panel, rows, cols):
     y = ((np.arange(rows) + 0.5) * pixels.shape[0] / rows).astype(int)
     x = ((np.arange(cols) + 0.5) * pixels.shape[1] / cols).astype(int)
     return pixels[y][:, x]
+
+
+@pytest.mark.parametrize("size", [(24, 24), (48, 24), (96, 90), (90, 96), (300, 280), (400, 100)])
+def test_a_shrunken_canvas_covers_the_picture(size):
+    grid, boxes = boxes_of("llava_onevision", size, "siglip")
+    canvas = (~grid.newline & (grid.plane == 1)).numpy()
+    rows, cols = grid.planes[1]
+    np.testing.assert_allclose(boxes[canvas], by_hand(*size, rows, cols), atol=0.04 * max(size))
+    thumbnail = (grid.plane == 0).numpy()
+    np.testing.assert_allclose(boxes[thumbnail], by_hand(*size, 4, 4), atol=0.04 * max(size))  # squashed
+    assert (grid.blend is not None) == (size in [(96, 90), (90, 96), (300, 280)])
+
+
+@pytest.mark.parametrize("size", [(96, 48), (48, 96), (50, 50)])
+def test_one_of_several_pictures_is_padded_to_a_square(size):
+    family, model = family_of(onevision()), onevision()
+    image_processor = tiny_folders.processor("llava_onevision", "siglip").image_processor
+    boxes = draw.patch_boxes(image_processor, size, family.image_grid(model.model, None))
+    side = max(size)
+    shift = np.array([side - size[0], side - size[1]] * 2) / 2
+    assert boxes[-1] == (0, 0, 0, 0)  # the newline
+    np.testing.assert_allclose(boxes[:-1], by_hand(side, side, 4, 4) - shift, atol=1.5)
+
+
+def test_a_kept_patch_of_a_shrunken_canvas_is_clear():
+    model, picture = onevision(), tiny_folders.noise_picture(96, 90)
+    processor = tiny_folders.processor("llava_onevision", "siglip")
+    inputs = processor(text="<image> what", images=[[picture]], return_tensors="pt")
+    with torch.no_grad(), vlmprune.patch(model, "fopru", keep=9) as handle:
+        model(**inputs)
+    canvas, _ = draw.kept_pictures(picture, handle.trace, processor.image_processor)
+    boxes = draw.patch_boxes(processor.image_processor, picture.size, handle.trace.grids[0])
+    factor, original = canvas.width / picture.width, np.asarray(picture)
+    kept = set(handle.trace.kept_patches())
+    for token, (left, top, right, bottom) in enumerate(boxes):
+        if handle.trace.grids[0].plane[token] == 0 or handle.trace.grids[0].newline[token]:
+            continue
+        x, y = int((left + right) / 2), int((top + bottom) / 2)
+        shown = np.asarray(canvas)[int((y + 0.5) * factor), int((x + 0.5) * factor)]
+        assert np.array_equal(shown, original[y, x]) == (token in kept)
+
+
+def test_videos_are_not_drawn():
+    model = onevision()
+    with torch.no_grad(), vlmprune.patch(model, "random", keep=2) as handle:
+        model(**tiny.prompt(model, [3, "video", 4], [], videos=[2]))
+    processor = tiny_folders.processor("llava_onevision", "siglip")
+    with pytest.raises(vlmprune.UnsupportedError, match="videos are not drawn"):
+        draw.draw_kept(tiny_folders.noise_picture(30, 30), handle.trace, processor)
 
 
 def test_kept_patches_keep_their_colour():

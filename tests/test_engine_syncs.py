@@ -143,6 +143,23 @@ def test_ls_says_how_many_reads_a_method_adds(tiny_model, monkeypatch, name, fam
     assert pruned.total <= plain.total + 1 + method.syncs, (dict(pruned.seen), dict(plain.seen))
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_prompts_of_the_original_package_are_read_twice(monkeypatch, method, family):
+    original = pytest.importorskip("original")
+    name, options, emergent = method
+    model, twin = original.pair(family)
+    prompts = [original.prompt(twin, *p)[0] for p in (([4, "image", 6, "image"], [(24, 24), (40, 24)]), ([6], []))]
+    prompt = original.batch(prompts)
+    model(**prompt)
+    plain = reads(lambda: model(**prompt), monkeypatch)
+    with vlmprune.patch(model, name, **options):
+        model(**prompt)
+        pruned = reads(lambda: model(**prompt), monkeypatch)
+    # which images the host gives to which row, and the counts
+    assert pruned.total <= plain.total + 2 + emergent, (dict(pruned.seen), dict(plain.seen))
+
+
 @pytest.mark.parametrize("batched", [False, True])
 @pytest.mark.parametrize("rules", [[Rule(0)], [Rule(0, 2), Rule(2, 5, 3)]], ids=len)
 def test_decode_steps_read_nothing(tiny_model, monkeypatch, rules, batched):

@@ -12,17 +12,36 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     MistralConfig,
     Qwen2Config,
     SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
-IMAGE, PAD, VOCAB = 5, 3, 64
+VIDEO, IMAGE, PAD, VOCAB = 4, 5, 3, 64
 TILE, PATCH, SIDE = 24, 6, 4  # pixels of a view, of a patch; patches along a side
 LAYERS = 4
 
 TEXT = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 TOWER = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}
+
+
+PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
+# enough crops that packing shrinks a canvas (from 11 views' worth of patches on)
+ONEVISION = [[TILE * rows, TILE * cols] for rows in range(1, 5) for cols in range(1, 5)]
+VIDEOS = ("llava_onevision", "llava_next_video")
+CLASSES = {
+    "llava": (LlavaForConditionalGeneration, LlavaConfig),
+    "llava_next": (LlavaNextForConditionalGeneration, LlavaNextConfig),
+    "llava_onevision": (LlavaOnevisionForConditionalGeneration, LlavaOnevisionConfig),
+    "llava_next_video": (LlavaNextVideoForConditionalGeneration, LlavaNextVideoConfig),
+    "vipllava": (VipLlavaForConditionalGeneration, VipLlavaConfig),
+}
 
 
 def model(family="llava", text="llama", tower="clip", dtype=torch.float32, seed=0, attn="sdpa", **text_options):
@@ -45,15 +64,21 @@ def model(family="llava", text="llama", tower="clip", dtype=torch.float32, seed=
         "vision_config": TOWER[tower](**vision),
         "text_config": TEXT[text](**(language | text_options)),
         "image_token_index": IMAGE,
-        "vision_feature_layer": -2,
+        "vision_feature_layer": -1 if family == "llava_onevision" else -2,  # as published
         "vision_feature_select_strategy": "default" if tower == "clip" else "full",
         "attn_implementation": attn,
     }
-    if family == "llava":
-        made = LlavaForConditionalGeneration(LlavaConfig(image_seq_length=SIDE * SIDE, **options))
+    if family in ("llava", "vipllava"):
+        options["image_seq_length"] = SIDE * SIDE
     else:
-        pinpoints = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE, TILE], [TILE, 3 * TILE]]
-        made = LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=pinpoints, **options))
+        options["image_grid_pinpoints"] = ONEVISION if family == "llava_onevision" else PINPOINTS
+    if family in VIDEOS:
+        options["video_token_index"] = VIDEO
+    if family == "vipllava":
+        del options["vision_feature_select_strategy"], options["vision_feature_layer"]
+        options["vision_feature_layers"] = [-2, -4, 1]
+    kind, config = CLASSES[family]
+    made = kind(config(**options))
     with torch.no_grad():
         for name, weight in made.named_parameters():
             if weight.ndim > 1:  # the default init hardly reacts to anything
@@ -85,41 +110,71 @@ def modules(made, seed=0, train=False, biases=(-1.2, 1.0), **options):
     return thresholds.train(train)
 
 
-def pixels(made, sizes, seed=0):
-    """Random pixel values and image sizes for images of `sizes` (height, width), as the processor would shape them."""
+def pixels(made, sizes, seed=0, together=False):
+    """Random pixel values and image sizes for images of `sizes` (height, width), as the processor would shape them.
+
+    `together` says that they are the images of one prompt, where the family wants to know.
+    """
     generator = torch.Generator().manual_seed(seed)
-    if made.config.model_type == "llava":
+    if made.config.model_type in ("llava", "vipllava"):
         values = torch.randn(len(sizes), 3, TILE, TILE, generator=generator)
         return {"pixel_values": values.to(made.dtype)}
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    views = [image_size_to_num_patches(list(size), made.config.image_grid_pinpoints, TILE) for size in sizes]
+    plain = together and len(sizes) > 1 and made.config.model_type == "llava_onevision"
+    views = [
+        1 if plain else image_size_to_num_patches(list(size), made.config.image_grid_pinpoints, TILE) for size in sizes
+    ]
     values = torch.zeros(len(sizes), max(views), 3, TILE, TILE)
     for i, count in enumerate(views):
         values[i, :count] = torch.randn(count, 3, TILE, TILE, generator=generator)
-    return {"pixel_values": values.to(made.dtype), "image_sizes": torch.tensor(sizes)}
+    given = {"pixel_values": values.to(made.dtype), "image_sizes": torch.tensor(sizes)}
+    if together and made.config.model_type == "llava_onevision":
+        given["batch_num_images"] = torch.tensor([len(sizes)])
+    return given
 
 
-def tokens_per_image(made, sizes, seed=0):
+def video_pixels(made, videos, seed=0):
+    """Random pixel values for videos with so many frames each (all alike)."""
+    generator = torch.Generator().manual_seed(seed + 50)
+    values = torch.randn(len(videos), videos[0], 3, TILE, TILE, generator=generator)
+    return {"pixel_values_videos": values.to(made.dtype)}
+
+
+def tokens_per_image(made, sizes, seed=0, together=False):
     """Visual tokens of each image, asked of the model itself."""
+    given = pixels(made, sizes, seed, together)
     with torch.no_grad():
-        return [
-            len(f) for f in made.model.get_image_features(**pixels(made, sizes, seed), return_dict=True).pooler_output
-        ]
+        return [len(f) for f in made.model.get_image_features(**given, return_dict=True).pooler_output]
 
 
-def prompt(made, parts, sizes, seed=0):
-    """Inputs of one prompt. `parts` lists ints (that many random text tokens) and "image" (the next of `sizes`)."""
+def tokens_per_video(made, videos, seed=0):
+    """Visual tokens of each video, asked of the model itself."""
+    given = video_pixels(made, videos, seed)
+    with torch.no_grad():
+        return [len(f) for f in made.model.get_video_features(**given, return_dict=True).pooler_output]
+
+
+def prompt(made, parts, sizes, seed=0, videos=(), together=False):
+    """Inputs of one prompt.
+
+    `parts` lists ints (that many random text tokens), "image" (the next of `sizes`) and "video" (the next of `videos`,
+    their numbers of frames).
+    """
     generator = torch.Generator().manual_seed(seed + 100)
-    counts = iter(tokens_per_image(made, sizes, seed) if sizes else [])
+    counts = {
+        "image": iter(tokens_per_image(made, sizes, seed, together) if sizes else []),
+        "video": iter(tokens_per_video(made, videos, seed) if videos else []),
+    }
     ids = []
     for part in parts:
-        if part == "image":
-            ids += [IMAGE] * next(counts)
+        if part in counts:
+            ids += [IMAGE if part == "image" else VIDEO] * next(counts[part])
         else:
             ids += torch.randint(6, VOCAB, (part,), generator=generator).tolist()
     inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-    return inputs | (pixels(made, sizes, seed) if sizes else {})
+    inputs |= pixels(made, sizes, seed, together) if sizes else {}
+    return inputs | (video_pixels(made, videos, seed) if videos else {})
 
 
 def batch(prompts, side="left"):
@@ -141,4 +196,7 @@ def batch(prompts, side="left"):
             images = [torch.cat((x, x.new_zeros(len(x), most - x.shape[1], *x.shape[2:])), 1) for x in images]
             out["image_sizes"] = torch.cat([p["image_sizes"] for p in prompts if "image_sizes" in p])
         out["pixel_values"] = torch.cat(images)
+    for name in ("batch_num_images", "pixel_values_videos"):
+        if given := [p[name] for p in prompts if name in p]:
+            out[name] = torch.cat(given)
     return out

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import tiny
+import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPImageProcessorPil,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
+    LlavaOnevisionImageProcessorPil,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
@@ -26,6 +28,14 @@ SIZE = {"shortest_edge": tiny.TILE}
 CROP = {"height": tiny.TILE, "width": tiny.TILE}
 
 
+class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
+    """The real one without its part for videos, which needs torchvision; saved under the real one's name."""
+
+    @classmethod
+    def get_attributes(cls):
+        return ["image_processor", "tokenizer"]
+
+
 def tokenizer():
     words = WORDS + [f"word{i}" for i in range(tiny.VOCAB - len(WORDS))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -37,14 +47,19 @@ def tokenizer():
 
 
 def processor(family="llava", tower="clip"):
+    if family == "llava_onevision":
+        pictures = LlavaOnevisionImageProcessorPil(size=CROP, image_grid_pinpoints=tiny.ONEVISION)
+        return LlavaOnevisionProcessor(
+            pictures, tokenizer(), num_image_tokens=tiny.SIDE**2, vision_feature_select_strategy="full",
+            chat_template=TEMPLATE,
+        )  # fmt: skip
     shared = {
         "tokenizer": tokenizer(), "patch_size": tiny.PATCH, "chat_template": TEMPLATE,
         "vision_feature_select_strategy": "default" if tower == "clip" else "full",
         "num_additional_image_tokens": int(tower == "clip"),
     }  # fmt: skip
     if family == "llava_next":
-        pinpoints = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]]
-        pictures = LlavaNextImageProcessorPil(size=SIZE, crop_size=CROP, image_grid_pinpoints=pinpoints)
+        pictures = LlavaNextImageProcessorPil(size=SIZE, crop_size=CROP, image_grid_pinpoints=tiny.PINPOINTS)
         return LlavaNextProcessor(pictures, **shared)
     if tower == "siglip":
         return LlavaProcessor(SiglipImageProcessorPil(size=CROP), **shared)

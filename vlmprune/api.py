@@ -80,7 +80,8 @@ def patch(
     Args:
         model: a Hugging Face model of a supported family (`vlmprune ls models`), or a PEFT model around one.
         method: a name (`vlmprune ls methods`), a method object, or a list of them that run one after the other.
-        keep: patches per image (int), or a fraction of them (float), that enter the LLM or are left after the last cut.
+        keep: patches per image (int), or a fraction of them (float), that enter the LLM or are left after the last cut;
+            of a video, patches of all its frames together.
         **options: the method's other options, such as `average=` or `positions=`.
 
     Returns:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
+from vlmprune.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from vlmprune.layout import ImageGrid
     from vlmprune.trace import Trace
@@ -61,44 +63,61 @@ def line_through(at: np.ndarray, shade: np.ndarray, length: int, whole: int) -> 
     return float(slope), float(start)
 
 
+def seen_views(image_processor: Any, pictures: Any) -> np.ndarray:
+    """`(views, 3, height, width)` pixels of what the tower sees of pictures, before they are normalised."""
+    made = image_processor(images=pictures, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    return np.asarray(made, np.float64).reshape(-1, 3, *np.shape(made)[-2:])
+
+
 def patch_boxes(image_processor: Any, size: tuple[int, int], grid: ImageGrid) -> list[Box]:
     """Where every visual token lies in the picture.
 
     Args:
-        image_processor: the model's; it is called once.
+        image_processor: the model's; it is called once or twice.
         size: (width, height) of the picture.
         grid: the picture's layout, of `Trace.grids`.
 
     Returns:
         (left, top, right, bottom) in pixels of the picture for every token; empty boxes for newlines. Boxes of padded
         patches reach beyond the picture.
+
+    Raises:
+        UnsupportedError: the layout of a video.
     """
-    made = image_processor(images=probe(size), do_rescale=False, do_normalize=False, return_tensors="np")
-    views = np.asarray(made["pixel_values"], np.float64).reshape(-1, 3, *np.shape(made["pixel_values"])[-2:])
-    side_y, side_x = grid.planes[0]
+    if grid.frames:
+        raise UnsupportedError(
+            "videos are not drawn: where a patch lies in the picture is asked of the image processor, which sees no "
+            "frames. What was kept of which frame: trace.kept_patches(i), with view (the frame), row and col of "
+            "trace.grids[i]."
+        )
+    views = seen_views(image_processor, probe(size))
+    if len(views) > 1 and grid.views == 1:  # one of several in its prompt, which has no crops
+        views = seen_views(image_processor, [[probe(size)] * 2])
+    side_y, side_x = grid.side
     step_y, step_x = views.shape[2] / side_y, views.shape[3] / side_x
-    view, row, col, newline = (getattr(grid, name).numpy() for name in ("view", "row", "col", "newline"))
-    within = grid.source.numpy() % (side_y * side_x)
-    # how far each view is shifted on its plane: on the canvas of crops, from its tokens' places there
-    down, right = row - within // side_x, col - within % side_x
+    view, plane_of, newline = grid.view.numpy(), grid.plane.numpy(), grid.newline.numpy()
 
     boxes = np.zeros((grid.tokens, 4))
     for plane in range(len(grid.planes)):
-        mine = ((view > 0) == bool(plane)) & ~newline
+        mine = (plane_of == plane) & ~newline
+        pitch = np.array(grid.pitch[plane])
+        low = grid.centre.numpy() + 0.5 - pitch / 2  # upper left corners of the tokens, in patches
+        corner = low[mine].min(0)
         xs, ys, shades = [], [], []
         for number in np.unique(view[mine]):
-            first = int(np.flatnonzero(mine & (view == number))[0])
+            # where the view's corner lies on the plane
+            down, right = np.array(divmod(max(number - 1, 0), max(grid.crops[1], 1))) * (side_y, side_x) - corner
             red, green, blue = views[number]
             y, x = np.nonzero(blue > 250)  # padding is not blue
-            xs.append(x + 0.5 + right[first] * step_x)
-            ys.append(y + 0.5 + down[first] * step_y)
+            xs.append(x + 0.5 + right * step_x)
+            ys.append(y + 0.5 + down * step_y)
             shades.append(np.stack((red[y, x], green[y, x])))
         shade_x, shade_y = np.concatenate(shades, 1)
-        rows, cols = grid.planes[plane]
-        slope_x, left = line_through(np.concatenate(xs), shade_x, size[0], round(cols * step_x))
-        slope_y, top = line_through(np.concatenate(ys), shade_y, size[1], round(rows * step_y))
-        corners = np.stack((col * step_x, row * step_y, (col + 1) * step_x, (row + 1) * step_y), 1)[mine]
-        boxes[mine] = corners * (slope_x, slope_y, slope_x, slope_y) + (left, top, left, top)
+        (rows, cols), place = grid.planes[plane], (low - corner)[mine]
+        slope_x, left = line_through(np.concatenate(xs), shade_x, size[0], round(cols * pitch[1] * step_x))
+        slope_y, top = line_through(np.concatenate(ys), shade_y, size[1], round(rows * pitch[0] * step_y))
+        edges = np.concatenate((place, place + pitch), 1)[:, [1, 0, 3, 2]] * (step_x, step_y, step_x, step_y)
+        boxes[mine] = edges * (slope_x, slope_y, slope_x, slope_y) + (left, top, left, top)
     return [tuple(box) for box in boxes.tolist()]
 
 
@@ -152,7 +171,7 @@ def kept_pictures(
     boxes = patch_boxes(image_processor, image.size, grid)
     planes = []
     for plane in range(len(grid.planes)):
-        mine = [t for t in range(grid.tokens) if (int(grid.view[t]) > 0) == bool(plane) and not grid.newline[t]]
+        mine = [t for t in range(grid.tokens) if grid.plane[t] == plane and not grid.newline[t]]
         size = longest if len(grid.planes) == 1 or plane else longest // 2
         planes.append(paint(image, [boxes[t] for t in mine], [kept[t] for t in mine], size))
     return planes[::-1]
@@ -179,7 +198,7 @@ def kept_panel(
     about = [f"{steps} of {count['patches_before']} patches{merged}"]
     if len(grid.planes) > 1:
         kept = trace.kept_patches(index)
-        small = sum(int(grid.view[t]) == 0 for t in kept)
+        small = sum(int(grid.plane[t]) == 0 for t in kept)
         whole = grid.patches_per_view[0]
         about = [f"crops {len(kept) - small} of {grid.patches - whole}, thumbnail {small} of {whole}{merged}"]
     return Panel(title, about + list(lines), kept_pictures(image, trace, image_processor, index, longest))

@@ -17,10 +17,12 @@ from torch import nn
 
 from vlmprune.decode import resume
 from vlmprune.errors import CutNotRunError, UnsupportedError
+from vlmprune.patches import Family
+from vlmprune.patches.base import Bound
 from vlmprune.plan import FRAME, Plan
 from vlmprune.prefill import Prefill
 from vlmprune.sequence import SEGMENTS
-from vlmprune.tower import AfterKeys, AfterTower, BeforeTower, BeforeTowerLayer, RememberSizes
+from vlmprune.tower import AfterKeys, AfterTower, BeforeTower, BeforeTowerLayer, RememberSizes, check_fixed, encoder
 from vlmprune.watch import Watch
 
 __all__ = ["Plan", "install", "is_hook", "remove"]
@@ -34,10 +36,17 @@ class BeforeModel:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
-        outputs, pixels = kwargs.get("mm_encoder_outputs"), kwargs.get("pixel_values")
-        images = outputs is not None and outputs.get("image") is not None
-        if images or (pixels is not None and len(pixels) > 0):
+        kwargs, family = dict(zip(names, args, strict=False)) | kwargs, self.plan.family
+        opened = family.open(kwargs)
+        changed = self.arrive(module, opened)
+        if changed is None and opened is kwargs:
+            return None
+        return (), family.close(opened if changed is None else changed)
+
+    def arrive(self, module: nn.Module, kwargs: dict) -> dict | None:
+        """The arguments to run with instead, or None to leave the call alone."""
+        encoded = any(output is not None for output in (kwargs.get("mm_encoder_outputs") or {}).values())
+        if encoded or any(given_pixels(kwargs, modality) for modality in PIXELS):
             if self.plan.enabled:
                 return self.prefill(module, kwargs)
             cache = kwargs.get("past_key_values")
@@ -55,15 +64,11 @@ class BeforeModel:
         step = ids is not None and ids.shape[1] == 1 and getattr(cache, "is_compileable", False)
         if not step and forget(cache):
             return None
-        return (), resume(self.plan.family.language_model(module), kwargs, segments)
+        return resume(self.plan.family.language_model(module), kwargs, segments)
 
-    def prefill(self, module: nn.Module, kwargs: dict) -> tuple[tuple, dict]:
+    def prefill(self, module: nn.Module, kwargs: dict) -> dict:
         cache, input_ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            if kwargs.get(name) is not None and kwargs[name] != getattr(module.config, name):
-                raise UnsupportedError(
-                    f"{name}={kwargs[name]!r} per call is not supported: set it in the model's config."
-                )
+        check_fixed(self.plan.family, module.config, kwargs)
         if input_ids is None:
             raise UnsupportedError("a pruned call with images needs input_ids (inputs_embeds hide the placeholders).")
         if cache is not None and cache.get_seq_length() > 0:
@@ -74,17 +79,38 @@ class BeforeModel:
                 "output_attentions of a pruned forward is not supported: layers see different sequences. "
                 "Use `with handle.disabled():` for the plain model's attentions."
             )
-        if any(kind in (kwargs.get("mm_encoder_outputs") or {}) for kind in ("video",)):
-            raise UnsupportedError("video input is not supported yet.")
-        if kwargs.get("pixel_values") is not None:
-            encode = module.get_image_features
-            wanted = inspect.signature(encode).parameters
-            inputs = {k: kwargs.pop(k) for k in list(kwargs) if k in wanted and k != "kwargs"}
-            inputs = {k: v for k, v in inputs.items() if v is not None}
-            kwargs["mm_encoder_outputs"] = {"image": encode(**inputs, return_dict=True)}
-        features = kwargs["mm_encoder_outputs"]["image"]
-        frame = Prefill(self.plan, module, input_ids, kwargs.get("attention_mask"), features)
-        return (), kwargs | {FRAME: frame}
+        kwargs["mm_encoder_outputs"] = encoded = encode(module, kwargs, self.plan.family)
+        frame = Prefill(self.plan, module, input_ids, kwargs.get("attention_mask"), encoded)
+        return kwargs | {FRAME: frame}
+
+
+def given_pixels(kwargs: dict, modality: str) -> bool:
+    """Whether a call brings pictures of one kind."""
+    return any(kwargs.get(name) is not None and len(kwargs[name]) > 0 for name in PIXELS[modality])
+
+
+def encode(module: nn.Module, kwargs: dict, family: Family) -> dict[str, Any]:
+    """Run the model's own encoders on what a call brings, as `generate` does; takes their arguments out of `kwargs`.
+
+    Returns:
+        The encoders' outputs by modality, those that the call brought ready included.
+    """
+    ready = {m: output for m, output in (kwargs.pop("mm_encoder_outputs", None) or {}).items() if output is not None}
+    if strange := [m for m in ready if m not in family.modalities]:
+        raise UnsupportedError(f"{strange[0]} input of {family.model_type} models is not supported.")
+    used: set[str] = set()
+    for modality in family.modalities:
+        if given_pixels(kwargs, modality):
+            if modality in ready:
+                raise ValueError(f"give pixels or mm_encoder_outputs for input of kind {modality!r}, not both.")
+            run = getattr(module, encoder(modality))
+            wanted = [name for name in inspect.signature(run).parameters if name in kwargs and name != "kwargs"]
+            inputs = {name: kwargs[name] for name in wanted if kwargs[name] is not None}
+            ready[modality] = run(**inputs, return_dict=True)
+            used.update(wanted)
+    for name in used:
+        del kwargs[name]
+    return ready
 
 
 @dataclass
@@ -151,7 +177,9 @@ class CheckLabels:
         labels, input_ids = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None)
         if labels is None or input_ids is None or not self.plan.enabled:
             return
-        if ((input_ids == self.plan.family.image_token(self.plan.family.inner(module))) & (labels != -100)).any():
+        family = self.plan.family
+        tokens = [family.token(family.inner(module), modality) for modality in family.modalities]
+        if any(((input_ids == token) & (labels != -100)).any() for token in tokens):
             raise ValueError("labels on visual placeholders must be -100: pruned tokens cannot carry a loss.")
 
 
@@ -162,6 +190,8 @@ def forget(cache: Any) -> bool:
     delattr(cache, SEGMENTS)
     return True
 
+
+PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 HOOKS = (
     AfterBlock,
@@ -183,32 +213,35 @@ def is_hook(hook: Callable) -> bool:
 
 
 def install(model: nn.Module, plan: Plan) -> None:
-    """Put the hooks of `plan` on a model and nothing else, but for `RememberSizes` where a family needs sizes."""
+    """Put the hooks of `plan` on a model and nothing else, but for the `Bound` attributes that some families need."""
     family, inner = plan.family, plan.family.inner(model)
 
     def before(module: nn.Module, hook: Callable) -> None:
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
     if plan.tower_taps or plan.tower_cuts or plan.pixel_cuts:
-        tower = family.tower(inner)
-        before(tower, BeforeTower(plan))
-        for index, layer in enumerate(family.tower_layers(inner)):
-            watching = Watch() if index in plan.key_layers else None
-            before(layer, BeforeTowerLayer(index, watching))
-            if watching is not None:
-                layer.self_attn.k_proj.register_forward_hook(AfterKeys(index, watching, layer.self_attn.num_heads))
-        tower.register_forward_hook(AfterTower(), with_kwargs=True)
-    if family.needs_sizes:
-        inner.get_image_features = RememberSizes(inner)
+        for tower in family.towers(inner):
+            before(tower, BeforeTower(plan))
+            for index, layer in enumerate(family.tower_layers(tower)):
+                watching = Watch() if index in plan.key_layers else None
+                before(layer, BeforeTowerLayer(index, watching))
+                if watching is not None:
+                    layer.self_attn.k_proj.register_forward_hook(AfterKeys(index, watching, layer.self_attn.num_heads))
+            tower.register_forward_hook(AfterTower(), with_kwargs=True)
+    for modality in family.modalities:
+        if family.needs_sizes or modality == "video":
+            setattr(inner, encoder(modality), RememberSizes(inner, family, modality))
+    family.bind(model, plan)
     before(inner, BeforeModel(plan))
-    inner.register_forward_hook(AfterModel(), with_kwargs=True)
     for index, layer in enumerate(family.decoder_layers(inner)):
         watching = Watch() if index in plan.block_layers else None
         before(layer, BeforeLayer(index, watching))
         if watching is not None:
             layer.self_attn.register_forward_hook(AfterBlock(index, watching, last=False), with_kwargs=True)
             layer.mlp.register_forward_hook(AfterBlock(index, watching, last=True), with_kwargs=True)
+    # in this order: inner and language model may be one module
     family.language_model(inner).register_forward_hook(AfterLanguageModel(), with_kwargs=True)
+    inner.register_forward_hook(AfterModel(), with_kwargs=True)
     if model is not inner:
         before(model, CheckLabels(plan))
 
@@ -229,5 +262,5 @@ def remove(model: nn.Module) -> None:
             for key in [k for k, hook in hooks.items() if is_hook(hook)]:
                 del hooks[key]
                 flags.pop(key, None)
-        if isinstance(module.__dict__.get("get_image_features"), RememberSizes):
-            del module.get_image_features
+        for name in [name for name, value in vars(module).items() if isinstance(value, Bound)]:
+            delattr(module, name)

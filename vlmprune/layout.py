@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 
+from vlmprune.errors import UnsupportedError
+
 __all__ = ["ImageGrid", "Layout", "trace_packing", "upload"]
+
+ROUNDING = 1e-6  # what interpolation in float64 may be off, in patches
 
 
 class cached_property:  # as in functools, whose own takes a lock that torch.compile cannot trace
@@ -37,22 +41,32 @@ def upload(values: Any, device: torch.device) -> torch.Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ImageGrid:
-    """Layout of one image, on the host; shared by all images of one size.
+    """Layout of one image or video, on the host; shared by all of one size.
 
     Attributes:
-        source: `(tokens,)` index of the patch in the image's tower output flattened over (view, patch); 0 at newlines.
-        view: `(tokens,)` view of each token, 0 for the thumbnail (or the only view), 1.. for crops.
+        source: `(tokens,)` index of the patch in the tower output flattened over (view, patch), the nearest one where a
+            token blends several; 0 at newlines.
+        view: `(tokens,)` view of each token: 0 for the thumbnail (or the only view), 1.. for crops; of a video its
+            frame, 0.. in time. A token that blends patches of two crops belongs to the crop of its centre.
+        plane: `(tokens,)` 0 for the thumbnail (or only view), 1 for the stitched canvas of crops; of a video its frame.
         row, col: `(tokens,)` place in the raster of the token's plane. A newline has the row it closes.
         newline: `(tokens,)` bool.
-        planes: (rows, cols) of the thumbnail (or only view) and, where there are crops, of their stitched canvas.
+        planes: (rows, cols) of every plane.
         views: number of views.
-        side: (rows, cols) of patches in one view.
-        crops: (vertical, horizontal) number of crops; (0, 0) for a single view.
+        side: (rows, cols) of patches in one view of the tower.
+        crops: (vertical, horizontal) number of crops; (0, 0) for a single view and for a video.
+        frames: frames of a video; 0 for an image.
+        centre: `(tokens, 2)` float64 place of every token on its plane before un-padding and shrinking: (row, column)
+            in patches, whole numbers where nothing was shrunk.
+        pitch: patches between the centres of neighbours, down and across, by plane; 1 where nothing was shrunk.
+        blend: where packing shrinks a plane: `(tokens, 4)` indices like `source` and their `(tokens, 4)` float64
+            weights, which add up to 1; None where every token is one patch.
         memo: what methods work out from it alone, by a key of their own. torch.compile traces into functools' caches.
     """
 
     source: torch.Tensor
     view: torch.Tensor
+    plane: torch.Tensor
     row: torch.Tensor
     col: torch.Tensor
     newline: torch.Tensor
@@ -60,6 +74,10 @@ class ImageGrid:
     views: int
     side: tuple[int, int]
     crops: tuple[int, int]
+    frames: int
+    centre: torch.Tensor
+    pitch: tuple[tuple[float, float], ...]
+    blend: tuple[torch.Tensor, torch.Tensor] | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -82,45 +100,107 @@ class ImageGrid:
         """Newline tokens."""
         return self.tokens - self.patches
 
+    @property
+    def parts(self) -> torch.Tensor:
+        """`(tokens, 4)` the patches that a token is made of; repeated where it is one."""
+        return self.source[:, None].expand(-1, 4) if self.blend is None else self.blend[0]
 
-def trace_packing(pack, views: int, rows: int, cols: int, grid: tuple[int, int]) -> ImageGrid:
-    """Read an image's layout off its family's packing function.
+    @property
+    def weights(self) -> torch.Tensor:
+        """`(tokens, 4)` float64, the weights of `parts`."""
+        one = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+        return one.expand(self.tokens, -1) if self.blend is None else self.blend[1]
 
-    Instead of features, coordinates go through `pack`: (canvas row, canvas column, is-thumbnail, is-newline).
+
+def trace_packing(
+    pack: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    views: int,
+    rows: int,
+    cols: int,
+    grid: tuple[int, int],
+    frames: int = 0,
+) -> ImageGrid:
+    """Read the layout of an image or video off its family's packing function.
+
+    Instead of features, coordinates go through `pack`: (canvas row, canvas column, plane, is-newline). Bilinear
+    shrinking turns them into the coordinates between whose neighbours it blends, so these tell the weights too; a
+    fifth channel of noise checks that they do.
 
     Args:
-        pack: maps `(views, rows * cols, 4)` float coordinates and a `(4,)` newline vector to `(tokens, 4)`.
-        views: views of the image, the thumbnail first where there are several.
+        pack: maps `(views, rows * cols, 5)` float coordinates and a `(5,)` newline vector to `(tokens, 5)`.
+        views: views of the image, the thumbnail first where there are several; frames of a video.
         rows, cols: patch grid of one view.
         grid: (vertical, horizontal) number of crops; (1, 1) for a single view.
+        frames: frames of a video, each a plane of its own; 0 for an image.
+
+    Raises:
+        UnsupportedError: a packing that mixes patches in another way.
     """
     r, c = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
-    coords = torch.zeros(views, rows * cols, 4, dtype=torch.float64)
+    coords = torch.zeros(views, rows * cols, 5, dtype=torch.float64)
     for view in range(views):
         # the thumbnail has a plane of its own; crop v - 1 lies in raster order on the canvas
-        down, right = divmod(max(view - 1, 0), grid[1])
+        down, right = (0, 0) if frames else divmod(max(view - 1, 0), grid[1])
         coords[view, :, 0] = (r + down * rows).flatten()
         coords[view, :, 1] = (c + right * cols).flatten()
-        coords[view, :, 2] = float(view == 0)
-    packed = pack(coords, torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64))
-    y, x = packed[:, 0].round().long(), packed[:, 1].round().long()
-    newline, thumbnail = packed[:, 3] > 0.5, packed[:, 2] > 0.5
-    crop = 1 + (y // rows) * grid[1] + x // cols
-    view = torch.where(thumbnail, 0, crop)
-    source = view * (rows * cols) + (y % rows) * cols + x % cols
-    source[newline] = 0
+        coords[view, :, 2] = view if frames else float(view > 0)
+    coords[..., 4] = torch.rand(coords.shape[:2], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    packed = pack(coords, torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64))
+    newline, plane = packed[:, 3] > 0.5, packed[:, 2].round().long()
+    whole = packed[:, :2].round()
+    centre = torch.where((packed[:, :2] - whole).abs() < ROUNDING, whole, packed[:, :2])
 
-    row, col, planes = y.clone(), x.clone(), []
-    for plane in [thumbnail & ~newline, ~thumbnail & ~newline]:
-        if plane.any():
-            ys, row[plane] = torch.unique(y[plane], return_inverse=True)
-            xs, col[plane] = torch.unique(x[plane], return_inverse=True)
-            planes.append((ys.numel(), xs.numel()))
+    def number(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """View and index of the patch at whole canvas coordinates."""
+        crop = 1 + (y // rows) * grid[1] + x // cols
+        view = plane if frames else torch.where(plane == 0, 0, crop)
+        return view, (view * (rows * cols) + (y % rows) * cols + x % cols).masked_fill(newline, 0)
+
+    view, source = number(*whole.long().unbind(1))
+    low = centre.floor().long()
+    part = centre - low
+    corners = [(i, j) for i in (0, 1) for j in (0, 1)]
+    # a corner without weight may lie outside: take the one before it
+    at = [low + (torch.tensor(corner) * (part > 0)) for corner in corners]
+    parts = torch.stack([number(*place.unbind(1))[1] for place in at], 1)
+    weights = torch.stack([(part * t + (1 - part) * (1 - t)).prod(1) for t in map(torch.tensor, corners)], 1)
+    explained = (coords[..., 4].flatten()[parts] * weights).sum(1)
+    if ((explained - packed[:, 4]).abs() > ROUNDING)[~newline].any():
+        raise UnsupportedError(
+            "this model packs its patches in a way that is not understood (it is neither a choice of patches nor a "
+            "bilinear shrinking): it cannot be pruned."
+        )
+
+    row, col, planes, pitch = torch.zeros_like(plane), torch.zeros_like(plane), [], []
+    for p in torch.unique(plane[~newline]).tolist():
+        mine = (plane == p) & ~newline
+        counts, steps = [], []
+        for z, rank in ((centre[mine, 0], row), (centre[mine, 1], col)):
+            values, rank[mine] = torch.unique((z / ROUNDING).round(), return_inverse=True)
+            counts.append(len(values))
+            steps.append(float(z.max() - z.min()) / (len(values) - 1) if len(values) > 1 else 0.0)
+        planes.append((counts[0], counts[1]))
+        # a single row or column has no neighbours: planes shrink in both directions about alike
+        pitch.append((steps[0] or steps[1] or 1.0, steps[1] or steps[0] or 1.0))
     # a newline closes the row of the token before it
     for i in newline.nonzero().flatten().tolist():
-        row[i], col[i], view[i] = (row[i - 1], col[i - 1] + 1, view[i - 1]) if i else (0, 0, 0)
-    crops = grid if views > 1 else (0, 0)
-    return ImageGrid(source, view, row, col, newline, tuple(planes), views, (rows, cols), crops)
+        row[i], col[i], view[i], plane[i] = (row[i - 1], col[i - 1] + 1, view[i - 1], plane[i - 1]) if i else [0] * 4
+    return ImageGrid(
+        source=source,
+        view=view,
+        plane=plane,
+        row=row,
+        col=col,
+        newline=newline,
+        planes=tuple(planes),
+        views=views,
+        side=(rows, cols),
+        crops=grid if views > 1 and not frames else (0, 0),
+        frames=frames,
+        centre=centre,
+        pitch=tuple(pitch),
+        blend=(parts, weights) if (part > 0)[~newline].any() else None,
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,9 +208,9 @@ class Layout:
     """Every visual token of one batch.
 
     Attributes:
-        grids: one per image, in prompt order.
+        grids: one per image, in prompt order; after all images, one per video.
         sample: the batch row of every image.
-        ordinal: the image's number within its prompt.
+        ordinal: the image's number within its prompt; videos count on after the images.
         first_view: index of every image's first view in the tower's output batch.
         position: `(images, tokens)` column of the token in the unpruned prompt.
         alive: `(images, tokens)` bool, real tokens that earlier cuts have not dropped.
@@ -173,11 +253,12 @@ class Layout:
     def stack(self, field: str, fill: int | bool = 0) -> torch.Tensor:
         """Pad one field of all grids to `(images, width)` on the layout's device."""
         if len({id(grid) for grid in self.grids}) == 1:
-            return upload(getattr(self.grids[0], field), self.device).expand(len(self), -1)
+            only = getattr(self.grids[0], field)
+            return upload(only, self.device).expand(len(self), *only.shape)
         rows = [getattr(grid, field) for grid in self.grids]
-        out = rows[0].new_full((len(rows), self.width), fill)
+        out = rows[0].new_full((len(rows), self.width, *rows[0].shape[1:]), fill)
         for i, row in enumerate(rows):
-            out[i, : row.numel()] = row
+            out[i, : len(row)] = row
         return upload(out, self.device)
 
     @cached_property
@@ -187,7 +268,7 @@ class Layout:
 
     @cached_property
     def view(self) -> torch.Tensor:
-        """`(images, tokens)` long; the thumbnail (or only view) is 0."""
+        """`(images, tokens)` long; the thumbnail (or only view) is 0, of a video the frame."""
         return self.stack("view")
 
     @cached_property
@@ -205,16 +286,23 @@ class Layout:
         """`(images, tokens)` bool: alive and no newline."""
         return self.alive & ~self.newline
 
-    @property
+    @cached_property
     def plane(self) -> torch.Tensor:
-        """`(images, tokens)` long: 0 the thumbnail or only view, 1 the canvas of crops."""
-        return (self.view > 0).long()
+        """`(images, tokens)` long: 0 the thumbnail or only view, 1 the canvas of crops; of a video its frame."""
+        return self.stack("plane")
 
     def from_tower(self, values: torch.Tensor) -> torch.Tensor:
         """Bring `(views, patches)` or `(views, patches, dim)` tower values to `(images, tokens[, dim])`.
 
-        Newlines and padding get an arbitrary patch's value: mask with `patches`.
+        Where packing shrinks a plane, a token's value is blended of its patches' values as its features are; whole
+        numbers, which cannot be blended, are the nearest patch's. Newlines and padding get an arbitrary patch's value:
+        mask with `patches`.
         """
         start = upload(self.first_view, self.device)[:, None] * self.view_size
-        index = self.stack("source") + start
-        return values.flatten(0, 1)[index]
+        flat = values.flatten(0, 1)
+        if all(grid.blend is None for grid in self.grids) or not values.is_floating_point():
+            return flat[self.stack("source") + start]
+        parts, weights = self.stack("parts") + start[..., None], self.stack("weights").to(values.dtype)
+        return sum(
+            flat[parts[..., i]] * weights[..., i].view(*parts.shape[:2], *[1] * (flat.ndim - 1)) for i in range(4)
+        )

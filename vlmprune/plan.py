@@ -89,8 +89,9 @@ class Plan:
         """Decoder layers whose two blocks a tap watches."""
         return {tap.layer for _, cut in self.cuts for tap in cut.see if isinstance(tap, BlockTap)}
 
-    def grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
-        """The layout of an image of `size` (height, width), traced once per size."""
-        if size not in self.grids:
-            self.grids[size] = self.family.image_grid(inner, size)
-        return self.grids[size]
+    def grid(self, inner: nn.Module, modality: str, size: Any) -> ImageGrid:
+        """The layout of an image or video of a size (of `Family.sizes`), traced once per size."""
+        if (modality, size) not in self.grids:
+            trace = self.family.video_grid if modality == "video" else self.family.image_grid
+            self.grids[modality, size] = trace(inner, size)
+        return self.grids[modality, size]

@@ -26,19 +26,20 @@ SOFT_EPS = 1e-20  # the least weight of a token under a soft mask, whose logarit
 class Prefill:
     """One pruned forward pass."""
 
-    def __init__(self, plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, features: Any):
+    def __init__(self, plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, features: dict[str, Any]):
         self.plan = plan
         self.rotary_emb = plan.family.language_model(inner).rotary_emb
         self.layout, self.real, self.lengths, self.text_after = prompt_layout(plan, inner, input_ids, mask, features)
         self.prompt_lengths = self.lengths
-        seen = getattr(features, SEEN, {})
-        if missing := [tap for tap in plan.tower_taps if tap not in seen]:
+        seen = [getattr(output, SEEN, {}) for output in features.values()]
+        if missing := [tap for tap in plan.tower_taps if any(tap not in s for s in seen)]:
             raise CutNotRunError(
                 f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model "
                 "or while the patch was disabled. Encode the images with the patched model."
             )
         self.seen: dict[Tap, torch.Tensor] = {
-            tap: self.layout.from_tower(seen[tap].to(self.layout.device)) for tap in plan.tower_taps
+            tap: self.layout.from_tower(torch.cat([s[tap].to(self.layout.device) for s in seen]))
+            for tap in plan.tower_taps
         }
         self.pending = plan.decoder_cuts
         self.sequence: Sequence | None = None

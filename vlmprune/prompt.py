@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.layout import Layout, upload
+from vlmprune.layout import ImageGrid, Layout, upload
 from vlmprune.plan import Plan
 from vlmprune.sequence import real_tokens
 from vlmprune.tower import SIZES
@@ -17,74 +19,87 @@ from vlmprune.tower import SIZES
 __all__ = ["prompt_layout"]
 
 
+@dataclass(frozen=True)
+class Items:
+    """The images, or the videos, of a batch: `sample`, `ordinal`, `grids` and `first_view` as in `Layout`.
+
+    Attributes:
+        position: `(items, tokens)` columns of the tokens in the prompt.
+        sizes: tokens of every item.
+        views: all views that the tower saw.
+    """
+
+    grids: list[ImageGrid]
+    sample: list[int]
+    ordinal: list[int]
+    first_view: list[int]
+    position: torch.Tensor
+    sizes: list[int]
+    views: int
+
+
 def prompt_layout(
-    plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, features: Any
+    plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, encoded: dict[str, Any]
 ) -> tuple[Layout, torch.Tensor | None, list[int], tuple[torch.Tensor, int]]:
-    """Find every visual token of a batch, with one host read (three counts per row).
+    """Find every visual token of a batch, with one host read (three or four counts per row).
 
     Args:
         input_ids: `(batch, length)`.
         mask: padding mask as the call brings it.
-        features: the encoder's output, whose `pooler_output` lists `(tokens, dim)` per image.
+        encoded: for "image" and "video" the encoder's output, whose `pooler_output` lists `(tokens, dim)` per item.
 
     Returns:
-        The layout, the `(batch, length)` bool mask of real tokens (None if all are), per row the number of real tokens,
-        and `(batch,)` the number of those after the last visual token with the largest of them. Inside a compiled
-        graph the last two numbers of the host are upper bounds.
+        The layout, images before videos; the `(batch, length)` bool mask of real tokens (None if all are), per row the
+        number of real tokens, and `(batch,)` the number of those after the last visual token with the largest of them.
+        Inside a compiled graph the last two numbers of the host are upper bounds.
 
     Raises:
         ValueError: placeholders and features do not match.
         UnsupportedError: features that this model's packing does not explain.
     """
-    length = input_ids.shape[1]
-    placeholder = input_ids == plan.family.image_token(inner)
+    length, device = input_ids.shape[1], input_ids.device
+    holes = {modality: input_ids == plan.family.token(inner, modality) for modality in encoded}
+    placeholder = torch.stack(list(holes.values())).any(0)
     real = real_tokens(mask, length)
     everything = torch.ones_like(placeholder) if real is None else real
     # real tokens behind the last placeholder: those that a sum from the right has not met a placeholder for
     after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
-    sizes, text_after = [len(image) for image in features.pooler_output], after.sum(1)
-    if torch.compiler.is_compiling() and len(input_ids) in (1, len(sizes)):
+    text_after = after.sum(1)
+    images = [len(image) for image in encoded["image"].pooler_output] if list(encoded) == ["image"] else []
+    if torch.compiler.is_compiling() and images and len(input_ids) in (1, len(images)):
         # reading would break the graph: one prompt has all images and several have one each, or an error on the device;
         # padding is not counted, so it stays where it is, masked
-        placeholders = sizes if len(input_ids) > 1 else [sum(sizes)]
-        lengths, most_after = [length] * len(input_ids), length - min(placeholders)
+        placeholders = images if len(input_ids) > 1 else [sum(images)]
+        wanted, lengths, most_after = [placeholders], [length] * len(input_ids), length - min(placeholders)
         told = "compiled prompts with images need one image each, and as many placeholders as it has tokens."
-        torch._assert_async((placeholder.sum(1) == upload(placeholders, input_ids.device)).all(), told)
+        torch._assert_async((placeholder.sum(1) == upload(placeholders, device)).all(), told)
     else:
-        placeholders, lengths, counts_after = torch.stack((placeholder.sum(1), everything.sum(1), text_after)).tolist()
+        counts = torch.stack([x.sum(1) for x in (everything, *holes.values())] + [text_after]).tolist()
+        lengths, *wanted, counts_after = counts
         most_after = max(counts_after)
         if all(n == length for n in lengths):
             real = None
-    sample, ordinal, offset = assign_images(placeholders, sizes)
-    known = getattr(features, SIZES, None)
-    if known is None:
-        if plan.family.needs_sizes or features.last_hidden_state is None:
-            raise UnsupportedError(
-                "these image features are not as the patched model computed them, and how many images there were (and "
-                "their sizes) is unknown. `prefill_chunk_size` is not supported: it cuts the features into pieces."
-            )
-        known = [None] * features.last_hidden_state.shape[0]
-    origin = undo_beams(sample, len(placeholders), len(known))
-    encoded = [plan.grid(inner, size) for size in known]
-    grids = [encoded[o] for o in origin]
-    for i, (grid, tokens) in enumerate(zip(grids, sizes, strict=True)):
-        if grid.tokens != tokens:
-            raise UnsupportedError(f"image {i} has {tokens} features where its packing gives {grid.tokens} tokens.")
-    first_view = [sum(grid.views for grid in encoded[:o]) for o in origin]
 
-    device, most = input_ids.device, max(placeholders)
-    token = torch.arange(max(sizes), device=device)
-    # a stable sort brings the placeholders to the front of every row, in order
-    columns = (~placeholder).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
-    number = (upload(offset, device)[:, None] + token).clamp(max=most - 1)
-    side = plan.family.side(inner)
+    found = [
+        find_items(plan, inner, modality, holes[modality], placeholders, encoded[modality])
+        for modality, placeholders in zip(encoded, wanted, strict=True)
+    ]
+    sample, ordinal, first_view, seen, views = [], [], [], [0] * len(lengths), 0
+    for items in found:
+        sample += items.sample
+        ordinal += [seen[row] + number for row, number in zip(items.sample, items.ordinal, strict=True)]
+        first_view += [views + first for first in items.first_view]
+        seen = [n + items.sample.count(row) for row, n in enumerate(seen)]
+        views += items.views
+    grids, sizes = [g for items in found for g in items.grids], [n for items in found for n in items.sizes]
+    width, side = max(sizes), plan.family.side(inner)
     layout = Layout(
         grids=grids,
         sample=sample,
         ordinal=ordinal,
         first_view=first_view,
-        position=columns[upload(sample, device)].gather(1, number),
-        alive=token < upload(sizes, device)[:, None],
+        position=torch.cat([pad(items.position, (0, width - items.position.shape[1])) for items in found]),
+        alive=torch.arange(width, device=device) < upload(sizes, device)[:, None],
         alive_counts=sizes,
         alive_patches=[grid.patches for grid in grids],
         entered=sizes,
@@ -94,8 +109,48 @@ def prompt_layout(
     return layout, real, lengths, (text_after, most_after)
 
 
-def assign_images(placeholders: Sequence[int], sizes: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
-    """Hand images of `sizes` tokens to prompts with so many `placeholders`, in order.
+def find_items(
+    plan: Plan, inner: nn.Module, modality: str, holes: torch.Tensor, placeholders: list[int], features: Any
+) -> Items:
+    """Find the images, or the videos, of a batch by their placeholders (`holes`: `(batch, length)` bool)."""
+    sizes = [len(item) for item in features.pooler_output]
+    sample, ordinal, offset = assign_images(placeholders, sizes, modality)
+    known = getattr(features, SIZES, None)
+    if known is None:
+        if plan.family.needs_sizes or modality == "video" or features.last_hidden_state is None:
+            raise UnsupportedError(
+                f"these {modality} features are not as the patched model computed them, and how many {modality}s there "
+                "were (and their sizes) is unknown. `prefill_chunk_size` is not supported: it cuts the features into "
+                "pieces."
+            )
+        known = [None] * features.last_hidden_state.shape[0]
+    origin = undo_beams(sample, len(placeholders), len(known))
+    encoded = [plan.grid(inner, modality, size) for size in known]
+    grids = [encoded[o] for o in origin]
+    for i, (grid, tokens) in enumerate(zip(grids, sizes, strict=True)):
+        if grid.tokens != tokens:
+            raise UnsupportedError(
+                f"{modality} {i} has {tokens} features where its packing gives {grid.tokens} tokens."
+            )
+    device, most = holes.device, max(placeholders)
+    # a stable sort brings the placeholders to the front of every row, in order
+    columns = (~holes).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
+    number = (upload(offset, device)[:, None] + torch.arange(max(sizes), device=device)).clamp(max=most - 1)
+    return Items(
+        grids=grids,
+        sample=sample,
+        ordinal=ordinal,
+        first_view=[sum(grid.views for grid in encoded[:o]) for o in origin],
+        position=columns[upload(sample, device)].gather(1, number),
+        sizes=sizes,
+        views=sum(grid.views for grid in encoded),
+    )
+
+
+def assign_images(
+    placeholders: Sequence[int], sizes: Sequence[int], modality: str = "image"
+) -> tuple[list[int], list[int], list[int]]:
+    """Hand images (or videos) of `sizes` tokens to prompts with so many `placeholders`, in order.
 
     Returns:
         For every image its batch row, its number within the prompt and its offset among the prompt's placeholders.
@@ -110,9 +165,11 @@ def assign_images(placeholders: Sequence[int], sizes: Sequence[int]) -> tuple[li
             offset.append(taken)
             taken, number = taken + size, number + 1
         if taken != wanted:
-            raise ValueError(f"prompt {row} has {wanted} image placeholders and its images have {taken} tokens.")
+            raise ValueError(
+                f"prompt {row} has {wanted} {modality} placeholders and its {modality}s have {taken} tokens."
+            )
     if len(sample) != len(sizes):
-        raise ValueError(f"{len(sizes)} images were given, and the prompts have placeholders for {len(sample)}.")
+        raise ValueError(f"{len(sizes)} {modality}s were given, and the prompts have placeholders for {len(sample)}.")
     return sample, ordinal, offset
 
 

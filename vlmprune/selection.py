@@ -47,9 +47,9 @@ def keep_newlines(keep: torch.Tensor, layout: Layout, policy: Newlines) -> torch
     newline = layout.newline & layout.alive
     if policy == "all":
         return keep | newline
-    # a newline closes the tokens of its plane since the last newline
+    # a newline closes the tokens of its canvas since the last newline; of a video, whose only one is the last, all
     closed = layout.newline.long().cumsum(1) - layout.newline.long()
-    several = upload([len(grid.planes) > 1 for grid in layout.grids], layout.device)
+    several = upload([len(grid.planes) > 1 and not grid.frames for grid in layout.grids], layout.device)
     in_row = keep & ((layout.plane == 1) | ~several[:, None])
     hits = torch.zeros_like(closed).scatter_add_(1, closed, in_row.long())
     return keep | (newline & (hits.gather(1, closed) > 0))
@@ -85,8 +85,9 @@ def select(
 
     Args:
         scores: `(images, tokens)`; higher is better.
-        keep: budget in patches per image (tokens for `newlines="candidates"`, which lets newlines compete).
-        scope: "image" ranks all patches of an image together, "view" gives each view its share of the budget.
+        keep: budget in patches per image or video (tokens for `newlines="candidates"`, which lets newlines compete).
+        scope: "image" ranks all patches of an image or video together, "view" gives each view (thumbnail, crop, frame)
+            its share of the budget.
     """
     among, totals, available = candidates(layout, newlines)
     if scope == "view":

@@ -7,6 +7,7 @@ out and measures, `AfterTower` leaves what was seen on the output object, which 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,28 +15,43 @@ import torch
 from torch import nn
 
 from vlmprune.cuts import Cut
+from vlmprune.errors import UnsupportedError
+from vlmprune.patches import Family
+from vlmprune.patches.base import Bound
 from vlmprune.plan import FRAME, Plan
+from vlmprune.tagged import untag
 from vlmprune.taps import BlockKeys, ClusterOf, Tap
 from vlmprune.watch import Watch
 
-__all__ = ["SEEN", "SIZES", "AfterKeys", "AfterTower", "BeforeTower", "BeforeTowerLayer", "RememberSizes"]
+__all__ = [
+    "SEEN",
+    "SIZES",
+    "AfterKeys",
+    "AfterTower",
+    "BeforeTower",
+    "BeforeTowerLayer",
+    "RememberSizes",
+    "check_fixed",
+    "encoder",
+]
 
 SEEN = "_vlmprune_seen"  # attribute of the tower's output: measured taps
-SIZES = "_vlmprune_sizes"  # attribute of the tower's output: (height, width) of every image
+SIZES = "_vlmprune_sizes"  # attribute of the tower's output: what `Family.sizes` said of every image or video
 
 
 class TowerFrame:
     """One pass through the vision tower: taps, and what cuts inside it have merged.
 
     Attributes:
+        note: where `seen` goes if not on the output; of the pixels (see `Tagged`).
         seen: measured taps.
         sizes: `(views, tokens)` float, patches that every token stands for; None before the first cut.
         places: for every layer, `(views, original tokens)` long, the token that each original one is part of; None
             where nothing is merged.
     """
 
-    def __init__(self, plan: Plan):
-        self.plan, self.has_cls = plan, plan.facts.has_cls
+    def __init__(self, plan: Plan, note: Any = None):
+        self.plan, self.has_cls, self.note = plan, plan.facts.has_cls, note
         self.seen: dict[Tap, torch.Tensor] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.sizes: torch.Tensor | None = None
@@ -82,22 +98,23 @@ class TowerFrame:
 
     def finish(self, output: Any) -> None:
         """Give every original position its cluster's token, and leave what was seen on the output."""
-        for tap in self.plan.tower_taps:
-            if tap.layer == self.plan.facts.tower_layers:  # behind the last layer
-                with torch.no_grad():
-                    self.seen[tap] = tap.measure(None, output.hidden_states[-1].detach(), self.has_cls)
         if self.plan.tower_cuts:
             made_by = [self.places[0], *self.places]  # entry i of hidden_states is the output of layer i - 1
             states = zip(output.hidden_states, made_by, strict=True)
             output.hidden_states = tuple(h if h is None else spread(h, place) for h, place in states)
             output.last_hidden_state = spread(output.last_hidden_state, self.places[-1])
+        for tap in self.plan.tower_taps:
+            if tap.layer == self.plan.facts.tower_layers:  # behind the last layer: what becomes the features
+                with torch.no_grad():
+                    self.seen[tap] = tap.measure(None, output.hidden_states[-1].detach(), self.has_cls)
         if ClusterOf() in self.plan.tower_taps:
             place = self.places[self.plan.facts.feature_layer]
             if place is None:
                 views, tokens, _ = output.last_hidden_state.shape
                 place = torch.arange(tokens, device=output.last_hidden_state.device).expand(views, -1)
             self.seen[ClusterOf()] = place[:, int(self.has_cls) :]
-        setattr(output, SEEN, self.seen)
+        # a host that hands on bare tensors takes the note instead of the output
+        setattr(output if self.note is None else self.note, SEEN, self.seen)
 
 
 def spread(hidden: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
@@ -115,9 +132,10 @@ class BeforeTower:
         if not self.plan.enabled:
             return None
         pixels, *rest = args if args else (kwargs.pop("pixel_values"),)
+        pixels, note = untag(pixels)
         for cut in self.plan.pixel_cuts:
             pixels = cut.reduce(pixels)
-        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan)}
+        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note)}
 
 
 @dataclass
@@ -162,22 +180,42 @@ class AfterTower:
             frame.finish(output)
 
 
-class RememberSizes:
-    """Stands before `get_image_features` on one instance: notes the image sizes, which `generate` then throws away.
+class RememberSizes(Bound):
+    """Stands before `get_image_features` or `get_video_features` on one instance: notes the sizes of what it encodes.
 
-    A bound attribute of the instance and not a hook, because no module is called with the sizes.
+    `generate` throws them away. A bound attribute of the instance and not a hook, because no module is called with
+    them.
     """
 
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.__signature__ = inspect.signature(type(module).get_image_features.__get__(module))
+    def __init__(self, module: nn.Module, family: Family, modality: str):
+        self.module, self.family, self.modality = module, family, modality
+        self.__signature__ = inspect.signature(self.encode().__get__(module))
+
+    def encode(self) -> Callable[..., Any]:
+        """The method of the model's class; torch.compile would look a bound one up on the instance, where this is."""
+        return getattr(type(self.module), encoder(self.modality))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(self.__signature__.bind(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
-        # the host only computes with the sizes on the host: one read here spares it one per image
-        sizes = torch.as_tensor(given.pop("image_sizes")).cpu()
-        output = type(self.module).get_image_features(self.module, image_sizes=sizes, **given)
+        # the host only computes with these on the host: one read here spares it one per image
+        for name in ("image_sizes", "batch_num_images"):
+            if given.get(name) is not None:
+                given[name] = torch.as_tensor(given[name]).cpu()
+        check_fixed(self.family, self.module.config, given)
+        output = self.encode()(self.module, **given)
         if not isinstance(output, tuple):
-            setattr(output, SIZES, [tuple(size) for size in sizes.tolist()])
+            setattr(output, SIZES, self.family.sizes(self.modality, given))
         return output
+
+
+def encoder(modality: str) -> str:
+    """Name of a model's method that encodes images or videos."""
+    return f"get_{modality}_features"
+
+
+def check_fixed(family: Family, config: Any, given: dict[str, Any]) -> None:
+    """Refuse arguments of a call that contradict the config, by which layouts and taps are traced."""
+    for name in family.fixed:
+        if given.get(name) is not None and given[name] != getattr(config, name, given[name]):
+            raise UnsupportedError(f"{name}={given[name]!r} per call is not supported: set it in the model's config.")

@@ -103,6 +103,20 @@ def test_models(cli):
     assert [family["model_type"] for family in about["families"]] == list(FAMILIES)
 
 
+def test_what_cannot_run_on_which_family_is_listed(cli):
+    out = cli("ls", "models")[1]
+    families = {f["model_type"]: f for f in json.loads(cli("ls", "models", "--json")[1])["families"]}
+    onevision = families["llava_onevision"]
+    assert {"vtc_cls", "globalcom2", "todre"} <= set(onevision["refused_methods"])  # by its usual tower
+    assert set(onevision["refused_inputs"]["videos"]) == {"globalcom2", "tome", "pitome"}
+    assert set(onevision["refused_inputs"]["large images, whose canvas is shrunk"]) == {"tome", "pitome"}
+    assert set(families["llava_next_video"]["refused_inputs"]) == {"videos"}
+    assert families["llava_next"]["refused_inputs"] == families["llava"]["refused_inputs"] == {}
+    assert (onevision["modalities"], families["vipllava"]["modalities"]) == (["image", "video"], ["image"])
+    assert "images and videos; usual tower siglip_vision_model" in out
+    assert "not tome on videos: tome merges patches inside the tower" in out
+
+
 def test_missing_embedded_model_is_said_to_be_missing(cli, monkeypatch, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
 

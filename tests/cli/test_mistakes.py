@@ -145,6 +145,15 @@ def test_folders_that_are_no_models(refused, tmp_path, folders, picture):
     assert "cannot load" in refused(model=damaged)
 
 
+@pytest.mark.parametrize("model_type", ["llava_llama", "llava"])  # the older ones of them say llava
+def test_checkpoints_of_the_original_package(refused, tmp_path, model_type):
+    config = {"model_type": model_type, "architectures": ["LlavaLlamaForCausalLM"], "mm_vision_tower": "openai/clip"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    err = refused(model=tmp_path)
+    assert "is a checkpoint of the original llava package" in err
+    assert "load_pretrained_model" in err
+
+
 def test_unsupported_tower(refused, folders, tmp_path, monkeypatch):
     from vlmprune.patches import base
 

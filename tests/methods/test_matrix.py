@@ -6,7 +6,10 @@ trace and carried out by hand, layer by layer.
 
 from __future__ import annotations
 
-from itertools import pairwise
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 
 import pytest
 import reference
@@ -17,12 +20,22 @@ import vlmprune
 from vlmprune import UnsupportedError, registry
 
 F64 = torch.float64
+ONEVISION = {"family": "llava_onevision", "tower": "siglip", "text": "qwen2"}
+# models, and what they are shown
 FAMILIES = {
-    "llava": {},
-    "llava-siglip-qwen2": {"tower": "siglip", "text": "qwen2"},
-    "next": {"family": "llava_next"},
-    "next-mistral": {"family": "llava_next", "text": "mistral", "sliding_window": 24},
+    "llava": ({}, "images"),
+    "llava-siglip-qwen2": ({"tower": "siglip", "text": "qwen2"}, "images"),
+    "next": ({"family": "llava_next"}, "images"),
+    "next-mistral": ({"family": "llava_next", "text": "mistral", "sliding_window": 24}, "images"),
+    "vip": ({"family": "vipllava"}, "images"),
+    "onevision": (ONEVISION, "images"),
+    "onevision-shrunk": (ONEVISION, "shrunk"),
+    "onevision-video": (ONEVISION, "videos"),
+    "next-video": ({"family": "llava_next_video"}, "images"),
+    "next-video-video": ({"family": "llava_next_video"}, "videos"),
 }
+# (height, width) of the first image, large where its canvas is to be shrunk
+LARGE = {"images": (40, 24), "shrunk": (90, 96), "videos": (40, 24)}
 NAMES = registry.names()
 FORCED = [9, 33, 21]
 OPTIONS = {
@@ -30,46 +43,97 @@ OPTIONS = {
     "transprune": lambda model: {"keep": 0.3},
     "atp": lambda model: {"thresholds": tiny.modules(model, biases=(-0.3, 1.5))},
 }
-REFUSED = {("globalcom2", "llava"): "llava models have a single view"}
+REFUSED = {("globalcom2", kind): f"{kind} models have a single view" for kind in ("llava", "vipllava")}
 FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}}
 
 
+@dataclass(frozen=True)
+class Scene:
+    """A model and what it is shown."""
+
+    options: dict
+    kind: str
+
+    @cached_property
+    def model(self):
+        return tiny.shared(dtype=F64, **self.options)
+
+    def prompt(self):
+        """Several pictures in one prompt; with videos, images and videos mixed."""
+        if self.kind == "videos":
+            parts = [4, "video", 3, "image", 2, "video", 5]
+            return tiny.prompt(self.model, parts, [(40, 24)], videos=[3, 3])
+        return tiny.prompt(self.model, [4, "image", 3, "image", 5], [LARGE[self.kind], (20, 70)])
+
+    def rows(self):
+        """Prompts that differ in all they can."""
+        if self.kind == "videos":
+            parts = [([3, "video", 4], [], [3]), ([6], [], []), (["image", 2, "video", 9, "video"], [(20, 70)], [3, 3])]
+        else:
+            sizes = [LARGE[self.kind], (20, 70), (24, 24)]
+            parts = [([3, "image", 4], sizes[:1], []), ([6], [], []), (["image", "image", 9], sizes[1:], [])]
+        return [
+            tiny.prompt(self.model, p, sizes, seed=s, videos=videos, together=True)
+            for s, (p, sizes, videos) in enumerate(parts)
+        ]
+
+    def questions(self):
+        """Two prompts with one picture or video each."""
+        if self.kind == "videos":
+            return [tiny.prompt(self.model, [3, "video", 4 + s], [], seed=s, videos=[2]) for s in range(2)]
+        sizes = [LARGE[self.kind], (20, 70)]
+        return [tiny.prompt(self.model, [3, "image", 4 + s], [sizes[s]], seed=s, together=True) for s in range(2)]
+
+    def refusal(self, name):
+        """Why a method is not run here, in its own words."""
+        why = registry.find(name).refuses_inputs
+        kinds = {"images": [], "shrunk": ["shrunk"], "videos": ["video", "shrunk"]}[self.kind]
+        return next((why[kind] for kind in kinds if kind in why), None)
+
+
 @pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
-def options(request):
-    return request.param
+def scene(request):
+    return Scene(*request.param)
 
 
-def start(model, name):
-    """Patch a model with a method, by its documented fallback where it needs a [CLS] token.
+def start(scene, name):
+    """Patch the scene's model with a method, by its documented fallback where it needs a [CLS] token.
 
     What cannot be is refused in the words expected, and the test is skipped for all to see.
     """
-    given = OPTIONS[name](model) if name in OPTIONS else {"keep": 0.4}
+    model, given = scene.model, OPTIONS[name](scene.model) if name in OPTIONS else {"keep": 0.4}
     if model.config.vision_config.model_type != "clip_vision_model":
         given = given | FALLBACK.get(name, {})
     if words := REFUSED.get((name, model.config.model_type)):
         with pytest.raises(UnsupportedError, match=words):
             vlmprune.patch(model, name, **given)
-        pytest.skip(f"refused, as it should be: {words}")
-    return vlmprune.patch(model, name, **given)
+    else:
+        handle = vlmprune.patch(model, name, **given)
+        if not (words := scene.refusal(name)):
+            return handle
+        told = pytest.raises(UnsupportedError, match=re.escape(f"{name} {words}"))
+        with torch.no_grad(), handle, told:
+            model(**scene.prompt())
+    pytest.skip(f"refused, as it should be: {words}")
 
 
 def replay(model, prompt, features, trace, wrong=False, positions=None):
     """Logits of the prompt's last token and of every forced one, from what a trace says was kept.
 
     Args:
-        features: `(tokens, dim)` per image, as the patched tower makes them.
+        features: `(tokens, dim)` per image and then per video, as the patched tower makes them.
         wrong: swap one kept token of the first image at the first cut for a dropped one.
         positions: another position policy than the trace's.
     """
     ids = torch.cat((prompt["input_ids"][0], torch.tensor(FORCED)))
     x, length = model.get_input_embeddings()(ids), prompt["input_ids"].shape[1]
-    holes = (ids == reference.IMAGE).nonzero().flatten()
-    x = x.index_put((holes,), torch.cat(features))
-    edges = [0]
-    for f in features:
-        edges.append(edges[-1] + len(f))
-    images = [holes[a:b].tolist() for a, b in pairwise(edges)]
+    images = []
+    for token, given in zip((reference.IMAGE, reference.VIDEO), features, strict=True):
+        holes = (ids == token).nonzero().flatten() if given else ids[:0]
+        x = x.index_put((holes,), torch.cat(given)) if given else x
+        edges = [0, *accumulate(len(f) for f in given)]
+        assert edges[-1] == len(holes)
+        images += [holes[a:b].tolist() for a, b in pairwise(edges)]
     columns, place = list(range(len(x))), torch.arange(len(x))
     alive = [[True] * len(image) for image in images]
     now, changes = torch.arange(trace.cuts[0].keep.shape[1]) < len(images[0]) if trace.cuts else None, []
@@ -128,15 +192,13 @@ def with_cache(model, inputs, positions=None):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_trace_says_is_what_was_computed(options, name):
-    model = tiny.shared(dtype=F64, **options)
-    prompt = tiny.prompt(model, [4, "image", 3, "image", 5], [(40, 24), (20, 70)])
-    with torch.no_grad():
-        handle = start(model, name)
+def test_what_the_trace_says_is_what_was_computed(scene, name):
+    model, prompt = scene.model, scene.prompt()
+    with torch.no_grad(), start(scene, name) as handle:
         got = with_cache(model, prompt)[:, 0]
-        features = reference.image_features(model, prompt)
-        trace = handle.trace
-        vlmprune.unpatch(model)
+        features = reference.image_features(model, prompt), reference.video_features(model, prompt)
+    trace = handle.trace
+    with torch.no_grad():
         want, cut = replay(model, prompt, features, trace)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         assert cut or name == "downsample"
@@ -148,33 +210,27 @@ def test_what_the_trace_says_is_what_was_computed(options, name):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_row_of_a_batch_is_the_sample_alone(options, name, side):
-    model = tiny.shared(dtype=F64, **options)
-    parts = [([3, "image", 4], [(40, 24)]), ([6], []), (["image", "image", 9], [(20, 70), (24, 24)])]
-    prompts = [tiny.prompt(model, *p, seed=s) for s, p in enumerate(parts)]
-    with torch.no_grad():
-        start(model, name)
+def test_a_row_of_a_batch_is_the_sample_alone(scene, name, side):
+    model, prompts = scene.model, scene.rows()
+    with torch.no_grad(), start(scene, name):
         together = with_cache(model, tiny.batch(prompts, side))
         # a sliding window counts columns: padding between prompt and answer takes its place in any layer it reaches
-        steps = 1 if side == "right" and "sliding_window" in options else None
+        steps = 1 if side == "right" and "sliding_window" in scene.options else None
         for row, prompt in enumerate(prompts):
             alone = with_cache(model, prompt)[:steps, 0]
             torch.testing.assert_close(together[:steps, row], alone, rtol=1e-9, atol=1e-9)
-        vlmprune.unpatch(model)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_beams_streams_and_unpatching(options, name):
-    model = tiny.shared(dtype=F64, **options)
-    prompts = [tiny.prompt(model, [3, "image", 4 + s], [size], seed=s) for s, size in enumerate([(40, 24), (20, 70)])]
+def test_beams_streams_and_unpatching(scene, name):
+    model, prompts = scene.model, scene.questions()
     both = tiny.batch(prompts)
     with torch.no_grad():
         before = model(**both).logits
-        start(model, name)
-        for beams in (1, 3):
-            given = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
-            out = model.generate(**both, **given)
-            for row, prompt in enumerate(prompts):
-                assert out[row, -5:].tolist() == model.generate(**prompt, **given)[0, -5:].tolist()
-        vlmprune.unpatch(model)
+        with start(scene, name):
+            for beams in (1, 3):
+                asked = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+                out = model.generate(**both, **asked)
+                for row, prompt in enumerate(prompts):
+                    assert out[row, -5:].tolist() == model.generate(**prompt, **asked)[0, -5:].tolist()
         assert torch.equal(model(**both).logits, before)

@@ -106,7 +106,7 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
         UserError: not there, not reachable, not complete, or of a family that is not supported.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     from vlmprune.errors import UnsupportedError
     from vlmprune.patches import FAMILIES, family_of
@@ -117,13 +117,14 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
     only = {"local_files_only": source.local}
     with quiet(downloads=not source.local):
         try:
+            refuse_original(source)
             config = AutoConfig.from_pretrained(source.place, **only)
             if config.model_type not in FAMILIES:
                 raise UserError(
                     f"{source.name} is a model of type {config.model_type!r}, which is not supported. "
                     f"Supported: {', '.join(FAMILIES)} (see `vlmprune ls models`)."
                 )
-            processor = AutoProcessor.from_pretrained(source.place, **only)
+            processor = load_processor(source, config.model_type, **only)
             if getattr(processor, "image_processor", None) is None:
                 raise UserError(f"{source.name} has no processor for pictures (processor_config.json).")
             wanted = kind if kind == "auto" else getattr(torch, kind)
@@ -139,6 +140,54 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
             raise UserError(f"cannot load {source.name}{way}: {brief(error)}") from error
     placed = model if options.get("device_map") is not None else model.to(device)
     return Loaded(source, placed.eval(), processor)
+
+
+def refuse_original(source: Source) -> None:
+    """Refuse checkpoints of the original llava package, of which transformers would load the wrong half or nothing.
+
+    Raises:
+        UserError: with the two ways to run one.
+        Exception: whatever transformers raises where there is no config.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(source.place, local_files_only=source.local)
+    if "mm_vision_tower" in config:
+        raise UserError(
+            f"{source.name} is a checkpoint of the original llava package, which this command does not load. Give its "
+            "Hugging Face conversion (llava-hf/... on the hub), or use Python: load it with "
+            "llava.model.builder.load_pretrained_model and call vlmprune.patch(model, ...)."
+        )
+
+
+def load_processor(source: Source, model_type: str, **only: Any) -> Any:
+    """The model's processor; without its part for videos where that cannot be had.
+
+    transformers has no video processor that works without torchvision, and loads no processor that lacks a part.
+
+    Raises:
+        UserError: a family whose processor cannot do without.
+        Exception: whatever transformers raises.
+    """
+    from importlib.util import find_spec
+
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    from vlmprune.patches import FAMILIES
+
+    if "video" not in FAMILIES[model_type].modalities or find_spec("torchvision") is not None:
+        return transformers.AutoProcessor.from_pretrained(source.place, **only)
+    name = PROCESSOR_MAPPING_NAMES[model_type]
+    if name != "LlavaOnevisionProcessor":
+        raise UserError(
+            f"the processor of {model_type} models needs torchvision, for its videos: install the torchvision that "
+            "fits your torch."
+        )
+    whole = getattr(transformers, name)
+    part = type(name, (whole,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
+    note("no torchvision: images only")
+    return part.from_pretrained(source.place, **only)
 
 
 def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> dict[str, Any]:
@@ -165,7 +214,8 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
     bos = getattr(processor.tokenizer, "bos_token", None)
     once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
     try:
-        inputs = processor(text=text, images=list(images), return_tensors="pt", **once)
+        # in a list of their own: LLaVA-OneVision prepares several pictures of one prompt differently
+        inputs = processor(text=text, images=[list(images)], return_tensors="pt", **once)
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(f"the model's processor cannot prepare these pictures: {brief(error)}") from error
     inputs = {name: value.to(model.device) for name, value in inputs.items()}

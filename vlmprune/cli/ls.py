@@ -7,9 +7,12 @@ import inspect
 import json
 from dataclasses import MISSING, fields
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmprune.cli.errors import UserError, brief
+
+if TYPE_CHECKING:
+    from vlmprune.patches import Family
 
 __all__ = ["add_to"]
 
@@ -139,7 +142,14 @@ def models() -> dict[str, Any]:
             embedded.append({"name": name, "present": False, "why": brief(error)})
     return {
         "families": [
-            {"model_type": kind, "title": family.title, "refused_methods": refused(kind, family.views, has_cls=True)}
+            {
+                "model_type": kind,
+                "title": family.title,
+                "modalities": list(family.modalities),
+                "usual_tower": family.usual_tower,
+                "refused_methods": refused(kind, family.views, TOWERS[family.usual_tower]),
+                "refused_inputs": refused_inputs(family),
+            }
             for kind, family in FAMILIES.items()
         ],
         "towers": [
@@ -171,12 +181,36 @@ def refused(family: str, views: bool, has_cls: bool) -> dict[str, str]:
     return why
 
 
+def refused_inputs(family: Family) -> dict[str, dict[str, str]]:
+    """Per kind of input that a family's models read: methods that do not run on it, by their own words."""
+    from vlmprune import registry
+
+    kinds = {"videos": ["video"] if "video" in family.modalities else []}
+    kinds["videos"] += ["shrunk"] if "video" in family.shrinks else []
+    kinds["large images, whose canvas is shrunk"] = ["shrunk"] if "image" in family.shrinks else []
+    found: dict[str, dict[str, str]] = {}
+    for name in registry.names():
+        try:
+            why = registry.find(name).refuses_inputs
+        except Exception:  # a method that cannot be loaded is reported by `ls methods`
+            continue
+        for kind, words in kinds.items():
+            if word := next((word for word in words if word in why), None):
+                found.setdefault(kind, {})[name] = f"{name} {why[word]}"
+    return found
+
+
 def models_text(about: dict[str, Any]) -> str:
     """The same for a person."""
     lines = ["families (model_type: class)"]
     for family in about["families"]:
         lines.append(f"    {family['model_type']}: {family['title']}")
+        lines.append(
+            f"        {' and '.join(m + 's' for m in family['modalities'])}; usual tower {family['usual_tower']}"
+        )
         lines += [f"        not {name}: {why}" for name, why in family["refused_methods"].items()]
+        for kind, methods in family["refused_inputs"].items():
+            lines += [f"        not {name} on {kind}: {why}" for name, why in methods.items()]
     lines.append("vision towers")
     for tower in about["towers"]:
         lines.append(f"    {tower['model_type']}: {'with' if tower['has_cls'] else 'without'} a [CLS] token")

@@ -11,6 +11,8 @@ from vlmprune.cli.errors import UserError, brief
 
 __all__ = ["check_target", "read_picture", "to_rgb"]
 
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
+
 
 def read_picture(path: str | Path) -> Image.Image:
     """Read a picture file (the first frame of an animation) upright and as RGB.
@@ -30,6 +32,10 @@ def read_picture(path: str | Path) -> Image.Image:
     except PermissionError:
         raise UserError(f"no permission to read {path}") from None
     except Image.UnidentifiedImageError:
+        if path.suffix.lower() in VIDEOS:
+            raise UserError(
+                f"{path} is a video: this command takes pictures. Videos are pruned from Python (README, Videos)."
+            ) from None
         raise UserError(f"{path} is not a picture that Pillow can read.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as a picture: {brief(error)}") from None

@@ -9,6 +9,7 @@ from typing import ClassVar
 from vlmprune.budget import check_keep
 from vlmprune.cuts import Cut
 from vlmprune.errors import UnsupportedError
+from vlmprune.layout import Layout
 from vlmprune.patches import ModelFacts
 
 __all__ = ["Budgeted", "Method", "check_layer", "check_seed", "check_share", "need_cls", "tower_layer"]
@@ -29,6 +30,8 @@ class Method:
     syncs: ClassVar[int] = 0  # device syncs a cut adds beyond the host read of the placeholder counts
     training: ClassVar[str] = "none"
     refuses: ClassVar[dict[str, str]] = {}  # options that a user may expect, and why the method has none
+    # inputs that the method cannot work on, and why: "video", or "shrunk" where packing blends neighbouring patches
+    refuses_inputs: ClassVar[dict[str, str]] = {}
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         """The cuts this method makes in a model.
@@ -39,13 +42,24 @@ class Method:
         """
         raise NotImplementedError
 
+    def check_inputs(self, layout: Layout) -> None:
+        """Raise UnsupportedError if the batch has an input of `refuses_inputs`."""
+        found = {
+            "video": any(grid.frames for grid in layout.grids),
+            "shrunk": any(grid.blend is not None for grid in layout.grids),
+        }
+        for kind, why in self.refuses_inputs.items():
+            if found[kind]:
+                raise UnsupportedError(f"{self.name} {why}.")
+
 
 @dataclass(frozen=True)
 class Budgeted(Method):
     """A method with a budget, given in one of two words.
 
     Args:
-        keep: patches per image (int), or a fraction of them, that enter the LLM or are left after the last cut.
+        keep: patches per image or per whole video (int), or a fraction of them, that enter the LLM or are left after
+            the last cut.
         average: the same as a mean over all decoder layers; what it means for the cuts is solved by the method.
     """
 

@@ -108,7 +108,7 @@ def image_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torch
         if budget == 0:
             continue
         r, c = grid_shape(budget, rows, cols)
-        mine = ((grid.view > 0).long() == plane) & ~grid.newline
+        mine = (grid.plane == plane) & ~grid.newline
         cell = (grid.row[mine] * r // rows) * c + grid.col[mine] * c // cols
         # every cell is a rectangle, so its middle patch in raster order of row and column means lies inside it
         middle_row = middle(torch.arange(rows) * r // rows, r)[cell // c]
@@ -131,8 +131,8 @@ def middle(group: torch.Tensor, groups: int) -> torch.Tensor:
 class Cells(Control):
     """A control that divides the picture into equal cells: the largest grid within the budget with its aspect.
 
-    On an anyres image the thumbnail and the canvas of crops each get their share. An image whose tokens were cut
-    before is divided as if they were all there.
+    On an anyres image the thumbnail and the canvas of crops each get their share, of a video every frame. An image
+    whose tokens were cut before is divided as if they were all there.
     """
 
     def image_cells(self, grid: ImageGrid) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional
@@ -70,7 +70,8 @@ class GlobalCom2(Budgeted):
     Scores are the last tower layer's [CLS] logits (before the softmax: with probabilities the budgets would be flat).
     The thumbnail keeps its own best floor(N * R) patches; crop j keeps floor(n_j * r_j) of its un-padded patches by its
     own scores plus the thumbnail's, stretched over the un-padded canvas. An image with a single view is left alone, as
-    in the source.
+    in the source. Where LLaVA-OneVision shrinks the un-padded canvas (the source's code for it is not public), all this
+    happens on the shrunken one, with scores shrunk as the features are. Videos, which have no thumbnail, are refused.
 
     Args:
         keep, average: R, a fraction (0.25, the code's default, if none is given), or patches per image, turned into the
@@ -92,6 +93,9 @@ class GlobalCom2(Budgeted):
     needs = "a family with views; tower [CLS] logits (or score='distinct')"
     syncs = 1
     optional = True
+    refuses_inputs: ClassVar[dict[str, str]] = {
+        "video": "lets the thumbnail of an image command its crops, and a video has no thumbnail"
+    }
 
     tau: float = 10.0
     score: Literal["cls", "distinct"] = "cls"
@@ -122,6 +126,9 @@ class GlobalCom2(Budgeted):
 
     def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` scores in, decision out."""
+        self.check_inputs(layout)
+        if self.parity and any(grid.blend is not None for grid in layout.grids):
+            raise UnsupportedError("parity='released' repeats code that knows no shrunken canvas: leave parity away.")
         (scores,) = seen.values()
         keep = torch.zeros_like(layout.alive)
         combined = scores.clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -53,6 +53,10 @@ class EncoderMerge(Budgeted):
 
     stage = "vision tower, every layer"
     needs = "the tower's keys or hidden states"
+    refuses_inputs: ClassVar[dict[str, str]] = {
+        "shrunk": "merges patches inside the tower, and tokens that blend several patches (a shrunken canvas, pooled "
+        "frames) belong to no single cluster"
+    }
 
     weigh: bool = False
     positions: Positions = "contiguous"
@@ -94,6 +98,7 @@ class EncoderMerge(Budgeted):
 
     def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, clusters: int) -> Reduction:
         """Pure: cluster numbers in, one token per cluster stays."""
+        self.check_inputs(layout)
         (cluster,) = seen.values()
         keep = first_of_cluster(cluster, layout)
         # where packing cuts padding off, whole clusters can go with it
