@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import filelock
+
+from vlmprune.eval.files import PREFIX, write_whole
 
 __all__ = ["FORMAT", "Run", "StoreError", "all_cells", "load_run", "locked", "read_cell", "write_cell", "write_run"]
 
@@ -141,7 +141,7 @@ def write_run(folder: Path, info: dict[str, Any]) -> Path:
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Write a file in one step: a temporary file beside it, flushed to the disk, then renamed.
+    """Write a file whole or not at all, and its folder where there is none.
 
     Raises:
         ValueError: something in `value` is not JSON (NaN included).
@@ -150,29 +150,10 @@ def write_json(path: Path, value: Any) -> Path:
     text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    except OSError as error:
-        raise StoreError(f"cannot write into {path.parent}: {error.strerror or error}.") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp makes files that nobody else may read
-        os.replace(temporary, path)
+        write_whole(path, f"{text}\n".encode())
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror or error}.") from None
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
     return path
-
-
-def umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 class RunLock(filelock.FileLock):
@@ -198,7 +179,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise StoreError(f"cannot use {folder} as output folder: {error.strerror or error}.") from None
     try:
-        for left in (folder / CELLS).glob(".writing-*"):  # of a run that was killed while it wrote
+        for left in (folder / CELLS).glob(f"{PREFIX}*"):  # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
         yield
     finally:
