@@ -9,6 +9,7 @@ from typing import Any
 
 from vlmprune.budget import check_keep
 from vlmprune.errors import did_you_mean
+from vlmprune.eval import choices
 from vlmprune.eval.tree import Key, Mistakes, Reader, read_tree
 
 __all__ = ["Budget", "Config", "Entry", "Part", "Published", "Setting", "load_config", "unique"]
@@ -89,7 +90,7 @@ class Setting:
     include_path: tuple[str, ...]
     metrics: dict[str, str]
     published: tuple[Published, ...]
-    where: dict[str, str]  # of every key, and of every task ("tasks.pope")
+    where: dict[str, str]  # of every key, and of every task and metric ("tasks.pope", "metrics.pope")
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,15 @@ def read_budgets(reader: Reader, key: Key, given: dict[str, Any]) -> tuple[Budge
     return once
 
 
+def read_seeds(reader: Reader, key: Key, value: Any) -> tuple[int, ...]:
+    """Whole numbers, each once: a seed that counts twice would narrow the spread."""
+    seeds = reader.listed(key, value, lambda k, v: reader.whole(k, v, 0))
+    if len(set(seeds)) < len(seeds):
+        twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+        reader.wrong(key, f"seed {', '.join(map(str, twice))} is given twice.")
+    return tuple(dict.fromkeys(seeds))
+
+
 def unique(budgets: Iterable[Budget]) -> tuple[Budget, ...]:
     """Each budget once; 1 (a token) and 1.0 (all of them) are two."""
     return tuple({repr(budget): budget for budget in budgets}.values())
@@ -181,7 +191,9 @@ def read_config(reader: Reader, path: Path, text: str) -> Config:
     else:
         settings = []
         runs = top["runs"]
-        if reader.check(("runs",), runs, isinstance(runs, list) and bool(runs), "a list with an entry per model"):
+        if runs == []:
+            reader.wrong(("runs",), "runs is an empty list: it needs an entry per model, or leave it out.")
+        elif reader.check(("runs",), runs, isinstance(runs, list), "a list with an entry per model"):
             for i, given in enumerate(runs):
                 key: Key = ("runs", i)
                 mine = reader.mapping(key, given)
@@ -224,8 +236,6 @@ def read_setting(reader: Reader, at: dict[str, Key], given: dict[str, Any], plac
     if not methods and not controls:
         reader.wrong(place, "there is nothing to run: `methods` is empty and `controls` are off.")
     limit = optional("limit", lambda k, v: reader.whole(k, v, 1))
-    if limit is not None and limit % 2 and any(task.startswith("mme") for task in tasks):
-        reader.wrong(key["limit"], f"limit is {limit}: mme scores pairs of questions, so it must be even.")
     generation = reader.mapping(key["generation"], values["generation"])
     metrics = reader.mapping(key["metrics"], values["metrics"])
     for task in metrics:
@@ -239,15 +249,15 @@ def read_setting(reader: Reader, at: dict[str, Key], given: dict[str, Any], plac
         methods=methods,
         controls=controls,
         budgets=budgets,
-        seeds=reader.listed(key["seeds"], values["seeds"], lambda k, v: reader.whole(k, v, 0)),
+        seeds=read_seeds(reader, key["seeds"], values["seeds"]),
         batch_size=reader.whole(key["batch_size"], values["batch_size"], 1),
-        device=reader.text(key["device"], values["device"]),
+        device=choices.device(reader, key["device"], values["device"]),
         dtype=reader.choice(key["dtype"], values["dtype"], DTYPES),
-        attn_implementation=optional("attn_implementation", reader.text),
-        device_map=optional("device_map", reader.text),
+        attn_implementation=optional("attn_implementation", lambda k, v: choices.attention(reader, k, v)),
+        device_map=optional("device_map", lambda k, v: choices.device_map(reader, k, v)),
         template=optional("template", reader.text),
         limit=limit,
-        generation={word: reader.plain((*key["generation"], word), value) for word, value in generation.items()},
+        generation=choices.generation(reader, key["generation"], generation),
         include_path=reader.listed(key["include_path"], values["include_path"], reader.text, least=0),
         metrics={task: reader.text((*key["metrics"], task), value) for task, value in metrics.items()},
         published=tuple(
@@ -255,7 +265,8 @@ def read_setting(reader: Reader, at: dict[str, Key], given: dict[str, Any], plac
             for i, value in enumerate(as_list(reader, key, values, "published"))
         ),
         where={word: reader.tree.where(k) for word, k in key.items()}
-        | {f"tasks.{task}": place for task, place in tasks.items()},
+        | {f"tasks.{task}": place for task, place in tasks.items()}
+        | {f"metrics.{task}": reader.tree.where((*key["metrics"], task)) for task in metrics},
     )
 
 
@@ -309,7 +320,7 @@ def read_entry(reader: Reader, key: Key, value: Any, control: bool = False) -> E
         label="+".join(part.name for part in parts) if label is None else reader.text((*key, "label"), label),
         budgets=mine or None,
         own_budget=own is True,
-        seeds=None if seeds is None else reader.listed((*key, "seeds"), seeds, lambda k, v: reader.whole(k, v, 0)),
+        seeds=None if seeds is None else read_seeds(reader, (*key, "seeds"), seeds),
         control=control,
         where=reader.tree.where(key),
     )

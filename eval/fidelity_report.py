@@ -6,9 +6,7 @@ import base64
 import html
 import io
 import json
-import os
 import re
-import tempfile
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +19,7 @@ from PIL import Image
 from vlmprune import draw
 from vlmprune.eval import statistics
 from vlmprune.eval.fidelity import Entry, Estimate, Line, Row, summarise
+from vlmprune.eval.files import write_whole
 
 __all__ = ["Card", "Study", "as_json", "in_words", "table_of", "write"]
 
@@ -388,26 +387,5 @@ def write(folder: Path, study: Study) -> list[Path]:
         sheet_of(label, study.cards[label]).save(made, "PNG")
         files[name] = made.getvalue()
     for name, content in files.items():
-        replace(folder / name, content)
+        write_whole(folder / name, content)
     return [folder / name for name in files]
-
-
-def replace(target: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, meets the old one or the new one."""
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as made:
-        try:
-            made.write(content)
-            made.flush()
-            os.fsync(made.fileno())
-            os.chmod(made.name, 0o666 & ~umask())
-            os.replace(made.name, target)
-        except BaseException:
-            os.unlink(made.name)
-            raise
-
-
-def umask() -> int:
-    """The process's mask, which a temporary file ignores."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

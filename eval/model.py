@@ -132,6 +132,7 @@ class VlmPrune(lmms):
         self._new: list[Record] = []  # of this process, since the last evaluation ended
         self._seconds = 0.0
         self._records: list[Record] = []  # of all processes
+        self._warm = False
         self.use(method, **options)
 
     @property
@@ -199,6 +200,7 @@ class VlmPrune(lmms):
         with tqdm(total=len(requests), disable=hidden, desc=f"vlmprune ({self.method})") as bar:
             for batch in order.get_batched(n=self.batch_size):
                 try:
+                    self.warm_up(batch)
                     made += self.answer(batch)
                 except CommandError as error:
                     docs = ", ".join(str(request.doc_id) for request in batch)
@@ -207,6 +209,16 @@ class VlmPrune(lmms):
                 if self.progress is not None:
                     self.progress(len(made), len(requests))
         return order.get_original(made)
+
+    def warm_up(self, requests: Sequence[Instance]) -> None:
+        """Answer the first batch after loading, and forget it.
+
+        The first call is the slowest (memory is claimed, kernels are loaded), and it would be counted against whatever
+        is measured first, which is most often the unpruned model.
+        """
+        if not self._warm:
+            self.answer(requests)
+            self._new, self._seconds, self._warm = [], 0.0, True
 
     def answer(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answer one batch, whose requests have the same generation arguments."""

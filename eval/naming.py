@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from vlmprune import registry
 from vlmprune.errors import did_you_mean
 from vlmprune.methods.base import Method
 
-__all__ = ["methods_of", "typed"]
+__all__ = ["NONE", "budget_text", "methods_of", "typed"]
 
 NONE = "none"  # the method that leaves the model as it is
 PYTHON = {"True": True, "False": False, "None": None}
+
+
+def budget_text(budget: Mapping[str, Any] | None) -> str:
+    """`keep 0.25`; empty for none."""
+    return ", ".join(f"{word} {amount}" for word, amount in (budget or {}).items())
 
 
 def typed(value: Any) -> Any:

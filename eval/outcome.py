@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-__all__ = ["Incomplete", "cell_of_results", "failed_cell"]
+__all__ = ["Incomplete", "NoMetric", "cell_of_results", "failed_cell"]
 
 #: Where data sets name the picture that a question is about: several questions about one are not independent.
 PICTURE = ("picture_id", "image_id", "imageId", "img_id", "image_name", "image_source")
@@ -15,6 +15,10 @@ PICTURE = ("picture_id", "image_id", "imageId", "img_id", "image_name", "image_s
 
 class Incomplete(Exception):
     """lmms-eval came back without an error and without everything it was asked for."""
+
+
+class NoMetric(Incomplete):
+    """A task without the metric that the config names: no other cell of the task would have it."""
 
 
 def failed_cell(about: Mapping[str, Any], error: str, elapsed_s: float) -> dict[str, Any]:
@@ -49,18 +53,22 @@ def cell_of_results(
         elapsed_s: seconds that the cell took.
 
     Raises:
-        Incomplete: documents without an answer, no metric that is a number, no metric called `wanted`.
+        NoMetric: the task has no metric called `wanted`.
+        Incomplete: documents without an answer, no metric that is a number.
     """
     name = about["cell"]["task"]
     if not results or name not in results.get("results", {}):
         raise Incomplete("lmms-eval returned no results")
     metrics, filters = metrics_of(results["results"][name], results["higher_is_better"].get(name, {}))
+    named = {key.partition(",")[0] for key in results["results"][name]}
+    if wanted is not None and wanted.partition(" (")[0] not in named:
+        raise NoMetric(f"this task has no metric {wanted!r}; it has {', '.join(metrics) or 'none that is a number'}")
     if not metrics:
         raise Incomplete("no metric of this task is a number (does it only write a file to submit?)")
     listed = [entry["metric"] for entry in task.config.metric_list or () if entry.get("metric") in metrics]
     main = wanted or next(iter([*listed, *metrics]))
     if main not in metrics:
-        raise Incomplete(f"this task has no metric {main!r}; it has {', '.join(metrics)}")
+        raise Incomplete(f"{main} is not a number here; this task has {', '.join(metrics)}")
     costs: dict[int, Mapping[str, Any]] = {}
     for record in records:
         costs.setdefault(record["doc"], record)
@@ -73,6 +81,7 @@ def cell_of_results(
         "metrics": metrics,
         "metric": main,
         "samples": samples,
+        "documents": results["n-samples"][name]["original"],
         "summary": summary_of(samples, list(costs.values())),
         "elapsed_s": elapsed_s,
         "error": None,

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vlmprune import api, registry
-from vlmprune.errors import UnsupportedError
+from vlmprune.cli.errors import UserError
+from vlmprune.cli.loading import pick_device
+from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.eval import fingerprints
 from vlmprune.eval.config import Budget, Config, Entry, Setting, unique
-from vlmprune.eval.naming import methods_of
+from vlmprune.eval.naming import NONE, budget_text, methods_of
 from vlmprune.eval.taskindex import TaskIndex
 from vlmprune.eval.tree import Mistakes
 from vlmprune.patches import ModelFacts
@@ -105,17 +107,21 @@ def make_plan(config: Config, *, look_at_model: bool = True, device: str | None 
 
     Raises:
         Mistakes: everything that cannot be, with lines.
+        UserError: lmms-eval is installed and cannot be imported.
     """
     draft, jobs = Draft(), []
     for setting in config.settings:
         facts, model = look(setting, draft) if look_at_model else (None, {})
         index = TaskIndex(setting.include_path)
         tasks = leaves(setting, index, draft)
-        check_published(setting, tasks, draft)
+        check_limit(setting, tasks, draft)
+        check_metrics(setting, index, tasks, draft)
+        notes_on(setting, draft)
         cells: list[Cell] = []
         for entry in order(setting):
             for budget, seed in variants(setting, entry, facts, draft):
                 cells += [cell_of(setting, entry, budget, seed, task, group) for task, group in tasks.items()]
+        check_published(setting, [other.name for other in config.settings], tasks, index, cells, draft)
         one_each = {cell.label: cell for cell in cells if not draft.mistakes}
         about = {label: fingerprints.method(cell.method, cell.arguments) for label, cell in one_each.items()}
         shared = {
@@ -174,6 +180,40 @@ def leaves(setting: Setting, index: TaskIndex, draft: Draft) -> dict[str, str | 
 def metric_of(setting: Setting, task: str, group: str | None) -> str | None:
     """The main metric that the config names for a task or its group."""
     return setting.metrics.get(task, setting.metrics.get(group or task))
+
+
+def check_limit(setting: Setting, tasks: Iterable[str], draft: Draft) -> None:
+    """MME's score counts pairs of neighbouring questions."""
+    if setting.limit is not None and setting.limit % 2 and "mme" in tasks:
+        why = f"limit is {setting.limit}: mme scores pairs of questions, so it must be even."
+        draft.mistakes.append((setting.where["limit"], why))
+
+
+def check_metrics(setting: Setting, index: TaskIndex, tasks: dict[str, str | None], draft: Draft) -> None:
+    """A metric that the config names must be one of its task: it would be missed when all is answered."""
+    for task, group in tasks.items():
+        named = task if task in setting.metrics else group or task
+        if named in setting.metrics and (why := no_metric(index, task, setting.metrics[named])):
+            draft.mistakes.append((setting.where[f"metrics.{named}"], why))
+
+
+def no_metric(index: TaskIndex, task: str, metric: str) -> str | None:
+    """Why a task has no such metric; None where it has, or does not say which it has."""
+    known = index.metrics(task)
+    if not known or metric.partition(" (")[0] in known:  # "exact_match (strict)" is that behind a second filter
+        return None
+    return f"{task} has no metric {metric!r}.{did_you_mean(metric, known)} It has {', '.join(known)}."
+
+
+def notes_on(setting: Setting, draft: Draft) -> None:
+    """What is allowed, and may not be meant."""
+    if not setting.methods:
+        labels = ", ".join(entry.label for entry in setting.controls)
+        draft.notes.append(f"{setting.name}: no methods are given, so only the controls are run: {labels}.")
+    try:
+        pick_device(setting.device)
+    except UserError as error:
+        draft.notes.append(f"{setting.name}: it cannot be run on this machine: {error}")
 
 
 def order(setting: Setting) -> list[Entry]:
@@ -269,6 +309,7 @@ def cell_of(
     }
     amount = "-".join(map(str, budget)) if budget else "full" if entry.parts[0].name == "none" else "own"
     words = [setting.name, entry.label, amount, task, *([] if seed is None else [f"seed-{seed}"])]
+    words += [] if setting.limit is None else [f"limit-{setting.limit}"]  # a first try must not replace what took long
     name = "--".join(re.sub(r"[^\w.+-]+", "_", word) for word in words)
     if len(name) > 200:  # file systems allow 255
         name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
@@ -296,14 +337,42 @@ def check_ids(cells: Iterable[Cell], config: Config, draft: Draft) -> None:
             draft.mistakes.append((str(config.path), f"{who} would share the file {cell.id}.json: change a label."))
 
 
-def check_published(setting: Setting, tasks: dict[str, str | None], draft: Draft) -> None:
-    """A published number must be about a task that is run."""
-    from vlmprune.errors import did_you_mean
+def check_published(
+    setting: Setting,
+    names: Sequence[str],
+    tasks: dict[str, str | None],
+    index: TaskIndex,
+    cells: Sequence[Cell],
+    draft: Draft,
+) -> None:
+    """A published number must be about a cell of the plan, or the ledger has nothing to put beside it.
 
+    Numbers of the unpruned model may stand there without it, since `controls` can be switched off.
+    """
     for entry in setting.published:
-        if entry.task not in tasks and tasks:
+        if entry.model is not None and entry.model not in names:
+            hint, known = did_you_mean(entry.model, names), ", ".join(names)
+            why = f"the published model {entry.model!r} is the name of no run.{hint} Here is {known}."
+        elif entry.model not in (None, setting.name):
+            continue  # written at the top, for several runs
+        elif entry.task not in tasks:
             hint = did_you_mean(entry.task, tasks)
-            draft.mistakes.append((entry.where, f"the published task {entry.task!r} is not run here.{hint}"))
+            why = f"the published task {entry.task!r} is not run here.{hint}" if tasks else None
+        elif not (why := no_metric(index, entry.task, entry.metric)):
+            budget = dict([entry.budget]) if entry.budget else None
+            mine = [c for c in cells if c.task == entry.task and is_about(entry.method, c)]
+            run = {str(c.budget): c.budget for c in mine}
+            if run and str(budget) not in run:
+                wanted, *shown = [budget_text(one) or "no budget" for one in (budget, *run.values())]
+                why = f"{entry.method} is published at {wanted}, and run at {', '.join(shown)}."
+                why += " To run it without the ledger: --set 'published=[]'."
+        if why:
+            draft.mistakes.append((entry.where, why))
+
+
+def is_about(method: str, cell: Cell) -> bool:
+    """Whether a published number's `method` means this cell: the unpruned model goes by its method, others by label."""
+    return cell.method == NONE if method == NONE else cell.label == method
 
 
 def published(setting: Setting) -> list[dict[str, Any]]:

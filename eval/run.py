@@ -18,6 +18,7 @@ from vlmprune.eval import fingerprints, outcome, store
 from vlmprune.eval import plan as plans
 from vlmprune.eval.plan import Cell, Job, Plan
 from vlmprune.eval.survey import Survey, survey
+from vlmprune.eval.taskindex import imported
 
 __all__ = ["Done", "rank", "run_plan"]
 
@@ -64,7 +65,7 @@ def run_plan(plan: Plan, watcher: Watcher | None = None, command: list[str] | No
 
     Raises:
         StoreError: the folder is in use, or cannot be written.
-        CommandError: a model that cannot be loaded; with several processes, a cell that failed.
+        CommandError: lmms-eval or a model that cannot be loaded; with several processes, a cell that failed.
     """
     watcher = watcher or Watcher()
     folder = plan.config.output
@@ -106,7 +107,8 @@ def run_job(job: Job, cells: list[Cell], folder: Path, watcher: Watcher) -> Done
     """Load a model and run its cells."""
     with quietly(folder) as log:
         watcher.loading(job)
-        from vlmprune.eval.model import VlmPrune
+        with imported():
+            from vlmprune.eval.model import VlmPrune
 
         setting = job.setting
         lm = VlmPrune(
@@ -138,6 +140,8 @@ def run_job(job: Job, cells: list[Cell], folder: Path, watcher: Watcher) -> Done
                 if isinstance(error, GeneratorExit):
                     raise
                 log(f"{cell.id} failed", error)
+                if isinstance(error, outcome.NoMetric):
+                    tasks[cell.task] = error  # as a data set that cannot be opened: its other cells fail at once
                 content = outcome.failed_cell(about, told(error), time.perf_counter() - start)
             if content is None:  # not the first process
                 continue
@@ -269,7 +273,8 @@ def quietly(folder: Path) -> Iterator[Callable[[str, BaseException], None]]:
             file.flush()
 
         with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), quiet():
-            import lmms_eval.evaluator  # noqa: F401 - it sets up loguru when imported, so before we do
+            with imported():
+                import lmms_eval.evaluator  # noqa: F401 - it sets up loguru when imported, so before we do
 
             logger.remove()
             sink = logger.add(file, level="WARNING")
@@ -281,7 +286,10 @@ def quietly(folder: Path) -> Iterator[Callable[[str, BaseException], None]]:
 
 def about_run(plan: Plan, command: list[str] | None) -> dict[str, Any]:
     """What `run.json` says."""
-    config = plan.config
+    config, published = plan.config, []
+    for entry in (entry for job in plan.jobs for entry in plans.published(job.setting)):
+        if entry not in published:  # written at the top, it is in every run
+            published.append(entry)
     return {
         "format": store.FORMAT,
         "config": config.resolved,
@@ -298,7 +306,7 @@ def about_run(plan: Plan, command: list[str] | None) -> dict[str, Any]:
         "keys": {cell.id: job.key(cell) for job, cell in plan.cells},
         "skipped": list(plan.skipped),
         "notes": list(plan.notes),
-        "published": [entry for job in plan.jobs for entry in plans.published(job.setting)],
+        "published": published,
     }
 
 

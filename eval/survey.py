@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vlmprune.eval import store
-from vlmprune.eval.plan import Cell, Job, Plan
+from vlmprune.eval import store, taskindex
+from vlmprune.eval.plan import Job, Plan
 
 __all__ = ["Estimate", "Survey", "estimate", "survey"]
 
 NEW, FAILED = "not measured yet", "failed the last time"
+UNKNOWN = "measured, but whether anything changed cannot be told: lmms-eval is not installed here"
 #: Hashes say nothing to a reader.
 HASHED = {
     "code": "the method's code",
@@ -45,10 +46,13 @@ class Survey:
 def survey(plan: Plan, folder: Path) -> Survey:
     """Compare a plan to what its output folder holds."""
     done, reasons = [], {}
+    comparable = taskindex.have_lmms_eval()  # its version and the task's files are in the key
     for job, cell in plan.cells:
         found = store.read_cell(folder, cell.id)
         if found is None:
             reasons[cell.id] = NEW
+        elif not comparable:
+            reasons[cell.id] = UNKNOWN
         elif found["key"] != job.key(cell):
             reasons[cell.id] = changed(found["depends"], job.depends(cell))
         elif found["error"] is not None:
@@ -90,25 +94,26 @@ class Estimate:
 def estimate(plan: Plan, found: Survey, folder: Path) -> Estimate:
     """How long the cells to do may take, by what cells in the folder took, of whatever config they are.
 
-    A cell takes as long per sample as others of its model, method and task did; failing that, as others of its model
-    and task, or of its model. Cells of a model that nothing was measured of stay unknown.
+    A cell takes as long per sample as others of its model, method and task did, with whatever limit; failing that, as
+    others of its model and task, or of its model. Cells of a model that nothing was measured of stay unknown.
     """
     rates: dict[tuple[str, ...], list[float]] = {}
     sizes: dict[str, int] = {}
     measured = 0
-    for _, cell in plan.cells:
-        old = store.read_cell(folder, cell.id)
-        if old is None or old["error"] is not None or not old["samples"]:
+    planned = {group for _, cell in plan.cells for group in groups(asdict(cell))}
+    for old in store.all_cells(folder):
+        known = [group for group in groups(old["cell"]) if group in planned]
+        if old["error"] is not None or not known:
             continue
         measured += 1
-        sizes[cell.task] = max(len(old["samples"]), sizes.get(cell.task, 0))
-        for group in groups(cell):
+        sizes[old["cell"]["task"]] = old.get("documents") or len(old["samples"])
+        for group in known:
             rates.setdefault(group, []).append(old["elapsed_s"] / len(old["samples"]))
     seconds, unknown, todo = 0.0, 0, set(found.todo)
     for job, cell in plan.cells:
         if cell.id not in todo:
             continue
-        rate = next((fmean(rates[group]) for group in groups(cell) if group in rates), None)
+        rate = next((fmean(rates[group]) for group in groups(asdict(cell)) if group in rates), None)
         size = samples_of(job, sizes.get(cell.task))
         if rate is None or size is None:
             unknown += 1
@@ -117,12 +122,12 @@ def estimate(plan: Plan, found: Survey, folder: Path) -> Estimate:
     return Estimate(seconds, measured, unknown)
 
 
-def groups(cell: Cell) -> Iterable[tuple[str, ...]]:
+def groups(cell: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     """From like to less like."""
-    return (cell.model, cell.label, cell.task), (cell.model, cell.task), (cell.model,)
+    model, label, task = cell["model"], cell["label"], cell["task"]
+    return (model, label, task), (model, task), (model,)
 
 
 def samples_of(job: Job, known: int | None) -> int | None:
-    """How many samples a cell will have: the limit, or what a cell of its task had."""
-    limit = job.setting.limit
-    return known if limit is None else limit
+    """How many samples a cell will have: the limit, or all that its task has, if a cell was measured of it."""
+    return min((many for many in (job.setting.limit, known) if many is not None), default=None)

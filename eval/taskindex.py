@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vlmprune.cli.errors import UserError, brief
 from vlmprune.errors import did_you_mean
 from vlmprune.eval import fingerprints
 
-__all__ = ["INSTALL", "TaskIndex", "have_lmms_eval"]
+__all__ = ["INSTALL", "TaskIndex", "have_lmms_eval", "imported"]
 
 INSTALL = "lmms-eval is not installed: pip install vlmprune[eval]"
 OURS = Path(__file__).resolve().parent / "tasks"
@@ -18,8 +20,26 @@ OURS = Path(__file__).resolve().parent / "tasks"
 
 @cache
 def have_lmms_eval() -> bool:
-    """Whether lmms-eval can be imported; it takes seconds, so the metadata is asked."""
+    """Whether lmms-eval is installed; importing it takes seconds, so the metadata is asked."""
     return fingerprints.versions()["lmms-eval"] is not None
+
+
+@contextmanager
+def imported() -> Iterator[None]:
+    """Around imports of lmms-eval, whose own requirements may be missing: the recipe for CPUs leaves many out.
+
+    Raises:
+        UserError: it, or something that it imports, cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        lost = (error.name or "").partition(".")[0]
+        way = f"pip install {lost} (if the package is called as its module), or all" if lost else "all"
+        raise UserError(
+            f"lmms-eval is installed and cannot be imported: {brief(error)}. Install what is missing: {way} that it "
+            "needs: pip install vlmprune[eval]"
+        ) from error
 
 
 class TaskIndex:
@@ -47,6 +67,7 @@ class TaskIndex:
 
         Raises:
             ValueError: no such task (the message suggests one), or a group that cannot be taken apart.
+            UserError: lmms-eval is installed and cannot be imported.
         """
         if lost := [path for path in self.paths if not Path(path).is_dir()]:
             raise ValueError(f"include_path: there is no folder {lost[0]!r}.")
@@ -69,6 +90,18 @@ class TaskIndex:
             raise ValueError(f"the group {name!r} changes its tasks' settings: name the tasks that you want instead.")
         return list(dict.fromkeys(task for member in members for task in self.expand(member)))
 
+    def metrics(self, name: str) -> list[str]:
+        """The metrics that a task's YAML lists; none where it leaves them to lmms-eval, or is written in Python."""
+        if not have_lmms_eval():
+            return []
+        about = self.manager(name).task_index[name]
+        if about["type"] != "task":
+            return []
+        from lmms_eval.utils import load_yaml_config
+
+        listed = load_yaml_config(about["yaml_path"], mode="simple").get("metric_list") or ()
+        return [str(entry["metric"]) for entry in listed if isinstance(entry, dict) and "metric" in entry]
+
     def fingerprint(self, name: str) -> dict[str, Any]:
         """What a task depends on beyond lmms-eval's version: the files beside a YAML that is not lmms-eval's own."""
         if not have_lmms_eval():
@@ -87,9 +120,10 @@ def folder_files(folder: Path) -> str:
 @cache
 def task_manager(paths: tuple[str, ...], defaults: bool) -> Any:
     """lmms-eval's index of tasks; reading its own takes seconds."""
-    from loguru import logger
+    with imported():
+        from loguru import logger
 
-    logger.disable("lmms_eval")  # hundreds of lines about files that are no tasks
-    from lmms_eval.tasks import TaskManager
+        logger.disable("lmms_eval")  # hundreds of lines about files that are no tasks
+        from lmms_eval.tasks import TaskManager
 
     return TaskManager(include_path=list(paths), include_defaults=defaults, model_name="vlmprune")

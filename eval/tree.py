@@ -16,6 +16,8 @@ __all__ = ["Key", "Mistakes", "Reader", "Tree", "read_tree"]
 
 LARGEST, NODES, DEPTH = 1_000_000, 20_000, 30  # characters, values after aliases are expanded, nested levels
 PLAIN = ("str", "int", "float", "bool", "null")
+#: Numbers of YAML 1.1 that hardly anybody means: 010 is 8, and 1:30 is 90.
+UNUSUAL = re.compile(r"[-+]?0[0-7_]+|.*:.*")
 
 Key = tuple[str | int, ...]
 
@@ -71,6 +73,11 @@ class Tree:
                     holder.append(None)
             elif isinstance(holder, dict):
                 part = step
+                if part not in holder and not last and steps[i + 1].isdigit():
+                    rest = ".".join(steps[2:])
+                    only = f" The file is about one model: write {rest}={text}." if key == () and part == "runs" else ""
+                    path = ".".join(steps[: i + 1])
+                    raise Mistakes([(where, f"{path} is not in the file, so it has no place {steps[i + 1]}.{only}")])
                 holder.setdefault(part, {})
             else:
                 raise Mistakes([(where, f"{shown} is {holder!r}, which has no part {step!r}.")])
@@ -145,6 +152,9 @@ def read_tree(text: str, name: str) -> Tree:
             raise stop(node, f"{node.value!r} is read as a date ({kind!r}): put it in quotes for text.")
         if kind not in PLAIN:
             raise stop(node, f"{kind!r} is no plain value: write lists, mappings, text and numbers only.")
+        if kind in ("int", "float") and (odd := UNUSUAL.fullmatch(node.value)):
+            meant = "base 60" if ":" in odd[0] else "octal"
+            raise stop(node, f"{node.value!r} would be a number in {meant}: write it plainly, or in quotes for text.")
         try:
             return yaml.constructor.SafeConstructor().construct_object(node)
         except ValueError:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from vlmprune.eval.files import write_whole
+
 __all__ = ["SCHEMA", "cells_by_key", "describe_machine", "read", "rows", "run_grid", "write_csv", "write_json"]
 
 SCHEMA = 1
@@ -76,10 +78,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def write_json(results: dict[str, Any], path: str | Path) -> None:
     """Write results so that a reader never sees half of them."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(Path(path), f"{json.dumps(results, indent=1)}\n".encode())
 
 
 def flat(value: Any, name: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from vlmprune.eval import statistics
-from vlmprune.eval.report.rows import FAILED, MISSING, OK, OTHER, PARTLY, Problem, Results, Row, budget_text
+from vlmprune.eval.naming import budget_text
+from vlmprune.eval.report.rows import FAILED, MISSING, NEAR, OK, OTHER, PARTLY, Problem, Results, Row
 from vlmprune.eval.store import Run
 
 __all__ = ["gather"]
@@ -188,7 +189,6 @@ def compare(pooled: Sequence[Pooled]) -> None:
     for row in rows:
         if row.name in draws:
             row.low, row.high = statistics.interval(draws[row.name])
-    contrast(rows, draws)
     full = next((row for row in rows if row.full and row.value is not None), None)
     for row in rows if full is not None else []:
         if row.value is None:
@@ -201,13 +201,16 @@ def compare(pooled: Sequence[Pooled]) -> None:
         if row.name in draws and full.name in draws:
             ratios = statistics.retention(draws[row.name], draws[full.name], row.higher_is_better)
             row.retention_low, row.retention_high = statistics.interval(ratios)
+    contrast(rows, draws)
 
 
 def contrast(rows: Sequence[Row], draws: Draws) -> None:
-    """Fill in every row's differences to the full model and to `random` at its budget."""
+    """Fill in every row's differences to the full model and to `random`."""
     for row in rows:
+        if row.value is None:
+            continue
         for name, base in bases(rows, row).items():
-            if row.value is None or base.value is None:
+            if base.value is None:
                 continue
             setattr(row, f"{name}_difference", row.value - base.value)
             if row.name in draws and base.name in draws:
@@ -218,12 +221,29 @@ def contrast(rows: Sequence[Row], draws: Draws) -> None:
 
 
 def bases(rows: Iterable[Row], row: Row) -> dict[str, Row]:
-    """What a row is compared to, as far as it exists: `full`, and `random` at the same budget."""
+    """What a row is compared to, as far as it exists: `full`, and `random` at the same budget, or of the same cost."""
     rows = list(rows)
     full = next((r for r in rows if r.full), None)
-    drawn = next((r for r in rows if r.method == "random" and r.budget == row.budget), None)
-    found = {"full": full, "random": None if row.full else drawn}
-    return {name: base for name, base in found.items() if base is not None and base is not row}
+    drawn = [r for r in rows if r.method == "random" and not row.full]
+    same = next((r for r in drawn if r.budget == row.budget), None) if row.budget else nearest(row, drawn)
+    return {name: base for name, base in {"full": full, "random": same}.items() if base is not None and base is not row}
+
+
+def nearest(row: Row, drawn: Iterable[Row]) -> Row | None:
+    """The `random` that costs what a method on a schedule of its own does, in the mean over layers; the row says so."""
+    known = [r for r in drawn if r.value is not None and r.layer_average is not None]
+    if not known or row.layer_average is None:
+        return None
+    base = min(known, key=lambda r: abs(r.layer_average - row.layer_average))
+    tokens = f"layer average {base.layer_average:.1f}"
+    if abs(base.layer_average - row.layer_average) > NEAR * row.layer_average:
+        told = f"no random has a layer average within {NEAR:.0%} of its {row.layer_average:.1f}: "
+        row.note = "; ".join(filter(None, [row.note, f"{told}the nearest is {base.name} ({tokens})"]))
+        return None
+    row.random_base = base.name
+    told = f"compared with {base.name} ({tokens}, its own is {row.layer_average:.1f})"
+    row.note = "; ".join(filter(None, [row.note, told]))
+    return base
 
 
 def overall(blank: Sequence[Row], found: Mapping[str, Mapping[str, Pooled]]) -> list[Row]:

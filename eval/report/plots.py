@@ -201,7 +201,7 @@ def heat(results: Results, model: str) -> Any:
     tasks, rows = results.tasks(model), [r for r in results.of(model, None) if not r.full]
     columns = [*tasks, None] if len(tasks) > 1 else list(tasks)
     of = {task: {row.name: row.retention for row in results.of(model, task)} for task in columns}
-    grid = np.array([[of[task][row.name] for task in columns] for row in rows], float).reshape(len(rows), -1) * 100
+    grid = np.array([[of[task][row.name] for task in columns] for row in rows], float) * 100
     if not np.isfinite(grid).any():
         return None
     figure = Figure(figsize=(2.6 + 0.8 * len(columns), 1.4 + 0.27 * len(rows)), layout="constrained")

@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-__all__ = ["COLUMNS", "FAILED", "MISSING", "OK", "OTHER", "PARTLY", "Problem", "Results", "Row", "budget_text"]
+__all__ = ["COLUMNS", "FAILED", "MISSING", "NEAR", "OK", "OTHER", "PARTLY", "Problem", "Results", "Row"]
 
 #: States of a row; a row over all tasks is `incomplete` when a task is missing.
 OK, FAILED, MISSING, PARTLY, OTHER = "ok", "failed", "missing", "incomplete", "other samples"
+
+#: How far apart, as a share, the layer averages of a method on its own schedule and of its `random` may be.
+NEAR = 0.05
 
 
 @dataclass
@@ -21,7 +24,8 @@ class Row:
     """One method at one budget on one task. Scores are in the metric's own unit, times in seconds, tokens per request.
 
     Intervals are 95 %. `full_*` and `random_*` are the differences to the unpruned model and to `random` at the same
-    budget. A field is None where there is no such number; `note` says why.
+    budget; a method on a schedule of its own has no budget, and `random_base` names the row of `random` that has about
+    as many tokens in the mean over layers. A field is None where there is no such number; `note` says why.
     """
 
     model: str
@@ -49,6 +53,7 @@ class Row:
     random_low: float | None = None
     random_high: float | None = None
     random_verdict: str | None = None
+    random_base: str | None = None
     retention: float | None = None
     retention_low: float | None = None
     retention_high: float | None = None
@@ -106,8 +111,3 @@ class Results:
     def of(self, model: str, task: str | None) -> list[Row]:
         """The rows of a model on a task, or on all (None): the full model, then budget by budget."""
         return [row for row in self.rows if row.model == model and row.task == task]
-
-
-def budget_text(budget: Mapping[str, Any] | None) -> str:
-    """`keep 0.25`; empty for none."""
-    return ", ".join(f"{word} {value}" for word, value in (budget or {}).items())

@@ -188,9 +188,9 @@ def summary(results: Results, wide: int = 120) -> str:
         cells = [[terminal.short(row[0], max(12, room)), *row[1:]] if row else row for row in cells]
         body = terminal.table(header, cells, [name for name in header[2:] if not name.startswith("- ")])
         parts.append("\n".join(line[:wide] for line in (f"{model}: {about}", *body.split("\n"))))
-    return "\n\n".join(
-        [*parts, "\n".join(textwrap.fill(line, wide) for line in (LEGEND, *words.few(results.rows), *lacking(results)))]
-    )
+    own = words.own_schedules([row for row in results.rows if row.task is None])
+    said = (LEGEND, *own, *words.few(results.rows), *lacking(results))
+    return "\n\n".join([*parts, "\n".join(textwrap.fill(line, wide) for line in said)])
 
 
 def lacking(results: Results) -> list[str]:

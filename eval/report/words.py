@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from vlmprune.cli.printing import OVERHEAD
 from vlmprune.eval import statistics
-from vlmprune.eval.report.rows import Row
+from vlmprune.eval.report.rows import NEAR, Row
 
-__all__ = ["chance", "definitions", "differences", "few"]
+__all__ = ["chance", "definitions", "differences", "few", "own_schedules"]
 
 VERDICTS = {
     "better": "better",
@@ -18,6 +18,7 @@ VERDICTS = {
     None: "difference without an interval",
 }
 BASES = {"full": "the full model", "random": "random at the same budget"}
+OWN = "random of about the same layer average"
 
 
 def definitions(batched: bool, embedded: bool) -> list[str]:
@@ -28,8 +29,9 @@ def definitions(batched: bool, embedded: bool) -> list[str]:
         embedded: whether one of the package's own small models was run.
     """
     times = "Time to first token: from the call of generate, pictures not encoded yet, to the first token; median over "
-    times += "requests, mean over tasks and seeds. Methods ran one after the other, so a machine that others use as well, or "
-    times += "that heats up, distorts the comparison; vlmprune bench compares times in interleaved pairs."
+    times += "requests, mean over tasks and seeds; the first batch after loading is answered twice and measured once. "
+    times += "Methods ran one after the other, so a machine that others use as well, or that heats up, distorts the "
+    times += "comparison; vlmprune bench compares times in interleaved pairs."
     if batched:
         times += " Requests were answered in batches: a time belongs to the whole batch."
     if embedded:
@@ -50,7 +52,8 @@ def definitions(batched: bool, embedded: bool) -> list[str]:
         "Every interval stands for itself, with no correction for making many of them.",
         "Metrics that are not the mean of their samples' scores (sums such as MME's, F1) have a value and no interval.",
         "The same budget is the same keep (patches left in the end) or average (mean over layers): it need not be "
-        "the same cost, which both token counts show.",
+        "the same cost, which both token counts show. A method on a schedule of its own is compared with the random of "
+        f"the nearest layer average, if that is within {NEAR:.0%}; a note says which.",
         "Random and other methods with seeds: mean over seeds, ± the standard deviation over seeds; per sample, the "
         "mean over seeds goes into the intervals.",
         times,
@@ -67,6 +70,15 @@ def few(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def own_schedules(rows: Sequence[Row]) -> list[str]:
+    """With which `random` the methods without a budget were compared, in a sentence."""
+    mine = [row for row in rows if not row.full and not row.budget and row.value is not None]
+    if not mine or not any(row.method == "random" for row in rows):
+        return []
+    told = [f"{row.label} with {row.random_base or f'none (none is within {NEAR:.0%})'}" for row in mine]
+    return [f"Own schedules are compared with the random of the nearest layer average: {', '.join(told)}."]
+
+
 def differences(rows: Sequence[Row]) -> list[str]:
     """A sentence per budget and base: who is better, who is worse, what is noise."""
     sentences = []
@@ -80,7 +92,8 @@ def differences(rows: Sequence[Row]) -> list[str]:
                 labels = [r.label for r in mine if getattr(r, f"{base}_verdict") == verdict]
                 said += [f"{meaning}: {', '.join(labels)}"] if labels else []
             if any(getattr(r, f"{base}_verdict") for r in mine):
-                sentences.append(f"{budget or 'Own budget'}, against {name}: {'; '.join(said)}.")
+                against = name if budget or base != "random" else OWN
+                sentences.append(f"{budget or 'Own budget'}, against {against}: {'; '.join(said)}.")
     return sentences
 
 

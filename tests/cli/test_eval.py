@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from vlmprune.eval import store, taskindex
@@ -67,7 +69,7 @@ def test_usage(cli, verb, tmp_path):
 def test_dry_run_shows_the_plan_and_writes_nothing(cli, config, tmp_path):
     code, out, _ = cli("eval", config, "--dry-run")
     assert code == 0
-    assert "tiny--fopru--average-0.75--vlmprune_scene_llava_shape  not measured yet" in out
+    assert "tiny--fopru--average-0.75--vlmprune_scene_llava_shape--limit-2  not measured yet" in out
     assert "4 to measure: not measured yet" in out
     assert "How long this takes is unknown" in out
     assert not (tmp_path / "out").exists()
@@ -81,10 +83,29 @@ def test_eval_measures_and_reports(cli, config, tmp_path):
     assert (tmp_path / "out" / "report.md").exists()
     assert store.load_run(tmp_path / "out").info["skipped"][0]["label"] == "second"
     code, out, _ = cli("eval", config, "--dry-run", "--set", "limit=3")
-    assert "limit 2 -> 3" in out
+    assert "4 to measure: not measured yet" in out
     assert "About " in out
     code, out, _ = cli("eval", config, "--dry-run")
     assert "Nothing is left to measure." in out
+
+
+def test_a_run_is_read_once_for_its_report(cli, config, monkeypatch):
+    from vlmprune.eval import report
+
+    read = []
+    real = report.gather
+    monkeypatch.setattr(report, "gather", lambda run: read.append(run) or real(run))
+    code, out, _ = cli("eval", config, "--set", "methods=[]")
+    assert code == 0
+    assert "full model" in out
+    assert len(read) == 1
+
+
+def test_an_lmms_eval_that_lacks_a_requirement(cli, config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", None)
+    code, _, err = cli("eval", config)
+    assert code == 2
+    assert "lmms-eval is installed and cannot be imported" in err
 
 
 def test_a_folder_in_use(cli, config, tmp_path):
@@ -108,7 +129,7 @@ def test_a_model_that_cannot_be_loaded(cli, config, folders, tmp_path):
 def test_a_report_that_fails_does_not_hide_that_all_is_measured(cli, config, monkeypatch):
     from vlmprune.eval import report
 
-    monkeypatch.setattr(report, "write", lambda folder: 1 / 0)
+    monkeypatch.setattr(report, "write", lambda folder, results: 1 / 0)
     code, _, err = cli("eval", config)
     assert code == 1
     assert "all is measured and stored" in err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import ImageFile
 from tiny_folders import noise_picture
 from transformers import LlavaForConditionalGeneration
 
@@ -89,7 +90,8 @@ def test_usage(cli, argv):
     assert "usage: vlmprune" in err
 
 
-def test_pictures(refused, tmp_path):
+def test_pictures(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)  # lmms-eval's import turns it on for the process
     broken, cut, text = tmp_path / "broken.png", tmp_path / "cut.png", tmp_path / "note.txt"
     noise_picture(64, 64).save(cut)
     cut.write_bytes(cut.read_bytes()[:3000])

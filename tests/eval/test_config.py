@@ -82,6 +82,23 @@ def test_entries(config):
     assert [entry.where.rpartition(":")[2] for entry in setting.methods] == ["4", "5", "6", "7", "8", "9"]
 
 
+def test_values_that_torch_and_transformers_know(config):
+    text = """\
+device: cuda:1
+device_map: balanced_low_0
+attn_implementation: {attention}
+generation: {{until: ["a", "b"], max_gen_toks: 3, do_sample: true, temperature: 1, top_p: null, num_beams: 2}}
+"""
+    for attention in ("eager", "sdpa", "flash_attention_2", "someone/some-kernel"):
+        (setting,) = config(GOOD + text.format(attention=attention)).settings
+        assert (setting.device, setting.device_map) == ("cuda:1", "balanced_low_0")
+        assert setting.attn_implementation == attention
+        assert setting.generation == {
+            "until": ["a", "b"], "max_gen_toks": 3, "do_sample": True, "temperature": 1, "top_p": None, "num_beams": 2,
+        }  # fmt: skip
+    assert config(GOOD + "limit: 10\nseeds: [0, 10]\nname: '010'\n").settings[0].limit == 10
+
+
 def test_a_control_among_the_methods_is_not_run_twice(config):
     (setting,) = config(GOOD.replace("fopru", "fopru, random")).settings
     assert [entry.label for entry in setting.controls] == ["none", "grid", "pool"]
@@ -156,11 +173,28 @@ def test_suites(config, mistakes, tmp_path):
         (GOOD + "batch_size: 2.0\n", 5, ["batch_size must be a whole number"]),
         (GOOD + "limit: 0.5\n", 5, ["limit must be a whole number of at least 1, not 0.5"]),
         (GOOD + "limit: true\n", 5, ["limit must be a whole number of at least 1, not true"]),
-        (GOOD.replace("gqa", "mme") + "limit: 3\n", 5, ["mme scores pairs", "even"]),
+        (GOOD + "limit: 010\n", 5, ["'010' would be a number in octal"]),
+        (GOOD + "limit: 1:30\n", 5, ["'1:30' would be a number in base 60"]),
+        (GOOD + "seeds: [0, 1, 0]\n", 5, ["seed 0 is given twice"]),
+        (GOOD.replace("[fopru]", "[{name: todre, seeds: [3, 3]}]"), 3, ["seed 3 is given twice"]),
+        (GOOD + "device: tpu\n", 5, ["device must be auto, cpu, cuda or cuda:N, not 'tpu'"]),
+        (GOOD + "device: cuda:x\n", 5, ["device must be auto, cpu, cuda or cuda:N"]),
+        (GOOD + "device_map: x\n", 5, ["device_map must be auto, balanced", "not 'x'"]),
+        (GOOD + "device_map: balance\n", 5, ["Did you mean 'balanced'?"]),
+        (GOOD + "attn_implementation: flashy\n", 5, ["must be one of eager, ", "sdpa", "not 'flashy'"]),
+        (GOOD + "attn_implementation: spda\n", 5, ["Did you mean 'sdpa'?"]),
+        (GOOD + "generation:\n  max_new_token: 4\n", 6, ["unknown generation", "Did you mean 'max_new_tokens'?"]),
+        (GOOD + "generation: {max_new_tokens: many}\n", 5, ["generation.max_new_tokens must be a whole number"]),
+        (GOOD + "generation: {do_sample: 1}\n", 5, ["generation.do_sample must be true or false, not 1"]),
+        (GOOD + "generation: {temperature: hot}\n", 5, ["generation.temperature must be a number, not 'hot'"]),
+        (GOOD + "generation: {until: [3]}\n", 5, ["generation.until[0] must be text, not 3"]),
+        (GOOD + "generation: {num_return_sequences: 2}\n", 5, ["must be 1: several answers"]),
+        (GOOD + "generation: {pad_token_id: 2}\n", 5, ["pad_token_id is given by vlmprune itself"]),
         (GOOD + "dtype: float23\n", 5, ["dtype must be one of", "Did you mean 'float32'?"]),
         (GOOD + "metrics: {gpa: x}\n", 5, ["no task 'gpa' here", "Did you mean 'gqa'?"]),
         (GOOD + "generation: 3\n", 5, ["generation must be a mapping"]),
-        (GOOD + "runs: []\n", 5, ["runs must be a list with an entry per model"]),
+        (GOOD + "runs: []\n", 5, ["runs is an empty list: it needs an entry per model"]),
+        (GOOD + "runs: 3\n", 5, ["runs must be a list with an entry per model, not 3"]),
         (GOOD + "published: [{method: fopru}]\n", 5, ["needs task", "needs metric", "needs source"]),
         (
             GOOD + "published:\n  - {method: fopro, task: gqa, metric: m, value: 1, source: s, definition: d}\n",
@@ -235,8 +269,8 @@ def test_overrides(config):
     assert str(made.output) == "x"
     assert made.resolved["limit"] == 5
     assert made.text == GOOD
-    (setting,) = config(GOOD + "generation: {a: 1}\n", "generation.max_new_tokens=4").settings
-    assert setting.generation == {"a": 1, "max_new_tokens": 4}
+    (setting,) = config(GOOD + "generation: {until: '.'}\n", "generation.max_new_tokens=4").settings
+    assert setting.generation == {"until": ".", "max_new_tokens": 4}
     first, second = config("runs:\n" + "  - {model: a/b, tasks: [gqa]}\n" * 2, "runs.1.name=other", "keep=1").settings
     assert (first.name, second.name) == ("b", "other")
 
@@ -251,6 +285,8 @@ def test_overrides(config):
         ("methods.7=fopru", "which has no place '7'"),
         ("methods.x=fopru", "which has no place 'x'"),
         ("keep.a=3", "keep is 0.25, which has no part 'a'"),
+        ("runs.0.limit=3", "runs is not in the file, so it has no place 0. The file is about one model: write limit=3"),
+        ("published.0.value=3", "published is not in the file, so it has no place 0."),
         ("keep=[", "not YAML"),
         ("keep=!!python/name:os.system", "no plain value"),
     ],

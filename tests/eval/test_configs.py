@@ -76,6 +76,13 @@ def test_suites_can_be_named_as_tasks(path, tmp_path):
     assert make_plan(load_config(config), look_at_model=False).cells
 
 
+def test_every_pope_is_scored_alike():
+    for path in FILES:
+        for setting in load_config(path).settings:
+            if "pope" in setting.tasks and setting.published:
+                assert setting.metrics.get("pope") == "pope_f1_score", path.name
+
+
 def test_the_demo_has_the_six_methods_and_three_budgets():
     settings = load_config(CONFIGS / "demo.yaml").settings
     assert {setting.model for setting in settings} == set(testbed.NAMES)

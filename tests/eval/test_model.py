@@ -249,6 +249,28 @@ def test_the_first_token_is_timed_without_another_forward(folders, docs):
     assert record["peak_memory_bytes"] is None or record["peak_memory_bytes"] > 2**20
 
 
+def test_what_loading_left_to_the_first_request_is_not_measured(folders, docs):
+    lm = VlmPrune(folders["llava"], device="cpu")
+    task = harness.task(docs["llava"], generation_kwargs={"max_new_tokens": 1})
+    calls = []
+
+    def slow(module, args, kwargs):
+        calls.append(1)
+        time.sleep(1.0 if len(calls) == 1 else 0)
+
+    hook = lm.loaded.model.model.language_model.register_forward_pre_hook(slow, with_kwargs=True)
+    requests = instances(lm, task)[:2]
+    lm.generate_until(requests)
+    records = lm.take_records()
+    assert [record["doc"] for record in records] == [request.doc_id for request in requests]
+    assert all(record["ttft_s"] < 1 for record in records)
+    assert len(calls) == 3
+    lm.use(**PRUNED["llava"])
+    lm.generate_until(requests)
+    hook.remove()
+    assert len(calls) == 5  # once a load
+
+
 def test_one_token_has_no_decode_speed(folders, docs):
     lm = VlmPrune(folders["llava"], device="cpu")
     harness.evaluate(lm, [harness.task(docs["llava"], generation_kwargs={"max_new_tokens": 1})], limit=2)
@@ -259,6 +281,7 @@ def test_the_response_cache_tells_methods_apart(folders, docs, tmp_path, monkeyp
     asked = []
     answer = VlmPrune.answer
     monkeypatch.setattr(VlmPrune, "answer", lambda self, batch: asked.append(len(batch)) or answer(self, batch))
+    monkeypatch.setattr(VlmPrune, "warm_up", lambda *_: None)
 
     def run(lm, args=None):
         asked.clear()

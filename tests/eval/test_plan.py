@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,10 @@ name: tiny
 tasks: [vlmprune_scene_llava_shape]
 methods: {methods}
 """
+
+
+SHAPE = "vlmprune_scene_llava_shape"
+PUBLISHED = f"keep: 4\npublished: [{{{{method: fopru, task: {SHAPE}, value: 1, source: s, definition: d, {{}}}}}}]"
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +166,29 @@ def test_a_budget_that_one_method_cannot_meet_is_left_out(plan):
             "6",
             "'gqa' is not run here",
         ),
+        ("[fopru]", f"keep: 4\nmetrics: {{{SHAPE}: exact_mach}}", "llava", "6", "Did you mean 'exact_match'?"),
+        (
+            "[fopru]",
+            PUBLISHED.format("metric: nope, keep: 4"),
+            "llava",
+            "6",
+            "no metric 'nope'. It has exact_match",
+        ),
+        (
+            "[fopru]",
+            PUBLISHED.format("metric: exact_match, keep: 3"),
+            "llava",
+            "6",
+            "is published at keep 3, and run",
+        ),
+        ("[fopru]", PUBLISHED.format("metric: exact_match"), "llava", "6", "published at no budget, and run at keep 4"),
+        (
+            "[fopru]",
+            PUBLISHED.format("metric: exact_match, keep: 4, model: tinny"),
+            "llava",
+            "6",
+            "no run. Did you mean 'tiny'?",
+        ),
     ],
 )
 def test_what_cannot_be(mistakes, methods, more, model, line, words):
@@ -177,6 +205,51 @@ def test_tasks(plan, mistakes):
     assert tasks["vlmprune_scene_llava_shape"] is None
     assert tasks["vlmprune_scene_llava_unseen_colour"] == "vlmprune_scene_llava_unseen"
     assert len(tasks) == 6
+
+
+def test_metrics_of_groups_and_of_lmms_evals_own_tasks(plan, mistakes):
+    group = "tasks=[vlmprune_scene_llava_unseen, mme, pope]"
+    good = "metrics={vlmprune_scene_llava_unseen: exact_match, mme: mme_cognition_score, pope: pope_f1_score}"
+    job = plan("[]", overrides=[group, good]).jobs[0]
+    assert job.tasks["mme"]["metric"] == "mme_cognition_score"
+    assert job.tasks["vlmprune_scene_llava_unseen_where"]["metric"] == "exact_match"
+    bad = "metrics={vlmprune_scene_llava_unseen: acc, mme: mme_perception, pope: pope_f1}"
+    told = "\n".join(what for _, what in mistakes("[]", overrides=[group, bad]))
+    assert "vlmprune_scene_llava_unseen_where has no metric 'acc'. It has exact_match." in told
+    assert "mme has no metric 'mme_perception'. Did you mean 'mme_perception_score'?" in told
+    assert "pope has no metric 'pope_f1'. Did you mean 'pope_f1_score'? It has pope_accuracy" in told
+
+
+def test_an_odd_limit_is_refused_for_mme_alone(plan, mistakes):
+    ((where, what),) = mistakes("[]", "limit: 3", overrides=["tasks=[gqa, mme]"])
+    assert where == "5"
+    assert "mme scores pairs of questions" in what
+    assert plan("[]", "limit: 3", overrides=["tasks=[mmerealworld_lite]"]).cells
+    assert plan("[]", "limit: 4", overrides=["tasks=[mme]"]).cells
+
+
+def test_what_may_not_be_meant_is_noted(plan):
+    made = plan("null", "keep: 4", "device: cuda:99")
+    assert "tiny: no methods are given, so only the controls are run: none, random, grid, pool." in made.notes
+    assert any("cannot be run on this machine: there is no device 'cuda:99'" in note for note in made.notes)
+    assert plan("[fopru]", "keep: 4", "device: cpu").notes == ()
+
+
+def test_published_numbers_of_several_runs(folders, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        f"keep: 4\nmethods: [fopru]\ntasks: [{SHAPE}]\nruns:\n  - {{model: {folders['llava']}}}\n"
+        f"  - {{model: {folders['next']}}}\npublished:\n  - {{method: none, model: next, task: {SHAPE}, value: 1, "
+        "metric: exact_match, source: s, definition: d}\n"
+    )
+    assert len(make_plan(load_config(path)).jobs) == 2
+    assert make_plan(load_config(path, ["controls=false"])).cells  # without the full model, its numbers may stay
+
+
+def test_results_with_a_limit_have_files_of_their_own(plan):
+    (whole,), (some,) = ([c for _, c in plan("[]", "seeds: [3]", "keep: 4", *more).cells if c.label == "random"]
+                         for more in ((), ("limit: 20",)))  # fmt: skip
+    assert some.id == f"{whole.id}--limit-20" == f"tiny--random--keep-4--{SHAPE}--seed-3--limit-20"
 
 
 def test_lmms_evals_own_tasks_and_groups(plan):
@@ -207,6 +280,18 @@ def test_without_lmms_eval_tasks_stay_unchecked(plan, monkeypatch):
     assert "pip install vlmprune[eval]" in made.notes[0]
 
 
+def test_an_lmms_eval_that_lacks_a_requirement(plan, monkeypatch):
+    from vlmprune.cli.errors import UserError
+    from vlmprune.eval import taskindex
+
+    taskindex.task_manager.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lmms_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pytz", None)
+    with pytest.raises(UserError, match=r"installed and cannot be imported: .*pytz.* pip install pytz .*or all"):
+        plan("[fopru]", "keep: 4")
+
+
 def keys(plan):
     return {cell.id: job.key(cell) for job, cell in plan.cells}
 
@@ -218,7 +303,7 @@ def test_keys_change_with_what_a_result_depends_on_and_nothing_else(plan, folder
     for same in ("output=elsewhere", "seeds=[0, 1]", "methods.2=grid", "keep=[0.5]"):
         new = keys(plan("[fopru, fastv]", *more, overrides=[same]))
         assert all(key == old[name] for name, key in new.items() if name in old and "grid" not in name)
-    for other in ("limit=5", "batch_size=2", "dtype=float16", "device=cuda", "generation.max_new_tokens=3"):
+    for other in ("batch_size=2", "dtype=float16", "device=cuda", "generation.max_new_tokens=3"):
         new = keys(plan("[fopru, fastv]", *more, overrides=[other]))
         assert set(new) == set(old)
         assert not set(new.values()) & set(old.values())

@@ -16,11 +16,13 @@ pytest.importorskip("lmms_eval")
 from lmms_eval import evaluator
 
 from vlmprune.cli import main
+from vlmprune.eval import plan as plans
 from vlmprune.eval import run as runner
 from vlmprune.eval import store
 from vlmprune.eval.config import load_config
 from vlmprune.eval.plan import make_plan
 from vlmprune.eval.survey import estimate, survey
+from vlmprune.eval.tree import Mistakes
 
 CONFIG = """\
 model: scene-llava
@@ -73,9 +75,10 @@ def test_cells_are_what_the_contract_says(config):
     assert (run.missing, done.failed) == ([], {})
     assert watcher.samples_seen == [(1, 2), (2, 2)] * 4
     by = {cell["cell"]["id"]: cell for cell in run.cells}
-    full = by["scene-llava--none--full--vlmprune_scene_llava_shape"]
-    fastv = by["scene-llava--fastv--keep-0.25--vlmprune_scene_llava_shape"]
-    first, second = (by[f"scene-llava--random--keep-0.25--vlmprune_scene_llava_shape--seed-{s}"] for s in (0, 1))
+    full = by["scene-llava--none--full--vlmprune_scene_llava_shape--limit-2"]
+    fastv = by["scene-llava--fastv--keep-0.25--vlmprune_scene_llava_shape--limit-2"]
+    start = "scene-llava--random--keep-0.25--vlmprune_scene_llava_shape"
+    first, second = (by[f"{start}--seed-{s}--limit-2"] for s in (0, 1))
     assert full["metric"] == "exact_match"
     assert full["metrics"]["exact_match"]["higher_is_better"] is True
     scores = [sample["score"] for sample in full["samples"]]
@@ -116,8 +119,32 @@ def test_what_changed_is_measured_anew_and_why_is_said(config):
     assert len(run.cells) == 4
     plan = make_plan(load_config(config, ["limit=1"]))
     found = survey(plan, plan.config.output)
-    assert len(found.todo) == 4
-    assert all("limit 2 -> 1" in reason for reason in found.reasons.values())
+    assert set(found.reasons.values()) == {"not measured yet"}  # in files of their own
+
+
+def test_a_try_with_a_limit_leaves_the_other_results(config):
+    measure(config)
+    old = contents(config.parent / "out" / "cells")
+    measure(config, "limit=1")
+    now = contents(config.parent / "out" / "cells")
+    assert len(now) == 8
+    assert {name: now[name] for name in old} == old
+    watcher, _, run = measure(config)
+    assert watcher.cells == []
+    assert [len(cell["samples"]) for cell in run.cells] == [2] * 4
+
+
+def test_without_lmms_eval_nothing_is_said_to_have_changed(config, monkeypatch):
+    from vlmprune.eval import survey as surveys
+
+    measure(config, "controls=false")
+    plan = make_plan(load_config(config))
+    monkeypatch.setattr(surveys.taskindex, "have_lmms_eval", lambda: False)
+    told = survey(plan, plan.config.output).told()
+    assert told == [
+        "3 to measure: not measured yet",
+        "1 to measure: measured, but whether anything changed cannot be told: lmms-eval is not installed here",
+    ]
 
 
 def test_an_interrupted_run_goes_on(config):
@@ -197,8 +224,19 @@ def test_a_task_without_data_fails_once(config, tmp_path, monkeypatch):
 
 def test_a_metric_of_the_users_choice(config):
     name = "vlmprune_scene_llava_shape"
-    _, done, _ = measure(config, "controls=false", f"metrics={{{name}: f1}}")
-    assert "no metric 'f1'; it has exact_match" in next(iter(done.failed.values()))
+    with pytest.raises(Mistakes, match="has no metric 'f1'"):
+        measure(config, f"metrics={{{name}: f1}}")
+
+
+def test_a_metric_that_is_missed_at_run_time_costs_one_cell(config, monkeypatch):
+    asked = []
+    real = evaluator.simple_evaluate
+    monkeypatch.setattr(evaluator, "simple_evaluate", lambda **given: asked.append(1) or real(**given))
+    monkeypatch.setattr(plans, "no_metric", lambda *_: None)  # as where a task's metrics cannot be read
+    name = "vlmprune_scene_llava_shape"
+    _, done, _ = measure(config, f"metrics={{{name}: f1}}")
+    assert set(done.failed.values()) == {"this task has no metric 'f1'; it has exact_match"}
+    assert (len(done.failed), len(asked)) == (4, 1)
 
 
 def test_the_estimate(config):
@@ -206,12 +244,13 @@ def test_the_estimate(config):
     found = survey(plan, plan.config.output)
     assert estimate(plan, found, plan.config.output).unknown == 4
     measure(config, "controls=false")
-    plan = make_plan(load_config(config, ["limit=4"]))
-    found = survey(plan, plan.config.output)
-    guess = estimate(plan, found, plan.config.output)
-    old = store.read_cell(plan.config.output, "scene-llava--fastv--keep-0.25--vlmprune_scene_llava_shape")
-    assert (guess.measured, guess.unknown) == (1, 0)
-    assert guess.seconds == pytest.approx(4 * 4 * old["elapsed_s"] / 2)
+    old = store.read_cell(plan.config.output, "scene-llava--fastv--keep-0.25--vlmprune_scene_llava_shape--limit-2")
+    assert old["documents"] > 100
+    for limit, samples in (("4", 4), ("null", old["documents"]), ("1000000", old["documents"])):
+        plan = make_plan(load_config(config, [f"limit={limit}"]))
+        guess = estimate(plan, survey(plan, plan.config.output), plan.config.output)
+        assert (guess.measured, guess.unknown) == (1, 0)
+        assert guess.seconds == pytest.approx(4 * samples * old["elapsed_s"] / 2)
 
 
 def environment(**more):

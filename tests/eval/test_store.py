@@ -15,12 +15,22 @@ from vlmprune.eval import store
 def cell(name="a", key="k", error=None, value=1.0):
     return {
         "format": 1,
-        "cell": {"id": name},
+        "cell": {
+            "id": name, "model": "x", "method": "fopru", "label": "fopru", "options": {}, "budget": {"keep": 4},
+            "seed": None, "task": "pope", "control": False,
+        },
         "key": key,
         "depends": {},
         "metrics": {"m": {"value": value, "higher_is_better": True}},
+        "metric": "m",
+        "samples": [{"doc": 0, "cluster": "0", "target": "yes", "score": 1.0}],
+        "summary": {
+            "tokens_before": 9, "tokens_after": 4, "layer_average": 4.0, "ttft_s": 0.1, "decode_tokens_per_s": None,
+            "peak_memory_bytes": None,
+        },
+        "elapsed_s": 1.0,
         "error": error,
-    }
+    }  # fmt: skip
 
 
 def run_info(**keys):
@@ -57,11 +67,45 @@ def test_damaged_cells_are_as_if_they_were_not_there(tmp_path, text):
 
 
 @pytest.mark.parametrize(
+    "spoil",
+    [
+        {"metrics": {}}, {"metrics": {"m": {}}}, {"metrics": {"m": {"value": "x"}}}, {"metrics": None},
+        {"metric": None},
+        {"cell": None}, {"cell": {"id": "a"}}, {"cell": cell("b")["cell"]}, {"cell": cell("a")["cell"] | {"budget": 4}},
+        {"key": None}, {"depends": []}, {"samples": []}, {"samples": None}, {"samples": [3]},
+        {"samples": [{"doc": 1}]}, {"samples": [cell()["samples"][0] | {"score": "x"}]},
+        {"summary": {}}, {"summary": cell()["summary"] | {"layer_average": None}},
+        {"summary": cell()["summary"] | {"ttft_s": "x"}}, {"elapsed_s": None}, {"error": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_cells_of_another_shape_are_as_if_they_were_not_there(tmp_path, spoil):
+    store.write_run(tmp_path, run_info(a="k"))
+    path = store.write_cell(tmp_path, cell("a"))
+    assert store.load_run(tmp_path).missing == []
+    path.write_text(json.dumps(cell("a") | spoil))
+    assert store.load_run(tmp_path).missing == ["a"]
+
+
+def test_a_number_that_is_none_is_damage(tmp_path):
+    path = store.write_cell(tmp_path, cell("a"))
+    path.write_text(path.read_text().replace("4.0", "NaN"))
+    assert store.read_cell(tmp_path, "a") is None
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         (None, "has no run.json"),
         ("{", "damaged"),
         ("[]", "damaged"),
+        ('{"format": 1, "cells": ["a"], "keys": {}}', "damaged"),
+        ('{"format": 1, "cells": "a", "keys": {"a": "k"}}', "damaged"),
+        ('{"format": 1, "cells": [["a"]], "keys": {}}', "damaged"),
+        ('{"format": 1, "cells": ["a"], "keys": null}', "damaged"),
+        ('{"format": 1, "cells": [], "keys": {}, "published": [3]}', "damaged"),
+        ('{"format": 1, "cells": [], "keys": {}, "notes": 3}', "damaged"),
+        ('{"format": 1, "cells": [], "keys": {}, "config": [1]}', "damaged"),
         ('{"format": 7, "cells": [], "keys": {}}', "format 7"),
     ],
 )

@@ -106,6 +106,8 @@ def run(args: argparse.Namespace) -> None:
 
 def about(plan: Plan) -> list[str]:
     """What is going to be run, and what not."""
+    from vlmprune.eval.naming import budget_text
+
     made = []
     for job in plan.jobs:
         labels = list(dict.fromkeys(cell.label for cell in job.cells))
@@ -123,10 +125,6 @@ def about(plan: Plan) -> list[str]:
         who = f"{left['model']}: {left['label']} {budget_text(left['budget'])}".rstrip()
         made.append(f"left out: {who}: {left['reason']}")
     return [*made, *(f"note: {note}" for note in plan.notes)]
-
-
-def budget_text(budget: dict[str, int | float] | None) -> str:
-    return " ".join(f"{word} {amount}" for word, amount in (budget or {}).items())
 
 
 def dry(plan: Plan, found: Survey) -> str:
@@ -169,8 +167,9 @@ def report(plan: Plan, failed: dict[str, str]) -> None:
 
     folder = plan.config.output
     try:
-        files = reports.write(folder)
-        print(f"\n{reports.summary(folder)}\n\nreport: {files[0]}", flush=True)
+        results = reports.read(folder)
+        files = reports.write(folder, results)
+        print(f"\n{reports.summary(folder, results)}\n\nreport: {files[0]}", flush=True)
     except Exception as error:  # the cells are safe, and a user must hear of them
         raise CommandError(
             f"all is measured and stored in {folder}, but the report failed: {type(error).__name__}: {brief(error)}. "

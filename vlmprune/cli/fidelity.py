@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.cli.errors import CommandError, UserError, brief
+from vlmprune.cli.flags import add_device, add_model
 from vlmprune.cli.prompts import Pair, read_pairs
 from vlmprune.cli.run import parse_budget, parse_option, words_of
 
@@ -59,12 +60,7 @@ def add_to(verbs: Any) -> None:
     add = made.add_argument
     add("--images", required=True, metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")
     add("--prompts", required=True, metavar="FILE", help="one prompt a line, or JSON lines (see below)")
-    add(
-        "--model", default="scene-llava", metavar="NAME", help="embedded model, folder or hub id (default: %(default)s)"
-    )
-    add(
-        "--method", default="fopru", metavar="NAME[,NAME]", help="methods (`vlmprune ls methods`; default: %(default)s)"
-    )
+    add_model(made)
     budget = made.add_mutually_exclusive_group()
     budget.add_argument(
         "--keep", metavar="N[,N]", help=f"patches per picture (64), or a fraction (0.1 or 10%%) (default: {KEEP})"
@@ -97,13 +93,7 @@ def add_to(verbs: Any) -> None:
         help="prompts at a time; halved by itself where memory is short (default: %(default)s)",
     )
     add("--out", default="fidelity-out", metavar="FOLDER", help="folder for the report (default: %(default)s)")
-    add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: float32 on a CPU, the checkpoint's own on a GPU (default: %(default)s)",
-    )
+    add_device(made)
     add("--json", action="store_true", help="print the sums and every row as JSON instead of the table")
     made.set_defaults(verb=run)
 

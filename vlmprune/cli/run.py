@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from vlmprune.cli.errors import UserError
+from vlmprune.cli.flags import add_device, add_model
 
 __all__ = ["add_to"]
 
@@ -40,12 +41,7 @@ def add_to(verbs: Any) -> None:
     add = made.add_argument
     add("--image", nargs="+", action="extend", required=True, metavar="FILE", help="picture, or several")
     add("--prompt", required=True, help="what to ask; the model's chat template is put around it")
-    add(
-        "--model", default="scene-llava", metavar="NAME", help="embedded model, folder or hub id (default: %(default)s)"
-    )
-    add(
-        "--method", default="fopru", metavar="NAME[,NAME]", help="methods (`vlmprune ls methods`; default: %(default)s)"
-    )
+    add_model(made)
     budget = made.add_mutually_exclusive_group()
     budget.add_argument(
         "--keep",
@@ -65,13 +61,7 @@ def add_to(verbs: Any) -> None:
     add(
         "--repeats", type=int, default=5, metavar="N", help="timed pairs of prefills, 0 for none (default: %(default)s)"
     )
-    add("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
-    add(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: float32 on a CPU, the checkpoint's own on a GPU (default: %(default)s)",
-    )
+    add_device(made)
     add("--json", action="store_true", help="print JSON")
     made.set_defaults(verb=run)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmprune.kernels.choice import Refused
+from vlmprune.kernels.reference import empty_gather
 
 __all__ = ["SOURCES", "select_gather", "top_k"]
 
@@ -86,12 +87,9 @@ def select_gather(
     rotary, rotary_bytes = cos.shape[-1], cos.shape[-1] * cos.element_size()
     if any(x.element_size() % 2 for x in (hidden, cos, sin)) or ids.dtype != torch.long or cos.dtype != sin.dtype:
         raise Refused(f"hidden is {hidden.dtype}, cos {cos.dtype}, sin {sin.dtype} and ids {ids.dtype}")
-    new = lambda x: x.new_empty(*x.shape[:-2], length, x.shape[-1])  # noqa: E731
-    outs = [new(hidden), ids.new_empty(*ids.shape[:-1], length), new(cos), new(sin)]
-    outs.append(ids.new_empty(batch, length))
-    outs += [torch.empty_like(outs[-1], dtype=torch.bool), ids.new_empty(batch)]
+    outs = empty_gather(scores, hidden, ids, cos, sin, length)
     if batch == 0:
-        return tuple(outs)
+        return outs
     (hidden, step), (cos, cos_step), (sin, sin_step) = map(row_steps, (hidden, cos, sin))
     id_step = [0] * (3 - ids.ndim) + list(ids.stride())
     numbers = [
@@ -111,7 +109,7 @@ def select_gather(
     args += [hidden, ids, cos if rotary else nothing, sin if rotary else nothing, *outs]
     launch("select_gather", grid, [*args, KINDS[scores.dtype], columns, length, rows, int(contiguous), *numbers],
            hidden.device)  # fmt: skip
-    return tuple(outs)
+    return outs
 
 
 def device_index(device: torch.device) -> int:

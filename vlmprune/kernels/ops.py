@@ -11,7 +11,7 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from vlmprune.kernels.choice import OPS, run
-from vlmprune.kernels.reference import merge_weights
+from vlmprune.kernels.reference import empty_gather, merge_weights
 
 __all__ = ["OPS"]
 
@@ -75,13 +75,7 @@ def select_gather(
 
 @select_gather.register_fake
 def _(scores, counts, real, hidden, ids, cos, sin, length, contiguous):
-    batch = scores.shape[0]
-    rows = [x.new_empty((*x.shape[:-2], length, x.shape[-1])) for x in (hidden, cos, sin)]
-    index = scores.new_empty((batch, length), dtype=torch.long)
-    return (
-        rows[0], ids.new_empty((*ids.shape[:-1], length)), rows[1], rows[2], index,
-        torch.empty_like(index, dtype=torch.bool), scores.new_empty((batch,), dtype=torch.long),
-    )  # fmt: skip
+    return empty_gather(scores, hidden, ids, cos, sin, length)
 
 
 def keep_index(ctx, inputs, output) -> None:

@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-__all__ = ["attention_mass", "greedy", "merge", "merge_weights", "select_gather", "top_k", "upcast", "visible_keys"]
+__all__ = [
+    "attention_mass",
+    "empty_gather",
+    "greedy",
+    "merge",
+    "merge_weights",
+    "select_gather",
+    "top_k",
+    "upcast",
+    "visible_keys",
+]
 
 CHUNK = 128  # query rows whose scores exist at one time
 GRAM_SHARE = 16  # from one pick in so many tokens on, all cosines at once are cheaper than a row per pick
@@ -55,6 +65,17 @@ def select_gather(
     mask = torch.arange(length, device=kept.device) >= length - total
     return hidden[row, index], ids, take(cos, row, index, 1), take(sin, row, index, 1), index.clone(), mask, \
         dropped.sum(1)  # fmt: skip
+
+
+def empty_gather(
+    scores: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, length: int
+) -> tuple[torch.Tensor, ...]:
+    """Uninitialised results of `select_gather`."""
+    hidden, cos, sin = (x.new_empty((*x.shape[:-2], length, x.shape[-1])) for x in (hidden, cos, sin))
+    index = scores.new_empty((scores.shape[0], length), dtype=torch.long)
+    dropped = scores.new_empty((scores.shape[0],), dtype=torch.long)
+    return hidden, ids.new_empty((*ids.shape[:-1], length)), cos, sin, index, \
+        torch.empty_like(index, dtype=torch.bool), dropped  # fmt: skip
 
 
 def take(x: torch.Tensor, row: torch.Tensor, index: torch.Tensor, inner: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmprune.kernels.choice import Refused
-from vlmprune.kernels.reference import GRAM_LIMIT, floor, merge_weights
+from vlmprune.kernels.reference import GRAM_LIMIT, empty_gather, floor, merge_weights
 
 __all__ = ["attention_mass", "greedy", "merge", "select_gather", "top_k"]
 
@@ -145,12 +145,9 @@ def select_gather(
 ) -> tuple[Tensor, ...]:
     single(scores)
     (batch, columns), rotary = scores.shape, cos.shape[-1]
-    new = lambda x: x.new_empty(*x.shape[:-2], length, x.shape[-1])  # noqa: E731
-    outs = [new(hidden), ids.new_empty(*ids.shape[:-1], length), new(cos), new(sin)]
-    outs.append(ids.new_empty(batch, length, dtype=torch.long))
-    outs += [torch.empty_like(outs[-1], dtype=torch.bool), ids.new_empty(batch, dtype=torch.long)]
+    outs = empty_gather(scores, hidden, ids, cos, sin, length)
     if batch == 0:
-        return tuple(outs)
+        return outs
     (hidden, step), (cos, cos_step), (sin, sin_step) = map(rows_of, (hidden, cos, sin))
     block = block_of(columns)
     # a program finds its columns anew and looks for each of its rows among all of them
@@ -167,7 +164,7 @@ def select_gather(
         WIDE=min(2048, triton.next_power_of_2(max(hidden.shape[-1], 16))),
         NARROW=min(1024, triton.next_power_of_2(max(rotary, 16))), num_warps=warps(block),
     )  # fmt: skip
-    return tuple(outs)
+    return outs
 
 
 @triton.jit

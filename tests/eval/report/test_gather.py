@@ -7,7 +7,7 @@ import pytest
 import run_folders as made
 
 from vlmprune.eval import statistics, store
-from vlmprune.eval.report import read
+from vlmprune.eval.report import read, words
 from vlmprune.eval.report.gather import gather, together
 
 
@@ -83,6 +83,43 @@ def test_each_budget_has_its_own_random():
         assert random.random_difference is None
     alone = gathered([*made.grid_of(("none", "random")), made.cell("fopru", 64)])
     assert row(alone, "fopru keep 64", "pope").random_difference is None
+
+
+def own(label="atp", average=None, **more):
+    """A cell of a method on a schedule of its own, with so many tokens in the mean over layers."""
+    cell = made.cell("atp", 0.25, label=label, **more)
+    cell["cell"] |= {"budget": None, "id": f"{label}--own--{cell['cell']['task']}"}
+    cell["summary"]["layer_average"] = average
+    return cell
+
+
+@pytest.mark.parametrize(
+    ("average", "base"), [(64, "keep 0.25"), (62, "keep 0.25"), (67, "keep 0.25"), (60, None), (26.5, "keep 0.1")]
+)
+def test_a_schedule_of_its_own_meets_the_random_of_the_same_cost(average, base):
+    results = gathered([*made.grid_of(), own(average=average)])
+    for task in ("pope", None):
+        mine = row(results, "atp", task)
+        if base is None:
+            assert (mine.random_base, mine.random_difference) == (None, None)
+            assert "no random has a layer average within 5% of its 60.0: the nearest is random keep 0.25" in mine.note
+            continue
+        random = row(results, f"random {base}", task)
+        assert mine.random_base == f"random {base}"
+        assert mine.random_difference == pytest.approx(mine.value - random.value)
+        assert mine.random_verdict is not None
+        assert f"compared with random {base} (layer average {random.layer_average:.1f}, its own is" in mine.note
+    (said,) = words.own_schedules(results.of("scene-llava", None))
+    assert said.endswith(f"atp with random {base}." if base else "atp with none (none is within 5%).")
+    told = words.differences(results.of("scene-llava", "pope"))
+    assert any("Own budget, against random of about the same layer average" in one for one in told) == bool(base)
+    assert row(results, "fopru keep 0.1", "pope").random_base is None
+
+
+def test_without_random_a_schedule_of_its_own_says_nothing():
+    results = gathered([*made.grid_of(("none", "fopru")), own(average=64)])
+    assert (row(results, "atp", "pope").random_difference, row(results, "atp", "pope").note) == (None, "")
+    assert words.own_schedules(results.of("scene-llava", None)) == []
 
 
 def test_overall_is_the_mean_of_ratios_whatever_the_unit():
