@@ -16,6 +16,8 @@ from torch import nn
 
 torch.set_num_threads(1)
 
+pytest_plugins = ["support"]
+
 
 @pytest.fixture
 def tiny_model() -> Iterator[Callable[..., nn.Module]]:

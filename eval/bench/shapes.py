@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.errors import UnsupportedError, did_you_mean
-from vlmprune.patches import FAMILIES
+from vlmprune.errors import did_you_mean
 
 __all__ = ["SHAPES", "Shape", "build", "find_shape"]
 
@@ -133,16 +132,9 @@ def find_shape(name: str) -> Shape:
 
     Raises:
         ValueError: there is none.
-        UnsupportedError: its family is not supported (yet).
     """
     if name not in SHAPES:
         raise ValueError(f"unknown shape {name!r}.{did_you_mean(name, SHAPES)} Known: {', '.join(SHAPES)}.")
-    if SHAPES[name].model_type not in FAMILIES:
-        ready = ", ".join(shape.name for shape in SHAPES.values() if shape.model_type in FAMILIES)
-        raise UnsupportedError(
-            f"shape {name!r} is of family {SHAPES[name].model_type!r}, which vlmprune does not support yet. "
-            f"Shapes that run: {ready}."
-        )
     return SHAPES[name]
 
 

@@ -102,7 +102,7 @@ def stamps(work: Workload, spans: Spans) -> Iterator[None]:
         hook = lambda *_: action(name)  # noqa: E731
         handles.append(module.register_forward_hook(hook, prepend=first))
 
-    parts = {"tower": family.tower(inner), "projector": inner.multi_modal_projector}
+    parts = {"tower": family.towers(inner)[0], "projector": inner.multi_modal_projector}
     for name, module in parts.items():
         pre(module, spans.begin, name, first=True)
         post(module, spans.end, name, first=False)

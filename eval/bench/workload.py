@@ -57,7 +57,7 @@ def make_workload(model: nn.Module, batch: int, prompt_tokens: int, seed: int = 
     views, _ = family.grid(inner, size)
     grid = family.image_grid(inner, size)
     generator = torch.Generator().manual_seed(seed)
-    image_token, vocabulary = family.image_token(inner), inner.config.text_config.vocab_size
+    image_token, vocabulary = family.token(inner), inner.config.text_config.vocab_size
     text = torch.randint(3, vocabulary - 1, (batch, prompt_tokens), generator=generator)
     text[text == image_token] = vocabulary - 1 if image_token != vocabulary - 1 else 2
     start = prompt_tokens // 2

@@ -5,10 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmprune.errors import UnsupportedError
 from vlmprune.eval.bench import shapes
 from vlmprune.eval.bench.workload import make_workload
-from vlmprune.patches import FAMILIES
 
 
 def hollow(name):
@@ -28,6 +26,7 @@ def size(module):
     [
         ("llava-1.5-7b", (7.0, 7.1), 576, 576),
         ("llava-next-7b", (7.0, 7.1), 2880, 2928),
+        ("llava-onevision-7b", (7.9, 8.1), 3645, 3699),
         ("small", (0.3, 0.4), 576, 576),
         ("small-next", (0.3, 0.4), 2880, 2928),
         ("scene-llava", (0.0, 0.01), 256, 256),
@@ -38,7 +37,7 @@ def test_sizes_and_tokens(name, billions, patches, visual):
     assert billions[0] <= size(model) / 1e9 <= billions[1]
     made = make_workload(model, 1, 60)
     assert (made.patches, made.visual, made.length) == (patches, visual, visual + 60)
-    assert made.views == (5 if name.endswith(("next", "next-7b")) else 1)
+    assert made.views == (5 if name.endswith(("next", "next-7b", "onevision-7b")) else 1)
 
 
 def test_the_small_language_model_dominates():
@@ -65,18 +64,6 @@ def test_what_does_not_fit_is_refused_before_it_is_built(monkeypatch):
 def test_unknown_shapes():
     with pytest.raises(ValueError, match=r"unknown shape 'smal'.* 'small'"):
         shapes.find_shape("smal")
-
-
-def test_a_family_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.delitem(FAMILIES, "llava_next")
-    with pytest.raises(UnsupportedError, match=r"'llava-next-7b' is of family 'llava_next'.*llava-1.5-7b, scene"):
-        shapes.find_shape("llava-next-7b")
-
-
-@pytest.mark.skipif("llava_onevision" in FAMILIES, reason="the family is supported")
-def test_onevision_waits_for_its_family():
-    with pytest.raises(UnsupportedError, match="llava_onevision"):
-        shapes.find_shape("llava-onevision-7b")
 
 
 def test_onevision_is_the_real_architecture():
