@@ -23,7 +23,7 @@ OLDEST_TESTS ?= $(TESTS)
 # More threads are slower for models this small, and unbearably so beside another process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo pictures test test-oldest bench lint format wheel clean
+.PHONY: help install demo pictures test test-oldest support bench lint format wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -71,6 +71,13 @@ test: $(VENV)/.installed ## run the tests
 # What is in a wheel does not depend on transformers.
 test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported transformers
 	$(OLDEST_VENV)/bin/python -P -m pytest -n $(WORKERS) --ignore tests/test_packaging.py $(PYTEST_ARGS) $(OLDEST_TESTS)
+
+# Whatever the tests claim works, and no more, stands in README.
+SUPPORT := build/support.json
+support: export HF_HUB_OFFLINE = 1
+support: $(VENV)/.installed ## run the tests of families and features, and write README's support matrix from their results
+	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --support $(SUPPORT) --support-only $(PYTEST_ARGS) tests
+	$(VENV)/bin/python scripts/support_matrix.py $(SUPPORT)
 
 # Goes on where it was stopped. Results of another thread count or package version are refused: remove the files first.
 # The machine must have nothing else to do.

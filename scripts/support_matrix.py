@@ -1,0 +1,123 @@
+"""Write README's support matrix from the tests' own results.
+
+    python scripts/support_matrix.py build/support.json            # `make support` runs the tests first, then this
+    python scripts/support_matrix.py build/support.json --check    # README must say what the tests say; .ci/run does this
+
+The results are what `pytest --support FILE` wrote (tests/support.py). A cell says yes only where a test that passed
+claims it, and a refusal only where a test checked its words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from vlmprune import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+BEGIN, END = "<!-- support: begin (make support) -->", "<!-- support: end -->"
+
+# column -> what tests call its models: a family's model_type, or a scene of tests/scenes.py
+COLUMNS = {
+    "1.5": ["llava"],
+    "1.5, SigLIP": ["llava-siglip-qwen2"],
+    "NeXT": ["next", "next-mistral", "llava_next"],
+    "ViP": ["vip", "vipllava"],
+    "OneVision": ["onevision", "llava_onevision"],
+    "- large": ["onevision-shrunk"],
+    "- video": ["onevision-video"],
+    "NeXT-Video": ["next-video", "llava_next_video"],
+    "- video ": ["next-video-video"],
+    "original": ["llava_llama", "llava_mistral"],
+}
+# features that every method is tested for; the others are tested with one method of each kind
+EXACT = ("exact", "batches", "beams, unpatching")
+YES, NO, NOT_TESTED = "✓", "–", ""
+
+
+class Notes:
+    """Numbered footnotes, each text once."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"<sup>{self.texts.index(text) + 1}</sup>"
+
+
+def cell(claims: list[dict], notes: Notes) -> str:
+    """What stands in one cell.
+
+    Raises:
+        SystemExit: a test that claims it failed.
+    """
+    if failed := [claim for claim in claims if claim["outcome"] == "fails"]:
+        one = failed[0]
+        sys.exit(f"a test of {one['feature']!r} with {one['method']} on {one['family']} failed; see pytest.")
+    refused = [claim for claim in claims if claim["outcome"] == "refused"]
+    if not claims:
+        return NOT_TESTED
+    if not refused:
+        return YES
+    why = "".join(notes.mark(text) for text in sorted({claim["why"] for claim in refused}))
+    if len(refused) == len(claims):
+        return NO + why
+    return f"{YES} but {', '.join(sorted({claim['method'] for claim in refused}))}{why}"
+
+
+def table(corner: str, names: Iterable[str], claims: list[dict], row: Callable[[dict], str], notes: Notes) -> str:
+    """A markdown table with a row per name and a column per family."""
+    lines = [[corner, *COLUMNS], ["---", *[":-:"] * len(COLUMNS)]]
+    for name in names:
+        mine = [claim for claim in claims if row(claim) == name]
+        cells = [cell([c for c in mine if c["family"] in families], notes) for families in COLUMNS.values()]
+        lines.append([name, *cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def matrix(claims: list[dict]) -> str:
+    """Both tables and their footnotes.
+
+    Raises:
+        SystemExit: claims about families that have no column, or of tests that failed.
+    """
+    known = {family for families in COLUMNS.values() for family in families}
+    if strange := sorted({claim["family"] for claim in claims} - known):
+        sys.exit(f"no column for {', '.join(strange)}: add it to COLUMNS in scripts/support_matrix.py.")
+    exact = [claim for claim in claims if claim["feature"] in EXACT]
+    others = [claim for claim in claims if claim["feature"] not in EXACT]
+    methods = [name for name in registry.names() if any(claim["method"] == name for claim in exact)]
+    used = sorted({claim["method"] for claim in others})
+    notes = Notes()
+    first = table("method", methods, exact, lambda claim: claim["method"], notes)
+    second = table("feature", sorted({c["feature"] for c in others}), others, lambda claim: claim["feature"], notes)
+    told = "\n".join(f"{number}. {text}" for number, text in enumerate(notes.texts, 1))
+    return (
+        f"Every method: pruned equals by hand, rows of batches equal single runs, beams, unpatching.\n\n{first}\n\n"
+        f"Every feature, with {', '.join(used)}:\n\n{second}\n\n{told}"
+    ).strip()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="what pytest --support wrote")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where README says something else")
+    asked = parser.parse_args(argv)
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    new = f"{before}{BEGIN}\n\n{matrix(json.loads(asked.results.read_text(encoding='utf-8')))}\n\n{END}{after}"
+    if not asked.check:
+        README.write_text(new, encoding="utf-8")
+    elif new != text:
+        sys.exit("README's support matrix is not what the tests say: run `make support` and look at the difference.")
+
+
+if __name__ == "__main__":
+    main()
