@@ -1,7 +1,7 @@
 """Write README's support matrix from the tests' own results.
 
-    python scripts/support_matrix.py build/support.json            # `make support` runs the tests first, then this
-    python scripts/support_matrix.py build/support.json --check    # README must say what the tests say; .ci/run does this
+    python scripts/support_matrix.py build/support.json          # `make support` runs the tests first, then this
+    python scripts/support_matrix.py build/support.json --check  # README must say what tests say; .ci/run does this
 
 The results are what `pytest --support FILE` wrote (tests/support.py). A cell says yes only where a test that passed
 claims it, and a refusal only where a test checked its words.
@@ -105,6 +105,7 @@ def matrix(claims: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Write README, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="what pytest --support wrote")
     parser.add_argument("--check", action="store_true", help="change nothing; fail where README says something else")
