@@ -80,8 +80,8 @@ support: $(VENV)/.installed ## run the tests of families and features, and write
 	$(VENV)/bin/python scripts/support_matrix.py $(SUPPORT)
 
 # Goes on where it was stopped. Results of another thread count or package version are refused: remove the files first.
-# The machine must have nothing else to do.
-BENCH_THREADS ?= 2
+# The machine must have nothing else to do, or the core that runs this nothing else (taskset).
+BENCH_THREADS ?= 1
 BENCH_RUNS ?= --pairs 15 --stage-runs 15
 BENCH_METHODS ?= fopru,vtc_cls,todre,fastv,transprune,random,pool,grid,tome,pitome
 bench: export OMP_NUM_THREADS = $(BENCH_THREADS)

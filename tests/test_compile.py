@@ -15,7 +15,7 @@ import vlmprune
 
 METHODS = {
     "random": {}, "pool": {}, "fopru": {}, "vtc_cls": {}, "todre": {"tau": None}, "fastv": {},
-    "transprune": {}, "tome": {},
+    "transprune": {}, "tome": {}, "pitome": {}, "grid": {}, "downsample": {},
 }  # fmt: skip
 
 
@@ -58,11 +58,20 @@ def test_a_pruned_prefill_is_one_graph(tiny_model, method):
         assert handle.trace.kv_lengths == counts
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
-@pytest.mark.parametrize("method", ["fopru", "fastv"])
-def test_no_more_graph_breaks_than_the_plain_model(tiny_model, method, family):
-    model = tiny_model(family=family)
-    prompt = prompt_of(model)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("fopru", {}),
+        ("fastv", {}),
+        ("globalcom2", {"family": "llava_next"}),
+        ("fopru", {"family": "llava_onevision", "tower": "siglip", "text": "qwen2"}),
+        ("fastv", {"family": "llava_next_video"}),
+        ("fopru", {"family": "vipllava"}),
+    ],
+)
+def test_no_more_graph_breaks_than_the_plain_model(tiny_model, method, options):
+    model = tiny_model(**options)
+    prompt = probes.step_inputs(tiny.prompt(model, [4, "image", 6], [(24, 24)], together=True))
     plain, graphs = explain(model, prompt)
     assert plain
     with vlmprune.patch(model, method, keep=5):
@@ -70,6 +79,18 @@ def test_no_more_graph_breaks_than_the_plain_model(tiny_model, method, family):
     assert sorted(pruned) == sorted(plain)
     # where the plain forward breaks, the hook in front of it ends up in a graph of its own
     assert more <= graphs + 1
+
+
+def test_counts_that_a_method_finds_out_break_the_graph_and_nothing_else(tiny_model):
+    model = tiny_model()
+    prompt = prompt_of(model)
+    with torch.no_grad(), vlmprune.patch(model, "todre", keep=5, tau=0.35) as handle:
+        eager = model(**prompt).logits
+        counts = handle.trace.kv_lengths
+        compiled = torch.compile(model, backend="eager")(**prompt).logits
+    assert torch.equal(compiled, eager)
+    assert handle.trace.kv_lengths == counts
+    assert counts[-1] < counts[0]  # stage 2 did fire
 
 
 @captured

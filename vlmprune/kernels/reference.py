@@ -129,9 +129,12 @@ def first_of_equal(x: torch.Tensor) -> torch.Tensor:
     A matrix product may give equal rows values that differ in the last bit, by where they stand in its blocks, and ties
     between them would not go to the lower index. Rows are compared by a 64-bit sum that does not depend on the order.
     """
-    bits = (x + 0.0).view(torch.int64 if x.dtype == torch.float64 else torch.int32).long()  # -0.0 is 0.0
-    weight = torch.arange(1, x.shape[-1] + 1, device=x.device) * 0x9E3779B97F4A7C1
-    key, index = (bits * (weight ^ (weight >> 23) | 1)).sum(-1).sort(dim=-1, stable=True)
+    x = (x + 0.0).contiguous()  # -0.0 is 0.0
+    if x.dtype == torch.float32:  # two values make a word
+        x = functional.pad(x, (0, x.shape[-1] % 2))
+    words = x.view(torch.int64)
+    weight = torch.arange(1, words.shape[-1] + 1, device=x.device) * 0x9E3779B97F4A7C1
+    key, index = (words * (weight ^ (weight >> 23) | 1)).sum(-1).sort(dim=-1, stable=True)
     place = torch.arange(x.shape[1], device=x.device).expand_as(index)
     same = functional.pad(key[:, 1:] == key[:, :-1], (1, 0))
     start = place.masked_fill(same, 0).cummax(-1).values
