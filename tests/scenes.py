@@ -53,6 +53,11 @@ class Scene:
     def model(self):
         return tiny.shared(dtype=F64, **self.options)
 
+    @property
+    def label(self):
+        """The scene's name in `FAMILIES`."""
+        return next(name for name, given in FAMILIES.items() if given == (self.options, self.kind))
+
     def prompt(self):
         """Several pictures in one prompt; with videos, images and videos mixed."""
         if self.kind == "videos":
@@ -79,11 +84,21 @@ class Scene:
         sizes = [LARGE[self.kind], (20, 70)]
         return [tiny.prompt(self.model, [3, "image", 4 + s], [sizes[s]], seed=s, together=True) for s in range(2)]
 
+    def refused(self, name):
+        """Why a method cannot be had on this model, or not with what it is shown; None if it can."""
+        return REFUSED.get((name, self.model.config.model_type)) or self.refusal(name)
+
     def refusal(self, name):
-        """Why a method is not run here, in its own words."""
+        """Why a method is not run on what it is shown, in its own words."""
         why = registry.find(name).refuses_inputs
         kinds = {"images": [], "shrunk": ["shrunk"], "videos": ["video", "shrunk"]}[self.kind]
         return next((why[kind] for kind in kinds if kind in why), None)
+
+
+def claim(support, scene, name, *features):
+    """Claim features of a method on a scene; where `start` skips, as refused."""
+    for feature in features:
+        support(feature, scene.label, name, refused=scene.refused(name))
 
 
 def start(scene, name):
@@ -107,7 +122,7 @@ def start(scene, name):
     pytest.skip(f"refused, as it should be: {words}")
 
 
-def replay(model, prompt, features, trace, wrong=False, positions=None):
+def replay(model, prompt, features, trace, wrong=False, positions=None, forced=FORCED):
     """Logits of the prompt's last token and of every forced one, from what a trace says was kept.
 
     Args:
@@ -115,11 +130,12 @@ def replay(model, prompt, features, trace, wrong=False, positions=None):
         wrong: swap one kept token of the first image at the first cut for a dropped one.
         positions: another position policy than the trace's.
     """
-    ids = torch.cat((prompt["input_ids"][0], torch.tensor(FORCED)))
+    ids = torch.cat((prompt["input_ids"][0], torch.tensor(forced, dtype=torch.long)))
     x, length = model.get_input_embeddings()(ids), prompt["input_ids"].shape[1]
     images = []
     for token, given in zip((reference.IMAGE, reference.VIDEO), features, strict=True):
-        holes = (ids == token).nonzero().flatten() if given else ids[:0]
+        # a forced token may look like a placeholder
+        holes = (ids[:length] == token).nonzero().flatten() if given else ids[:0]
         x = x.index_put((holes,), torch.cat(given)) if given else x
         edges = [0, *accumulate(len(f) for f in given)]
         assert edges[-1] == len(holes)

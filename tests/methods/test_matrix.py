@@ -10,7 +10,7 @@ import pytest
 import reference
 import tiny
 import torch
-from scenes import FAMILIES, Scene, replay, start, with_cache
+from scenes import FAMILIES, Scene, claim, replay, start, with_cache
 
 from vlmprune import registry
 
@@ -23,7 +23,8 @@ def scene(request):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_trace_says_is_what_was_computed(scene, name):
+def test_what_the_trace_says_is_what_was_computed(scene, name, support):
+    claim(support, scene, name, "exact")
     model, prompt = scene.model, scene.prompt()
     with torch.no_grad(), start(scene, name) as handle:
         got = with_cache(model, prompt)[:, 0]
@@ -41,7 +42,8 @@ def test_what_the_trace_says_is_what_was_computed(scene, name):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_row_of_a_batch_is_the_sample_alone(scene, name, side):
+def test_a_row_of_a_batch_is_the_sample_alone(scene, name, side, support):
+    claim(support, scene, name, "batches" if side == "left" else "right padding")
     model, prompts = scene.model, scene.rows()
     with torch.no_grad(), start(scene, name):
         together = with_cache(model, tiny.batch(prompts, side))
@@ -53,7 +55,8 @@ def test_a_row_of_a_batch_is_the_sample_alone(scene, name, side):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_beams_streams_and_unpatching(scene, name):
+def test_beams_and_unpatching(scene, name, support):
+    claim(support, scene, name, "beam search", "unpatching")
     model, prompts = scene.model, scene.questions()
     both = tiny.batch(prompts)
     with torch.no_grad():
