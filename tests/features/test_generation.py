@@ -225,6 +225,8 @@ def test_stopping(scene, name, support):
         assert one[0, length:].tolist() == first.tolist()
         assert handle.trace.prompt_length == length
         want = model.generate(**prompt, **GREEDY)
+        with pytest.raises(ValueError, match="max_new_tokens"):
+            model.generate(**prompt, max_new_tokens=0)
         lengths = []
 
         def stop(ids, scores, **kwargs):
