@@ -28,6 +28,9 @@ __all__ = ["LlavaLlama", "LlavaMistral"]
 IMAGE, IGNORE = -200, -100  # llava.constants
 EXPAND = "prepare_inputs_labels_for_multimodal"
 WAY_OUT = "use the Hugging Face conversion of the checkpoint (llava-hf/...)"
+# transformers then hangs recorders on all layers of the model, those of a tower that has recorders of its own too
+RECORDED = ("output_hidden_states", "output_attentions")
+TWICE = "transformers records every layer of the vision tower twice, and its features are those of another layer"
 
 
 class LlavaLlama(Family):
@@ -78,7 +81,13 @@ class LlavaLlama(Family):
                 f"mm_vision_select_feature={tower.select_feature!r} makes the tower's [CLS] token a visual token, "
                 "which is not supported; use 'patch'."
             )
-        layers = len(self.tower_layers(tower.vision_tower))
+        tower_layers = self.tower_layers(tower.vision_tower)
+        recorders = [getattr(hook, "__name__", "") for hook in tower_layers[0]._forward_hooks.values()]
+        if recorders.count("output_capturing_hook") > 1:
+            raise UnsupportedError(
+                f"this model was run with {' or '.join(RECORDED)}: {TWICE}, with or without a patch. Load it again."
+            )
+        layers = len(tower_layers)
         return ModelFacts(
             family=self.model_type,
             tower_layers=layers,
@@ -93,6 +102,10 @@ class LlavaLlama(Family):
         setattr(model, EXPAND, ExpandPrompt(model, plan))
 
     def open(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if asked := [name for name in RECORDED if kwargs.get(name)]:
+            raise UnsupportedError(
+                f"{asked[0]} is not supported on models of the llava package (from then on, {TWICE}): {WAY_OUT}."
+            )
         embeds, prompt = untag(kwargs.get("inputs_embeds"))
         return kwargs if prompt is None else kwargs | {"inputs_embeds": embeds} | prompt.for_rows(embeds)
 

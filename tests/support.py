@@ -8,7 +8,8 @@ all the tests that claim it; `scripts/support_matrix.py` draws README's tables f
     support("beam search", model, "fopru")                        # works, if this test passes
     support("attentions", model, "fopru", refused="layers see different sequences")      # refused in these words
 
-A failing test makes its claims "fails", whatever other tests say. A claim of a test that is skipped is not made.
+A failing test makes its claims "fails", whatever other tests say. Of a test that is skipped only refusals count: it
+has checked no more than these.
 """
 
 from __future__ import annotations
@@ -57,14 +58,16 @@ class Collector:
     """Gathers the claims of all tests, and writes them when the last has run."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.claims, self.failed = file, {}, set()
+        self.file, self.claims, self.failed, self.skipped = file, {}, set(), set()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.failed.add(report.nodeid)
+        if report.skipped:
+            self.skipped.add(report.nodeid)
         if report.when == "teardown":
             for name, claim in report.user_properties:
-                if name == PROPERTY:
+                if name == PROPERTY and (claim[3] or report.nodeid not in self.skipped):
                     self.claims.setdefault(tuple(claim[:3]), []).append((report.nodeid, claim[3]))
 
     def pytest_sessionfinish(self) -> None:

@@ -11,9 +11,11 @@ import tiny
 import torch
 from probes import far, same
 from reference import Rule
+from scenes import FAMILIES, Scene, start
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
 import vlmprune
+from vlmprune import registry
 
 F64 = torch.float64
 RULES = {
@@ -157,6 +159,28 @@ def test_rolling_a_pruned_cache_back(tiny_model, rules, options):
                 got.append(out.logits[0, 0])
                 cache.crop(-1)
         same(torch.stack(got), expected[:5])
+
+
+@pytest.mark.parametrize("name", registry.names())
+@torch.no_grad()
+def test_no_method_looks_at_guesses(name):
+    """What is kept is decided by the prompt, and not by what may come after it."""
+    scene = Scene(*FAMILIES["next"])
+    prompt = scene.prompt()
+    prompt["input_ids"][0, -5:] = torch.tensor([7, 8, 9, 7, 8])
+    with start(scene, name) as handle:
+        scene.model.generate(**prompt, max_new_tokens=5, do_sample=False)
+        alone = handle.trace
+        scene.model.generate(**prompt, max_new_tokens=5, do_sample=False, prompt_lookup_num_tokens=4)
+        assert handle.trace.prompt_length > alone.prompt_length
+        for with_guesses, cut in zip(handle.trace.cuts, alone.cuts, strict=True):
+            assert torch.equal(with_guesses.keep, cut.keep)
+            if cut.scores is not None:
+                same(with_guesses.scores.double(), cut.scores.double(), 1e-9)
+        # only there they are guesses: of a call without a cache, and of one with pixels, all is prompt
+        scene.model(**prompt, logits_to_keep=3)
+        for mine, cut in zip(handle.trace.cuts, alone.cuts, strict=True):
+            assert torch.equal(mine.keep, cut.keep)
 
 
 # Continuing a conversation

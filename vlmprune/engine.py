@@ -13,13 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from vlmprune.decode import resume
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
-from vlmprune.plan import FRAME, Plan
+from vlmprune.plan import FRAME, GUESSES, Plan
 from vlmprune.prefill import Prefill
 from vlmprune.sequence import SEGMENTS
 from vlmprune.tower import AfterKeys, AfterTower, BeforeTower, BeforeTowerLayer, RememberSizes, check_fixed, encoder
@@ -37,18 +38,18 @@ class BeforeModel:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         kwargs, family = dict(zip(names, args, strict=False)) | kwargs, self.plan.family
+        guesses = kwargs.pop(GUESSES, 0)
         opened = family.open(kwargs)
-        changed = self.arrive(module, opened)
+        changed = self.arrive(module, opened, guesses)
         if changed is None and opened is kwargs:
             return None
         return (), family.close(opened if changed is None else changed)
 
-    def arrive(self, module: nn.Module, kwargs: dict) -> dict | None:
+    def arrive(self, module: nn.Module, kwargs: dict, guesses: int) -> dict | None:
         """The arguments to run with instead, or None to leave the call alone."""
-        encoded = any(output is not None for output in (kwargs.get("mm_encoder_outputs") or {}).values())
-        if encoded or any(given_pixels(kwargs, modality) for modality in PIXELS):
+        if brings_features(kwargs) or any(given_pixels(kwargs, modality) for modality in PIXELS):
             if self.plan.enabled:
-                return self.prefill(module, kwargs)
+                return self.prefill(module, kwargs, guesses)
             cache = kwargs.get("past_key_values")
             if not forget(cache) and getattr(cache, SEGMENTS, None):
                 raise UnsupportedError(
@@ -66,7 +67,7 @@ class BeforeModel:
             return None
         return resume(self.plan.family.language_model(module), kwargs, segments)
 
-    def prefill(self, module: nn.Module, kwargs: dict) -> dict:
+    def prefill(self, module: nn.Module, kwargs: dict, guesses: int) -> dict:
         cache, input_ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
         check_fixed(self.plan.family, module.config, kwargs)
         if input_ids is None:
@@ -80,8 +81,13 @@ class BeforeModel:
                 "Use `with handle.disabled():` for the plain model's attentions."
             )
         kwargs["mm_encoder_outputs"] = encoded = encode(module, kwargs, self.plan.family)
-        frame = Prefill(self.plan, module, input_ids, kwargs.get("attention_mask"), encoded)
+        frame = Prefill(self.plan, module, input_ids, kwargs.get("attention_mask"), encoded, guesses)
         return kwargs | {FRAME: frame}
+
+
+def brings_features(kwargs: dict) -> bool:
+    """Whether a call brings pictures that were encoded before it."""
+    return any(output is not None for output in (kwargs.get("mm_encoder_outputs") or {}).values())
 
 
 def given_pixels(kwargs: dict, modality: str) -> bool:
@@ -168,19 +174,37 @@ class AfterModel:
 
 
 @dataclass
-class CheckLabels:
-    """Pre-hook of the model with a head: a loss on a visual placeholder has no meaning once tokens are gone."""
+class BeforeHead:
+    """Pre-hook of the model with a head: reads the arguments that the inner model does not get."""
 
     plan: Plan
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        labels, input_ids = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None)
-        if labels is None or input_ids is None or not self.plan.enabled:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if not self.plan.enabled:
+            return None
+        self.check_labels(module, kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None))
+        guesses = guessed(kwargs)
+        return (args, kwargs | {GUESSES: guesses}) if guesses else None
+
+    def check_labels(self, module: nn.Module, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> None:
+        """A loss on a visual placeholder has no meaning once tokens are gone."""
+        if labels is None or input_ids is None:
             return
         family = self.plan.family
         tokens = [family.token(family.inner(module), modality) for modality in family.modalities]
         if any(((input_ids == token) & (labels != -100)).any() for token in tokens):
             raise ValueError("labels on visual placeholders must be -100: pruned tokens cannot carry a loss.")
+
+
+def guessed(kwargs: dict) -> int:
+    """How many tokens at the end of a prefill are guesses (of an assistant, of a prompt lookup) and no prompt.
+
+    `generate` encodes pictures first, brings its cache, and asks for the logits of every guess and of the token before.
+    """
+    wanted = kwargs.get("logits_to_keep")
+    if not isinstance(wanted, int) or kwargs.get("past_key_values") is None or not brings_features(kwargs):
+        return 0
+    return max(wanted - 1, 0)
 
 
 def forget(cache: Any) -> bool:
@@ -203,7 +227,7 @@ HOOKS = (
     BeforeLayer,
     AfterLanguageModel,
     AfterModel,
-    CheckLabels,
+    BeforeHead,
 )
 
 
@@ -243,7 +267,7 @@ def install(model: nn.Module, plan: Plan) -> None:
     family.language_model(inner).register_forward_hook(AfterLanguageModel(), with_kwargs=True)
     inner.register_forward_hook(AfterModel(), with_kwargs=True)
     if model is not inner:
-        before(model, CheckLabels(plan))
+        before(model, BeforeHead(plan))
 
 
 def installed(model: nn.Module, plan: Plan) -> bool:

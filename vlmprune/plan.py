@@ -16,9 +16,10 @@ from vlmprune.patches import Family, ModelFacts
 from vlmprune.taps import BlockKeys, BlockTap, TowerTap
 from vlmprune.trace import Trace
 
-__all__ = ["FRAME", "Plan"]
+__all__ = ["FRAME", "GUESSES", "Plan"]
 
 FRAME = "vlmprune_frame"  # the keyword argument that carries a frame through tower and decoder layers
+GUESSES = "vlmprune_guesses"  # the one that tells the inner model how many tokens behind the prompt are guesses
 
 
 @dataclass

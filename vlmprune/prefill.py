@@ -24,12 +24,22 @@ SOFT_EPS = 1e-20  # the least weight of a token under a soft mask, whose logarit
 
 
 class Prefill:
-    """One pruned forward pass."""
+    """One pruned forward pass; `guesses` tokens at its end are no prompt, and methods must not look at them."""
 
-    def __init__(self, plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, features: dict[str, Any]):
-        self.plan = plan
+    def __init__(
+        self,
+        plan: Plan,
+        inner: nn.Module,
+        input_ids: torch.Tensor,
+        mask: Any,
+        features: dict[str, Any],
+        guesses: int = 0,
+    ):
+        self.plan, self.guesses = plan, guesses
         self.rotary_emb = plan.family.language_model(inner).rotary_emb
-        self.layout, self.real, self.lengths, self.text_after = prompt_layout(plan, inner, input_ids, mask, features)
+        self.layout, self.real, self.lengths, self.text_after = prompt_layout(
+            plan, inner, input_ids, mask, features, guesses
+        )
         self.prompt_lengths = self.lengths
         seen = [getattr(output, SEEN, {}) for output in features.values()]
         if missing := [tap for tap in plan.tower_taps if any(tap not in s for s in seen)]:
@@ -63,6 +73,7 @@ class Prefill:
                 mask=self.real,
                 lengths=self.lengths,
                 positions=kwargs["position_ids"].expand(batch, -1),
+                guesses=self.guesses,
                 rotary=tuple(x.expand(batch, -1, -1) for x in kwargs["position_embeddings"]),
             )
         here = [cut for _, cut in self.pending if cut.at.layer == index]

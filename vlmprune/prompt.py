@@ -39,7 +39,7 @@ class Items:
 
 
 def prompt_layout(
-    plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, encoded: dict[str, Any]
+    plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, encoded: dict[str, Any], guesses: int = 0
 ) -> tuple[Layout, torch.Tensor | None, list[int], tuple[torch.Tensor, int]]:
     """Find every visual token of a batch, with one host read (three or four counts per row).
 
@@ -47,6 +47,7 @@ def prompt_layout(
         input_ids: `(batch, length)`.
         mask: padding mask as the call brings it.
         encoded: for "image" and "video" the encoder's output, whose `pooler_output` lists `(tokens, dim)` per item.
+        guesses: columns at the end that are no prompt: they do not count as tokens after the last visual one.
 
     Returns:
         The layout, images before videos; the `(batch, length)` bool mask of real tokens (None if all are), per row the
@@ -64,7 +65,7 @@ def prompt_layout(
     everything = torch.ones_like(placeholder) if real is None else real
     # real tokens behind the last placeholder: those that a sum from the right has not met a placeholder for
     after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
-    text_after = after.sum(1)
+    text_after = after[:, : length - guesses].sum(1)
     images = [len(image) for image in encoded["image"].pooler_output] if list(encoded) == ["image"] else []
     if torch.compiler.is_compiling() and images and len(input_ids) in (1, len(images)):
         # reading would break the graph: one prompt has all images and several have one each, or an error on the device;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,7 @@ class Sequence:
         shift: `(batch, 1)` positions by which decoded tokens move down, or None.
         cut: whether any cut has changed the prompt.
         bias: `(batch, length)` float added to the attention scores on every entry (soft masks in training), or None.
+        guesses: prompt columns at the end that are guesses at what comes after the prompt (assisted decoding).
     """
 
     prompt: int
@@ -109,6 +110,7 @@ class Sequence:
     shift: torch.Tensor | None = None
     cut: bool = False
     bias: torch.Tensor | None = None
+    guesses: int = 0
     masks: dict[Any, torch.Tensor | None] = field(default_factory=dict, compare=False)
 
     @property
@@ -119,6 +121,10 @@ class Sequence:
     def real(self) -> torch.Tensor:
         """`(batch, length)` bool of real entries."""
         return torch.ones_like(self.columns, dtype=torch.bool) if self.mask is None else self.mask
+
+    def asked(self) -> torch.Tensor:
+        """`(batch, length)` bool of real entries without guesses: what a method may look at."""
+        return self.real() & (self.columns < self.prompt - self.guesses) if self.guesses else self.real()
 
     def index_of(self, layout: Layout) -> torch.Tensor:
         """`(images, tokens)` entry of every visual token in this sequence (0 for tokens that are gone)."""
@@ -157,7 +163,10 @@ class Sequence:
         mask = None if known and all(n == new for n in lengths) else mask
         columns = self.columns.gather(1, index)
         bias = None if self.bias is None else self.bias.gather(1, index)
-        return hidden, Sequence(self.prompt, columns, mask, lengths, ids, (cos, sin), shift, cut=True, bias=bias)
+        return hidden, replace(
+            self, columns=columns, mask=mask, lengths=lengths, positions=ids, rotary=(cos, sin), shift=shift, cut=True,
+            bias=bias, masks={},
+        )  # fmt: skip
 
     def segment(self, first: int) -> Segment:
         """The decode state of the layers from `first` on."""

@@ -151,7 +151,7 @@ class TextAttention(DecoderTap):
     rows: Literal["last", "instruction", "all"] = "last"
 
     def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
-        real = scene.sequence.real()
+        real = scene.sequence.asked()
         if self.rows == "all":
             at = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
             weight = mean_weight(real)
@@ -186,7 +186,7 @@ class ReceivedAttention(DecoderTap):
                 images[sample] = image if number == ordinal else images[sample]
             index = upload(images, hidden.device)  # samples with fewer images take any and weigh it 0
             own.append((entries[index], part[index] * (index >= 0)[:, None]))
-        text = last_rows(scene.sequence.real(), *scene.text_after)
+        text = last_rows(scene.sequence.asked(), *scene.text_after)
         if self.logits:
             masses = decoder_mass(layer, hidden, scene, own, mean_logits)
             masses += decoder_mass(layer, hidden, scene, [text])
@@ -205,7 +205,7 @@ class CrossShare(DecoderTap):
     """
 
     def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
-        layout, real = scene.layout, scene.sequence.real()
+        layout, real = scene.layout, scene.sequence.asked()
         at, sample = scene.flat_index(), upload(layout.sample, hidden.device)
         visual = torch.zeros(real.numel(), dtype=torch.long, device=real.device)
         visual = visual.scatter_add(0, at.flatten(), layout.alive.long().flatten()).view_as(real) > 0

@@ -100,7 +100,7 @@ class Transition(BlockTap):
     def measure(self, before: torch.Tensor, after: torch.Tensor, scene: Scene) -> torch.Tensor:
         at = scene.flat_index()
         if self.mode == "official":
-            return transition(before, after, scene.sequence.real(), self.mode).flatten()[at]
+            return transition(before, after, scene.sequence.asked(), self.mode).flatten()[at]
         return transition(before.flatten(0, 1)[at], after.flatten(0, 1)[at], scene.layout.alive, self.mode)
 
 
