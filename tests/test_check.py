@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
@@ -11,11 +11,13 @@ import torch
 from transformers import StaticCache
 
 import vlmprune
-from vlmprune import UnsupportedError, decode, engine, registry, selftest
+from vlmprune import Cut, Decoder, Method, Reduction, UnsupportedError, decode, engine, registry
 from vlmprune.prefill import Prefill
-from vlmprune.selftest import CHECKS, Line, Subject, checks
+from vlmprune.selftest import CHECKS, Line, Subject, about, checks
+from vlmprune.selftest.runs import masks_allowed
 from vlmprune.selftest.verdict import judge, relative
 from vlmprune.sequence import Sequence
+from vlmprune.trace import CutTrace
 
 FAMILIES = {
     "llava": {},
@@ -63,8 +65,7 @@ def test_globalcom2_and_tokens_written_in_an_order_of_their_own(support):
     made = subject("next")
     support("vlmprune check", made.model, "globalcom2")
     passes(made.check("globalcom2", keep=0.4))
-    thresholds = tiny.modules(made.model, biases=(-0.3, 1.5))
-    passes(made.check("atp", thresholds=thresholds, parity="released"))
+    passes(made.check("globalcom2", keep=0.4, parity="released"))
 
 
 def test_stacked_methods_pass():
@@ -72,7 +73,7 @@ def test_stacked_methods_pass():
     report = subject("next").check(methods)
     passes(report)
     assert report.method == "fopru+fastv"
-    assert report["cache"].told.startswith("85, ")
+    assert report["cache"].told.startswith("77, 37 entries")
 
 
 def test_videos_are_among_the_prompts_where_a_method_reads_them():
@@ -167,10 +168,8 @@ def test_one_entry_in_its_neighbours_place(monkeypatch):
 
     on_cache(monkeypatch, double, static=False)
     failed, report = failing("fopru")
-    # a batch has it elsewhere; a static cache has none
-    assert {"cache", "decode"} <= failed <= {"cache", "decode", "generate", "batch"}
-    lengths = subject("llava").check
-    assert lengths is not None
+    # decoded tokens read it, and so the layers above have other keys for them
+    assert failed == {"cache", "decode", "positions", "generate"}
     assert report["cache"].told.startswith("layer 2, entry ")
 
 
@@ -223,7 +222,8 @@ def test_positions_off_by_one_everywhere(monkeypatch):
 
 def test_positions_off_by_one_in_the_answer(monkeypatch):
     around(monkeypatch, Sequence, "segment", lambda made, *_: replace(made, shift=made.shift + 1))
-    assert failing("fopru")[0] == {"decode", "positions", "generate"}
+    # in a batch the row without a picture is wrong too, which alone was not pruned
+    assert failing("fopru")[0] == {"decode", "positions", "generate", "batch"}
 
 
 def test_the_other_position_policy(monkeypatch):
@@ -237,6 +237,45 @@ def test_the_other_position_policy(monkeypatch):
     assert failing("fopru")[0] == set()
 
 
+def test_a_merge_with_other_weights(monkeypatch):
+    """The trace says so, and the engine did not."""
+
+    def lying(layer, name, positions, keep, merge, scores):
+        return CutTrace(layer, name, positions, keep, replace(merge, weight=merge.weight * 0.9), scores)
+
+    monkeypatch.setattr("vlmprune.prefill.CutTrace", lying)
+    assert failing("pool")[0] == {"rows", "cache", "decode", "positions", "generate"}
+
+
+@dataclass(frozen=True)
+class Sociable(Method):
+    """Keeps other tokens in company than alone: `moves` of them."""
+
+    moves: int = 1
+    name = "sociable"
+
+    def cuts(self, facts):
+        return [Cut(Decoder(1), (), self.reduce, "contiguous")]
+
+    def reduce(self, seen, layout):
+        number = torch.arange(layout.width)
+        alone = number < 10
+        company = (number >= self.moves) & (number < 10 + self.moves)
+        return Reduction(layout.alive & (company if len(layout.grids) > 2 else alone))
+
+
+def test_other_tokens_in_a_batch():
+    few, many = (subject("llava").check(Sociable(moves)) for moves in (1, 3))
+    assert few["batch"].outcome == "?"
+    assert few["batch"].told == (
+        "row 0, padded left: 2 of 20 kept tokens are others than alone; scores may be too close to call"
+    )
+    assert few.passed
+    assert many.failed == ["batch"]
+    assert "6 of 20" in many["batch"].told
+    passes(subject("llava").check(Sociable(0)))
+
+
 def test_a_hook_left_behind(monkeypatch):
     model = tiny.model()
     made = Subject(model)
@@ -248,7 +287,11 @@ def test_a_hook_left_behind(monkeypatch):
 
 def test_an_attribute_left_behind(monkeypatch):
     model = tiny.model("llava_next")
-    monkeypatch.setattr(engine, "Bound", int)
+
+    class Other:
+        pass
+
+    monkeypatch.setattr(engine, "Bound", Other)
     report = Subject(model).check("fopru", keep=0.4)
     assert report.failed == ["restore"]
     assert "get_image_features" in report["restore"].told
@@ -336,6 +379,19 @@ def test_relative_sees_nan():
     assert relative(2 * x, x).tolist() == [1, 1, 1]
 
 
+def test_masks_go_to_an_attention_that_takes_them():
+    language_model = tiny.model().model.language_model
+    for given, used in (("eager", "eager"), ("sdpa", "sdpa"), ("flash_attention_2", "sdpa")):
+        language_model.config._attn_implementation = given
+        with masks_allowed(language_model):
+            assert language_model.config._attn_implementation == used
+        assert language_model.config._attn_implementation == given
+
+
+def test_eager_attention_passes():
+    passes(vlmprune.check(tiny.shared(attn="eager"), "fastv", keep=0.4))
+
+
 def test_waits_beyond_the_promise_fail():
     assert checks.syncs_line(3, 4, 1).outcome == "pass"
     assert checks.syncs_line(3, 5, 1).outcome == "FAIL"
@@ -353,7 +409,7 @@ def test_on_a_gpu(name):
 
 def test_a_patched_model_is_refused():
     model = tiny.model()
-    with vlmprune.patch(model, "fopru", keep=4), pytest.raises(ValueError, match="is patched .*unpatch it first"):
+    with vlmprune.patch(model, "fopru", keep=4), pytest.raises(ValueError, match=r"is patched .*unpatch it first"):
         vlmprune.check(model, "fopru", keep=4)
 
 
@@ -375,10 +431,10 @@ def test_models_of_the_original_package_are_refused(support):
 
 
 def test_what_a_bug_report_needs_to_know():
-    about = selftest.about.about(subject("next").model)
-    assert about["model_type"] == "llava_next"
-    assert about["dtype"] == "float32"
-    assert about["attention"] == "sdpa"
-    assert about["language_model"] == {
+    said = about(subject("next").model)
+    assert said["model_type"] == "llava_next"
+    assert said["dtype"] == "float32"
+    assert said["attention"] == "sdpa"
+    assert said["language_model"] == {
         "type": "llama", "layers": 4, "hidden": 32, "heads": 4, "kv_heads": 2, "sliding_window": None,
     }  # fmt: skip

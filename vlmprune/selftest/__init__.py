@@ -74,7 +74,7 @@ class Subject:
                 self.plain[videos] = evidence.plain_of(self.family, self.model, prompts)
             plain, gpu = self.plain[videos], self.model.device.type == "cuda"
             waits = [checks.syncs(self.model, plain.prompts[0])] if gpu else []
-            step(f"{names}: pruned")
+            step("pruned")
             with patch(self.model, methods) as handle:
                 pruned = evidence.pruned_of(self.family, handle, plain)
                 waits += [checks.syncs(self.model, plain.prompts[0])] if gpu else []
@@ -87,7 +87,7 @@ class Subject:
                 lines["restore"] = checks.raised("restore", again)
             else:
                 lines["restore"] = checks.restore_line(plain, again, pruned.run, left)
-            step(f"{names}: by hand")
+            step("by hand")
             lines |= self.compared(plain, pruned, in_tower)
             promised = 1 + sum(made.syncs for made in methods)
             lines["syncs"] = checks.syncs_line(*waits, promised) if gpu else Line("syncs", "-", "no GPU")

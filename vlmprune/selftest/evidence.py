@@ -252,7 +252,7 @@ def gathered(family: Family, model: nn.Module, plain: Plain, pruned: Pruned, in_
         in_tower: whether the method changes what the tower computes.
     """
     rows, trace = pruned.rows if in_tower else plain.rows, pruned.trace
-    if isinstance(rows, Exception):
+    if isinstance(rows, Exception):  # `compared` makes lines of it
         raise rows
     changed = bool(changes(trace))
     mistake = (rows, wrong(trace)) if changed else (plain.rows, trace.cuts) if in_tower else None

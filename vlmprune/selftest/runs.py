@@ -123,11 +123,13 @@ class Hand:
     """What one prompt and its forced tokens come to by hand.
 
     Attributes:
+        entered: `(entries, dim)` what the first layer reads.
         hidden: `(entries, dim)` last hidden states of what is left.
         columns: for every layer, the prompt column of each entry (forced tokens count on).
         logits, keys, values: as in `Run`, without the batch dimension.
     """
 
+    entered: torch.Tensor
     hidden: torch.Tensor
     columns: list[list[int]]
     logits: torch.Tensor
@@ -146,9 +148,11 @@ def by_hand(family: Family, model: nn.Module, rows: Rows, cuts: Sequence[CutTrac
         of_part.append((part.first, columns))
     cache = DynamicCache(config=language_model.config)
     places = [part.positions for part in parts]
-    out = run_layers(language_model, parts[0].take(hidden), parts, places, cache)[0]
+    entered = parts[0].take(hidden)
+    out = run_layers(language_model, entered, parts, places, cache)[0]
     layers = range(len(language_model.layers))
     return Hand(
+        entered[0],
         out,
         [next(mine for first, mine in reversed(of_part) if first <= layer) for layer in layers],
         model.get_output_embeddings()(out[-1 - len(forced) :]),
