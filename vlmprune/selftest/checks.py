@@ -13,7 +13,6 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.selftest.evidence import SIDES, Evidence, Plain, attempt, same_so_far, steps_of
 from vlmprune.selftest.runs import FORCED, Hand, Run, masked
 from vlmprune.selftest.verdict import Line, judge, largest, relative, tolerance, worst, worst_logits
-from vlmprune.trace import CutTrace
 
 __all__ = ["LINES", "judged", "left_behind", "raised", "restore_line", "syncs", "syncs_line"]
 
