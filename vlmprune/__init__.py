@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlmprune.layout import Layout
     from vlmprune.methods import Method
     from vlmprune.registry import register
+    from vlmprune.selftest import check
     from vlmprune.trace import Trace
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Trace",
     "UnsupportedError",
     "__version__",
+    "check",
     "patch",
     "register",
     "unpatch",
@@ -50,6 +52,7 @@ _HOMES = {
     "layout": ("Layout",),
     "methods": ("Method",),
     "registry": ("register",),
+    "selftest": ("check",),
     "trace": ("Trace",),
 }
 

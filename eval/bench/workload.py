@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vlmprune.patches import Family, family_of
+from vlmprune.selftest.prompts import random_text
 
 __all__ = ["Workload", "make_workload"]
 
@@ -57,11 +58,9 @@ def make_workload(model: nn.Module, batch: int, prompt_tokens: int, seed: int = 
     views, _ = family.grid(inner, size)
     grid = family.image_grid(inner, size)
     generator = torch.Generator().manual_seed(seed)
-    image_token, vocabulary = family.token(inner), inner.config.text_config.vocab_size
-    text = torch.randint(3, vocabulary - 1, (batch, prompt_tokens), generator=generator)
-    text[text == image_token] = vocabulary - 1 if image_token != vocabulary - 1 else 2
+    text = random_text(family, inner, (batch, prompt_tokens), generator)
     start = prompt_tokens // 2
-    holes = torch.full((batch, grid.tokens), image_token)
+    holes = torch.full((batch, grid.tokens), family.token(inner))
     ids = torch.cat((text[:, :start], holes, text[:, start:]), 1)
     pixels = torch.randn(batch, *((views,) if family.views else ()), 3, tile, tile, generator=generator)
     device = model.device

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import metadata
 
 from vlmprune._version import __version__
-from vlmprune.cli import bench, demo, eval, fidelity, ls, report, run, validate
+from vlmprune.cli import bench, check, demo, eval, fidelity, ls, report, run, validate
 from vlmprune.cli.errors import CommandError
 
 __all__ = ["main"]
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="store_true", help="show the versions of vlmprune and what it runs on")
     verbs = made.add_subparsers(title="verbs", metavar="VERB")
-    for verb in (run, eval, validate, report, fidelity, bench, ls, demo):
+    for verb in (run, eval, validate, report, fidelity, bench, check, ls, demo):
         verb.add_to(verbs)
     return made
 

@@ -1,0 +1,160 @@
+"""`vlmprune check` end to end on tiny models and on the embedded one."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import tiny_folders
+from transformers import AutoModelForImageTextToText
+
+from vlmprune import engine
+from vlmprune.cli.check import METHODS, without_paths
+from vlmprune.selftest import CHECKS
+
+
+def rows(out):
+    """The table's cells by method."""
+    lines = out.splitlines()
+    top = next(i for i, line in enumerate(lines) if line.startswith("method "))
+    assert lines[top].split() == ["method", *CHECKS]
+    return {line.split()[0]: line.split()[1:] for line in lines[top + 2 : lines.index("", top)]}
+
+
+def outcomes(**other):
+    return [other.get(name, "-" if name == "syncs" else "pass") for name in CHECKS]
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Unpatching leaves hooks."""
+    monkeypatch.setattr(engine, "HOOKS", tuple(h for h in engine.HOOKS if h is not engine.AfterModel))
+
+
+def test_the_embedded_model_passes_within_a_minute(cli, support):
+    support("vlmprune check", "llava", "fopru")
+    start = time.process_time()
+    code, out, err = cli("check")
+    assert code == 0, out + err
+    assert time.process_time() - start < 60
+    assert rows(out) == {name: outcomes() for name in METHODS.split(",")}
+    assert out.startswith("scene-llava (llava, ")
+    assert "not applicable: syncs: no GPU" in out
+    assert "```" not in out
+
+
+def test_what_a_model_cannot_run_is_skipped_unless_it_was_asked_for(cli, folders):
+    code, out, _ = cli("check", "--model", folders["siglip"], "--keep", "0.5", "--average", "0.5")
+    assert code == 2
+    # the tiny decoder has too few layers for this budget
+    code, out, _ = cli("check", "--model", folders["siglip"], "--average", "0.3", "--method", "fopru,vtc_cls")
+    assert code == 2
+    code, out, err = cli("check", "--model", folders["llava"], "--method", "globalcom2")
+    assert code == 2
+    assert "single view" in err
+    assert out == ""
+
+
+def test_the_default_methods_skip_with_their_refusals(cli, folders, monkeypatch):
+    monkeypatch.setattr("vlmprune.cli.check.METHODS", "random,vtc_cls,random+fastv")
+    code, out, _ = cli("check", "--model", folders["siglip"])
+    assert code == 0
+    assert rows(out) == {"random": outcomes(), "random+fastv": outcomes()}
+    assert "\nskipped: vtc_cls: vtc_cls reads the attention of the tower's [CLS] token" in out
+    monkeypatch.setattr("vlmprune.cli.check.METHODS", "vtc_cls")
+    code, _, err = cli("check", "--model", folders["siglip"])
+    assert code == 2
+    assert "can run none of vtc_cls" in err
+
+
+def test_options_reach_the_methods_that_have_them(cli, folders):
+    code, out, _ = cli(
+        "check", "--model", folders["next"], "--method", "fopru+fastv,random", "--keep", "6", "--option", "layer=3",
+        "--option", "seed=4", "--json",
+    )  # fmt: skip
+    assert code == 0
+    said = json.loads(out)
+    stacked, control = said["reports"]
+    assert [text.split("(")[0].lower() for text in stacked["options"]] == ["fopru", "fastv"]
+    assert "keep=12" in stacked["options"][0]
+    assert "keep=6" in stacked["options"][1]
+    assert "layer=3" in stacked["options"][1]
+    assert "seed=4" in control["options"][0]
+    assert set(stacked["checks"]) == set(CHECKS)
+    assert stacked["checks"]["rows"]["outcome"] == "pass"
+    assert 0 <= stacked["checks"]["rows"]["off"] < stacked["checks"]["rows"]["deliberate_mistake"]
+    assert stacked["checks"]["syncs"] == {
+        "outcome": "not applicable", "told": "no GPU", "off": None, "noise": None, "deliberate_mistake": None,
+    }  # fmt: skip
+    assert said["about"]["model_type"] == "llava_next"
+    assert said["model"] == "a local folder"
+
+
+def test_a_failure_ends_with_a_block_to_paste(cli, folders, broken):
+    code, out, err = cli("check", "--model", folders["llava"], "--method", "random,fopru", "--keep", "5")
+    assert code == 1
+    assert rows(out) == {name: outcomes(restore="FAIL") for name in ("random", "fopru")}
+    assert "fail: random, restore: left on the model: model: AfterModel" in out
+    assert err.endswith("vlmprune: failed: random, fopru (block for a bug report above)\n")
+    block = out[out.index("```") :]
+    for word in ("vlmprune: ", "torch: ", "transformers: ", "device: cpu", "dtype: float32", "attention: sdpa",
+                 "model_type: llava", "layers 4", "keep=5", "restore   FAIL", "model: a local folder"):  # fmt: skip
+        assert word in block
+    assert folders["llava"] not in block
+    assert "/tmp" not in block
+    code, out, err = cli("check", "--model", folders["llava"], "--method", "random", "--keep", "5", "--json")
+    assert code == 1
+    assert json.loads(out)["reports"][0]["checks"]["restore"]["outcome"] == "fail"
+    assert err.endswith("vlmprune: failed: random\n")
+
+
+def test_a_block_on_demand(cli, folders):
+    code, out, _ = cli("check", "--model", folders["llava"], "--method", "random", "--report")
+    assert code == 0
+    assert out.count("```") == 2
+    assert out.rstrip().endswith("```")
+
+
+def test_half_precision_says_what_it_cannot_tell(cli, folders):
+    code, out, _ = cli("check", "--model", folders["llava"], "--method", "fastv", "--dtype", "bfloat16")
+    assert code == 0
+    (cells,) = rows(out).values()
+    assert "FAIL" not in cells
+    assert ("?" in cells) == ("; float32 may tell" in out)
+
+
+def test_onevision(cli, tmp_path, support):
+    folder = tiny_folders.save(tmp_path / "ov", "llava_onevision", tower="siglip")
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    support("vlmprune check", model, "fopru")
+    code, out, _ = cli("check", "--model", folder, "--method", "fopru")
+    assert code == 0
+    assert rows(out) == {"fopru": outcomes()}
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["--method", "fopro"], "Did you mean 'fopru'?"),
+        (["--method", "fopru+"], "unknown method ''"),
+        (["--method", ","], "--method is empty"),
+        (["--keep", "0"], "--keep 0"),
+        (["--keep", "many"], "neither a count"),
+        (["--method", "fopru", "--option", "strateg=row"], "Did you mean 'strategy'?"),
+        (["--option", "keep=3"], "the budget is given by --keep"),
+        (["--model", "scene-lava"], "Did you mean 'scene-llava'?"),
+        (["--device", "cuda:77"], "there is no device"),
+    ],
+)
+def test_mistakes(cli, argv, told):
+    code, out, err = cli("check", *argv)
+    assert (code, out) == (2, "")
+    assert told in err
+
+
+def test_paths_are_left_out():
+    told = (
+        "raised OSError: [Errno 2] No such file: '/home/ada/secret/x.bin' and C:\\Users\\ada\\y.bin, ~/w/z; 3/4 of it"
+    )
+    assert without_paths(told) == "raised OSError: [Errno 2] No such file: '(path)' and (path), (path); 3/4 of it"

@@ -1,0 +1,116 @@
+"""Prompts of random text and random pictures: a model is all that is needed, no processor and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmprune.patches import Family
+
+__all__ = ["batch", "make_prompt", "prompts_for", "random_pixels", "random_text"]
+
+FRAMES = 2  # of a video
+
+
+def random_text(family: Family, inner: nn.Module, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Token ids of `shape` that are no placeholders."""
+    vocabulary = inner.config.text_config.vocab_size
+    ids = torch.randint(3, vocabulary - 1, shape, generator=generator)
+    holes = [family.token(inner, modality) for modality in family.modalities]
+    spare = next(token for token in (vocabulary - 1, *range(2, vocabulary)) if token not in holes)
+    for hole in holes:
+        ids[ids == hole] = spare
+    return ids
+
+
+def random_pixels(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Pixels of `(..., height, width)`: coarse blobs under noise, so that patches differ."""
+    flat = torch.randn(*shape, generator=generator).flatten(0, -4)
+    coarse = torch.randn(*flat.shape[:2], 5, 5, generator=generator)
+    return (torch.nn.functional.interpolate(coarse, flat.shape[-2:], mode="bilinear") + 0.5 * flat).view(shape)
+
+
+def make_prompt(
+    family: Family, model: nn.Module, parts: Sequence[int | str], sizes: Sequence[tuple[int, int]], seed: int
+) -> dict[str, Any]:
+    """The arguments of one call of `model`.
+
+    Args:
+        parts: numbers of text tokens, "image" (the next of `sizes`) and "video".
+        sizes: (height, width) of the pictures in pixels.
+    """
+    inner, generator = family.inner(model), torch.Generator().manual_seed(seed)
+    tile, videos = inner.config.vision_config.image_size, sum(part == "video" for part in parts)
+    inputs: dict[str, Any] = {}
+    if sizes:
+        given = {"image_sizes": torch.tensor(sizes)}
+        if "batch_num_images" in family_arguments(inner):
+            given["batch_num_images"] = torch.tensor([len(sizes)])
+        known = family.sizes("image", given) if family.needs_sizes else list(sizes)
+        views = [family.grid(inner, size)[0] for size in known]
+        room = (max(views),) if family.views else ()
+        inputs["pixel_values"] = random_pixels((len(sizes), *room, 3, tile, tile), generator)
+        inputs |= given if family.needs_sizes else {}
+        grids = iter([family.image_grid(inner, size).tokens for size in known])
+    if videos:
+        inputs["pixel_values_videos"] = random_pixels((videos, FRAMES, 3, tile, tile), generator)
+        frames = family.video_grid(inner, FRAMES).tokens
+    ids = []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(random_text(family, inner, (part,), generator))
+        else:
+            ids.append(torch.full((next(grids) if part == "image" else frames,), family.token(inner, part)))
+    tokens = torch.cat(ids)[None]
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | inputs
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+
+
+def family_arguments(inner: nn.Module) -> list[str]:
+    """Names that the model's image encoder takes."""
+    import inspect
+
+    return list(inspect.signature(inner.get_image_features).parameters)
+
+
+def prompts_for(family: Family, model: nn.Module, videos: bool) -> list[dict[str, Any]]:
+    """Three prompts that differ in all they can: two pictures (a video and one, with `videos`), one, and none."""
+    tile = family.inner(model).config.vision_config.image_size
+    wide, tall = (tile, 2 * tile), (2 * tile, tile - tile // 3)
+    if videos:
+        first = make_prompt(family, model, [7, "video", 5, "image", 9], [tall], 1)
+    else:
+        first = make_prompt(family, model, [7, "image", 5, "image", 9], [wide, tall], 1)
+    return [
+        first,
+        make_prompt(family, model, ["image", 12], [tall], 2),
+        make_prompt(family, model, [11], [], 3),
+    ]
+
+
+def batch(prompts: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
+    """Single prompts as one batch, padded on the left or right side; views are padded as processors pad them."""
+    width = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    out: dict[str, Any] = {}
+    for name in ("input_ids", "attention_mask"):
+        rows = []
+        for prompt in prompts:
+            fill = width - prompt[name].shape[1]
+            # padding is hidden: any token will do, and the last one of the row is no placeholder
+            value = int(prompt["input_ids"][0, -1]) if name == "input_ids" else 0
+            pad = (fill, 0) if side == "left" else (0, fill)
+            rows.append(torch.nn.functional.pad(prompt[name], pad, value=value))
+        out[name] = torch.cat(rows)
+    for name in dict.fromkeys(name for prompt in prompts for name in prompt if name not in out):
+        values = [prompt[name] for prompt in prompts if name in prompt]
+        if values[0].ndim == 5 and name == "pixel_values":
+            most = max(value.shape[1] for value in values)
+            values = [torch.nn.functional.pad(v, (0, 0) * 3 + (0, most - v.shape[1])) for v in values]
+        out[name] = torch.cat(values)
+    return out
