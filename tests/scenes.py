@@ -1,0 +1,181 @@
+"""Models of every family with what they are shown, methods started on them, and their traces carried out by hand."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
+
+import pytest
+import reference
+import tiny
+import torch
+
+import vlmprune
+from vlmprune import UnsupportedError, registry
+
+F64 = torch.float64
+ONEVISION = {"family": "llava_onevision", "tower": "siglip", "text": "qwen2"}
+# models, and what they are shown
+FAMILIES = {
+    "llava": ({}, "images"),
+    "llava-siglip-qwen2": ({"tower": "siglip", "text": "qwen2"}, "images"),
+    "next": ({"family": "llava_next"}, "images"),
+    "next-mistral": ({"family": "llava_next", "text": "mistral", "sliding_window": 24}, "images"),
+    "vip": ({"family": "vipllava"}, "images"),
+    "onevision": (ONEVISION, "images"),
+    "onevision-shrunk": (ONEVISION, "shrunk"),
+    "onevision-video": (ONEVISION, "videos"),
+    "next-video": ({"family": "llava_next_video"}, "images"),
+    "next-video-video": ({"family": "llava_next_video"}, "videos"),
+}
+# (height, width) of the first image, large where its canvas is to be shrunk
+LARGE = {"images": (40, 24), "shrunk": (90, 96), "videos": (40, 24)}
+FORCED = [9, 33, 21]
+OPTIONS = {
+    "todre": lambda model: {"keep": 0.4, "tau": 0.35},
+    "transprune": lambda model: {"keep": 0.3},
+    "atp": lambda model: {"thresholds": tiny.modules(model, biases=(-0.3, 1.5))},
+}
+REFUSED = {("globalcom2", kind): f"{kind} models have a single view" for kind in ("llava", "vipllava")}
+FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A model and what it is shown."""
+
+    options: dict
+    kind: str
+
+    @cached_property
+    def model(self):
+        return tiny.shared(dtype=F64, **self.options)
+
+    def prompt(self):
+        """Several pictures in one prompt; with videos, images and videos mixed."""
+        if self.kind == "videos":
+            parts = [4, "video", 3, "image", 2, "video", 5]
+            return tiny.prompt(self.model, parts, [(40, 24)], videos=[3, 3])
+        return tiny.prompt(self.model, [4, "image", 3, "image", 5], [LARGE[self.kind], (20, 70)])
+
+    def rows(self):
+        """Prompts that differ in all they can."""
+        if self.kind == "videos":
+            parts = [([3, "video", 4], [], [3]), ([6], [], []), (["image", 2, "video", 9, "video"], [(20, 70)], [3, 3])]
+        else:
+            sizes = [LARGE[self.kind], (20, 70), (24, 24)]
+            parts = [([3, "image", 4], sizes[:1], []), ([6], [], []), (["image", "image", 9], sizes[1:], [])]
+        return [
+            tiny.prompt(self.model, p, sizes, seed=s, videos=videos, together=True)
+            for s, (p, sizes, videos) in enumerate(parts)
+        ]
+
+    def questions(self):
+        """Two prompts with one picture or video each."""
+        if self.kind == "videos":
+            return [tiny.prompt(self.model, [3, "video", 4 + s], [], seed=s, videos=[2]) for s in range(2)]
+        sizes = [LARGE[self.kind], (20, 70)]
+        return [tiny.prompt(self.model, [3, "image", 4 + s], [sizes[s]], seed=s, together=True) for s in range(2)]
+
+    def refusal(self, name):
+        """Why a method is not run here, in its own words."""
+        why = registry.find(name).refuses_inputs
+        kinds = {"images": [], "shrunk": ["shrunk"], "videos": ["video", "shrunk"]}[self.kind]
+        return next((why[kind] for kind in kinds if kind in why), None)
+
+
+def start(scene, name):
+    """Patch the scene's model with a method, by its documented fallback where it needs a [CLS] token.
+
+    What cannot be is refused in the words expected, and the test is skipped for all to see.
+    """
+    model, given = scene.model, OPTIONS[name](scene.model) if name in OPTIONS else {"keep": 0.4}
+    if model.config.vision_config.model_type != "clip_vision_model":
+        given = given | FALLBACK.get(name, {})
+    if words := REFUSED.get((name, model.config.model_type)):
+        with pytest.raises(UnsupportedError, match=words):
+            vlmprune.patch(model, name, **given)
+    else:
+        handle = vlmprune.patch(model, name, **given)
+        if not (words := scene.refusal(name)):
+            return handle
+        told = pytest.raises(UnsupportedError, match=re.escape(f"{name} {words}"))
+        with torch.no_grad(), handle, told:
+            model(**scene.prompt())
+    pytest.skip(f"refused, as it should be: {words}")
+
+
+def replay(model, prompt, features, trace, wrong=False, positions=None):
+    """Logits of the prompt's last token and of every forced one, from what a trace says was kept.
+
+    Args:
+        features: `(tokens, dim)` per image and then per video, as the patched tower makes them.
+        wrong: swap one kept token of the first image at the first cut for a dropped one.
+        positions: another position policy than the trace's.
+    """
+    ids = torch.cat((prompt["input_ids"][0], torch.tensor(FORCED)))
+    x, length = model.get_input_embeddings()(ids), prompt["input_ids"].shape[1]
+    images = []
+    for token, given in zip((reference.IMAGE, reference.VIDEO), features, strict=True):
+        holes = (ids == token).nonzero().flatten() if given else ids[:0]
+        x = x.index_put((holes,), torch.cat(given)) if given else x
+        edges = [0, *accumulate(len(f) for f in given)]
+        assert edges[-1] == len(holes)
+        images += [holes[a:b].tolist() for a, b in pairwise(edges)]
+    columns, place = list(range(len(x))), torch.arange(len(x))
+    alive = [[True] * len(image) for image in images]
+    now, changes = torch.arange(trace.cuts[0].keep.shape[1]) < len(images[0]) if trace.cuts else None, []
+    for cut in trace.cuts:
+        changes += [cut] if not torch.equal(cut.keep[0], now) else []
+        now = cut.keep[0]
+    for index in range(tiny.LAYERS):
+        for cut in [c for c in trace.cuts if c.layer == index]:
+            drop = set()
+            for i, image in enumerate(images):
+                keep = cut.keep[i, : len(image)].tolist()
+                if wrong and i == 0 and cut is changes[0] and any(keep):
+                    gone = max(t for t, k in enumerate(keep) if k)
+                    come = next(t for t in reversed(range(len(keep))) if not keep[t] and alive[i][t])
+                    keep[gone], keep[come] = False, True
+                if cut.merge is not None:
+                    here = {c: r for r, c in enumerate(columns)}
+                    rows = {t: torch.zeros_like(x[0]) for t in range(len(image))}
+                    for t, (into, weight) in enumerate(
+                        zip(cut.merge.into[i].tolist(), cut.merge.weight[i].tolist(), strict=True)
+                    ):
+                        if t < len(image) and alive[i][t] and into in rows:
+                            rows[into] = rows[into] + weight * x[here[image[t]]]
+                    x = x.clone()
+                    for t in range(len(image)):
+                        if keep[t] and alive[i][t]:
+                            x[here[image[t]]] = rows[t]
+                drop |= {c for c, k, a in zip(image, keep, alive[i], strict=True) if a and not k}
+                alive[i] = [a and k for a, k in zip(alive[i], keep, strict=True)]
+            if (positions or cut.positions) == "contiguous":
+                place = place - torch.tensor([sum(d < c for d in drop) for c in columns])
+            stay = [r for r, c in enumerate(columns) if c not in drop]
+            x, place, columns = x[stay], place[stay], [columns[r] for r in stay]
+        x = reference.run_layer(model, index, x, place)
+    x = model.model.language_model.norm(x)
+    last = [max(r for r, c in enumerate(columns) if c < length)]
+    return model.lm_head(x[last + [r for r, c in enumerate(columns) if c >= length]]), bool(changes)
+
+
+def with_cache(model, inputs, positions=None):
+    """Logits at the last token and after every forced token, `(1 + forced, batch, vocab)`, with a cache."""
+    inputs = dict(inputs)
+    mask = inputs["attention_mask"]
+    inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    out = model(**inputs, use_cache=True)
+    rows = torch.arange(len(mask))
+    logits, cache, step = [out.logits[rows, last]], out.past_key_values, mask.sum(1, keepdim=True)
+    for token in FORCED:
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+        ids = torch.full((len(mask), 1), token)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=step, past_key_values=cache, use_cache=True)
+        logits.append(out.logits[:, -1])
+        step = step + 1
+    return torch.stack(logits)
