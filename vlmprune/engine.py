@@ -19,6 +19,7 @@ from vlmprune.decode import resume
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
+from vlmprune.placement import loaded
 from vlmprune.plan import FRAME, Plan
 from vlmprune.prefill import Prefill
 from vlmprune.sequence import SEGMENTS
@@ -104,9 +105,12 @@ def encode(module: nn.Module, kwargs: dict, family: Family) -> dict[str, Any]:
             if modality in ready:
                 raise ValueError(f"give pixels or mm_encoder_outputs for input of kind {modality!r}, not both.")
             run = getattr(module, encoder(modality))
+            if isinstance(run, RememberSizes) and run.module is not module:  # a replica has the original's
+                run = RememberSizes(module, family, modality)
             wanted = [name for name in inspect.signature(run).parameters if name in kwargs and name != "kwargs"]
             inputs = {name: kwargs[name] for name in wanted if kwargs[name] is not None}
-            ready[modality] = run(**inputs, return_dict=True)
+            with loaded(module):
+                ready[modality] = run(**inputs, return_dict=True)
             used.update(wanted)
     for name in used:
         del kwargs[name]
