@@ -33,6 +33,7 @@ FAMILIES = {
 # (height, width) of the first image, large where its canvas is to be shrunk
 LARGE = {"images": (40, 24), "shrunk": (90, 96), "videos": (40, 24)}
 FORCED = [9, 33, 21]
+FEW = ["llava", "next", "vip", "onevision", "next-video", "next-video-video"]  # of FAMILIES, where time matters
 CUTTERS = ["fopru", "fastv", "todre", "tome"]  # before the language model, in it, both, and in the tower
 OPTIONS = {
     "todre": lambda model: {"keep": 0.4, "tau": 0.35},

@@ -23,7 +23,17 @@ from vlmprune.placement import loaded
 from vlmprune.plan import FRAME, Plan
 from vlmprune.prefill import Prefill
 from vlmprune.sequence import SEGMENTS
-from vlmprune.tower import AfterKeys, AfterTower, BeforeTower, BeforeTowerLayer, RememberSizes, check_fixed, encoder
+from vlmprune.tower import (
+    SEEN,
+    SIZES,
+    AfterKeys,
+    AfterTower,
+    BeforeTower,
+    BeforeTowerLayer,
+    RememberSizes,
+    check_fixed,
+    encoder,
+)
 from vlmprune.watch import Watch
 
 __all__ = ["Plan", "install", "is_hook", "remove"]
@@ -37,7 +47,7 @@ class BeforeModel:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        kwargs, family = dict(zip(names, args, strict=False)) | kwargs, self.plan.family
+        kwargs, family = restore_notes(dict(zip(names, args, strict=False)) | kwargs), self.plan.family
         opened = family.open(kwargs)
         changed = self.arrive(module, opened)
         if changed is None and opened is kwargs:
@@ -83,6 +93,35 @@ class BeforeModel:
         kwargs["mm_encoder_outputs"] = encoded = encode(module, kwargs, self.plan.family)
         frame = Prefill(self.plan, module, input_ids, kwargs.get("attention_mask"), encoded)
         return kwargs | {FRAME: frame}
+
+
+@dataclass
+class KeepNotes:
+    """Pre-hook of the model with a head: accelerate copies what it hands on, and copies lose what we noted on outputs.
+
+    The originals ride in the keyword arguments as `Notes`, which accelerate leaves alone, to `BeforeModel`.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        encoded = kwargs.get("mm_encoder_outputs")
+        return (args, kwargs | {NOTES: Notes(encoded)}) if encoded and hasattr(module, "_hf_hook") else None
+
+
+@dataclass
+class Notes:
+    """The encoders' own outputs, by modality."""
+
+    outputs: dict[str, Any]
+
+
+def restore_notes(kwargs: dict) -> dict:
+    """The arguments with `Notes` taken out and put back on the outputs they belong to."""
+    if (notes := kwargs.pop(NOTES, None)) is not None:
+        for modality, output in kwargs["mm_encoder_outputs"].items():
+            for name in (SEEN, SIZES):
+                if hasattr(notes.outputs[modality], name):
+                    setattr(output, name, getattr(notes.outputs[modality], name))
+    return kwargs
 
 
 def given_pixels(kwargs: dict, modality: str) -> bool:
@@ -195,6 +234,7 @@ def forget(cache: Any) -> bool:
     return True
 
 
+NOTES = "vlmprune_notes"  # the keyword argument that carries `Notes`
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 HOOKS = (
@@ -203,6 +243,7 @@ HOOKS = (
     BeforeTower,
     BeforeTowerLayer,
     AfterTower,
+    KeepNotes,
     BeforeModel,
     BeforeLayer,
     AfterLanguageModel,
@@ -248,6 +289,7 @@ def install(model: nn.Module, plan: Plan) -> None:
     inner.register_forward_hook(AfterModel(), with_kwargs=True)
     if model is not inner:
         before(model, CheckLabels(plan))
+        before(model, KeepNotes())
 
 
 def installed(model: nn.Module, plan: Plan) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import accelerate
 import probes
@@ -54,7 +53,8 @@ def hooked(model):
 
 @pytest.mark.parametrize("order", ["patched first", "offloaded first"])
 @pytest.mark.parametrize("name", scenes.CUTTERS)
-def test_offloaded_weights(scene, name, order, support, tmp_path):
+def test_offloaded_weights(family_scene, name, order, support, tmp_path):
+    scene = family_scene
     support("device_map, disk offload", scene.model, name)
     prompt, given = scene.prompt(), scenes.options(scene.model, name)
     how = "disk" if (name, order) in (("fopru", "offloaded first"), ("todre", "patched first")) else "cpu"
@@ -126,55 +126,55 @@ def test_layers_spread_over_several_devices(where, support):
 # Quantised weights
 
 
-BITS = {"8-bit": {"load_in_8bit": True}, "4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+SIZES = {"hidden_size": 64, "intermediate_size": 64}  # that the 4-bit kernel of CPUs takes; no tiny tower has such
+KINDS = {
+    "8-bit": ("Linear8bitLt", {"load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]}),
+    "4-bit": (
+        "Linear4bit",
+        {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": torch.float32,
+            "llm_int8_skip_modules": ["lm_head", "model.vision_tower", "model.multi_modal_projector"],
+        },
+    ),
+}
+TOLERANCE = 5e-3  # of the largest logit: weights and, for 8 bits, inputs are rounded to few steps
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Saved tiny models, by scene."""
-    made = {}
-
-    def get(kind):
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            tiny.model(**scenes.FAMILIES[kind][0]).save_pretrained(made[kind])
-        return made[kind]
-
-    return get
-
-
-def quantised(folder, kind, bits):
+def quantised(scene, bits, folder):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (make install does)")
-    family = tiny.CLASSES[scenes.FAMILIES[kind][0].get("family", "llava")][0]
-    config = BitsAndBytesConfig(**BITS[bits], llm_int8_skip_modules=["lm_head"], bnb_4bit_compute_dtype=torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return family.from_pretrained(folder, quantization_config=config, device_map="cpu", dtype=torch.float32).eval()
+    plain = tiny.model(**scene.options, **(SIZES if bits == "4-bit" else {}))
+    plain.save_pretrained(folder)
+    kind, options = KINDS[bits]
+    made = type(plain).from_pretrained(folder, quantization_config=BitsAndBytesConfig(**options), device_map="cpu")
+    read = [m for n, m in made.model.language_model.named_modules() if n.endswith((".q_proj", ".k_proj"))]
+    assert {type(module).__name__ for module in read} == {kind}
+    return made.eval()
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("kind", ["llava", "next", "vip", "onevision", "next-video-video"])
-def test_quantised_weights(kind, bits, support, folders):
+@pytest.mark.parametrize(
+    ("kind", "bits"),
+    [(kind, "8-bit") for kind in ("llava", "next", "vip", "onevision", "next-video-video")] + [("llava", "4-bit")],
+)
+def test_quantised_weights(kind, bits, support, tmp_path):
     """Pruned is the quantised model's own layers on what was kept; taps see what its projections compute."""
-    scene, model = scenes.Scene(*scenes.FAMILIES[kind]), quantised(folders(kind), kind, bits)
-    prompt = {k: v.float() if v.is_floating_point() else v for k, v in scene.prompt().items()}
-    read = [m for n, m in model.named_modules() if n.endswith((".q_proj", ".k_proj"))]
-    assert {type(m).__name__ for m in read} == {"Linear8bitLt" if bits == "8-bit" else "Linear4bit"}
+    scene = scenes.Scene(*scenes.FAMILIES[kind])
+    model = quantised(scene, bits, tmp_path)
+    prompt = {name: x.float() if x.is_floating_point() else x for name, x in scene.prompt().items()}
     for name in scenes.CUTTERS:
         support("8-bit or 4-bit weights", model, name)
         if scene.refusal(name):
             continue
-        with vlmprune.patch(model, name, **scenes.options(scene.model, name)) as handle, torch.no_grad():
+        with vlmprune.patch(model, name, **scenes.options(model, name)) as handle, torch.no_grad():
             got = scenes.with_cache(model, prompt)[:, 0]
             features = reference.image_features(model, prompt), reference.video_features(model, prompt)
             want, cut = scenes.replay(model, prompt, features, handle.trace)
             assert cut
-            probes.same(got, want, TOLERANCE[bits] * want.abs().max().item())
-            asked = {"max_new_tokens": 3, "do_sample": False}
-            assert model.generate(**prompt, **asked).shape[1] == prompt["input_ids"].shape[1] + 3
-
-
-TOLERANCE = {"8-bit": 5e-2, "4-bit": 1e-4}  # 8-bit rounds every row of its input to 256 steps
+            probes.same(got, want, TOLERANCE * want.abs().max().item())
+            if handle.trace.cuts[-1].merge is None:
+                wrong, _ = scenes.replay(model, prompt, features, handle.trace, wrong=True)
+                assert probes.gap(got, wrong) > 2 * TOLERANCE * want.abs().max().item()
 
 
 # Replicas and casts
@@ -185,12 +185,8 @@ def replica(module):
     made = module._replicate_for_data_parallel()
     for name, child in module._modules.items():
         setattr(made, name, None if child is None else replica(child))
-    made._former_parameters = {}
     for name, weight in module._parameters.items():
-        if weight is not None:
-            twin = weight.detach().clone()
-            setattr(made, name, twin)
-            made._former_parameters[name] = twin
+        setattr(made, name, None if weight is None else weight.detach().clone())
     for name, value in module._buffers.items():
         made._buffers[name] = value
     return made
@@ -214,7 +210,8 @@ def test_data_parallel(kind, support):
 
 
 @pytest.mark.parametrize("name", scenes.CUTTERS)
-def test_another_dtype_after_patching(scene, name):
+def test_another_dtype_after_patching(family_scene, name):
+    scene = family_scene
     prompt, given = scene.prompt(), scenes.options(scene.model, name)
     if scene.refusal(name):
         pytest.skip("refused whatever the dtype")

@@ -73,7 +73,8 @@ def by_hand(model, prompt, trace, weights, **wrong):
 
 
 @pytest.mark.parametrize("name", scenes.CUTTERS)
-def test_gradients_of_a_training_step(scene, name, support, trained):
+def test_gradients_of_a_training_step(family_scene, name, support, trained):
+    scene = family_scene
     support("training step", scene.model, name)
     model, prompt, weights = trained(scene.model), scene.prompt(), weights_of(scene.model)
     with scenes.start(scene, name) as handle:
@@ -115,8 +116,9 @@ def test_a_step_along_the_gradient_changes_the_loss_by_as_much(name, support, tr
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
 @pytest.mark.parametrize("name", scenes.CUTTERS)
-def test_gradient_checkpointing(scene, name, reentrant, support, trained):
+def test_gradient_checkpointing(family_scene, name, reentrant, support, trained):
     """Layers run again in the backward pass, their cuts do not."""
+    scene = family_scene
     refused = "this transformers runs hooks again" if OUTSIDE else None
     support("gradient checkpointing", scene.model, name, refused=refused)
     model, prompt, weights = trained(scene.model), lesson(scene.prompt()), weights_of(scene.model)
