@@ -38,11 +38,10 @@ def test_save_pretrained_saves_the_plain_model(family_scene, name, support, tmp_
     support("save_pretrained", model, name)
     model.save_pretrained(tmp_path / "plain")  # which writes into the config
     config = model.config.to_dict()
-    with torch.no_grad():
-        with scenes.start(scene, name):
-            model(**prompt)
-            model.save_pretrained(tmp_path / "patched")
-            assert model.config.to_dict() == config
+    with torch.no_grad(), scenes.start(scene, name):
+        model(**prompt)
+        model.save_pretrained(tmp_path / "patched")
+        assert model.config.to_dict() == config
     names = sorted(file.name for file in (tmp_path / "plain").iterdir())
     assert names == sorted(file.name for file in (tmp_path / "patched").iterdir())
     for file in names:
