@@ -18,7 +18,7 @@ from vlmprune import UnsupportedError
 
 F64 = torch.float64
 FORCED = scenes.FORCED
-STEP = 5e-5  # of finite differences; norms compute in float32, so not much smaller
+STEP = 1e-3  # of finite differences, along a unit vector; norms compute in float32, so not much smaller
 # old transformers checkpoint around the hooks of a layer, newer ones inside
 OUTSIDE = "__call__" in vars(GradientCheckpointingLayer)
 
@@ -102,8 +102,8 @@ def test_a_step_along_the_gradient_changes_the_loss_by_as_much(name, support, tr
     weights = weights_of(model)
     with scenes.start(scene, name):
         grads = torch.autograd.grad(loss_of(model(**prompt).logits[0]), weights)
-        ways = [torch.randn(w.shape, dtype=F64, generator=torch.Generator().manual_seed(3)) for w in weights]
-        for weight, way, grad in zip(weights, ways, grads, strict=True):
+        for weight, grad in zip(weights, grads, strict=True):
+            way = grad / grad.norm()
             losses, start = [], weight.detach().clone()
             with torch.no_grad():
                 for step in (STEP, -STEP):
@@ -111,7 +111,7 @@ def test_a_step_along_the_gradient_changes_the_loss_by_as_much(name, support, tr
                     losses.append(loss_of(model(**prompt).logits[0]))
                 weight.copy_(start)
             slope = (losses[0] - losses[1]) / (2 * STEP)
-            torch.testing.assert_close(slope, (grad * way).sum(), rtol=1e-2, atol=1e-3 * grad.norm().item())
+            torch.testing.assert_close(slope, grad.norm(), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
