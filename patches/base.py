@@ -74,7 +74,14 @@ class Family:
 
     def inner(self, model: nn.Module) -> nn.Module:
         """The module that joins tower, projector and language model (`LlavaModel`): itself, or inside `model`."""
-        return model if hasattr(model, "language_model") and hasattr(model, "vision_tower") else model.model
+        if hasattr(model, "language_model") and hasattr(model, "vision_tower"):
+            return model
+        if not hasattr(inner := getattr(model, "model", None), "vision_tower"):
+            raise UnsupportedError(
+                f"{type(model).__name__} has no vision tower where {self.title} has it: give the whole model, or the "
+                "PEFT model around it."
+            )
+        return inner
 
     def towers(self, inner: nn.Module) -> list[nn.Module]:
         """The vision towers, all built alike: one, or one for every modality."""

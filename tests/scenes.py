@@ -33,6 +33,8 @@ FAMILIES = {
 # (height, width) of the first image, large where its canvas is to be shrunk
 LARGE = {"images": (40, 24), "shrunk": (90, 96), "videos": (40, 24)}
 FORCED = [9, 33, 21]
+FEW = ["llava", "next", "vip", "onevision", "next-video", "next-video-video"]  # of FAMILIES, where time matters
+CUTTERS = ["fopru", "fastv", "todre", "tome"]  # before the language model, in it, both, and in the tower
 OPTIONS = {
     "todre": lambda model: {"keep": 0.4, "tau": 0.35},
     "transprune": lambda model: {"keep": 0.3},
@@ -101,14 +103,19 @@ def claim(support, scene, name, *features):
         support(feature, scene.label, name, refused=scene.refused(name))
 
 
+def options(model, name):
+    """Options of a method that make a difference, with its documented fallback where it needs a [CLS] token."""
+    given = OPTIONS[name](model) if name in OPTIONS else {"keep": 0.4}
+    clip = model.config.vision_config.model_type == "clip_vision_model"
+    return given if clip else given | FALLBACK.get(name, {})
+
+
 def start(scene, name):
-    """Patch the scene's model with a method, by its documented fallback where it needs a [CLS] token.
+    """Patch the scene's model with a method.
 
     What cannot be is refused in the words expected, and the test is skipped for all to see.
     """
-    model, given = scene.model, OPTIONS[name](scene.model) if name in OPTIONS else {"keep": 0.4}
-    if model.config.vision_config.model_type != "clip_vision_model":
-        given = given | FALLBACK.get(name, {})
+    model, given = scene.model, options(scene.model, name)
     if words := REFUSED.get((name, model.config.model_type)):
         with pytest.raises(UnsupportedError, match=words):
             vlmprune.patch(model, name, **given)

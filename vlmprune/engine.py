@@ -20,10 +20,21 @@ from vlmprune.decode import resume
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
+from vlmprune.placement import loaded
 from vlmprune.plan import FRAME, GUESSES, Plan
 from vlmprune.prefill import Prefill
 from vlmprune.sequence import SEGMENTS
-from vlmprune.tower import AfterKeys, AfterTower, BeforeTower, BeforeTowerLayer, RememberSizes, check_fixed, encoder
+from vlmprune.tower import (
+    SEEN,
+    SIZES,
+    AfterKeys,
+    AfterTower,
+    BeforeTower,
+    BeforeTowerLayer,
+    RememberSizes,
+    check_fixed,
+    encoder,
+)
 from vlmprune.watch import Watch
 
 __all__ = ["Plan", "install", "is_hook", "remove"]
@@ -37,7 +48,7 @@ class BeforeModel:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        kwargs, family = dict(zip(names, args, strict=False)) | kwargs, self.plan.family
+        kwargs, family = restore_notes(dict(zip(names, args, strict=False)) | kwargs), self.plan.family
         guesses = kwargs.pop(GUESSES, 0)
         opened = family.open(kwargs)
         changed = self.arrive(module, opened, guesses)
@@ -90,6 +101,35 @@ def brings_features(kwargs: dict) -> bool:
     return any(output is not None for output in (kwargs.get("mm_encoder_outputs") or {}).values())
 
 
+@dataclass
+class KeepNotes:
+    """Pre-hook of the model with a head: accelerate copies what it hands on, and copies lose what we noted on outputs.
+
+    The originals ride in the keyword arguments as `Notes`, which accelerate leaves alone, to `BeforeModel`.
+    """
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        encoded = kwargs.get("mm_encoder_outputs")
+        return (args, kwargs | {NOTES: Notes(encoded)}) if encoded and hasattr(module, "_hf_hook") else None
+
+
+@dataclass
+class Notes:
+    """The encoders' own outputs, by modality."""
+
+    outputs: dict[str, Any]
+
+
+def restore_notes(kwargs: dict) -> dict:
+    """The arguments with `Notes` taken out and put back on the outputs they belong to."""
+    if (notes := kwargs.pop(NOTES, None)) is not None:
+        for modality, output in kwargs["mm_encoder_outputs"].items():
+            for name in (SEEN, SIZES):
+                if hasattr(notes.outputs[modality], name):
+                    setattr(output, name, getattr(notes.outputs[modality], name))
+    return kwargs
+
+
 def given_pixels(kwargs: dict, modality: str) -> bool:
     """Whether a call brings pictures of one kind."""
     return any(kwargs.get(name) is not None and len(kwargs[name]) > 0 for name in PIXELS[modality])
@@ -110,9 +150,12 @@ def encode(module: nn.Module, kwargs: dict, family: Family) -> dict[str, Any]:
             if modality in ready:
                 raise ValueError(f"give pixels or mm_encoder_outputs for input of kind {modality!r}, not both.")
             run = getattr(module, encoder(modality))
+            if isinstance(run, RememberSizes) and run.module is not module:  # a replica has the original's
+                run = RememberSizes(module, family, modality)
             wanted = [name for name in inspect.signature(run).parameters if name in kwargs and name != "kwargs"]
             inputs = {name: kwargs[name] for name in wanted if kwargs[name] is not None}
-            ready[modality] = run(**inputs, return_dict=True)
+            with loaded(module):
+                ready[modality] = run(**inputs, return_dict=True)
             used.update(wanted)
     for name in used:
         del kwargs[name]
@@ -215,6 +258,7 @@ def forget(cache: Any) -> bool:
     return True
 
 
+NOTES = "vlmprune_notes"  # the keyword argument that carries `Notes`
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 HOOKS = (
@@ -223,6 +267,7 @@ HOOKS = (
     BeforeTower,
     BeforeTowerLayer,
     AfterTower,
+    KeepNotes,
     BeforeModel,
     BeforeLayer,
     AfterLanguageModel,
@@ -268,6 +313,7 @@ def install(model: nn.Module, plan: Plan) -> None:
     inner.register_forward_hook(AfterModel(), with_kwargs=True)
     if model is not inner:
         before(model, BeforeHead(plan))
+        before(model, KeepNotes())
 
 
 def installed(model: nn.Module, plan: Plan) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CutNotRunError", "UnsupportedError", "did_you_mean"]
+__all__ = ["CutNotRunError", "UnsupportedError", "check_first_run", "did_you_mean"]
 
 
 class UnsupportedError(NotImplementedError):
@@ -14,6 +14,16 @@ class UnsupportedError(NotImplementedError):
 
 class CutNotRunError(RuntimeError):
     """A call carried images but a cut of the method did not run, so nothing (or not all) was pruned."""
+
+
+def check_first_run(index: int, done: int) -> None:
+    """Refuse to enter layer `index` of a call whose first `done` layers have run already."""
+    if index < done:
+        raise UnsupportedError(
+            "gradient checkpointing that runs pruned layers again in the backward pass, hooks included, is not "
+            "supported: call model.gradient_checkpointing_disable(), or use a transformers that checkpoints inside the "
+            "hooks (5.23 does) and its own checkpointing."
+        )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from vlmprune.cuts import Cut, Reduction
-from vlmprune.errors import CutNotRunError, UnsupportedError
+from vlmprune.errors import CutNotRunError, check_first_run
 from vlmprune.layout import upload
+from vlmprune.placement import check_device, loaded
 from vlmprune.plan import Plan
 from vlmprune.prompt import prompt_layout
 from vlmprune.sequence import SEGMENTS, Segment, Sequence
@@ -60,11 +61,8 @@ class Prefill:
 
     def enter(self, index: int, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, dict]:
         """Do all that is to be done at the input of decoder layer `index`."""
-        if index < len(self.by_layer):
-            raise UnsupportedError(
-                "gradient checkpointing runs pruned layers again in the backward pass, hooks included, with this "
-                "version of transformers: newer ones (5.23 is tested) checkpoint inside the hooks."
-            )
+        check_first_run(index, len(self.by_layer))
+        check_device(layer, hidden)
         if self.sequence is None:
             batch, length, _ = hidden.shape
             self.sequence = Sequence(
@@ -93,7 +91,8 @@ class Prefill:
         """Measure the taps of this layer that nobody has measured yet."""
         for tap in taps:
             if isinstance(tap, DecoderTap) and tap.layer == index and tap not in self.seen:
-                with torch.no_grad():  # not as a decorator: a compiled graph can hold the one and not the other
+                # no_grad not as a decorator: a compiled graph can hold the one and not the other
+                with torch.no_grad(), loaded(layer):
                     self.seen[tap] = tap.measure(layer, hidden.detach(), self)
 
     def watch(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:

@@ -69,6 +69,18 @@ def add_bias(mask: Any, bias: torch.Tensor) -> torch.Tensor:
     return torch.where(visible, bias[:, None, None], torch.finfo(bias.dtype).min)
 
 
+def check_soft(layer: nn.Module, bias: torch.Tensor | None) -> None:
+    """Refuse to train soft masks, which all layers share, under checkpointing that gives every layer its own graph."""
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    if bias is None or not bias.requires_grad or not (layer.training and getattr(layer, "gradient_checkpointing", 0)):
+        return
+    if getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
+        raise UnsupportedError(
+            "soft masks cannot be trained under re-entrant gradient checkpointing: call "
+            "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+        )
+
+
 def real_tokens(mask: Any, length: int) -> torch.Tensor | None:
     """The `(batch, length)` bool mask of real prompt tokens behind whatever mask a call brings; None means all.
 
@@ -154,6 +166,9 @@ class Sequence:
         hidden, ids, cos, sin, index, mask, lost = torch.ops.vlmprune.select_gather(
             ~drop, None, self.mask, hidden, self.positions, cos, sin, new, positions == "contiguous"
         )
+        # what an op gathers beside hidden states that need gradients counts as needing them too; nothing is learned
+        # through positions, and re-entrant checkpointing cannot have layers share a graph
+        cos, sin = cos.detach(), sin.detach()
         shift = self.shift
         if positions == "contiguous":
             shift = lost[:, None] if shift is None else shift + lost[:, None]
@@ -178,6 +193,7 @@ class Sequence:
         if kind not in self.masks:
             # a mask over everything is never left out, so there is one to add the bias to
             real = self.mask if self.bias is None else self.real()
+            check_soft(layer, self.bias)
             mask = attention_mask(layer, index, hidden, real, kwargs.get("past_key_values"))
             self.masks[kind] = mask if self.bias is None else add_bias(mask, self.bias.to(hidden.dtype))
         # the rotary embedding carries the positions; gaps in the ids would be read as packed sequences

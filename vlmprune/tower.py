@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from vlmprune.cuts import Cut
-from vlmprune.errors import UnsupportedError
+from vlmprune.errors import UnsupportedError, check_first_run
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
+from vlmprune.placement import check_device, loaded
 from vlmprune.plan import FRAME, Plan
 from vlmprune.tagged import untag
 from vlmprune.taps import BlockKeys, ClusterOf, Tap
@@ -62,9 +63,11 @@ class TowerFrame:
         self, index: int, layer: nn.Module, hidden: torch.Tensor, rest: tuple, kwargs: dict
     ) -> tuple[tuple, dict]:
         """Do all that is to be done at the input of tower layer `index`; returns its new arguments."""
-        with torch.no_grad():  # scores choose tokens; nothing is learned through them
-            for tap in self.plan.tower_taps:
-                if tap.layer == index:
+        check_first_run(index, len(self.places))
+        check_device(layer, hidden)
+        for tap in self.plan.tower_taps:
+            if tap.layer == index:
+                with torch.no_grad(), loaded(layer):  # scores choose tokens; nothing is learned through them
                     self.seen[tap] = tap.measure(layer, hidden.detach(), self.has_cls)
         place = self.places[-1] if self.places else None
         for cut in self.plan.tower_cuts:
@@ -150,6 +153,13 @@ class BeforeTowerLayer:
             self.watching.end()
         if FRAME not in kwargs:
             return None
+        if self.watching is not None and not any(
+            isinstance(hook, AfterKeys) for hook in module.self_attn.k_proj._forward_hooks.values()
+        ):
+            raise UnsupportedError(
+                f"the key projection of tower layer {self.index} was replaced after patching (an adapter came "
+                "or went), and merging in the tower reads the keys there: patch the model again."
+            )
         frame = kwargs.pop(FRAME)
         hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
         args, kwargs = frame.enter(self.index, module, hidden, tuple(rest), kwargs)
