@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,9 +18,8 @@ import torch
 from PIL import Image
 from tiny_folders import noise_picture
 
-from vlmprune.cli import answering, bench, demo, loading
+from vlmprune.cli import answering, demo, loading
 from vlmprune.cli.pictures import write_picture
-from vlmprune.eval import files
 from vlmprune.eval.files import PREFIX, write_whole
 
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -137,17 +137,16 @@ def evaluated(llava, tmp_path):
 
 
 @pytest.fixture
-def timed(tmp_path, monkeypatch):
-    """The arguments of `vlmprune bench --json`, which measures nothing here: what it writes is what counts."""
+def timed(llava, tmp_path):
+    """The arguments of `vlmprune bench`, which writes its JSON after the only cell and again at the end."""
     pytest.importorskip("matplotlib")
-    old = json.loads(sorted((Path(__file__).parents[2] / "benchmarks").glob("cpu-576*.json"))[0].read_text())
-    monkeypatch.setattr(bench, "measured", lambda args, asked: bench.write(
-        args.json, lambda path: files.write_whole(path, json.dumps(old).encode())) or old)  # fmt: skip
     out = tmp_path / "out"
-    return ["bench", "--json", out / "a.json", "--csv", out / "a.csv", "--plot", out / "a.png"]
+    return ["bench", "--model", llava, "--method", "random", "--keep", 4, "--pairs", 1, "--plain-runs", 1,
+            "--stage-runs", 1, "--new-tokens", 2, "--prompt-tokens", 4, "--device", "cpu",
+            "--json", out / "a.json", "--csv", out / "a.csv", "--plot", out / "a.png"]  # fmt: skip
 
 
-VERBS = {"asked": 1, "measured": 1, "evaluated": 1, "timed": 3}
+VERBS = {"asked": 1, "measured": 1, "evaluated": 1, "timed": 4}
 
 
 @pytest.mark.parametrize(("fail", "codes"), [(no_room, (1, 2)), (interrupt, (130,))], ids=["full", "ctrl-c"])
@@ -253,6 +252,24 @@ def test_an_interrupted_model_is_left_as_it_was(tiny_model, monkeypatch):
 
 
 # Folders that cannot be written to
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_permission(request, cli, tmp_path, monkeypatch, verb):
+    """Simulated, since root may write anywhere; as when a folder is closed while the work is done."""
+    argv, out, make = request.getfixturevalue(verb), tmp_path / "out", tempfile.mkstemp
+    out.mkdir(exist_ok=True)
+
+    def closed(*args, **options):
+        if options.get("prefix") == PREFIX:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return make(*args, **options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", closed)
+    code, _, err = cli(*argv)
+    assert code in (1, 2), err
+    assert "Permission denied" in err.splitlines()[-1]
+    assert not [name for name in left(out) if not name.endswith((".lock", ".log"))]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 
 import probes
@@ -144,6 +145,36 @@ def test_pixels_that_are_no_numbers(family, value, method):
         with pytest.raises(ValueError, match=told):
             model.generate(**bad, max_new_tokens=2)
         assert torch.equal(model(**prompt).logits, good)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize("method", ["fopru", "random"])
+def test_pixels_of_the_original_package(family, method):
+    original = pytest.importorskip("original")
+    model, twin = original.pair(family)
+    prompt, _ = original.prompt(twin, [3, "image", 2], [(40, 24)])
+    bad = prompt | {"images": [x.clone() for x in prompt["images"]]}
+    bad["images"][0].view(-1)[7] = float("nan")
+    if family == "llava":
+        bad["images"] = torch.stack(bad["images"])
+    with torch.no_grad(), vlmprune.patch(model, method, keep=3) as handle:
+        with pytest.raises(ValueError, match=rf"embeddings, its image features among them.*'{method}'"):
+            model(**bad)
+        model(**prompt)
+        assert len(handle.trace.kept_patches(0)) == 3
+
+
+def test_a_damaged_checkpoint_on_the_command_line(cli, llava, picture, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(llava, tmp_path / "damaged")
+    weights = load_file(tmp_path / "damaged" / "model.safetensors")
+    next(w for name, w in weights.items() if "projector" in name).view(-1)[0] = float("nan")
+    save_file(weights, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    argv = ["--image", picture, "--prompt", "what is it ?", "--model", tmp_path / "damaged", "--max-new-tokens", 2]
+    code, out, err = cli("run", *argv)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("vlmprune: the features of image 0 hold NaN or infinite numbers: 'fopru'")
 
 
 def test_features_that_are_no_numbers(tiny_model):
