@@ -67,7 +67,7 @@ def prompt_layout(
     after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
     text_after = after.sum(1)
     given = numbers(encoded)
-    sound = finite(list(given.values()), device)
+    sound = finite([values for _, _, values in given], device)
     images = [len(image) for image in encoded["image"].pooler_output] if list(encoded) == ["image"] else []
     if torch.compiler.is_compiling() and images and len(input_ids) in (1, len(images)):
         # reading would break the graph: one prompt has all images and several have one each, or an error on the device;
@@ -81,9 +81,12 @@ def prompt_layout(
         counts = torch.stack([x.sum(1) for x in (everything, *holes.values())] + [text_after])
         read = torch.cat((counts.flatten(), sound.long())).tolist()
         rows, end = len(input_ids), counts.numel()
-        if strange := [told for told, good in zip(given, read[end:], strict=True) if not good]:
+        if strange := [part[:2] for part, good in zip(given, read[end:], strict=True) if not good]:
+            what, which = strange[0]
             names = " and ".join(dict.fromkeys(repr(name) for name, _ in plan.cuts))
-            raise ValueError(f"{strange[0]} NaN or infinite numbers: {names} cannot tell tokens apart. {WAY_OUT}.")
+            raise ValueError(
+                f"there are NaN or infinite numbers in {what} {which}: {names} cannot tell tokens apart. {WAY_OUT}."
+            )
         lengths, *wanted, counts_after = [read[at : at + rows] for at in range(0, end, rows)]
         most_after = max(counts_after)
         if all(n == length for n in lengths):
@@ -118,18 +121,18 @@ def prompt_layout(
     return layout, real, lengths, (text_after, most_after)
 
 
-def numbers(encoded: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """All that must be finite before a token is chosen, by the words that tell what is not."""
-    found = {}
+def numbers(encoded: dict[str, Any]) -> list[tuple[str, Any, torch.Tensor]]:
+    """All that must be finite before a token is chosen: (what, which, values)."""
+    found = []
     for modality, output in encoded.items():
         for i, features in enumerate(output.pooler_output):
             if isinstance(features, torch.Tensor) and features.numel():
-                found[f"the features of {modality} {i} hold"] = features
+                found.append((f"the features of {modality}", i, features))
         if (embeds := getattr(output, "embeds", None)) is not None:
-            found["the prompt's embeddings, its image features among them, hold"] = embeds
+            found.append(("the prompt's embeddings, which hold features of its", f"{modality}s", embeds))
         for tap, values in getattr(output, SEEN, {}).items():
             if values.is_floating_point():
-                found[f"{tap} of the vision tower ({modality}s) holds"] = values
+                found.append((f"what is seen of the vision tower's {modality}s,", tap, values))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ GENERATIONS = 126  # six rounds of 21, three of them to warm up
 
 
 @pytest.fixture
-def script():
+def script(monkeypatch):
     """`scripts/soak.py` as a module."""
     spec = importlib.util.spec_from_file_location("soak", Path(__file__).parents[2] / "scripts" / "soak.py")
     made = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "soak", made)  # its dataclasses look there
     spec.loader.exec_module(made)
     return made
 
