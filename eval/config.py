@@ -10,7 +10,7 @@ from typing import Any
 from vlmprune.budget import check_keep
 from vlmprune.errors import did_you_mean
 from vlmprune.eval import choices
-from vlmprune.eval.tree import Key, Mistakes, Reader, read_tree
+from vlmprune.eval.tree import Key, Mistakes, Reader, read_start, read_tree
 
 __all__ = ["Budget", "Config", "Entry", "Part", "Published", "Setting", "load_config", "unique"]
 
@@ -116,7 +116,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_start(path)
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         raise Mistakes([(str(path), f"no such file.{did_you_mean(path.name, near)}")]) from None
@@ -274,7 +274,7 @@ def read_suite(reader: Reader, key: Key, name: str) -> tuple[str, ...]:
     """The tasks of a suite, a YAML file with a list `tasks`; its path is relative to the config's folder."""
     path = Path(reader.tree.name).parent / Path(name).expanduser()
     try:
-        value = read_tree(path.read_text(encoding="utf-8"), str(path)).value
+        value = read_tree(read_start(path), str(path)).value
     except (OSError, UnicodeDecodeError) as error:
         reader.wrong(key, f"the suite {path} cannot be read: {getattr(error, 'strerror', None) or error}.")
         return ()

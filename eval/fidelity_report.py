@@ -27,6 +27,7 @@ SIDE = 256  # pixels of a picture's longer side on a card
 GAP = 6
 WRAP = 30  # characters of a line on a sheet
 SAID = 3  # lines of an answer on a sheet; the page has all of it
+ESCAPED = "backslashreplace"  # file names may hold bytes that are no text
 
 DEFINITIONS = (
     ("first token", "how often the likeliest first token is that of the unpruned model, in per cent"),
@@ -378,9 +379,9 @@ def write(folder: Path, study: Study) -> list[Path]:
         + "\n</body></html>\n"
     )
     files = {
-        "report.html": document.encode(),
-        "report.md": ("\n\n".join(page.markdown) + "\n").encode(),
-        "results.json": (json.dumps(as_json(study), indent=1, ensure_ascii=False) + "\n").encode(),
+        "report.html": document.encode(errors=ESCAPED),
+        "report.md": ("\n\n".join(page.markdown) + "\n").encode(errors=ESCAPED),
+        "results.json": (json.dumps(as_json(study), indent=1, ensure_ascii=False) + "\n").encode(errors=ESCAPED),
     }
     for label, name in sheets.items():
         made = io.BytesIO()

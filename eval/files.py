@@ -15,11 +15,16 @@ PREFIX = ".writing-"  # of files that are being written; what a killed process l
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file in one step: a temporary file beside it, flushed to the disk, then renamed.
 
-    After a crash at any moment the file is the old one or the new one.
+    After a crash at any moment the file is the old one or the new one. A link stays one; what is no regular file
+    (/dev/stdout, a pipe) is written to as it is.
 
     Raises:
         OSError: no such folder, no room or no permission.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=PREFIX)
     try:
         with os.fdopen(handle, "wb") as file:

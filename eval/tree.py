@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from vlmprune.errors import did_you_mean
 
-__all__ = ["Key", "Mistakes", "Reader", "Tree", "read_tree"]
+__all__ = ["Key", "Mistakes", "Reader", "Tree", "read_start", "read_tree"]
 
 LARGEST, NODES, DEPTH = 1_000_000, 20_000, 30  # characters, values after aliases are expanded, nested levels
+TOO_DEEP = f"nested too deeply: more than {DEPTH} levels of nesting."
 PLAIN = ("str", "int", "float", "bool", "null")
 #: Numbers of YAML 1.1 that hardly anybody means: 010 is 8, and 1:30 is 90.
 UNUSUAL = re.compile(r"[-+]?0[0-7_]+|.*:.*")
@@ -90,6 +92,17 @@ class Tree:
             holder = holder[part]
 
 
+def read_start(path: Path) -> str:
+    """The text of a file, of a large one no more than it takes to see that it is too large.
+
+    Raises:
+        UnicodeDecodeError: not UTF-8.
+        OSError: it cannot be read.
+    """
+    with open(path, encoding="utf-8") as file:
+        return file.read(LARGEST + 1)
+
+
 def read_tree(text: str, name: str) -> Tree:
     """Read YAML. Nothing but plain values is built, and aliases cannot grow beyond a bound.
 
@@ -104,15 +117,15 @@ def read_tree(text: str, name: str) -> Tree:
     if len(text) > LARGEST:
         raise stop(None, f"more than {LARGEST} characters: not a config.")
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = compose(text, stop)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         told = ", ".join(part for part in (error.context, error.problem) if part)
         raise Mistakes([(line_of(name, mark) if mark else name, f"not YAML: {told}.")]) from None
-    except yaml.YAMLError as error:
-        raise Mistakes([(name, f"not YAML: {' '.join(str(error).split())}.")]) from None
-    except RecursionError:
-        raise stop(None, "nested too deeply: not a config.") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        where = name if name.startswith("--set ") else f"{name}:{line}"
+        raise Mistakes([(where, f"not YAML: the character #x{error.character:04x} is not allowed.")]) from None
     seen = 0
 
     def build(node: yaml.Node, key: Key, around: tuple[yaml.Node, ...]) -> Any:
@@ -122,8 +135,8 @@ def read_tree(text: str, name: str) -> Tree:
             raise stop(node, f"more than {NODES} values once aliases (*name) are expanded.")
         if any(node is other for other in around):
             raise stop(node, "an alias (*name) stands inside the value that it names.")
-        if len(around) > DEPTH:
-            raise stop(node, f"more than {DEPTH} levels of nesting.")
+        if len(around) > DEPTH:  # through aliases
+            raise stop(node, TOO_DEEP)
         tree.origin[key] = line_of(name, node.start_mark)
         inside = (*around, node)
         if isinstance(node, yaml.ScalarNode):
@@ -155,6 +168,8 @@ def read_tree(text: str, name: str) -> Tree:
         if kind in ("int", "float") and (odd := UNUSUAL.fullmatch(node.value)):
             meant = "base 60" if ":" in odd[0] else "octal"
             raise stop(node, f"{node.value!r} would be a number in {meant}: write it plainly, or in quotes for text.")
+        if bad := next((c for c in node.value if c == "\0" or "\ud800" <= c <= "\udfff"), None):
+            raise stop(node, f"the character #x{ord(bad):04x} is no text.")
         try:
             return yaml.constructor.SafeConstructor().construct_object(node)
         except ValueError:
@@ -162,6 +177,30 @@ def read_tree(text: str, name: str) -> Tree:
 
     tree.value = build(root, (), ()) if root is not None else None
     return tree
+
+
+def compose(text: str, stop: Callable[[yaml.Node | None, str], Mistakes]) -> yaml.Node | None:
+    """The nodes of a YAML document; one that is too large or too deep is given up while it is read.
+
+    Raises:
+        Mistakes: too many values, too many levels.
+        yaml.YAMLError: not YAML.
+    """
+    depth = seen = 0
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+            nonlocal depth, seen
+            depth, seen = depth + 1, seen + 1
+            if seen > 2 * NODES:  # keys count too
+                raise stop(parent, f"more than {NODES} values: not a config.")
+            if depth > DEPTH + 2:
+                raise stop(parent, TOO_DEEP)
+            made = super().compose_node(parent, index)
+            depth -= 1
+            return made
+
+    return yaml.compose(text, Loader=Loader)
 
 
 def line_of(name: str, mark: yaml.Mark) -> str:
@@ -199,7 +238,7 @@ class Reader:
         return value if self.check(key, value, good, f"a whole number of at least {least}") else least
 
     def number(self, key: Key, value: Any) -> float:
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         return float(value) if self.check(key, value, good, "a number") else 0.0
 
     def choice(self, key: Key, value: Any, known: Sequence[str]) -> str:

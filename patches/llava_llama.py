@@ -214,7 +214,7 @@ class Prompt:
                 "concatenation)."
             )
         beams = rows // batch
-        features = Features([range(n) for row in self.tokens for _ in range(beams) for n in row])
+        features = Features([range(n) for row in self.tokens for _ in range(beams) for n in row], embeds)
         setattr(features, SIZES, [size for row in self.rows for size in row])
         if (seen := getattr(self, SEEN, None)) is not None:
             if self.unread is not None:
@@ -227,9 +227,10 @@ class Prompt:
 
 @dataclass
 class Features:
-    """Stands for an encoder's output: how many tokens every image has."""
+    """Stands for an encoder's output: how many tokens every image has, and the embeddings that they are among."""
 
     pooler_output: list[range]
+    embeds: torch.Tensor
     last_hidden_state: None = None
 
 

@@ -10,12 +10,13 @@ from torch import nn
 
 from vlmprune.cuts import Cut, Reduction
 from vlmprune.errors import CutNotRunError, check_first_run
+from vlmprune.finite import WAY_OUT, all_finite, demand
 from vlmprune.layout import upload
 from vlmprune.placement import check_device, loaded
 from vlmprune.plan import Plan
 from vlmprune.prompt import prompt_layout
 from vlmprune.sequence import SEGMENTS, Segment, Sequence
-from vlmprune.taps import BlockTap, DecoderTap, Hidden, Tap
+from vlmprune.taps import BlockTap, DecoderTap, Hidden, Tap, TowerTap
 from vlmprune.tower import SEEN
 from vlmprune.trace import CutTrace, Trace
 
@@ -123,7 +124,20 @@ class Prefill:
             self.soften(name, cut, reduction, at)
             return hidden
         keep = reduction.keep & layout.alive
-        counts = keep.sum(1).tolist() if reduction.counts is None else reduction.counts
+        # the tower's were looked at with the placeholders
+        taps = [values for tap, values in seen.items() if not isinstance(tap, TowerTap)]
+        sound = all_finite(taps, reduction.scores, layout.alive)
+        strange = (
+            f"the cut of {name!r} at decoder layer {cut.at.layer} sees NaN or infinite numbers or makes NaN scores, "
+            f"and cannot tell tokens apart. {WAY_OUT}."
+        )
+        if reduction.counts is None:
+            *counts, good = torch.cat((keep.sum(1), sound[None].long())).tolist()
+            if not good:
+                raise ValueError(strange)
+        else:
+            counts = reduction.counts
+            demand(sound, strange)
         # checked where the tensor is, so that nothing waits for it
         told = f"method {name!r} promised {counts} kept tokens per image and kept other numbers."
         torch._assert_async((keep.sum(1) == upload(counts, keep.device)).all(), told)

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.functional import pad
 
 from vlmprune.errors import UnsupportedError
+from vlmprune.finite import WAY_OUT, finite
 from vlmprune.layout import ImageGrid, Layout, upload
 from vlmprune.plan import Plan
 from vlmprune.sequence import real_tokens
-from vlmprune.tower import SIZES
+from vlmprune.tower import SEEN, SIZES
 
 __all__ = ["prompt_layout"]
 
@@ -41,7 +42,7 @@ class Items:
 def prompt_layout(
     plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, encoded: dict[str, Any], guesses: int = 0
 ) -> tuple[Layout, torch.Tensor | None, list[int], tuple[torch.Tensor, int]]:
-    """Find every visual token of a batch, with one host read (three or four counts per row).
+    """Find every visual token of a batch, with one host read (three or four counts per row, and what is finite).
 
     Args:
         input_ids: `(batch, length)`.
@@ -55,7 +56,7 @@ def prompt_layout(
         Inside a compiled graph the last two numbers of the host are upper bounds.
 
     Raises:
-        ValueError: placeholders and features do not match.
+        ValueError: placeholders and features do not match, or features or taps of the tower that are not finite.
         UnsupportedError: features that this model's packing does not explain.
     """
     length, device = input_ids.shape[1], input_ids.device
@@ -66,6 +67,8 @@ def prompt_layout(
     # real tokens behind the last placeholder: those that a sum from the right has not met a placeholder for
     after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
     text_after = after[:, : length - guesses].sum(1)
+    given = numbers(encoded)
+    sound = finite([values for _, _, values in given], device)
     images = [len(image) for image in encoded["image"].pooler_output] if list(encoded) == ["image"] else []
     if torch.compiler.is_compiling() and images and len(input_ids) in (1, len(images)):
         # reading would break the graph: one prompt has all images and several have one each, or an error on the device;
@@ -74,9 +77,18 @@ def prompt_layout(
         wanted, lengths, most_after = [placeholders], [length] * len(input_ids), length - min(placeholders)
         told = "compiled prompts with images need one image each, and as many placeholders as it has tokens."
         torch._assert_async((placeholder.sum(1) == upload(placeholders, device)).all(), told)
+        torch._assert_async(sound.all(), f"image features or taps of the tower are not finite. {WAY_OUT}.")
     else:
-        counts = torch.stack([x.sum(1) for x in (everything, *holes.values())] + [text_after]).tolist()
-        lengths, *wanted, counts_after = counts
+        counts = torch.stack([x.sum(1) for x in (everything, *holes.values())] + [text_after])
+        read = torch.cat((counts.flatten(), sound.long())).tolist()
+        rows, end = len(input_ids), counts.numel()
+        if strange := [part[:2] for part, good in zip(given, read[end:], strict=True) if not good]:
+            what, which = strange[0]
+            names = " and ".join(dict.fromkeys(repr(name) for name, _ in plan.cuts))
+            raise ValueError(
+                f"there are NaN or infinite numbers in {what} {which}: {names} cannot tell tokens apart. {WAY_OUT}."
+            )
+        lengths, *wanted, counts_after = [read[at : at + rows] for at in range(0, end, rows)]
         most_after = max(counts_after)
         if all(n == length for n in lengths):
             real = None
@@ -108,6 +120,21 @@ def prompt_layout(
         view_size=side * side,
     )
     return layout, real, lengths, (text_after, most_after)
+
+
+def numbers(encoded: dict[str, Any]) -> list[tuple[str, Any, torch.Tensor]]:
+    """All that must be finite before a token is chosen: (what, which, values)."""
+    found = []
+    for modality, output in encoded.items():
+        for i, features in enumerate(output.pooler_output):
+            if isinstance(features, torch.Tensor) and features.numel():
+                found.append((f"the features of {modality}", i, features))
+        if (embeds := getattr(output, "embeds", None)) is not None:
+            found.append(("the prompt's embeddings, which hold features of its", f"{modality}s", embeds))
+        for tap, values in getattr(output, SEEN, {}).items():
+            if values.is_floating_point():
+                found.append((f"what is seen of the vision tower's {modality}s,", tap, values))
+    return found
 
 
 def find_items(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
+
+from vlmprune.eval.files import write_whole
 
 __all__ = ["plot"]
 
@@ -78,7 +81,9 @@ def plot(results: dict[str, Any], path: str | Path) -> None:
     threads = machine["threads"]
     where = machine.get("gpu") or f"{machine['processor']}, {threads} thread{'s' * (threads > 1)}"
     figure.suptitle(f"{settings['model']}, {settings['dtype']}, {where}", fontsize="medium")
+    made = io.BytesIO()
     try:
-        figure.savefig(path, dpi=130)
+        figure.savefig(made, dpi=130, format=Path(path).suffix[1:].lower())
     finally:
         pyplot.close(figure)
+    write_whole(Path(path), made.getvalue())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import platform
@@ -111,10 +112,11 @@ def write_csv(results: dict[str, Any], path: str | Path) -> None:
     """One line per cell; a column that a cell lacks is empty there."""
     lines = rows(results)
     names = list(dict.fromkeys(name for line in lines for name in line))
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        writer.writerows(lines)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, restval="")
+    writer.writeheader()
+    writer.writerows(lines)
+    write_whole(Path(path), text.getvalue().encode())
 
 
 def run_grid(

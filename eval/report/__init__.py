@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmprune.eval import store
+from vlmprune.eval.files import write_whole
 from vlmprune.eval.report import html, ledger, markdown, page, plots, tables
 from vlmprune.eval.report.document import Picture
 from vlmprune.eval.report.gather import gather
@@ -72,7 +73,7 @@ def write(folder: str | Path, results: Results | None = None) -> list[Path]:
             "results.json": json.dumps(as_json(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
         }
         for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8", newline="")
+            write_whole(folder / name, text.encode())
     except OSError as error:
         raise store.StoreError(f"cannot write the report into {folder}: {error.strerror or error}.") from None
     drawn = [picture.path for mine in (pictures or {}).values() for picture in mine]

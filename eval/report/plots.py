@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vlmprune.eval import statistics
+from vlmprune.eval.files import write_whole
 from vlmprune.eval.report.document import Picture
 from vlmprune.eval.report.rows import Results, Row
 from vlmprune.eval.report.tables import number, shown
@@ -85,7 +87,9 @@ def draw(results: Results, model: str, folder: Path, stem: str) -> list[Picture]
 
 def save(figure: Any, path: Path, caption: str) -> Picture:
     """Write a figure."""
-    figure.savefig(path, dpi=DPI, bbox_inches="tight", facecolor="white")
+    made = io.BytesIO()
+    figure.savefig(made, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
+    write_whole(path, made.getvalue())
     return Picture(path, caption)
 
 

@@ -6,11 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import metadata
 
 from vlmprune._version import __version__
 from vlmprune.cli import bench, check, demo, eval, fidelity, ls, report, run, validate
-from vlmprune.cli.errors import CommandError
+from vlmprune.cli.errors import CommandError, brief
 
 __all__ = ["main"]
 
@@ -53,6 +54,9 @@ def versions() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal has no letters for must not end the command
+            stream.reconfigure(errors="backslashreplace")
     try:
         made = parser()
         args = made.parse_args(argv)
@@ -72,7 +76,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nvlmprune: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `vlmprune ls methods | head`: nobody reads on, and the exit must not flush again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `vlmprune ls methods | head`: nobody reads on
+        flush_nothing()
         return 0
+    except OSError as error:  # a full disk, above all the one that stdout goes to
+        flush_nothing()
+        print(f"vlmprune: {brief(error)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def flush_nothing() -> None:
+    """Keep what stdout still holds from being written when the process ends, which would fail again."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -146,6 +146,7 @@ def as_table(asked: list[Asked]) -> str:
 def save(target: Path, loaded: Loaded, asked: Asked, image: Image.Image) -> None:
     """Draw one row of panels per budget, one panel per method."""
     from vlmprune import draw
+    from vlmprune.cli.pictures import write_picture
 
     expected, image_processor = asked.picture["answer"], loaded.processor.image_processor
     rows = []
@@ -157,7 +158,4 @@ def save(target: Path, loaded: Loaded, asked: Asked, image: Image.Image) -> None
                 title, more = outcome.job.label, [f"answer: {outcome.answer}{wrong}"]
                 row.append(draw.kept_panel(image, outcome.trace, image_processor, 0, title, more, LARGEST))
         rows.append(row)
-    try:
-        draw.sheet(rows, heading=f"{asked.picture['question']}   ({expected})").save(target)
-    except OSError as error:
-        raise CommandError(f"cannot write {target}: {brief(error)}") from None
+    write_picture(draw.sheet(rows, heading=f"{asked.picture['question']}   ({expected})"), target)

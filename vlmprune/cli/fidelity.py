@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief
+from vlmprune.cli.errors import CommandError, UserError, brief, printable
 from vlmprune.cli.flags import add_device, add_model
 from vlmprune.cli.prompts import Pair, read_pairs
 from vlmprune.cli.run import parse_budget, parse_option, words_of
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(f"cannot write into {folder}: {brief(error)}") from None
     show(study, files, args.json)
     if skipped:
-        few = ", ".join(list(skipped)[:5]) + (", ..." if len(skipped) > 5 else "")
+        few = ", ".join(map(printable, list(skipped)[:5])) + (", ..." if len(skipped) > 5 else "")
         note(f"{len(skipped)} picture{'s' * (len(skipped) > 1)} could not be read, and left out: {few}")
     if interrupted:
         raise KeyboardInterrupt
@@ -325,7 +325,7 @@ def worst_cards(loaded: Loaded, entry: Entry, rows: Sequence[Row], pairs: Sequen
     paths = {pair.picture: pair.path for pair in pairs}
     cards = []
     for row in worst((row for row in rows if row.label == entry.label), count):
-        status(f"drawing {entry.label}: {row.picture}")
+        status(f"drawing {entry.label}: {printable(row.picture)}")
         image = read_picture(paths[row.picture])
         with patch(loaded, Job(entry.method, entry.seeded(row.seed))) as handle:
             inputs = model_inputs(loaded, [image], row.prompt)

@@ -210,6 +210,7 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
         text, made = token * len(images) + "\n" + prompt, ""
     if text.count(token) != len(images):
         raise UserError(f"{made}, and there are {len(images)} pictures.")
+    check_shapes(processor, images)
     # a template that writes the first token itself must not get a second one
     bos = getattr(processor.tokenizer, "bos_token", None)
     once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
@@ -221,6 +222,24 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return inputs
+
+
+def check_shapes(processor: Any, images: Sequence[Image.Image]) -> None:
+    """Refuse pictures so long and narrow that scaling their shorter side to the tower's would not fit into memory.
+
+    Raises:
+        UserError: more pixels than Pillow takes for a bomb.
+    """
+    from PIL import Image
+
+    edge = (getattr(processor.image_processor, "size", None) or {}).get("shortest_edge")
+    most = Image.MAX_IMAGE_PIXELS
+    for image in images if edge and most else ():
+        if (pixels := edge * edge * max(image.size) / min(image.size)) > 2 * most:
+            raise UserError(
+                f"a picture of {image.width} x {image.height} pixels is too long and narrow: with its shorter side "
+                f"scaled to {edge}, as this model wants it, it would have {pixels:.2g} pixels. Cut it into pieces."
+            )
 
 
 def unknown_words(loaded: Loaded, prompt: str) -> list[str]:

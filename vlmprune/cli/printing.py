@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import CommandError, brief
+from vlmprune.cli.errors import printable
 from vlmprune.cli.tables import change, table
 
 if TYPE_CHECKING:
@@ -60,7 +60,9 @@ def as_text(asked: Asked) -> str:
     hidden = [*(["newlines"] if not newlines else []), *(["prefill", "speed-up"] if not timed else [])]
     shown = [name for name in columns if name not in hidden]
     cells = [[row[columns.index(name)] for name in shown] for row in rows]
-    pictures = ", ".join(f"{f} ({i.width} x {i.height})" for f, i in zip(asked.files, asked.images, strict=True))
+    pictures = ", ".join(
+        f"{printable(f)} ({i.width} x {i.height})" for f, i in zip(asked.files, asked.images, strict=True)
+    )
     lines = [asked.loaded.description, f"{pictures}: {line(asked.prompt)}", "", table(shown, cells, shown[1:-1]), ""]
     lines.append(AVERAGE)
     if timed:
@@ -111,6 +113,7 @@ def as_json(asked: Asked) -> dict[str, Any]:
 def save(target: Path, asked: Asked) -> None:
     """Draw one row of panels per picture, one panel per method, and write the file."""
     from vlmprune import draw
+    from vlmprune.cli.pictures import write_picture
 
     image_processor, rows = asked.loaded.processor.image_processor, []
     for i, image in enumerate(asked.images):
@@ -119,7 +122,4 @@ def save(target: Path, asked: Asked) -> None:
             more = [f"answer: {line(outcome.answer)}"]
             row.append(draw.kept_panel(image, outcome.trace, image_processor, i, outcome.job.label, more))
         rows.append(row)
-    try:
-        draw.sheet(rows, heading=asked.prompt).save(target)
-    except OSError as error:
-        raise CommandError(f"cannot write {target}: {brief(error)}") from None
+    write_picture(draw.sheet(rows, heading=asked.prompt), target)

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from vlmprune.cli.errors import UserError, brief
+from vlmprune.cli.errors import UserError, brief, printable
 from vlmprune.errors import did_you_mean
 
 __all__ = ["ENDINGS", "Pair", "find_pictures", "read_pairs"]
@@ -43,6 +43,12 @@ def find_pictures(where: str) -> tuple[Path, dict[str, Path]]:
         UserError: no such folder, or no picture in it.
     """
     path = Path(where).expanduser()
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass  # a pattern, or a mistake
+    except OSError as error:
+        raise UserError(f"--images {printable(where)}: {error.strerror}.") from None
     if path.is_dir():
         base, found = path, [file for file in path.iterdir() if file.suffix.lower() in ENDINGS]
     elif path.is_file():
@@ -80,15 +86,23 @@ def read_pairs(images: str, prompts: str, limit: int | None = None) -> list[Pair
         if image is not None and image in named:  # a name may have brackets in it
             mine = {image: named[image]}
         elif not mine and image is not None:
-            if glob.has_magic(image) or not (base / image).is_file():
+            if glob.has_magic(image) or not is_file(base / image):
                 hint = did_you_mean(image, named)
-                raise UserError(f"{prompts}, line {line}: no picture {image!r} in {base}.{hint}")
+                raise UserError(f"{prompts}, line {line}: no picture {printable(image)!r} in {base}.{hint}")
             mine = {image: base / image}
         for name, path in mine.items():
             found.setdefault((name, prompt), Pair(name, path, prompt, line))
     chosen = sorted({pair.picture for pair in found.values()})[:limit]
     order = {name: i for i, name in enumerate(chosen)}
     return sorted((pair for pair in found.values() if pair.picture in order), key=lambda p: (order[p.picture], p.line))
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name too long for one is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def read_prompts(file: str) -> Iterator[tuple[int, str | None, str]]:

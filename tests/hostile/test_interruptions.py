@@ -1,0 +1,338 @@
+"""Full disks, closed folders and Ctrl-C at bad moments: one line, the right exit code, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_folders import noise_picture
+
+from vlmprune.cli import answering, demo, loading
+from vlmprune.cli.pictures import write_picture
+from vlmprune.eval.files import PREFIX, write_whole
+
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def no_room(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def left(folder):
+    """All files below a folder by name, their content beside them."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+# `write_whole`, which everything is written by
+
+
+@pytest.mark.parametrize("step", ["os.fdopen", "os.fsync", "os.chmod", "os.replace"])
+@pytest.mark.parametrize("fail", [no_room, interrupt])
+@pytest.mark.parametrize("old", [None, b"old"])
+def test_a_file_is_the_old_or_the_new_one(tmp_path, monkeypatch, step, fail, old):
+    path = tmp_path / "a.json"
+    if old is not None:
+        path.write_bytes(old)
+    with monkeypatch.context() as patch:
+        patch.setattr(step, fail)
+        with pytest.raises((OSError, KeyboardInterrupt)):
+            write_whole(path, b"new")
+    assert left(tmp_path) == ({} if old is None else {"a.json": old})
+    write_whole(path, b"new")
+    assert left(tmp_path) == {"a.json": b"new"}
+
+
+def test_a_disk_that_fills_while_it_is_written_to(tmp_path):
+    """A real limit of the system, in a process of its own."""
+    write_whole(tmp_path / "a", b"old")
+    code = f"""
+import resource, signal
+from pathlib import Path
+from vlmprune.eval.files import write_whole
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_whole(Path({str(tmp_path / "a")!r}), b"x" * 5000)
+except OSError as error:
+    print("told", error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=os.environ | QUIET)
+    assert done.stdout.startswith("told"), done.stderr
+    assert left(tmp_path) == {"a": b"old"}
+
+
+def test_links_and_devices_stay_what_they_are(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("real")
+    write_whole(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"new"
+    write_whole(Path("/dev/null"), b"new")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(Path("/dev/full"), b"new")
+    assert stat.S_ISCHR(os.stat("/dev/full").st_mode)
+
+
+@pytest.mark.parametrize("fail", [no_room, interrupt])
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.gif"])
+def test_pictures_are_written_whole(tmp_path, monkeypatch, name, fail):
+    from vlmprune.cli.errors import CommandError
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises((CommandError, KeyboardInterrupt)):
+        write_picture(noise_picture(30, 20), tmp_path / name)
+    assert left(tmp_path) == {}
+    monkeypatch.undo()
+    write_picture(noise_picture(30, 20), tmp_path / name)
+    with Image.open(tmp_path / name) as read:
+        read.load()
+        assert read.size == (30, 20)
+
+
+# The commands: the n-th write of a file fails, or is interrupted, or the model is
+
+
+@pytest.fixture
+def asked(llava, picture, tmp_path):
+    """The arguments of `vlmprune run --save`."""
+    return ["run", "--image", picture, "--prompt", "what is it ?", "--model", llava, "--repeats", 0,
+            "--max-new-tokens", 2, "--save", tmp_path / "out" / "kept.png"]  # fmt: skip
+
+
+@pytest.fixture
+def measured(llava, picture, tmp_path):
+    """The arguments of `vlmprune fidelity`."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(2):
+        noise_picture(24, 24, seed).save(folder / f"{seed}.png")
+    (tmp_path / "prompts.txt").write_text("what is it ?\n")
+    return ["fidelity", "--images", folder, "--prompts", tmp_path / "prompts.txt", "--model", llava, "--keep", 4,
+            "--controls", "none", "--max-new-tokens", 2, "--batch", 1, "--out", tmp_path / "out"]  # fmt: skip
+
+
+@pytest.fixture
+def evaluated(llava, tmp_path):
+    """The arguments of `vlmprune eval`."""
+    pytest.importorskip("lmms_eval")
+    text = f"model: {llava}\nname: tiny\ntasks: [vlmprune_scene_llava_shape]\nmethods: [fopru]\nkeep: 4\nlimit: 1\n"
+    (tmp_path / "my.yaml").write_text(f"{text}controls: [none]\noutput: {tmp_path / 'out'}\n")
+    return ["eval", tmp_path / "my.yaml"]
+
+
+@pytest.fixture
+def timed(llava, tmp_path):
+    """The arguments of `vlmprune bench`, which writes its JSON after the only cell and again at the end."""
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    return ["bench", "--model", llava, "--method", "random", "--keep", 4, "--pairs", 1, "--plain-runs", 1,
+            "--stage-runs", 1, "--new-tokens", 2, "--prompt-tokens", 4, "--device", "cpu",
+            "--json", out / "a.json", "--csv", out / "a.csv", "--plot", out / "a.png"]  # fmt: skip
+
+
+VERBS = {"asked": 1, "measured": 1, "evaluated": 1, "timed": 4}
+
+
+@pytest.mark.parametrize(("fail", "codes"), [(no_room, (1, 2)), (interrupt, (130,))], ids=["full", "ctrl-c"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_writing_fails(request, cli, tmp_path, monkeypatch, verb, fail, codes):
+    """The first file, the last of several: told on one line, and no half of a file is there, nor a temporary one."""
+    argv, out = request.getfixturevalue(verb), tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    replace, number = os.replace, VERBS[verb]
+
+    def sometimes(*args):
+        nonlocal number
+        number -= 1
+        return fail() if number == 0 and PREFIX in str(args[0]) else replace(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", sometimes)
+        code, _, err = cli(*argv)
+    assert code in codes, err
+    last = [line for line in err.splitlines() if line.startswith("vlmprune: ")]
+    assert len(last) == 1
+    assert ("interrupted" in last[0]) if fail is interrupt else ("No space left" in last[0])
+    assert not any(PREFIX in name for name in left(out))
+    for name, content in left(out).items():
+        if name.endswith(".json"):
+            json.loads(content)
+        if name.endswith(".png"):
+            Image.open(out / name).load()
+    assert cli(*argv)[0] == 0  # and it can be gone on with
+    assert not any(PREFIX in name for name in left(out))
+
+
+LOADING = "transformers.AutoModelForImageTextToText.from_pretrained"
+GENERATING = "transformers.LlavaForConditionalGeneration.generate"
+
+
+@pytest.mark.parametrize("moment", [LOADING, GENERATING, "torch.nn.functional.silu"])
+@pytest.mark.parametrize("verb", ["asked", "measured", "evaluated"])
+def test_interrupted_at_work(request, cli, tmp_path, monkeypatch, verb, moment):
+    """While a model is loaded, while it answers, in the middle of a pruned layer."""
+    argv, out = request.getfixturevalue(verb), tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    with monkeypatch.context() as patch:
+        if moment.startswith("torch"):
+            from transformers.models.llama.modeling_llama import LlamaMLP
+
+            patch.setattr(LlamaMLP, "forward", interrupt)
+        else:
+            patch.setattr(moment, interrupt)
+        code, out_text, err = cli(*argv)
+    assert (code, [line for line in err.splitlines() if line.startswith("vlmprune: ")]) == (
+        130, ["vlmprune: interrupted"],
+    )  # fmt: skip
+    assert "report" not in out_text
+    assert not [name for name in left(out) if not name.endswith((".lock", ".log", "run.json"))]
+    assert cli(*argv)[0] == 0
+
+
+def test_a_demo_that_is_interrupted(cli, tmp_path, monkeypatch):
+    """The pictures drawn until then are whole."""
+    picture = tmp_path / "scene.png"
+    noise_picture(24, 24).save(picture)
+    calls = []
+
+    def save(target, *_):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write_picture(noise_picture(30, 20), target)
+
+    asked = [{"model": "scene-llava", "file": str(picture), "question": "what ?", "answer": "red"}] * 2
+    monkeypatch.setattr(demo, "shipped", lambda: asked)
+    monkeypatch.setattr(loading, "load", lambda source: loading.Loaded(source, None, None))
+    monkeypatch.setattr(loading, "model_inputs", lambda *_: {})
+    monkeypatch.setattr(answering, "answer", lambda *_: "red")
+    monkeypatch.setattr(answering, "run_job", lambda *_: None)
+    monkeypatch.setattr(demo, "save", save)
+    code, out, err = cli("demo", "--out", tmp_path / "out")
+    assert (code, out) == (130, "")
+    assert "interrupted" in err
+    assert list(left(tmp_path / "out")) == ["1-scene.png"]
+
+
+def test_an_interrupted_model_is_left_as_it_was(tiny_model, monkeypatch):
+    """`with patch(...)`: the hooks go, and the model answers as before."""
+    import tiny
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    import vlmprune
+
+    model = tiny_model()
+    prompt = tiny.prompt(model, [3, "image", 2], [(24, 24)])
+    with torch.no_grad():
+        plain = model(**prompt).logits
+        with vlmprune.patch(model, "fastv", keep=4), monkeypatch.context() as patch:
+            patch.setattr(LlamaMLP, "forward", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                model(**prompt)
+        assert torch.equal(model(**prompt).logits, plain)
+        with vlmprune.patch(model, "fastv", keep=4) as handle:
+            model(**prompt)
+            assert len(handle.trace.kept(0)) == 4
+
+
+# Folders that cannot be written to
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_permission(request, cli, tmp_path, monkeypatch, verb):
+    """Simulated, since root may write anywhere; as when a folder is closed while the work is done."""
+    argv, out, make = request.getfixturevalue(verb), tmp_path / "out", tempfile.mkstemp
+    out.mkdir(exist_ok=True)
+
+    def closed(*args, **options):
+        if options.get("prefix") == PREFIX:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return make(*args, **options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", closed)
+    code, _, err = cli(*argv)
+    assert code in (1, 2), err
+    assert "Permission denied" in err.splitlines()[-1]
+    assert not [name for name in left(out) if not name.endswith((".lock", ".log"))]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_closed_folder(request, cli, tmp_path, verb):
+    argv, out = request.getfixturevalue(verb), tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    out.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    code, _, err = cli(*argv)
+    assert code in (1, 2), err
+    assert "ermission" in err.splitlines()[-1]
+    assert left(out) == {}
+
+
+@pytest.mark.parametrize("verb", ["measured", "evaluated"])
+def test_a_file_where_the_folder_should_be(request, cli, tmp_path, verb):
+    argv = request.getfixturevalue(verb)
+    (tmp_path / "out").write_text("mine")
+    code, _, err = cli(*argv)
+    assert code == 2
+    assert str(tmp_path / "out") in err.splitlines()[-1]
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+# Streams and signals of a real process
+
+
+def process(*argv, **options):
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "vlmprune", *map(str, argv)], text=True, stderr=subprocess.PIPE,
+        env=os.environ | QUIET, **{"stdout": subprocess.PIPE} | options,
+    )  # fmt: skip
+
+
+def test_a_full_disk_behind_stdout():
+    with open("/dev/full", "w") as full:
+        started = process("--version", stdout=full)
+        _, err = started.communicate(timeout=120)
+    assert (started.returncode, err) == (1, "vlmprune: [Errno 28] No space left on device\n")
+
+
+def test_nobody_reads_on():
+    """`vlmprune ls methods | head -1`: the pipe is closed before the first line."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    started = process("ls", "methods", stdout=writing)
+    os.close(writing)
+    _, err = started.communicate(timeout=120)
+    assert (started.returncode, err) == (0, "")
+
+
+def test_ctrl_c_in_a_real_process(tmp_path):
+    """While it waits: here for a config that comes through a pipe."""
+    os.mkfifo(tmp_path / "pipe.yaml")
+    started = process("validate", tmp_path / "pipe.yaml")
+    end = time.monotonic() + 120
+    while time.monotonic() < end:  # opening to write fails until the command has opened it to read
+        try:
+            handle = os.open(tmp_path / "pipe.yaml", os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError:
+            time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=120)
+    os.close(handle)
+    assert (started.returncode, out, err.strip()) == (130, "", "vlmprune: interrupted")
