@@ -273,12 +273,13 @@ def test_rows_of_a_batch_go_on_like_prompts_alone(tiny_model, options, rules, ki
 def test_rows_of_a_batch_go_on_with_text_of_different_lengths(tiny_model, rules, kind):
     """Padding inside a row, which the masks of a static cache's later steps do not reach."""
     model, forced = tiny_model(dtype=F64), probes.random_tokens(3, 3)
-    rows = [turns_of(model, [parts[0], ([2 + 3 * i], [])]) for i, parts in enumerate(ROWS)]
+    rows = [turns_of(model, [parts[0], ([2 + 3 * i], []), parts[1]]) for i, parts in enumerate(ROWS)]
     with vlmprune.patch(model, probes.rules(*rules)):
-        got = converse(model, rows, kind, ["left", "left"], forced)
-    for i, (first, second) in enumerate(rows):
-        said = [with_answer(first, forced[i : i + 1, :1]), second]
-        same(got[i], expect(model, said, [rules] * 2, forced[i : i + 1]))
+        for turns in (2, 3):  # and then with images
+            got = converse(model, rows, kind, ["left"] * turns, forced)
+            for i, row in enumerate(rows):
+                said = [with_answer(turn, forced[i : i + 1, :1]) for turn in row[: turns - 1]] + [row[turns - 1]]
+                same(got[i], expect(model, said, [rules] * turns, forced[i : i + 1]))
 
 
 def test_beams_of_a_second_turn(tiny_model):
