@@ -211,7 +211,7 @@ class Prompt:
             raise UnsupportedError(
                 f"the prompt's embeddings were expanded to {tuple(self.visual.shape)} tokens and arrive as "
                 f"{(rows, length)}: a prompt with images must run in one piece (no `prefill_chunk_size`, no "
-                "concatenation)."
+                "concatenation). To go on with a cache, call the model itself with the new tokens and images alone."
             )
         beams = rows // batch
         features = Features([range(n) for row in self.tokens for _ in range(beams) for n in row], embeds)

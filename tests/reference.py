@@ -161,8 +161,18 @@ class Result:
         return torch.stack(out)
 
 
-def run(model: nn.Module, prompt: dict, rules: list[Rule], forced: list[int] | None = None) -> Result:
-    """One prompt through the model with cuts, without any cache: causality makes forced tokens decode steps."""
+def run(
+    model: nn.Module,
+    prompt: dict,
+    rules: list[Rule],
+    forced: list[int] | None = None,
+    turns: list[tuple[int, list[Rule]]] | None = None,
+) -> Result:
+    """One prompt through the model with cuts, without any cache: causality makes forced tokens decode steps.
+
+    `turns` says that the prompt is several turns of a conversation: how many images each has, and its own rules, which
+    number these from 0 (`rules` then says nothing).
+    """
     forced = forced or []
     x, images = embed(model, prompt)
     length = len(x)
@@ -170,12 +180,18 @@ def run(model: nn.Module, prompt: dict, rules: list[Rule], forced: list[int] | N
         x = torch.cat((x, model.get_input_embeddings()(torch.tensor(forced))))
     columns, positions = list(range(len(x))), torch.arange(len(x))
     alive = [[True] * len(image) for image in images]
+    cuts, start = [], 0
+    for number, mine in [(len(images), rules)] if turns is None else turns:
+        cuts += [(rule, range(start, start + number)) for rule in mine]
+        start += number
+    assert start == len(images)
     inputs, kv, kept, history = [], [], [], []
     for index in range(len(model.model.language_model.layers)):
-        for rule in [r for r in rules if r.layer == index]:
+        for rule, mine in [(r, mine) for r, mine in cuts if r.layer == index]:
             drop, cut_kept = set(), []
-            for o, image in enumerate(images):
-                keep = [k and a for k, a in zip(rule.keeps(o, len(image)), alive[o], strict=True)]
+            for o in mine:
+                image = images[o]
+                keep = [k and a for k, a in zip(rule.keeps(o - mine.start, len(image)), alive[o], strict=True)]
                 if rule.merge:
                     # X' = M X over the tokens of this image, written out as a matrix
                     into, weight = rule.flow(keep, alive[o])

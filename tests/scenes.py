@@ -129,36 +129,68 @@ def start(scene, name):
     pytest.skip(f"refused, as it should be: {words}")
 
 
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation.
+
+    Attributes:
+        ids: list of its tokens.
+        features: `(tokens, dim)` per image and then per video, as the patched tower makes them.
+        trace: what was cut; None where nothing was.
+    """
+
+    ids: list
+    features: tuple = ((), ())
+    trace: object = None
+
+
 def replay(model, prompt, features, trace, wrong=False, positions=None, forced=FORCED):
-    """Logits of the prompt's last token and of every forced one, from what a trace says was kept.
+    """As `replay_turns`, for a prompt that is all there is; also whether anything was cut."""
+    turn = Turn(prompt["input_ids"][0].tolist(), features, trace)
+    return replay_turns(model, [turn], wrong, positions, forced=forced), bool(changes_of(trace))
+
+
+def changes_of(trace):
+    """The cuts of a trace that took something of its first image."""
+    now, changes = None, []
+    for cut in trace.cuts:
+        # padded to the longest image
+        changed = cut.keep[0].sum() < trace.grids[0].tokens if now is None else not torch.equal(cut.keep[0], now)
+        changes += [cut] if changed else []
+        now = cut.keep[0]
+    return changes
+
+
+def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED):
+    """Logits of the last turn's last token and of every forced one, from what the turns' traces say was kept.
 
     Args:
-        features: `(tokens, dim)` per image and then per video, as the patched tower makes them.
-        wrong: swap one kept token of the first image at the first cut for a dropped one.
-        positions: another position policy than the trace's.
+        wrong: swap one kept token of the first image of turn `at` at its first cut for a dropped one.
+        positions: another position policy than the trace's in turn `at`.
     """
-    ids = torch.cat((prompt["input_ids"][0], torch.tensor(forced, dtype=torch.long)))
-    x, length = model.get_input_embeddings()(ids), prompt["input_ids"].shape[1]
-    images = []
-    for token, given in zip((reference.IMAGE, reference.VIDEO), features, strict=True):
-        # a forced token may look like a placeholder
-        holes = (ids[:length] == token).nonzero().flatten() if given else ids[:0]
-        x = x.index_put((holes,), torch.cat(given)) if given else x
-        edges = [0, *accumulate(len(f) for f in given)]
-        assert edges[-1] == len(holes)
-        images += [holes[a:b].tolist() for a, b in pairwise(edges)]
+    ids = torch.tensor([token for turn in turns for token in turn.ids] + list(forced))
+    x, length = model.get_input_embeddings()(ids), len(ids) - len(forced)
+    images, cuts, start = [], [], 0
+    for turn in turns:
+        first, end = len(images), start + len(turn.ids)
+        for token, given in zip((reference.IMAGE, reference.VIDEO), turn.features, strict=True):
+            holes = (ids[start:end] == token).nonzero().flatten() + start if given else ids[:0]
+            x = x.index_put((holes,), torch.cat(list(given))) if given else x
+            edges = [0, *accumulate(len(f) for f in given)]
+            assert edges[-1] == len(holes)
+            images += [holes[a:b].tolist() for a, b in pairwise(edges)]
+        cuts += [(cut, first, len(images), turn is turns[at]) for cut in (turn.trace.cuts if turn.trace else [])]
+        start = end
+    changes = changes_of(turns[at].trace) if wrong else []
     columns, place = list(range(len(x))), torch.arange(len(x))
     alive = [[True] * len(image) for image in images]
-    now, changes = torch.arange(trace.cuts[0].keep.shape[1]) < len(images[0]) if trace.cuts else None, []
-    for cut in trace.cuts:
-        changes += [cut] if not torch.equal(cut.keep[0], now) else []
-        now = cut.keep[0]
     for index in range(tiny.LAYERS):
-        for cut in [c for c in trace.cuts if c.layer == index]:
+        for cut, first, end, twin in [c for c in cuts if c[0].layer == index]:
             drop = set()
-            for i, image in enumerate(images):
-                keep = cut.keep[i, : len(image)].tolist()
-                if wrong and i == 0 and cut is changes[0] and any(keep):
+            for i, image in list(enumerate(images))[first:end]:
+                own = i - first
+                keep = cut.keep[own, : len(image)].tolist()
+                if changes and own == 0 and cut is changes[0] and any(keep):
                     gone = max(t for t, k in enumerate(keep) if k)
                     come = next(t for t in reversed(range(len(keep))) if not keep[t] and alive[i][t])
                     keep[gone], keep[come] = False, True
@@ -166,7 +198,7 @@ def replay(model, prompt, features, trace, wrong=False, positions=None, forced=F
                     here = {c: r for r, c in enumerate(columns)}
                     rows = {t: torch.zeros_like(x[0]) for t in range(len(image))}
                     for t, (into, weight) in enumerate(
-                        zip(cut.merge.into[i].tolist(), cut.merge.weight[i].tolist(), strict=True)
+                        zip(cut.merge.into[own].tolist(), cut.merge.weight[own].tolist(), strict=True)
                     ):
                         if t < len(image) and alive[i][t] and into in rows:
                             rows[into] = rows[into] + weight * x[here[image[t]]]
@@ -176,14 +208,14 @@ def replay(model, prompt, features, trace, wrong=False, positions=None, forced=F
                             x[here[image[t]]] = rows[t]
                 drop |= {c for c, k, a in zip(image, keep, alive[i], strict=True) if a and not k}
                 alive[i] = [a and k for a, k in zip(alive[i], keep, strict=True)]
-            if (positions or cut.positions) == "contiguous":
+            if (positions if positions and twin else cut.positions) == "contiguous":
                 place = place - torch.tensor([sum(d < c for d in drop) for c in columns])
             stay = [r for r, c in enumerate(columns) if c not in drop]
             x, place, columns = x[stay], place[stay], [columns[r] for r in stay]
         x = reference.run_layer(model, index, x, place)
     x = model.model.language_model.norm(x)
     last = [max(r for r, c in enumerate(columns) if c < length)]
-    return model.lm_head(x[last + [r for r, c in enumerate(columns) if c >= length]]), bool(changes)
+    return model.lm_head(x[last + [r for r, c in enumerate(columns) if c >= length]])
 
 
 def with_cache(model, inputs, positions=None):

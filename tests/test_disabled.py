@@ -100,15 +100,6 @@ def test_a_handle_of_a_replaced_patch_says_so(tiny_model):
         pass
 
 
-def test_a_plain_call_on_a_cache_with_a_pruned_prompt_is_refused(tiny_model):
-    model = tiny_model()
-    prompt = tiny.prompt(model, [4, "image", 5], [(24, 24)])
-    with torch.no_grad(), vlmprune.patch(model, "fopru", keep=4) as handle:
-        cache = model(**prompt, use_cache=True).past_key_values
-        with handle.disabled(), pytest.raises(vlmprune.UnsupportedError, match="pruned prompt"):
-            model(**prompt, past_key_values=cache)
-
-
 def test_other_mistakes():
     model = tiny.shared()
     with pytest.raises(TypeError, match="is a class"):

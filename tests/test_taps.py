@@ -11,10 +11,11 @@ import tiny
 import torch
 from probes import far, same
 from reference import Rule
+from transformers import DynamicCache, StaticCache
 
 import vlmprune
 from vlmprune import Cut, Decoder, Method, Reduction
-from vlmprune.taps import Hidden, TextAttention, Visible, VisionAttention, attention_mass
+from vlmprune.taps import Hidden, ReceivedAttention, TextAttention, Visible, VisionAttention, attention_mass
 
 F64 = torch.float64
 
@@ -114,6 +115,54 @@ def test_decoder_attention_after_a_cut_is_that_of_the_short_sequence(tiny_model)
             want = torch.stack([row[kept.index(c)] for c in alive])
             same(got[spy.layout.alive], want)
             far(got[spy.layout.alive], want.flip(0))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("options", [
+    {}, {"text": "mistral", "sliding_window": 9},
+    {"text": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2},
+], ids=["llama", "mistral-window", "qwen2-mixed"])  # fmt: skip
+def test_decoder_attention_of_a_later_turn_is_shared_with_what_was_said_before(tiny_model, options, kind):
+    """Rows and columns are those of the new turn; what the cache holds takes its part of the softmax."""
+    model = tiny_model(dtype=F64, **options)
+    rules = [Rule(0, 2), Rule(2, 3, 2, positions="original")]
+    turns = [prompt_of(model), tiny.prompt(model, [2, "image", 1, "image", 4], [(24, 60), (24, 24)], seed=1)]
+    taps = [TextAttention(layer, rows) for layer in (1, 2) for rows in ("last", "instruction", "all")]
+    spy, text = See(*taps, ReceivedAttention(2), layer=3), model.config.text_config
+    cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=99)
+    with torch.no_grad(), vlmprune.patch(model, [probes.rules(*rules), spy]):
+        for turn in turns:
+            model(**(turn | {"attention_mask": None}), past_key_values=cache)
+        whole = {key: torch.cat([turn[key] for turn in turns], int(key != "pixel_values")) for key in turns[0]}
+        result = reference.run(model, whole, [], turns=[(2, rules)] * 2)
+    start, last = turns[0]["input_ids"].shape[1], whole["input_ids"].shape[1] - 1
+    images = [range(start + 2, start + 18), range(start + 19, start + 35)]
+    for tap, got in spy.seen.items():
+        x, kept = result.inputs[tap.layer]
+        with torch.no_grad():
+            mean = reference.probabilities(model, tap.layer, x, result.positions[tap.layer]).mean(0)
+        for i, image in enumerate(images):
+            alive = [c for c in image if c in result.inputs[3][1]]
+            here = [kept.index(c) for c in alive]
+
+            def received(columns, mean=mean, kept=kept, here=here):
+                return mean[[r for r, c in enumerate(kept) if c in columns]].mean(0)[here]
+
+            rows = {
+                "last": [last],
+                "instruction": range(last - 3, last + 1),
+                "all": range(start, last + 1),
+                "whole": range(last + 1),
+            }
+            if isinstance(tap, TextAttention):
+                want = received(rows[tap.rows])
+                twin = received(rows["whole" if tap.rows == "all" else "all"])
+            else:
+                want = torch.stack((received(image), received(rows["instruction"])), -1)
+                twin = want.flip(-1)
+            # norms round to float32, where a difference in the last bit of float64 may flip a value
+            same(got[i][spy.layout.alive[i]], want, 1e-7)
+            far(got[i][spy.layout.alive[i]], twin)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -1,4 +1,4 @@
-"""Calls on a cache whose prompt was pruned: what every layer has cached, masks and positions to go with it."""
+"""Calls on a cache that holds tokens: what every layer has cached, masks and positions to go with it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.plan import FRAME
-from vlmprune.sequence import Segment, attention_mask
+from vlmprune.sequence import SEGMENTS, Segment, attention_mask
 from vlmprune.taps import sliding_window
 
-__all__ = ["Decode", "resume"]
+__all__ = ["Decode", "catch_up", "held", "resume"]
 
 
 def resume(language_model: nn.Module, kwargs: dict, segments: list[Segment]) -> dict:
-    """The inner model's keyword arguments for a call without images on a pruned cache.
+    """The inner model's keyword arguments for a call on a pruned cache.
 
     Args:
-        kwargs: as the caller gave them, counting in positions and columns of the unpruned prompt.
+        kwargs: of `catch_up`, counting in positions and columns of the unpruned conversation.
         segments: the cache's decode state.
     """
     cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
@@ -28,15 +28,13 @@ def resume(language_model: nn.Module, kwargs: dict, segments: list[Segment]) -> 
             "this cache was filled under soft masks, which are for training alone: call .eval() on the method's "
             "modules before generating."
         )
-    first, prompt = segments[0], segments[0].prompt
-    kwargs = kwargs | drop_overlap(kwargs, first, cache)
-    tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    kwargs, first, prompt = dict(kwargs), segments[0], segments[0].prompt
+    tokens = given_tokens(kwargs)
     batch, queries = tokens.shape[:2]
     new = mask[:, prompt:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
     positions = kwargs.get("position_ids")
     if positions is None:
-        below = first.length if first.first == 0 else prompt
-        start = prompt + cache.get_seq_length() - below
+        start = cache.get_seq_length() + missing(segments)
         positions = torch.arange(queries, device=tokens.device)[None] + start
     positions = positions.expand(batch, -1)
     if any(s.first > 0 for s in segments):
@@ -94,25 +92,95 @@ def decode_mask(
     return torch.cat((kept, tail), 1)
 
 
-def drop_overlap(kwargs: dict, first: Segment, cache: Any) -> dict:
-    """The inputs without the columns that the cache already holds.
+def given_tokens(kwargs: dict) -> torch.Tensor:
+    """The ids or embeddings that a call brings, `(batch, queries, ...)`."""
+    return kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+
+
+def missing(segments: list[Segment]) -> int:
+    """Columns of the conversation that are not in layer 0, whose length the cache gives for its own."""
+    return segments[0].prompt - segments[0].length if segments and segments[0].first == 0 else 0
+
+
+def held(kwargs: dict, segments: list[Segment]) -> list[Segment]:
+    """What the layers hold in front of a call with images, from layer 0 on; nothing where the cache is empty.
+
+    Args:
+        kwargs: of `catch_up`.
+        segments: the cache's decode state, empty if nothing was pruned.
+
+    Raises:
+        ValueError: a mask that is not as long as what the cache holds and what comes.
+    """
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    length = 0 if cache is None else int(cache.get_seq_length())
+    if not length:
+        return []
+    column, queries = length + missing(segments), given_tokens(kwargs).shape[1]
+    if mask is not None and mask.shape[1] != column + queries:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns; the cache stands for {column} of the conversation (those "
+            f"that were pruned included), and this call brings {queries}: give one for all of them."
+        )
+    if mask is not None and mask[:, :column].all():  # a mask that is left out can be rolled back to any length
+        mask = None
+    whole = [] if segments and segments[0].first == 0 else [Segment(0, 0, 0, None, None)]
+    return [segment.until(column, mask) for segment in whole + segments]
+
+
+def catch_up(kwargs: dict, segments: list[Segment]) -> dict:
+    """A call's arguments without the columns that the cache already holds, and with a 2-D mask or none.
 
     To continue a conversation, `generate` slices its input by the cache's physical length, which a cut at layer 0 made
     short: so many of the old tokens come again in front of the new ones. A caller who slices by hand brings the new
     ones alone; the end of the sequence, which the mask or the positions tell, says which it is.
     """
-    short = first.prompt - first.length if first.first == 0 else 0
-    given = {k: kwargs[k] for k in ("input_ids", "inputs_embeds", "position_ids") if kwargs.get(k) is not None}
-    queries = (given["input_ids"] if "input_ids" in given else given["inputs_embeds"]).shape[1]
-    if not 0 < short < queries:
-        return {}
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        end = mask.shape[1]
-    elif "position_ids" in given:
-        end = int(given["position_ids"].max()) + 1  # one host read a turn, none in a decode step
-    else:
-        return {}
-    if int(cache.get_seq_length()) + queries != end:
-        return {}
-    return {k: x[:, short:] for k, x in given.items()}
+    cache, mask, short = kwargs.get("past_key_values"), kwargs.get("attention_mask"), missing(segments)
+    batch, queries = given_tokens(kwargs).shape[:2]
+    if cache is None or queries == 1 or not (length := int(cache.get_seq_length())):
+        return kwargs  # a step is never asked: asking a static cache waits for the device
+    positions = kwargs.get("position_ids")
+    ready = mask is not None and (isinstance(mask, dict) or mask.ndim != 2)
+    if ready:
+        mask = last_row(mask, length + queries) if batch > 1 else None
+    if short:
+        if mask is not None and ready:
+            # where a row counts as many tokens as are seen, the mask ends with the conversation
+            again = (mask.sum(1) == positions[:, -1] + 1).any()
+        elif mask is not None:
+            again = length + queries == mask.shape[1]
+        else:  # one host read a turn
+            again = positions is not None and length + queries == int(positions.max()) + 1
+        if again and queries <= short:
+            raise UnsupportedError(
+                f"this piece of {queries} tokens was cached before: `prefill_chunk_size` must be greater than the "
+                f"{short} tokens that were pruned, to continue on their cache."
+            )
+        if again:
+            names = [name for name in ("input_ids", "inputs_embeds", "position_ids") if kwargs.get(name) is not None]
+            kwargs = kwargs | {name: kwargs[name][:, short:] for name in names}
+        elif mask is not None and ready:
+            raise UnsupportedError(
+                "new tokens alone, in a batch on a static cache that is pruned, are not supported: give `generate` the "
+                "input_ids of the whole conversation, or call it with a dynamic cache."
+            )
+    if not ready:
+        return kwargs
+    if mask is not None and segments:
+        # the masks of its later steps do not reach as far as the conversation, and do not tell
+        setattr(cache, SEGMENTS, [segment.until(mask.shape[1], mask) for segment in segments])
+    return kwargs | {"attention_mask": mask}
+
+
+def last_row(mask: Any, columns: int) -> torch.Tensor:
+    """The `(batch, columns)` bool padding mask behind a ready 4-D one of a static cache: what the last query sees."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+    if mask is None or mask.ndim != 4 or mask.shape[-1] < columns:
+        raise UnsupportedError(
+            "continuing a batch on a static cache with a sliding window, or on one with less columns than the "
+            f"conversation ({columns}), is not supported: its masks do not tell the padding. Call `generate` with a "
+            "dynamic cache, or continue the rows one by one."
+        )
+    mask = mask[:, 0, -1, :columns]
+    return mask if mask.dtype == torch.bool else mask == 0

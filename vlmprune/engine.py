@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.decode import resume
+from vlmprune.decode import catch_up, held, resume
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
 from vlmprune.placement import loaded
 from vlmprune.plan import FRAME, GUESSES, Plan
 from vlmprune.prefill import Prefill
-from vlmprune.sequence import SEGMENTS
+from vlmprune.sequence import SEGMENTS, Segment
 from vlmprune.tower import (
     SEEN,
     SIZES,
@@ -58,41 +58,32 @@ class BeforeModel:
 
     def arrive(self, module: nn.Module, kwargs: dict, guesses: int) -> dict | None:
         """The arguments to run with instead, or None to leave the call alone."""
-        if brings_features(kwargs) or any(given_pixels(kwargs, modality) for modality in PIXELS):
-            if self.plan.enabled:
-                return self.prefill(module, kwargs, guesses)
-            cache = kwargs.get("past_key_values")
-            if not forget(cache) and getattr(cache, SEGMENTS, None):
-                raise UnsupportedError(
-                    "a plain call with images on a cache that holds a pruned prompt is not supported."
-                )
-            return None
-        cache = kwargs.get("past_key_values")
-        segments = getattr(cache, SEGMENTS, None)
+        if self.plan.enabled and (
+            brings_features(kwargs) or any(given_pixels(kwargs, modality) for modality in PIXELS)
+        ):
+            return self.prefill(module, kwargs, guesses)
+        segments = decode_state(kwargs)
         if not segments:
             return None
-        # a reset cache starts anew; a static one is asked before prompts alone, since asking it waits for the device
-        ids = kwargs.get("input_ids")
-        step = ids is not None and ids.shape[1] == 1 and getattr(cache, "is_compileable", False)
-        if not step and forget(cache):
-            return None
-        return resume(self.plan.family.language_model(module), kwargs, segments)
+        return resume(self.plan.family.language_model(module), catch_up(kwargs, segments), segments)
 
     def prefill(self, module: nn.Module, kwargs: dict, guesses: int) -> dict:
-        cache, input_ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
         check_fixed(self.plan.family, module.config, kwargs)
-        if input_ids is None:
+        if kwargs.get("input_ids") is None:
             raise UnsupportedError("a pruned call with images needs input_ids (inputs_embeds hide the placeholders).")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise UnsupportedError("images on a cache that already holds tokens are not supported yet.")
-        config = self.plan.family.language_model(module).config
-        if kwargs.get("output_attentions", config.output_attentions):
+        language_model = self.plan.family.language_model(module)
+        if kwargs.get("output_attentions", language_model.config.output_attentions):
             raise UnsupportedError(
                 "output_attentions of a pruned forward is not supported: layers see different sequences. "
                 "Use `with handle.disabled():` for the plain model's attentions."
             )
+        segments = decode_state(kwargs)
+        kwargs = catch_up(kwargs, segments)
+        past, mask = held(kwargs, segments), kwargs.get("attention_mask")
+        if segments:
+            kwargs = resume(language_model, kwargs, segments)
         kwargs["mm_encoder_outputs"] = encoded = encode(module, kwargs, self.plan.family)
-        frame = Prefill(self.plan, module, input_ids, kwargs.get("attention_mask"), encoded, guesses)
+        frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses)
         return kwargs | {FRAME: frame}
 
 
@@ -250,12 +241,16 @@ def guessed(kwargs: dict) -> int:
     return max(wanted - 1, 0)
 
 
-def forget(cache: Any) -> bool:
-    """Take the decode state off a cache that was reset and starts anew; whether there was any."""
-    if not getattr(cache, SEGMENTS, None) or cache.get_seq_length() > 0:
-        return False
-    delattr(cache, SEGMENTS)
-    return True
+def decode_state(kwargs: dict) -> list[Segment]:
+    """The decode state of the cache that a call brings; that of a cache which was reset is taken off it."""
+    cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
+    segments = getattr(cache, SEGMENTS, None) or []
+    # a static cache is asked before prompts alone, since asking it waits for the device
+    step = ids is not None and ids.shape[1] == 1 and getattr(cache, "is_compileable", False)
+    if segments and not step and cache.get_seq_length() == 0:
+        delattr(cache, SEGMENTS)
+        return []
+    return segments
 
 
 NOTES = "vlmprune_notes"  # the keyword argument that carries `Notes`

@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from vlmprune.cuts import Cut, Reduction
-from vlmprune.errors import CutNotRunError, check_first_run
+from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.finite import WAY_OUT, all_finite, demand
 from vlmprune.layout import upload
 from vlmprune.placement import check_device, loaded
 from vlmprune.plan import Plan
 from vlmprune.prompt import prompt_layout
 from vlmprune.sequence import SEGMENTS, Segment, Sequence
-from vlmprune.taps import BlockTap, DecoderTap, Hidden, Tap, TowerTap
+from vlmprune.taps import BlockTap, DecoderTap, Hidden, Tap, TowerTap, sliding_window
 from vlmprune.tower import SEEN
 from vlmprune.trace import CutTrace, Trace
 
@@ -26,7 +26,15 @@ SOFT_EPS = 1e-20  # the least weight of a token under a soft mask, whose logarit
 
 
 class Prefill:
-    """One pruned forward pass; `guesses` tokens at its end are no prompt, and methods must not look at them."""
+    """One pruned forward pass.
+
+    Args:
+        input_ids: `(batch, length)`, what the call brings.
+        mask: padding mask that ends with them.
+        features: the encoders' outputs by modality.
+        past: what the layers hold in front of them, from layer 0 on; empty on an empty cache.
+        guesses: tokens at the end of the prompt that are none of it; methods must not look at them.
+    """
 
     def __init__(
         self,
@@ -35,9 +43,11 @@ class Prefill:
         input_ids: torch.Tensor,
         mask: Any,
         features: dict[str, Any],
+        past: list[Segment],
         guesses: int = 0,
     ):
         self.plan, self.guesses = plan, guesses
+        self.past, self.cache = {segment.first: segment for segment in past}, None
         self.rotary_emb = plan.family.language_model(inner).rotary_emb
         self.layout, self.real, self.lengths, self.text_after = prompt_layout(
             plan, inner, input_ids, mask, features, guesses
@@ -64,7 +74,9 @@ class Prefill:
         """Do all that is to be done at the input of decoder layer `index`."""
         check_first_run(index, len(self.by_layer))
         check_device(layer, hidden)
-        if self.sequence is None:
+        before, past = self.sequence, self.past.get(index)
+        if before is None:
+            self.cache = kwargs.get("past_key_values")
             batch, length, _ = hidden.shape
             self.sequence = Sequence(
                 prompt=length,
@@ -74,10 +86,15 @@ class Prefill:
                 positions=kwargs["position_ids"].expand(batch, -1),
                 guesses=self.guesses,
                 rotary=tuple(x.expand(batch, -1, -1) for x in kwargs["position_embeddings"]),
+                shift=None if past is None else past.shift,
+                past=past,
             )
+            # of a past that the host's own arguments fit nothing has to be noted
+            before = self.sequence if past is None or past.whole else None
+        elif past is not None:
+            self.sequence = self.sequence.behind(past, hidden, self.rotary_emb)
         here = [cut for _, cut in self.pending if cut.at.layer == index]
         self.measure(index, layer, hidden, [tap for cut in here for tap in cut.see])
-        before = self.sequence
         while self.pending and self.pending[0][1].at.layer == index:
             hidden = self.cut(*self.pending.pop(0), hidden)
         if self.sequence is not before:
@@ -103,6 +120,27 @@ class Prefill:
                 with torch.no_grad():
                     value = tap.measure(before.detach(), after.detach(), self)
                     self.seen[tap] = self.seen[tap] + value if tap in self.seen else value
+
+    def past_keys(self, layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The keys that a decoder layer holds in front of the sequence, and which keys of both are real.
+
+        Returns:
+            `(batch, heads, columns, dim)`, in a sliding window the last ones, or None if there are none; and
+            `(batch, columns + length)` bool, or None if all are real.
+        """
+        if (past := self.sequence.past) is None:
+            return None, self.sequence.mask
+        index, window = layer.self_attn.layer_idx, sliding_window(layer.self_attn)
+        keys = self.cache.layers[index].keys
+        columns = min(past.length, keys.shape[-2] if keys.ndim == 4 else 0)
+        if columns < (past.length if window is None else min(past.length, window - 1)):
+            raise UnsupportedError(
+                f"a method of this patch looks at attention in decoder layer {index}, and "
+                f"{type(self.cache).__name__} does not hold that layer's keys as they are: continue with images on a "
+                "dynamic or static cache, or with a method that cuts before the language model."
+            )
+        real = self.sequence.with_past(self.sequence.mask)
+        return keys[:, :, :columns], None if real is None else real[:, past.length - columns :]
 
     def flat_index(self) -> torch.Tensor:
         """`(images, tokens)` index of every visual token into `(batch * length)` of the current sequence."""
@@ -163,6 +201,8 @@ class Prefill:
     def soften(self, name: str, cut: Cut, reduction: Reduction, at: torch.Tensor) -> None:
         """Weaken tokens for all later layers instead of removing them."""
         layout, sequence = self.layout, self.sequence
+        if sequence.past is not None:
+            raise UnsupportedError("soft masks are for training, which begins with an empty cache.")
         soft, standing = torch.where(layout.alive, reduction.soft, 0), reduction.keep & layout.alive
         if layout.soft is not None:
             soft, standing = soft * layout.soft, standing & layout.standing

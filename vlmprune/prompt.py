@@ -197,7 +197,10 @@ def assign_images(
                 f"prompt {row} has {wanted} {modality} placeholders and its {modality}s have {taken} tokens."
             )
     if len(sample) != len(sizes):
-        raise ValueError(f"{len(sizes)} {modality}s were given, and the prompts have placeholders for {len(sample)}.")
+        raise ValueError(
+            f"{len(sizes)} {modality}s were given, and the prompts have placeholders for {len(sample)} (to continue on "
+            f"a cache, give the new {modality}s alone)."
+        )
     return sample, ordinal, offset
 
 

@@ -21,12 +21,12 @@ SEGMENTS = "_vlmprune_segments"  # attribute of a cache: its decode state
 
 @dataclass(frozen=True)
 class Segment:
-    """Decode state of one cut, kept on the cache it describes.
+    """What some layers hold of a conversation: the decode state of one cut, kept on the cache it describes.
 
     Attributes:
         first: the first decoder layer with this sequence.
-        prompt: length of the unpruned prompt.
-        length: columns that the layers from `first` on have cached for it.
+        prompt: columns of the unpruned conversation, up to the last prompt with images.
+        length: columns that the layers from `first` on have cached for it; whatever came later is cached as it is.
         mask: `(batch, length)` bool of real columns, or None if all are.
         shift: `(batch, 1)` positions by which a decoded token moves down, or None.
         soft: whether tokens were weakened instead of removed; such a cache cannot be decoded from.
@@ -38,6 +38,34 @@ class Segment:
     mask: torch.Tensor | None
     shift: torch.Tensor | None
     soft: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is gone."""
+        return self.length == self.prompt
+
+    def until(self, column: int, mask: torch.Tensor | None) -> Segment:
+        """The state of a cache that holds the unpruned conversation up to `column`, at other lengths alike.
+
+        Args:
+            column: behind `prompt` where more has come since, before it where the cache was rolled back.
+            mask: `(batch, columns)` bool of the real columns of the whole conversation, or None if all are.
+        """
+        more = column - self.prompt
+        since = None if mask is None or more <= 0 else mask[:, self.prompt : column]
+        real = beside(self.mask, self.length, since, max(more, 0))
+        length = self.length + more
+        return replace(self, prompt=column, length=length, mask=None if real is None else real[:, :length])
+
+
+def beside(left: torch.Tensor | None, columns: int, right: torch.Tensor | None, more: int) -> torch.Tensor | None:
+    """Two masks of so many columns side by side, where None is a mask of ones."""
+    if left is None and right is None:
+        return None
+    rows = right if left is None else left
+    left = rows.new_ones(len(rows), columns, dtype=torch.bool) if left is None else left
+    right = rows.new_ones(len(rows), more, dtype=torch.bool) if right is None else right
+    return torch.cat((left.bool(), right.bool()), 1)
 
 
 def attention_mask(
@@ -100,6 +128,8 @@ def real_tokens(mask: Any, length: int) -> torch.Tensor | None:
 class Sequence:
     """What is left of a prompt batch, from one cut to the next.
 
+    On a cache that holds tokens already, the prompt is what a call brings to them.
+
     Attributes:
         prompt: columns of the unpruned prompt.
         columns: `(batch, length)` prompt column of every entry.
@@ -108,7 +138,8 @@ class Sequence:
         positions: `(batch, length)` position ids.
         rotary: (cos, sin) of `positions`, each `(batch, length, dim)`.
         shift: `(batch, 1)` positions by which decoded tokens move down, or None.
-        cut: whether any cut has changed the prompt.
+        cut: whether it is no longer what the host's own arguments say.
+        past: what the cache holds in front of it, up to its first column; None if nothing.
         bias: `(batch, length)` float added to the attention scores on every entry (soft masks in training), or None.
         guesses: prompt columns at the end that are guesses at what comes after the prompt (assisted decoding).
     """
@@ -123,6 +154,7 @@ class Sequence:
     cut: bool = False
     bias: torch.Tensor | None = None
     guesses: int = 0
+    past: Segment | None = None
     masks: dict[Any, torch.Tensor | None] = field(default_factory=dict, compare=False)
 
     @property
@@ -183,18 +215,42 @@ class Sequence:
             bias=bias, masks={},
         )  # fmt: skip
 
+    def behind(self, past: Segment, hidden: torch.Tensor, rotary_emb: nn.Module) -> Sequence:
+        """The same entries in layers that hold another past of the same conversation.
+
+        Its tokens stand `past.shift` lower, and what comes behind them moves with them.
+        """
+        moved = replace(self, past=past, cut=True, masks={})
+        if past.shift is None:
+            return moved
+        down = past.shift if self.past.shift is None else past.shift - self.past.shift
+        positions = self.positions - down
+        shift = down if self.shift is None else self.shift + down
+        return replace(moved, positions=positions, shift=shift, rotary=rotary_emb(hidden, position_ids=positions))
+
+    def with_past(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """A mask of these entries behind that of the past."""
+        return mask if self.past is None else beside(self.past.mask, self.past.length, mask, self.length)
+
     def segment(self, first: int) -> Segment:
         """The decode state of the layers from `first` on."""
-        return Segment(first, self.prompt, self.length, self.mask, self.shift, soft=self.bias is not None)
+        before, held = (0, 0) if self.past is None else (self.past.prompt, self.past.length)
+        mask, soft = self.with_past(self.mask), self.bias is not None
+        return Segment(first, before + self.prompt, held + self.length, mask, self.shift, soft)
 
     def swap(self, layer: nn.Module, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A decoder layer's keyword arguments with everything that depends on the sequence exchanged."""
         kind = sliding_window(layer.self_attn)
         if kind not in self.masks:
+            if kind is not None and self.past is not None and self.mask is not None:
+                raise UnsupportedError(
+                    "the rows of this batch go on with different numbers of tokens, so there would be padding inside "
+                    "a row, which takes the place of tokens in a sliding window: continue the rows one by one."
+                )
             # a mask over everything is never left out, so there is one to add the bias to
             real = self.mask if self.bias is None else self.real()
             check_soft(layer, self.bias)
-            mask = attention_mask(layer, index, hidden, real, kwargs.get("past_key_values"))
+            mask = attention_mask(layer, index, hidden, self.with_past(real), kwargs.get("past_key_values"))
             self.masks[kind] = mask if self.bias is None else add_bias(mask, self.bias.to(hidden.dtype))
         # the rotary embedding carries the positions; gaps in the ids would be read as packed sequences
         ids = torch.arange(self.length, device=hidden.device)[None]

@@ -50,6 +50,9 @@ class Scene(Protocol):
     layout: Layout
     text_after: tuple[torch.Tensor, int]
 
+    def past_keys(self, layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The keys that a decoder layer holds in front of the sequence, or None, and which keys of both are real."""
+
     def flat_index(self) -> torch.Tensor:
         """`(images, tokens)` index of every visual token into the flattened `(batch * length)` sequence."""
 
@@ -376,14 +379,20 @@ def decoder_mass(
     rows: list[tuple[torch.Tensor, torch.Tensor]],
     measure: Callable[..., torch.Tensor] = attention_mass,
 ) -> list[torch.Tensor]:
-    """Attention mass `(batch, length)` on every key of a decoder layer, for each set of query rows with weights."""
+    """Attention mass `(batch, length)` on every key of a decoder layer, for each set of query rows with weights.
+
+    What the layer's cache holds in front of the sequence takes its share.
+    """
     attention = layer.self_attn
     normed, (cos, sin) = layer.input_layernorm(hidden), scene.sequence.rotary
-    real = scene.sequence.mask
     key = rotate(split_heads(attention.k_proj(normed), attention.head_dim), cos, sin)
+    past, real = scene.past_keys(layer)
+    columns = 0 if past is None else past.shape[2]
+    key = key if past is None else torch.cat((past.to(key), key), 2)
     window, masses = sliding_window(attention) or 0, []
     for at, weight in rows:
         query = split_heads(attention.q_proj(take_rows(normed, at)), attention.head_dim)
         query = rotate(query, take_rows(cos, at), take_rows(sin, at))
-        masses.append(measure(query, key, attention.scaling, Visible(at, real, window), weight, scene.sequence.bias))
+        seen = Visible(at + columns, real, window)
+        masses.append(measure(query, key, attention.scaling, seen, weight, scene.sequence.bias)[:, columns:])
     return masses
