@@ -63,10 +63,8 @@ def test_a_pruned_prefill_is_one_graph(tiny_model, method):
     [
         ("fopru", {}),
         ("fastv", {}),
-        ("globalcom2", {"family": "llava_next"}),
-        ("fopru", {"family": "llava_onevision", "tower": "siglip", "text": "qwen2"}),
-        ("fastv", {"family": "llava_next_video"}),
-        ("fopru", {"family": "vipllava"}),
+        ("fastv", {"family": "llava_next"}),
+        ("fopru", {"family": "llava_next_video"}),
     ],
 )
 def test_no_more_graph_breaks_than_the_plain_model(tiny_model, method, options):
@@ -84,7 +82,7 @@ def test_no_more_graph_breaks_than_the_plain_model(tiny_model, method, options):
 def test_counts_that_a_method_finds_out_break_the_graph_and_nothing_else(tiny_model):
     model = tiny_model()
     prompt = prompt_of(model)
-    with torch.no_grad(), vlmprune.patch(model, "todre", keep=5, tau=0.35) as handle:
+    with torch.no_grad(), vlmprune.patch(model, "todre", keep=5, tau=1.0) as handle:
         eager = model(**prompt).logits
         counts = handle.trace.kv_lengths
         compiled = torch.compile(model, backend="eager")(**prompt).logits
