@@ -28,14 +28,14 @@ COLUMNS = {
     "NeXT": ["next", "next-mistral", "llava_next"],
     "ViP": ["vip", "vipllava"],
     "OneVision": ["onevision", "llava_onevision"],
-    "- large": ["onevision-shrunk"],
-    "- video": ["onevision-video"],
-    "NeXT-Video": ["next-video", "llava_next_video"],
-    "- video ": ["next-video-video"],
+    "OneVision, large images": ["onevision-shrunk"],
+    "OneVision, video": ["onevision-video"],
+    "NeXT-Video, images": ["next-video", "llava_next_video"],
+    "NeXT-Video, video": ["next-video-video"],
     "original": ["llava_llama", "llava_mistral"],
 }
 # features that every method is tested for; the others are tested with one method of each kind
-EXACT = ("exact", "batches", "beams, unpatching")
+EXACT = ("exact", "batches", "right padding", "beam search", "unpatching")
 YES, NO, NOT_TESTED = "✓", "–", ""
 
 
@@ -49,6 +49,12 @@ class Notes:
         if text not in self.texts:
             self.texts.append(text)
         return f"<sup>{self.texts.index(text) + 1}</sup>"
+
+
+def reason(claim: dict) -> str:
+    """Why a claim is refused, as a sentence: what a method refuses follows its name."""
+    refuses = registry.find(claim["method"]).refuses_inputs.values()
+    return f"{claim['method']} {claim['why']}" if claim["why"] in refuses else claim["why"]
 
 
 def cell(claims: list[dict], notes: Notes) -> str:
@@ -65,7 +71,7 @@ def cell(claims: list[dict], notes: Notes) -> str:
         return NOT_TESTED
     if not refused:
         return YES
-    why = "".join(notes.mark(text) for text in sorted({claim["why"] for claim in refused}))
+    why = "".join(notes.mark(text) for text in sorted({reason(claim) for claim in refused}))
     if len(refused) == len(claims):
         return NO + why
     return f"{YES} but {', '.join(sorted({claim['method'] for claim in refused}))}{why}"
@@ -91,17 +97,19 @@ def matrix(claims: list[dict]) -> str:
     if strange := sorted({claim["family"] for claim in claims} - known):
         sys.exit(f"no column for {', '.join(strange)}: add it to COLUMNS in scripts/support_matrix.py.")
     exact = [claim for claim in claims if claim["feature"] in EXACT]
-    others = [claim for claim in claims if claim["feature"] not in EXACT]
+    never = {(c["family"], c["method"], c["why"]) for c in exact if c["outcome"] == "refused"}
+    others = [c for c in claims if c["feature"] not in EXACT and (c["family"], c["method"], c.get("why")) not in never]
     methods = [name for name in registry.names() if any(claim["method"] == name for claim in exact)]
-    used = sorted({claim["method"] for claim in others})
+    features = sorted({claim["feature"] for claim in others}, key=str.lower)
     notes = Notes()
-    first = table("method", methods, exact, lambda claim: claim["method"], notes)
-    second = table("feature", sorted({c["feature"] for c in others}), others, lambda claim: claim["feature"], notes)
-    told = "\n".join(f"{number}. {text}" for number, text in enumerate(notes.texts, 1))
-    return (
-        f"Every method: pruned equals by hand, rows of batches equal single runs, beams, unpatching.\n\n{first}\n\n"
-        f"Every feature, with {', '.join(used)}:\n\n{second}\n\n{told}"
-    ).strip()
+    parts = [
+        f"Every method ({', '.join(EXACT)}; on towers without a [CLS] token by the fallback it names):",
+        table("method", methods, exact, lambda claim: claim["method"], notes),
+        "Every feature, with methods that cut before the LLM, inside it, at both places and in the tower:",
+        table("feature", features, others, lambda claim: claim["feature"], notes),
+    ]
+    parts.append("\n".join(f"{number}. {text}" for number, text in enumerate(notes.texts, 1)))
+    return "\n\n".join(parts).strip()
 
 
 def main(argv: list[str] | None = None) -> None:

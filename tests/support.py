@@ -44,11 +44,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def support(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
-    """`support(feature, family, method, refused=None)`; `family` is a model_type, or a model that has one."""
+    """`support(feature, family, method, refused=None)`; `family` is a name, or a scene or a model that has one."""
     made: list[tuple] = []
 
     def claim(feature: str, family: object, method: str, refused: str | None = None) -> None:
-        made.append((feature, getattr(getattr(family, "config", None), "model_type", family), method, refused))
+        label = getattr(family, "label", None) or getattr(getattr(family, "config", None), "model_type", family)
+        made.append((feature, label, method, refused))
 
     yield claim
     request.node.user_properties += [(PROPERTY, claim) for claim in made]

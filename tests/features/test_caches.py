@@ -37,7 +37,7 @@ def held(cache):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_static_cache(scene, name, support):
-    support("static cache", scene.model, name)
+    support("static cache", scene, name)
     model, prompt, text = scene.model, scene.prompt(), scene.model.config.text_config
     static, dynamic = StaticCache(config=text, max_cache_len=600), DynamicCache(config=text)
     plain = answer(model, prompt, DynamicCache(config=text))
@@ -76,7 +76,7 @@ def rounding():
 @pytest.mark.parametrize("name", METHODS)
 def test_a_quantized_cache(scene, name, support):
     """The same numbers as in a cache that rounds what it holds."""
-    support("quantized cache", scene.model, name)
+    support("quantized cache", scene, name)
     model, prompt, text = scene.model, scene.prompt(), scene.model.config.text_config
     if "sliding_window" in scene.options:
         with pytest.raises(ValueError, match="only full attention"):
@@ -131,7 +131,7 @@ def test_an_offloaded_cache(name, kind, support):
 )
 @pytest.mark.parametrize("name", METHODS)
 def test_a_prompt_read_in_pieces(scene, name, support):
-    support("chunked prefill", scene.model, name, refused="the host cuts the features of images into pieces")
+    support("chunked prefill", scene, name, refused="the host cuts the features of images into pieces")
     with torch.no_grad(), start(scene, name):
         for size in (9, 600):
             with pytest.raises(UnsupportedError, match="`prefill_chunk_size` is not supported"):

@@ -48,7 +48,7 @@ def other(trace):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_second_turn_of_text(scene, name, support):
-    support("second turn, text", scene.model, name)
+    support("second turn, text", scene, name)
     model, turns = scene.model, []
     text = tiny.prompt(model, [7], [], seed=7)
     with torch.no_grad(), start(scene, name) as handle:
@@ -62,7 +62,7 @@ def test_a_second_turn_of_text(scene, name, support):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_second_turn_with_a_new_image(scene, name, support):
-    support("second turn, new image", scene.model, name)
+    support("second turn, new image", scene, name)
     model, turns = scene.model, []
     with torch.no_grad(), start(scene, name) as handle:
         cache = hear(model, handle, turns, scene.prompt(), None)

@@ -35,7 +35,7 @@ def ours(model):
 def test_save_pretrained_saves_the_plain_model(family_scene, name, support, tmp_path):
     scene = family_scene
     model, prompt = scene.model, scene.prompt()
-    support("save_pretrained", model, name)
+    support("save_pretrained", scene, name)
     model.save_pretrained(tmp_path / "plain")  # which writes into the config
     config = model.config.to_dict()
     with torch.no_grad(), scenes.start(scene, name):
@@ -64,7 +64,7 @@ def test_deepcopy(family_scene, name, support):
     """A copy prunes with its own weights, writes its own trace and unpatches alone."""
     scene = family_scene
     model, prompt = scene.model, scene.prompt()
-    support("deepcopy and pickle", model, name)
+    support("deepcopy and pickle", scene, name)
     with torch.no_grad():
         plain = model(**prompt).logits
         with scenes.start(scene, name) as handle:
@@ -122,7 +122,7 @@ def test_pickles_in_another_process(support, tmp_path):
     for kind, method in zip(scenes.FAMILIES, scenes.CUTTERS * len(scenes.FAMILIES), strict=False):
         scene = scenes.Scene(*scenes.FAMILIES[kind])
         method = "fopru" if scene.refusal(method) else method
-        support("deepcopy and pickle", scene.model, method)
+        support("deepcopy and pickle", scene, method)
         # transformers' own hooks, which come with the first forward pass, do not pickle: take one that has not run
         model, prompt = tiny.model(dtype=F64, **scene.options), scene.prompt()
         with torch.no_grad():

@@ -75,7 +75,7 @@ def by_hand(model, prompt, trace, weights, **wrong):
 @pytest.mark.parametrize("name", scenes.CUTTERS)
 def test_gradients_of_a_training_step(family_scene, name, support, trained):
     scene = family_scene
-    support("training step", scene.model, name)
+    support("training step", scene, name)
     model, prompt, weights = trained(scene.model), scene.prompt(), weights_of(scene.model)
     with scenes.start(scene, name) as handle:
         out = model(**lesson(prompt), labels=labels_of(prompt))
@@ -97,7 +97,7 @@ def labels_of(prompt):
 def test_a_step_along_the_gradient_changes_the_loss_by_as_much(name, support, trained):
     """Finite differences, which know nothing of how a gradient came about; merging in the tower included."""
     scene = scenes.Scene(*scenes.FAMILIES["next"])
-    support("training step", scene.model, name)
+    support("training step", scene, name)
     model, prompt = trained(scene.model), lesson(scene.prompt())
     weights = weights_of(model)
     with scenes.start(scene, name):
@@ -120,7 +120,7 @@ def test_gradient_checkpointing(family_scene, name, reentrant, support, trained)
     """Layers run again in the backward pass, their cuts do not."""
     scene = family_scene
     refused = "this transformers runs hooks again" if OUTSIDE else None
-    support("gradient checkpointing", scene.model, name, refused=refused)
+    support("gradient checkpointing", scene, name, refused=refused)
     model, prompt, weights = trained(scene.model), lesson(scene.prompt()), weights_of(scene.model)
     with scenes.start(scene, name) as handle:
         want = torch.autograd.grad(loss_of(model(**prompt).logits[0]), weights)
@@ -260,7 +260,7 @@ LORA_SCENES = ["llava", "next", "vip", "onevision", "next-video-video"]
 def test_lora(kind, name, support):
     """A step, an answer, and a merge; the patch comes before or after the adapter, on the adapter or its model."""
     scene = scenes.Scene(*scenes.FAMILIES[kind])
-    support("LoRA (peft)", scene.model, name)
+    support("LoRA (peft)", scene, name)
     if words := scene.refusal(name):
         pytest.skip(f"refused, as it should be: {words}")
     prompt, given = scene.prompt(), scenes.options(scene.model, name)

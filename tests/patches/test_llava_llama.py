@@ -70,7 +70,7 @@ def test_unpatched_it_computes_what_its_twin_computes(pair):
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_it_keeps_and_computes_what_its_twin_does(pair, family, name):
+def test_it_keeps_and_computes_what_its_twin_does(pair, family, name, support):
     model, twin = pair
     ours, theirs = original.prompt(twin, PARTS, SIZES)
     length, forced = theirs["input_ids"].shape[1], random_tokens(1, 4)
@@ -79,6 +79,7 @@ def test_it_keeps_and_computes_what_its_twin_does(pair, family, name):
         with pytest.raises(UnsupportedError, match="have a single view"):
             start(model, name)
         return
+    support("exact", model, name)
     handle, twins = start(model, name), start(twin, name)
     same(original.forced_logits(model, ours, [length], forced), theirs_forced(twin, theirs, forced))
     got, want = handle.trace, twins.trace
@@ -95,10 +96,11 @@ def test_it_keeps_and_computes_what_its_twin_does(pair, family, name):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_a_row_of_a_batch_is_the_sample_alone(family, name, side):
+def test_a_row_of_a_batch_is_the_sample_alone(family, name, side, support):
     if refused(family, name):
         return
     model, twin = original.pair(family, side=side)
+    support("right padding" if side == "right" else "batches", model, name)
     both = [original.prompt(twin, *mixed, seed=seed) for seed, mixed in enumerate(MIXED)]
     lengths, forced = [theirs["input_ids"].shape[1] for _, theirs in both], random_tokens(3, 3)
     try:
@@ -113,10 +115,12 @@ def test_a_row_of_a_batch_is_the_sample_alone(family, name, side):
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_beams_and_unpatching(pair, family, name):
+def test_beams_and_unpatching(pair, family, name, support):
     if refused(family, name):
         return
     model, twin = pair
+    support("beam search", model, name)
+    support("unpatching", model, name)
     both = [original.prompt(twin, *mixed, seed=seed) for seed, mixed in enumerate(MIXED)]
     inputs = original.batch([ours for ours, _ in both])
     before, modules = model(**inputs).logits, vars(model).keys()
@@ -312,9 +316,10 @@ def test_calls_that_are_refused(pair):
 
 @pytest.mark.parametrize("name", ["fopru", "fastv", "todre", "tome"])
 @torch.no_grad()
-def test_a_second_turn_is_that_of_its_twin(pair, name):
+def test_a_second_turn_is_that_of_its_twin(pair, name, support):
     """`generate` of this host cannot go on with images: calls of the model can, without a mask."""
     model, twin = pair
+    support("second turn, new image", model, name)
     turns = [original.prompt(twin, PARTS, SIZES), original.prompt(twin, [2, "image", 4], [(24, 24)], seed=1)]
     caches, got = [None, None], [None, None]
     handles = [start(m, name) for m in pair]
