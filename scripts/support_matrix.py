@@ -34,8 +34,9 @@ COLUMNS = {
     "NeXT-Video, video": ["next-video-video"],
     "original": ["llava_llama", "llava_mistral"],
 }
-# features that every method is tested for; the others are tested with one method of each kind
+# features that every method is tested for; the others are tested with one method of each kind, or say with which
 EXACT = ("exact", "batches", "right padding", "beam search", "unpatching")
+KINDS = ("fopru", "fastv", "todre", "tome")  # before the LLM, inside it, both, in the tower
 YES, NO, NOT_TESTED = "✓", "–", ""
 
 
@@ -57,8 +58,8 @@ def reason(claim: dict) -> str:
     return f"{claim['method']} {claim['why']}" if claim["why"] in refuses else claim["why"]
 
 
-def cell(claims: list[dict], notes: Notes) -> str:
-    """What stands in one cell.
+def cell(claims: list[dict], notes: Notes, wanted: set[str]) -> str:
+    """What stands in one cell; methods of `wanted` that nobody tested are told by naming those that were.
 
     Raises:
         SystemExit: a test that claims it failed.
@@ -70,19 +71,35 @@ def cell(claims: list[dict], notes: Notes) -> str:
     if not claims:
         return NOT_TESTED
     if not refused:
-        return YES
+        tested = sorted({claim["method"] for claim in claims})
+        return YES if wanted <= set(tested) else f"{YES} {', '.join(tested)}"
     why = "".join(notes.mark(text) for text in sorted({reason(claim) for claim in refused}))
     if len(refused) == len(claims):
         return NO + why
     return f"{YES} but {', '.join(sorted({claim['method'] for claim in refused}))}{why}"
 
 
-def table(corner: str, names: Iterable[str], claims: list[dict], row: Callable[[dict], str], notes: Notes) -> str:
-    """A markdown table with a row per name and a column per family."""
+def table(
+    corner: str,
+    names: Iterable[str],
+    claims: list[dict],
+    row: Callable[[dict], str],
+    notes: Notes,
+    never: Iterable[tuple] = (),
+) -> str:
+    """A markdown table with a row per name and a column per family.
+
+    Args:
+        never: (family, method) that cannot be had at all; in a table of features nothing is said about them.
+    """
     lines = [[corner, *COLUMNS], ["---", *[":-:"] * len(COLUMNS)]]
     for name in names:
         mine = [claim for claim in claims if row(claim) == name]
-        cells = [cell([c for c in mine if c["family"] in families], notes) for families in COLUMNS.values()]
+        cells = []
+        for families in COLUMNS.values():
+            here = [c for c in mine if c["family"] in families and (c["family"], c["method"]) not in never]
+            kinds = {kind for kind in KINDS if any((family, kind) not in never for family in families)}
+            cells.append(cell(here, notes, kinds if corner == "feature" else set()))
         lines.append([name, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -97,16 +114,17 @@ def matrix(claims: list[dict]) -> str:
     if strange := sorted({claim["family"] for claim in claims} - known):
         sys.exit(f"no column for {', '.join(strange)}: add it to COLUMNS in scripts/support_matrix.py.")
     exact = [claim for claim in claims if claim["feature"] in EXACT]
-    never = {(c["family"], c["method"], c["why"]) for c in exact if c["outcome"] == "refused"}
-    others = [c for c in claims if c["feature"] not in EXACT and (c["family"], c["method"], c.get("why")) not in never]
+    never = {(claim["family"], claim["method"]) for claim in exact if claim["outcome"] == "refused"}
+    others = [claim for claim in claims if claim["feature"] not in EXACT]
     methods = [name for name in registry.names() if any(claim["method"] == name for claim in exact)]
     features = sorted({claim["feature"] for claim in others}, key=str.lower)
     notes = Notes()
     parts = [
         f"Every method ({', '.join(EXACT)}; on towers without a [CLS] token by the fallback it names):",
         table("method", methods, exact, lambda claim: claim["method"], notes),
-        "Every feature, with methods that cut before the LLM, inside it, at both places and in the tower:",
-        table("feature", features, others, lambda claim: claim["feature"], notes),
+        "Every feature, with a method that cuts before the LLM, one inside it, one at both places and one in the tower "
+        f"({', '.join(KINDS)}), or with those that are named:",
+        table("feature", features, others, lambda claim: claim["feature"], notes, never),
     ]
     parts.append("\n".join(f"{number}. {text}" for number, text in enumerate(notes.texts, 1)))
     return "\n\n".join(parts).strip()

@@ -16,7 +16,7 @@ from torch import nn
 
 torch.set_num_threads(1)
 
-pytest_plugins = ["support"]
+pytest_plugins = ["commands", "support"]
 
 
 @pytest.fixture

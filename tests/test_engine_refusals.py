@@ -12,6 +12,7 @@ from reference import Rule
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
+    DynamicCache,
     GemmaConfig,
     LlamaConfig,
     LlavaConfig,
@@ -191,6 +192,63 @@ def test_placeholders_without_images_are_not_pruned(tiny_model):
         plain = model(**prompt).logits
         with vlmprune.patch(model, "random", keep=5):
             assert torch.equal(model(**prompt).logits, plain)
+
+
+MASKS = {
+    "a prefix": lambda mask: mask[:20, :20].fill_(True),
+    "hidden patches": lambda mask: mask[20:, 3:7].fill_(False),
+    "two prompts": lambda mask: mask[12:, :12].fill_(False),
+}
+
+
+@pytest.mark.parametrize("change", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("method", ["random", "fastv"])
+def test_masks_that_are_more_than_padding(tiny_model, method, change, support):
+    """Layers behind a cut get a causal mask over what is left; nothing of these would be heeded there."""
+    model = tiny_model()
+    support("masks of your own (4-D)", model, method, refused="layers behind a cut get a causal mask over what is left")
+    prompt = prompt_of(model)
+    length = prompt["input_ids"].shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril()
+    change(mask)
+    with torch.no_grad(), vlmprune.patch(model, method, keep=5) as handle:
+        with pytest.raises(UnsupportedError, match="takes a 2-D attention_mask"):
+            model(**(prompt | {"attention_mask": mask[None, None]}), use_cache=False)
+        with handle.disabled():
+            model(**(prompt | {"attention_mask": mask[None, None]}), use_cache=False)
+
+
+@pytest.mark.parametrize("cache", [None, DynamicCache])
+@pytest.mark.parametrize("method", ["random", "fastv"])
+def test_prompts_packed_into_one_row(tiny_model, method, cache, support):
+    model = tiny_model()
+    support("packed prompts", model, method, refused="one prompt per row, padded")
+    prompt = prompt_of(model)
+    length = prompt["input_ids"].shape[1]
+    packed = {
+        "input_ids": prompt["input_ids"].repeat(1, 2),
+        "pixel_values": prompt["pixel_values"].repeat(2, 1, 1, 1),
+        "position_ids": torch.arange(length).repeat(2)[None],
+        "past_key_values": cache and cache(config=model.config.text_config),
+    }
+    with torch.no_grad(), vlmprune.patch(model, method, keep=5):
+        with pytest.raises(UnsupportedError, match="one prompt per row"):
+            model(**packed)
+        model(**(packed | {"position_ids": torch.arange(2 * length)[None]}))
+
+
+@pytest.mark.parametrize("hidden", [slice(5, 8), slice(3, 11)])
+@pytest.mark.parametrize("method", ["random", "fastv"])
+def test_a_mask_that_hides_visual_tokens(tiny_model, method, hidden):
+    model = tiny_model()
+    prompt = prompt_of(model)
+    first = int((prompt["input_ids"][0] == tiny.IMAGE).nonzero()[0])
+    mask = torch.ones_like(prompt["input_ids"])
+    mask[0, first + hidden.start : first + hidden.stop] = 0
+    with torch.no_grad(), vlmprune.patch(model, method, keep=5):
+        told = f"hides {hidden.stop - hidden.start} visual tokens of prompt 0"
+        with pytest.raises(UnsupportedError, match=told):
+            model(**(prompt | {"attention_mask": mask}))
 
 
 # Models that are refused by name

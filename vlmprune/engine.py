@@ -23,6 +23,7 @@ from vlmprune.patches.base import Bound
 from vlmprune.placement import loaded
 from vlmprune.plan import FRAME, GUESSES, Plan
 from vlmprune.prefill import Prefill
+from vlmprune.prompt import check_mask
 from vlmprune.sequence import SEGMENTS, Segment
 from vlmprune.tower import (
     SEEN,
@@ -77,13 +78,15 @@ class BeforeModel:
                 "output_attentions of a pruned forward is not supported: layers see different sequences. "
                 "Use `with handle.disabled():` for the plain model's attentions."
             )
+        check_mask(kwargs.get("attention_mask"), kwargs.get("past_key_values"))
         segments = decode_state(kwargs)
         kwargs = catch_up(kwargs, segments)
         past, mask = held(kwargs, segments), kwargs.get("attention_mask")
         if segments:
             kwargs = resume(language_model, kwargs, segments)
         kwargs["mm_encoder_outputs"] = encoded = encode(module, kwargs, self.plan.family)
-        frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses)
+        positions = kwargs.get("position_ids") if mask is None else None
+        frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions)
         return kwargs | {FRAME: frame}
 
 

@@ -34,6 +34,7 @@ class Prefill:
         features: the encoders' outputs by modality.
         past: what the layers hold in front of them, from layer 0 on; empty on an empty cache.
         guesses: tokens at the end of the prompt that are none of it; methods must not look at them.
+        positions: `(batch, length)` position ids, where the call brings them and no mask.
     """
 
     def __init__(
@@ -45,12 +46,13 @@ class Prefill:
         features: dict[str, Any],
         past: list[Segment],
         guesses: int = 0,
+        positions: torch.Tensor | None = None,
     ):
         self.plan, self.guesses = plan, guesses
         self.past, self.cache = {segment.first: segment for segment in past}, None
         self.rotary_emb = plan.family.language_model(inner).rotary_emb
         self.layout, self.real, self.lengths, self.text_after = prompt_layout(
-            plan, inner, input_ids, mask, features, guesses
+            plan, inner, input_ids, mask, features, guesses, positions
         )
         self.prompt_lengths = self.lengths
         seen = [getattr(output, SEEN, {}) for output in features.values()]

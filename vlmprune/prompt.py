@@ -40,15 +40,22 @@ class Items:
 
 
 def prompt_layout(
-    plan: Plan, inner: nn.Module, input_ids: torch.Tensor, mask: Any, encoded: dict[str, Any], guesses: int = 0
+    plan: Plan,
+    inner: nn.Module,
+    input_ids: torch.Tensor,
+    mask: Any,
+    encoded: dict[str, Any],
+    guesses: int = 0,
+    positions: torch.Tensor | None = None,
 ) -> tuple[Layout, torch.Tensor | None, list[int], tuple[torch.Tensor, int]]:
-    """Find every visual token of a batch, with one host read (three or four counts per row, and what is finite).
+    """Find every visual token of a batch, with one host read (four or five counts per row, and what is sound).
 
     Args:
         input_ids: `(batch, length)`.
         mask: padding mask as the call brings it.
         encoded: for "image" and "video" the encoder's output, whose `pooler_output` lists `(tokens, dim)` per item.
         guesses: columns at the end that are no prompt: they do not count as tokens after the last visual one.
+        positions: `(batch, length)` position ids of a call that brings no mask, or None.
 
     Returns:
         The layout, images before videos; the `(batch, length)` bool mask of real tokens (None if all are), per row the
@@ -57,7 +64,8 @@ def prompt_layout(
 
     Raises:
         ValueError: placeholders and features do not match, or features or taps of the tower that are not finite.
-        UnsupportedError: features that this model's packing does not explain.
+        UnsupportedError: features that this model's packing does not explain, several prompts packed into one row, or
+            a mask that hides visual tokens.
     """
     length, device = input_ids.shape[1], input_ids.device
     holes = {modality: input_ids == plan.family.token(inner, modality) for modality in encoded}
@@ -69,6 +77,9 @@ def prompt_layout(
     text_after = after[:, : length - guesses].sum(1)
     given = numbers(encoded)
     sound = finite([values for _, _, values in given], device)
+    # without a mask the host takes a jump in the positions for the start of another prompt
+    one = torch.ones_like(sound[:0]) if positions is None else (positions.diff(dim=-1) == 1).all()[None]
+    sound = torch.cat((sound, one))
     images = [len(image) for image in encoded["image"].pooler_output] if list(encoded) == ["image"] else []
     if torch.compiler.is_compiling() and images and len(input_ids) in (1, len(images)):
         # reading would break the graph: one prompt has all images and several have one each, or an error on the device;
@@ -77,18 +88,33 @@ def prompt_layout(
         wanted, lengths, most_after = [placeholders], [length] * len(input_ids), length - min(placeholders)
         told = "compiled prompts with images need one image each, and as many placeholders as it has tokens."
         torch._assert_async((placeholder.sum(1) == upload(placeholders, device)).all(), told)
-        torch._assert_async(sound.all(), f"image features or taps of the tower are not finite. {WAY_OUT}.")
+        told = f"image features or taps of the tower are not finite ({WAY_OUT}), or prompts are packed into one row."
+        torch._assert_async(sound.all(), told)
+        told = "the attention mask hides visual tokens: leave them out of the prompt instead."
+        torch._assert_async((everything | ~placeholder).all(), told)
     else:
-        counts = torch.stack([x.sum(1) for x in (everything, *holes.values())] + [text_after])
+        unseen = placeholder & ~everything
+        counts = torch.stack([x.sum(1) for x in (everything, *holes.values(), unseen)] + [text_after])
         read = torch.cat((counts.flatten(), sound.long())).tolist()
         rows, end = len(input_ids), counts.numel()
+        if positions is not None and not read.pop():
+            raise UnsupportedError(
+                "position_ids that do not count up by one mean several prompts packed into one row, and a pruned call "
+                "takes one prompt per row: give a padded batch with its attention_mask."
+            )
         if strange := [part[:2] for part, good in zip(given, read[end:], strict=True) if not good]:
             what, which = strange[0]
             names = " and ".join(dict.fromkeys(repr(name) for name, _ in plan.cuts))
             raise ValueError(
                 f"there are NaN or infinite numbers in {what} {which}: {names} cannot tell tokens apart. {WAY_OUT}."
             )
-        lengths, *wanted, counts_after = [read[at : at + rows] for at in range(0, end, rows)]
+        lengths, *wanted, hidden, counts_after = [read[at : at + rows] for at in range(0, end, rows)]
+        if any(hidden):
+            row = next(row for row, count in enumerate(hidden) if count)
+            raise UnsupportedError(
+                f"attention_mask hides {hidden[row]} visual tokens of prompt {row}, which a cut would count as there: "
+                "mask padding only, and leave pictures that are not to be seen out of the prompt."
+            )
         most_after = max(counts_after)
         if all(n == length for n in lengths):
             real = None
@@ -120,6 +146,22 @@ def prompt_layout(
         view_size=side * side,
     )
     return layout, real, lengths, (text_after, most_after)
+
+
+def check_mask(mask: Any, cache: Any) -> None:
+    """Refuse a mask of the caller's own making: from the first cut on, layers get a causal one over what is left.
+
+    Ready 4-D masks are made by `generate` for static caches.
+
+    Raises:
+        UnsupportedError: any other mask than a 2-D one.
+    """
+    if mask is None or getattr(mask, "ndim", 4) == 2 or getattr(cache, "is_compileable", False):
+        return
+    raise UnsupportedError(
+        "a pruned call with images takes a 2-D attention_mask of padding, (batch, length): another one (prefixes, "
+        "packed prompts) does not fit the layers behind a cut. Use `with handle.disabled():` for the plain model."
+    )
 
 
 def numbers(encoded: dict[str, Any]) -> list[tuple[str, Any, torch.Tensor]]:

@@ -74,8 +74,9 @@ def rounding():
 
 @needs_fp8
 @pytest.mark.parametrize("name", METHODS)
-def test_a_quantized_cache(scene, name, support):
+def test_a_quantized_cache(family_scene, name, support):
     """The same numbers as in a cache that rounds what it holds."""
+    scene = family_scene
     support("quantized cache", scene, name)
     model, prompt, text = scene.model, scene.prompt(), scene.model.config.text_config
     if "sliding_window" in scene.options:

@@ -171,10 +171,11 @@ def test_quantised_weights(kind, bits, support, tmp_path):
             features = reference.image_features(model, prompt), reference.video_features(model, prompt)
             want, cut = scenes.replay(model, prompt, features, handle.trace)
             assert cut
-            probes.same(got, want, TOLERANCE * want.abs().max().item())
+            top = want.abs().max().item()
+            probes.same(got, want, TOLERANCE * top)
             if handle.trace.cuts[-1].merge is None:
                 wrong, _ = scenes.replay(model, prompt, features, handle.trace, wrong=True)
-                assert probes.gap(got, wrong) > 2 * probes.gap(got, want)
+                assert probes.gap(got, wrong) > max(2 * probes.gap(got, want), 1e-3 * top)
 
 
 # Replicas and casts

@@ -202,7 +202,8 @@ class Heard(BaseStreamer):
 
 
 @torch.no_grad()
-def test_streaming(scene, name, support):
+def test_streaming(family_scene, name, support):
+    scene = family_scene
     claim(support, scene, name, "streaming")
     model, prompt, heard = scene.model, scene.prompt(), Heard()
     with start(scene, name):
@@ -214,8 +215,9 @@ def test_streaming(scene, name, support):
 
 
 @torch.no_grad()
-def test_stopping(scene, name, support):
+def test_stopping(family_scene, name, support):
     """One token, and criteria that see every token so far."""
+    scene = family_scene
     claim(support, scene, name, "stopping criteria")
     model, prompt = scene.model, scene.prompt()
     length = prompt["input_ids"].shape[1]
