@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.finite import WAY_OUT, finite
+from vlmprune.finite import WAY_OUT, each_finite
 from vlmprune.layout import ImageGrid, Layout, upload
 from vlmprune.plan import Plan
 from vlmprune.sequence import real_tokens
@@ -68,7 +68,7 @@ def prompt_layout(
     after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
     text_after = after[:, : length - guesses].sum(1)
     given = numbers(encoded)
-    sound = finite([values for _, _, values in given], device)
+    sound = each_finite([values for _, _, values in given], device)
     images = [len(image) for image in encoded["image"].pooler_output] if list(encoded) == ["image"] else []
     if torch.compiler.is_compiling() and images and len(input_ids) in (1, len(images)):
         # reading would break the graph: one prompt has all images and several have one each, or an error on the device;
