@@ -9,7 +9,7 @@ from checked import FAMILIES, passes, subject
 
 import vlmprune
 from vlmprune import UnsupportedError, registry
-from vlmprune.selftest import CHECKS, about, checks
+from vlmprune.selftest import CHECKS, about, checks, evidence
 from vlmprune.selftest.runs import masks_allowed
 from vlmprune.selftest.verdict import judge, relative
 
@@ -95,6 +95,7 @@ def test_a_mistake_that_rounding_hides_is_never_a_pass():
     assert judge("rows", 1e-3, 1e-7, 1.0, torch.bfloat16).outcome == "pass"
     assert judge("rows", float("nan"), 1e-7, 1.0, torch.float32).outcome == "FAIL"
     assert judge("rows", float("inf"), 1e-7, 1.0, torch.float32).outcome == "FAIL"
+    assert judge("rows", float("inf"), float("inf"), 1.0, torch.float32).outcome == "FAIL"
     assert "float32 may tell" in judge("rows", 1e-3, 1e-3, 1e-3, torch.bfloat16).told
 
 
@@ -148,6 +149,35 @@ def test_mistakes_are_told_as_patch_tells_them():
         subject("llava").check("globalcom2", keep=4)
     with pytest.raises(UnsupportedError, match=r"\[CLS\]"):
         subject("llava-siglip-qwen2").check("vtc_cls", keep=4)
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.language_model.layers.2.mlp.down_proj", "model.vision_tower"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_model_that_computes_no_numbers_is_an_error_and_no_question(part, bad):
+    model = tiny.model()
+    with torch.no_grad():
+        next(model.get_submodule(part).parameters()).view(-1)[5] = bad
+    with pytest.raises(
+        ValueError, match=r"^the unpruned model computes NaN or infinite numbers: .*load it in bfloat16"
+    ):
+        vlmprune.check(model, "random", keep=0.4)
+    assert not checks.left_behind(model)
+
+
+@pytest.mark.parametrize("side", evidence.SIDES)
+def test_numbers_that_padding_spoils_are_an_error_too(monkeypatch, side):
+    original = evidence.run
+
+    def run(family, model, inputs, forced):
+        made = original(family, model, inputs, forced)
+        mask = inputs["attention_mask"]
+        if not mask.all() and (side == "right") == bool(mask[:, 0].all()):
+            made.logits[2] = torch.nan
+        return made
+
+    monkeypatch.setattr(evidence, "run", run)
+    with pytest.raises(ValueError, match=f"computes NaN or infinite numbers in a batch padded {side}"):
+        vlmprune.check(tiny.model(), "random", keep=0.4)
 
 
 def test_models_of_the_original_package_are_refused(support):

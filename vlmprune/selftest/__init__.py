@@ -59,6 +59,9 @@ class Subject:
 
         Args:
             step: called with words for what is going on.
+
+        Raises:
+            ValueError: also where the unpruned model computes NaN or infinite numbers.
         """
         with torch.no_grad(), evaluating(self.model):
             handle = patch(self.model, method, **options)
@@ -128,6 +131,7 @@ def check(model: nn.Module, method: str | Method | Iterable[str | Method], **opt
         A report: `print(report)`; `report.passed`, `report.failed`, `report["cache"]`.
 
     Raises:
-        UnsupportedError, ValueError, TypeError: as `patch`; also a model that is patched, or of the original package.
+        UnsupportedError, ValueError, TypeError: as `patch`; also a model that is patched, of the original package, or
+            that computes NaN or infinite numbers unpruned.
     """
     return Subject(model).check(method, **options)

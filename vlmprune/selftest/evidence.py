@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vlmprune.api import Handle
+from vlmprune.finite import WAY_OUT, each_finite
 from vlmprune.patches import Family
 from vlmprune.selftest.prompts import batch
 from vlmprune.selftest.runs import (
@@ -117,10 +118,23 @@ def steps_of(family: Family, model: nn.Module, side: str) -> int | None:
     return 1 if side == "right" and any(sliding_window(layer.self_attn) is not None for layer in layers) else None
 
 
+def demand_numbers(computed: Sequence[torch.Tensor], where: str) -> None:
+    """Raise unless the unpruned model computed numbers: against NaN no difference would ever be large."""
+    if not each_finite(computed, computed[0].device).all():
+        raise ValueError(
+            f"the unpruned model computes NaN or infinite numbers{where}: nothing can be compared with it. {WAY_OUT}."
+        )
+
+
 def plain_of(family: Family, model: nn.Module, prompts: list[dict[str, Any]]) -> Plain:
-    """Run the unpatched model in all the ways that are compared later."""
+    """Run the unpatched model in all the ways that are compared later.
+
+    Raises:
+        ValueError: it computes NaN or infinite numbers.
+    """
     forced = forced_tokens(prompts[0])
     ran = [run(family, model, prompt, forced) for prompt in prompts]
+    demand_numbers([x for one in ran for x in (one.hidden, one.logits)], "")
     again = run(family, model, prompts[0], forced)
     first, rows = ran[0], rows_of(family, model, prompts[0])
     hand = by_hand(family, model, rows, [], forced)
@@ -133,7 +147,8 @@ def plain_of(family: Family, model: nn.Module, prompts: list[dict[str, Any]]) ->
     ]
     for side in SIDES:
         steps = steps_of(family, model, side)
-        together = run(family, model, batch(prompts, side), forced).logits
+        together = run(family, model, batch(prompts, side), forced).logits  # hidden states of padding may be anything
+        demand_numbers([together[:, :steps]], f" in a batch padded {side}")
         noise += [worst_logits(together[i, :steps], one.logits[0, :steps]) for i, one in enumerate(ran)]
     dynamic, static = generated(model, prompts[0], False), attempt(lambda: generated(model, prompts[0], True))
     no_static = ""
