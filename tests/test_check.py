@@ -84,6 +84,54 @@ def test_the_model_is_left_as_it_was():
     assert not any(p.grad is not None for p in model.parameters())
 
 
+def test_every_module_gets_its_own_mode_back():
+    model = tiny.model().train()
+    model.model.vision_tower.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    assert set(before.values()) == {True, False}
+    vlmprune.check(model, "random", keep=0.4)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_return_sequences": 2, "do_sample": True, "temperature": 0.2},
+        {"stop_strings": ["."], "eos_token_id": [*range(64)]},
+        {"prompt_lookup_num_tokens": 3},
+        {"output_attentions": True, "output_scores": True},
+    ],
+    ids=lambda settings: "+".join(settings),
+)
+def test_how_the_user_generates_is_of_no_account(settings):
+    model = tiny.model()
+    mine = model.generation_config
+    mine.update(**settings)
+    said = mine.to_dict()
+    passes(vlmprune.check(model, "fopru", keep=0.4))
+    assert model.generation_config is mine
+    assert mine.to_dict() == said
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights_are_refused(where, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny.model()
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    with pytest.raises(UnsupportedError, match=r"weights are offloaded or spread .*\(meta\).* on one device"):
+        vlmprune.check(model, "fopru", keep=0.4)
+
+
+def test_some_weights_offloaded_are_refused():
+    model = tiny.model()
+    model.model.language_model.layers[1].to("meta")
+    with pytest.raises(UnsupportedError, match=r"\(cpu, meta\)"):
+        vlmprune.check(model, "fopru", keep=0.4)
+
+
 # the parts
 
 

@@ -30,7 +30,7 @@ class Subject:
         model: unpatched, of a family of Hugging Face.
 
     Raises:
-        UnsupportedError: a model of the original llava package, or of no supported family.
+        UnsupportedError: a model of the original llava package, of no supported family, or not on one device.
         ValueError: a patched model.
     """
 
@@ -43,6 +43,12 @@ class Subject:
             raise UnsupportedError(
                 f"models of the original llava package ({self.family.model_type}) cannot be checked: check the "
                 "Hugging Face conversion of the checkpoint (llava-hf/... on the hub)."
+            )
+        if len(devices := {p.device for p in self.model.parameters()}) > 1 or torch.device("meta") in devices:
+            raise UnsupportedError(
+                f"weights are offloaded or spread over several devices ({', '.join(sorted(map(str, devices)))}): the "
+                "check runs parts of the model by hand, outside the calls that load and place them. Load the model on "
+                "one device (in bfloat16 it takes half the room), or check a smaller one of its family."
             )
         if left := checks.left_behind(self.model):
             raise ValueError(f"this model is patched ({left[0]}): unpatch it first, then check it.")
@@ -108,13 +114,14 @@ class Subject:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off."""
-    training = model.training
+    """Dropout off; afterwards every module has its own mode again (a frozen tower may be the only one in `eval`)."""
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, mode in training:
+            module.training = mode
 
 
 def check(model: nn.Module, method: str | Method | Iterable[str | Method], **options: Any) -> Report:
@@ -131,7 +138,7 @@ def check(model: nn.Module, method: str | Method | Iterable[str | Method], **opt
         A report: `print(report)`; `report.passed`, `report.failed`, `report["cache"]`.
 
     Raises:
-        UnsupportedError, ValueError, TypeError: as `patch`; also a model that is patched, of the original package, or
-            that computes NaN or infinite numbers unpruned.
+        UnsupportedError, ValueError, TypeError: as `patch`; also a model that is patched, of the original package,
+            offloaded or on several devices, or that computes NaN or infinite numbers unpruned.
     """
     return Subject(model).check(method, **options)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from vlmprune.api import Handle
 from vlmprune.finite import WAY_OUT, each_finite
@@ -56,13 +58,23 @@ class Answer:
     logits: torch.Tensor
 
 
+@contextmanager
+def default_generation(model: nn.Module) -> Iterator[None]:
+    """Generation by transformers' own defaults, not by the user's `generation_config`; nothing ends an answer."""
+    users, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = users
+
+
 def generated(model: nn.Module, prompt: dict[str, Any], static: bool) -> Answer:
     """Let the model generate `FORCED` + 1 tokens, whatever ends its answers."""
     more = {"cache_implementation": "static", "disable_compile": True} if static else {}
-    out = model.generate(
-        **prompt, **more, max_new_tokens=FORCED + 1, min_new_tokens=FORCED + 1, do_sample=False, num_beams=1,
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
+    with default_generation(model):
+        out = model.generate(
+            **prompt, **more, max_new_tokens=FORCED + 1, return_dict_in_generate=True, output_logits=True
+        )
     return Answer(out.sequences[0, prompt["input_ids"].shape[1] :], torch.stack(out.logits)[:, 0])
 
 
