@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
@@ -9,7 +12,7 @@ from checked import FAMILIES, passes, subject
 
 import vlmprune
 from vlmprune import UnsupportedError, registry
-from vlmprune.selftest import CHECKS, about, checks, evidence
+from vlmprune.selftest import CHECKS, Line, about, checks, evidence
 from vlmprune.selftest.runs import masks_allowed
 from vlmprune.selftest.verdict import judge, relative
 
@@ -173,6 +176,67 @@ def test_waits_beyond_the_promise_fail():
     assert checks.syncs_line(3, 4, 1).outcome == "pass"
     assert checks.syncs_line(3, 5, 1).outcome == "FAIL"
     assert "5 waits" in checks.syncs_line(3, 5, 1).told
+
+
+@pytest.mark.parametrize(
+    ("waits", "expected"),
+    [
+        ([2, 3], Line("syncs", "pass", "3 waits where the plain model has 2 and 1 more are promised")),
+        ([2, 4], Line("syncs", "FAIL", "4 waits where the plain model has 2 and 1 more are promised")),
+        ([2, RuntimeError("the engine broke")], Line("syncs", "FAIL", "raised RuntimeError: the engine broke")),
+        ([RuntimeError("no mask"), 3], Line("syncs", "FAIL", "raised RuntimeError: no mask")),
+        ([2, UnsupportedError("not this one")], Line("syncs", "-", "refused: not this one")),
+        ([None, None], Line("syncs", "-", "no GPU")),
+    ],
+)
+def test_a_count_of_waits_that_raises_is_a_line_of_the_report(monkeypatch, waits, expected):
+    left = list(waits)
+
+    def syncs(model, prompt):
+        made = left.pop(0)
+        if isinstance(made, Exception):
+            raise made
+        return made
+
+    monkeypatch.setattr(checks, "syncs", syncs)
+    report = subject("llava").check("random", keep=0.4)
+    assert left == []
+    assert report["syncs"] == expected
+    assert report.failed == (["syncs"] if expected.outcome == "FAIL" else [])
+
+
+def test_memory_that_runs_out_is_told_as_such(monkeypatch):
+    def syncs(model, prompt):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(checks, "syncs", syncs)
+    with pytest.raises(torch.OutOfMemoryError):
+        subject("llava").check("random", keep=0.4)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_counting_waits_leaves_the_mode_as_it_was(monkeypatch, broken):
+    modes = [2]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    class Model:
+        device = torch.device("cuda")
+
+        def __call__(self, **inputs):
+            assert modes == [2, "warn"]
+            assert inputs.keys() == {"input_ids", "use_cache", "logits_to_keep"}
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+            if broken:
+                raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken") if broken else nullcontext():
+        assert checks.syncs(Model(), {"input_ids": 1, "attention_mask": 2}) == 1
+    assert modes == [2, "warn", 2]
+
+
+def test_without_a_gpu_no_wait_is_counted():
+    assert checks.syncs(tiny.shared(), {}) is None
 
 
 @pytest.mark.gpu

@@ -81,12 +81,16 @@ class Subject:
                 step("the unpruned model")
                 prompts = prompts_for(self.family, self.model, videos)
                 self.plain[videos] = evidence.plain_of(self.family, self.model, prompts)
-            plain, gpu = self.plain[videos], self.model.device.type == "cuda"
-            waits = [checks.syncs(self.model, plain.prompts[0])] if gpu else []
+            plain = self.plain[videos]
+
+            def waits() -> int | Exception | None:
+                return evidence.attempt(lambda: checks.syncs(self.model, plain.prompts[0]))
+
+            before = waits()
             step("pruned")
             with patch(self.model, methods) as handle:
                 pruned = evidence.pruned_of(self.family, handle, plain)
-                waits += [checks.syncs(self.model, plain.prompts[0])] if gpu else []
+                after = waits()
             left = checks.left_behind(self.model)
             again = evidence.attempt(
                 lambda: run(self.family, self.model, plain.prompts[0], evidence.forced_tokens(plain.prompts[0]))
@@ -99,7 +103,7 @@ class Subject:
             step("by hand")
             lines |= self.compared(plain, pruned, in_tower)
             promised = 1 + sum(made.syncs for made in methods)
-            lines["syncs"] = checks.syncs_line(*waits, promised) if gpu else Line("syncs", "-", "no GPU")
+            lines["syncs"] = checks.syncs_line(before, after, promised)
         return Report(names, list(map(repr, methods)), [lines[name] for name in CHECKS], about(self.model))
 
     def compared(self, plain: evidence.Plain, pruned: evidence.Pruned, in_tower: bool) -> dict[str, Line]:
