@@ -135,6 +135,20 @@ def test_some_weights_offloaded_are_refused():
         vlmprune.check(model, "fopru", keep=0.4)
 
 
+def test_every_prompt_runs_pruned_once(monkeypatch):
+    made, ran, original = subject("llava"), [], evidence.run
+
+    def run(family, model, inputs, forced):
+        ran.append(inputs)
+        return original(family, model, inputs, forced)
+
+    passes(made.check("random", keep=0.4))
+    monkeypatch.setattr(evidence, "run", run)
+    passes(made.check("random", keep=0.4))
+    for prompt in made.plain[False].prompts:
+        assert sum(inputs is prompt for inputs in ran) == 1
+
+
 # the parts
 
 

@@ -133,15 +133,16 @@ def generate_line(e: Evidence) -> Line:
 
 def batch_line(e: Evidence) -> Line:
     """Every row of the padded batches against its prompt alone: the worst of them."""
-    singles = settled(e.pruned.singles)
+    singles = [settled(single) for single in e.pruned.singles]
     twin = worst_logits(settled(e.pruned.intruded).logits, singles[0][0].logits)
     found = []
     for side in SIDES:
         ran, trace = settled(e.pruned.batches[side])
         steps = steps_of(e.family, e.model, side)
-        for row, (single, cuts) in enumerate(singles):
+        for row, (single, alone) in enumerate(singles):
             where = f"row {row}, padded {side}"
             mine = [i for i, sample in enumerate(trace.sample) if sample == row]
+            cuts = [] if alone is None else alone.cuts
             here = [cut.tokens(image) for cut in cuts for image in range(len(mine))]
             there = [cut.tokens(image) for cut in trace.cuts for image in mine]
             if here != there:

@@ -180,22 +180,31 @@ class Pruned:
     Attributes:
         answer, static: greedy answers with a dynamic and with a static cache (None if the plain model has none).
         forced: tokens that all runs decode with.
-        run, trace: of the first prompt.
-        rows: of the first prompt, its pictures seen by the patched tower.
-        singles: a run and its cuts for every prompt.
-        batches: the same for the padded batches, by side, with the batch row of every image.
+        rows: the first prompt, its pictures seen by the patched tower.
+        singles: a run and its trace for every prompt; text alone is not pruned and has no trace.
+        batches: the same for the padded batches, by side.
         intruded: the first prompt with one more token near its end.
     """
 
     answer: Answer | Exception
     static: Answer | Exception | None
     forced: list[int]
-    run: Run | Exception
-    trace: Trace | None
     rows: Rows | Exception
-    singles: list[tuple[Run, list[CutTrace]]] | Exception
+    singles: list[tuple[Run, Trace | None] | Exception]
     batches: dict[str, tuple[Run, Trace] | Exception]
     intruded: Run | Exception
+
+    @property
+    def run(self) -> Run | Exception:
+        """The first prompt's."""
+        first = self.singles[0]
+        return first if isinstance(first, Exception) else first[0]
+
+    @property
+    def trace(self) -> Trace | None:
+        """The first prompt's, if it ran."""
+        first = self.singles[0]
+        return None if isinstance(first, Exception) else first[1]
 
 
 def one_token_more(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -214,25 +223,17 @@ def pruned_of(family: Family, handle: Handle, plain: Plain) -> Pruned:
     static = None if plain.no_static else attempt(lambda: generated(model, prompts[0], True))
     forced = answer.tokens[:FORCED].tolist() if isinstance(answer, Answer) else forced_tokens(prompts[0])
 
-    def one(prompt: dict[str, Any]) -> tuple[Run, list[CutTrace]]:
-        made = run(family, model, prompt, forced)
-        return made, handle.trace.cuts if has_pictures(prompt) else []
+    def traced(inputs: dict[str, Any]) -> tuple[Run, Trace | None] | Exception:
+        made = attempt(lambda: run(family, model, inputs, forced))
+        return made if isinstance(made, Exception) else (made, handle.trace if has_pictures(inputs) else None)
 
-    def padded(side: str) -> tuple[Run, Trace]:
-        made = run(family, model, batch(prompts, side), forced)
-        return made, handle.trace
-
-    first = attempt(lambda: run(family, model, prompts[0], forced))
-    trace = handle.trace if isinstance(first, Run) else None
     return Pruned(
         answer,
         static,
         forced,
-        first,
-        trace,
         attempt(lambda: rows_of(family, model, prompts[0])),
-        attempt(lambda: [one(prompt) for prompt in prompts]),
-        {side: attempt(lambda side=side: padded(side)) for side in SIDES},
+        [traced(prompt) for prompt in prompts],
+        {side: traced(batch(prompts, side)) for side in SIDES},
         attempt(lambda: run(family, model, one_token_more(prompts[0]), forced)),
     )
 
