@@ -11,7 +11,7 @@ from transformers import StaticCache
 
 from vlmprune import Cut, Decoder, Method, Reduction, UnsupportedError, decode, engine
 from vlmprune.prefill import Prefill
-from vlmprune.selftest import Line, Subject
+from vlmprune.selftest import Line, Subject, checks, evidence
 from vlmprune.sequence import Sequence
 from vlmprune.trace import CutTrace
 
@@ -246,6 +246,20 @@ def test_a_generation_that_raises(monkeypatch):
     assert {"decode", "generate", "batch"} <= failed
     assert report["decode"].told == "raised RuntimeError: no decode state"
     assert report["restore"].outcome == "pass"
+
+
+def test_one_prompt_that_raises_fails_batches_alone(monkeypatch):
+    original = evidence.run
+
+    def run(family, model, inputs, forced):
+        if checks.left_behind(model) and "pixel_values" not in inputs:
+            raise RuntimeError("no text alone")
+        return original(family, model, inputs, forced)
+
+    monkeypatch.setattr(evidence, "run", run)
+    failed, report = failing("fopru")
+    assert failed == {"batch"}
+    assert report["batch"].told == "raised RuntimeError: no text alone"
 
 
 def test_a_refusal_is_no_failure(monkeypatch):

@@ -1,5 +1,10 @@
 """What a pruned prefill computes, done by hand: rows are selected as a trace says, and the model's own layers run on
-them. Nothing of the engine is used; the benchmark's oracle and `vlmprune check` are made of this."""
+them. The benchmark's oracle and `vlmprune check` are made of this.
+
+Which rows are left, where they stand and what is merged is worked out here, apart from the engine's hooks. Shared with
+the engine is `sequence.attention_mask`, which asks transformers for a layer's mask; a mistake in it would be made on
+both sides, so `vlmprune check` also compares decoding with masks of the whole sequence that it builds itself.
+"""
 
 from __future__ import annotations
 

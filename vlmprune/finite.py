@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = ["WAY_OUT", "all_finite", "demand", "finite"]
+__all__ = ["WAY_OUT", "cut_is_finite", "demand", "each_finite"]
 
 WAY_OUT = (
     "Look for NaN or infinity in pixel_values and in the weights; where there is none, the model overflows in its "
@@ -14,7 +14,7 @@ WAY_OUT = (
 )
 
 
-def finite(values: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+def each_finite(values: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """`(values,)` bool on `device`: which tensors hold finite numbers alone. One reduction each; nothing waits."""
     with torch.no_grad():
         good = [between_finite(*torch.aminmax(x.detach())).to(device) for x in values]
@@ -26,7 +26,7 @@ def between_finite(least: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
     return least.isfinite() & most.isfinite()
 
 
-def all_finite(seen: Iterable[torch.Tensor], scores: torch.Tensor | None, alive: torch.Tensor) -> torch.Tensor:
+def cut_is_finite(seen: Iterable[torch.Tensor], scores: torch.Tensor | None, alive: torch.Tensor) -> torch.Tensor:
     """`()` bool: whether all that a cut goes by is a number.
 
     Args:

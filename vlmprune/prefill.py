@@ -10,7 +10,7 @@ from torch import nn
 
 from vlmprune.cuts import Cut, Reduction
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
-from vlmprune.finite import WAY_OUT, all_finite, demand
+from vlmprune.finite import WAY_OUT, cut_is_finite, demand
 from vlmprune.layout import upload
 from vlmprune.placement import check_device, loaded
 from vlmprune.plan import Plan
@@ -166,7 +166,7 @@ class Prefill:
         keep = reduction.keep & layout.alive
         # the tower's were looked at with the placeholders
         taps = [values for tap, values in seen.items() if not isinstance(tap, TowerTap)]
-        sound = all_finite(taps, reduction.scores, layout.alive)
+        sound = cut_is_finite(taps, reduction.scores, layout.alive)
         strange = (
             f"the cut of {name!r} at decoder layer {cut.at.layer} sees NaN or infinite numbers or makes NaN scores, "
             f"and cannot tell tokens apart. {WAY_OUT}."

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.finite import WAY_OUT, finite
+from vlmprune.finite import WAY_OUT, each_finite
 from vlmprune.layout import ImageGrid, Layout, upload
 from vlmprune.plan import Plan
 from vlmprune.sequence import real_tokens
@@ -76,7 +76,7 @@ def prompt_layout(
     after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
     text_after = after[:, : length - guesses].sum(1)
     given = numbers(encoded)
-    sound = finite([values for _, _, values in given], device)
+    sound = each_finite([values for _, _, values in given], device)
     # without a mask the host takes a jump in the positions for the start of another prompt
     one = torch.ones_like(sound[:0]) if positions is None else (positions.diff(dim=-1) == 1).all()[None]
     sound = torch.cat((sound, one))

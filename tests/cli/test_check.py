@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 
 import pytest
 import tiny_folders
+import torch
 from transformers import AutoModelForImageTextToText
 
 from vlmprune import engine
@@ -107,6 +109,17 @@ def test_a_failure_ends_with_a_block_to_paste(cli, folders, broken):
     assert code == 1
     assert json.loads(out)["reports"][0]["checks"]["restore"]["outcome"] == "fail"
     assert err.endswith("vlmprune: failed: random\n")
+
+
+def test_a_model_that_computes_no_numbers(cli, folders, tmp_path):
+    model = AutoModelForImageTextToText.from_pretrained(folders["llava"])
+    model.lm_head.weight.data[7] = torch.nan
+    folder = shutil.copytree(folders["llava"], tmp_path / "broken")
+    model.save_pretrained(folder)
+    code, out, err = cli("check", "--model", str(folder), "--method", "random")
+    assert (code, out) == (2, "")
+    assert "the unpruned model computes NaN or infinite numbers" in err
+    assert "load it in bfloat16 or float32" in err
 
 
 def test_a_block_on_demand(cli, folders):

@@ -28,7 +28,7 @@ examples:
   vlmprune check --model llava-hf/llava-1.5-7b-hf --device cuda --dtype float32
   vlmprune check --model llava-hf/llava-v1.6-mistral-7b-hf --method fopru,globalcom2+transprune --keep 64
 
-Random pictures and texts are run pruned, and again by hand with nothing of the engine: the kept rows through the
+Random pictures and texts are run pruned, and again by hand, without the engine's hooks: the kept rows through the
 model's own layers, and the whole prompt with dropped columns masked. A difference counts when it is well above what the
 unpruned model shows between ways of computing the same, and a deliberate mistake must lie well above that in turn:
 where it does not, the line is inconclusive (?). float32 tells best; bfloat16 and float16 leave more lines open.

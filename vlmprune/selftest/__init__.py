@@ -30,7 +30,7 @@ class Subject:
         model: unpatched, of a family of Hugging Face.
 
     Raises:
-        UnsupportedError: a model of the original llava package, or of no supported family.
+        UnsupportedError: a model of the original llava package, of no supported family, or not on one device.
         ValueError: a patched model.
     """
 
@@ -43,6 +43,12 @@ class Subject:
             raise UnsupportedError(
                 f"models of the original llava package ({self.family.model_type}) cannot be checked: check the "
                 "Hugging Face conversion of the checkpoint (llava-hf/... on the hub)."
+            )
+        if len(devices := {p.device for p in self.model.parameters()}) > 1 or torch.device("meta") in devices:
+            raise UnsupportedError(
+                f"weights are offloaded or spread over several devices ({', '.join(sorted(map(str, devices)))}): the "
+                "check runs parts of the model by hand, outside the calls that load and place them. Load the model on "
+                "one device (in bfloat16 it takes half the room), or check a smaller one of its family."
             )
         if left := checks.left_behind(self.model):
             raise ValueError(f"this model is patched ({left[0]}): unpatch it first, then check it.")
@@ -59,6 +65,9 @@ class Subject:
 
         Args:
             step: called with words for what is going on.
+
+        Raises:
+            ValueError: also where the unpruned model computes NaN or infinite numbers.
         """
         with torch.no_grad(), evaluating(self.model):
             handle = patch(self.model, method, **options)
@@ -72,12 +81,16 @@ class Subject:
                 step("the unpruned model")
                 prompts = prompts_for(self.family, self.model, videos)
                 self.plain[videos] = evidence.plain_of(self.family, self.model, prompts)
-            plain, gpu = self.plain[videos], self.model.device.type == "cuda"
-            waits = [checks.syncs(self.model, plain.prompts[0])] if gpu else []
+            plain = self.plain[videos]
+
+            def waits() -> int | Exception | None:
+                return evidence.attempt(lambda: checks.syncs(self.model, plain.prompts[0]))
+
+            before = waits()
             step("pruned")
             with patch(self.model, methods) as handle:
                 pruned = evidence.pruned_of(self.family, handle, plain)
-                waits += [checks.syncs(self.model, plain.prompts[0])] if gpu else []
+                after = waits()
             left = checks.left_behind(self.model)
             again = evidence.attempt(
                 lambda: run(self.family, self.model, plain.prompts[0], evidence.forced_tokens(plain.prompts[0]))
@@ -90,7 +103,7 @@ class Subject:
             step("by hand")
             lines |= self.compared(plain, pruned, in_tower)
             promised = 1 + sum(made.syncs for made in methods)
-            lines["syncs"] = checks.syncs_line(*waits, promised) if gpu else Line("syncs", "-", "no GPU")
+            lines["syncs"] = checks.syncs_line(before, after, promised)
         return Report(names, list(map(repr, methods)), [lines[name] for name in CHECKS], about(self.model))
 
     def compared(self, plain: evidence.Plain, pruned: evidence.Pruned, in_tower: bool) -> dict[str, Line]:
@@ -105,13 +118,14 @@ class Subject:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off."""
-    training = model.training
+    """Dropout off; afterwards every module has its own mode again (a frozen tower may be the only one in `eval`)."""
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, mode in training:
+            module.training = mode
 
 
 def check(model: nn.Module, method: str | Method | Iterable[str | Method], **options: Any) -> Report:
@@ -128,6 +142,7 @@ def check(model: nn.Module, method: str | Method | Iterable[str | Method], **opt
         A report: `print(report)`; `report.passed`, `report.failed`, `report["cache"]`.
 
     Raises:
-        UnsupportedError, ValueError, TypeError: as `patch`; also a model that is patched, or of the original package.
+        UnsupportedError, ValueError, TypeError: as `patch`; also a model that is patched, of the original package,
+            offloaded or on several devices, or that computes NaN or infinite numbers unpruned.
     """
     return Subject(model).check(method, **options)

@@ -133,15 +133,16 @@ def generate_line(e: Evidence) -> Line:
 
 def batch_line(e: Evidence) -> Line:
     """Every row of the padded batches against its prompt alone: the worst of them."""
-    singles = settled(e.pruned.singles)
+    singles = [settled(single) for single in e.pruned.singles]
     twin = worst_logits(settled(e.pruned.intruded).logits, singles[0][0].logits)
     found = []
     for side in SIDES:
         ran, trace = settled(e.pruned.batches[side])
         steps = steps_of(e.family, e.model, side)
-        for row, (single, cuts) in enumerate(singles):
+        for row, (single, alone) in enumerate(singles):
             where = f"row {row}, padded {side}"
             mine = [i for i, sample in enumerate(trace.sample) if sample == row]
+            cuts = [] if alone is None else alone.cuts
             here = [cut.tokens(image) for cut in cuts for image in range(len(mine))]
             there = [cut.tokens(image) for cut in trace.cuts for image in mine]
             if here != there:
@@ -190,8 +191,11 @@ def raised(check: str, error: Exception) -> Line:
     return Line(check, "FAIL", f"raised {type(error).__name__}: {text}")
 
 
-def syncs(model: nn.Module, prompt: dict[str, Any]) -> int:
-    """How often CUDA says that a prefill waited for the device."""
+def syncs(model: nn.Module, prompt: dict[str, Any]) -> int | None:
+    """How often CUDA says that a prefill waited for the device; None for a model that is on none."""
+    if model.device.type != "cuda":
+        return None
+    mode = torch.cuda.get_sync_debug_mode()
     inputs = {name: value for name, value in prompt.items() if name != "attention_mask"}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -199,12 +203,21 @@ def syncs(model: nn.Module, prompt: dict[str, Any]) -> int:
         try:
             model(**inputs, use_cache=True, logits_to_keep=1)
         finally:
-            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode(mode)
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def syncs_line(plain: int, pruned: int, promised: int) -> Line:
-    """Waits of a pruned prefill against those of the plain one, one read of counts and what the methods promise."""
+def syncs_line(plain: int | Exception | None, pruned: int | Exception | None, promised: int) -> Line:
+    """Waits of a pruned prefill against those of the plain one, one read of counts and what the methods promise.
+
+    Args:
+        plain, pruned: of `syncs`, or what it raised.
+    """
+    for waits in (plain, pruned):
+        if isinstance(waits, Exception):
+            return raised("syncs", waits)
+        if waits is None:
+            return Line("syncs", "-", "no GPU")
     told = f"{pruned} waits where the plain model has {plain} and {promised} more are promised"
     return Line("syncs", "pass" if pruned <= plain + promised else "FAIL", told)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from vlmprune.api import Handle
+from vlmprune.finite import WAY_OUT, each_finite
 from vlmprune.patches import Family
 from vlmprune.selftest.prompts import batch
 from vlmprune.selftest.runs import (
@@ -55,13 +58,23 @@ class Answer:
     logits: torch.Tensor
 
 
+@contextmanager
+def default_generation(model: nn.Module) -> Iterator[None]:
+    """Generation by transformers' own defaults, not by the user's `generation_config`; nothing ends an answer."""
+    users, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = users
+
+
 def generated(model: nn.Module, prompt: dict[str, Any], static: bool) -> Answer:
     """Let the model generate `FORCED` + 1 tokens, whatever ends its answers."""
     more = {"cache_implementation": "static", "disable_compile": True} if static else {}
-    out = model.generate(
-        **prompt, **more, max_new_tokens=FORCED + 1, min_new_tokens=FORCED + 1, do_sample=False, num_beams=1,
-        return_dict_in_generate=True, output_logits=True,
-    )  # fmt: skip
+    with default_generation(model):
+        out = model.generate(
+            **prompt, **more, max_new_tokens=FORCED + 1, return_dict_in_generate=True, output_logits=True
+        )
     return Answer(out.sequences[0, prompt["input_ids"].shape[1] :], torch.stack(out.logits)[:, 0])
 
 
@@ -117,10 +130,23 @@ def steps_of(family: Family, model: nn.Module, side: str) -> int | None:
     return 1 if side == "right" and any(sliding_window(layer.self_attn) is not None for layer in layers) else None
 
 
+def demand_numbers(computed: Sequence[torch.Tensor], where: str) -> None:
+    """Raise unless the unpruned model computed numbers: against NaN no difference would ever be large."""
+    if not each_finite(computed, computed[0].device).all():
+        raise ValueError(
+            f"the unpruned model computes NaN or infinite numbers{where}: nothing can be compared with it. {WAY_OUT}."
+        )
+
+
 def plain_of(family: Family, model: nn.Module, prompts: list[dict[str, Any]]) -> Plain:
-    """Run the unpatched model in all the ways that are compared later."""
+    """Run the unpatched model in all the ways that are compared later.
+
+    Raises:
+        ValueError: it computes NaN or infinite numbers.
+    """
     forced = forced_tokens(prompts[0])
     ran = [run(family, model, prompt, forced) for prompt in prompts]
+    demand_numbers([x for one in ran for x in (one.hidden, one.logits)], "")
     again = run(family, model, prompts[0], forced)
     first, rows = ran[0], rows_of(family, model, prompts[0])
     hand = by_hand(family, model, rows, [], forced)
@@ -133,7 +159,8 @@ def plain_of(family: Family, model: nn.Module, prompts: list[dict[str, Any]]) ->
     ]
     for side in SIDES:
         steps = steps_of(family, model, side)
-        together = run(family, model, batch(prompts, side), forced).logits
+        together = run(family, model, batch(prompts, side), forced).logits  # hidden states of padding may be anything
+        demand_numbers([together[:, :steps]], f" in a batch padded {side}")
         noise += [worst_logits(together[i, :steps], one.logits[0, :steps]) for i, one in enumerate(ran)]
     dynamic, static = generated(model, prompts[0], False), attempt(lambda: generated(model, prompts[0], True))
     no_static = ""
@@ -153,22 +180,31 @@ class Pruned:
     Attributes:
         answer, static: greedy answers with a dynamic and with a static cache (None if the plain model has none).
         forced: tokens that all runs decode with.
-        run, trace: of the first prompt.
-        rows: of the first prompt, its pictures seen by the patched tower.
-        singles: a run and its cuts for every prompt.
-        batches: the same for the padded batches, by side, with the batch row of every image.
+        rows: the first prompt, its pictures seen by the patched tower.
+        singles: a run and its trace for every prompt; text alone is not pruned and has no trace.
+        batches: the same for the padded batches, by side.
         intruded: the first prompt with one more token near its end.
     """
 
     answer: Answer | Exception
     static: Answer | Exception | None
     forced: list[int]
-    run: Run | Exception
-    trace: Trace | None
     rows: Rows | Exception
-    singles: list[tuple[Run, list[CutTrace]]] | Exception
+    singles: list[tuple[Run, Trace | None] | Exception]
     batches: dict[str, tuple[Run, Trace] | Exception]
     intruded: Run | Exception
+
+    @property
+    def run(self) -> Run | Exception:
+        """The first prompt's."""
+        first = self.singles[0]
+        return first if isinstance(first, Exception) else first[0]
+
+    @property
+    def trace(self) -> Trace | None:
+        """The first prompt's, if it ran."""
+        first = self.singles[0]
+        return None if isinstance(first, Exception) else first[1]
 
 
 def one_token_more(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -187,25 +223,17 @@ def pruned_of(family: Family, handle: Handle, plain: Plain) -> Pruned:
     static = None if plain.no_static else attempt(lambda: generated(model, prompts[0], True))
     forced = answer.tokens[:FORCED].tolist() if isinstance(answer, Answer) else forced_tokens(prompts[0])
 
-    def one(prompt: dict[str, Any]) -> tuple[Run, list[CutTrace]]:
-        made = run(family, model, prompt, forced)
-        return made, handle.trace.cuts if has_pictures(prompt) else []
+    def traced(inputs: dict[str, Any]) -> tuple[Run, Trace | None] | Exception:
+        made = attempt(lambda: run(family, model, inputs, forced))
+        return made if isinstance(made, Exception) else (made, handle.trace if has_pictures(inputs) else None)
 
-    def padded(side: str) -> tuple[Run, Trace]:
-        made = run(family, model, batch(prompts, side), forced)
-        return made, handle.trace
-
-    first = attempt(lambda: run(family, model, prompts[0], forced))
-    trace = handle.trace if isinstance(first, Run) else None
     return Pruned(
         answer,
         static,
         forced,
-        first,
-        trace,
         attempt(lambda: rows_of(family, model, prompts[0])),
-        attempt(lambda: [one(prompt) for prompt in prompts]),
-        {side: attempt(lambda side=side: padded(side)) for side in SIDES},
+        [traced(prompt) for prompt in prompts],
+        {side: traced(batch(prompts, side)) for side in SIDES},
         attempt(lambda: run(family, model, one_token_more(prompts[0]), forced)),
     )
 

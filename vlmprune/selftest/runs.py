@@ -101,7 +101,10 @@ class Rows:
 
 
 def rows_of(family: Family, model: nn.Module, prompt: dict[str, Any]) -> Rows:
-    """Run the model's own vision part (patched, if the model is) and put its features where placeholders are."""
+    """Run the model's own vision part (patched, if the model is) and put its features where placeholders are.
+
+    The engine's `encode` is used, which only calls the model's own encoders.
+    """
     inner, ids = family.inner(model), prompt["input_ids"]
     hidden, images = model.get_input_embeddings()(ids).clone(), []
     given = {name: value for name, value in prompt.items() if name not in ("input_ids", "attention_mask")}

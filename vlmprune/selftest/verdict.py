@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -128,7 +129,7 @@ def judge(
         told, failed: words for a pass, and for a failure.
     """
     limit = tolerance(noise, dtype)
-    if not off <= limit:
+    if not (math.isfinite(off) and off <= limit):  # NaN and other shapes are no rounding, whatever the noise
         return Line(check, "FAIL", failed or told, off, noise, twin)
     if twin is None or not twin > CLEAR * limit:
         rounding = "a deliberate mistake cannot be told from rounding"
