@@ -318,13 +318,23 @@ def test_pictures_of_both_turns_are_refused_as_the_plain_model_refuses_them(tiny
             model.generate(**asked, max_new_tokens=1, past_key_values=cache)
 
 
-def test_a_mask_that_does_not_reach_from_end_to_end(tiny_model):
+@pytest.mark.parametrize("told", ["mask", "positions"])
+@pytest.mark.parametrize("pictured", [False, True], ids=["text", "image"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_call_that_ends_elsewhere_than_the_conversation(tiny_model, layer, pictured, told):
+    """Whatever it is, tokens would be there twice, or be missing."""
     model = tiny_model()
-    first, second = turns_of(model)[:2]
-    with torch.no_grad(), vlmprune.patch(model, probes.rules(Rule(0))):
+    first, second = turns_of(model, [TURNS[0], TURNS[1] if pictured else ([7], [])])
+    old, new = (turn["input_ids"].shape[1] for turn in (first, second))
+    with torch.no_grad(), vlmprune.patch(model, probes.rules(Rule(layer))):
         cache = model(**first).past_key_values
-        with pytest.raises(ValueError, match=r"25 columns.*stands for 25.*brings 39"):
-            by_hand(model, second, cache, 0, attention_mask=first["attention_mask"])
+        for end in (old, old + new - 1, old + new + 1):
+            extra = {"attention_mask": torch.ones(1, end, dtype=torch.long)}
+            if told == "positions":
+                extra = {"attention_mask": None, "position_ids": torch.arange(end - new, end)[None]}
+            with pytest.raises(ValueError, match=rf"at column {end};.*stands for {old} .*brings {new}.*{old + new}"):
+                by_hand(model, second, cache, 0, **extra)
+        by_hand(model, second, cache, old)
 
 
 @pytest.mark.parametrize("options", [MODELS["mistral-window"], MODELS["qwen2-mixed"]], ids=["mistral", "qwen2-mixed"])

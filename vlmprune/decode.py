@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -108,20 +108,12 @@ def held(kwargs: dict, segments: list[Segment]) -> list[Segment]:
     Args:
         kwargs: of `catch_up`.
         segments: the cache's decode state, empty if nothing was pruned.
-
-    Raises:
-        ValueError: a mask that is not as long as what the cache holds and what comes.
     """
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     length = 0 if cache is None else int(cache.get_seq_length())
     if not length:
         return []
-    column, queries = length + missing(segments), given_tokens(kwargs).shape[1]
-    if mask is not None and mask.shape[1] != column + queries:
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns; the cache stands for {column} of the conversation (those "
-            f"that were pruned included), and this call brings {queries}: give one for all of them."
-        )
+    column = length + missing(segments)
     if mask is not None and mask[:, :column].all():  # a mask that is left out can be rolled back to any length
         mask = None
     whole = [] if segments and segments[0].first == 0 else [Segment(0, 0, 0, None, None)]
@@ -134,6 +126,10 @@ def catch_up(kwargs: dict, segments: list[Segment]) -> dict:
     To continue a conversation, `generate` slices its input by the cache's physical length, which a cut at layer 0 made
     short: so many of the old tokens come again in front of the new ones. A caller who slices by hand brings the new
     ones alone; the end of the sequence, which the mask or the positions tell, says which it is.
+
+    Raises:
+        UnsupportedError: all tokens come again, or as many of them as cannot be told from new ones.
+        ValueError: a mask or positions that end elsewhere than what the cache stands for and what comes.
     """
     cache, mask, short = kwargs.get("past_key_values"), kwargs.get("attention_mask"), missing(segments)
     batch, queries = given_tokens(kwargs).shape[:2]
@@ -143,14 +139,19 @@ def catch_up(kwargs: dict, segments: list[Segment]) -> dict:
     ready = mask is not None and (isinstance(mask, dict) or mask.ndim != 2)
     if ready:
         mask = last_row(mask, length + queries) if batch > 1 else None
+    column, end, again = length + short, None, False
+    if mask is not None and ready:
+        # where a row counts as many tokens as are seen, the mask ends with the conversation
+        again = short and (mask.sum(1) == positions[:, -1] + 1).any()
+    elif mask is not None:
+        end = mask.shape[1]
+    elif positions is not None and segments:  # one host read a turn
+        end = int(positions.max()) + 1
+    if end is not None:
+        again = short and end == length + queries
+        if not again and end != column + queries:
+            refuse_end("position_ids end" if mask is None else "attention_mask ends", end, column, queries)
     if short:
-        if mask is not None and ready:
-            # where a row counts as many tokens as are seen, the mask ends with the conversation
-            again = (mask.sum(1) == positions[:, -1] + 1).any()
-        elif mask is not None:
-            again = length + queries == mask.shape[1]
-        else:  # one host read a turn
-            again = positions is not None and length + queries == int(positions.max()) + 1
         if again and queries <= short:
             raise UnsupportedError(
                 f"this piece of {queries} tokens was cached before: `prefill_chunk_size` must be greater than the "
@@ -170,6 +171,21 @@ def catch_up(kwargs: dict, segments: list[Segment]) -> dict:
         # the masks of its later steps do not reach as far as the conversation, and do not tell
         setattr(cache, SEGMENTS, [segment.until(mask.shape[1], mask) for segment in segments])
     return kwargs | {"attention_mask": mask}
+
+
+def refuse_end(told: str, end: int, column: int, queries: int) -> NoReturn:
+    """Raise for a call whose end does not lie `queries` columns behind those that the cache stands for."""
+    if end == queries:
+        raise UnsupportedError(
+            f"the whole conversation ({queries} tokens) comes again to a cache that stands for {column} of it: "
+            "`generate` does so in a later turn with prompt_lookup_num_tokens or assistant_model, and would cache it "
+            "twice, pruned or not. Leave these out in later turns."
+        )
+    raise ValueError(
+        f"the {told} at column {end}; the cache stands for {column} columns of the conversation (those that were "
+        f"pruned included), and this call brings {queries}: give an attention_mask of {column + queries} columns, or "
+        "position_ids that go on behind them."
+    )
 
 
 def last_row(mask: Any, columns: int) -> torch.Tensor:
