@@ -2,8 +2,14 @@
 
 Life of a pruned prefill: `BeforeModel` makes a `Prefill` frame and puts it into the keyword arguments; the host hands
 these to every decoder layer, where `BeforeLayer` takes it out, measures taps and cuts; `AfterLanguageModel` restores
-lengths, leaves the decode state on the cache and files the trace. `BeforeTower`, `BeforeTowerLayer` and `AfterTower`
-do the same inside the vision tower. Nothing is ambient: threads and interleaved generations cannot mix.
+lengths, leaves the decode state on the cache (a list of `Segment`s) and files the trace; `AfterModel` notices a frame
+that was lost. `BeforeHead`, on the model around the inner one, hands on what that would not get. `BeforeTower`,
+`BeforeTowerLayer` and `AfterTower` do the same inside the vision tower.
+
+Life of a later call without images on that cache: `BeforeModel` turns its arguments to what the segments say; where
+layers hold different lengths, a `Decode` frame rides along and `BeforeLayer` lets it do so for every layer. A later
+call with images is a prefill again, behind the segments. Nothing is ambient: threads and interleaved generations
+cannot mix.
 """
 
 from __future__ import annotations
@@ -93,20 +99,11 @@ def brings_features(kwargs: dict) -> bool:
 
 
 @dataclass
-class KeepNotes:
-    """Pre-hook of the model with a head: accelerate copies what it hands on, and copies lose what we noted on outputs.
-
-    The originals ride in the keyword arguments as `Notes`, which accelerate leaves alone, to `BeforeModel`.
-    """
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        encoded = kwargs.get("mm_encoder_outputs")
-        return (args, kwargs | {NOTES: Notes(encoded)}) if encoded and hasattr(module, "_hf_hook") else None
-
-
-@dataclass
 class Notes:
-    """The encoders' own outputs, by modality."""
+    """The encoders' own outputs, by modality, on their way from `BeforeHead` to `BeforeModel`.
+
+    accelerate copies what it hands on, and copies lose what we noted on outputs; these it leaves alone.
+    """
 
     outputs: dict[str, Any]
 
@@ -209,7 +206,7 @@ class AfterModel:
 
 @dataclass
 class BeforeHead:
-    """Pre-hook of the model with a head: reads the arguments that the inner model does not get."""
+    """Pre-hook of the model with a head: reads the arguments that the inner model does not get, or gets copied."""
 
     plan: Plan
 
@@ -217,8 +214,12 @@ class BeforeHead:
         if not self.plan.enabled:
             return None
         self.check_labels(module, kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None))
-        guesses = guessed(kwargs)
-        return (args, kwargs | {GUESSES: guesses}) if guesses else None
+        extra: dict[str, Any] = {}
+        if guesses := guessed(kwargs):
+            extra[GUESSES] = guesses
+        if brings_features(kwargs) and hasattr(module, "_hf_hook"):
+            extra[NOTES] = Notes(kwargs["mm_encoder_outputs"])
+        return (args, kwargs | extra) if extra else None
 
     def check_labels(self, module: nn.Module, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> None:
         """A loss on a visual placeholder has no meaning once tokens are gone."""
@@ -262,7 +263,6 @@ HOOKS = (
     BeforeTower,
     BeforeTowerLayer,
     AfterTower,
-    KeepNotes,
     BeforeModel,
     BeforeLayer,
     AfterLanguageModel,
@@ -308,7 +308,6 @@ def install(model: nn.Module, plan: Plan) -> None:
     inner.register_forward_hook(AfterModel(), with_kwargs=True)
     if model is not inner:
         before(model, BeforeHead(plan))
-        before(model, KeepNotes())
 
 
 def installed(model: nn.Module, plan: Plan) -> bool:
