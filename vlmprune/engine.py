@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.decode import catch_up, held, resume
+from vlmprune.decode import catch_up, held, length_of, resume, rolled_back
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
@@ -64,16 +64,23 @@ class BeforeModel:
 
     def arrive(self, module: nn.Module, kwargs: dict, guesses: int) -> dict | None:
         """The arguments to run with instead, or None to leave the call alone."""
-        if self.plan.enabled and (
+        pictured = self.plan.enabled and (
             brings_features(kwargs) or any(given_pixels(kwargs, modality) for modality in PIXELS)
-        ):
-            return self.prefill(module, kwargs, guesses)
-        segments = decode_state(kwargs)
+        )
+        cache = kwargs.get("past_key_values")
+        segments = getattr(cache, SEGMENTS, None) or []
+        if not pictured and not segments:
+            return None
+        length = length_of(kwargs, pictured)
+        segments = rolled_back(cache, segments, length)
+        if pictured:
+            return self.prefill(module, kwargs, guesses, segments, length)
         if not segments:
             return None
-        return resume(self.plan.family.language_model(module), catch_up(kwargs, segments), segments)
+        kwargs = catch_up(kwargs, segments, length)
+        return resume(self.plan.family.language_model(module), kwargs, segments, length)
 
-    def prefill(self, module: nn.Module, kwargs: dict, guesses: int) -> dict:
+    def prefill(self, module: nn.Module, kwargs: dict, guesses: int, segments: list[Segment], length: int) -> dict:
         check_fixed(self.plan.family, module.config, kwargs)
         if kwargs.get("input_ids") is None:
             raise UnsupportedError("a pruned call with images needs input_ids (inputs_embeds hide the placeholders).")
@@ -83,11 +90,10 @@ class BeforeModel:
                 "output_attentions of a pruned forward is not supported: layers see different sequences. "
                 "Use `with handle.disabled():` for the plain model's attentions."
             )
-        segments = decode_state(kwargs)
-        kwargs = catch_up(kwargs, segments)
-        past, mask = held(kwargs, segments), kwargs.get("attention_mask")
+        kwargs = catch_up(kwargs, segments, length)
+        past, mask = held(kwargs, segments, length), kwargs.get("attention_mask")
         if segments:
-            kwargs = resume(language_model, kwargs, segments)
+            kwargs = resume(language_model, kwargs, segments, length)
         kwargs["mm_encoder_outputs"] = encoded = encode(module, kwargs, self.plan.family)
         frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses)
         return kwargs | {FRAME: frame}
@@ -240,18 +246,6 @@ def guessed(kwargs: dict) -> int:
     if not isinstance(wanted, int) or kwargs.get("past_key_values") is None or not brings_features(kwargs):
         return 0
     return max(wanted - 1, 0)
-
-
-def decode_state(kwargs: dict) -> list[Segment]:
-    """The decode state of the cache that a call brings; that of a cache which was reset is taken off it."""
-    cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
-    segments = getattr(cache, SEGMENTS, None) or []
-    # a static cache is asked before prompts alone, since asking it waits for the device
-    step = ids is not None and ids.shape[1] == 1 and getattr(cache, "is_compileable", False)
-    if segments and not step and cache.get_seq_length() == 0:
-        delattr(cache, SEGMENTS)
-        return []
-    return segments
 
 
 NOTES = "vlmprune_notes"  # the keyword argument that carries `Notes`
