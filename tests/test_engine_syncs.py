@@ -10,7 +10,7 @@ import tiny
 import torch
 from reference import Rule
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import vlmprune
 
@@ -180,6 +180,40 @@ def test_decode_steps_read_nothing(tiny_model, monkeypatch, rules, batched):
         counts.append(reads(lambda: model(**step, past_key_values=cache), monkeypatch))  # noqa: B023
     # a padded batch costs the plain model one look at the mask; every cut makes a mask of its own
     assert counts[1].total <= counts[0].total, [dict(c.seen) for c in counts]
+
+
+@pytest.mark.parametrize("told", ["mask", "positions"])
+@pytest.mark.parametrize("pictured", [False, True], ids=["text", "image"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("name", ["random", "fastv"])
+@torch.no_grad()
+def test_a_later_turn_reads_its_counts_its_end_and_the_length_of_its_cache(
+    tiny_model, monkeypatch, name, kind, pictured, told
+):
+    """The counts if there are pictures, the end if positions alone tell it, and the length of a static cache.
+
+    The host reads that length again for every mask that is made: that of the layers behind the cut.
+    """
+    model, text = tiny_model(), tiny_model().config.text_config
+    first = tiny.prompt(model, [4, "image", 6], [(24, 24)])
+    second = tiny.prompt(model, [2, "image", 3] if pictured else [5], [(24, 24)] if pictured else [], seed=1)
+    old, new = first["input_ids"].shape[1], second.pop("attention_mask").shape[1]
+    if told == "mask":
+        second["attention_mask"] = torch.ones(1, old + new, dtype=torch.long)
+    else:
+        second["position_ids"] = torch.arange(old, old + new)[None]
+
+    def read():
+        cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=100)
+        model(**first, past_key_values=cache)
+        return reads(lambda: model(**second, past_key_values=cache), monkeypatch)
+
+    plain = read()
+    with vlmprune.patch(model, name, keep=5):
+        pruned = read()
+    masks = pictured or name == "fastv"  # what was cut before the language model needs none in a turn of text
+    more = pictured + (told == "positions") + (kind == "static") * (1 + masks)
+    assert pruned.total <= plain.total + more, (dict(pruned.seen), dict(plain.seen))
 
 
 @pytest.mark.gpu

@@ -224,6 +224,44 @@ def test_a_conversation_that_was_rolled_back_goes_on(tiny_model, rules):
             same(got, expect(model, turns, [rules] * 3, forced))
 
 
+@pytest.mark.parametrize(
+    ("batched", "told"), [(False, "mask"), (False, "positions"), (True, "mask")], ids=["mask", "positions", "batch"]
+)
+@pytest.mark.parametrize("rules", FEW.values(), ids=FEW)
+@torch.no_grad()
+def test_text_behind_a_prompt_that_was_rolled_back(tiny_model, rules, batched, told):
+    """The last text of the prompt goes, and other tokens take its place."""
+    model = tiny_model(dtype=F64)
+    rows = [turns_of(model, [parts])[0] for parts in (TURNS[0], ([3, "image", 8], [(24, 24)]))]
+    rows = rows if batched else rows[1:]
+    prompt = tiny.batch(rows, "left")
+    lengths, width = [row["input_ids"].shape[1] for row in rows], prompt["input_ids"].shape[1]
+    new = probes.random_tokens(len(rows), 6, seed=3)
+    with vlmprune.patch(model, probes.rules(*rules)):
+        for gone in (1, 2, 3):
+            for step in (1, 2, 4):
+                cache = caches(model, "dynamic")
+                model(**probes.step_inputs(prompt), past_key_values=cache)
+                cache.crop(-gone)
+                got, start = [], 0
+                for some in (step, 6 - step):  # the second call is behind what was cropped
+                    mask = torch.cat(
+                        (prompt["attention_mask"][:, : width - gone], torch.ones(len(rows), start + some).long()), 1
+                    )
+                    positions = torch.tensor(lengths)[:, None] - gone + torch.arange(start, start + some)
+                    extra = {"attention_mask": mask} if told == "mask" else {}
+                    out = model(
+                        input_ids=new[:, start : start + some], position_ids=positions, past_key_values=cache, **extra
+                    )
+                    got.append(out.logits)
+                    start += some
+                for i, row in enumerate(rows):
+                    ids = row["input_ids"][:, : lengths[i] - gone]
+                    kept = row | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                    want = reference.run(model, kept, rules, new[i].tolist()).logits[1:]
+                    same(torch.cat(got, 1)[i], want)
+
+
 # Batches
 
 
@@ -318,13 +356,41 @@ def test_pictures_of_both_turns_are_refused_as_the_plain_model_refuses_them(tiny
             model.generate(**asked, max_new_tokens=1, past_key_values=cache)
 
 
-def test_a_mask_that_does_not_reach_from_end_to_end(tiny_model):
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("layer", [0, 2])
+@torch.no_grad()
+def test_a_cache_whose_rows_were_repeated_is_refused(tiny_model, layer, steps):
     model = tiny_model()
-    first, second = turns_of(model)[:2]
-    with torch.no_grad(), vlmprune.patch(model, probes.rules(Rule(0))):
+    prompt = tiny.batch([turns_of(model, [parts[0]])[0] for parts in ROWS[:2]])
+    width = prompt["input_ids"].shape[1]
+    with vlmprune.patch(model, probes.rules(Rule(layer))):
+        cache = model(**prompt, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(UnsupportedError, match=r"filled by 2 rows.*brings 4.*Repeat the prompts"):
+            model(
+                input_ids=torch.full((4, steps), 9),
+                attention_mask=torch.ones(4, width + steps).long(),
+                past_key_values=cache,
+            )
+
+
+@pytest.mark.parametrize("told", ["mask", "positions"])
+@pytest.mark.parametrize("pictured", [False, True], ids=["text", "image"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_call_that_ends_elsewhere_than_the_conversation(tiny_model, layer, pictured, told):
+    """Whatever it is, tokens would be there twice, or be missing."""
+    model = tiny_model()
+    first, second = turns_of(model, [TURNS[0], TURNS[1] if pictured else ([7], [])])
+    old, new = (turn["input_ids"].shape[1] for turn in (first, second))
+    with torch.no_grad(), vlmprune.patch(model, probes.rules(Rule(layer))):
         cache = model(**first).past_key_values
-        with pytest.raises(ValueError, match=r"25 columns.*stands for 25.*brings 39"):
-            by_hand(model, second, cache, 0, attention_mask=first["attention_mask"])
+        for end in (old, old + new - 1, old + new + 1):
+            extra = {"attention_mask": torch.ones(1, end, dtype=torch.long)}
+            if told == "positions":
+                extra = {"attention_mask": None, "position_ids": torch.arange(end - new, end)[None]}
+            with pytest.raises(ValueError, match=rf"at column {end};.*stands for {old} .*brings {new}.*{old + new}"):
+                by_hand(model, second, cache, 0, **extra)
+        by_hand(model, second, cache, old)
 
 
 @pytest.mark.parametrize("options", [MODELS["mistral-window"], MODELS["qwen2-mixed"]], ids=["mistral", "qwen2-mixed"])

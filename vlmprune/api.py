@@ -20,7 +20,11 @@ __all__ = ["Handle", "patch", "unpatch"]
 
 
 class Handle:
-    """What `patch` returns: the trace, a way to switch off, and a context manager that unpatches when left."""
+    """What `patch` returns: the trace, a way to switch off, and a context manager that unpatches when left.
+
+    A cache from a pruned call remembers what each of its rows holds. Do not reorder or select its rows by hand: what
+    is remembered would not follow (beam search reorders rows of one prompt, which are alike).
+    """
 
     def __init__(self, model: nn.Module, methods: list[Method], plan: engine.Plan):
         self.model, self.methods, self._plan = model, methods, plan
@@ -148,7 +152,15 @@ def check_cuts(cuts: list[tuple[str, Cut]], facts: ModelFacts) -> None:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Take the patch off a model (or a PEFT model around it) and return it; harmless on an unpatched model."""
+    """Take the patch off a model (or a PEFT model around it) and return it; harmless on an unpatched model.
+
+    A cache from a pruned call belongs to the patch: go on with it only while the model is patched (by any method, and
+    in `Handle.disabled()` too). Without the hooks the model counts positions by the short cache, and says other tokens
+    without an error. Leaving `with patch(...)` unpatches.
+
+    Raises:
+        TypeError: not a model.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch needs a model, not {type(model).__name__}.")
     engine.remove(unwrap(model))

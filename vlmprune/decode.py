@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -12,15 +12,44 @@ from vlmprune.plan import FRAME
 from vlmprune.sequence import SEGMENTS, Segment, attention_mask
 from vlmprune.taps import sliding_window
 
-__all__ = ["Decode", "catch_up", "held", "resume"]
+__all__ = ["Decode", "catch_up", "held", "length_of", "resume", "rolled_back"]
 
 
-def resume(language_model: nn.Module, kwargs: dict, segments: list[Segment]) -> dict:
+def length_of(kwargs: dict, pictured: bool) -> int | None:
+    """Columns that layer 0 holds in the cache that a call brings, read once a call; 0 without a cache.
+
+    None for a step on a static cache, since asking that waits for the device; a call with pictures waits anyway.
+    """
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        return 0
+    if not pictured and getattr(cache, "is_compileable", False) and given_tokens(kwargs).shape[1] == 1:
+        return None
+    length = cache.get_seq_length()
+    return int(length) if isinstance(length, torch.Tensor) else length
+
+
+def rolled_back(cache: Any, segments: list[Segment], length: int | None) -> list[Segment]:
+    """The decode state of a cache that may have been reset or cropped since; it is noted on the cache.
+
+    Args:
+        length: of `length_of`.
+    """
+    if length is None or not segments or (column := length + missing(segments)) >= segments[0].prompt:
+        return segments
+    # what comes next takes the place of what went, and is as real as it says
+    left = [segment.until(column, None) for segment in segments] if length else []
+    setattr(cache, SEGMENTS, left)
+    return left
+
+
+def resume(language_model: nn.Module, kwargs: dict, segments: list[Segment], length: int | None) -> dict:
     """The inner model's keyword arguments for a call on a pruned cache.
 
     Args:
         kwargs: of `catch_up`, counting in positions and columns of the unpruned conversation.
         segments: the cache's decode state.
+        length: of `length_of`.
     """
     cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
     if any(segment.soft for segment in segments):
@@ -31,10 +60,11 @@ def resume(language_model: nn.Module, kwargs: dict, segments: list[Segment]) -> 
     kwargs, first, prompt = dict(kwargs), segments[0], segments[0].prompt
     tokens = given_tokens(kwargs)
     batch, queries = tokens.shape[:2]
+    check_rows(segments, batch)
     new = mask[:, prompt:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
     positions = kwargs.get("position_ids")
     if positions is None:
-        start = cache.get_seq_length() + missing(segments)
+        start = (cache.get_seq_length() if length is None else length) + missing(segments)
         positions = torch.arange(queries, device=tokens.device)[None] + start
     positions = positions.expand(batch, -1)
     if any(s.first > 0 for s in segments):
@@ -44,6 +74,17 @@ def resume(language_model: nn.Module, kwargs: dict, segments: list[Segment]) -> 
         positions = positions if first.shift is None else positions - first.shift
     kwargs["position_ids"] = positions
     return kwargs
+
+
+def check_rows(segments: list[Segment], batch: int) -> None:
+    """Refuse a call of other rows than those that filled the cache."""
+    noted = [x for segment in segments for x in (segment.mask, segment.shift) if x is not None]
+    if noted and len(noted[0]) != batch:
+        raise UnsupportedError(
+            f"this pruned cache was filled by {len(noted[0])} rows, and this call brings {batch}: its rows cannot be "
+            "repeated or selected by hand. Repeat the prompts of the first call instead, as `generate` does with "
+            "num_beams or num_return_sequences."
+        )
 
 
 class Decode:
@@ -102,55 +143,56 @@ def missing(segments: list[Segment]) -> int:
     return segments[0].prompt - segments[0].length if segments and segments[0].first == 0 else 0
 
 
-def held(kwargs: dict, segments: list[Segment]) -> list[Segment]:
+def held(kwargs: dict, segments: list[Segment], length: int) -> list[Segment]:
     """What the layers hold in front of a call with images, from layer 0 on; nothing where the cache is empty.
 
     Args:
         kwargs: of `catch_up`.
         segments: the cache's decode state, empty if nothing was pruned.
-
-    Raises:
-        ValueError: a mask that is not as long as what the cache holds and what comes.
+        length: of `length_of`.
     """
-    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    length = 0 if cache is None else int(cache.get_seq_length())
     if not length:
         return []
-    column, queries = length + missing(segments), given_tokens(kwargs).shape[1]
-    if mask is not None and mask.shape[1] != column + queries:
-        raise ValueError(
-            f"attention_mask has {mask.shape[1]} columns; the cache stands for {column} of the conversation (those "
-            f"that were pruned included), and this call brings {queries}: give one for all of them."
-        )
-    if mask is not None and mask[:, :column].all():  # a mask that is left out can be rolled back to any length
-        mask = None
+    column, mask = length + missing(segments), kwargs.get("attention_mask")
     whole = [] if segments and segments[0].first == 0 else [Segment(0, 0, 0, None, None)]
     return [segment.until(column, mask) for segment in whole + segments]
 
 
-def catch_up(kwargs: dict, segments: list[Segment]) -> dict:
+def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
     """A call's arguments without the columns that the cache already holds, and with a 2-D mask or none.
 
     To continue a conversation, `generate` slices its input by the cache's physical length, which a cut at layer 0 made
     short: so many of the old tokens come again in front of the new ones. A caller who slices by hand brings the new
     ones alone; the end of the sequence, which the mask or the positions tell, says which it is.
+
+    Args:
+        length: of `length_of`.
+
+    Raises:
+        UnsupportedError: all tokens come again, or as many of them as cannot be told from new ones.
+        ValueError: a mask or positions that end elsewhere than what the cache stands for and what comes.
     """
     cache, mask, short = kwargs.get("past_key_values"), kwargs.get("attention_mask"), missing(segments)
     batch, queries = given_tokens(kwargs).shape[:2]
-    if cache is None or queries == 1 or not (length := int(cache.get_seq_length())):
-        return kwargs  # a step is never asked: asking a static cache waits for the device
+    if queries == 1 or not length:
+        return kwargs  # a step brings a new token
     positions = kwargs.get("position_ids")
     ready = mask is not None and (isinstance(mask, dict) or mask.ndim != 2)
     if ready:
         mask = last_row(mask, length + queries) if batch > 1 else None
+    column, end, again = length + short, None, False
+    if mask is not None and ready:
+        # where a row counts as many tokens as are seen, the mask ends with the conversation
+        again = short and (mask.sum(1) == positions[:, -1] + 1).any()
+    elif mask is not None:
+        end = mask.shape[1]
+    elif positions is not None and segments:  # one host read a turn
+        end = int(positions.max()) + 1
+    if end is not None:
+        again = short and end == length + queries
+        if not again and end != column + queries:
+            refuse_end("position_ids end" if mask is None else "attention_mask ends", end, column, queries)
     if short:
-        if mask is not None and ready:
-            # where a row counts as many tokens as are seen, the mask ends with the conversation
-            again = (mask.sum(1) == positions[:, -1] + 1).any()
-        elif mask is not None:
-            again = length + queries == mask.shape[1]
-        else:  # one host read a turn
-            again = positions is not None and length + queries == int(positions.max()) + 1
         if again and queries <= short:
             raise UnsupportedError(
                 f"this piece of {queries} tokens was cached before: `prefill_chunk_size` must be greater than the "
@@ -170,6 +212,21 @@ def catch_up(kwargs: dict, segments: list[Segment]) -> dict:
         # the masks of its later steps do not reach as far as the conversation, and do not tell
         setattr(cache, SEGMENTS, [segment.until(mask.shape[1], mask) for segment in segments])
     return kwargs | {"attention_mask": mask}
+
+
+def refuse_end(told: str, end: int, column: int, queries: int) -> NoReturn:
+    """Raise for a call whose end does not lie `queries` columns behind those that the cache stands for."""
+    if end == queries:
+        raise UnsupportedError(
+            f"the whole conversation ({queries} tokens) comes again to a cache that stands for {column} of it: "
+            "`generate` does so in a later turn with prompt_lookup_num_tokens or assistant_model, and would cache it "
+            "twice, pruned or not. Leave these out in later turns."
+        )
+    raise ValueError(
+        f"the {told} at column {end}; the cache stands for {column} columns of the conversation (those that were "
+        f"pruned included), and this call brings {queries}: give an attention_mask of {column + queries} columns, or "
+        "position_ids that go on behind them."
+    )
 
 
 def last_row(mask: Any, columns: int) -> torch.Tensor:

@@ -2,8 +2,14 @@
 
 Life of a pruned prefill: `BeforeModel` makes a `Prefill` frame and puts it into the keyword arguments; the host hands
 these to every decoder layer, where `BeforeLayer` takes it out, measures taps and cuts; `AfterLanguageModel` restores
-lengths, leaves the decode state on the cache and files the trace. `BeforeTower`, `BeforeTowerLayer` and `AfterTower`
-do the same inside the vision tower. Nothing is ambient: threads and interleaved generations cannot mix.
+lengths, leaves the decode state on the cache (a list of `Segment`s) and files the trace; `AfterModel` notices a frame
+that was lost. `BeforeHead`, on the model around the inner one, hands on what that would not get. `BeforeTower`,
+`BeforeTowerLayer` and `AfterTower` do the same inside the vision tower.
+
+Life of a later call without images on that cache: `BeforeModel` turns its arguments to what the segments say; where
+layers hold different lengths, a `Decode` frame rides along and `BeforeLayer` lets it do so for every layer. A later
+call with images is a prefill again, behind the segments. Nothing is ambient: threads and interleaved generations
+cannot mix.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.decode import catch_up, held, resume
+from vlmprune.decode import catch_up, held, length_of, resume, rolled_back
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
@@ -59,16 +65,23 @@ class BeforeModel:
 
     def arrive(self, module: nn.Module, kwargs: dict, guesses: int) -> dict | None:
         """The arguments to run with instead, or None to leave the call alone."""
-        if self.plan.enabled and (
+        pictured = self.plan.enabled and (
             brings_features(kwargs) or any(given_pixels(kwargs, modality) for modality in PIXELS)
-        ):
-            return self.prefill(module, kwargs, guesses)
-        segments = decode_state(kwargs)
+        )
+        cache = kwargs.get("past_key_values")
+        segments = getattr(cache, SEGMENTS, None) or []
+        if not pictured and not segments:
+            return None
+        length = length_of(kwargs, pictured)
+        segments = rolled_back(cache, segments, length)
+        if pictured:
+            return self.prefill(module, kwargs, guesses, segments, length)
         if not segments:
             return None
-        return resume(self.plan.family.language_model(module), catch_up(kwargs, segments), segments)
+        kwargs = catch_up(kwargs, segments, length)
+        return resume(self.plan.family.language_model(module), kwargs, segments, length)
 
-    def prefill(self, module: nn.Module, kwargs: dict, guesses: int) -> dict:
+    def prefill(self, module: nn.Module, kwargs: dict, guesses: int, segments: list[Segment], length: int) -> dict:
         check_fixed(self.plan.family, module.config, kwargs)
         if kwargs.get("input_ids") is None:
             raise UnsupportedError("a pruned call with images needs input_ids (inputs_embeds hide the placeholders).")
@@ -79,11 +92,10 @@ class BeforeModel:
                 "Use `with handle.disabled():` for the plain model's attentions."
             )
         check_mask(kwargs.get("attention_mask"), kwargs.get("past_key_values"))
-        segments = decode_state(kwargs)
-        kwargs = catch_up(kwargs, segments)
-        past, mask = held(kwargs, segments), kwargs.get("attention_mask")
+        kwargs = catch_up(kwargs, segments, length)
+        past, mask = held(kwargs, segments, length), kwargs.get("attention_mask")
         if segments:
-            kwargs = resume(language_model, kwargs, segments)
+            kwargs = resume(language_model, kwargs, segments, length)
         kwargs["mm_encoder_outputs"] = encoded = encode(module, kwargs, self.plan.family)
         positions = kwargs.get("position_ids") if mask is None else None
         frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions)
@@ -96,20 +108,11 @@ def brings_features(kwargs: dict) -> bool:
 
 
 @dataclass
-class KeepNotes:
-    """Pre-hook of the model with a head: accelerate copies what it hands on, and copies lose what we noted on outputs.
-
-    The originals ride in the keyword arguments as `Notes`, which accelerate leaves alone, to `BeforeModel`.
-    """
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        encoded = kwargs.get("mm_encoder_outputs")
-        return (args, kwargs | {NOTES: Notes(encoded)}) if encoded and hasattr(module, "_hf_hook") else None
-
-
-@dataclass
 class Notes:
-    """The encoders' own outputs, by modality."""
+    """The encoders' own outputs, by modality, on their way from `BeforeHead` to `BeforeModel`.
+
+    accelerate copies what it hands on, and copies lose what we noted on outputs; these it leaves alone.
+    """
 
     outputs: dict[str, Any]
 
@@ -212,7 +215,7 @@ class AfterModel:
 
 @dataclass
 class BeforeHead:
-    """Pre-hook of the model with a head: reads the arguments that the inner model does not get."""
+    """Pre-hook of the model with a head: reads the arguments that the inner model does not get, or gets copied."""
 
     plan: Plan
 
@@ -220,8 +223,12 @@ class BeforeHead:
         if not self.plan.enabled:
             return None
         self.check_labels(module, kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None))
-        guesses = guessed(kwargs)
-        return (args, kwargs | {GUESSES: guesses}) if guesses else None
+        extra: dict[str, Any] = {}
+        if guesses := guessed(kwargs):
+            extra[GUESSES] = guesses
+        if brings_features(kwargs) and hasattr(module, "_hf_hook"):
+            extra[NOTES] = Notes(kwargs["mm_encoder_outputs"])
+        return (args, kwargs | extra) if extra else None
 
     def check_labels(self, module: nn.Module, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> None:
         """A loss on a visual placeholder has no meaning once tokens are gone."""
@@ -244,18 +251,6 @@ def guessed(kwargs: dict) -> int:
     return max(wanted - 1, 0)
 
 
-def decode_state(kwargs: dict) -> list[Segment]:
-    """The decode state of the cache that a call brings; that of a cache which was reset is taken off it."""
-    cache, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
-    segments = getattr(cache, SEGMENTS, None) or []
-    # a static cache is asked before prompts alone, since asking it waits for the device
-    step = ids is not None and ids.shape[1] == 1 and getattr(cache, "is_compileable", False)
-    if segments and not step and cache.get_seq_length() == 0:
-        delattr(cache, SEGMENTS)
-        return []
-    return segments
-
-
 NOTES = "vlmprune_notes"  # the keyword argument that carries `Notes`
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
@@ -265,7 +260,6 @@ HOOKS = (
     BeforeTower,
     BeforeTowerLayer,
     AfterTower,
-    KeepNotes,
     BeforeModel,
     BeforeLayer,
     AfterLanguageModel,
@@ -311,7 +305,6 @@ def install(model: nn.Module, plan: Plan) -> None:
     inner.register_forward_hook(AfterModel(), with_kwargs=True)
     if model is not inner:
         before(model, BeforeHead(plan))
-        before(model, KeepNotes())
 
 
 def installed(model: nn.Module, plan: Plan) -> bool:

@@ -37,10 +37,14 @@ def check_device(layer: nn.Module, hidden: torch.Tensor) -> None:
     Raises:
         UnsupportedError: the layers of a tower or language model are spread over several devices.
     """
-    device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
-    if device is not None and torch.device(device) != hidden.device:
+    planned = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    if planned is None:
+        return
+    planned, found = torch.device(planned), hidden.device
+    known = planned.index is not None and found.index is not None  # "cuda" is the current one
+    if planned.type != found.type or (known and planned.index != found.index):
         raise UnsupportedError(
-            f"layers spread over several devices ({hidden.device}, then {torch.device(device)}) are not supported: put "
+            f"layers spread over several devices ({found}, then {planned}) are not supported: put "
             "the vision tower on one device and the language model on one, with what does not fit there on 'cpu' or "
             "'disk' (device_map), or unpatch the model."
         )

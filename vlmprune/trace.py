@@ -53,6 +53,9 @@ class CutTrace:
 class Trace:
     """What the last pruned prefill did; device tensors are read when asked for, never during the pass.
 
+    In a later turn of a conversation every figure is about what that turn's call brought, and none about what the cache
+    held before. Guesses that come with a prompt (of an assistant, of a prompt lookup) count as prompt.
+
     Attributes:
         grids: layout of every image, in prompt order (expanded beams included).
         sample: batch row of every image.

@@ -15,6 +15,8 @@ import torch
 from probes import far, same
 from scenes import FAMILIES, FORCED, Scene, Turn, replay_turns, start
 
+from vlmprune import UnsupportedError
+
 METHODS = ["fopru", "fastv", "todre", "tome"]  # cut before the language model, inside it, both, in the tower
 
 
@@ -75,6 +77,26 @@ def test_a_second_turn_with_a_new_image(scene, name, support):
         far(got, replay_turns(model, turns, positions=other(handle.trace)))
         if handle.trace.cuts[-1].merge is None:
             far(got, replay_turns(model, turns, wrong=True))
+
+
+@pytest.mark.parametrize("pictured", [False, True], ids=["text", "image"])
+@pytest.mark.parametrize("guesser", ["prompt lookup", "assisted decoding"])
+@pytest.mark.parametrize("name", METHODS)
+def test_guesses_in_a_second_turn_are_refused(name, guesser, pictured, support):
+    """The host sends the whole conversation again, where the cache holds a part of it: it would be there twice."""
+    scene, turns = Scene(*FAMILIES["llava"]), []
+    model = scene.model
+    support(f"{guesser}, second turn", scene, name, refused="the host sends the whole conversation again")
+    guess = {"prompt_lookup_num_tokens": 3} if guesser == "prompt lookup" else {"assistant_model": model}
+    with torch.no_grad(), start(scene, name) as handle:
+        cache = hear(model, handle, turns, scene.prompt(), None)
+        held = [cache.get_seq_length(layer) for layer in range(tiny.LAYERS)]
+        new = scene.questions()[1] if pictured else tiny.prompt(model, [7], [], seed=7)
+        ids = torch.cat([torch.tensor([turns[0].ids]), new["input_ids"]], 1)
+        asked = new | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with pytest.raises(UnsupportedError, match=r"whole conversation.*again.*Leave these out"):
+            model.generate(**asked, max_new_tokens=4, do_sample=False, past_key_values=cache, **guess)
+        assert held == [cache.get_seq_length(layer) for layer in range(tiny.LAYERS)]
 
 
 @pytest.mark.parametrize("plain", [(0,), (1,), (0, 1)], ids=["first plain", "second plain", "both plain"])

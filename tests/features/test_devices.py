@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import accelerate
 import probes
@@ -109,6 +110,26 @@ def test_a_model_loaded_with_a_device_map(name, support, tmp_path):
     with vlmprune.patch(model, name, keep=0.3), torch.no_grad():
         assert torch.equal(model(**prompt).logits, want)
         assert torch.equal(model.generate(**prompt, **asked), tokens)
+
+
+@pytest.mark.parametrize("name", ["fopru", "fastv"])
+@torch.no_grad()
+def test_layers_get_none_of_our_arguments(name):
+    """Disabled or not, on a dispatched model as on any: what our hooks hand on ends with them."""
+    model, seen = tiny.model(), []
+    prompt = tiny.prompt(model, [4, "image", 6], [(24, 24)])
+    accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    handle = vlmprune.patch(model, name, keep=0.3)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(list(kwargs)), with_kwargs=True
+        )
+    for options in ({}, {"prompt_lookup_num_tokens": 3}):
+        for disabled in (False, True):
+            with handle.disabled() if disabled else nullcontext():
+                model.generate(**prompt, max_new_tokens=3, do_sample=False, **options)
+    assert len(seen) >= 8 * tiny.LAYERS
+    assert not [key for keys in seen for key in keys if key.startswith("vlmprune")]
 
 
 @pytest.mark.parametrize("where", ["tower", "language model"])
