@@ -51,6 +51,7 @@ bench() {
 }
 
 step kernels 150 "$python" -P scripts/gpu_check.py kernels --device "$device" --json "$out/kernels.json"
+step check 60 "$python" -P -m vlmprune check --device "$device" --dtype float32
 if [ "$device" = cuda ]; then
   step tests 150 "$python" -P -m pytest -q -p no:cacheprovider tests/kernels tests/test_engine_syncs.py tests/test_engine.py
   next="--shape llava-next-7b --dtype bfloat16 --method fopru,todre --new-tokens 16"
