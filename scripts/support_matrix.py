@@ -123,7 +123,7 @@ def matrix(claims: list[dict]) -> str:
         f"Every method ({', '.join(EXACT)}; on towers without a [CLS] token by the fallback it names):",
         table("method", methods, exact, lambda claim: claim["method"], notes),
         "Every feature, with a method that cuts before the LLM, one inside it, one at both places and one in the tower "
-        f"({', '.join(KINDS)}), or with those that are named:",
+        f"({', '.join(KINDS)}), or with those that are named; what no test claims is left empty:",
         table("feature", features, others, lambda claim: claim["feature"], notes, never),
     ]
     parts.append("\n".join(f"{number}. {text}" for number, text in enumerate(notes.texts, 1)))
