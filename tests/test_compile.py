@@ -15,7 +15,7 @@ import vlmprune
 
 METHODS = {
     "random": {}, "pool": {}, "fopru": {}, "vtc_cls": {}, "todre": {"tau": None}, "fastv": {},
-    "transprune": {}, "tome": {}, "pitome": {}, "grid": {}, "downsample": {},
+    "transprune": {}, "tome": {}, "pitome": {},
 }  # fmt: skip
 
 
@@ -62,9 +62,7 @@ def test_a_pruned_prefill_is_one_graph(tiny_model, method):
     ("method", "options"),
     [
         ("fopru", {}),
-        ("fastv", {}),
         ("fastv", {"family": "llava_next"}),
-        ("fopru", {"family": "llava_next_video"}),
     ],
 )
 def test_no_more_graph_breaks_than_the_plain_model(tiny_model, method, options):
