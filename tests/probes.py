@@ -9,6 +9,7 @@ import torch
 from reference import Rule
 from torch import nn
 from transformers import DynamicCache
+from transformers.generation import BaseStreamer
 
 from vlmprune import Cut, Decoder, Layout, Merge, Method, Reduction
 from vlmprune.layout import trace_packing
@@ -158,3 +159,16 @@ def anyres(height: int, width: int) -> object:
 
 def kept(reduction: Reduction, image: int = 0) -> list[int]:
     return reduction.keep[image].nonzero().flatten().tolist()
+
+
+class Heard(BaseStreamer):
+    """Keeps the tokens that a stream brings."""
+
+    def __init__(self):
+        self.tokens, self.ended = [], False
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True

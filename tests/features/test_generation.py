@@ -12,10 +12,9 @@ import pytest
 import reference
 import tiny
 import torch
-from probes import far, same
+from probes import Heard, far, same
 from scenes import claim, replay, start
 from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
-from transformers.generation import BaseStreamer
 
 import vlmprune
 
@@ -188,17 +187,6 @@ def test_without_a_cache(scene, name, support):
     if name in ("fopru", "tome"):  # these look at pictures alone
         assert kept(handle.trace) == before
         assert torch.equal(out.sequences, with_one.sequences)
-
-
-class Heard(BaseStreamer):
-    def __init__(self):
-        self.tokens, self.ended = [], False
-
-    def put(self, value):
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.ended = True
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ import original
 import pytest
 import tiny
 import torch
-from probes import far, same
-from transformers.generation import BaseStreamer
+from probes import Heard, far, same
 
 import vlmprune
 from vlmprune import UnsupportedError
@@ -67,17 +66,6 @@ def test_it_generates_what_its_twin_does(pair, name, feature, support):
             mine, other = (torch.stack(x) if isinstance(x, tuple) else x for x in (mine, other))
             assert torch.equal(mine.isfinite(), other.isfinite())
             same(mine[mine.isfinite()], other[other.isfinite()], 1e-5)
-
-
-class Heard(BaseStreamer):
-    def __init__(self):
-        self.tokens, self.ended = [], False
-
-    def put(self, value):
-        self.tokens += value.flatten().tolist()
-
-    def end(self):
-        self.ended = True
 
 
 @torch.no_grad()

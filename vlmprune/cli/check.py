@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.cli.errors import CommandError, UserError, brief
-from vlmprune.cli.flags import add_device
+from vlmprune.cli.flags import add_budget, add_device
 from vlmprune.cli.run import parse_budget, parse_option, words_of
 
 if TYPE_CHECKING:
@@ -56,19 +56,11 @@ def add_to(verbs: Any) -> None:
         metavar="NAME[,NAME]",
         help=f"methods; a+b runs one after the other (default: those of {METHODS} that the model can run)",
     )
-    budget = made.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--keep",
+    add_budget(
+        made,
+        keep=f"patches per image (64), or a fraction (0.1 or 10%%); in a+b, a keeps twice that (default: {KEEP})",
+        option="an option of the methods that have it (`vlmprune ls methods NAME`); may be repeated",
         metavar="N",
-        help=f"patches per image (64), or a fraction (0.1 or 10%%); in a+b, a keeps twice that (default: {KEEP})",
-    )
-    budget.add_argument("--average", metavar="N", help="the same as a mean over all decoder layers")
-    add(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the methods that have it (`vlmprune ls methods NAME`); may be repeated",
     )
     add_device(made)
     add("--report", action="store_true", help="end with a block for a bug report though nothing failed")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.cli.errors import CommandError, UserError, brief, printable
-from vlmprune.cli.flags import add_device, add_model
+from vlmprune.cli.flags import add_budget, add_device, add_model
 from vlmprune.cli.prompts import Pair, read_pairs
 from vlmprune.cli.run import parse_budget, parse_option, words_of
 
@@ -61,17 +61,10 @@ def add_to(verbs: Any) -> None:
     add("--images", required=True, metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")
     add("--prompts", required=True, metavar="FILE", help="one prompt a line, or JSON lines (see below)")
     add_model(made)
-    budget = made.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--keep", metavar="N[,N]", help=f"patches per picture (64), or a fraction (0.1 or 10%%) (default: {KEEP})"
-    )
-    budget.add_argument("--average", metavar="N[,N]", help="the same as a mean over all decoder layers")
-    add(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the methods (`vlmprune ls methods NAME`), not of the controls; may be repeated",
+    add_budget(
+        made,
+        keep=f"patches per picture (64), or a fraction (0.1 or 10%%) (default: {KEEP})",
+        option="an option of the methods (`vlmprune ls methods NAME`), not of the controls; may be repeated",
     )
     add(
         "--controls",

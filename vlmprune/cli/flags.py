@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
-__all__ = ["add_device", "add_model"]
+__all__ = ["add_budget", "add_device", "add_model"]
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -15,6 +15,14 @@ def add_model(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--method", default="fopru", metavar="NAME[,NAME]", help="methods (`vlmprune ls methods`; default: %(default)s)"
     )
+
+
+def add_budget(parser: ArgumentParser, keep: str, option: str, metavar: str = "N[,N]") -> None:
+    """`--keep` or `--average`, and `--option`; `keep` and `option` are their help."""
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--keep", metavar=metavar, help=keep)
+    budget.add_argument("--average", metavar=metavar, help="the same as a mean over all decoder layers")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=option)
 
 
 def add_device(parser: ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from vlmprune.cli.errors import UserError
-from vlmprune.cli.flags import add_device, add_model
+from vlmprune.cli.flags import add_budget, add_device, add_model
 
 __all__ = ["add_to"]
 
@@ -42,19 +42,10 @@ def add_to(verbs: Any) -> None:
     add("--image", nargs="+", action="extend", required=True, metavar="FILE", help="picture, or several")
     add("--prompt", required=True, help="what to ask; the model's chat template is put around it")
     add_model(made)
-    budget = made.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--keep",
-        metavar="N[,N]",
-        help=f"patches per image (36), or a fraction of them (0.1 or 10%%), left in the end (default: {KEEP})",
-    )
-    budget.add_argument("--average", metavar="N[,N]", help="the same as a mean over all decoder layers")
-    add(
-        "--option",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of the method (`vlmprune ls methods NAME`); may be repeated",
+    add_budget(
+        made,
+        keep=f"patches per image (36), or a fraction of them (0.1 or 10%%), left in the end (default: {KEEP})",
+        option="an option of the method (`vlmprune ls methods NAME`); may be repeated",
     )
     add("--save", metavar="FILE", help="draw the kept tokens over the picture and save that")
     add("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: %(default)s)")
