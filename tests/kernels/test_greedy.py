@@ -111,11 +111,17 @@ def test_all_cosines_at_once_or_row_by_row(monkeypatch, objective):
 
     features, first = exact(2, 300, 64), torch.tensor([3, 299])
     args = (features, first, torch.tensor([40, 17]), torch.ones(2, 300) > 0, objective, 40)
-    orders = []
-    for limit in (0, 10**6):
-        monkeypatch.setattr(reference, "GRAM_LIMIT", limit)
-        orders.append(reference.greedy(*args)[1])
-    assert torch.equal(*orders)
+    grams, gram = [], reference.gram
+    monkeypatch.setattr(reference, "gram", lambda x: grams.append(x.shape) or gram(x))
+    orders = [reference.greedy(*args)[1]]  # few picks: a row for each
+    assert not grams
+    monkeypatch.setattr(reference, "CACHE", 0)  # features that do not stay in the cache: all at once pays sooner
+    orders.append(reference.greedy(*args)[1])
+    assert len(grams) == 1
+    monkeypatch.setattr(reference, "GRAM_LIMIT", 299)
+    orders.append(reference.greedy(*args)[1])
+    assert len(grams) == 1
+    assert torch.equal(orders[0], orders[1]) and torch.equal(orders[0], orders[2])
 
 
 def test_unknown_objective():

@@ -18,7 +18,10 @@ __all__ = [
 ]
 
 CHUNK = 128  # query rows whose scores exist at one time
-GRAM_SHARE = 16  # from one pick in so many tokens on, all cosines at once are cheaper than a row per pick
+# From one pick in so many tokens on, all cosines at once are cheaper than a row of them per pick; rows are cheap while
+# the features that each of them reads stay in a processor's last cache.
+GRAM_SHARE = {"cached": 5, "streamed": 16}
+CACHE = 16 << 20  # bytes
 GRAM_LIMIT = 8192  # tokens of which all cosines may exist at one time
 
 
@@ -99,7 +102,8 @@ def greedy(
     if steps == 0 or images == 0 or tokens == 0:
         return picked, order
     row = torch.arange(images, device=x.device)
-    cosines = gram(x) if steps * GRAM_SHARE >= tokens and tokens <= GRAM_LIMIT else None
+    share = GRAM_SHARE["cached" if x.nbytes <= CACHE else "streamed"]
+    cosines = gram(x) if steps * share >= tokens and tokens <= GRAM_LIMIT else None
     value = x.new_full((images, tokens), {"max_sum": 0.0, "max_min": torch.inf, "log_det": 1.0}[objective])
     value = value.masked_fill_(~candidates, -torch.inf)  # a token that may not be picked (any more)
     basis = x.new_zeros(images, steps if objective == "log_det" else 0, tokens)
