@@ -121,7 +121,8 @@ def test_all_cosines_at_once_or_row_by_row(monkeypatch, objective):
     monkeypatch.setattr(reference, "GRAM_LIMIT", 299)
     orders.append(reference.greedy(*args)[1])
     assert len(grams) == 1
-    assert torch.equal(orders[0], orders[1]) and torch.equal(orders[0], orders[2])
+    assert torch.equal(orders[0], orders[1])
+    assert torch.equal(orders[0], orders[2])
 
 
 def test_unknown_objective():
