@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmprune.census import check_mask
 from vlmprune.decode import catch_up, held, length_of, resume, rolled_back
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
@@ -29,7 +30,6 @@ from vlmprune.patches.base import Bound
 from vlmprune.placement import loaded
 from vlmprune.plan import FRAME, GUESSES, Plan
 from vlmprune.prefill import Prefill
-from vlmprune.prompt import check_mask
 from vlmprune.sequence import SEGMENTS, Segment
 from vlmprune.tower import (
     SEEN,

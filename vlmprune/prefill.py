@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmprune.census import count_prompts
 from vlmprune.cuts import Cut, Reduction
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.finite import WAY_OUT, cut_is_finite, demand
@@ -51,10 +52,9 @@ class Prefill:
         self.plan, self.guesses = plan, guesses
         self.past, self.cache = {segment.first: segment for segment in past}, None
         self.rotary_emb = plan.family.language_model(inner).rotary_emb
-        self.layout, self.real, self.lengths, self.text_after = prompt_layout(
-            plan, inner, input_ids, mask, features, guesses, positions
-        )
-        self.prompt_lengths = self.lengths
+        self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions)
+        self.text_after, self.prompt_lengths = self.census.text_after, self.census.lengths
+        self.layout = prompt_layout(plan, inner, self.census, features)
         seen = [getattr(output, SEEN, {}) for output in features.values()]
         if missing := [tap for tap in plan.tower_taps if any(tap not in s for s in seen)]:
             raise CutNotRunError(
@@ -83,8 +83,8 @@ class Prefill:
             self.sequence = Sequence(
                 prompt=length,
                 columns=torch.arange(length, device=hidden.device).expand(batch, -1),
-                mask=self.real,
-                lengths=self.lengths,
+                mask=self.census.real,
+                lengths=self.prompt_lengths,
                 positions=kwargs["position_ids"].expand(batch, -1),
                 guesses=self.guesses,
                 rotary=tuple(x.expand(batch, -1, -1) for x in kwargs["position_embeddings"]),

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from torch.nn.functional import pad
 
+from vlmprune.census import Census
 from vlmprune.errors import UnsupportedError
-from vlmprune.finite import WAY_OUT, each_finite
 from vlmprune.layout import ImageGrid, Layout, upload
 from vlmprune.plan import Plan
-from vlmprune.sequence import real_tokens
-from vlmprune.tower import SEEN, SIZES
+from vlmprune.tower import SIZES
 
 __all__ = ["prompt_layout"]
 
@@ -39,91 +38,21 @@ class Items:
     views: int
 
 
-def prompt_layout(
-    plan: Plan,
-    inner: nn.Module,
-    input_ids: torch.Tensor,
-    mask: Any,
-    encoded: dict[str, Any],
-    guesses: int = 0,
-    positions: torch.Tensor | None = None,
-) -> tuple[Layout, torch.Tensor | None, list[int], tuple[torch.Tensor, int]]:
-    """Find every visual token of a batch, with one host read (four or five counts per row, and what is sound).
+def prompt_layout(plan: Plan, inner: nn.Module, census: Census, encoded: dict[str, Any]) -> Layout:
+    """Find every visual token of a batch, images before videos.
 
     Args:
-        input_ids: `(batch, length)`.
-        mask: padding mask as the call brings it.
         encoded: for "image" and "video" the encoder's output, whose `pooler_output` lists `(tokens, dim)` per item.
-        guesses: columns at the end that are no prompt: they do not count as tokens after the last visual one.
-        positions: `(batch, length)` position ids of a call that brings no mask, or None.
-
-    Returns:
-        The layout, images before videos; the `(batch, length)` bool mask of real tokens (None if all are), per row the
-        number of real tokens, and `(batch,)` the number of those after the last visual token with the largest of them.
-        Inside a compiled graph the last two numbers of the host are upper bounds.
 
     Raises:
-        ValueError: placeholders and features do not match, or features or taps of the tower that are not finite.
-        UnsupportedError: features that this model's packing does not explain, several prompts packed into one row, or
-            a mask that hides visual tokens.
+        ValueError: placeholders and features do not match.
+        UnsupportedError: features that this model's packing does not explain.
     """
-    length, device = input_ids.shape[1], input_ids.device
-    holes = {modality: input_ids == plan.family.token(inner, modality) for modality in encoded}
-    placeholder = torch.stack(list(holes.values())).any(0)
-    real = real_tokens(mask, length)
-    everything = torch.ones_like(placeholder) if real is None else real
-    # real tokens behind the last placeholder: those that a sum from the right has not met a placeholder for
-    after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
-    text_after = after[:, : length - guesses].sum(1)
-    given = numbers(encoded)
-    sound = each_finite([values for _, _, values in given], device)
-    # without a mask the host takes a jump in the positions for the start of another prompt
-    one = torch.ones_like(sound[:0]) if positions is None else (positions.diff(dim=-1) == 1).all()[None]
-    sound = torch.cat((sound, one))
-    images = [len(image) for image in encoded["image"].pooler_output] if list(encoded) == ["image"] else []
-    if torch.compiler.is_compiling() and images and len(input_ids) in (1, len(images)):
-        # reading would break the graph: one prompt has all images and several have one each, or an error on the device;
-        # padding is not counted, so it stays where it is, masked
-        placeholders = images if len(input_ids) > 1 else [sum(images)]
-        wanted, lengths, most_after = [placeholders], [length] * len(input_ids), length - min(placeholders)
-        told = "compiled prompts with images need one image each, and as many placeholders as it has tokens."
-        torch._assert_async((placeholder.sum(1) == upload(placeholders, device)).all(), told)
-        told = f"image features or taps of the tower are not finite ({WAY_OUT}), or prompts are packed into one row."
-        torch._assert_async(sound.all(), told)
-        told = "the attention mask hides visual tokens: leave them out of the prompt instead."
-        torch._assert_async((everything | ~placeholder).all(), told)
-    else:
-        unseen = placeholder & ~everything
-        counts = torch.stack([x.sum(1) for x in (everything, *holes.values(), unseen)] + [text_after])
-        read = torch.cat((counts.flatten(), sound.long())).tolist()
-        rows, end = len(input_ids), counts.numel()
-        if positions is not None and not read.pop():
-            raise UnsupportedError(
-                "position_ids that do not count up by one mean several prompts packed into one row, and a pruned call "
-                "takes one prompt per row: give a padded batch with its attention_mask."
-            )
-        if strange := [part[:2] for part, good in zip(given, read[end:], strict=True) if not good]:
-            what, which = strange[0]
-            names = " and ".join(dict.fromkeys(repr(name) for name, _ in plan.cuts))
-            raise ValueError(
-                f"there are NaN or infinite numbers in {what} {which}: {names} cannot tell tokens apart. {WAY_OUT}."
-            )
-        lengths, *wanted, hidden, counts_after = [read[at : at + rows] for at in range(0, end, rows)]
-        if any(hidden):
-            row = next(row for row, count in enumerate(hidden) if count)
-            raise UnsupportedError(
-                f"attention_mask hides {hidden[row]} visual tokens of prompt {row}, which a cut would count as there: "
-                "mask padding only, and leave pictures that are not to be seen out of the prompt."
-            )
-        most_after = max(counts_after)
-        if all(n == length for n in lengths):
-            real = None
-
     found = [
-        find_items(plan, inner, modality, holes[modality], placeholders, encoded[modality])
-        for modality, placeholders in zip(encoded, wanted, strict=True)
+        find_items(plan, inner, modality, holes, census.placeholders[modality], encoded[modality])
+        for modality, holes in census.holes.items()
     ]
-    sample, ordinal, first_view, seen, views = [], [], [], [0] * len(lengths), 0
+    sample, ordinal, first_view, seen, views = [], [], [], [0] * len(census.lengths), 0
     for items in found:
         sample += items.sample
         ordinal += [seen[row] + number for row, number in zip(items.sample, items.ordinal, strict=True)]
@@ -131,8 +60,8 @@ def prompt_layout(
         seen = [n + items.sample.count(row) for row, n in enumerate(seen)]
         views += items.views
     grids, sizes = [g for items in found for g in items.grids], [n for items in found for n in items.sizes]
-    width, side = max(sizes), plan.family.side(inner)
-    layout = Layout(
+    width, side, device = max(sizes), plan.family.side(inner), found[0].position.device
+    return Layout(
         grids=grids,
         sample=sample,
         ordinal=ordinal,
@@ -145,38 +74,6 @@ def prompt_layout(
         entered_patches=[grid.patches for grid in grids],
         view_size=side * side,
     )
-    return layout, real, lengths, (text_after, most_after)
-
-
-def check_mask(mask: Any, cache: Any) -> None:
-    """Refuse a mask of the caller's own making: from the first cut on, layers get a causal one over what is left.
-
-    Ready 4-D masks are made by `generate` for static caches.
-
-    Raises:
-        UnsupportedError: any other mask than a 2-D one.
-    """
-    if mask is None or getattr(mask, "ndim", 4) == 2 or getattr(cache, "is_compileable", False):
-        return
-    raise UnsupportedError(
-        "a pruned call with images takes a 2-D attention_mask of padding, (batch, length): another one (prefixes, "
-        "packed prompts) does not fit the layers behind a cut. Use `with handle.disabled():` for the plain model."
-    )
-
-
-def numbers(encoded: dict[str, Any]) -> list[tuple[str, Any, torch.Tensor]]:
-    """All that must be finite before a token is chosen: (what, which, values)."""
-    found = []
-    for modality, output in encoded.items():
-        for i, features in enumerate(output.pooler_output):
-            if isinstance(features, torch.Tensor) and features.numel():
-                found.append((f"the features of {modality}", i, features))
-        if (embeds := getattr(output, "embeds", None)) is not None:
-            found.append(("the prompt's embeddings, which hold features of its", f"{modality}s", embeds))
-        for tap, values in getattr(output, SEEN, {}).items():
-            if values.is_floating_point():
-                found.append((f"what is seen of the vision tower's {modality}s,", tap, values))
-    return found
 
 
 def find_items(
