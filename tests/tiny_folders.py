@@ -26,6 +26,7 @@ TEMPLATE = (
 )
 SIZE = {"shortest_edge": tiny.TILE}
 CROP = {"height": tiny.TILE, "width": tiny.TILE}
+PICTURES = {"a.png": (24, 24), "b.jpg": (48, 24), "c.WEBP": (30, 50), "d.png": (24, 48)}  # a folder of them, by name
 
 
 class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
