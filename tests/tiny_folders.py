@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import tiny
+import torch
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPImageProcessorPil,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
@@ -18,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
 )
+
+import vlmprune
 
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "user:", "<image>", "assistant:", "what", "colour", "is", "it", "?"]
 TEMPLATE = (
@@ -79,3 +84,16 @@ def save(folder: Path, family="llava", tower="clip"):
 def noise_picture(width, height, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+@torch.no_grad()
+def answer(folder, picture, prompt, longest, method=None, **options):
+    """What a model says to a prompt about a picture file, without any of the command's code."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    reads = AutoProcessor.from_pretrained(folder)
+    text, image = f"<s>user: <image> {prompt} assistant:", Image.open(picture).convert("RGB")
+    inputs = reads(text=text, images=[image], return_tensors="pt", add_special_tokens=False)
+    if method:
+        vlmprune.patch(model, method, **options)
+    made = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
+    return reads.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()

@@ -13,8 +13,7 @@ import pytest
 import torch
 from leftovers import ours
 from PIL import Image
-from tiny_folders import PICTURES
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tiny_folders import PICTURES, answer
 
 import vlmprune
 from vlmprune.cli import fidelity as command
@@ -63,19 +62,6 @@ def refused(run):
     return call
 
 
-def by_hand(folder, picture, prompt, method=None, **options):
-    """The answer without any of the command's code."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    text = f"<s>user: <image> {prompt} assistant:"
-    image = Image.open(picture).convert("RGB")
-    inputs = processor(text=text, images=[image], return_tensors="pt", add_special_tokens=False)
-    if method:
-        vlmprune.patch(model, method, **options)
-    made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    return processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
-
-
 def test_end_to_end(run, folders, pictures, tmp_path):
     code, out, err, results = run(method="fopru,fastv", keep="4,25%", worst=2)
     assert code == 0
@@ -90,9 +76,9 @@ def test_end_to_end(run, folders, pictures, tmp_path):
     for row in results["rows"]:
         if row["picture"] == "b.jpg" and row["label"] in ("fopru, keep 4", "random, keep 4"):
             seed = {} if row["seed"] is None else {"seed": row["seed"]}
-            where = folders["next"], pictures / row["picture"], row["prompt"]
-            assert row["unpruned"] == by_hand(*where)
-            assert row["pruned"] == by_hand(*where, row["label"].split(",")[0], keep=4, **seed)
+            asked = folders["next"], pictures / row["picture"], row["prompt"], 4
+            assert row["unpruned"] == answer(*asked)
+            assert row["pruned"] == answer(*asked, row["label"].split(",")[0], keep=4, **seed)
             assert row["tokens_before"] == 48 + 4
             assert row["tokens_after"] == 4 + 4
     # the table says what the file says
