@@ -70,7 +70,7 @@ test: $(VENV)/.installed ## run the tests
 
 # What does not depend on transformers, or only through what is tested here too, is tested once.
 OLDEST_LEFT_OUT := test_packaging.py test_compile.py test_atp_training.py test_check_broken.py kernels hostile cli/test_demo.py \
-  cli/test_eval.py cli/test_fidelity.py $(addprefix eval/,bench report test_accelerate.py test_builtin_tasks.py test_fidelity.py test_run.py)
+  cli/test_eval.py cli/test_fidelity.py cli/test_prompts.py $(addprefix eval/,bench report test_accelerate.py test_builtin_tasks.py test_fidelity.py test_run.py)
 test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported transformers
 	$(OLDEST_VENV)/bin/python -P -m pytest -n $(WORKERS) $(addprefix --ignore tests/,$(OLDEST_LEFT_OUT)) $(PYTEST_ARGS) $(OLDEST_TESTS)
 

@@ -92,6 +92,18 @@ def answers(result: dict, name: str = "local") -> list[str]:
     return [s["filtered_resps"][0] for s in sorted(result["samples"][name], key=lambda s: s["doc_id"])]
 
 
+def instances(lm, task: ConfigurableMessagesTask) -> list:
+    """The requests that lmms-eval would make."""
+    lm.task_dict[task.config.task] = task.dataset
+    task.build_all_requests(rank=0, world_size=1)
+    return task.instances
+
+
+def texts(results: list) -> list[str]:
+    """The answers in what `generate_until` returns."""
+    return [result.text for result in results]
+
+
 def process(*command: str | Path, cwd: Path, **env: str) -> str:
     """Run a process; returns what it printed, with errors."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from functools import lru_cache
 
@@ -18,6 +19,8 @@ from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMi
 from transformers import CLIPImageProcessorPil, CLIPVisionModel
 
 IMAGE = -200
+PARTS, SIZES = [4, "image", 3, "image", 5], [(40, 24), (20, 70)]  # a prompt
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
 CLASSES = {
     "llama": (LlavaLlamaForCausalLM, LlavaConfig),
     "mistral": (LlavaMistralForCausalLM, LlavaMistralConfig),
@@ -76,6 +79,14 @@ def pair(family="llava", dtype=torch.float64, side="left", **text):
     return model(twin, tokenizer_padding_side=side), twin
 
 
+def variant(family="llava_next", side="left", **config):
+    """A copy of the original with another config."""
+    made = copy.deepcopy(pair(family, side=side)[0])
+    for name, value in config.items():
+        setattr(made.config, name, value)
+    return made
+
+
 def pictures(twin, sizes, seed=0):
     """A twin's pictures as the original wants them: one tensor, or views per image and (width, height)."""
     given = tiny.pixels(twin, sizes, seed)
@@ -111,6 +122,12 @@ def batch(prompts, side="left"):
     if all(image.ndim == 3 and "image_sizes" not in p for p in prompts for image in p["images"]):
         return out | {"images": torch.stack(images)}
     return out | {"images": images, "image_sizes": [s for p in prompts for s in p.get("image_sizes", [(9, 9)])]}
+
+
+def generate(model, inputs, **options):
+    """The new tokens alone, as the host returns them; greedily unless `options` say otherwise."""
+    given = GREEDY | inputs | options
+    return model.generate(given.pop("input_ids"), **given)
 
 
 def forced_logits(model, inputs, lengths, forced):

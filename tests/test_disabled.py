@@ -5,13 +5,21 @@ from __future__ import annotations
 import copy
 from threading import Barrier, Thread
 
+import probes
 import pytest
+import reference
 import tiny
 import torch
+from probes import far, same
+from reference import Rule
 from transformers import StaticCache
 
 import vlmprune
 import vlmprune.registry
+
+
+def prompt_of(model):
+    return tiny.prompt(model, [4, "image", 6], [(40, 24)])
 
 
 def logits(model, inputs, **options):
@@ -19,12 +27,48 @@ def logits(model, inputs, **options):
     return torch.stack(model.generate(**inputs, **given, **options).logits)
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_disabled_is_the_plain_model(tiny_model, family):
+    model = tiny_model(family=family)
+    prompt, forced = prompt_of(model), probes.random_tokens(1, 3)
+    plain = probes.forced_logits(model, prompt, forced)
+    with vlmprune.patch(model, "vtc_cls", keep=0.3) as handle:
+        pruned = probes.forced_logits(model, prompt, forced)
+        trace = handle.trace
+        with handle.disabled() as same_model:
+            assert same_model is model
+            assert torch.equal(probes.forced_logits(model, prompt, forced), plain)
+            with pytest.raises(KeyError), handle.disabled():
+                raise KeyError
+            assert torch.equal(probes.forced_logits(model, prompt, forced), plain)
+        assert handle.trace is trace
+        assert torch.equal(probes.forced_logits(model, prompt, forced), pruned)
+        with pytest.raises(KeyError), handle.disabled():
+            raise KeyError
+        assert torch.equal(probes.forced_logits(model, prompt, forced), pruned)
+    far(pruned, plain)
+
+
+def test_a_generation_under_way_stays_pruned_while_disabled(tiny_model):
+    model, rules, forced = tiny_model(dtype=torch.float64), [Rule(0), Rule(2, 2)], probes.random_tokens(1, 3)
+    prompt = prompt_of(model)
+    length = prompt["input_ids"].shape[1]
+    with torch.no_grad():
+        want = reference.run(model, prompt, rules, forced[0].tolist()).logits
+        with vlmprune.patch(model, probes.rules(*rules)) as handle:
+            out = model(**prompt)
+            with handle.disabled():
+                got = model(input_ids=forced, past_key_values=out.past_key_values,
+                            attention_mask=torch.ones(1, length + 3)).logits[0]  # fmt: skip
+    same(got, want[1:])
+
+
 @pytest.mark.parametrize(
     ("method", "options"), [("fopru", {"keep": 4}), ("fastv", {"keep": 4, "positions": "contiguous"})]
 )
 def test_a_reused_static_cache_forgets_the_pruned_prompt(tiny_model, method, options):
     model = tiny_model(dtype=torch.float64)
-    prompt = tiny.prompt(model, [4, "image", 5], [(24, 24)])
+    prompt = prompt_of(model)
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)
     with torch.no_grad():
         plain = logits(model, prompt, past_key_values=cache)
@@ -41,7 +85,7 @@ def test_a_reused_static_cache_forgets_the_pruned_prompt(tiny_model, method, opt
 def test_it_holds_for_its_own_thread(tiny_model):
     """Blocks of two threads overlap; afterwards the model prunes as before."""
     model = tiny_model()
-    prompt = tiny.prompt(model, [4, "image", 5], [(24, 24)])
+    prompt = prompt_of(model)
     first, second, seen = Barrier(2), Barrier(2), {}
     with torch.no_grad():
         plain = model(**prompt).logits
@@ -74,7 +118,7 @@ def test_it_holds_for_its_own_thread(tiny_model):
 
 def test_blocks_nest_and_copies_prune(tiny_model):
     model = tiny_model()
-    prompt = tiny.prompt(model, [4, "image", 5], [(24, 24)])
+    prompt = prompt_of(model)
     with torch.no_grad(), vlmprune.patch(model, "fopru", keep=4) as handle:
         pruned = model(**prompt).logits
         with handle.disabled():
@@ -106,6 +150,6 @@ def test_other_mistakes():
         vlmprune.patch(model, vlmprune.registry.find("fopru"), keep=3)
     with pytest.raises(TypeError, match="unpatch needs a model"):
         vlmprune.unpatch(None)
-    prompt = tiny.prompt(model, [4, "image", 5], [(24, 24)])
+    prompt = prompt_of(model)
     with vlmprune.patch(model, "fopru", keep=3), pytest.raises(vlmprune.UnsupportedError, match="vision_feature_layer"):
         model(**prompt, vision_feature_layer=-1)

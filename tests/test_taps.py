@@ -11,6 +11,7 @@ import tiny
 import torch
 from probes import far, same
 from reference import Rule
+from torch import nn
 from transformers import DynamicCache, StaticCache
 
 import vlmprune
@@ -255,3 +256,44 @@ def test_a_tap_nobody_measures_raises(tiny_model):
         pytest.raises(vlmprune.CutNotRunError, match="TextAttention"),
     ):
         model(**prompt_of(model))
+
+
+class LowRank(nn.Module):
+    """Stands for a LoRA layer: its output is not its base weight times the input, and `weight` lies."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.down = nn.Parameter(torch.randn(2, base.in_features, generator=torch.Generator().manual_seed(0)) / 2)
+        self.up = nn.Parameter(torch.randn(base.out_features, 2, generator=torch.Generator().manual_seed(1)) / 2)
+
+    @property
+    def weight(self):
+        raise AssertionError("taps must call the projection, not read its weight")
+
+    def forward(self, x):
+        return self.base(x) + (x @ self.down.to(x).T) @ self.up.to(x).T
+
+
+@pytest.mark.parametrize("method", ["vtc_cls", "fopru", "fastv"])
+@torch.no_grad()
+def test_taps_call_projections_that_an_adapter_replaced(method):
+    model = tiny.model(dtype=F64)
+    prompt = prompt_of(model)
+    with vlmprune.patch(model, method, keep=5) as handle:
+        model(**prompt)
+        before = handle.trace.cuts[0].scores
+    merged = copy.deepcopy(model)
+    layers = [(*m.model.vision_tower.encoder.layers, *m.model.language_model.layers) for m in (model, merged)]
+    for mine, its in zip(*layers, strict=True):
+        for name in ("q_proj", "k_proj"):
+            low = LowRank(getattr(mine.self_attn, name)).double()
+            setattr(mine.self_attn, name, low)
+            getattr(its.self_attn, name).weight += low.up @ low.down
+    scores = []
+    for made in (model, merged):
+        with vlmprune.patch(made, method, keep=5) as handle:
+            made(**prompt)
+            scores.append(handle.trace.cuts[0].scores)
+    same(*scores)
+    far(scores[0], before)

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import tiny
+import torch
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPImageProcessorPil,
     LlavaNextImageProcessorPil,
     LlavaNextProcessor,
@@ -19,6 +22,8 @@ from transformers import (
     SiglipImageProcessorPil,
 )
 
+import vlmprune
+
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "user:", "<image>", "assistant:", "what", "colour", "is", "it", "?"]
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}user: {% for part in message['content'] %}"
@@ -26,6 +31,7 @@ TEMPLATE = (
 )
 SIZE = {"shortest_edge": tiny.TILE}
 CROP = {"height": tiny.TILE, "width": tiny.TILE}
+PICTURES = {"a.png": (24, 24), "b.jpg": (48, 24), "c.WEBP": (30, 50), "d.png": (24, 48)}  # a folder of them, by name
 
 
 class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
@@ -78,3 +84,16 @@ def save(folder: Path, family="llava", tower="clip"):
 def noise_picture(width, height, seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+@torch.no_grad()
+def answer(folder, picture, prompt, longest, method=None, **options):
+    """What a model says to a prompt about a picture file, without any of the command's code."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    reads = AutoProcessor.from_pretrained(folder)
+    text, image = f"<s>user: <image> {prompt} assistant:", Image.open(picture).convert("RGB")
+    inputs = reads(text=text, images=[image], return_tensors="pt", add_special_tokens=False)
+    if method:
+        vlmprune.patch(model, method, **options)
+    made = model.generate(**inputs, max_new_tokens=longest, do_sample=False)
+    return reads.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()

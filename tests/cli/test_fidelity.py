@@ -11,30 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from leftovers import ours
 from PIL import Image
-from tiny_folders import noise_picture
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tiny_folders import PICTURES, answer
 
 import vlmprune
 from vlmprune.cli import fidelity as command
 from vlmprune.cli import loading
-from vlmprune.cli.errors import UserError
-from vlmprune.cli.prompts import find_pictures, read_pairs
 from vlmprune.eval import fidelity, testbed
 
-SIZES = {"a.png": (24, 24), "b.jpg": (48, 24), "c.WEBP": (30, 50), "d.png": (24, 48)}
 PROMPTS = ["what colour is it ?", "is word20 word21 word22 ?"]
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """A folder of four pictures in three formats, and a file that is none."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for seed, (name, size) in enumerate(SIZES.items()):
-        noise_picture(*size, seed).save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
-    return folder
 
 
 @pytest.fixture
@@ -76,19 +62,6 @@ def refused(run):
     return call
 
 
-def by_hand(folder, picture, prompt, method=None, **options):
-    """The answer without any of the command's code."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    text = f"<s>user: <image> {prompt} assistant:"
-    image = Image.open(picture).convert("RGB")
-    inputs = processor(text=text, images=[image], return_tensors="pt", add_special_tokens=False)
-    if method:
-        vlmprune.patch(model, method, **options)
-    made = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    return processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
-
-
 def test_end_to_end(run, folders, pictures, tmp_path):
     code, out, err, results = run(method="fopru,fastv", keep="4,25%", worst=2)
     assert code == 0
@@ -103,9 +76,9 @@ def test_end_to_end(run, folders, pictures, tmp_path):
     for row in results["rows"]:
         if row["picture"] == "b.jpg" and row["label"] in ("fopru, keep 4", "random, keep 4"):
             seed = {} if row["seed"] is None else {"seed": row["seed"]}
-            where = folders["next"], pictures / row["picture"], row["prompt"]
-            assert row["unpruned"] == by_hand(*where)
-            assert row["pruned"] == by_hand(*where, row["label"].split(",")[0], keep=4, **seed)
+            asked = folders["next"], pictures / row["picture"], row["prompt"], 4
+            assert row["unpruned"] == answer(*asked)
+            assert row["pruned"] == answer(*asked, row["label"].split(",")[0], keep=4, **seed)
             assert row["tokens_before"] == 48 + 4
             assert row["tokens_after"] == 4 + 4
     # the table says what the file says
@@ -186,7 +159,7 @@ def test_order_and_batches_mean_nothing(run, pictures, prompts, tmp_path):
         return results
 
     first = rows(batch=1)
-    pairs = [{"image": name, "prompt": prompt} for prompt in PROMPTS[::-1] for name in sorted(SIZES, reverse=True)]
+    pairs = [{"image": name, "prompt": prompt} for prompt in PROMPTS[::-1] for name in sorted(PICTURES, reverse=True)]
     other = tmp_path / "pairs.jsonl"
     other.write_text("\n".join(json.dumps(pair) for pair in pairs))
     second = rows(batch=3, prompts=other)
@@ -220,7 +193,7 @@ def test_pictures_that_cannot_be_read(run, pictures, tmp_path):
 
 
 def test_no_picture_can_be_read(refused, pictures):
-    for name in SIZES:
+    for name in PICTURES:
         (pictures / name).write_bytes(b"no picture")
     assert "none of the 4 pictures could be read, the first of them a.png: " in refused()
 
@@ -292,12 +265,9 @@ def test_no_hook_is_left(run, monkeypatch, folders):
     loaded = loading.load(loading.find_model(folders["next"]))
     monkeypatch.setattr(loading, "load", lambda *_: loaded)
     assert run(controls="none", worst=1)[0] == 0
-    modules = list(loaded.model.modules())
-    hooks = [hook for m in modules for some in (m._forward_hooks, m._forward_pre_hooks) for hook in some.values()]
-    assert not [hook for hook in hooks if type(hook).__module__.startswith("vlmprune")]
+    assert not ours(loaded.model)
     with vlmprune.patch(loaded.model, "fopru", keep=4):  # the same look finds them where they are
-        hooks = [hook for m in modules for hook in m._forward_pre_hooks.values()]
-        assert [hook for hook in hooks if type(hook).__module__.startswith("vlmprune")]
+        assert ours(loaded.model)
 
 
 @pytest.mark.parametrize(
@@ -352,87 +322,3 @@ def test_embedded_model_and_pictures(cli, tmp_path):
     assert "does not know these words: zebra" in err
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert all(row["unpruned"] == row["pruned"] != "" for row in rows)
-
-
-# Pairs of pictures and prompts
-
-
-def write(path, *lines):
-    path.write_bytes("\n".join(lines).encode())
-    return str(path)
-
-
-def test_pictures_are_found(pictures):
-    names = sorted(SIZES)
-    assert list(find_pictures(str(pictures))[1]) == names
-    assert list(find_pictures(str(pictures / "*"))[1]) == names
-    assert list(find_pictures(str(pictures / "*.png"))[1]) == ["a.png", "d.png"]
-    assert list(find_pictures(str(pictures / "a.png"))[1]) == ["a.png"]
-    assert list(find_pictures(str(pictures.parent / "**" / "*.png"))[1]) == ["pictures/a.png", "pictures/d.png"]
-    with pytest.raises(UserError, match=r"no pictures there .*'.*/\*\*/\*\.jpg'"):
-        find_pictures(str(pictures.parent))
-    with pytest.raises(UserError, match="no pictures there"):
-        find_pictures(str(pictures / "*.tiff"))
-    with pytest.raises(UserError, match="there is no folder"):
-        find_pictures(str(pictures / "none" / "*.png"))
-
-
-def test_prompts_of_text(pictures, tmp_path):
-    file = tmp_path / "p.txt"
-    file.write_bytes("\ufeffwhat is it ?\r\n\r\n  # how many ?  \r\nwhat is it ?\r\n".encode())
-    found = read_pairs(str(pictures), str(file))
-    assert [(p.picture, p.prompt, p.line) for p in found[:3]] == [
-        ("a.png", "what is it ?", 1), ("a.png", "# how many ?", 3), ("b.jpg", "what is it ?", 1),
-    ]  # fmt: skip
-    assert len(found) == 8
-    assert [p.picture for p in read_pairs(str(pictures), str(file), 1)] == ["a.png"] * 2
-
-
-def test_prompts_of_json_lines(pictures, tmp_path):
-    (pictures / "x[1].png").write_bytes((pictures / "a.png").read_bytes())
-    file = write(
-        tmp_path / "p.jsonl", '{"image": "b.jpg", "prompt": "one", "id": 3}', "", '{"image": "*.png", "prompt": "two"}',
-        '{"prompt": "three"}', '{"image": "x[1].png", "prompt": "four"}',
-    )  # fmt: skip
-    found = {(p.picture, p.prompt, p.line) for p in read_pairs(str(pictures), file)}
-    assert found == (
-        {("b.jpg", "one", 1), ("x[1].png", "four", 5)}
-        | {(name, "two", 3) for name in ("a.png", "d.png", "x[1].png")}
-        | {(name, "three", 4) for name in (*SIZES, "x[1].png")}
-    )
-    assert read_pairs(str(pictures), write(tmp_path / "bare", '{"prompt": "it"}'))[0].prompt == "it"
-    assert read_pairs(str(pictures), write(tmp_path / "p.txt", "{not JSON}"))[0].prompt == "{not JSON}"
-    outside = read_pairs(str(pictures / "*.png"), write(tmp_path / "q.jsonl", '{"image": "b.jpg", "prompt": "one"}'))
-    assert [pair.picture for pair in outside] == ["b.jpg"]
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ('{"image": "a.pgn", "prompt": "x"}', ["line 2", "no picture 'a.pgn'", "Did you mean 'a.png'?"]),
-        ('{"image": "*.pdf", "prompt": "x"}', ["line 2", "no picture '*.pdf'"]),
-        ('{"image": "a.png", "promt": "x"}', ["line 2", "no 'prompt', only 'image', 'promt'"]),
-        ('{"image": 3, "prompt": "x"}', ["line 2", "the image must be", "3"]),
-        ('{"prompt": " "}', ["line 2", "not empty"]),
-        ('{"prompt": 5}', ["line 2", "must be a text"]),
-        ('["x"]', ["line 2", "not a JSON object"]),
-        ('{"prompt": "x"', ["line 2", "not JSON", '"image"']),
-    ],
-)
-def test_bad_lines(pictures, tmp_path, line, words):
-    file = write(tmp_path / "p.jsonl", '{"prompt": "fine"}', line)
-    with pytest.raises(UserError) as caught:
-        read_pairs(str(pictures), file)
-    assert caught.value.code == 2
-    for word in words:
-        assert word in str(caught.value)
-
-
-def test_bad_files(pictures, tmp_path):
-    with pytest.raises(UserError, match="has no prompt in it"):
-        read_pairs(str(pictures), write(tmp_path / "empty.txt", "", "  "))
-    (tmp_path / "latin.txt").write_bytes("fine\nné".encode("latin-1"))
-    with pytest.raises(UserError, match="line 2: this is not UTF-8"):
-        read_pairs(str(pictures), str(tmp_path / "latin.txt"))
-    with pytest.raises(UserError, match="cannot read the prompts file"):
-        read_pairs(str(pictures), str(tmp_path))

@@ -3,30 +3,15 @@
 import json
 
 import pytest
-import torch
 from PIL import Image
-from tiny_folders import noise_picture
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from tiny_folders import answer, noise_picture
 
-import vlmprune
 from vlmprune.cli import loading
 from vlmprune.cli.errors import UserError
 from vlmprune.cli.run import parse_budget, parse_option
 from vlmprune.eval import testbed
 
 PROMPT = "what colour is it ?"
-TEXT = "<s>user: <image> what colour is it ? assistant:"
-
-
-def by_hand(folder, picture, method=None, **options):
-    """The answer without any of the command's code."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    inputs = processor(text=TEXT, images=[Image.open(picture)], return_tensors="pt", add_special_tokens=False)
-    if method:
-        vlmprune.patch(model, method, **options)
-    made = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    return processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
 
 
 def test_answers_are_those_of_the_library(cli, folders, picture):
@@ -36,10 +21,11 @@ def test_answers_are_those_of_the_library(cli, folders, picture):
     )  # fmt: skip
     assert code == 0
     said = json.loads(out)
+    asked = folders["llava"], picture, PROMPT, 6
     full, (fopru, control) = said["full"]["answer"], said["pruned"]
-    assert full == by_hand(folders["llava"], picture)
-    assert fopru["answer"] == by_hand(folders["llava"], picture, "fopru", keep=2)
-    assert control["answer"] == by_hand(folders["llava"], picture, "random", keep=2, seed=3)
+    assert full == answer(*asked)
+    assert fopru["answer"] == answer(*asked, "fopru", keep=2)
+    assert control["answer"] == answer(*asked, "random", keep=2, seed=3)
     assert len({full, fopru["answer"], control["answer"]}) > 1  # otherwise nothing was shown
     assert (fopru["options"], control["options"]) == ({"keep": 2}, {"keep": 2, "seed": 3})
     assert fopru["images"] == [{"patches_before": 16, "patches_after": 2, "newlines_before": 0, "newlines_after": 0}]
@@ -164,7 +150,7 @@ def ids(loaded, text):
 
 def test_chat_template_is_applied(loaded):
     inputs = loading.model_inputs(loaded, [noise_picture(24, 24)], PROMPT)
-    assert inputs["input_ids"][0].tolist() == ids(loaded, TEXT.replace("<s>", "<s> "))
+    assert inputs["input_ids"][0].tolist() == ids(loaded, f"<s> user: <image> {PROMPT} assistant:")
 
 
 def test_prompt_with_placeholder_is_taken_as_it_is(loaded):

@@ -7,6 +7,7 @@ import original
 import pytest
 import tiny
 import torch
+from original import PARTS, SIZES, generate
 from probes import Heard, far, same
 
 import vlmprune
@@ -15,7 +16,6 @@ from vlmprune import UnsupportedError
 METHODS = ["fopru", "fastv", "todre", "tome"]
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 DICT = {"return_dict_in_generate": True}
-PARTS, SIZES = [4, "image", 3, "image", 5], [(40, 24), (20, 70)]
 
 pytestmark = pytest.mark.parametrize("name", METHODS)
 
@@ -29,11 +29,6 @@ def pair(request, name):
     yield models
     for model in models:
         vlmprune.unpatch(model)
-
-
-def generate(model, inputs, **options):
-    given = dict(inputs)
-    return model.generate(given.pop("input_ids"), **given, **options)
 
 
 def both(pair, parts=PARTS, sizes=SIZES):

@@ -12,23 +12,12 @@ import pytest
 import scenes
 import tiny
 import torch
+from leftovers import ours
 from safetensors.torch import load_file
 
 import vlmprune
-from vlmprune.engine import is_hook
-from vlmprune.patches.base import Bound
 
 F64 = torch.float64
-
-
-def ours(model):
-    """What a patch has put on a model."""
-    return [
-        thing
-        for module in model.modules()
-        for thing in (*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *vars(module).values())
-        if is_hook(thing) or isinstance(thing, Bound)
-    ]
 
 
 @pytest.mark.parametrize("name", scenes.CUTTERS)

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from leftovers import ours
 
 import vlmprune
-from vlmprune import engine
 from vlmprune.eval.bench import measure
 from vlmprune.eval.bench.measure import Effort, amdahl, measure_method, measure_unpruned
 from vlmprune.eval.bench.oracle import Oracle, Plain
 from vlmprune.eval.bench.stats import median_interval, ratio, spread
 
 EFFORT = Effort(pairs=6, plain=2, stages=1, new_tokens=8)
-
-
-def patched(model):
-    return any(engine.is_hook(hook) for m in model.modules() for hook in m._forward_pre_hooks.values())
 
 
 @pytest.fixture
@@ -31,7 +27,7 @@ def cell(work):
 
 def test_a_cell(cell):
     here, base, found = cell(keep=4, batch=2)
-    assert not patched(here.model)
+    assert not ours(here.model)
     assert found["tokens"] == {"visual": 16, "entering": 4, "layer_average": 4, "kv_lengths": [11] * 4}
     assert found["stretches"] == [{"first_layer": 0, "layers": 4, "columns": 11}]
     assert found["same_as_oracle"] < 1e-5
@@ -70,11 +66,11 @@ def test_only_the_pruned_runs_are_patched(cell, monkeypatch):
     plain, oracle = Plain.prefill, Oracle.prefill
 
     def watched(self):
-        ran["pruned" if patched(self.work.model) else "unpruned"] += 1
+        ran["pruned" if ours(self.work.model) else "unpruned"] += 1
         return plain(self)
 
     def watched_oracle(self):
-        assert not patched(self.work.model)
+        assert not ours(self.work.model)
         ran["oracle"] += 1
         return oracle(self)
 
@@ -82,7 +78,7 @@ def test_only_the_pruned_runs_are_patched(cell, monkeypatch):
     step = Plain.step
     monkeypatch.setattr(Plain, "prefill", watched)
     monkeypatch.setattr(Oracle, "prefill", watched_oracle)
-    monkeypatch.setattr(Plain, "step", lambda self, *a: steps.append(patched(self.work.model)) or step(self, *a))
+    monkeypatch.setattr(Plain, "step", lambda self, *a: steps.append(bool(ours(self.work.model))) or step(self, *a))
     cell(keep=4)
     # counting 1 + pairs 6 + stages 1; counting 1 + stages 1 + beside pairs 2; first try 1 + pairs 6
     assert ran == {"pruned": 8, "unpruned": 4, "oracle": 7}
@@ -92,7 +88,7 @@ def test_only_the_pruned_runs_are_patched(cell, monkeypatch):
 def test_the_order_of_a_pair_alternates(cell, monkeypatch):
     order = []
     plain, oracle = Plain.prefill, Oracle.prefill
-    monkeypatch.setattr(Plain, "prefill", lambda self: order.append(patched(self.work.model)) or plain(self))
+    monkeypatch.setattr(Plain, "prefill", lambda self: order.append(bool(ours(self.work.model))) or plain(self))
     monkeypatch.setattr(Oracle, "prefill", lambda self: order.append("oracle") or oracle(self))
     cell(effort=Effort(4, 1, 1, 1), keep=4)
     # counting and stages of the unpruned model, counting and first try of the pruned one
@@ -107,7 +103,7 @@ def test_a_method_that_raises_leaves_the_model_unpatched(work):
     object.__setattr__(handle._plan.cuts[0][1], "reduce", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         measure_method(here, handle, {}, EFFORT)
-    assert not patched(here.model)
+    assert not ours(here.model)
 
 
 @pytest.mark.parametrize(("pairs", "times", "when"), [(15, 3, [4, 9, 14]), (5, 1, [4]), (4, 4, [0, 1, 2, 3])])

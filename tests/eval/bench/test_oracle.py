@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from leftovers import ours
 
 import vlmprune
-from vlmprune import engine
 from vlmprune.cuts import Cut, Decoder, Reduction
 from vlmprune.eval.bench.oracle import Oracle, Plain, stretches
 from vlmprune.methods.base import Method
@@ -113,7 +113,7 @@ def test_it_runs_no_hook_and_no_score(work, monkeypatch):
     with torch.no_grad():
         Plain(here).prefill()
     handle.unpatch()
-    assert not any(engine.is_hook(h) for m in here.model.modules() for h in m._forward_pre_hooks.values())
+    assert not ours(here.model)
     monkeypatch.setattr("vlmprune.prefill.Prefill.__init__", lambda *_: pytest.fail("the engine ran"))
     monkeypatch.setattr("vlmprune.taps.VisionAttention.measure", lambda *_: pytest.fail("a tap was measured"))
     with torch.no_grad():
