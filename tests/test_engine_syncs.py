@@ -235,7 +235,7 @@ def test_synchronisations_on_a_gpu(method):
                 model(**prompt)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(w.message) for w in caught)
+        return sum("called a synchronizing" in str(w.message) for w in caught)
 
     with torch.no_grad():
         model(**prompt)

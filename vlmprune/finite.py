@@ -17,13 +17,9 @@ WAY_OUT = (
 def each_finite(values: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
     """`(values,)` bool on `device`: which tensors hold finite numbers alone. One reduction each; nothing waits."""
     with torch.no_grad():
-        good = [between_finite(*torch.aminmax(x.detach())).to(device) for x in values]
-        return torch.stack(good) if good else torch.ones(0, dtype=torch.bool, device=device)
-
-
-def between_finite(least: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-    """Whether all that lies between is finite: NaN and infinity go through extremes, which are the fastest to find."""
-    return least.isfinite() & most.isfinite()
+        # NaN and infinity go through extremes, which are the fastest to find
+        ends = [end.to(device) for x in values for end in torch.aminmax(x.detach())]
+        return torch.stack(ends).isfinite().view(-1, 2).all(1) if ends else torch.ones(0, device=device) > 0
 
 
 def cut_is_finite(seen: Iterable[torch.Tensor], scores: torch.Tensor | None, alive: torch.Tensor) -> torch.Tensor:
@@ -38,8 +34,8 @@ def cut_is_finite(seen: Iterable[torch.Tensor], scores: torch.Tensor | None, ali
         bad = [] if scores is None else [scores.isnan() & alive]
         for values in seen:
             if values.shape[:2] == alive.shape:
-                per_token = torch.aminmax(values.detach().reshape(*alive.shape, -1), dim=-1)
-                bad.append(~between_finite(*per_token) & alive)
+                least, most = torch.aminmax(values.detach().reshape(*alive.shape, -1), dim=-1)
+                bad.append(~(least.isfinite() & most.isfinite()) & alive)
             else:
                 bad.append(~values.detach().isfinite())
         return ~torch.stack([x.any() for x in bad]).any() if bad else alive.new_ones(())

@@ -41,6 +41,7 @@ def compare_selection(
     device: str = "cpu",
     pairs: int = 15,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> list[dict[str, Any]]:
     """Time both loops in turns for both objectives, after a warm-up.
 
@@ -49,7 +50,7 @@ def compare_selection(
         are the same: sums in another order may break a tie differently, after which greedy picks part.
     """
     clock, made = Clock(device), []
-    features = torch.randn(1, tokens, dim, generator=torch.Generator().manual_seed(seed)).to(device)
+    features = torch.randn(1, tokens, dim, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
     first = torch.zeros(1, dtype=torch.long, device=device)
     candidates = torch.ones(1, tokens, dtype=torch.bool, device=device)
     for objective in ("max_min", "max_sum"):
@@ -77,6 +78,7 @@ def compare_selection(
                 "tokens": tokens,
                 "keep": keep,
                 "dim": dim,
+                "dtype": str(dtype).removeprefix("torch."),
                 "ours_ms": spread(both["ours"]),
                 "textbook_ms": spread(both["textbook"]),
                 "speedup": ratio(both["textbook"], both["ours"]),

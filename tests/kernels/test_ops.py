@@ -64,6 +64,18 @@ def test_implementations_read_nothing_back(monkeypatch, name):
     assert counted.total == 0, dict(counted.seen)
 
 
+@pytest.mark.parametrize("name", samples())
+def test_autocast_changes_nothing(name):
+    """What is chosen must not depend on the mode that a forward happens to run in."""
+    op, args = getattr(ops, name.partition(",")[0]), samples()[name]
+    expected = op(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = op(*args)
+    for mine, theirs in zip(*[x if isinstance(x, list | tuple) else [x] for x in (found, expected)], strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+
+
 class Calls(TorchDispatchMode):
     """Counts calls of our ops."""
 
@@ -158,7 +170,13 @@ def test_a_fall_back_is_said_once_and_right(monkeypatch):
             ops.merge(*args)
 
 
-def test_an_implementation_that_breaks_is_not_tried_again(monkeypatch):
+class OutOfResources(Exception):
+    """Triton's, by its name: this shape does not fit this GPU."""
+
+
+@pytest.mark.parametrize(("error", "tried"), [(RuntimeError("no compiler"), 1), (OutOfResources("shared memory"), 3)])
+def test_an_implementation_that_fails(monkeypatch, error, tried):
+    """One that does not build is not tried again; one that a shape is too large for may have the next one."""
     monkeypatch.setattr(choice, "told", set())
     monkeypatch.setattr(choice, "broken", {})
     monkeypatch.setattr(choice, "why_not", lambda name, op, device: choice.broken.get((name, op)))
@@ -166,17 +184,30 @@ def test_an_implementation_that_breaks_is_not_tried_again(monkeypatch):
 
     def fails(*args):
         tries.append(1)
-        raise RuntimeError("no compiler")
+        raise error
 
     monkeypatch.setattr(cuda_ops, "top_k", fails)
     args = samples()["top_k"]
     expected = reference.top_k(*args)
     with kernels.use("cuda"):
-        with pytest.warns(RuntimeWarning, match="RuntimeError: no compiler"):
+        with pytest.warns(RuntimeWarning, match=f"{type(error).__name__}: {error}"):
             assert torch.equal(ops.top_k(*args), expected)
         for _ in range(2):
             assert torch.equal(ops.top_k(*args), expected)
-    assert tries == [1]
+    assert len(tries) == tried
+
+
+def test_a_broken_device_is_no_broken_implementation(monkeypatch):
+    monkeypatch.setattr(choice, "why_not", lambda *args: None)
+    monkeypatch.setattr(choice, "broken", {})
+
+    def fails(*args):
+        raise torch.AcceleratorError("an illegal memory access", 700)
+
+    monkeypatch.setattr(cuda_ops, "top_k", fails)
+    with kernels.use("cuda"), pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        ops.top_k(*samples()["top_k"])
+    assert choice.broken == {}
 
 
 def test_float64_goes_to_the_plain_one(monkeypatch):
@@ -191,7 +222,7 @@ def test_float64_goes_to_the_plain_one(monkeypatch):
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
 @pytest.mark.parametrize("source", sorted(cuda_ops.SOURCES.glob("*.cu")), ids=lambda path: path.name)
 def test_cuda_sources_compile(tmp_path, source, arch):
-    """For every supported architecture, without a spilled register on those of today."""
+    """For every supported architecture, without a warning."""
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on the PATH")
     command = ["nvcc", "-cubin", f"-arch=sm_{arch}", "-Werror=all-warnings", "-Xptxas", "-v", "-o", "out.cubin", source]

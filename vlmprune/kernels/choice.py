@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import util
 from typing import Any
 
@@ -98,16 +99,28 @@ def run(op: str, *args: Any) -> Any:
     device, name = args[0].device, wanted(op)
     plain: Callable = getattr(reference, op)
     names = (ON_GPU[op] if device.type == "cuda" else ()) if name == "auto" else (name,)
-    for name in names:
-        if name == "torch":
-            break
-        reason = why_not(name, op, device)
-        if reason is None:
-            reason = attempt(name, op, args)
-            if not isinstance(reason, str):
-                return reason
-        tell(name, op, reason)
-    return plain(*args)
+    with at_home(device):
+        for name in names:
+            if name == "torch":
+                break
+            reason = why_not(name, op, device)
+            if reason is None:
+                reason = attempt(name, op, args)
+                if not isinstance(reason, str):
+                    return reason
+            tell(name, op, reason)
+        return plain(*args)
+
+
+@contextlib.contextmanager
+def at_home(device: torch.device) -> Iterator[None]:
+    """Launch on the tensors' own GPU, whichever is the current one, and in the dtypes that an op asks for."""
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 def attempt(name: str, op: str, args: tuple) -> Any:
@@ -117,12 +130,14 @@ def attempt(name: str, op: str, args: tuple) -> Any:
         return getattr(module, op)(*args)
     except Refused as refused:
         return str(refused)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # the device's own trouble, which nothing else escapes
         raise
     except Exception as error:  # compilers raise a dozen kinds; a kernel that does not build must not end a run
         first = (str(error).strip().splitlines() or [""])[0]
-        broken[name, op] = f"it failed here ({type(error).__name__}: {first})"
-        return broken[name, op]
+        reason = f"it failed here ({type(error).__name__}: {first})"
+        if type(error).__name__ != "OutOfResources":  # Triton's, for one shape on this GPU: others may fit
+            broken[name, op] = reason
+        return reason
 
 
 told: set[tuple[str, str, str]] = set()

@@ -22,7 +22,7 @@ MOST_COLUMNS, MOST_STEP = 2**21 - 1, 2**31 - 1
 
 @lru_cache(maxsize=64)
 def kernel(name: str, device: int) -> Any:
-    """A kernel of `select_gather.cu` for a device, compiled once a process (about a second)."""
+    """A kernel of `select_gather.cu` for a device, compiled once a process (a few seconds)."""
     with torch.cuda.device(device):
         return torch.cuda._compile_kernel((SOURCES / "select_gather.cu").read_text(), name)
 

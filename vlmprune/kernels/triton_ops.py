@@ -12,7 +12,7 @@ from vlmprune.kernels.reference import GRAM_LIMIT, empty_gather, floor, merge_we
 
 __all__ = ["attention_mass", "greedy", "merge", "select_gather", "top_k"]
 
-MOST_COLUMNS = 32768  # columns of which one program holds all keys in registers
+MOST_COLUMNS = 16384  # columns of which one program holds all keys in registers
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -227,7 +227,8 @@ def greedy(
     if steps == 0 or images == 0 or tokens == 0:
         return picked, order
     products, block = products_of(features), block_of(tokens)
-    scale = features.float().norm(dim=-1).clamp(min=1e-12).reciprocal()
+    norm = torch.linalg.vector_norm(features, dim=-1, dtype=torch.float32)
+    scale = norm.clamp(min=1e-12).reciprocal()
     basis = products.new_empty(images, steps if objective == "log_det" else 0, tokens)
     greedy_kernel[(images,)](
         products, scale, first.contiguous(), counts.long().contiguous(), candidates.contiguous().view(torch.uint8),
@@ -340,10 +341,10 @@ def attention_mass(
     ]
     numbers = [rows, keys, dim, heads, heads // key.shape[1], *query.stride()[:3], *key.stride()[:3], float(scale)]
     numbers.append(window or rows + keys + 2**30)
-    # few rows need no tall tiles
+    # few rows need no tall tiles, and wide ones must fit the memory of a processor
     size = {
         "ROWS": max(16, min(64, triton.next_power_of_2(rows))),
-        "KEYS": 64,
+        "KEYS": 64 if dim <= 128 else 32,
         "DIM": max(16, triton.next_power_of_2(dim)),
     }
     size |= {"CAUSAL": at is not None, "REAL": real is not None, "BIAS": bias is not None}
