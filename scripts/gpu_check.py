@@ -1,21 +1,29 @@
-"""The parts of gpu_check.sh that are not `vlmprune bench`: kernels, and the table of everything at the end."""
+"""The parts of gpu_check.sh that are not `vlmprune bench`: kernels against each other, and profiles of prefills."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+import vlmprune
 from vlmprune import kernels
+from vlmprune.eval.bench.oracle import Oracle, Plain
 from vlmprune.eval.bench.results import describe_machine
 from vlmprune.eval.bench.selection import compare_selection
+from vlmprune.eval.bench.shapes import build, find_shape
+from vlmprune.eval.bench.workload import make_workload
 from vlmprune.kernels import choice, reference
 
 ops = torch.ops.vlmprune
@@ -23,24 +31,19 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 
 
 def main() -> int:
-    """Run one part; its exit code."""
+    """Measure one part and write what it found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = parser.add_subparsers(dest="part", required=True)
-    measure = parts.add_parser("kernels")
-    measure.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    measure.add_argument("--json", type=Path, required=True)
-    parts.add_parser("table").add_argument("folder", type=Path)
+    parser.add_argument("part", choices=("kernels", "profile"))
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
-    if args.part == "table":
-        return table(args.folder)
     found: dict[str, Any] = {"machine": describe_machine(args.device), "device": args.device}
-    for name, part in (
-        ("agreement", agreement), ("gather", gather), ("mass", mass), ("greedy", greedy), ("syncs", syncs),
-    ):  # fmt: skip
-        found[name] = part(args.device)
+    parts = (agreement, gather, mass, greedy, syncs) if args.part == "kernels" else (profiles,)
+    for part in parts:
+        found[part.__name__] = part(args.device)
         found["replaced"] = sorted({f"{op} on {name}: {why}" for name, op, why in choice.told})
         args.json.write_text(json.dumps(found, indent=1) + "\n")
-        print(name, json.dumps(found[name]), flush=True)
+        print(part.__name__, json.dumps(found[part.__name__]), flush=True)
     return 0
 
 
@@ -49,8 +52,6 @@ def seconds(call: Callable[[], Any], device: str, runs: int = 30) -> float:
     for _ in range(3):
         call()
     if device == "cpu":
-        import time
-
         times = []
         for _ in range(3):
             begin = time.perf_counter()
@@ -58,7 +59,7 @@ def seconds(call: Callable[[], Any], device: str, runs: int = 30) -> float:
             times.append(time.perf_counter() - begin)
         return statistics.median(times)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
-    torch.cuda._sleep(10_000_000)  # the host gets ahead, so that launches are not what is measured
+    torch.cuda._sleep(100_000_000)  # the host gets ahead, so that launches are not what is measured
     for begin, end in events:
         begin.record()
         call()
@@ -114,6 +115,8 @@ def agreement(device: str) -> dict[str, Any]:
             for name in names(op, device):
                 with kernels.use(name):
                     got = getattr(ops, op)(*args)
+                if (name, op) in choice.broken:
+                    continue  # the plain one answered
                 pairs = zip(*[(x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)], strict=True)
                 for i, (mine, theirs) in enumerate(pairs):
                     if op == "greedy" and i == 1:
@@ -126,11 +129,14 @@ def agreement(device: str) -> dict[str, Any]:
 
 
 def gather(device: str) -> dict[str, Any]:
-    """Bytes that a gather at batch 8 must move, each read and written once, per second; beside a plain copy of them."""
+    """Bytes that a gather at batch 8 must move, each read and written once, per second; beside a plain copy of them.
+
+    Both go round four sets of tensors, so that neither finds its own in the device's cache.
+    """
     batch, columns, dim, keep = (8, 2944, 4096, 384) if device == "cuda" else (2, 200, 64, 40)
-    dtype = torch.bfloat16
-    hidden = torch.randn(batch, columns, dim, device=device).to(dtype)
-    cos = torch.randn(1, columns, 128, device=device).to(dtype).expand(batch, -1, -1)
+    dtype, sets = torch.bfloat16, 4
+    hidden = [torch.randn(batch, columns, dim, device=device, dtype=dtype) for _ in range(sets)]
+    cos = [torch.randn(1, columns, 128, device=device, dtype=dtype).expand(batch, -1, -1) for _ in range(sets)]
     ids = torch.arange(columns, device=device).expand(batch, -1)
     marked = torch.zeros(batch, columns, dtype=torch.bool, device=device)
     for row in range(batch):
@@ -138,16 +144,25 @@ def gather(device: str) -> dict[str, Any]:
     scores = torch.where(marked, 2.0, 1.0) + torch.rand(batch, columns, device=device) / 2
     counts = torch.full((batch,), keep, device=device)
     moved = 2 * batch * keep * (dim + 2 * 128) * 2
-    plain = torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(plain)
-    copy = moved / seconds(lambda: target.copy_(plain), device)
+    plain = [torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device) for _ in range(sets)]
+    target = [torch.empty_like(x) for x in plain]
+    turn = itertools.count()
+    late: deque = deque(maxlen=sets)  # results that still live have memory of their own
+
+    def copied() -> None:
+        i = next(turn) % sets
+        target[i].copy_(plain[i])
+
+    def gathered(chosen: torch.Tensor, counts: torch.Tensor | None) -> None:
+        i = next(turn) % sets
+        late.append(ops.select_gather(chosen, counts, None, hidden[i], ids, cos[i], cos[i], keep, False))
+
+    copy = moved / seconds(copied, device)
     found: dict[str, Any] = {"bytes": moved, "copy_gb_s": copy / 1e9}
     for name in names("select_gather", device):
         with kernels.use(name):
             for how, args in (("marked", (marked, None)), ("ranked", (scores, counts))):
-                rate = moved / seconds(
-                    lambda args=args: ops.select_gather(*args, None, hidden, ids, cos, cos, keep, False), device
-                )
+                rate = moved / seconds(partial(gathered, *args), device)
                 found[f"{name} {how}"] = {"gb_s": rate / 1e9, "of_copy": rate / copy}
     return found
 
@@ -168,35 +183,20 @@ def mass(device: str) -> dict[str, Any]:
 
 
 def greedy(device: str) -> Any:
-    """The whole greedy loop against the textbook one."""
-    if device == "cpu":
-        return compare_selection(200, 20, 64, "cpu", 3)
-    return compare_selection(2880, 320, 4096, "cuda", 15)
+    """The whole greedy loop against the textbook one, on features of a model in bfloat16 and of one in float32."""
+    size = (200, 20, 64, device, 3) if device == "cpu" else (2880, 320, 4096, device, 15)
+    return [one for dtype in (torch.bfloat16, torch.float32) for one in compare_selection(*size, dtype=dtype)]
 
 
 def syncs(device: str) -> dict[str, Any]:
     """How often a prefill waits for the device, and how many of our kernels it launches, by the profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
-    import vlmprune
-    from vlmprune.eval.bench.shapes import build, find_shape
-    from vlmprune.eval.bench.workload import make_workload
-
     model = build(find_shape("scene-llava"), device, torch.float32 if device == "cpu" else torch.bfloat16)
     inputs = {k: v for k, v in make_workload(model, 1, 40).inputs.items() if k != "attention_mask"}
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
 
     def count() -> dict[str, int]:
-        with torch.no_grad():
-            for _ in range(2):
-                model(**inputs)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            with profile(activities=activities) as run:
-                model(**inputs)
+        run = profiled(lambda: model(**inputs), device)
         seen = Counter(event.name for event in run.events())
-        waits = sum(seen[name] for name in WAITS) if device == "cuda" else seen["aten::_local_scalar_dense"]
-        # the profiler waits once itself when it ends, in every run alike
+        waits = waits_of(seen, device)
         return {"waits": waits, "gathers": sum(n for name, n in seen.items() if "select_gather" in name
                                                and not name.startswith("vlmprune::"))}  # fmt: skip
 
@@ -207,65 +207,53 @@ def syncs(device: str) -> dict[str, Any]:
     return found
 
 
-def table(folder: Path) -> int:
-    """Print what the steps found, targets beside; 1 if a step failed or a target is missed."""
-    rows: list[tuple[str, str, str, str]] = []
+def profiled(call: Callable[[], Any], device: str) -> torch.profiler.profile:
+    """A call under the profiler, after two of them without."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
+    with torch.no_grad():
+        for _ in range(2):
+            call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        with profile(activities=activities) as run:
+            call()
+    return run
 
-    def add(what: str, value: str, target: str = "", met: bool | None = None) -> None:
-        rows.append((what, value, target, "" if met is None else "met" if met else "MISSED"))
 
-    for line in (folder / "steps.tsv").read_text().splitlines():
-        name, status, took = line.split("\t")
-        add(f"step {name}", f"exit {status}, {took} s", "exit 0", status == "0")
-    found = json.loads((folder / "kernels.json").read_text()) if (folder / "kernels.json").exists() else {}
-    gpu = found.get("device") == "cuda"
-    for why in found.get("replaced", []):
-        add("replaced by plain torch", why)
-    for name, error in found.get("agreement", {}).items():
-        limit = 1e-5 if "mass" in name else 1e-2 if "merge" in name else 0
-        add(f"against the plain one: {name}", f"{error:.2g}", f"<= {limit:g}", error <= limit)
-    if "gather" in found:
-        add("device copy", f"{found['gather']['copy_gb_s']:.0f} GB/s")
-        rates = {k: v for k, v in found["gather"].items() if isinstance(v, dict)}
-        best = max((v["of_copy"] for k, v in rates.items() if k.endswith("marked")), default=0)
-        for name, rate in rates.items():
-            judged = gpu and name.endswith("marked") and rate["of_copy"] == best
-            add(f"gather at batch 8: {name}", f"{rate['gb_s']:.0f} GB/s, {rate['of_copy']:.0%} of a copy",
-                ">= 80 %" if judged else "", rate["of_copy"] >= 0.8 if judged else None)  # fmt: skip
-    for name, ms in found.get("mass", {}).items():
-        add(f"attention mass: {name}", f"{ms:.3f} ms")
-    for one in found.get("greedy", []):
-        value = one["speedup"]["median"]
-        add(f"greedy {one['objective']} {one['tokens']} -> {one['keep']}: textbook / ours", f"{value:.1f}",
-            ">= 30" if gpu else "", value >= 30 if gpu else None)  # fmt: skip
-    plain = found.get("syncs", {}).get("plain", {}).get("waits", 0)
-    for name, seen in found.get("syncs", {}).items():
-        if name != "plain":
-            add(f"waits of a prefill: {name}", f"{seen['waits']} (unpruned {plain})", "<= unpruned + 1",
-                seen["waits"] <= plain + 1)  # fmt: skip
-            if gpu:
-                add(f"launches of the gather: {name}", str(seen["gathers"]), "1", seen["gathers"] == 1)
-    for path in sorted(folder.glob("bench-*.json")):
-        for cell in json.loads(path.read_text()).get("cells", []):
-            who = f"{path.stem[6:]}: {cell['method']} {cell['budget']} of {cell['tokens']['visual']}"
-            who += f", batch {cell['batch']}"
-            value = cell["overhead"]["median"]
-            add(f"{who}: pruned / oracle", f"{value:.3f}", "<= 1.03" if gpu else "", value <= 1.03 if gpu else None)
-            value = cell["cost_share"]["median"]
-            add(f"{who}: taps + selection + gather", f"{value:.2%}", "<= 1 %" if gpu else "",
-                value <= 0.01 if gpu else None)  # fmt: skip
-            if "decode_overhead" in cell:
-                value = cell["decode_overhead"]["median"]
-                add(
-                    f"{who}: token / oracle's", f"{value:.3f}", "<= 1.02" if gpu else "", value <= 1.02 if gpu else None
-                )
-    wide = [max(len(row[i]) for row in rows) for i in range(4)]
-    machine = found.get("machine", {})
-    print(f"\n{machine.get('gpu', machine.get('processor', 'no kernels.json'))}, torch {machine.get('torch', '?')}")
-    for row in rows:
-        print("  ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)).rstrip())
-    (folder / "table.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    return int(any(row[3] == "MISSED" for row in rows))
+def waits_of(seen: Counter[str], device: str) -> int:
+    """Waits for the device among the names of events (on a CPU what would be one); the profiler adds one at its end."""
+    return sum(seen[name] for name in WAITS) if device == "cuda" else seen["aten::_local_scalar_dense"]
+
+
+def profiles(device: str) -> dict[str, Any]:
+    """Where a first token's time goes, unpruned, pruned and with the oracle: what explains a missed target."""
+    shape, keep = ("llava-next-7b", 320) if device == "cuda" else ("scene-llava", 16)
+    model = build(find_shape(shape), device, torch.float32 if device == "cpu" else torch.bfloat16)
+    work = make_workload(model, 1, 60)
+    found: dict[str, Any] = {}
+
+    def take(who: str, call: Callable[[], Any]) -> None:
+        run = profiled(call, device)
+        seen = Counter(event.name for event in run.events())
+        host = sum(event.self_cpu_time_total for event in run.key_averages()) / 1e3
+        busy = sum(event.self_device_time_total for event in run.key_averages()) / 1e3
+        found[who] = {
+            "ms": 1e3 * seconds(call, device, 10),
+            "host_ms_profiled": host,
+            "device_ms_profiled": busy,
+            "operators": sum(n for name, n in seen.items() if name.startswith(("aten::", "vlmprune::"))),
+            "waits": waits_of(seen, device),
+        }
+        for key in ["self_cpu_time_total"] + ["self_device_time_total"] * (device == "cuda"):
+            print(f"{who}, by {key}\n{run.key_averages().table(sort_by=key, row_limit=25)}", flush=True)
+
+    take("unpruned", Plain(work).prefill)
+    for method in ("fopru", "todre"):
+        with vlmprune.patch(model, method, keep=keep) as handle:
+            take(method, Plain(work).prefill)
+            trace = handle.trace
+        take(f"{method}'s oracle", Oracle(work, trace).prefill)
+    return found
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one call of less than ten minutes: tests, kernels against the plain implementations,
-# bandwidth, greedy selection, host syncs, bench cells. Prints one table last and leaves JSON in OUT.
+# Everything that needs a GPU, in one call of less than ten minutes: kernels against the plain implementations,
+# bandwidth, greedy selection, host syncs, bench cells, profiles, tests. Prints one table last and leaves in OUT
+# kernels.json, profile.json, table.json, three bench-*.json and logs.tgz.
 #
 #   scripts/gpu_check.sh [OUT]          on a machine with a CUDA GPU (OUT: gpu-check)
 #   scripts/gpu_check.sh --cpu [OUT]    a dry run of the same steps on small sizes
 #
 # Nothing is installed: the checkout is put on the path, and with it any wheels in .whl/ (a transformers that the
-# machine lacks). PYTHON names the interpreter (python3), with torch, triton and pytest.
+# machine lacks). PYTHON names the interpreter (python3), with torch, triton, pytest and pytest-xdist.
 set -uo pipefail
+start=0 # of SECONDS: what comes before the first step counts too
+LIMIT=540
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 device=cuda
 if [ "${1:-}" = --cpu ]; then
@@ -19,28 +22,31 @@ python="${PYTHON:-python3}"
 [[ "$python" = */* ]] && python="$(realpath -s "$python")"
 mkdir -p "$out"
 site="$(mktemp -d)"
-trap 'rm -rf "$site"' EXIT
-mkdir "$site/vlmprune"
+logs="$site/logs"
+trap 'tar -czf "$out/logs.tgz" -C "$site" logs; rm -rf "$site"' EXIT
+mkdir "$site/vlmprune" "$logs"
 ln -s "$PWD"/vlmprune/* "$PWD/patches" "$PWD/eval" "$site/vlmprune/"
 for wheel in .whl/*.whl; do
   [ -e "$wheel" ] && "$python" -m zipfile -e "$wheel" "$site"
 done
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
-start=$SECONDS
-: >"$out/steps.tsv"
+# torch's run-time compiler looks for the toolkit by these
+if [ -d "${CUDA_HOME:=/usr/local/cuda}" ]; then
+  export CUDA_HOME LD_LIBRARY_PATH="$CUDA_HOME/lib64${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+fi
 
 # step NAME SECONDS COMMAND...: output goes to a file, and a failure does not end the rest
 step() {
   local name=$1 limit=$2 begin=$SECONDS status=0
   shift 2
-  local left=$((580 - (SECONDS - start)))
+  local left=$((LIMIT - (SECONDS - start)))
   ((limit < left)) || limit=$left
   if ((limit > 0)); then
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null || status=$?
+    timeout -k 5 "$limit" "$@" >"$logs/$name.log" 2>&1 </dev/null || status=$?
   else
     status=124
   fi
-  printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - begin))" >>"$out/steps.tsv"
+  printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - begin))" >>"$logs/steps.tsv"
   echo "$name: exit $status after $((SECONDS - begin)) s"
 }
 
@@ -50,18 +56,28 @@ bench() {
   step "$name" "$limit" "$python" -P -m vlmprune bench --device "$device" "$@" --json "$out/$name.json"
 }
 
-step kernels 150 "$python" -P scripts/gpu_check.py kernels --device "$device" --json "$out/kernels.json"
-step check 60 "$python" -P -m vlmprune check --device "$device" --dtype float32
+part() {
+  step "$1" "$2" "$python" -P scripts/gpu_check.py "$1" --device "$device" --json "$out/$1.json"
+}
+
+# what the targets are about comes first, and what tests can say last
+part kernels 130
 if [ "$device" = cuda ]; then
-  step tests 150 "$python" -P -m pytest -q -p no:cacheprovider tests/kernels tests/test_engine_syncs.py tests/test_engine.py
   next="--shape llava-next-7b --dtype bfloat16 --method fopru,todre --new-tokens 16"
   # shellcheck disable=SC2086
   bench bench-next-b1 110 $next --keep 320,160 --batch 1
   # shellcheck disable=SC2086
-  bench bench-next-b8 150 $next --keep 320 --batch 8
-  bench bench-1.5 100 --shape llava-1.5-7b --dtype bfloat16 --method fopru,random --keep 64 --batch 1,8 --new-tokens 16
+  bench bench-next-b8 130 $next --keep 320 --batch 8
+  bench bench-1.5 90 --shape llava-1.5-7b --dtype bfloat16 --method fopru,random --keep 64 --batch 1,8 --new-tokens 16
+  part profile 60
+  step tests 120 "$python" -P -m pytest -q -p no:cacheprovider -n 12 tests/kernels tests/test_engine_syncs.py \
+    tests/test_engine.py tests/test_check.py::test_on_a_gpu tests/features/test_caches.py::test_an_offloaded_cache \
+    --deselect tests/kernels/test_ops.py::test_triton_kernels_compile_for_a_gpu
+  step check 60 "$python" -P -m vlmprune check --device "$device" --dtype float32
 else
-  step tests 150 "$python" -P -m pytest -q -p no:cacheprovider tests/kernels/test_merge.py
   bench bench-scene 150 --shape scene-llava --method fopru,random --keep 16 --batch 1,2 --quick
+  part profile 60
+  step tests 150 "$python" -P -m pytest -q -p no:cacheprovider -n 2 tests/kernels/test_merge.py
+  step check 60 "$python" -P -m vlmprune check --device "$device" --dtype float32
 fi
-"$python" -P scripts/gpu_check.py table "$out"
+"$python" -P scripts/gpu_table.py "$out" --steps "$logs/steps.tsv"
