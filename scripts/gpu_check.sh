@@ -63,11 +63,11 @@ part() {
 # what the targets are about comes first, and what tests can say last
 part kernels 130
 if [ "$device" = cuda ]; then
-  next="--shape llava-next-7b --dtype bfloat16 --method fopru,todre --new-tokens 16"
+  next="--shape llava-next-7b --dtype bfloat16 --keep 320,160 --new-tokens 16"
   # shellcheck disable=SC2086
-  bench bench-next-b1 110 $next --keep 320,160 --batch 1
+  bench bench-next-b1 110 $next --method fopru,todre,fastv --batch 1
   # shellcheck disable=SC2086
-  bench bench-next-b8 130 $next --keep 320 --batch 8
+  bench bench-next-b8 130 $next --method fopru,todre --batch 8
   bench bench-1.5 90 --shape llava-1.5-7b --dtype bfloat16 --method fopru,random --keep 64 --batch 1,8 --new-tokens 16
   part profile 60
   step tests 120 "$python" -P -m pytest -q -p no:cacheprovider -n 12 tests/kernels tests/test_engine_syncs.py \

@@ -37,11 +37,13 @@ def table(folder: Path, steps: Path) -> int:
     if "gather" in found:
         add("device copy", f"{found['gather']['copy_gb_s']:.0f} GB/s")
         rates = {k: v for k, v in found["gather"].items() if isinstance(v, dict)}
+        default = next((name for name in ("cuda", "triton", "torch") if f"{name} marked" in rates), "")
         best = max((v["of_copy"] for k, v in rates.items() if k.endswith("marked")), default=0)
         for name, rate in rates.items():
-            judged = gpu and name.endswith("marked") and rate["of_copy"] == best
+            judged = gpu and name == f"{default} marked"
             add(f"gather at batch 8: {name}", f"{rate['gb_s']:.0f} GB/s, {rate['of_copy']:.0%} of a copy",
-                ">= 80 %" if judged else "", rate["of_copy"] >= 0.8 if judged else None)  # fmt: skip
+                ">= 80 %, the fastest" if judged else "",
+                rate["of_copy"] >= max(0.8, 0.97 * best) if judged else None)  # fmt: skip
     for name, ms in found.get("mass", {}).items():
         add(f"attention mass: {name}", f"{ms:.3f} ms")
     for one in found.get("greedy", []):
@@ -51,10 +53,13 @@ def table(folder: Path, steps: Path) -> int:
     plain = found.get("syncs", {}).get("plain", {}).get("waits", 0)
     for name, seen in found.get("syncs", {}).items():
         if name != "plain":
-            add(f"waits of a prefill: {name}", f"{seen['waits']} (unpruned {plain})", "<= unpruned + 1",
-                seen["waits"] <= plain + 1)  # fmt: skip
+            more = 1 + seen["found"]  # counts that a method finds out are read
+            # a CPU reads where a GPU checks on the device
+            add(f"waits of a prefill: {name}", f"{seen['waits']} (unpruned {plain})",
+                f"<= unpruned + {more}" if gpu else "", seen["waits"] <= plain + more if gpu else None)  # fmt: skip
             if gpu:
-                add(f"launches of the gather: {name}", str(seen["gathers"]), "1", seen["gathers"] == 1)
+                add(f"launches of the gather: {name}", str(seen["gathers"]), f"1 to {more}",
+                    1 <= seen["gathers"] <= more)  # fmt: skip
     profile = json.loads((folder / "profile.json").read_text()) if (folder / "profile.json").exists() else {}
     for who, one in profile.get("profiles", {}).items():
         add(f"first token, {who}", f"{one['ms']:.2f} ms, {one['operators']} operators, {one['waits']} waits")
@@ -62,11 +67,13 @@ def table(folder: Path, steps: Path) -> int:
         for cell in json.loads(path.read_text()).get("cells", []):
             who = f"{path.stem[6:]}: {cell['method']} {cell['budget']} of {cell['tokens']['visual']}"
             who += f", batch {cell['batch']}"
+            judged = gpu and len(cell["stretches"]) == 1  # the targets are about cuts before the language model
             value = cell["overhead"]["median"]
-            add(f"{who}: pruned / oracle", f"{value:.3f}", "<= 1.03" if gpu else "", value <= 1.03 if gpu else None)
+            add(f"{who}: pruned / oracle", f"{value:.3f}", "<= 1.03" if judged else "",
+                value <= 1.03 if judged else None)  # fmt: skip
             value = cell["cost_share"]["median"]
-            add(f"{who}: taps + selection + gather", f"{value:.2%}", "<= 1 %" if gpu else "",
-                value <= 0.01 if gpu else None)  # fmt: skip
+            add(f"{who}: taps + selection + gather", f"{value:.2%}", "<= 1 %" if judged else "",
+                value <= 0.01 if judged else None)  # fmt: skip
             if "decode_overhead" in cell:
                 value = cell["decode_overhead"]["median"]
                 add(

@@ -77,7 +77,9 @@ def test_no_more_graph_breaks_than_the_plain_model(tiny_model, method, options):
     assert more <= graphs + 1
 
 
+@captured
 def test_counts_that_a_method_finds_out_break_the_graph_and_nothing_else(tiny_model):
+    """Also where numbers are captured as symbols, which say nothing about shapes."""
     model = tiny_model()
     prompt = prompt_of(model)
     with torch.no_grad(), vlmprune.patch(model, "todre", keep=5, tau=1.0) as handle:

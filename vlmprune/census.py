@@ -10,7 +10,7 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.finite import WAY_OUT, each_finite
-from vlmprune.layout import upload
+from vlmprune.layout import download, upload
 from vlmprune.plan import Plan
 from vlmprune.sequence import real_tokens
 from vlmprune.tower import SEEN
@@ -82,7 +82,7 @@ def count_prompts(
         lengths, wanted, most_after = [length] * len(input_ids), [placeholders], length - min(placeholders)
     else:
         counts = torch.stack([everything, *holes.values(), placeholder & ~everything]).sum(-1)
-        read = torch.cat((counts.flatten(), text_after, finite.long(), one.long()[None])).tolist()
+        read = download(torch.cat((counts.flatten(), text_after, finite.long(), one.long()[None])))
         rows = len(input_ids)
         lengths, *wanted, unseen, counts_after = [read[at * rows :][:rows] for at in range(len(counts) + 1)]
         *good, single = read[(len(counts) + 1) * rows :]

@@ -14,7 +14,7 @@ import torch
 
 from vlmprune.errors import UnsupportedError
 
-__all__ = ["ImageGrid", "Layout", "trace_packing", "upload"]
+__all__ = ["ImageGrid", "Layout", "download", "trace_packing", "upload"]
 
 ROUNDING = 1e-6  # what interpolation in float64 may be off, in patches
 
@@ -37,6 +37,14 @@ class cached_property:  # as in functools, whose own takes a lock that torch.com
 def upload(values: Any, device: torch.device) -> torch.Tensor:
     """Bring host numbers to `device` without waiting for it (a plain `torch.tensor(..., device=)` waits)."""
     return torch.as_tensor(values).to(device, non_blocking=True)
+
+
+def download(values: torch.Tensor) -> list:
+    """The numbers of a tensor, which the host waits for; where torch.compile traces, always a break in the graph.
+
+    With `capture_scalar_outputs` it would go on with symbols, and neither shapes nor errors can hang on these.
+    """
+    return torch.compiler.disable(torch.Tensor.tolist)(values) if torch.compiler.is_compiling() else values.tolist()
 
 
 @dataclass(frozen=True, eq=False)

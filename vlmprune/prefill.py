@@ -12,7 +12,7 @@ from vlmprune.census import count_prompts
 from vlmprune.cuts import Cut, Reduction
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.finite import WAY_OUT, cut_is_finite, demand
-from vlmprune.layout import upload
+from vlmprune.layout import download, upload
 from vlmprune.placement import check_device, loaded
 from vlmprune.plan import Plan
 from vlmprune.prompt import prompt_layout
@@ -172,7 +172,7 @@ class Prefill:
             f"and cannot tell tokens apart. {WAY_OUT}."
         )
         if reduction.counts is None:
-            *counts, good = torch.cat((keep.sum(1), sound[None].long())).tolist()
+            *counts, good = download(torch.cat((keep.sum(1), sound[None].long())))
             if not good:
                 raise ValueError(strange)
         else:
