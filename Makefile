@@ -66,13 +66,13 @@ pictures: $(VENV)/.installed ## draw what every method keeps, for docs/methods
 # -P keeps the checkout off sys.path, where eval/ and patches/ would be importable by their bare names.
 test test-oldest: export HF_HUB_OFFLINE = 1
 test: $(VENV)/.installed ## run the tests
-	$(VENV)/bin/python -P -m pytest -n $(WORKERS) $(PYTEST_ARGS) $(TESTS)
+	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
 
 # What does not depend on transformers, or only through what is tested here too, is tested once.
 OLDEST_LEFT_OUT := test_packaging.py test_compile.py test_atp_training.py test_check_broken.py kernels hostile cli/test_demo.py \
   cli/test_eval.py cli/test_fidelity.py cli/test_prompts.py $(addprefix eval/,bench report test_accelerate.py test_builtin_tasks.py test_fidelity.py test_run.py)
 test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported transformers
-	$(OLDEST_VENV)/bin/python -P -m pytest -n $(WORKERS) $(addprefix --ignore tests/,$(OLDEST_LEFT_OUT)) $(PYTEST_ARGS) $(OLDEST_TESTS)
+	$(OLDEST_VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal $(addprefix --ignore tests/,$(OLDEST_LEFT_OUT)) $(PYTEST_ARGS) $(OLDEST_TESTS)
 
 # Whatever the tests claim works, and no more, stands in README.
 SUPPORT := build/support.json
