@@ -21,7 +21,7 @@ DECODE = """\
 Token: one decode step, of the unpruned model, the pruned one and the oracle. Overhead: {pairs}.
 Answer: speed-up of {new_tokens} new tokens from these medians, and the oracle's."""
 STAGES = """\
-Milliseconds of separate runs with stamps, medians of {runs}. Gather: all the patch does besides taps and selection.
+Milliseconds of separate runs with stamps, {runs}. Gather: all the patch does besides taps and selection.
 Rest: packing, embedding, masks, norm, head. Drop: taps + selection + gather as a share of the unpruned first token."""
 NEEDS = """\
 KV: bytes in the cache after the prefill. Peak: above the weights{how}.
@@ -95,7 +95,12 @@ def as_text(results: dict[str, Any]) -> str:
         legend = DECODE.format(pairs=behind(decoded[0]["decode_overhead"]), new_tokens=new)
         parts += ["", decode_table(decoded, new), "", paragraph(legend)]
     runs = first["stages_ms"]["total"]["runs"]
-    parts += ["", stage_table(results), "", paragraph(STAGES.format(runs=runs))]
+    parts += [
+        "",
+        stage_table(results),
+        "",
+        paragraph(STAGES.format(runs=f"medians of {runs}" if runs > 1 else "one each")),
+    ]
     parts += ["", needs_table(results), "", paragraph(NEEDS.format(how=how))]
     strange = [c for c in results["cells"] if (c["same_as_oracle"] or 0) > tolerance(results)]
     for cell in strange:
