@@ -19,6 +19,7 @@ PAGE = ROOT / "docs" / "performance.md"
 BEGIN, END = "<!-- tables: begin (scripts/performance_tables.py) -->", "<!-- tables: end -->"
 FILES = {576: "cpu-576.json", 2880: "cpu-2880.json"}
 SELECTION = "cpu-selection.json"
+ONLY = {"globalcom2": 2880}  # methods that refuse pictures of a single view
 
 
 def interval(ratio: dict[str, float], digits: int = 3) -> str:
@@ -62,11 +63,39 @@ def speed(patches: int, results: dict[str, Any]) -> str:
             ]
         )
     header = ["method, kept", "tokens", "unpruned ms", "pruned ms", "speed-up", "oracle", "Amdahl", "overhead", "drop"]
-    pairs = results["cells"][0]["overhead"]["pairs"] if results["cells"] else 0
     return (
         f"**{patches} patches** (shape `{results['settings']['model']}`, {results['settings']['dtype']}; "
-        f"{machine(results)}; {pairs} pairs)\n\n" + markdown([*header, "token ms", "token overhead"], rows)
+        f"{machine(results)}; {runs(results['cells'])})\n\n" + markdown([*header, "token ms", "token overhead"], rows)
     )
+
+
+def runs(cells: list[dict[str, Any]]) -> str:
+    """How many runs stand behind the figures."""
+
+    def counts(name: str) -> str:
+        found = sorted({int(cell[name]["pairs"]) for cell in cells})
+        return " to ".join(map(str, dict.fromkeys((found[0], found[-1])))) if found else "no"
+
+    return (
+        f"overhead: {counts('overhead')} pairs; speed-up and its oracle's: {counts('speedup')} unpruned runs, each "
+        f"paired with the pruned run beside it; drop: {counts('cost_share')} runs, each "
+        "over the nearest of these unpruned ones"
+    )
+
+
+def lacking(found: dict[int, dict[str, Any]]) -> list[str]:
+    """Methods with a budget that another file, or another budget of the same one, has and a file lacks."""
+    have = {patches: {(c["method"], c["budget"]) for c in results["cells"]} for patches, results in found.items()}
+    every = list(dict.fromkeys(c["method"] for results in found.values() for c in results["cells"]))
+    budgets = {method: {b for cells in have.values() for m, b in cells if m == method} for method in every}
+    usual = {b for of in budgets.values() for b in of if b != "-"}
+    return [
+        f"`{method}` {budget} at {patches} patches"
+        for patches in found
+        for method in every
+        for budget in sorted(usual if budgets[method] & usual else budgets[method])
+        if (method, budget) not in have[patches] and ONLY.get(method, patches) == patches
+    ]
 
 
 def selection(found: dict[str, Any]) -> str:
@@ -103,13 +132,13 @@ def judged(verdicts: list[Verdict]) -> str:
 
 def main() -> None:
     """Replace the tables in the page and print the targets."""
-    parts, verdicts, missing = [], [], []
+    parts, verdicts, missing, read_in = [], [], [], {}
     for patches, name in FILES.items():
         path = ROOT / "benchmarks" / name
         if not path.exists():
             missing.append(name)
             continue
-        results = read(path)
+        results = read_in[patches] = read(path)
         parts.append(speed(patches, results))
         verdicts += judge(results)
     path = ROOT / "benchmarks" / SELECTION
@@ -121,7 +150,7 @@ def main() -> None:
         missing.append(SELECTION)
     if verdicts:
         parts.append(judged(verdicts))
-    if missing:
+    if missing := [*missing, *lacking(read_in)]:
         parts.append(f"Not measured yet: {', '.join(missing)} (`make bench`).")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)

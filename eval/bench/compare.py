@@ -20,6 +20,9 @@ FIGURES = (
 )
 
 
+ABSENT = {"kernels": "auto", "replaced": []}  # settings that older files lack
+
+
 def figure(cell: dict[str, Any], path: tuple[str, ...]) -> tuple[float, float, float] | None:
     """(value, low, high) of one figure; None where the cell lacks it."""
     value: Any = cell
@@ -35,7 +38,8 @@ def differing_settings(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tu
     made = {}
     for part in ("settings", "machine"):
         for name in {**old[part], **new[part]}:
-            if (was := old[part].get(name)) != (now := new[part].get(name)):
+            was, now = (results[part].get(name, ABSENT.get(name)) for results in (old, new))
+            if was != now:
                 made[name] = (was, now)
     return made
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,8 +46,32 @@ class AliveBytes(TorchDispatchMode):
         return result
 
 
-def count(work: Workload, prefill: Callable[[], Any]) -> dict[str, int]:
-    """Run a prefill once and return `flops` by torch's counter and `peak_bytes` above the weights.
+@contextmanager
+def tower_tokens(work: Workload) -> Iterator[list[int]]:
+    """The tokens per view of every tower layer, once a prefill has run inside; a patch must be there before."""
+    family, inner, seen = work.family, work.family.inner(work.model), {}
+
+    def look(index: int, hidden: torch.Tensor) -> None:
+        seen[index] = hidden.shape[1]
+        made[:] = [seen[i] for i in sorted(seen)]
+
+    made: list[int] = []
+    layers = family.tower_layers(family.towers(inner)[0])
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, i=i: look(i, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for i, layer in enumerate(layers)
+    ]
+    try:
+        yield made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def count(work: Workload, prefill: Callable[[], Any]) -> dict[str, Any]:
+    """Run a prefill once and return `flops` by torch's counter, `peak_bytes` above the weights and `tower_tokens`.
 
     The counter sees matrix products, convolutions and attention (whole squares, though attention is causal), two
     operations per multiply-add, and nothing inside vlmprune's own operators. Peak memory is the allocator's on a GPU,
@@ -61,14 +86,15 @@ def count(work: Workload, prefill: Callable[[], Any]) -> dict[str, int]:
         prefill()
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
-    with FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention_flops}) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention_flops})
+    with tower_tokens(work) as seen, counter:
         if cuda:
             prefill()
         else:
             with alive:
                 prefill()
             peak = alive.peak
-    return {"flops": counter.get_total_flops(), "peak_bytes": peak}
+    return {"flops": counter.get_total_flops(), "peak_bytes": peak, "tower_tokens": seen}
 
 
 def kv_bytes(cache: Any) -> int:
@@ -86,19 +112,24 @@ def language_flops(work: Workload, tokens: list[int]) -> int:
     return 2 * work.batch * prefill_flops(tokens, text.hidden_size, text.intermediate_size, kv_hidden=kv)
 
 
-def formula_flops(work: Workload, tokens: list[int]) -> int:
+def formula_flops(work: Workload, tokens: list[int], tower_tokens: list[int]) -> int:
     """FLOPs of a whole prefill by formula: tower, projector, decoder layers, head on the last token.
 
-    The tower: per view 2 (T p d + sum over layers of 4 T d² + 2 T² d + 2 T d m), with T its tokens and p the values of
-    a patch. The projector: two matrices, on all patches of all views. Norms, activations and taps are left out.
+    The tower: per view 2 (P p d + sum over layers of 4 T d² + 2 T² d + 2 T d m), with P its patches of p values each
+    and T the tokens of that layer, which merging inside the tower makes fewer. The projector: two matrices, on all
+    patches of all views. Norms, activations, taps and decisions are left out.
+
+    Args:
+        work: the workload.
+        tokens: of every decoder layer, those of the cache.
+        tower_tokens: of every tower layer and view (of `count`).
     """
     config = work.model.config
     vision, text = config.vision_config, config.text_config
     patches = (vision.image_size // vision.patch_size) ** 2
-    seen = patches + int(vision.model_type == "clip_vision_model")
     d, m = vision.hidden_size, vision.intermediate_size
     tower = patches * 3 * vision.patch_size**2 * d
-    tower += prefill_flops([seen] * vision.num_hidden_layers, d, m, ffn_matrices=2)
+    tower += prefill_flops(tower_tokens, d, m, ffn_matrices=2)
     layers = config.vision_feature_layer
     wide = d * (1 if isinstance(layers, int) else len(layers))
     projector = patches * (wide + text.hidden_size) * text.hidden_size

@@ -116,7 +116,7 @@ def measure_unpruned(work: Workload, effort: Effort, tell: Callable[[str], None]
         "stages_ms": stage_spreads(stages),
         "kv_bytes": cached,
         "peak_bytes": counted["peak_bytes"],
-        "flops": {"counted": counted["flops"], "formula": formula_flops(work, tokens)},
+        "flops": {"counted": counted["flops"], "formula": formula_flops(work, tokens, counted["tower_tokens"])},
     }
 
 
@@ -211,7 +211,10 @@ def run_method(
         "stages_ms": stage_spreads(stages),
         "kv_bytes": cached,
         "peak_bytes": counted["peak_bytes"],
-        "flops": {"counted": counted["flops"], "formula": formula_flops(work, trace.kv_lengths)},
+        "flops": {
+            "counted": counted["flops"],
+            "formula": formula_flops(work, trace.kv_lengths, counted["tower_tokens"]),
+        },
     }
     if plain.decode:
         made["decode_ms"] = {
@@ -236,8 +239,9 @@ def amdahl(work: Workload, stages_ms: dict[str, Any], kv_lengths: list[int]) -> 
     return {"bound": total / (total - layers * (1 - left)), "limit": total / (total - layers)}
 
 
-def answer_speedup(made: dict[str, Any], new_tokens: int) -> float:
-    """How much sooner an answer of `new_tokens` is there: first token, then so many decode steps less one."""
+def answer_speedup(made: dict[str, Any], new_tokens: int, who: str = "pruned") -> float:
+    """How much sooner than the unpruned model's an answer of `new_tokens` is there: first token, then so many decode
+    steps less one. `who` is "pruned" or "oracle"."""
     first, step = made["first_token_ms"], made["decode_ms"]
-    whole = {who: first[who]["median"] + (new_tokens - 1) * step[who]["median"] for who in ("unpruned", "pruned")}
-    return whole["unpruned"] / whole["pruned"]
+    unpruned, mine = (first[one]["median"] + (new_tokens - 1) * step[one]["median"] for one in ("unpruned", who))
+    return unpruned / mine

@@ -1,9 +1,10 @@
-"""Time of the first token against visual tokens, methods beside the oracle's line."""
+"""Time of the first token against visual tokens, every method beside its oracle's line."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from vlmprune.eval.files import write_whole
@@ -38,19 +39,22 @@ def plot(results: dict[str, Any], path: str | Path) -> None:
     for batch, axis in zip(batches, axes[0], strict=True):
         mine = [cell for cell in cells if cell["batch"] == batch]
         visual = mine[0]["tokens"]["visual"]
-        plain = sorted(cell["first_token_ms"]["unpruned"]["median"] for cell in mine)[len(mine) // 2]
-        # cells that keep as much share one point of the ceiling
-        line: dict[float, list[float]] = {visual: [plain]}
-        for cell in mine:
-            line.setdefault(cell["tokens"]["layer_average"], []).append(cell["first_token_ms"]["oracle"]["median"])
-        points = sorted((tokens, sorted(times)[len(times) // 2]) for tokens, times in line.items())
-        axis.plot(*zip(*points, strict=True), color="0.35", linewidth=1.6, label="oracle", zorder=1)
+        plain = median(cell["first_token_ms"]["unpruned"]["median"] for cell in mine)
         axis.plot(visual, plain, "*", color="black", markersize=13, label="unpruned", zorder=3)
         for number, method in enumerate(methods):
             own = [cell for cell in mine if cell["method"] == method]
             if not own:
                 continue
             own.sort(key=lambda cell: cell["tokens"]["layer_average"])
+            # a ceiling of its own: cuts at other depths cost otherwise at the same mean
+            points = [(cell["tokens"]["layer_average"], cell["first_token_ms"]["oracle"]["median"]) for cell in own]
+            axis.plot(
+                *zip(*points, (visual, plain), strict=True),
+                color=colours(number % 10),
+                linewidth=1.2,
+                label=f"{method}: oracle",
+                zorder=1,
+            )
             times = [cell["first_token_ms"]["pruned"] for cell in own]
             middle = [t["median"] for t in times]
             bars = [[t["median"] - t["low"] for t in times], [t["high"] - t["median"] for t in times]]

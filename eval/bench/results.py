@@ -13,9 +13,20 @@ from typing import Any
 
 import torch
 
+from vlmprune.eval.bench.schema import RESULTS, fault
 from vlmprune.eval.files import write_whole
 
-__all__ = ["SCHEMA", "cells_by_key", "describe_machine", "read", "rows", "run_grid", "write_csv", "write_json"]
+__all__ = [
+    "SCHEMA",
+    "absorb",
+    "cells_by_key",
+    "describe_machine",
+    "read",
+    "rows",
+    "run_grid",
+    "write_csv",
+    "write_json",
+]
 
 SCHEMA = 1
 
@@ -66,15 +77,27 @@ def read(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: it holds something else.
     """
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        results = json.loads(text)
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
         schema = results["bench"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} holds no results of `vlmprune bench` (its --json writes them).") from None
     if schema != SCHEMA:
         raise ValueError(f"{path} was written in format {schema}, and this version reads {SCHEMA}: measure anew.")
+    if said := fault(results, RESULTS):
+        raise ValueError(f"{path} is damaged: {said}.")
+    if alone := {cell["batch"] for cell in results["cells"]} - {one["batch"] for one in results["unpruned"]}:
+        raise ValueError(f"{path} is damaged: no unpruned model at batch {min(alone)}.")
     return results
+
+
+def absorb(found: dict[str, Any], other: dict[str, Any]) -> None:
+    """Add to `found`, in place, the cells that another run of the same kind has measured and it lacks."""
+    have, batches = cells_by_key(found), {one["batch"] for one in found["unpruned"]}
+    found["cells"] += [cell for name, cell in cells_by_key(other).items() if name not in have]
+    found["unpruned"] += [one for one in other["unpruned"] if one["batch"] not in batches]
+    replaced = [*found["settings"].get("replaced", []), *other["settings"].get("replaced", [])]
+    found["settings"]["replaced"] = sorted(set(replaced))
 
 
 def write_json(results: dict[str, Any], path: str | Path) -> None:
@@ -134,10 +157,9 @@ def run_grid(
         unpruned: measures the unpruned model at a batch size.
         measure: measures one job.
     """
-    have = cells_by_key(found)
     for job, batch in wanted:
         name = {"method": job.method, "options": job.options, "batch": batch}
-        if key(name) in have:
+        if key(name) in cells_by_key(found):  # anew for each: `store` may add what another run has measured
             continue
         base = next((one for one in found["unpruned"] if one["batch"] == batch), None)
         if base is None:

@@ -156,6 +156,10 @@ def guarded(run, *args: Any) -> Any:
         raise CommandError(str(error)) from error
     except ValueError as error:  # a budget that this picture cannot meet, too long a prompt
         raise UserError(brief(error)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how torch says it on a CPU
+            raise
+        raise CommandError(f"out of memory: {brief(error)}") from None
 
 
 def answer(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,25 +11,52 @@ from vlmprune.cli.tables import table
 __all__ = ["as_text", "changes_text", "selection_text"]
 
 SPEED = """\
-First token: vision tower to first token, medians of interleaved runs. Tokens: visual ones, mean over decoder layers.
-Speed-up: unpruned / pruned; its ceilings are the oracle's (the same tower and projector, then the language model on the
-kept rows, known beforehand) and Amdahl's bound (the unpruned stages, only the decoder layers shrunk, as their FLOPs
-are). Overhead: pruned / oracle, median of {pairs} interleaved pairs with {interval}. Token: one decode step;
-answer: speed-up of {new_tokens} new tokens."""
+First token: vision tower to first token. Tokens: visual ones, mean over decoder layers.
+Speed-up: unpruned / pruned, {plain}; its ceilings are the oracle's (the same
+tower and projector, then the language model on the kept rows, known beforehand) and Amdahl's bound (the unpruned
+stages, only the decoder layers shrunk, as their FLOPs are). Overhead: pruned / oracle, {pairs}.
+Milliseconds are medians of all runs, so their quotient may differ from the median of paired ratios{fewer}.
+{spread}."""
+DECODE = """\
+Token: one decode step, of the unpruned model, the pruned one and the oracle. Overhead: {pairs}.
+Answer: speed-up of {new_tokens} new tokens from these medians, and the oracle's."""
 STAGES = """\
-Milliseconds of separate runs with stamps (medians). Gather: all the patch does besides taps and selection. Rest:
-packing, embedding, masks, norm, head. Drop: taps + selection + gather as a share of the unpruned first token."""
+Milliseconds of separate runs with stamps, {runs}. Gather: all the patch does besides taps and selection.
+Rest: packing, embedding, masks, norm, head. Drop: taps + selection + gather as a share of the unpruned first token."""
 NEEDS = """\
 KV: bytes in the cache after the prefill. Peak: above the weights{how}.
-FLOPs of the first token: by torch's counter, and by formula (docs/performance.md), which leaves taps out."""
+FLOPs of the first token: by torch's counter, and by formula (docs/performance.md), which leaves out taps and the
+decisions of methods."""
+SPREAD = "±: half the distance between the quartiles"
 
 
-def ms(value: float) -> str:
+def paragraph(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 118)
+
+
+def number(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
-def interval(ratio: dict[str, float], digits: int = 3) -> str:
-    return f"{ratio['median']:.{digits}f} [{ratio['low']:.{digits}f}, {ratio['high']:.{digits}f}]"
+def ms(times: dict[str, float]) -> str:
+    """A median with half its quartiles' distance, `7017 ±3%`; alone where there was one run."""
+    median = times["median"]
+    if times["runs"] < 2 or not median:
+        return number(median)
+    return f"{number(median)} ±{(times['high'] - times['low']) / 2 / median:.0%}"
+
+
+def interval(ratio: dict[str, float], digits: int = 3, unit: str = "") -> str:
+    middle = f"{ratio['median']:.{digits}f}{unit}"
+    return f"{middle} [{ratio['low']:.{digits}f}, {ratio['high']:.{digits}f}]" if ratio["pairs"] > 1 else middle
+
+
+def behind(ratio: dict[str, float]) -> str:
+    """What stands behind a ratio and its interval."""
+    pairs = ratio["pairs"]
+    if pairs == 1:
+        return "of one interleaved pair alone"
+    return f"median of {pairs} interleaved pairs with {'its 95 % interval' if pairs > 5 else 'their range'}"
 
 
 def scaled(value: float, unit: float) -> str:
@@ -44,20 +72,36 @@ def head(results: dict[str, Any]) -> str:
         f"{results['model']['description']}, {settings['dtype']} on {where}; "
         f"torch {machine['torch']}, transformers {machine['transformers']}\n"
         f"{results['model']['visual']} visual tokens per prompt, {settings['prompt_tokens']} text tokens"
+        + "".join(f"\nplain torch instead of a kernel: {why}" for why in settings.get("replaced", []))
     )
 
 
 def as_text(results: dict[str, Any]) -> str:
-    """Three tables: speed and its ceilings, stages, memory and operations."""
+    """Tables: the first token and its ceilings, tokens after it, stages, memory and operations."""
     parts = [head(results)]
     if not results["cells"]:
         return "\n".join([*parts, "nothing was measured"])
-    pairs = results["cells"][0]["overhead"]["pairs"]
-    interval_name = "its 95 % interval" if pairs > 5 else "their range"
-    new = results["settings"]["new_tokens"]
+    first = results["cells"][0]
     how = ", the allocator's" if results["machine"].get("gpu") else ", all tensors alive at one time"
-    parts += ["", speed_table(results["cells"]), "", SPEED.format(pairs=pairs, interval=interval_name, new_tokens=new)]
-    parts += ["", stage_table(results), "", STAGES, "", needs_table(results), "", NEEDS.format(how=how)]
+    legend = SPEED.format(
+        plain=behind(first["speedup"]),
+        pairs=behind(first["overhead"]),
+        fewer=", of which there are fewer" * (first["speedup"]["pairs"] < first["overhead"]["pairs"]),
+        spread=SPREAD,
+    )
+    parts += ["", speed_table(results["cells"]), "", paragraph(legend)]
+    if decoded := [cell for cell in results["cells"] if "decode_ms" in cell]:
+        new = results["settings"]["new_tokens"]
+        legend = DECODE.format(pairs=behind(decoded[0]["decode_overhead"]), new_tokens=new)
+        parts += ["", decode_table(decoded, new), "", paragraph(legend)]
+    runs = first["stages_ms"]["total"]["runs"]
+    parts += [
+        "",
+        stage_table(results),
+        "",
+        paragraph(STAGES.format(runs=f"medians of {runs}" if runs > 1 else "one each")),
+    ]
+    parts += ["", needs_table(results), "", paragraph(NEEDS.format(how=how))]
     strange = [c for c in results["cells"] if (c["same_as_oracle"] or 0) > tolerance(results)]
     for cell in strange:
         parts.append(
@@ -73,36 +117,46 @@ def tolerance(results: dict[str, Any]) -> float:
 
 
 def speed_table(cells: Sequence[dict[str, Any]]) -> str:
-    """One row per cell."""
+    """The first token, one row per cell."""
     columns = ["method", "keep", "batch", "tokens", "first token ms", "speed-up", "oracle", "Amdahl", "overhead"]
-    decoded = any("decode_ms" in cell for cell in cells)
-    columns += ["token ms", "token overhead", "answer"] if decoded else []
     rows = []
     for cell in cells:
         first = cell["first_token_ms"]
-        row = [
-            cell["method"],
-            cell["budget"],
-            str(cell["batch"]),
-            f"{cell['tokens']['layer_average']:.0f}",
-            f"{ms(first['unpruned']['median'])} -> {ms(first['pruned']['median'])}",
-            f"{cell['speedup']['median']:.2f}x",
-            f"{cell['oracle_speedup']['median']:.2f}x",
-            f"{cell['amdahl']['bound']:.2f}x",
-            interval(cell["overhead"]),
-        ]
-        if decoded:
-            step = cell.get("decode_ms")
-            row += (
-                [
-                    f"{ms(step['unpruned']['median'])} -> {ms(step['pruned']['median'])}",
-                    interval(cell["decode_overhead"]),
-                    f"{cell['answer_speedup']:.2f}x",
-                ]
-                if step
-                else ["", "", ""]
-            )
-        rows.append(row)
+        rows.append(
+            [
+                cell["method"],
+                cell["budget"],
+                str(cell["batch"]),
+                f"{cell['tokens']['layer_average']:.0f}",
+                f"{ms(first['unpruned'])} -> {ms(first['pruned'])}",
+                interval(cell["speedup"], 2, "x"),
+                f"{cell['oracle_speedup']['median']:.2f}x",
+                f"{cell['amdahl']['bound']:.2f}x",
+                interval(cell["overhead"]),
+            ]
+        )
+    return table(columns, rows, columns[1:])
+
+
+def decode_table(cells: Sequence[dict[str, Any]], new_tokens: int) -> str:
+    """The tokens after the first, one row per cell in which they were measured."""
+    from vlmprune.eval.bench.measure import answer_speedup
+
+    columns = ["method", "keep", "batch", "token ms", "oracle ms", "token overhead", "answer", "oracle"]
+    rows = []
+    for cell in cells:
+        step = cell["decode_ms"]
+        rows.append(
+            [
+                cell["method"],
+                cell["budget"],
+                str(cell["batch"]),
+                f"{ms(step['unpruned'])} -> {ms(step['pruned'])}",
+                ms(step["oracle"]),
+                interval(cell["decode_overhead"]),
+                *(f"{answer_speedup(cell, new_tokens, who):.2f}x" for who in ("pruned", "oracle")),
+            ]
+        )
     return table(columns, rows, columns[1:])
 
 
@@ -112,9 +166,9 @@ def stage_table(results: dict[str, Any]) -> str:
     columns = ["method", "keep", "batch", *names, "prefill", "rest", "total", "drop"]
 
     def row(who: str, budget: str, batch: int, stages: dict[str, Any], share: str) -> list[str]:
-        prefill = " + ".join(ms(part["median"]) for part in stages["prefill"])
-        cells = [ms(stages[name]["median"]) for name in names]
-        return [who, budget, str(batch), *cells, prefill, *(ms(stages[n]["median"]) for n in ("rest", "total")), share]
+        prefill = " + ".join(ms(part) for part in stages["prefill"])
+        cells = [ms(stages[name]) for name in names]
+        return [who, budget, str(batch), *cells, prefill, *(ms(stages[n]) for n in ("rest", "total")), share]
 
     rows = []
     for one in results["unpruned"]:
@@ -156,11 +210,11 @@ def changes_text(found: Sequence[dict[str, Any]], differing: dict[str, tuple[Any
         return "\n".join([*lines, "The two have no cell in common (method, options and batch)."])
     columns = ["method", "keep", "batch", "figure", "old", "new", "change", ""]
 
-    def number(value: float) -> str:
+    def figure(value: float) -> str:
         return f"{value:.4g}" if value < 1e5 else f"{value:.0f}"
 
     rows = [
-        [c["method"], c["budget"], str(c["batch"]), c["figure"], number(c["old"]), number(c["new"]),
+        [c["method"], c["budget"], str(c["batch"]), c["figure"], figure(c["old"]), figure(c["new"]),
          f"{c['change']:+.1%}", c["verdict"]]
         for c in found
     ]  # fmt: skip
@@ -176,15 +230,15 @@ def selection_text(found: Sequence[dict[str, Any]]) -> str:
         [
             one["objective"],
             f"{one['tokens']} -> {one['keep']}",
-            ms(one["textbook_ms"]["median"]),
-            ms(one["ours_ms"]["median"]),
+            ms(one["textbook_ms"]),
+            ms(one["ours_ms"]),
             interval(one["speedup"], 1),
             f"{one['same_picks']:.1%}",
         ]
         for one in found
     ]
     note = (
-        "The textbook loop computes all distances to all picks at each step. Medians of "
-        f"{found[0]['speedup']['pairs']} interleaved pairs, 95 % interval; vectors of {found[0]['dim']} numbers."
+        "The textbook loop computes all distances to all picks at each step. Times faster: "
+        f"{behind(found[0]['speedup'])}; vectors of {found[0]['dim']} numbers.\n{SPREAD}."
     )
     return table(columns, rows, columns[1:]) + "\n\n" + note

@@ -25,7 +25,8 @@ def test_the_formula_is_what_the_counter_counts(work, kind, batch):
     here = work(batch, **kind)
     with torch.no_grad():
         counted = count(here, Plain(here).prefill)
-    assert counted["flops"] == formula_flops(here, [here.length] * 4)
+    assert counted["tower_tokens"] == [16 + (kind.get("tower") != "siglip")] * 6
+    assert counted["flops"] == formula_flops(here, [here.length] * 4, counted["tower_tokens"])
 
 
 @pytest.mark.parametrize("method", ["random", "grid"])
@@ -34,7 +35,27 @@ def test_the_formula_follows_the_cut(work, method):
     with vlmprune.patch(here.model, method, keep=4) as handle, torch.no_grad():
         counted = count(here, Plain(here).prefill)
         assert handle.trace.kv_lengths == [11] * 4
-        assert counted["flops"] == formula_flops(here, handle.trace.kv_lengths)
+        assert counted["flops"] == formula_flops(here, handle.trace.kv_lengths, counted["tower_tokens"])
+
+
+def test_the_formula_follows_merging_inside_the_tower(work):
+    """What the counter sees beyond it are the cosines of ToMe's two halves of the patches, four times."""
+    here = work(2)
+    with vlmprune.patch(here.model, "tome", keep=0.5) as handle, torch.no_grad():
+        counted = count(here, Plain(here).prefill)
+    assert counted["tower_tokens"] == [17, 15, 13, 11, 9, 9]
+    by_formula = formula_flops(here, handle.trace.kv_lengths, counted["tower_tokens"])
+    wide = here.model.config.vision_config.hidden_size // here.model.config.vision_config.num_attention_heads
+    cosines = sum((n // 2) ** 2 * wide for n in (16, 14, 12, 10))
+    assert counted["flops"] - by_formula == 2 * here.batch * cosines
+
+
+def test_counting_leaves_no_hooks(work):
+    here = work()
+    before = sum(len(module._forward_pre_hooks) for module in here.model.modules())
+    with torch.no_grad():
+        count(here, Plain(here).prefill)
+    assert sum(len(module._forward_pre_hooks) for module in here.model.modules()) == before
 
 
 def test_language_flops_by_hand(work):

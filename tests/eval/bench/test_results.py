@@ -26,6 +26,8 @@ def found():
     model, effort = tiny.shared(), Effort(pairs=2, plain=1, stages=1, new_tokens=4)
     made = {
         "bench": results.SCHEMA,
+        "asked": {"pairs": 2, "plain_runs": 1, "stage_runs": 1},
+        "model": {"description": "tiny", "visual": 16},
         "settings": {"model": "tiny", "device": "cpu", "dtype": "float32", "prompt_tokens": 7, "new_tokens": 4},
         "machine": results.describe_machine("cpu"),
         "unpruned": [],
@@ -142,11 +144,47 @@ def test_overlapping_intervals_say_nothing(found):
 def test_a_plot_shows_oracle_methods_and_batches(found, tmp_path):
     plot(found, tmp_path / "r.svg")
     drawn = (tmp_path / "r.svg").read_text()
-    for text in ("oracle", "unpruned", "random", "fastv", "batch 1", "batch 2"):
+    for text in ("random: oracle", "fastv: oracle", "unpruned", "random", "fastv", "batch 1", "batch 2"):
         assert f"<!-- {text} -->" in drawn
     plot(found, tmp_path / "r.png")
     with Image.open(tmp_path / "r.png") as image:
         assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_every_method_has_its_oracles_line_and_unpruned_is_a_median(found, tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    new, drawn = copy.deepcopy(found), {}
+    new["cells"] = [cell for cell in new["cells"] if cell["batch"] == 1]
+    for number, cell in enumerate(new["cells"]):  # random 4 and 8, fastv 4 and 8
+        times = cell["first_token_ms"]
+        times["unpruned"]["median"], times["oracle"]["median"] = 100.0 + 2 * number, 10.0 + number
+    real = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *a, **kw: drawn.update({kw["label"]: a[1:3]}) or real(*a, **kw))
+    plot(new, tmp_path / "r.svg")
+    assert drawn["unpruned"] == (16, 103.0)
+    assert drawn["random: oracle"] == ((4, 8, 16), (10.0, 11.0, 103.0))
+    assert drawn["fastv: oracle"] == ((10, 12, 16), (12.0, 13.0, 103.0))
+
+
+def test_cells_of_another_run_are_taken_over(found):
+    mine, theirs = copy.deepcopy(found), copy.deepcopy(found)
+    mine["cells"], mine["unpruned"] = mine["cells"][:2], mine["unpruned"][:1]
+    theirs["cells"] = theirs["cells"][1:]
+    theirs["cells"][0]["kv_bytes"] = -1  # measured twice: one's own stays
+    theirs["settings"]["replaced"] = ["merge: not on cuda"]
+    results.absorb(mine, theirs)
+    assert results.cells_by_key(mine) == results.cells_by_key(found)
+    assert [one["batch"] for one in mine["unpruned"]] == [1, 2]
+    assert mine["settings"]["replaced"] == ["merge: not on cuda"]
+
+
+def test_older_files_were_measured_with_kernels_auto(found):
+    new = copy.deepcopy(found)
+    new["settings"] |= {"kernels": "auto", "replaced": []}
+    assert compare.differing_settings(found, new) == {}
+    new["settings"]["kernels"] = "torch"
+    assert compare.differing_settings(found, new) == {"kernels": ("auto", "torch")}
 
 
 def test_nothing_to_draw(found, tmp_path):

@@ -40,22 +40,24 @@ def test_selection(times, met):
 
 
 def test_the_page_gets_its_tables(tmp_path, monkeypatch, capsys):
+    import copy
     import importlib.util
     import json
     from pathlib import Path
 
-    path = Path(__file__).resolve().parents[3] / "scripts" / "performance_tables.py"
+    root = Path(__file__).resolve().parents[3]
+    path = root / "scripts" / "performance_tables.py"
     spec = importlib.util.spec_from_file_location("performance_tables", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     (tmp_path / "benchmarks").mkdir()
-    times = {who: {"median": 7.0} for who in ("unpruned", "pruned", "oracle")}
-    whole = cell(
+    results = json.loads((root / "benchmarks" / "cpu-576.json").read_text())
+    times = {who: dict.fromkeys(("median", "low", "high", "runs"), 7.0) for who in ("unpruned", "pruned", "oracle")}
+    whole = results["cells"][0] | cell(
         overhead=ratio(1.2), tokens={"visual": 576, "layer_average": 144}, first_token_ms=times, decode_ms=times,
-        speedup=ratio(3.0), oracle_speedup=ratio(3.3), amdahl={"bound": 3.5},
+        speedup=ratio(3.0, 3), oracle_speedup=ratio(3.3, 3), amdahl={"bound": 3.5},
     )  # fmt: skip
-    machine = {"processor": "P", "threads": 2, "cores": 2, "torch": "t", "transformers": "u"}
-    results = {"bench": 1, "settings": {"model": "small", "dtype": "float32"}, "machine": machine, "cells": [whole]}
+    results["cells"] = [whole]
     (tmp_path / "benchmarks" / "cpu-576.json").write_text(json.dumps(results))
     page = tmp_path / "performance.md"
     page.write_text(f"above\n{script.BEGIN}\nold\n{script.END}\nbelow\n")
@@ -71,3 +73,18 @@ def test_the_page_gets_its_tables(tmp_path, monkeypatch, capsys):
     assert "| `m` 64 | 144 | 7 | 7 | 3.00x | 3.30x | 3.50x | 1.200 [1.200, 1.200] | 2.00% |" in once
     assert "2 of 3 are met" in capsys.readouterr().out
     assert "cpu-2880.json" in once
+    assert "overhead: 15 pairs; speed-up and its oracle's: 3 unpruned runs" in once
+
+    other = copy.deepcopy(results)
+    other["cells"] = [whole | {"method": name, "budget": b} for name, b in (("m", "128"), ("globalcom2", "64"))]
+    other["cells"].append(whole | {"method": "n", "budget": "-"})
+    (tmp_path / "benchmarks" / "cpu-2880.json").write_text(json.dumps(other))
+    script.main()
+    missing = page.read_text().partition("Not measured yet: ")[2].partition(" (`make bench`)")[0].split(", ")
+    assert missing == [
+        "cpu-selection.json",
+        "`m` 128 at 576 patches",
+        "`n` - at 576 patches",
+        "`m` 64 at 2880 patches",
+        "`globalcom2` 128 at 2880 patches",
+    ]
