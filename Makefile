@@ -81,7 +81,8 @@ support: $(VENV)/.installed ## run the tests of families and features, and write
 	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --support $(SUPPORT) --support-only $(PYTEST_ARGS) tests
 	$(VENV)/bin/python scripts/support_matrix.py $(SUPPORT)
 
-# Goes on where it was stopped. Results of another thread count or package version are refused: remove the files first.
+# Goes on where it was stopped: what a file holds is not measured again, and one of another thread count or package version
+# is refused. Remove the files to measure anew.
 # The machine must have nothing else to do, or the core that runs this nothing else (taskset).
 BENCH_THREADS ?= 1
 BENCH_RUNS ?= --pairs 15 --stage-runs 15

@@ -53,6 +53,7 @@ step() {
 bench() {
   local name=$1 limit=$2
   shift 2
+  rm -f "$out/$name.json" # results of another day, which bench does not overwrite
   step "$name" "$limit" "$python" -P -m vlmprune bench --device "$device" "$@" --json "$out/$name.json"
 }
 
