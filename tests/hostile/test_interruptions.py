@@ -143,7 +143,7 @@ def timed(llava, tmp_path):
     out = tmp_path / "out"
     return ["bench", "--model", llava, "--method", "random", "--keep", 4, "--pairs", 1, "--plain-runs", 1,
             "--stage-runs", 1, "--new-tokens", 2, "--prompt-tokens", 4, "--device", "cpu",
-            "--json", out / "a.json", "--csv", out / "a.csv", "--plot", out / "a.png"]  # fmt: skip
+            "--json", out / "a.json", "--resume", "--csv", out / "a.csv", "--plot", out / "a.png"]  # fmt: skip
 
 
 VERBS = {"asked": 1, "measured": 1, "evaluated": 1, "timed": 4}
