@@ -244,6 +244,12 @@ def test_import_loads_nothing_heavy(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
+def test_packages_that_users_name_need_no_import_of_their_own(tmp_path: Path) -> None:
+    code = "import vlmprune; vlmprune.kernels.use('auto'); print(vlmprune.methods.ToDRE.__name__)"
+    done = python(code, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "ToDRE\n"), done.stderr
+
+
 def test_import_adds_little_time(tmp_path: Path) -> None:
     """CPU seconds, next to torch and transformers; the best of three, since machines are noisy."""
     code = """

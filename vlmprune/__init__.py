@@ -58,8 +58,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name == "methods":
-        return import_module("vlmprune.methods")
+    if name in ("kernels", "methods"):
+        return import_module(f"vlmprune.{name}")
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
         raise AttributeError(f"module 'vlmprune' has no attribute {name!r}")
