@@ -159,7 +159,11 @@ def gather(device: str) -> dict[str, Any]:
         late.append(ops.select_gather(chosen, counts, None, hidden[i], ids, cos[i], cos[i], keep, False))
 
     copy = moved / seconds(copied, device)
-    found: dict[str, Any] = {"bytes": moved, "copy_gb_s": copy / 1e9}
+    found: dict[str, Any] = {
+        "bytes": moved,
+        "copy_gb_s": copy / 1e9,
+        "order": [*choice.ON_GPU["select_gather"], "torch"],
+    }
     for name in names("select_gather", device):
         with kernels.use(name):
             for how, args in (("marked", (marked, None)), ("ranked", (scores, counts))):

@@ -37,7 +37,7 @@ def table(folder: Path, steps: Path) -> int:
     if "gather" in found:
         add("device copy", f"{found['gather']['copy_gb_s']:.0f} GB/s")
         rates = {k: v for k, v in found["gather"].items() if isinstance(v, dict)}
-        default = next((name for name in ("cuda", "triton", "torch") if f"{name} marked" in rates), "")
+        default = next((name for name in found["gather"]["order"] if f"{name} marked" in rates), "")
         best = max((v["of_copy"] for k, v in rates.items() if k.endswith("marked")), default=0)
         for name, rate in rates.items():
             judged = gpu and name == f"{default} marked"

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 import vlmprune
+from vlmprune.selftest import checks
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
          "equal", "is_nonzero", "repeat_interleave.Tensor"}  # fmt: skip
@@ -221,25 +222,15 @@ def test_a_later_turn_reads_its_counts_its_end_and_the_length_of_its_cache(
 @pytest.mark.parametrize("method", ["fopru", "vtc_cls", "random", "pool"])
 def test_synchronisations_on_a_gpu(method):
     """What CUDA itself says, uploads included."""
-    import warnings
-
     model = tiny.model()
     prompt = {k: v for k, v in tiny.prompt(model, [4, "image", 6], [(24, 24)]).items() if k != "attention_mask"}
     model, prompt = model.cuda(), {k: v.cuda() for k, v in prompt.items()}
 
-    def syncs():
-        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                model(**prompt)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-        return sum("called a synchronizing" in str(w.message) for w in caught)
+    def waits():
+        with torch.no_grad():
+            model(**prompt)
+            return checks.syncs(model, prompt)
 
-    with torch.no_grad():
-        model(**prompt)
-    plain = syncs()
-    with vlmprune.patch(model, method, keep=5), torch.no_grad():
-        model(**prompt)
-        assert syncs() <= plain + 1
+    plain = waits()
+    with vlmprune.patch(model, method, keep=5):
+        assert waits() <= plain + 1

@@ -47,24 +47,20 @@ class AliveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def tower_tokens(work: Workload) -> Iterator[list[int]]:
+def tower_tokens(work: Workload) -> Iterator[dict[int, int]]:
     """The tokens per view of every tower layer, once a prefill has run inside; a patch must be there before."""
-    family, inner, seen = work.family, work.family.inner(work.model), {}
+    family, seen = work.family, {}
 
-    def look(index: int, hidden: torch.Tensor) -> None:
-        seen[index] = hidden.shape[1]
-        made[:] = [seen[i] for i in sorted(seen)]
+    def look(index: int, args: tuple, kwargs: dict) -> None:
+        seen[index] = (args[0] if args else kwargs["hidden_states"]).shape[1]
 
-    made: list[int] = []
-    layers = family.tower_layers(family.towers(inner)[0])
+    layers = family.tower_layers(family.towers(family.inner(work.model))[0])
     handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, kwargs, i=i: look(i, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
+        layer.register_forward_pre_hook(lambda _, *given, i=i: look(i, *given), with_kwargs=True)
         for i, layer in enumerate(layers)
     ]
     try:
-        yield made
+        yield seen
     finally:
         for handle in handles:
             handle.remove()
@@ -74,8 +70,8 @@ def count(work: Workload, prefill: Callable[[], Any]) -> dict[str, Any]:
     """Run a prefill once and return `flops` by torch's counter, `peak_bytes` above the weights and `tower_tokens`.
 
     The counter sees matrix products, convolutions and attention (whole squares, though attention is causal), two
-    operations per multiply-add, and nothing inside vlmprune's own operators. Peak memory is the allocator's on a GPU,
-    and on a CPU the bytes of all tensors that exist at one time.
+    operations per multiply-add, and what vlmprune's own operators multiply by their formulas. Peak memory is the
+    allocator's on a GPU, and on a CPU the bytes of all tensors that exist at one time.
     """
     device, alive = work.model.device, AliveBytes()
     cuda = device.type == "cuda"
@@ -94,7 +90,7 @@ def count(work: Workload, prefill: Callable[[], Any]) -> dict[str, Any]:
             with alive:
                 prefill()
             peak = alive.peak
-    return {"flops": counter.get_total_flops(), "peak_bytes": peak, "tower_tokens": seen}
+    return {"flops": counter.get_total_flops(), "peak_bytes": peak, "tower_tokens": list(seen.values())}
 
 
 def kv_bytes(cache: Any) -> int:

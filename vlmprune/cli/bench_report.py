@@ -116,6 +116,11 @@ def tolerance(results: dict[str, Any]) -> float:
     return {"float32": 1e-4, "float16": 0.02}.get(results["settings"]["dtype"], 0.1)
 
 
+def label(cell: dict[str, Any]) -> list[str]:
+    """The first columns of a cell's row."""
+    return [cell["method"], cell["budget"], str(cell["batch"])]
+
+
 def speed_table(cells: Sequence[dict[str, Any]]) -> str:
     """The first token, one row per cell."""
     columns = ["method", "keep", "batch", "tokens", "first token ms", "speed-up", "oracle", "Amdahl", "overhead"]
@@ -124,9 +129,7 @@ def speed_table(cells: Sequence[dict[str, Any]]) -> str:
         first = cell["first_token_ms"]
         rows.append(
             [
-                cell["method"],
-                cell["budget"],
-                str(cell["batch"]),
+                *label(cell),
                 f"{cell['tokens']['layer_average']:.0f}",
                 f"{ms(first['unpruned'])} -> {ms(first['pruned'])}",
                 interval(cell["speedup"], 2, "x"),
@@ -148,9 +151,7 @@ def decode_table(cells: Sequence[dict[str, Any]], new_tokens: int) -> str:
         step = cell["decode_ms"]
         rows.append(
             [
-                cell["method"],
-                cell["budget"],
-                str(cell["batch"]),
+                *label(cell),
                 f"{ms(step['unpruned'])} -> {ms(step['pruned'])}",
                 ms(step["oracle"]),
                 interval(cell["decode_overhead"]),
@@ -214,7 +215,7 @@ def changes_text(found: Sequence[dict[str, Any]], differing: dict[str, tuple[Any
         return f"{value:.4g}" if value < 1e5 else f"{value:.0f}"
 
     rows = [
-        [c["method"], c["budget"], str(c["batch"]), c["figure"], figure(c["old"]), figure(c["new"]),
+        [*label(c), c["figure"], figure(c["old"]), figure(c["new"]),
          f"{c['change']:+.1%}", c["verdict"]]
         for c in found
     ]  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.cli.errors import UserError
@@ -74,14 +73,12 @@ def effective_kernels(given: str | None) -> str:
     Raises:
         UserError: an unknown name in the environment.
     """
-    from vlmprune.kernels.choice import IMPLEMENTATIONS, VARIABLE, check
+    from vlmprune.kernels.choice import named
 
-    name = given or os.environ.get(VARIABLE) or "auto"
     try:
-        check(f"{VARIABLE}: implementation", name, IMPLEMENTATIONS)
+        return named(given)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return name
 
 
 def settings_of(args: argparse.Namespace, old: dict[str, Any] | None) -> dict[str, Any]:

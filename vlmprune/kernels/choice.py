@@ -15,7 +15,7 @@ import torch
 
 from vlmprune.kernels import reference
 
-__all__ = ["IMPLEMENTATIONS", "OPS", "Refused", "broken", "run", "use"]
+__all__ = ["IMPLEMENTATIONS", "OPS", "Refused", "broken", "named", "run", "use"]
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
 OPS = ("top_k", "select_gather", "greedy", "attention_mass", "merge")
@@ -71,9 +71,17 @@ def check(what: str, name: str, allowed: tuple[str, ...]) -> None:
 
 def wanted(op: str) -> str:
     """What `use` or the environment asks for."""
-    name = forced.get(op) or os.environ.get(VARIABLE) or "auto"
-    if op not in forced:
-        check(f"{VARIABLE}: implementation", name, IMPLEMENTATIONS)
+    return forced.get(op) or named(None)
+
+
+def named(name: str | None) -> str:
+    """The implementation `name`, else the one of the environment, else "auto".
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    name = name or os.environ.get(VARIABLE) or "auto"
+    check(f"{VARIABLE}: implementation", name, IMPLEMENTATIONS)
     return name
 
 
