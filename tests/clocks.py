@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["FakeClock"]
+__all__ = ["PATIENCE", "FakeClock"]
+
+#: Seconds after which another process hangs, however busy the machine is; nothing is decided by it.
+PATIENCE = 1200
 
 
 class FakeClock:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from clocks import PATIENCE
 
 import vlmprune
 from vlmprune import Method, registry
@@ -152,7 +153,7 @@ def python(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(map(str, [*paths, Path(__file__).parent]))
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=120
+        [sys.executable, "-P", "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=PATIENCE
     )
 
 
