@@ -106,6 +106,18 @@ def test_samples_are_those_behind_the_filter_of_the_main_metric(wanted, scores, 
     assert [s["answer"] for s in found["samples"]] == answers
 
 
+def test_a_document_that_is_logged_once_for_all_filters():
+    samples = [logged(0, "only", exact_match=0.5)]
+    found = cell({"exact_match,one": 1.0, "exact_match,two": 2.0}, samples, wanted="exact_match (two)")
+    assert found["samples"][0]["answer"] == "only"
+
+
+def test_samples_may_be_logged_without_their_documents():
+    sample = logged(4, exact_match=1.0)
+    del sample["doc"]
+    assert cell({"exact_match,none": 1.0}, [sample])["samples"][0]["cluster"] == "4"
+
+
 def test_two_metrics_behind_each_filter():
     """The place of a filter is among the filters, not among the metrics."""
     samples = [logged(0, "x", em=0.1, f1=0.2), logged(0, "y", em=0.3, f1=0.4)]
