@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from vlmprune import api, registry
@@ -126,6 +127,7 @@ def make_plan(config: Config, *, look_at_model: bool = True, device: str | None 
         about = {label: fingerprints.method(cell.method, cell.arguments) for label, cell in one_each.items()}
         shared = {
             "versions": fingerprints.versions(),
+            "library": fingerprints.library(),
             "model": model,
             "device": fingerprints.device(setting.device) if device is None else device,
             **{word: getattr(setting, word) for word in ("dtype", "attn_implementation", "device_map", "batch_size")},
@@ -157,7 +159,7 @@ def template_of(setting: Setting, draft: Draft) -> str | None:
     if setting.template is None:
         return None
     try:
-        return fingerprints.code_of(setting.template)
+        return fingerprints.code_of(str(Path(setting.template).expanduser()))
     except OSError:
         draft.mistakes.append((setting.where["template"], f"template: no file {setting.template!r} that can be read."))
         return None

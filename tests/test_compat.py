@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from clocks import PATIENCE
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -25,7 +26,7 @@ def python(code: str, *paths: Path, cwd: Path) -> subprocess.CompletedProcess[st
     env = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
     env |= {"PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-c", textwrap.dedent(code)]
-    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=PATIENCE)
 
 
 def distribution(folder: Path, name: str, version: str, *requires: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import reference
 import tiny
 import torch
+from clocks import PATIENCE
 from probes import far, same
 from reference import Rule
 from scenes import FAMILIES, Scene, start
@@ -284,7 +285,7 @@ def test_streaming_from_a_thread(tiny_model):
     prompts = three(model)[:2]
     with vlmprune.patch(model, probes.rules(*rules)):
         plain = [model.generate(**p, max_new_tokens=12, do_sample=False)[0, p["input_ids"].shape[1] :] for p in prompts]
-        streamers = [TextIteratorStreamer(words, skip_prompt=True, timeout=60) for _ in prompts]
+        streamers = [TextIteratorStreamer(words, skip_prompt=True, timeout=PATIENCE) for _ in prompts]
         threads = [
             threading.Thread(
                 target=model.generate, kwargs=p | {"max_new_tokens": 12, "do_sample": False, "streamer": s}

@@ -12,6 +12,7 @@ import pytest
 import reference
 import tiny
 import torch
+from clocks import PATIENCE
 from leftovers import assert_clean, hooks_on, ours
 from probes import far, same
 from reference import Rule
@@ -229,7 +230,7 @@ def test_patching_touches_no_class_and_no_environment():
         assert env == dict(os.environ)
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120,
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=PATIENCE,
         env={"PYTHONPATH": str(tiny.__file__.rsplit("/", 1)[0]), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -14,6 +14,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from clocks import PATIENCE
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -35,7 +36,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
         env=inherited | {"OMP_NUM_THREADS": "1"} | env,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
