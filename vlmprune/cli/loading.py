@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmprune.cli import interruption
 from vlmprune.cli.errors import UserError, brief
 from vlmprune.cli.status import note, quiet
 
@@ -131,11 +132,13 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
             model = AutoModelForImageTextToText.from_pretrained(source.place, dtype=wanted, **only, **options)
             family = family_of(model)
             family.facts(family.inner(model))
+            interruption.check()
         except UnsupportedError as error:
             raise UserError(f"{source.name}: {error}") from None
         except UserError:
             raise
         except Exception as error:  # transformers, the hub and safetensors raise nearly anything
+            interruption.check(error)
             way = "" if source.local else " (no such folder here, and the hub could not help)"
             raise UserError(f"cannot load {source.name}{way}: {brief(error)}") from error
     placed = model if options.get("device_map") is not None else model.to(device)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from vlmprune.cli import interruption
 from vlmprune.cli.errors import CommandError, UserError, brief, printable
 
 __all__ = ["check_target", "read_picture", "to_rgb", "write_picture"]
@@ -50,6 +51,7 @@ def read_picture(path: str | Path) -> Image.Image:
             ) from None
         raise UserError(f"{name} is not a picture that Pillow can read.") from None
     except Exception as error:  # decoders raise nearly anything when a file is damaged
+        interruption.check(error)
         raise UserError(f"{name} cannot be read as a picture: {brief(error)}") from None
 
 
