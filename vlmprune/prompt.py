@@ -136,9 +136,10 @@ def assign_images(
                 f"prompt {row} has {wanted} {modality} placeholders and its {modality}s have {taken} tokens."
             )
     if len(sample) != len(sizes):
+        given = f"{len(sizes)} {modality}s were" if len(sizes) != 1 else f"1 {modality} was"
         raise ValueError(
-            f"{len(sizes)} {modality}s were given, and the prompts have placeholders for {len(sample)} (to continue on "
-            f"a cache, give the new {modality}s alone)."
+            f"{given} given, and the prompts have placeholders for {len(sample)} (to continue on a cache, give the new "
+            f"{modality}s alone)."
         )
     return sample, ordinal, offset
 

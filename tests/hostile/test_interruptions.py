@@ -349,7 +349,7 @@ def test_ctrl_c_in_a_real_process(tmp_path):
 
 
 def pressed_and(then):
-    """A real SIGINT inside somebody's code, which turns the KeyboardInterrupt into what `then` raises, or swallows it."""
+    """A real SIGINT inside somebody's code, which makes what `then` raises of the KeyboardInterrupt, or swallows it."""
 
     def run(*_, **__):
         try:

@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune.cli import answering, loading
     from vlmprune.cli.status import note
+    from vlmprune.cli.tables import counted
     from vlmprune.eval.fidelity_report import Study, write
 
     budgets = [{word: parse_budget(text, word)} for text in amounts]
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt
     if not rows:
         name, why = next(iter(skipped.items()))
-        raise UserError(f"none of the {len(skipped)} pictures could be read, the first of them {name}: {why}")
+        raise UserError(f"none of {counted(len(skipped), 'picture')} could be read, the first of them {name}: {why}")
     cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst) for entry in entries if not entry.control}
     about = about_run(loaded, args, sum(pair.picture in skipped for pair in pairs))
     study = Study(about, entries, rows, list(skipped.items()), cards, len(pairs))
@@ -137,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     show(study, files, args.json)
     if skipped:
         few = ", ".join(map(printable, list(skipped)[:5])) + (", ..." if len(skipped) > 5 else "")
-        note(f"{len(skipped)} picture{'s' * (len(skipped) > 1)} could not be read, and left out: {few}")
+        note(f"{counted(len(skipped), 'picture')} could not be read, and left out: {few}")
     if interrupted:
         raise KeyboardInterrupt
 
@@ -200,6 +201,7 @@ def measure(
 
     from vlmprune.cli.answering import guarded
     from vlmprune.cli.status import note, status
+    from vlmprune.cli.tables import counted
 
     rows: list[Row] = []
     waiting: list[tuple[Pair, dict[str, torch.Tensor]]] = []
@@ -218,7 +220,7 @@ def measure(
                 if batch == 1 or not isinstance(error.__context__, torch.OutOfMemoryError | MemoryError):
                     raise
                 batch = max(1, min(batch, len(waiting)) // 2)
-                note(f"out of memory: going on with {batch} prompts at a time")
+                note(f"out of memory: going on with {counted(batch, 'prompt')} at a time")
                 continue
             progress.done += len(waiting[:batch])
             waiting = waiting[batch:]
@@ -368,7 +370,7 @@ def show(study: Any, files: Sequence[Path], as_json: bool) -> None:
         print(f"report: {files[0]}", file=sys.stderr)
         return
     header, rows = fidelity_report.table_of(study.lines)
-    print(f"{study.about['model']}: {study.prompts} prompts about {study.pictures} pictures\n")
+    print(f"{study.about['model']}: {study.asked}\n")
     print(table(header, rows, header[2:]))
     print("\nAgreement in per cent, KL in nats (per token); in brackets 95 % intervals over pictures.")
     for line in study.lines:

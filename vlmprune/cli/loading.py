@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vlmprune.cli import interruption
 from vlmprune.cli.errors import UserError, brief
 from vlmprune.cli.status import note, quiet
+from vlmprune.cli.tables import counted
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -212,7 +213,7 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
     else:
         text, made = token * len(images) + "\n" + prompt, ""
     if text.count(token) != len(images):
-        raise UserError(f"{made}, and there are {len(images)} pictures.")
+        raise UserError(f"{made}, and there {'is' if len(images) == 1 else 'are'} {counted(len(images), 'picture')}.")
     check_shapes(processor, images)
     # a template that writes the first token itself must not get a second one
     bos = getattr(processor.tokenizer, "bos_token", None)

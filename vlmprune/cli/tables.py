@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["change", "short", "table"]
+__all__ = ["change", "counted", "short", "table"]
 
 
 def width(text: str) -> int:
@@ -34,6 +34,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 def change(before: int, after: int) -> str:
     """`256 -> 26`, or one number where nothing changed."""
     return str(before) if before == after else f"{before} -> {after}"
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def short(text: str, limit: int) -> str:
