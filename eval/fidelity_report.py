@@ -377,6 +377,8 @@ def as_json(study: Study) -> dict[str, Any]:
 def write(folder: Path, study: Study) -> list[Path]:
     """Write everything into `folder` (which exists), each file at once or not at all.
 
+    Pictures of an older report there go, since nothing points to them any more.
+
     Returns:
         The files, the page to look at first.
 
@@ -403,4 +405,7 @@ def write(folder: Path, study: Study) -> list[Path]:
         files[name] = made.getvalue()
     for name, content in files.items():
         write_whole(folder / name, content)
+    for old in folder.glob("worst-*.png"):
+        if old.name not in files:
+            old.unlink()
     return [folder / name for name in files]

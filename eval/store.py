@@ -161,8 +161,8 @@ class RunLock(filelock.FileLock):
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one run; the system lets go of it when the process ends, however it ends.
+def locked(folder: Path, verb: str = "eval", another: str = "--set output=FOLDER") -> Iterator[None]:
+    """Hold the folder for one run of `verb`; the system lets go of it when the process ends, however it ends.
 
     Raises:
         StoreError: another process holds it, or it cannot be made.
@@ -173,8 +173,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise StoreError(
-            f"another `vlmprune eval` is writing into {folder}: wait for it, or choose another folder "
-            "(--set output=FOLDER)."
+            f"another `vlmprune {verb}` is writing into {folder}: wait for it, or choose another folder ({another})."
         ) from None
     except OSError as error:
         raise StoreError(f"cannot use {folder} as output folder: {error.strerror or error}.") from None
