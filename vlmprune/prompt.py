@@ -81,7 +81,10 @@ def find_items(
 ) -> Items:
     """Find the images, or the videos, of a batch by their placeholders (`holes`: `(batch, length)` bool)."""
     sizes = [len(item) for item in features.pooler_output]
-    sample, ordinal, offset = assign_images(placeholders, sizes, modality)
+    try:
+        sample, ordinal, offset = assign_images(placeholders, sizes, modality)
+    except ValueError as error:
+        raise ValueError(f"{error} {processor_needs(plan, inner)}") from None
     known = getattr(features, SIZES, None)
     if known is None:
         if plan.family.needs_sizes or modality == "video" or features.last_hidden_state is None:
@@ -111,6 +114,17 @@ def find_items(
         position=columns[upload(sample, device)].gather(1, number),
         sizes=sizes,
         views=sum(grid.views for grid in encoded),
+    )
+
+
+def processor_needs(plan: Plan, inner: nn.Module) -> str:
+    """Where placeholders come from, and why there may be too many or too few."""
+    fields = plan.family.processor_fields(inner)
+    needs = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    needs = f" For this model it needs {needs}." if fields else ""
+    return (
+        f"The processor writes the placeholders.{needs} A prompt that is cut off (truncation=True with max_length=...) "
+        "loses some of them: leave truncation out, or raise max_length."
     )
 
 

@@ -238,6 +238,7 @@ def setting_of(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": source.name,
         "weights": fingerprints.files(Path(source.place)) if source.local else model.config._commit_hash,
+        "adapter": fingerprints.files(Path(source.adapter)) if source.adapter else None,
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_new_tokens": args.max_new_tokens,

@@ -10,7 +10,7 @@ import torch
 
 from vlmprune.cli.answering import Job, guarded, patch
 from vlmprune.cli.errors import CommandError, UserError
-from vlmprune.cli.loading import model_inputs
+from vlmprune.cli.loading import model_inputs, strange_pictures, warn_of_photographs
 from vlmprune.cli.pictures import read_picture
 from vlmprune.cli.prompts import Pair
 from vlmprune.cli.status import note, status
@@ -88,17 +88,19 @@ def measure(loaded: Loaded, todo: Todo, batch: int, longest: int, skipped: dict[
 
 def prepared(loaded: Loaded, pairs: Sequence[Pair], skipped: dict[str, str]) -> Iterator[tuple[Pair, dict[str, Any]]]:
     """Pairs with the model's inputs, each picture read once; pictures that cannot be read are noted and left out."""
-    name = image = None
+    name, image, strange = None, None, 0
     for pair in pairs:
         if pair.picture in skipped:
             continue
         try:
             if pair.picture != name:
                 name, image = pair.picture, read_picture(pair.path)
+                strange += strange_pictures(loaded, [image])
             yield pair, model_inputs(loaded, [image], pair.prompt)
         except UserError as error:
             skipped[pair.picture] = str(error)
             note(f"left out: {error}")
+    warn_of_photographs(loaded.source.name, strange)
 
 
 def one_batch(
