@@ -318,7 +318,7 @@ def card_html(number: int, card: Card) -> str:
         f"<b>unpruned:</b> {html.escape(shown(row.unpruned))}",
         f"<b>pruned:</b> {said}{' <span class=same>(the same)</span>' if row.compared.answer_agrees else ''}",
         f'<span class="note">KL answer {kl(row)}, KL first {row.compared.kl_first:.3f} nats; '
-        f"{html.escape(', '.join(card.kept.lines[:1]))}{seed}</span>",
+        f"{html.escape(', '.join(card.kept.lines))}{seed}</span>",
     ]
     alt = html.escape(f"{row.picture} and what was kept of it", quote=True)
     image = f'<img alt="{alt}" src="data:image/jpeg;base64,{data}">'

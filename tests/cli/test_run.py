@@ -256,6 +256,18 @@ def test_scenes_are_told_from_photographs():
     assert not looks_drawn(Image.new("RGB", (50, 50), "grey"))
 
 
+def test_how_much_of_a_picture_is_seen(cli, folders, tmp_path):
+    noise_picture(96, 24).save(tmp_path / "wide.png")
+    shared = ("--image", tmp_path / "wide.png", "--prompt", PROMPT, "--repeats", 0, "--max-new-tokens", 1)
+    code, out, _ = cli("run", "--model", folders["llava"], *shared)
+    assert code == 0
+    assert f"{tmp_path / 'wide.png'}: the model sees 25% of it" in out
+    code, out, _ = cli("run", "--model", folders["llava"], *shared, "--json")
+    assert json.loads(out)["images"][0]["seen"] == pytest.approx(0.25, abs=0.01)
+    code, out, _ = cli("run", "--model", folders["next"], *shared)
+    assert (code, "the model sees" in out) == (0, False)
+
+
 # Adapters
 
 
