@@ -11,7 +11,7 @@ import numpy as np
 
 from vlmprune.eval import statistics
 from vlmprune.eval.naming import budget_text
-from vlmprune.eval.report.rows import FAILED, MISSING, NEAR, OK, OTHER, PARTLY, Problem, Results, Row
+from vlmprune.eval.report.rows import DAMAGED, FAILED, MISSING, NEAR, OK, OTHER, PARTLY, Problem, Results, Row
 from vlmprune.eval.store import Run
 
 __all__ = ["gather"]
@@ -45,7 +45,12 @@ def gather(run: Run) -> Results:
     """
     results = Results(run.info, run.cells)
     results.problems += [Problem(c["cell"]["id"], FAILED, str(c["error"])) for c in run.cells if c["error"]]
-    results.problems += [Problem(name, MISSING, "not evaluated yet") for name in run.missing]
+    results.problems += [
+        Problem(name, DAMAGED, run.damaged[name])
+        if name in run.damaged
+        else Problem(name, MISSING, "not evaluated yet")
+        for name in run.missing
+    ]
     for model in dict.fromkeys(c["cell"]["model"] for c in run.cells):
         add_model(results, model, [c for c in run.cells if c["cell"]["model"] == model])
     return results

@@ -12,7 +12,7 @@ from vlmprune.eval import statistics, testbed
 from vlmprune.eval.naming import budget_text
 from vlmprune.eval.report import ledger, tables, words
 from vlmprune.eval.report.document import Block, Code, Heading, Items, Picture, Table, Text
-from vlmprune.eval.report.rows import MISSING, OK, Results
+from vlmprune.eval.report.rows import DAMAGED, MISSING, OK, Results
 
 __all__ = ["NO_PLOTS", "build", "title"]
 
@@ -59,8 +59,8 @@ def troubles(results: Results) -> list[Block]:
         blocks.append(Heading(f"Not in the comparison: {counted(len(results.problems), 'cell')}"))
         rows = [[p.cell, p.state, tables.terminal.short(p.why, 400)] for p in results.problems]
         blocks.append(Table(["cell", "state", "why"], rows, range(3)))
-        if any(p.state == MISSING for p in results.problems):
-            blocks.append(Text("Missing cells are evaluated by running the same vlmprune eval again."))
+        if any(p.state in (MISSING, DAMAGED) for p in results.problems):
+            blocks.append(Text("Missing and damaged cells are evaluated by running the same vlmprune eval again."))
     if skipped := results.info.get("skipped"):
         blocks.append(Heading(f"Left out of the plan: {len(skipped)}"))
         rows = [[s["model"], s["label"], budget_text(s.get("budget")), s["reason"]] for s in skipped]

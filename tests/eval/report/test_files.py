@@ -263,3 +263,12 @@ def test_numbers_as_text():
     assert tables.number(None) == "-"
     assert tables.with_interval(1.0, None, None, 1) == "1.0"
     assert tables.with_interval(0.5, -0.25, 1.0, 2, sign=True) == "+0.50 [-0.25, 1.00]"
+
+
+def test_the_terminal_table_fits_a_narrow_terminal(folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    lines = report.summary(folder).splitlines()
+    assert max(map(len, lines)) <= 60
+    assert "method: full model" in lines
+    assert "  retention % [95 %]: 100.0" in lines

@@ -7,7 +7,7 @@ import pytest
 import run_folders as made
 
 from vlmprune.eval import statistics, store
-from vlmprune.eval.report import read, words
+from vlmprune.eval.report import read, summary, words
 from vlmprune.eval.report.gather import gather, together
 
 
@@ -274,3 +274,19 @@ def test_a_score_that_all_clusters_share_has_an_interval():
     cell["metrics"][cell["metric"]]["value"] = 1.0
     mine = row(gathered([cell]), "none", "pope")
     assert (mine.low, mine.high) == pytest.approx((0.025 ** (1 / mine.clusters), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [('{"format": 1', "not JSON: "), ("{}", "it lacks 'cell'"), ("\x00", "not JSON: "), ("[1]", "")],
+)
+def test_a_damaged_cell_is_named_with_its_file(tmp_path, text, told):
+    folder = made.write(tmp_path, made.grid_of())
+    file = folder / "cells" / "scene-llava--fopru--keep-0.1--pope.json"
+    file.write_text(text)
+    results = read(folder)
+    (problem,) = results.problems
+    assert (problem.cell, problem.state) == (file.stem, "damaged")
+    assert problem.why.startswith(f"{file}: {told}")
+    assert "1 damaged" in summary(folder, results)
+    assert f"Damaged:{file}" in "".join(summary(folder, results).split())
