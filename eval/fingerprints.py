@@ -86,7 +86,8 @@ def model(name: str) -> tuple[ModelFacts, dict[str, Any]]:
             raise ValueError(f"cannot read the config.json of {name}: {brief(error)}") from None
         facts = facts_of(config, name)
     commit = getattr(config, "_commit_hash", None)
-    return facts, {"files": files(Path(source.place))} if source.local else {"hub": name, "commit": commit}
+    where = {"files": files(Path(source.place))} if source.local else {"hub": source.place, "commit": commit}
+    return facts, where | ({"adapter": files(Path(source.adapter))} if source.adapter else {})
 
 
 def facts_of(config: Any, name: str) -> ModelFacts:

@@ -42,6 +42,7 @@ from vlmprune.errors import did_you_mean
 from vlmprune.eval.measure import Record, StopAt, Stopwatch, criteria, summary
 from vlmprune.eval.naming import NONE, methods_of, typed
 from vlmprune.eval.parallel import place
+from vlmprune.eval.pictures import Reader
 
 __all__ = ["VlmPrune"]
 
@@ -83,6 +84,8 @@ class VlmPrune(lmms):
         attn_implementation: as for `from_pretrained`.
         device_map: as for `from_pretrained`, "auto" for a model that one GPU cannot hold.
         template: file with a Jinja chat template, for a model that has none or another one.
+        plain_pictures: convert pictures plainly, to compare with published numbers (`Reader`). Either way a warning
+            counts the pictures for which it makes a difference.
         max_batch_size: accepted because lmms-eval passes it; no meaning here.
         **options: the method's options, `keep`, `average` and `seed` among them; with several methods
             `globalcom2.keep` says whose. None means not given.
@@ -107,6 +110,7 @@ class VlmPrune(lmms):
         attn_implementation: str | None = None,
         device_map: str | None = None,
         template: str | None = None,
+        plain_pictures: bool | str = False,
         max_batch_size: int | str | None = None,
         **options: Any,
     ):
@@ -128,6 +132,9 @@ class VlmPrune(lmms):
         self._arguments = {"pretrained": pretrained, "dtype": dtype, **loading_options}
         if template is not None:
             self._arguments["template"] = self.loaded.processor.chat_template
+        self.read = Reader(flag("plain_pictures", plain_pictures))
+        if self.read.plain:
+            self._arguments["plain_pictures"] = True
         self.progress: Callable[[int, int], None] | None = None
         self._new: list[Record] = []  # of this process, since the last evaluation ended
         self._seconds = 0.0
@@ -208,6 +215,7 @@ class VlmPrune(lmms):
                 bar.update(len(batch))
                 if self.progress is not None:
                     self.progress(len(made), len(requests))
+        self.read.tell()
         return order.get_original(made)
 
     def warm_up(self, requests: Sequence[Instance]) -> None:
@@ -219,6 +227,7 @@ class VlmPrune(lmms):
         if not self._warm:
             self.answer(requests)
             self._new, self._seconds, self._warm = [], 0.0, True
+            self.read.odd.clear()  # they come again
 
     def answer(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answer one batch, whose requests have the same generation arguments."""
@@ -275,7 +284,7 @@ class VlmPrune(lmms):
                 f"the chat template of {self.loaded.source.name} writes {text.count(token)} {token} for {len(images)} "
                 "images: give another one with template=FILE."
             )
-        return Asked(request, text, [opened(image) for image in images])
+        return Asked(request, text, [self.read(image) for image in images])
 
     def inputs(self, asked: Sequence[Asked]) -> dict[str, torch.Tensor]:
         """Processor's output for a left-padded batch, on the device."""
@@ -329,6 +338,14 @@ def whole(name: str, value: int | str) -> int:
     if number < 1:
         raise UserError(f"{name}={value!r} is not a whole number of at least 1.")
     return number
+
+
+def flag(name: str, value: bool | str) -> bool:
+    """True or False, as text too."""
+    known = {"true": True, "false": False}
+    if str(value).lower() not in known:
+        raise UserError(f"{name}={value!r} is neither True nor False.")
+    return known[str(value).lower()]
 
 
 def set_template(loaded: loading.Loaded, template: str | None) -> None:
@@ -390,8 +407,3 @@ def produced(row: Sequence[int], end: int | Sequence[int] | None, pad: int | Non
     while count and row[count - 1] == pad:
         count -= 1
     return count
-
-
-def opened(image: Any) -> Image.Image:
-    """A picture as the processor wants it; tasks give pictures or files."""
-    return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")

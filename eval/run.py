@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vlmprune.cli import interruption
 from vlmprune.cli.errors import CommandError, brief
 from vlmprune.eval import fingerprints, outcome, store
 from vlmprune.eval import plan as plans
@@ -139,6 +140,7 @@ def run_job(job: Job, cells: list[Cell], folder: Path, watcher: Watcher) -> Done
             except BaseException as error:  # whatever a task's code, a data set or a model raises; sys.exit too
                 if isinstance(error, GeneratorExit):
                     raise
+                interruption.check(error)  # or Ctrl-C would be kept as a failed cell
                 log(f"{cell.id} failed", error)
                 if isinstance(error, outcome.NoMetric):
                     tasks[cell.task] = error  # as a data set that cannot be opened: its other cells fail at once

@@ -145,6 +145,15 @@ class Family:
         """Whether the tower's first token is dropped ("default") or not ("full")."""
         return inner.config.vision_feature_select_strategy
 
+    def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
+        """What the processor must know of the model to write one placeholder for every feature."""
+        vision = inner.config.vision_config
+        return {
+            "patch_size": vision.patch_size,
+            "num_additional_image_tokens": int(TOWERS[vision.model_type]),
+            "vision_feature_select_strategy": self.strategy(inner),
+        }
+
     def feature_layer(self, inner: nn.Module) -> int | Sequence[int]:
         """As the config counts: entry of the tower's hidden states that becomes the features, or several."""
         return inner.config.vision_feature_layer

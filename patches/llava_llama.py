@@ -61,6 +61,9 @@ class LlavaLlama(Family):
     def token(self, inner: nn.Module, modality: str = "image") -> int:
         return IMAGE
 
+    def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
+        return {}  # the llava package has no processor
+
     def side(self, inner: nn.Module) -> int:
         return inner.get_vision_tower().num_patches_per_side
 

@@ -35,6 +35,9 @@ class LlavaOnevision(Family):
         alone = [n == 1 for n in torch.as_tensor(together).tolist() for _ in range(n)]
         return [size if single else None for size, single in zip(known, alone, strict=True)]
 
+    def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
+        return {"num_image_tokens": self.side(inner) ** 2, "vision_feature_select_strategy": self.strategy(inner)}
+
     def grid(self, inner: nn.Module, size: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
         if size is None:
             return 1, (1, 1)

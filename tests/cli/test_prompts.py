@@ -88,3 +88,9 @@ def test_bad_files(pictures, tmp_path):
         read_pairs(str(pictures), str(tmp_path / "latin.txt"))
     with pytest.raises(UserError, match="cannot read the prompts file"):
         read_pairs(str(pictures), str(tmp_path))
+
+
+def test_prompts_that_no_tokenizer_takes(pictures, tmp_path):
+    file = write(tmp_path / "p.jsonl", '{"prompt": "fine"}', '{"prompt": "half \\ud800 a character"}')
+    with pytest.raises(UserError, match=r"p.jsonl, line 2: the prompt is not valid UTF-8: half a char.* \(U\+D800\)"):
+        read_pairs(str(pictures), file)

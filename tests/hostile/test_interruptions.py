@@ -338,3 +338,58 @@ def test_ctrl_c_in_a_real_process(tmp_path):
     os.close(handle)  # a signal that fell between the open and the read is noticed when the read ends
     out, err = started.communicate(timeout=PATIENCE)
     assert (started.returncode, out, err.strip()) == (130, "", "vlmprune: interrupted")
+
+
+# Ctrl-C that other people's code makes something else of
+
+
+def pressed_and(then):
+    """A real SIGINT inside somebody's code, which makes what `then` raises of the KeyboardInterrupt, or swallows it."""
+
+    def run(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            then()
+
+    return run
+
+
+def turned():
+    raise ModuleNotFoundError("Could not import module 'CLIPModel'")
+
+
+def torn():
+    raise KeyError("half-imported")
+
+
+@pytest.fixture
+def default_sigint():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was found
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("then", [turned, torn, lambda: None], ids=["import", "traceback", "swallowed"])
+@pytest.mark.parametrize("where", [LOADING, "transformers.AutoConfig.from_pretrained", "vlmprune.registry.find"])
+@pytest.mark.parametrize("verb", ["asked", "measured", "evaluated"])
+def test_ctrl_c_is_130_whatever_became_of_it(request, cli, tmp_path, monkeypatch, default_sigint, verb, where, then):
+    argv = request.getfixturevalue(verb)
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, pressed_and(then))
+        code, _, err = cli(*argv)
+    assert (code, [line for line in err.splitlines() if line.startswith("vlmprune: ")]) == (
+        130, ["vlmprune: interrupted"],
+    )  # fmt: skip
+    code, _, err = cli(*argv)  # one Ctrl-C ends one command
+    assert code == 0, err
+
+
+def test_an_error_that_nobody_pressed_a_key_for_is_no_interruption(cli, asked, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(LOADING, lambda *_, **__: turned())
+    code, _, err = cli(*asked)
+    assert code == 2
+    assert "Could not import module 'CLIPModel'" in err

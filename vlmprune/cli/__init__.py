@@ -12,6 +12,8 @@ from importlib import metadata
 from vlmprune._version import __version__
 from vlmprune.cli import bench, check, demo, eval, fidelity, ls, report, run, validate
 from vlmprune.cli.errors import CommandError, brief
+from vlmprune.cli.interruption import check as check_interruption
+from vlmprune.cli.interruption import heeded, interrupted
 
 __all__ = ["main"]
 
@@ -57,6 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal has no letters for must not end the command
             stream.reconfigure(errors="backslashreplace")
+    with heeded():
+        try:
+            return run_verb(argv)
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:  # what Ctrl-C became in somebody's code; anything else is a fault of this command
+            if not interrupted(error):
+                raise
+    print("\nvlmprune: interrupted", file=sys.stderr)
+    return 130
+
+
+def run_verb(argv: Sequence[str] | None) -> int:
+    """Read the arguments, run the verb, and say in one line what went wrong."""
     try:
         made = parser()
         args = made.parse_args(argv)
@@ -68,18 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         args.verb(args)
         sys.stdout.flush()
+        check_interruption()  # swallowed somewhere on the way
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a mistake
         return stop.code if isinstance(stop.code, int) else 2
     except CommandError as error:
+        check_interruption(error)
         print(f"vlmprune: {error}", file=sys.stderr)
         return error.code
-    except KeyboardInterrupt:
-        print("\nvlmprune: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `vlmprune ls methods | head`: nobody reads on
         flush_nothing()
         return 0
     except OSError as error:  # a full disk, above all the one that stdout goes to
+        check_interruption(error)
         flush_nothing()
         print(f"vlmprune: {brief(error)}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from vlmprune.cli import interruption
 from vlmprune.cli.errors import CommandError, UserError, brief
 from vlmprune.cli.loading import Loaded
 from vlmprune.cli.status import quiet, status
@@ -95,6 +96,7 @@ def jobs(
         except ValueError as error:
             raise UserError(str(error)) from None
         except Exception as error:  # a broken package that offers a method
+            interruption.check(error)
             raise UserError(f"method {name!r} cannot be loaded: {type(error).__name__}: {brief(error)}") from error
     known = {name: set(registry.options(cls)) for name, cls in classes.items()}
     for option in options:

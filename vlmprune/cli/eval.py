@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.cli.errors import CommandError, UserError, brief
+from vlmprune.cli.tables import counted
 
 if TYPE_CHECKING:
     from vlmprune.eval.plan import Cell, Job, Plan
@@ -115,9 +116,11 @@ def about(plan: Plan) -> list[str]:
         groups: dict[str, set[str]] = {}
         for cell in job.cells:
             groups.setdefault(cell.group or cell.task, set()).add(cell.task)
-        tasks = [name if found == {name} else f"{name} ({len(found)} tasks)" for name, found in groups.items()]
-        limit = "" if job.setting.limit is None else f", the first {job.setting.limit} samples of each"
-        made.append(f"{job.setting.name}: {len(job.cells)} cells")
+        tasks = [
+            name if found == {name} else f"{name} ({counted(len(found), 'task')})" for name, found in groups.items()
+        ]
+        limit = "" if job.setting.limit is None else f", the first {counted(job.setting.limit, 'sample')} of each"
+        made.append(f"{job.setting.name}: {counted(len(job.cells), 'cell')}")
         made.append(f"  methods  {', '.join(labels)}")
         made.append(f"  budgets  {', '.join(dict.fromkeys(budgets)) or '-'}")
         made.append(f"  tasks    {', '.join(tasks)}{limit}")
@@ -141,8 +144,10 @@ def dry(plan: Plan, found: Survey) -> str:
             "--set limit=4, then ask again."
         )
     else:
-        end = f"About {clock(about_time.seconds)}, by the {about_time.measured} cells measured in this folder"
-        more = f", and {about_time.unknown} cells that nothing is known about" if about_time.unknown else ""
+        end = (
+            f"About {clock(about_time.seconds)}, by the {counted(about_time.measured, 'cell')} measured in this folder"
+        )
+        more = f", and {counted(about_time.unknown, 'cell')} that nothing is known about" if about_time.unknown else ""
         end += f" (loading models not counted){more}."
     return "\n".join([f"cells, in {plan.config.output}:", *rows, *found.told(), end])
 

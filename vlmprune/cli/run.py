@@ -10,6 +10,7 @@ from typing import Any
 
 from vlmprune.cli.errors import UserError
 from vlmprune.cli.flags import add_budget, add_device, add_model
+from vlmprune.cli.prompts import check_text
 
 __all__ = ["add_to"]
 
@@ -116,6 +117,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--max-new-tokens must be at least 1, and --repeats at least 0.")
     if not args.prompt.strip():
         raise UserError("--prompt is empty.")
+    check_text(args.prompt, "--prompt")
     methods = words_of(args.method, "--method")
     word = "keep" if args.average is None else "average"
     asked = getattr(args, word) is not None
@@ -137,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
     inputs = loading.model_inputs(loaded, images, args.prompt)
     if loaded.source.embedded and (strange := loading.unknown_words(loaded, args.prompt)):
         note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
+    loading.warn_of_photographs(loaded.source.name, loading.strange_pictures(loaded, images))
     status("full model: answering")
     plain = answering.answer(loaded, inputs, args.max_new_tokens)
     outcomes = [answering.run_job(loaded, job, inputs, args.max_new_tokens, args.repeats) for job in todo]
