@@ -52,7 +52,9 @@ class ModelFacts:
 
 
 class Bound:
-    """Base of what stands before a method of one instance, as its attribute; `unpatch` finds it by this type."""
+    """Base of what stands before a method of one instance, as its attribute; `unpatch` finds it by type and plan."""
+
+    plan: Plan
 
 
 class Family:

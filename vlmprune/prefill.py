@@ -18,7 +18,7 @@ from vlmprune.plan import Plan
 from vlmprune.prompt import prompt_layout
 from vlmprune.sequence import SEGMENTS, Segment, Sequence
 from vlmprune.taps import BlockTap, DecoderTap, Hidden, Tap, TowerTap, sliding_window
-from vlmprune.tower import SEEN
+from vlmprune.tower import MADE_BY, SEEN
 from vlmprune.trace import CutTrace, Trace
 
 __all__ = ["Prefill"]
@@ -60,6 +60,13 @@ class Prefill:
             raise CutNotRunError(
                 f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model "
                 "or while the patch was disabled. Encode the images with the patched model."
+            )
+        makers = [getattr(output, MADE_BY, None) for output in features.values()]
+        if (plan.tower_cuts or plan.pixel_cuts) and any(maker is not plan for maker in makers):
+            raise CutNotRunError(
+                "the image features came without what this patch does before the language model: they were computed "
+                "by an unpatched model, under another patch, or while this one was disabled. Encode the images with "
+                "the patched model."
             )
         self.seen: dict[Tap, torch.Tensor] = {
             tap: self.layout.from_tower(torch.cat([s[tap].to(self.layout.device) for s in seen]))
@@ -152,13 +159,13 @@ class Prefill:
     def cut(self, name: str, cut: Cut, hidden: torch.Tensor) -> torch.Tensor:
         layout, sequence = self.layout, self.sequence
         at = self.flat_index()
-        seen = {tap: self.seen[tap] for tap in cut.see if tap in self.seen}
-        if any(isinstance(tap, Hidden) for tap in cut.see):
-            seen[Hidden()] = hidden.detach().flatten(0, 1)[at]
-        if missing := [tap for tap in cut.see if tap not in seen]:
+        if missing := [tap for tap in cut.see if tap not in self.seen and not isinstance(tap, Hidden)]:
             raise CutNotRunError(
                 f"the cut of {name!r} at decoder layer {cut.at.layer} did not get to see {missing[0]}."
             )
+        seen = {
+            tap: hidden.detach().flatten(0, 1)[at] if isinstance(tap, Hidden) else self.seen[tap] for tap in cut.see
+        }
         reduction: Reduction = cut.reduce(seen, layout)
         if reduction.soft is not None:
             self.soften(name, cut, reduction, at)
