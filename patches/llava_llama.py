@@ -42,6 +42,7 @@ class LlavaLlama(Family):
     model_type = "llava_llama"
     title = "original LLaVA (LlavaLlamaForCausalLM of the llava package, in Python); with anyres also globalcom2"
     views = False  # without anyres; `facts` tells of a model
+    single = "images that are given without crops"
     fixed = ()
 
     def inner(self, model: nn.Module) -> nn.Module:

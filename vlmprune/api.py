@@ -38,8 +38,16 @@ class Handle:
         return list(self._plan.methods)
 
     @property
-    def trace(self) -> Trace | None:
-        """What the last pruned prefill did; None before the first one."""
+    def trace(self) -> Trace:
+        """What the last pruned prefill did.
+
+        Raises:
+            RuntimeError: there was none since the model was patched.
+        """
+        if self._plan.trace is None:
+            raise RuntimeError(
+                "nothing was pruned since this patch was made: a trace comes with the first call that carries images."
+            )
         return self._plan.trace
 
     @contextmanager

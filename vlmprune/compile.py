@@ -32,7 +32,7 @@ def compile_cuts(methods: Sequence[Method], facts: ModelFacts) -> list[tuple[str
         ValueError: a cut at a layer that the model has not, a tap that cannot be seen there, a word that means nothing.
         UnsupportedError: the model lacks something, or methods that cannot share a model.
     """
-    by_method = [(name_of(method), cuts_of(method, facts)) for method in methods]
+    by_method = [(method.known_as, cuts_of(method, facts)) for method in methods]
     for name, cuts in by_method:
         for cut in cuts:
             check_cut(name, cut, facts)
@@ -43,16 +43,11 @@ def compile_cuts(methods: Sequence[Method], facts: ModelFacts) -> list[tuple[str
     return sorted(cuts, key=lambda entry: (STAGES.index(type(entry[1].at)), entry[1].at.layer))
 
 
-def name_of(method: Method) -> str:
-    """As errors and traces call it."""
-    return method.name or type(method).__name__
-
-
 def cuts_of(method: Method, facts: ModelFacts) -> list[Cut]:
     """What a method asks for."""
     cuts = method.cuts(facts)
     if not isinstance(cuts, list | tuple) or not all(isinstance(cut, Cut) for cut in cuts):
-        raise TypeError(f"{name_of(method)}.cuts must return a list of Cut, not {cuts!r}.")
+        raise TypeError(f"{method.known_as}.cuts must return a list of Cut, not {cuts!r}.")
     return list(cuts)
 
 

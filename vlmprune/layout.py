@@ -190,9 +190,11 @@ def trace_packing(
         planes.append((counts[0], counts[1]))
         # a single row or column has no neighbours: planes shrink in both directions about alike
         pitch.append((steps[0] or steps[1] or 1.0, steps[1] or steps[0] or 1.0))
-    # a newline closes the row of the token before it
-    for i in newline.nonzero().flatten().tolist():
-        row[i], col[i], view[i], plane[i] = (row[i - 1], col[i - 1] + 1, view[i - 1], plane[i - 1]) if i else [0] * 4
+    # a newline closes the row of the patch before it
+    token = torch.arange(len(newline))
+    last = torch.where(newline, 0, token).cummax(0).values
+    row, view, plane = (torch.where(newline, x[last], x) for x in (row, view, plane))
+    col = torch.where(newline, col[last] + token - last, col)
     return ImageGrid(
         source=source,
         view=view,

@@ -12,6 +12,7 @@ from torch import nn
 
 from vlmprune.cuts import Cut, Decoder, Pixels, Vision
 from vlmprune.layout import ImageGrid
+from vlmprune.packing import Layouts
 from vlmprune.patches import Family, ModelFacts
 from vlmprune.taps import BlockKeys, BlockTap, TowerTap
 from vlmprune.trace import Trace
@@ -38,6 +39,7 @@ class Plan:
         head: class of the model around the inner one that it is installed on; "" where that is patched alone, None
             before.
         before: the plan that this one took the place of, to be put back where a `with` block ends.
+        told: methods of whose idle budget the user was told.
         entered, left: whether the `with` block of its handle is open, or over.
     """
 
@@ -47,9 +49,10 @@ class Plan:
     methods: Sequence[Method] = ()
     plain: dict[int, int] = field(default_factory=dict, repr=False)
     trace: Trace | None = None
-    grids: dict[Any, ImageGrid] = field(default_factory=dict, repr=False)
+    layouts: Layouts = field(default_factory=Layouts, repr=False)
     head: str | None = None
     before: Plan | None = field(default=None, repr=False)
+    told: set[str] = field(default_factory=set, repr=False)
     entered: bool = False
     left: bool = False
 
@@ -110,11 +113,8 @@ class Plan:
         return {tap.layer for _, cut in self.cuts for tap in cut.see if isinstance(tap, BlockTap)}
 
     def grid(self, inner: nn.Module, modality: str, size: Any) -> ImageGrid:
-        """The layout of an image or video of a size (of `Family.sizes`), traced once per size."""
-        if (modality, size) not in self.grids:
-            trace = self.family.video_grid if modality == "video" else self.family.image_grid
-            self.grids[modality, size] = trace(inner, size)
-        return self.grids[modality, size]
+        """The layout of an image or video of a size (of `Family.sizes`)."""
+        return self.layouts.find((modality, size), lambda: self.family.packing(inner, modality, size))
 
 
 @dataclass

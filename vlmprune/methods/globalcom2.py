@@ -94,7 +94,10 @@ class GlobalCom2(Budgeted):
     syncs = 1
     optional = True
     refuses_inputs: ClassVar[dict[str, str]] = {
-        "video": "lets the thumbnail of an image command its crops, and a video has no thumbnail"
+        "video": "lets the thumbnail of an image command its crops, and a video has no thumbnail",
+        "single": "lets the thumbnail of an image command its crops, and leaves an image with a single view as it is, "
+        "whatever the budget: give pictures that are cut into crops (LLaVA-OneVision cuts one that stands alone in its "
+        "prompt), or take another method",
     }
 
     tau: float = 10.0
@@ -126,7 +129,6 @@ class GlobalCom2(Budgeted):
 
     def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` scores in, decision out."""
-        self.check_inputs(layout)
         if self.parity and any(grid.blend is not None for grid in layout.grids):
             raise UnsupportedError("parity='released' repeats code that knows no shrunken canvas: leave parity away.")
         (scores,) = seen.values()
