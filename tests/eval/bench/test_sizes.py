@@ -25,7 +25,7 @@ def test_new_alike_and_known_sizes_are_told_apart(monkeypatch):
         return grid
 
     monkeypatch.setattr(Plan, "grid", slow)
-    monkeypatch.setattr(sizes, "draw", lambda count: [(24, 24), (25, 25), (24, 48), (26, 26)][:count])
+    monkeypatch.setattr(sizes, "draw", lambda count: [(240, 240), (300, 300), (240, 480), (480, 480)][:count])
     grids = [family_of(model).image_grid(model.model, size).tokens for size in sizes.draw(4)]
     assert grids[0] == grids[1] == grids[3] != grids[2]
     found = sizes.measure_sizes(model, 4, clock=lambda: now[0])
