@@ -5,21 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from threading import Lock
 from typing import Any
 
 import torch
 
-from vlmprune.layout import ImageGrid, trace_packing
+from vlmprune.layout import ImageGrid, noise, trace_packing
 
 __all__ = ["Layouts", "Packing"]
-
-
-@lru_cache(maxsize=64)
-def noise(views: int, patches: int) -> torch.Tensor:
-    """`(views, patches, 1)` float64: numbers that tell every choice and every blend of patches from any other."""
-    return torch.rand(views, patches, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 @dataclass(frozen=True)
