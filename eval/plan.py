@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlmprune import api, registry
+from vlmprune import registry
 from vlmprune.cli.errors import UserError
 from vlmprune.cli.loading import pick_device
+from vlmprune.compile import compile_cuts
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.eval import fingerprints
 from vlmprune.eval.config import Budget, Config, Entry, Setting, unique
@@ -288,7 +289,7 @@ def impossible(cell: Cell, facts: ModelFacts | None) -> str | None:
     try:
         made = methods_of(cell.method, cell.arguments)
         if facts is not None:
-            api.check_cuts([(method.name, cut) for method in made for cut in method.cuts(facts)], facts)
+            compile_cuts(made, facts)
     except (TypeError, ValueError, FileNotFoundError, UnsupportedError) as error:
         return str(error)
     return None

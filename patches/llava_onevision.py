@@ -25,6 +25,7 @@ class LlavaOnevision(Family):
     needs_sizes = True
     modalities = ("image", "video")
     usual_tower = "siglip_vision_model"
+    single = "several images of one prompt, which have no crops"
     shrinks = ("image", "video")
     fixed = (*Family.fixed, "vision_aspect_ratio")
 

@@ -156,19 +156,6 @@ def test_patching_again_replaces(tiny_model):
     assert_clean(model)
 
 
-def test_leaving_an_inner_with_leaves_the_model_unpatched(tiny_model):
-    model = tiny_model(family="llava_next")
-    prompt = prompt_of(model)
-    plain = logits(model, prompt)
-    with vlmprune.patch(model, "random", keep=3):
-        with vlmprune.patch(model, "fopru", keep=3):
-            far(logits(model, prompt), plain)
-        assert_clean(model)
-        assert torch.equal(logits(model, prompt), plain)
-    assert_clean(model)
-    assert torch.equal(logits(model, prompt), plain)
-
-
 class Adapter(nn.Module):
     """Stands for a PEFT model: it runs the base model and hands it out."""
 

@@ -46,6 +46,8 @@ __all__ = [
     "unpatch",
 ]
 
+_SUBPACKAGES = ("kernels", "methods")
+
 # Imported when first asked for, so that `vlmprune --help` does not wait for torch and transformers.
 _HOMES = {
     "api": ("Handle", "patch", "unpatch"),
@@ -61,7 +63,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    if name in ("kernels", "methods"):
+    if name in _SUBPACKAGES:
         return import_module(f"vlmprune.{name}")
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
@@ -71,4 +73,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *_SUBPACKAGES})

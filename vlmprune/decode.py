@@ -9,7 +9,7 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.host import cache_of
-from vlmprune.plan import FRAME
+from vlmprune.plan import FRAME, Plan
 from vlmprune.sequence import SEGMENTS, Segment, attention_mask
 from vlmprune.taps import sliding_window
 
@@ -44,10 +44,11 @@ def rolled_back(cache: Any, segments: list[Segment], length: int | None) -> list
     return left
 
 
-def resume(language_model: nn.Module, kwargs: dict, segments: list[Segment], length: int | None) -> dict:
+def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], length: int | None) -> dict:
     """The inner model's keyword arguments for a call on a pruned cache.
 
     Args:
+        plan: of the model whose call this is.
         kwargs: of `catch_up`, counting in positions and columns of the unpruned conversation.
         segments: the cache's decode state.
         length: of `length_of`.
@@ -69,7 +70,7 @@ def resume(language_model: nn.Module, kwargs: dict, segments: list[Segment], len
         positions = torch.arange(queries, device=tokens.device)[None] + start
     positions = positions.expand(batch, -1)
     if any(s.first > 0 for s in segments):
-        kwargs[FRAME] = Decode(segments, language_model.rotary_emb, positions, new)
+        kwargs[FRAME] = Decode(plan, segments, plan.family.language_model(inner).rotary_emb, positions, new)
     if first.first == 0:
         kwargs["attention_mask"] = decode_mask(first, cache, 0, batch, queries, new, tokens.device)
         positions = positions if first.shift is None else positions - first.shift
@@ -91,8 +92,8 @@ def check_rows(segments: list[Segment], batch: int) -> None:
 class Decode:
     """One forward pass on a cache whose prompt was pruned at some layer above 0."""
 
-    def __init__(self, segments: list[Segment], rotary_emb: nn.Module, positions: torch.Tensor, new: Any):
-        self.segments, self.rotary_emb, self.positions, self.new = segments, rotary_emb, positions, new
+    def __init__(self, plan: Plan, segments: list[Segment], rotary_emb: nn.Module, positions: torch.Tensor, new: Any):
+        self.plan, self.segments, self.rotary_emb, self.positions, self.new = plan, segments, rotary_emb, positions, new
         self.ready: dict[Any, tuple] = {}
 
     def enter(self, index: int, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, dict]:

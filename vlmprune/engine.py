@@ -29,30 +29,29 @@ from vlmprune.host import cache_of, in_words_of
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
 from vlmprune.placement import loaded
-from vlmprune.plan import FRAME, GUESSES, Plan
+from vlmprune.plan import FRAME, GUESSES, Hook, Plan
 from vlmprune.prefill import Prefill
 from vlmprune.sequence import SEGMENTS, Segment
 from vlmprune.tower import (
+    MADE_BY,
     SEEN,
     SIZES,
     AfterKeys,
     AfterTower,
     BeforeTower,
     BeforeTowerLayer,
-    RememberSizes,
+    Encode,
     check_fixed,
     encoder,
 )
 from vlmprune.watch import Watch
 
-__all__ = ["Plan", "install", "is_hook", "remove"]
+__all__ = ["Plan", "current", "install", "is_hook", "remove", "swap"]
 
 
 @dataclass
-class BeforeModel:
+class BeforeModel(Hook):
     """Pre-hook of the inner model: starts a prefill frame, or hands decode its state."""
-
-    plan: Plan
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -80,7 +79,7 @@ class BeforeModel:
         if not segments:
             return None
         kwargs = catch_up(kwargs, segments, length)
-        return resume(self.plan.family.language_model(module), kwargs, segments, length)
+        return resume(self.plan, module, kwargs, segments, length)
 
     def prefill(self, module: nn.Module, kwargs: dict, guesses: int, segments: list[Segment], length: int) -> dict:
         check_fixed(self.plan.family, module.config, kwargs)
@@ -96,7 +95,7 @@ class BeforeModel:
         kwargs = catch_up(kwargs, segments, length)
         past, mask = held(kwargs, segments, length), kwargs.get("attention_mask")
         if segments:
-            kwargs = resume(language_model, kwargs, segments, length)
+            kwargs = resume(self.plan, module, kwargs, segments, length)
         kwargs["mm_encoder_outputs"] = encoded = encode(module, kwargs, self.plan.family)
         positions = kwargs.get("position_ids") if mask is None else None
         frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions)
@@ -122,7 +121,7 @@ def restore_notes(kwargs: dict) -> dict:
     """The arguments with `Notes` taken out and put back on the outputs they belong to."""
     if (notes := kwargs.pop(NOTES, None)) is not None:
         for modality, output in kwargs["mm_encoder_outputs"].items():
-            for name in (SEEN, SIZES):
+            for name in (SEEN, SIZES, MADE_BY):
                 if hasattr(notes.outputs[modality], name):
                     setattr(output, name, getattr(notes.outputs[modality], name))
     return kwargs
@@ -148,8 +147,8 @@ def encode(module: nn.Module, kwargs: dict, family: Family) -> dict[str, Any]:
             if modality in ready:
                 raise ValueError(f"give pixels or mm_encoder_outputs for input of kind {modality!r}, not both.")
             run = getattr(module, encoder(modality))
-            if isinstance(run, RememberSizes) and run.module is not module:  # a replica has the original's
-                run = RememberSizes(module, family, modality)
+            if isinstance(run, Encode) and run.module is not module:  # a replica has the original's
+                run = Encode(module, run.plan, modality)
             wanted = [name for name in inspect.signature(run).parameters if name in kwargs and name != "kwargs"]
             inputs = {name: kwargs[name] for name in wanted if kwargs[name] is not None}
             with loaded(module):
@@ -161,7 +160,7 @@ def encode(module: nn.Module, kwargs: dict, family: Family) -> dict[str, Any]:
 
 
 @dataclass
-class AfterBlock:
+class AfterBlock(Hook):
     """Hook of an attention or feed-forward block that a tap watches; the second of the two ends the watch."""
 
     index: int
@@ -175,8 +174,8 @@ class AfterBlock:
 
 
 @dataclass
-class BeforeLayer:
-    """Pre-hook of a decoder layer: takes the frame out and lets it act."""
+class BeforeLayer(Hook):
+    """Pre-hook of a decoder layer: takes its own plan's frame out and lets it act."""
 
     index: int
     watching: Watch | None = None
@@ -184,7 +183,7 @@ class BeforeLayer:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.watching is not None:
             self.watching.end()
-        if FRAME not in kwargs:
+        if FRAME not in kwargs or kwargs[FRAME].plan is not self.plan:
             return None
         frame = kwargs.pop(FRAME)
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -195,14 +194,14 @@ class BeforeLayer:
 
 
 @dataclass
-class AfterLanguageModel:
+class AfterLanguageModel(Hook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if isinstance(frame := kwargs.get(FRAME), Prefill):
+        if isinstance(frame := kwargs.get(FRAME), Prefill) and frame.plan is self.plan:
             frame.finish(output)
 
 
 @dataclass
-class AfterModel:
+class AfterModel(Hook):
     """Hook of the inner model: notices a frame that was lost on the way to the language model."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -215,10 +214,8 @@ class AfterModel:
 
 
 @dataclass
-class BeforeHead:
+class BeforeHead(Hook):
     """Pre-hook of the model with a head: reads the arguments that the inner model does not get, or gets copied."""
-
-    plan: Plan
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         known = in_words_of(module, kwargs)
@@ -259,74 +256,126 @@ def guessed(kwargs: dict) -> int:
 NOTES = "vlmprune_notes"  # the keyword argument that carries `Notes`
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
-HOOKS = (
-    AfterBlock,
-    AfterKeys,
-    BeforeTower,
-    BeforeTowerLayer,
-    AfterTower,
-    BeforeModel,
-    BeforeLayer,
-    AfterLanguageModel,
-    AfterModel,
-    BeforeHead,
-)
-
 
 def is_hook(hook: Callable) -> bool:
     """Whether a hook found on a module is one of ours, on copies of patched models too."""
-    return isinstance(hook, HOOKS)
+    return isinstance(hook, Hook)
+
+
+def swap(model: nn.Module, plan: Plan | None) -> None:
+    """Put a plan on a model in the place of the one that is there, or take that off; if this fails, it is back.
+
+    Raises:
+        RuntimeError: the model is the inner part of a patched one.
+    """
+    before = current(model)
+    try:
+        remove(model)
+        if plan is not None:
+            install(model, plan)
+    except BaseException:
+        if before is not None:
+            take_off(model, [before])
+            install(model, before)
+        raise
 
 
 def install(model: nn.Module, plan: Plan) -> None:
-    """Put the hooks of `plan` on a model and nothing else, but for the `Bound` attributes that some families need."""
-    family, inner = plan.family, plan.family.inner(model)
+    """Put the hooks of `plan` on a model and nothing else, but for `Bound` attributes; all of it, or nothing.
 
-    def before(module: nn.Module, hook: Callable) -> None:
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+    A plan that was on the inner model alone goes back there.
+    """
+    inner = plan.family.inner(model)
+    if plan.head == "":
+        model = inner
+    try:
+        if plan.in_tower:
+            hook_towers(inner, plan)
+        for modality in plan.family.modalities:
+            if Encode.wanted(plan, modality) and hasattr(inner, encoder(modality)):
+                setattr(inner, encoder(modality), Encode(inner, plan, modality))
+        plan.family.bind(model, plan)
+        hook_language_model(inner, plan)
+        plan.head = "" if model is inner else type(model).__name__
+        if model is not inner:
+            model.register_forward_pre_hook(BeforeHead(plan), with_kwargs=True)
+    except BaseException:
+        take_off(model, [plan])
+        raise
 
-    if plan.tower_taps or plan.tower_cuts or plan.pixel_cuts:
-        for tower in family.towers(inner):
-            before(tower, BeforeTower(plan))
-            for index, layer in enumerate(family.tower_layers(tower)):
-                watching = Watch() if index in plan.key_layers else None
-                before(layer, BeforeTowerLayer(index, watching))
-                if watching is not None:
-                    layer.self_attn.k_proj.register_forward_hook(AfterKeys(index, watching, layer.self_attn.num_heads))
-            tower.register_forward_hook(AfterTower(), with_kwargs=True)
-    for modality in family.modalities:
-        if family.needs_sizes or modality == "video":
-            setattr(inner, encoder(modality), RememberSizes(inner, family, modality))
-    family.bind(model, plan)
-    before(inner, BeforeModel(plan))
-    for index, layer in enumerate(family.decoder_layers(inner)):
+
+def hook_towers(inner: nn.Module, plan: Plan) -> None:
+    """Put the hooks of `plan` on the vision towers and their layers."""
+    for tower in plan.family.towers(inner):
+        tower.register_forward_pre_hook(BeforeTower(plan), with_kwargs=True)
+        for index, layer in enumerate(plan.family.tower_layers(tower)):
+            watching = Watch() if index in plan.key_layers else None
+            layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching), with_kwargs=True)
+            if watching is not None:
+                keys = AfterKeys(plan, index, watching, layer.self_attn.num_heads)
+                layer.self_attn.k_proj.register_forward_hook(keys)
+        tower.register_forward_hook(AfterTower(plan), with_kwargs=True)
+
+
+def hook_language_model(inner: nn.Module, plan: Plan) -> None:
+    """Put the hooks of `plan` on the inner model, its language model and decoder layers."""
+    inner.register_forward_pre_hook(BeforeModel(plan), with_kwargs=True)
+    for index, layer in enumerate(plan.family.decoder_layers(inner)):
         watching = Watch() if index in plan.block_layers else None
-        before(layer, BeforeLayer(index, watching))
+        layer.register_forward_pre_hook(BeforeLayer(plan, index, watching), with_kwargs=True)
         if watching is not None:
-            layer.self_attn.register_forward_hook(AfterBlock(index, watching, last=False), with_kwargs=True)
-            layer.mlp.register_forward_hook(AfterBlock(index, watching, last=True), with_kwargs=True)
+            for block, last in ((layer.self_attn, False), (layer.mlp, True)):
+                block.register_forward_hook(AfterBlock(plan, index, watching, last), with_kwargs=True)
     # in this order: inner and language model may be one module
-    family.language_model(inner).register_forward_hook(AfterLanguageModel(), with_kwargs=True)
-    inner.register_forward_hook(AfterModel(), with_kwargs=True)
-    if model is not inner:
-        before(model, BeforeHead(plan))
+    plan.family.language_model(inner).register_forward_hook(AfterLanguageModel(plan), with_kwargs=True)
+    inner.register_forward_hook(AfterModel(plan), with_kwargs=True)
 
 
-def installed(model: nn.Module, plan: Plan) -> bool:
-    """Whether a plan's hooks are on a model."""
-    hooks = plan.family.inner(model)._forward_pre_hooks.values()
-    return any(isinstance(hook, BeforeModel) and hook.plan is plan for hook in hooks)
+def owned(model: nn.Module) -> list[Plan]:
+    """The plans that are installed on a model, or on models inside a container.
+
+    What a module shares with another, patched model is that one's.
+
+    Raises:
+        RuntimeError: the model is, or has, the inner part of a patched one.
+    """
+    found, heads = [], []
+    for module in model.modules():
+        hooks = module._forward_pre_hooks.values()
+        found += [(module, hook.plan) for hook in hooks if isinstance(hook, BeforeModel)]
+        heads += [hook.plan for hook in hooks if isinstance(hook, BeforeHead)]
+    for module, plan in found:
+        if plan.head and not any(head is plan for head in heads):
+            raise RuntimeError(
+                f"this {type(module).__name__} is the inner part of a {plan.head} that is patched: patch and unpatch "
+                f"that {plan.head}."
+            )
+    return [plan for _, plan in found]
+
+
+def current(model: nn.Module) -> Plan | None:
+    """The plan that is installed on a model, or None."""
+    return next(iter(owned(model)), None)
 
 
 def remove(model: nn.Module) -> None:
-    """Take every hook of ours off a model; nothing happens where there is none."""
+    """Take every hook of its own patch off a model; nothing happens where there is none."""
+    take_off(model, owned(model))
+
+
+def take_off(model: nn.Module, plans: list[Plan]) -> None:
+    """Take every hook and attribute of some plans off a model."""
+
+    def mine(thing: Any) -> bool:
+        return isinstance(thing, Hook | Bound) and any(thing.plan is plan for plan in plans)
+
     for module in model.modules():
         for hooks, flags in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
         ):
-            for key in [k for k, hook in hooks.items() if is_hook(hook)]:
+            for key in [k for k, hook in hooks.items() if mine(hook)]:
                 del hooks[key]
                 flags.pop(key, None)
-        for name in [name for name, value in vars(module).items() if isinstance(value, Bound)]:
+        for name in [name for name, value in vars(module).items() if mine(value)]:
             delattr(module, name)

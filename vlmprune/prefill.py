@@ -10,16 +10,17 @@ from torch import nn
 
 from vlmprune.census import count_prompts
 from vlmprune.cuts import Cut, Reduction
+from vlmprune.effect import tell_idle
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.finite import WAY_OUT, cut_is_finite, demand
 from vlmprune.host import cache_of, returned_cache
-from vlmprune.layout import download, upload
+from vlmprune.layout import Layout, download, upload
 from vlmprune.placement import check_device, loaded
 from vlmprune.plan import Plan
 from vlmprune.prompt import prompt_layout
 from vlmprune.sequence import SEGMENTS, Segment, Sequence
 from vlmprune.taps import BlockTap, DecoderTap, Hidden, Tap, TowerTap, sliding_window
-from vlmprune.tower import SEEN
+from vlmprune.tower import MADE_BY, SEEN
 from vlmprune.trace import CutTrace, Trace
 
 __all__ = ["Prefill"]
@@ -56,11 +57,20 @@ class Prefill:
         self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions)
         self.text_after, self.prompt_lengths = self.census.text_after, self.census.lengths
         self.layout = prompt_layout(plan, inner, self.census, features)
+        for method in plan.methods:
+            method.check_inputs(self.layout)
         seen = [getattr(output, SEEN, {}) for output in features.values()]
         if missing := [tap for tap in plan.tower_taps if any(tap not in s for s in seen)]:
             raise CutNotRunError(
                 f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model "
                 "or while the patch was disabled. Encode the images with the patched model."
+            )
+        makers = [getattr(output, MADE_BY, None) for output in features.values()]
+        if (plan.tower_cuts or plan.pixel_cuts) and any(maker is not plan for maker in makers):
+            raise CutNotRunError(
+                "the image features came without what this patch does before the language model: they were computed "
+                "by an unpatched model, under another patch, or while this one was disabled. Encode the images with "
+                "the patched model."
             )
         self.seen: dict[Tap, torch.Tensor] = {
             tap: self.layout.from_tower(torch.cat([s[tap].to(self.layout.device) for s in seen]))
@@ -70,6 +80,8 @@ class Prefill:
         self.sequence: Sequence | None = None
         self.by_layer: list[Sequence] = []
         self.cuts: list[CutTrace] = []
+        self.first: dict[str, Layout] = {}  # by method, what `tell_idle` wants to know
+        self.last: dict[str, list[int]] = {}
         self.segments: list[Segment] = []
         self.finished = False
 
@@ -153,13 +165,13 @@ class Prefill:
     def cut(self, name: str, cut: Cut, hidden: torch.Tensor) -> torch.Tensor:
         layout, sequence = self.layout, self.sequence
         at = self.flat_index()
-        seen = {tap: self.seen[tap] for tap in cut.see if tap in self.seen}
-        if any(isinstance(tap, Hidden) for tap in cut.see):
-            seen[Hidden()] = hidden.detach().flatten(0, 1)[at]
-        if missing := [tap for tap in cut.see if tap not in seen]:
+        if missing := [tap for tap in cut.see if tap not in self.seen and not isinstance(tap, Hidden)]:
             raise CutNotRunError(
                 f"the cut of {name!r} at decoder layer {cut.at.layer} did not get to see {missing[0]}."
             )
+        seen = {
+            tap: hidden.detach().flatten(0, 1)[at] if isinstance(tap, Hidden) else self.seen[tap] for tap in cut.see
+        }
         reduction: Reduction = cut.reduce(seen, layout)
         if reduction.soft is not None:
             self.soften(name, cut, reduction, at)
@@ -172,17 +184,27 @@ class Prefill:
             f"the cut of {name!r} at decoder layer {cut.at.layer} sees NaN or infinite numbers or makes NaN scores, "
             f"and cannot tell tokens apart. {WAY_OUT}."
         )
+        patches = reduction.patches
         if reduction.counts is None:
-            *counts, good = download(torch.cat((keep.sum(1), sound[None].long())))
+            # one read for all: later budgets are shares of the patches that entered
+            found = torch.cat((keep.sum(1), (keep & ~layout.newline).sum(1), sound[None].long()))
+            *found, good = download(found)
+            counts, patches = found[: len(layout)], found[len(layout) :]
             if not good:
                 raise ValueError(strange)
         else:
             counts = reduction.counts
             demand(sound, strange)
+        if patches is None and not any(grid.newlines for grid in layout.grids):
+            patches = counts
+        elif patches is None and cut.at.layer == 0 and self.pending:  # newlines that competed with patches
+            patches = download((keep & ~layout.newline).sum(1))
         # checked where the tensor is, so that nothing waits for it
         told = f"method {name!r} promised {counts} kept tokens per image and kept other numbers."
         torch._assert_async((keep.sum(1) == upload(counts, keep.device)).all(), told)
         self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, keep, reduction.merge, reduction.scores))
+        self.first.setdefault(name, layout)
+        self.last[name] = counts
         if counts == layout.alive_counts and not cut.reorders:
             return hidden  # a budget of all tokens is the exact identity
         if reduction.merge is not None:
@@ -196,9 +218,9 @@ class Prefill:
         drop = gone.new_zeros(sequence.columns.numel()).scatter_add(0, at.flatten(), gone.flatten())
         drop = drop.view_as(sequence.columns) > 0
         hidden, self.sequence = sequence.shorten(hidden, drop, dropped, cut.positions, self.rotary_emb)
-        self.layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=reduction.patches)
+        self.layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=patches)
         if cut.at.layer == 0:
-            self.layout = replace(self.layout, entered=counts, entered_patches=reduction.patches)
+            self.layout = replace(self.layout, entered=counts, entered_patches=patches)
         return hidden
 
     def soften(self, name: str, cut: Cut, reduction: Reduction, at: torch.Tensor) -> None:
@@ -226,6 +248,7 @@ class Prefill:
         """Restore lengths, leave the decode state on the cache, file the trace."""
         self.check()
         self.finished = True
+        tell_idle(self.plan, self.first, self.last)
         output.last_hidden_state = self.sequence.expand(output.last_hidden_state)
         if output.hidden_states is not None:
             # entry 0 is the input of layer 0 as that layer got it, entry i the output of layer i - 1

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import nn
 
+from vlmprune.cuts import Decoder, Pixels, Vision
 from vlmprune.kernels.reference import CHUNK, upcast, visible_keys
 from vlmprune.layout import upload
 
 if TYPE_CHECKING:
     from vlmprune.layout import Layout
+    from vlmprune.patches import ModelFacts
     from vlmprune.sequence import Sequence
 
 __all__ = [
@@ -38,6 +40,9 @@ __all__ = [
     "attention_mass",
     "upcast",
 ]
+
+
+NO_CLS = "this tower has no [CLS] token"
 
 
 class Scene(Protocol):
@@ -61,12 +66,42 @@ class Scene(Protocol):
 class Tap:
     """Base of all taps; a tap is its own key in what `reduce` sees."""
 
+    def misfit(self, at: Pixels | Vision | Decoder, facts: ModelFacts) -> str | None:
+        """Why a cut at `at` cannot see this tap in a model, or None: asked before anything runs."""
+        return "nothing would measure it: derive it from TowerTap, DecoderTap or BlockTap"
+
+
+def misplaced(at: Pixels | Vision | Decoder) -> str | None:
+    """Why a cut cannot see what is known when the tower is done, or None."""
+    if isinstance(at, Pixels):
+        return "there is nothing to see before the tower has run"
+    return "a cut in the tower sees Hidden() and BlockKeys(layer) alone" if isinstance(at, Vision) else None
+
+
+def outside(layer: object, most: int, what: str) -> str | None:
+    """Why `layer` is no layer from 0 to `most`, or None."""
+    if isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer <= most:
+        return None
+    return f"{what} 0..{most}"
+
+
+def unknown(name: str, value: object, choices: object) -> str | None:
+    """Why `value` is none of a Literal's, or None."""
+    allowed = get_args(choices)
+    return None if value in allowed else f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}"
+
 
 @dataclass(frozen=True)
 class TowerTap(Tap):
     """A tap measured at the input of tower layer `layer` (0-based)."""
 
     layer: int
+
+    behind_last: ClassVar[bool] = False  # whether it can be measured behind the last layer, `measure(None, ...)`
+
+    def misfit(self, at: Pixels | Vision | Decoder, facts: ModelFacts) -> str | None:
+        most = facts.tower_layers - (not self.behind_last)
+        return misplaced(at) or outside(self.layer, most, "this tower has layers")
 
     def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         """From the layer's input `(views, tokens, dim)`; returns `(views, patches, ...)`."""
@@ -79,6 +114,9 @@ class DecoderTap(Tap):
 
     layer: int
 
+    def misfit(self, at: Pixels | Vision | Decoder, facts: ModelFacts) -> str | None:
+        return misplaced(at) or outside(self.layer, at.layer, "its layer must not lie behind the cut, so be one of")
+
     def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         """From the layer's input `(batch, length, dim)`; returns `(images, tokens, ...)`."""
         raise NotImplementedError
@@ -86,7 +124,13 @@ class DecoderTap(Tap):
 
 @dataclass(frozen=True)
 class Hidden(Tap):
-    """The visual tokens' own vectors at the cut, `(images, tokens, dim)`: the projected features at `Decoder(0)`."""
+    """The visual tokens' own vectors at the cut, `(images, tokens, dim)`: the projected features at `Decoder(0)`.
+
+    At `Vision(l)` the tower's, `(views, tokens, dim)`, the [CLS] token's included.
+    """
+
+    def misfit(self, at: Pixels | Vision | Decoder, facts: ModelFacts) -> str | None:
+        return misplaced(at) if isinstance(at, Pixels) else None
 
 
 @dataclass(frozen=True)
@@ -98,6 +142,10 @@ class VisionAttention(TowerTap):
     """
 
     rows: Literal["cls", "patches"] = "cls"
+
+    def misfit(self, at: Pixels | Vision | Decoder, facts: ModelFacts) -> str | None:
+        no_cls = NO_CLS if self.rows == "cls" and not facts.has_cls else None
+        return super().misfit(at, facts) or unknown("rows", self.rows, Literal["cls", "patches"]) or no_cls
 
     def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         attention, first = layer.self_attn, int(has_cls)
@@ -112,6 +160,9 @@ class VisionAttention(TowerTap):
 class ClsLogits(TowerTap):
     """The [CLS] query's scaled scores over patch keys in a tower layer before the softmax: signed, head mean."""
 
+    def misfit(self, at: Pixels | Vision | Decoder, facts: ModelFacts) -> str | None:
+        return super().misfit(at, facts) or (None if facts.has_cls else NO_CLS)
+
     def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         attention, normed = layer.self_attn, layer.layer_norm1(hidden)
         query = split_heads(attention.q_proj(normed[:, :1]), attention.head_dim)
@@ -122,6 +173,8 @@ class ClsLogits(TowerTap):
 @dataclass(frozen=True)
 class Distinctness(TowerTap):
     """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer or behind the last."""
+
+    behind_last: ClassVar[bool] = True
 
     def measure(self, layer: nn.Module | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return distinctness(hidden[:, int(has_cls) :])
@@ -134,12 +187,20 @@ class BlockKeys(TowerTap):
     Taken from the layer's own key projection as it runs.
     """
 
+    def misfit(self, at: Pixels | Vision | Decoder, facts: ModelFacts) -> str | None:
+        if not isinstance(at, Vision):
+            return "only cuts in the tower, Vision(layer), see keys"
+        return None if self.layer == at.layer - 1 else f"this cut sees the keys of the layer before it, {at.layer - 1}"
+
 
 @dataclass(frozen=True)
 class ClusterOf(TowerTap):
     """After cuts in the tower: the number of the cluster that every patch belongs to at the feature layer."""
 
     layer: int = -1  # known when the tower is done
+
+    def misfit(self, at: Pixels | Vision | Decoder, facts: ModelFacts) -> str | None:
+        return misplaced(at)
 
 
 @dataclass(frozen=True)
@@ -152,6 +213,9 @@ class TextAttention(DecoderTap):
     """
 
     rows: Literal["last", "instruction", "all"] = "last"
+
+    def misfit(self, at: Pixels | Vision | Decoder, facts: ModelFacts) -> str | None:
+        return super().misfit(at, facts) or unknown("rows", self.rows, Literal["last", "instruction", "all"])
 
     def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         real = scene.sequence.asked()
@@ -232,6 +296,11 @@ class BlockTap(Tap):
     """A tap on the two blocks (attention, feed-forward) of decoder layer `layer`: what each did to every token."""
 
     layer: int
+
+    def misfit(self, at: Pixels | Vision | Decoder, facts: ModelFacts) -> str | None:
+        if isinstance(at, Decoder) and at.layer == 0:
+            return "no decoder layer has run before this cut"
+        return misplaced(at) or outside(self.layer, at.layer - 1, "its layer must have run before the cut, one of")
 
     def measure(self, before: torch.Tensor, after: torch.Tensor, scene: Scene) -> torch.Tensor:
         """From a block's input and output, both `(batch, length, dim)`; the engine adds up a layer's two blocks.

@@ -19,24 +19,26 @@ from vlmprune.errors import UnsupportedError, check_first_run
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
 from vlmprune.placement import check_device, loaded
-from vlmprune.plan import FRAME, Plan
+from vlmprune.plan import FRAME, OWNER, Hook, Plan
 from vlmprune.tagged import untag
 from vlmprune.taps import BlockKeys, ClusterOf, Tap
 from vlmprune.watch import Watch
 
 __all__ = [
+    "MADE_BY",
     "SEEN",
     "SIZES",
     "AfterKeys",
     "AfterTower",
     "BeforeTower",
     "BeforeTowerLayer",
-    "RememberSizes",
+    "Encode",
     "check_fixed",
     "encoder",
 ]
 
 SEEN = "_vlmprune_seen"  # attribute of the tower's output: measured taps
+MADE_BY = "_vlmprune_made_by"  # attribute of the tower's output: the plan under which it was computed
 SIZES = "_vlmprune_sizes"  # attribute of the tower's output: what `Family.sizes` said of every image or video
 
 
@@ -117,7 +119,9 @@ class TowerFrame:
                 place = torch.arange(tokens, device=output.last_hidden_state.device).expand(views, -1)
             self.seen[ClusterOf()] = place[:, int(self.has_cls) :]
         # a host that hands on bare tensors takes the note instead of the output
-        setattr(output if self.note is None else self.note, SEEN, self.seen)
+        noted = output if self.note is None else self.note
+        setattr(noted, SEEN, self.seen)
+        setattr(noted, MADE_BY, self.plan)
 
 
 def spread(hidden: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
@@ -126,23 +130,22 @@ def spread(hidden: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
 
 
 @dataclass
-class BeforeTower:
-    """Pre-hook of the tower: starts a frame."""
-
-    plan: Plan
+class BeforeTower(Hook):
+    """Pre-hook of the tower: starts a frame in the calls of its own model, which says so."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not self.plan.enabled:
+        pixels, note = untag(args[0] if args else kwargs["pixel_values"])
+        if (kwargs.get(OWNER) if note is None else note.plan) is not self.plan:
             return None
-        pixels, *rest = args if args else (kwargs.pop("pixel_values"),)
-        pixels, note = untag(pixels)
+        rest = args[1:]
+        kwargs = {name: value for name, value in kwargs.items() if name not in (OWNER, "pixel_values")}
         for cut in self.plan.pixel_cuts:
             pixels = cut.reduce(pixels)
         return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note)}
 
 
 @dataclass
-class BeforeTowerLayer:
+class BeforeTowerLayer(Hook):
     """Pre-hook of a tower layer: takes the frame out and lets it measure and merge."""
 
     index: int
@@ -151,10 +154,11 @@ class BeforeTowerLayer:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.watching is not None:
             self.watching.end()
-        if FRAME not in kwargs:
+        if FRAME not in kwargs or kwargs[FRAME].plan is not self.plan:
             return None
         if self.watching is not None and not any(
-            isinstance(hook, AfterKeys) for hook in module.self_attn.k_proj._forward_hooks.values()
+            isinstance(hook, AfterKeys) and hook.plan is self.plan
+            for hook in module.self_attn.k_proj._forward_hooks.values()
         ):
             raise UnsupportedError(
                 f"the key projection of tower layer {self.index} was replaced after patching (an adapter came "
@@ -169,7 +173,7 @@ class BeforeTowerLayer:
 
 
 @dataclass
-class AfterKeys:
+class AfterKeys(Hook):
     """Hook of a tower layer's key projection: keeps the head-mean keys for a cut behind this layer."""
 
     index: int
@@ -182,41 +186,55 @@ class AfterKeys:
 
 
 @dataclass
-class AfterTower:
+class AfterTower(Hook):
     """Hook of the tower: leaves what was seen on its output."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if (frame := kwargs.get(FRAME)) is not None:
+        if (frame := kwargs.get(FRAME)) is not None and frame.plan is self.plan:
             frame.finish(output)
 
 
-class RememberSizes(Bound):
-    """Stands before `get_image_features` or `get_video_features` on one instance: notes the sizes of what it encodes.
+class Encode(Bound):
+    """Stands before `get_image_features` or `get_video_features` on one instance.
 
-    `generate` throws them away. A bound attribute of the instance and not a hook, because no module is called with
-    them.
+    It tells the tower, which other models may share, whose call it is in, and notes the sizes of what is encoded, which
+    `generate` throws away. A bound attribute of the instance and not a hook, because no module is called with them.
     """
 
-    def __init__(self, module: nn.Module, family: Family, modality: str):
-        self.module, self.family, self.modality = module, family, modality
+    def __init__(self, module: nn.Module, plan: Plan, modality: str):
+        self.module, self.plan, self.modality = module, plan, modality
         self.__signature__ = inspect.signature(self.encode().__get__(module))
+
+    @staticmethod
+    def wanted(plan: Plan, modality: str) -> bool:
+        """Whether there is anything to tell or to note."""
+        return plan.in_tower or sized(plan.family, modality)
 
     def encode(self) -> Callable[..., Any]:
         """The method of the model's class; torch.compile would look a bound one up on the instance, where this is."""
         return getattr(type(self.module), encoder(self.modality))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.plan.in_tower and self.plan.enabled:
+            kwargs[OWNER] = self.plan
+        if not sized(self.plan.family, self.modality):
+            return self.encode()(self.module, *args, **kwargs)
         given = dict(self.__signature__.bind(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
         # the host only computes with these on the host: one read here spares it one per image
         for name in ("image_sizes", "batch_num_images"):
             if given.get(name) is not None:
                 given[name] = torch.as_tensor(given[name]).cpu()
-        check_fixed(self.family, self.module.config, given)
+        check_fixed(self.plan.family, self.module.config, given)
         output = self.encode()(self.module, **given)
         if not isinstance(output, tuple):
-            setattr(output, SIZES, self.family.sizes(self.modality, given))
+            setattr(output, SIZES, self.plan.family.sizes(self.modality, given))
         return output
+
+
+def sized(family: Family, modality: str) -> bool:
+    """Whether the layout of an image or video depends on more than the model."""
+    return family.needs_sizes or modality == "video"
 
 
 def encoder(modality: str) -> str:

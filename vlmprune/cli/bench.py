@@ -73,6 +73,9 @@ def add_to(verbs: Any) -> None:
     add("--plain-runs", type=int, metavar="N", help="unpruned first tokens among them (default: 3)")
     add("--stage-runs", type=int, metavar="N", help="runs with stamps (default: 3)")
     add(
+        "--sizes", type=int, metavar="N", help="draw N picture sizes too, and tell what a new one costs (default: none)"
+    )
+    add(
         "--kernels",
         choices=("auto", "torch", "triton", "cuda"),
         help="implementation of the operators (default: auto, or what VLMPRUNE_KERNELS says)",

@@ -27,7 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "stage_runs": 3,
 }
 QUICK = {"pairs": 5, "plain_runs": 5, "stage_runs": 1, "new_tokens": 16}
-LEAST = {"prompt_tokens": 2, "new_tokens": 1, "pairs": 1, "plain_runs": 1, "stage_runs": 1}
+LEAST = {"prompt_tokens": 2, "new_tokens": 1, "pairs": 1, "plain_runs": 1, "stage_runs": 1, "sizes": 1}
 CELLS = ("method", "keep", "average", "option", "batch")  # the flags that say which cells there are
 #: Flags that say that no model is measured, what happens instead, and the flags that count then.
 INSTEAD = {
@@ -96,7 +96,7 @@ def settings_of(args: argparse.Namespace, old: dict[str, Any] | None) -> dict[st
         if one in given:
             settings[other] = None
     settings |= given
-    check_least(settings)
+    check_least(settings | ({} if args.sizes is None else {"sizes": args.sizes}))
     for name in ("plain_runs", "stage_runs"):  # they stand beside pairs
         settings[name] = min(settings[name], settings["pairs"])
     return settings | {"kernels": effective_kernels(settings["kernels"])}

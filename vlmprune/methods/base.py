@@ -30,8 +30,14 @@ class Method:
     syncs: ClassVar[int] = 0  # device syncs a cut adds beyond the host read of the placeholder counts
     training: ClassVar[str] = "none"
     refuses: ClassVar[dict[str, str]] = {}  # options that a user may expect, and why the method has none
-    # inputs that the method cannot work on, and why: "video", or "shrunk" where packing blends neighbouring patches
+    # inputs that the engine refuses for the method, and why: "video", "shrunk" (packing blends neighbouring patches),
+    # "single" (an image without crops)
     refuses_inputs: ClassVar[dict[str, str]] = {}
+
+    @property
+    def known_as(self) -> str:
+        """What errors and traces call it: the registered name, else that of the class."""
+        return self.name or type(self).__name__
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         """The cuts this method makes in a model.
@@ -47,10 +53,11 @@ class Method:
         found = {
             "video": any(grid.frames for grid in layout.grids),
             "shrunk": any(grid.blend is not None for grid in layout.grids),
+            "single": any(grid.views == 1 and not grid.frames for grid in layout.grids),
         }
         for kind, why in self.refuses_inputs.items():
             if found[kind]:
-                raise UnsupportedError(f"{self.name} {why}.")
+                raise UnsupportedError(f"{self.known_as} {why}.")
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,6 @@ class EncoderMerge(Budgeted):
 
     def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, clusters: int) -> Reduction:
         """Pure: cluster numbers in, one token per cluster stays."""
-        self.check_inputs(layout)
         (cluster,) = seen.values()
         keep = first_of_cluster(cluster, layout)
         # where packing cuts padding off, whole clusters can go with it
