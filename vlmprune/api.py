@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune import engine, registry
+from vlmprune import engine, spec
 from vlmprune.cuts import Cut, Decoder, Pixels, Vision
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
@@ -83,7 +83,8 @@ def patch(
 
     Args:
         model: a Hugging Face model of a supported family (`vlmprune ls models`), or a PEFT model around one.
-        method: a name (`vlmprune ls methods`), a method object, or a list of them that run one after the other.
+        method: a name (`vlmprune ls methods`), a method object, or a list of them (or names joined by `+`) that run one
+            after the other.
         keep: patches per image (int), or a fraction of them (float), that enter the LLM or are left after the last cut;
             of a video, patches of all its frames together.
         **options: the method's other options, such as `average=` or `positions=`.
@@ -96,7 +97,7 @@ def patch(
         UnsupportedError: the model, or this method on this model, is not supported.
     """
     model = unwrap(model)
-    methods = registry.build(method, options if keep is None else {"keep": keep, **options})
+    methods = spec.build(method, options if keep is None else {"keep": keep, **options})
     family = family_of(model)
     facts = family.facts(family.inner(model))
     by_method = [(made.name or type(made).__name__, made.cuts(facts)) for made in methods]

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmprune.eval import statistics, testbed
-from vlmprune.eval.naming import budget_text
 from vlmprune.eval.report import ledger, tables, words
 from vlmprune.eval.report.document import Block, Code, Heading, Items, Picture, Table, Text
 from vlmprune.eval.report.rows import MISSING, OK, Results
+from vlmprune.spec import budget_text
 
 __all__ = ["NO_PLOTS", "build", "title"]
 

@@ -10,8 +10,9 @@ from contextlib import suppress
 from importlib import metadata
 
 from vlmprune._version import __version__
-from vlmprune.cli import bench, check, demo, eval, fidelity, ls, report, run, validate
+from vlmprune.cli import bench, check, demo, eval, fidelity, init, ls, report, run, validate
 from vlmprune.cli.errors import CommandError, brief
+from vlmprune.cli.status import noted_warnings
 
 __all__ = ["main"]
 
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="store_true", help="show the versions of vlmprune and what it runs on")
     verbs = made.add_subparsers(title="verbs", metavar="VERB")
-    for verb in (run, eval, validate, report, fidelity, bench, check, ls, demo):
+    for verb in (run, init, eval, validate, report, fidelity, bench, check, ls, demo):
         verb.add_to(verbs)
     return made
 
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(args, "verb"):
             made.print_help(sys.stderr)
             return 2
-        args.verb(args)
+        with noted_warnings():
+            args.verb(args)
         sys.stdout.flush()
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a mistake
         return stop.code if isinstance(stop.code, int) else 2
