@@ -12,10 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vlmprune import errors
+from vlmprune import errors, spec
 from vlmprune._version import __version__
 from vlmprune.errors import UnsupportedError
-from vlmprune.eval.naming import methods_of
 from vlmprune.patches import FAMILIES, ModelFacts, family_of
 
 __all__ = ["commit", "device", "facts_of", "files", "library", "method", "model", "of_files", "versions"]
@@ -151,7 +150,7 @@ def method(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
     With the code in it, an edited method is measured again while its version is still the same.
     """
-    made = methods_of(name, options)
+    made = spec.build(name, options, none=True)
     code = [code_of(source) for source in sources([type(part) for part in made])]
     weights = [found for part in made if (found := weights_of(part)) is not None]
     return {"method": name, "code": code, **({"weights": weights} if weights else {})}

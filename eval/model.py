@@ -36,13 +36,14 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 import vlmprune
+from vlmprune import spec
 from vlmprune.cli import answering, loading
-from vlmprune.cli.errors import CommandError, UserError, brief
+from vlmprune.cli.errors import CommandError, UserError, brief, user_mistakes
 from vlmprune.errors import did_you_mean
 from vlmprune.eval.measure import Record, StopAt, Stopwatch, criteria, summary
-from vlmprune.eval.naming import NONE, methods_of, typed
 from vlmprune.eval.parallel import place
 from vlmprune.eval.pictures import Reader
+from vlmprune.spec import NONE
 
 __all__ = ["VlmPrune"]
 
@@ -88,7 +89,7 @@ class VlmPrune(lmms):
             counts the pictures for which it makes a difference.
         max_batch_size: accepted because lmms-eval passes it; no meaning here.
         **options: the method's options, `keep`, `average` and `seed` among them; with several methods
-            `globalcom2.keep` says whose. None means not given.
+            `globalcom2.keep` says whose. None is a value: `tau=None` is todre without its second stage.
 
     Raises:
         UserError: an unknown method or option, a bad value, a model that cannot be loaded or that the method does not
@@ -118,8 +119,9 @@ class VlmPrune(lmms):
         self.batch_size = whole("batch_size", batch_size)
         if dtype not in DTYPES:
             raise UserError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
-        options = {key: typed(value) for key, value in options.items()}
-        wanted(method, options)  # mistakes are found before weights are read
+        with user_mistakes():
+            options = {key: spec.read_given(key, value) for key, value in options.items()}
+            spec.build(method, options, none=True)  # mistakes are found before weights are read
         loading_options = {"attn_implementation": attn_implementation, "device_map": device_map}
         loading_options = {key: value for key, value in loading_options.items() if value is not None}
         device, accelerator = place(device, device_map)
@@ -158,12 +160,10 @@ class VlmPrune(lmms):
         Raises:
             UserError: as for the class; the model is then as it was.
         """
-        options = {key: typed(value) for key, value in options.items() if value is not None}
-        made = wanted(method, options)
-        try:
+        with user_mistakes():
+            made = spec.build(method, options, none=True)
+        with user_mistakes(f"{method} on {self.loaded.source.name}: "):
             self.handle = vlmprune.patch(self.loaded.model, made) if made else None
-        except (TypeError, ValueError, vlmprune.UnsupportedError) as error:
-            raise UserError(f"{method} on {self.loaded.source.name}: {error}") from None
         if not made:
             vlmprune.unpatch(self.loaded.model)
         self.method, self.options = method, options
@@ -319,14 +319,6 @@ class VlmPrune(lmms):
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refused."""
         raise UserError("vlmprune answers tasks of one round, and this one has several.")
-
-
-def wanted(method: str, options: dict[str, Any]) -> list[vlmprune.Method]:
-    """`methods_of`, its errors a user's."""
-    try:
-        return methods_of(method, options)
-    except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
-        raise UserError(str(error)) from None
 
 
 def whole(name: str, value: int | str) -> int:

@@ -10,17 +10,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vlmprune import registry
+from vlmprune import spec
 from vlmprune.cli.errors import UserError
 from vlmprune.cli.loading import pick_device
 from vlmprune.compile import compile_cuts
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.eval import fingerprints
 from vlmprune.eval.config import Budget, Config, Entry, Setting, unique
-from vlmprune.eval.naming import NONE, budget_text, methods_of
 from vlmprune.eval.taskindex import TaskIndex
 from vlmprune.eval.tree import Mistakes
 from vlmprune.patches import ModelFacts
+from vlmprune.spec import NONE, budget_text
 
 __all__ = ["Cell", "Job", "Plan", "make_plan"]
 
@@ -234,12 +234,9 @@ def variants(
     this method cannot meet it, as long as the method can run at all; a control is left out in any case.
     """
     try:
-        takes = [set(registry.options(registry.find(p.name))) if p.name != "none" else set() for p in entry.parts]
+        takes = [spec.takes(part.name) for part in entry.parts]
     except ValueError as error:
         draft.mistakes.append((entry.where, str(error)))
-        return []
-    except Exception as error:  # a broken package that offers a method: whatever it raises
-        draft.mistakes.append((entry.where, f"a method cannot be loaded: {type(error).__name__}: {error}"))
         return []
     alone, stated = len(entry.parts) == 1, entry.budgets
     budgets: Sequence[Budget | None] = (stated or setting_budgets(setting, entry)) or (None,)
@@ -287,7 +284,7 @@ def setting_budgets(setting: Setting, entry: Entry) -> tuple[Budget, ...]:
 def impossible(cell: Cell, facts: ModelFacts | None) -> str | None:
     """Why a cell cannot be run on a model, or None; without facts, only what does not depend on the model."""
     try:
-        made = methods_of(cell.method, cell.arguments)
+        made = spec.build(cell.method, cell.arguments, none=True)
         if facts is not None:
             compile_cuts(made, facts)
     except (TypeError, ValueError, FileNotFoundError, UnsupportedError) as error:

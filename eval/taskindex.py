@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import json
@@ -81,6 +82,10 @@ class TaskIndex:
         manager = self.manager(name)
         if name not in manager.all_tasks:
             hint = did_you_mean(name, manager.all_tasks)
+            if glob.has_magic(name):
+                fits = fnmatch.filter(manager.all_tasks, name)
+                few = ", ".join(fits[:5]) + (", ..." if len(fits) > 5 else "")
+                hint = f" Patterns are not taken: name the tasks or a group{f' ({few})' if fits else ''}."
             raise ValueError(f"unknown task {name!r}.{hint} `lmms-eval tasks list` lists lmms-eval's own.")
         about = manager.task_index[name]
         if about["type"] in ("task", "python_task"):

@@ -23,8 +23,13 @@ from vlmprune._version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Where each folder of the checkout is installed.
-INSTALLED_AS = {"vlmprune": "vlmprune", "patches": "vlmprune/patches", "eval": "vlmprune/eval"}
-IMPORTED = ["vlmprune", "vlmprune.patches", "vlmprune.eval", "vlmprune.eval.testbed"]
+INSTALLED_AS = {
+    "vlmprune": "vlmprune",
+    "patches": "vlmprune/patches",
+    "eval": "vlmprune/eval",
+    "configs": "vlmprune/configs",
+}
+IMPORTED = ["vlmprune", "vlmprune.patches", "vlmprune.eval", "vlmprune.eval.testbed", "vlmprune.configs"]
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -233,6 +238,7 @@ def test_editable_install_reads_the_checkout(editable: tuple[Path, Path]) -> Non
     assert [found.pop(name) for name in ("eval", "patches", "configs", "scripts", "tests")] == ["None"] * 5
     assert found["vlmprune"] == f"{checkout}/vlmprune/__init__.py"
     assert found["vlmprune.patches"] == f"{checkout}/patches/__init__.py"
+    assert found["vlmprune.configs"] == f"{checkout}/configs/__init__.py"
     assert found["vlmprune.eval"] == f"{checkout}/eval/__init__.py"
     assert found["vlmprune.eval.testbed"] == f"{checkout}/eval/testbed/__init__.py"
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import vlmprune
-from vlmprune import Method, registry
+from vlmprune import Method, registry, spec
 from vlmprune.methods import FastV, FoPru, VtcCls
 
 
@@ -84,14 +84,14 @@ def test_things_that_are_no_methods(bad):
 
 
 def test_build():
-    assert registry.build("fopru", {"keep": 4}) == [FoPru(keep=4)]
-    assert registry.build(FoPru(keep=4), {}) == [FoPru(keep=4)]
-    both = registry.build(["vtc_cls", FastV(keep=0.5)], {"keep": 9, "start_layer": 2})
+    assert spec.build("fopru", {"keep": 4}) == [FoPru(keep=4)]
+    assert spec.build(FoPru(keep=4), {}) == [FoPru(keep=4)]
+    both = spec.build(["vtc_cls", FastV(keep=0.5)], {"keep": 9, "start_layer": 2})
     assert both == [VtcCls(keep=9, start_layer=2), FastV(keep=0.5)]
     with pytest.raises(ValueError, match="could mean any of 'vtc_cls', 'fastv'"):
-        registry.build(["vtc_cls", "fastv"], {"keep": 9})
+        spec.build(["vtc_cls", "fastv"], {"keep": 9})
     with pytest.raises(TypeError, match="method object"):
-        registry.build(FoPru(keep=4), {"keep": 5})
+        spec.build(FoPru(keep=4), {"keep": 5})
 
 
 def test_names_are_unique_and_kept():

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune import engine, registry
+from vlmprune import engine, spec
 from vlmprune.compile import compile_plan
 from vlmprune.methods.base import Method
 from vlmprune.patches import family_of
@@ -125,7 +125,8 @@ def patch(
 
     Args:
         model: a Hugging Face model of a supported family (`vlmprune ls models`), or a PEFT model around one.
-        method: a name (`vlmprune ls methods`), a method object, or a list of them that run one after the other.
+        method: a name (`vlmprune ls methods`), a method object, or a list of them (or names joined by `+`) that run one
+            after the other.
         keep: patches per image (int), or a fraction of them (float), that enter the LLM or are left after the last cut;
             of a video, patches of all its frames together.
         **options: the method's other options, such as `average=` or `positions=`.
@@ -139,7 +140,7 @@ def patch(
         RuntimeError: the model is the inner part of one that is patched.
     """
     model = unwrap(model)
-    methods = registry.build(method, options if keep is None else {"keep": keep, **options})
+    methods = spec.build(method, options if keep is None else {"keep": keep, **options})
     family = family_of(model)
     plan = compile_plan(methods, family, family.facts(family.inner(model)))
     before = plan.before = engine.current(model)

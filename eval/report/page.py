@@ -9,10 +9,10 @@ from typing import Any
 
 from vlmprune.cli.tables import counted
 from vlmprune.eval import statistics, testbed
-from vlmprune.eval.naming import budget_text
 from vlmprune.eval.report import ledger, tables, words
 from vlmprune.eval.report.document import Block, Code, Heading, Items, Picture, Table, Text
 from vlmprune.eval.report.rows import DAMAGED, MISSING, OK, Results
+from vlmprune.spec import budget_text
 
 __all__ = ["NO_PLOTS", "build", "title"]
 

@@ -152,7 +152,6 @@ def test_onevision(cli, tmp_path, support):
         (["--method", "fopro"], "Did you mean 'fopru'?"),
         (["--method", "fopru+"], "unknown method ''"),
         (["--method", ","], "--method is empty"),
-        (["--keep", "0"], "--keep 0"),
         (["--keep", "many"], "neither a count"),
         (["--method", "fopru", "--option", "strateg=row"], "Did you mean 'strategy'?"),
         (["--option", "keep=3"], "the budget is given by --keep"),

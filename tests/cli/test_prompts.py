@@ -62,7 +62,8 @@ def test_prompts_of_json_lines(pictures, tmp_path):
     ("line", "words"),
     [
         ('{"image": "a.pgn", "prompt": "x"}', ["line 2", "no picture 'a.pgn'", "Did you mean 'a.png'?"]),
-        ('{"image": "*.pdf", "prompt": "x"}', ["line 2", "no picture '*.pdf'"]),
+        ('{"image": "*.pdf", "prompt": "x"}', ["line 2", "no picture '*.pdf'", "fits none of the names"]),
+        ('{"image": "a*.pgn", "prompt": "x"}', ["line 2", "no picture 'a*.pgn'", "fits none", "such as 'a.png'"]),
         ('{"image": "a.png", "promt": "x"}', ["line 2", "no 'prompt', only 'image', 'promt'"]),
         ('{"image": 3, "prompt": "x"}', ["line 2", "the image must be", "3"]),
         ('{"prompt": " "}', ["line 2", "not empty"]),

@@ -13,10 +13,9 @@ from tiny_folders import answer, noise_picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmprune.cli import loading
-from vlmprune.cli.errors import UserError
-from vlmprune.cli.run import parse_budget, parse_option
 from vlmprune.eval import testbed
 from vlmprune.eval.testbed.scenes import looks_drawn
+from vlmprune.spec import read_budget, read_option
 
 PROMPT = "what colour is it ?"
 
@@ -57,7 +56,8 @@ def test_text_output(cli, folders, picture):
     assert "x" in rows["fastv", "1"][-2] + rows["fastv", "1"][-3]
     assert "medians of 1 interleaved pairs" in out
     assert "newlines " not in out.splitlines()[3]  # a column that would hold nothing but zeros
-    assert err == f"loading {folders['llava']} ...\n"
+    warned = "note: keep=1 is a count: one patch per image; keep=1.0 is all of them. A fraction is a float in (0, 1].\n"
+    assert err == f"{warned}loading {folders['llava']} ...\n"
 
 
 def test_newlines_and_several_pictures(cli, folders, tmp_path):
@@ -106,16 +106,16 @@ def test_saves_a_picture(cli, folders, picture, tmp_path):
     ("text", "value"), [("36", 36), ("0.1", 0.1), ("10%", 0.1), ("1", 1), ("1.0", 1.0), ("100%", 1.0), (" 5 ", 5)]
 )
 def test_keep(text, value):
-    assert parse_budget(text) == value
-    assert type(parse_budget(text)) is type(value)
+    assert read_budget(text) == value
+    assert type(read_budget(text)) is type(value)
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "1.5", "nan", "inf", "many", "", "0.0", "200%", "%"])
 def test_bad_keep(text):
-    with pytest.raises(UserError, match="--keep"):
-        parse_budget(text)
-    with pytest.raises(UserError, match="--average"):
-        parse_budget(text, "average")
+    with pytest.raises(ValueError, match=r"^keep="):
+        read_budget(text)
+    with pytest.raises(ValueError, match=r"^average="):
+        read_budget(text, "average")
 
 
 def test_average(cli, folders, picture):
@@ -141,7 +141,7 @@ def test_average(cli, folders, picture):
     ],
 )  # fmt: skip
 def test_option(text, key, value):
-    found = parse_option(text)
+    found = read_option(text)
     assert found == (key, value)
     assert type(found[1]) is type(value)
 

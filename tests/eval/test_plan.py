@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import tiny_folders
 
+from vlmprune import spec
 from vlmprune.eval import fingerprints, store
 from vlmprune.eval.config import load_config
 from vlmprune.eval.plan import make_plan, published
 from vlmprune.eval.survey import survey
 from vlmprune.eval.taskindex import local_data
 from vlmprune.eval.tree import Mistakes
+from vlmprune.methods import ToDRE
 from vlmprune.patches import ModelFacts
 
 pytest.importorskip("lmms_eval")
@@ -71,6 +73,41 @@ def mistakes(plan, tmp_path):
 
 def variants(plan, label=None):
     return [(c.label, c.budget, c.seed) for _, c in plan.cells if label in (None, c.label)]
+
+
+@pytest.mark.parametrize(
+    ("methods", "model", "words"),
+    [
+        (
+            "[[{name: tome, keep: 0.5}, {name: pitome, keep: 0.5}]]",
+            "llava",
+            "both merge tokens inside the vision tower",
+        ),
+        ("[[{name: tome, keep: 0.5}, {name: fopru, keep: 4}]]", "llava", "looks at that tower"),
+        ("[[{name: globalcom2, parity: released, keep: 0.5}, {name: random, keep: 4}]]", "next", "order of its own"),
+    ],
+)
+def test_methods_that_cannot_share_a_model(mistakes, methods, model, words):
+    """`patch` refuses them, and so does every command before it loads weights."""
+    ((_, what),) = mistakes(methods, "keep: 0.5", model=model)
+    assert words in what
+
+
+def test_null_is_a_value(plan):
+    """It was thrown away once, and full ToDRE was measured as its first stage."""
+    made = plan("[todre, {name: todre, tau: null, label: one}]", "keep: 4", "controls: false")
+    both, one = [cell for _, cell in made.cells]
+    assert spec.build(one.method, one.arguments) == [ToDRE(keep=4, tau=None)] != spec.build(both.method, both.arguments)
+    assert spec.build(both.method, both.arguments) == [ToDRE(keep=4)]
+    assert made.jobs[0].key(both) != made.jobs[0].key(one)
+
+
+def test_a_pattern_of_tasks_is_told(mistakes):
+    override = ["tasks=[vlmprune_scene_llava_sh*, vlmprune_scene_llava_shap]"]
+    (_, pattern), (_, word) = mistakes("[fopru]", "keep: 4", overrides=override)
+    assert "Patterns are not taken: name the tasks or a group (vlmprune_scene_llava_shape)" in pattern
+    assert "Did you mean" not in pattern
+    assert "Did you mean 'vlmprune_scene_llava_shape'" in word
 
 
 def test_everything_is_multiplied_out(plan):

@@ -10,10 +10,11 @@ from contextlib import suppress
 from importlib import metadata
 
 from vlmprune._version import __version__
-from vlmprune.cli import bench, check, demo, eval, fidelity, ls, report, run, validate
+from vlmprune.cli import bench, check, demo, eval, fidelity, init, ls, report, run, validate
 from vlmprune.cli.errors import CommandError, brief
 from vlmprune.cli.interruption import check as check_interruption
 from vlmprune.cli.interruption import heeded, interrupted
+from vlmprune.cli.status import noted_warnings
 
 __all__ = ["main"]
 
@@ -38,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="store_true", help="show the versions of vlmprune and what it runs on")
     verbs = made.add_subparsers(title="verbs", metavar="VERB")
-    for verb in (run, eval, validate, report, fidelity, bench, check, ls, demo):
+    for verb in (run, init, eval, validate, report, fidelity, bench, check, ls, demo):
         verb.add_to(verbs)
     return made
 
@@ -82,7 +83,8 @@ def run_verb(argv: Sequence[str] | None) -> int:
         if not hasattr(args, "verb"):
             made.print_help(sys.stderr)
             return 2
-        args.verb(args)
+        with noted_warnings():
+            args.verb(args)
         sys.stdout.flush()
         check_interruption()  # swallowed somewhere on the way
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a mistake

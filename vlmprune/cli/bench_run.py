@@ -11,9 +11,9 @@ from vlmprune.cli.bench_settings import wanted
 from vlmprune.cli.errors import CommandError, UserError, brief
 
 if TYPE_CHECKING:
-    from vlmprune.cli.answering import Job
     from vlmprune.cli.loading import Loaded
     from vlmprune.eval.bench.workload import Workload
+    from vlmprune.spec import Job
 
 __all__ = ["Replaced", "measured"]
 

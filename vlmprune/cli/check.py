@@ -7,14 +7,14 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief
-from vlmprune.cli.flags import add_budget, add_device
-from vlmprune.cli.run import parse_budget, parse_option, words_of
+from vlmprune.cli.errors import CommandError, UserError, brief, user_mistakes
+from vlmprune.cli.flags import add_budget, add_device, budgets_of, options_of, words_of
 
 if TYPE_CHECKING:
     from vlmprune.cli.loading import Loaded
     from vlmprune.methods.base import Method
     from vlmprune.selftest import Line, Report
+    from vlmprune.spec import Job
 
 __all__ = ["add_to"]
 
@@ -71,20 +71,22 @@ def add_to(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked early, load the model, check the methods, print."""
     asked = words_of(args.method if args.method is not None else METHODS, "--method")
-    word = "keep" if args.average is None else "average"
-    named = getattr(args, word) is not None
-    options = dict(parse_option(text) for text in args.option)
+    budgets, named = budgets_of(args, KEEP)
+    if len(budgets) > 1:
+        raise UserError("check takes one budget.")
+    options = options_of(args.option)
 
     # from here on it takes seconds: torch and transformers are imported
+    from vlmprune import spec
     from vlmprune.cli import answering, loading
     from vlmprune.cli.status import status
     from vlmprune.errors import UnsupportedError
     from vlmprune.selftest import Subject
 
-    budget = {word: parse_budget(getattr(args, word) if named else KEEP, word)}
-    parts = [part.strip() for name in asked for part in name.split("+")]
-    jobs = answering.jobs(parts, [budget], options, asked=named and args.method is not None)
-    todo = {name: stacked(name, {job.method: job.options for job in jobs}, word) for name in asked}
+    with user_mistakes():
+        parts = dict.fromkeys(part for name in asked for part in spec.names_of(name))
+        jobs = spec.jobs(list(parts), budgets, options, named=named and args.method is not None)
+        todo = {name: staggered(name, {job.method: job.options for job in jobs}).build() for name in asked}
     device = loading.pick_device(args.device)
     loaded = loading.load(loading.find_model(args.model), device, args.dtype)
     try:
@@ -115,18 +117,17 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(f"failed: {', '.join(failed)}" + ("" if args.json else " (block for a bug report above)"))
 
 
-def stacked(name: str, options: dict[str, dict[str, Any]], word: str) -> list[Method]:
-    """The methods that `a` or `a+b` means; in the latter all but the last keep twice the budget, which `word` names."""
-    from vlmprune import registry
+def staggered(name: str, options: dict[str, dict[str, Any]]) -> Job:
+    """The job that `a` or `a+b` means, of options by method; in the latter all but the last keep twice the budget."""
+    from vlmprune.spec import BUDGETS, Job, names_of
 
-    *early, last = [part.strip() for part in name.split("+")]
-    made = []
-    for part in early:
-        mine = dict(options[part])
-        if word in mine:
-            mine[word] = min(2 * mine[word], 1.0) if isinstance(mine[word], float) else 2 * mine[word]
-        made += registry.build(part, mine)
-    return [*made, *registry.build(last, options[last])]
+    *early, last = names_of(name)
+
+    def twice(key: str, amount: Any) -> Any:
+        return amount if key not in BUDGETS else min(2 * amount, 1.0) if isinstance(amount, float) else 2 * amount
+
+    made = {f"{part}.{key}": twice(key, value) for part in early for key, value in options[part].items()}
+    return Job(name, made | {f"{last}.{key}": value for key, value in options[last].items()})
 
 
 def refusal(loaded: Loaded, name: str, methods: list[Method]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.cli.errors import CommandError, UserError, brief
@@ -17,12 +18,13 @@ __all__ = ["add_config", "add_to", "planned"]
 
 EXAMPLES = """\
 examples:
-  vlmprune eval configs/demo.yaml
-  vlmprune eval configs/demo.yaml --dry-run
+  vlmprune init my.yaml
+  vlmprune eval demo.yaml --dry-run
   vlmprune eval my.yaml --set limit=20 --set output=runs/try --set 'keep=[0.5, 64]'
   accelerate launch --num_processes 8 -m vlmprune eval my.yaml
 
-configs/template.yaml explains every key. A run that was stopped goes on when it is started again; what was measured
+`vlmprune init my.yaml` writes a file that explains every key; demo.yaml and others come with the package and are found
+by name. A run that was stopped goes on when it is started again; what was measured
 with another config, version or model is measured anew, and only that.
 
 exit codes: 0 all is measured, 1 something failed, 2 the config is wrong or the folder in use, 130 interrupted
@@ -63,12 +65,16 @@ def planned(args: argparse.Namespace, look_at_model: bool = True) -> Plan:
     Raises:
         UserError: everything that is wrong with it, one line each.
     """
+    from vlmprune.cli.status import note
     from vlmprune.eval.config import load_config
     from vlmprune.eval.plan import make_plan
     from vlmprune.eval.tree import Mistakes
 
     try:
-        return make_plan(load_config(args.config, args.overrides), look_at_model=look_at_model)
+        config = load_config(args.config, args.overrides)
+        if config.path != Path(args.config).expanduser():
+            note(f"{args.config}: the file of that name that comes with vlmprune, {config.path}")
+        return make_plan(config, look_at_model=look_at_model)
     except Mistakes as error:
         lines = str(error).splitlines()
         start = "" if len(lines) == 1 else f"{len(lines)} mistakes in the config\n"
@@ -107,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
 
 def about(plan: Plan) -> list[str]:
     """What is going to be run, and what not."""
-    from vlmprune.eval.naming import budget_text
+    from vlmprune.spec import budget_text
 
     made = []
     for job in plan.jobs:

@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief, printable
-from vlmprune.cli.flags import add_budget, add_device, add_model
+from vlmprune.cli.errors import CommandError, UserError, brief, printable, user_mistakes
+from vlmprune.cli.flags import add_budget, add_device, add_model, budgets_of, options_of, words_of
 from vlmprune.cli.prompts import Pair, read_pairs
-from vlmprune.cli.run import parse_budget, parse_option, words_of
 
 if TYPE_CHECKING:
     from vlmprune.cli.loading import Loaded
@@ -120,22 +119,21 @@ def study(args: argparse.Namespace, folder: Path) -> None:
             raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {given}.")
     methods = words_of(args.method, "--method")
     controls = [] if args.controls.strip() == "none" else words_of(args.controls, "--controls")
-    word = "keep" if args.average is None else "average"
-    asked = getattr(args, word) is not None
-    amounts = words_of(getattr(args, word) if asked else KEEP, f"--{word}")
-    options = dict(parse_option(text) for text in args.option)
+    budgets, named = budgets_of(args, KEEP)
+    options = options_of(args.option)
     pairs = read_pairs(args.images, args.prompts, args.limit)
 
     # from here on it takes seconds: torch and transformers are imported
+    from vlmprune import spec
     from vlmprune.cli import answering, fidelity_run, loading
     from vlmprune.cli.status import note
     from vlmprune.cli.tables import counted
     from vlmprune.eval import fidelity_report
     from vlmprune.eval.fidelity_journal import Journal
 
-    budgets = [{word: parse_budget(text, word)} for text in amounts]
-    todo = answering.jobs(methods, budgets, options, asked)
-    beside = answering.jobs([name for name in controls if name not in methods], budgets, {}) if controls else []
+    with user_mistakes():
+        todo = spec.jobs(methods, budgets, options, named)
+        beside = spec.jobs([name for name in controls if name not in methods], budgets, {})
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
     device = loading.pick_device(args.device)
     loaded = loading.load(loading.find_model(args.model), device, args.dtype)
@@ -208,12 +206,13 @@ def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
 def worst_cards(loaded: Loaded, entry: Entry, rows: Sequence[Row], pairs: Sequence[Pair], count: int) -> list[Card]:
     """Prefill the worst pictures of an entry once more, each by itself, and draw what was kept."""
     from vlmprune import draw
-    from vlmprune.cli.answering import Job, guarded, patch
+    from vlmprune.cli.answering import guarded, patch
     from vlmprune.cli.loading import model_inputs
     from vlmprune.cli.pictures import read_picture
     from vlmprune.cli.status import status
     from vlmprune.eval.fidelity import worst
     from vlmprune.eval.fidelity_report import SIDE, Card
+    from vlmprune.spec import Job
 
     paths = {pair.picture: pair.path for pair in pairs}
     cards = []

@@ -74,7 +74,8 @@ def methods() -> list[dict[str, Any]]:
         try:
             about = describe(name, registry.find(name))
         except Exception as error:  # another package's code: whatever it raises, the others are listed
-            about = {"name": name, "error": f"{type(error).__name__}: {brief(error)}"}
+            cause = error.__cause__ or error
+            about = {"name": name, "error": f"{type(cause).__name__}: {brief(cause)}"}
         point = offered.get(name)
         about["from"] = (point.dist.name if point.dist else point.value) if point else "vlmprune"
         found.append(about)

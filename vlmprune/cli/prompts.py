@@ -88,6 +88,8 @@ def read_pairs(images: str, prompts: str, limit: int | None = None) -> list[Pair
         elif not mine and image is not None:
             if glob.has_magic(image) or not is_file(base / image):
                 hint = did_you_mean(image, named)
+                if glob.has_magic(image):
+                    hint = f" It fits none of the names there, such as {printable(next(iter(named)))!r}."
                 raise UserError(f"{prompts}, line {line}: no picture {printable(image)!r} in {base}.{hint}")
             mine = {image: base / image}
         for name, path in mine.items():

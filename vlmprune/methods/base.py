@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import ClassVar
 
@@ -38,6 +38,26 @@ class Method:
     def known_as(self) -> str:
         """What errors and traces call it: the registered name, else that of the class."""
         return self.name or type(self).__name__
+
+    def __post_init__(self) -> None:
+        self.check_fields()
+
+    def check_fields(self) -> None:
+        """Check what means the same for all methods: the fields `keep` and `average`, and those that are switches.
+
+        `spec.build`, through which every method gets onto a model, calls it too: a subclass with a `__post_init__` of
+        its own need not think of it.
+
+        Raises:
+            TypeError, ValueError: as `budget.check_keep`, where None is allowed if it is the default; or a switch that
+                is neither True nor False.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("keep", "average") and not (value is None and field.default is None):
+                object.__setattr__(self, field.name, check_keep(value, field.name))
+            if field.type in (bool, "bool") and not isinstance(value, bool):
+                raise TypeError(f"{field.name}={value!r} must be True or False.")
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         """The cuts this method makes in a model.
@@ -80,9 +100,7 @@ class Budgeted(Method):
             raise ValueError(f"{self.name}: give keep= or average=, not both.")
         if self.keep is None and self.average is None and not self.optional:
             raise TypeError(f"{self.name} needs keep= (patches per image, or a fraction) or average=.")
-        for word in ("keep", "average"):
-            if getattr(self, word) is not None:
-                object.__setattr__(self, word, check_keep(getattr(self, word), word))
+        self.check_fields()
 
     @property
     def budget(self) -> int | float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import ClassVar, Literal
 
 import torch
 from torch.nn import functional
 
+from vlmprune.budget import HAIR, floored
 from vlmprune.cuts import Cut, Decoder, Merge, Positions, Reduction
 from vlmprune.errors import UnsupportedError
 from vlmprune.layout import ImageGrid, Layout, upload
@@ -113,8 +116,8 @@ class GlobalCom2(Budgeted):
         check_choice("parity", self.parity, Literal["released", None])
         check_choice("positions", self.positions, Positions)
         check_choice("newlines", self.newlines, Literal["all", "row", "none"])
-        if not self.tau > 0:
-            raise ValueError(f"tau={self.tau} must be above 0.")
+        if isinstance(self.tau, bool) or not isinstance(self.tau, Real) or not 0 < self.tau < math.inf:
+            raise ValueError(f"tau={self.tau!r} must be a number above 0.")
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         if not facts.views:
@@ -156,7 +159,7 @@ class GlobalCom2(Budgeted):
             return patch, scores
         thumb, view, ratio = grid.side[0] * grid.side[1], upload(grid.view, device), self.ratio(grid)
         if len(grid.planes) == 1:  # a picture so thin that un-padding leaves no patch of its canvas
-            return top_k(scores, max(1, int(thumb * ratio)), (view == 0) & patch), scores
+            return top_k(scores, max(1, floored(thumb * ratio)), (view == 0) & patch), scores
         rows, cols = grid.planes[1]
         small = scores[:thumb].view(grid.side)
         guide = stretch(small, (rows, cols))
@@ -165,9 +168,9 @@ class GlobalCom2(Budgeted):
         member = (view == crop) & patch
         local = guided(scores.expand_as(member), guide.expand_as(member), member)
         sizes = upload(grid.patches_per_view[1:], device)
-        counts = (sizes * crop_ratios(small, grid.crops, ratio, self.tau)).floor().long()
+        counts = (sizes * crop_ratios(small, grid.crops, ratio, self.tau) + HAIR).floor().long()
         kept = top_k(local, counts, member).any(0)
-        kept |= top_k(scores, int(thumb * ratio), (view == 0) & patch)
+        kept |= top_k(scores, floored(thumb * ratio), (view == 0) & patch)
         return kept, torch.where(view == 0, scores, local.sum(0))
 
     def released(self, keep: torch.Tensor, scores: torch.Tensor, layout: Layout) -> Reduction:
