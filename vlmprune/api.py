@@ -104,7 +104,7 @@ def patch(
     cuts = [(name, cut) for name, made in by_method for cut in made]
     check_cuts(cuts, facts)
     stages = (Pixels, Vision, Decoder)
-    order = sorted(cuts, key=lambda entry: (stages.index(type(entry[1].at)), entry[1].at.layer))
+    order = sorted(cuts, key=lambda entry: (stages.index(type(entry[1].at)), entry[1].at))
     plan = engine.Plan(family, facts, order)
     engine.remove(model)
     engine.install(model, plan)
@@ -134,13 +134,14 @@ def check_cuts(cuts: list[tuple[str, Cut]], facts: ModelFacts) -> None:
     for name, cut in cuts:
         if isinstance(cut.at, Pixels):
             continue
-        where, first, layers = (
-            ("decoder", 0, facts.decoder_layers) if isinstance(cut.at, Decoder) else ("tower", 1, facts.tower_layers)
-        )
-        if not first <= cut.at.layer < layers:
-            raise ValueError(
-                f"{name} cuts at {where} layer {cut.at.layer}, and this model allows {first}..{layers - 1}."
-            )
+        if isinstance(cut.at, Decoder):
+            where, first, last = "decoder layer", 0, facts.decoder_layers - 1
+        elif cut.at.inside:
+            where, first, last = "the inside of tower layer", 0, facts.tower_layers - 1
+        else:  # behind the last one too
+            where, first, last = "tower layer", 1, facts.tower_layers
+        if not first <= cut.at.layer <= last:
+            raise ValueError(f"{name} cuts at {where} {cut.at.layer}, and this model allows {first}..{last}.")
     merging = next((name for name, cut in cuts if isinstance(cut.at, Vision)), None)
     for name, cut in cuts:
         for tap in cut.see:

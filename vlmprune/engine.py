@@ -36,7 +36,9 @@ from vlmprune.tower import (
     SIZES,
     AfterKeys,
     AfterTower,
+    AfterTowerAttention,
     BeforeTower,
+    BeforeTowerAttention,
     BeforeTowerLayer,
     RememberSizes,
     check_fixed,
@@ -258,8 +260,10 @@ HOOKS = (
     AfterBlock,
     AfterKeys,
     BeforeTower,
+    BeforeTowerAttention,
     BeforeTowerLayer,
     AfterTower,
+    AfterTowerAttention,
     BeforeModel,
     BeforeLayer,
     AfterLanguageModel,
@@ -288,6 +292,10 @@ def install(model: nn.Module, plan: Plan) -> None:
                 before(layer, BeforeTowerLayer(index, watching))
                 if watching is not None:
                     layer.self_attn.k_proj.register_forward_hook(AfterKeys(index, watching, layer.self_attn.num_heads))
+                if index in plan.inside_layers:
+                    between = Watch()
+                    before(layer.self_attn, BeforeTowerAttention(between))
+                    layer.self_attn.register_forward_hook(AfterTowerAttention(between))
             tower.register_forward_hook(AfterTower(), with_kwargs=True)
     for modality in family.modalities:
         if family.needs_sizes or modality == "video":
