@@ -154,7 +154,8 @@ class VlmPrune(lmms):
         options = {key: typed(value) for key, value in options.items() if value is not None}
         made = wanted(method, options)
         try:
-            self.handle = vlmprune.patch(self.loaded.model, made) if made else None
+            told = [method.told_by(self.loaded.processor) for method in made]
+            self.handle = vlmprune.patch(self.loaded.model, told) if told else None
         except (TypeError, ValueError, vlmprune.UnsupportedError) as error:
             raise UserError(f"{method} on {self.loaded.source.name}: {error}") from None
         if not made:

@@ -130,7 +130,8 @@ def patch(loaded: Loaded, job: Job) -> Handle:
     import vlmprune
 
     try:
-        return vlmprune.patch(loaded.model, job.method, **job.options)
+        methods = vlmprune.registry.build(job.method, job.options)
+        return vlmprune.patch(loaded.model, [made.told_by(loaded.processor) for made in methods])
     except (TypeError, ValueError, vlmprune.UnsupportedError) as error:
         raise UserError(f"{job.method} on {loaded.source.name}: {error}") from None
 
