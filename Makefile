@@ -74,10 +74,10 @@ OLDEST_LEFT_OUT := test_packaging.py test_compile.py test_atp_training.py test_c
 test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported transformers
 	$(OLDEST_VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal $(addprefix --ignore tests/,$(OLDEST_LEFT_OUT)) $(PYTEST_ARGS) $(OLDEST_TESTS)
 
-# Whatever the tests claim works, and no more, stands in README.
+# Whatever the tests claim works, and no more, stands in docs/support.md.
 SUPPORT := build/support.json
 support: export HF_HUB_OFFLINE = 1
-support: $(VENV)/.installed ## run the tests of families and features, and write README's support matrix from their results
+support: $(VENV)/.installed ## run the tests of families and features, and write docs/support.md from their results
 	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --support $(SUPPORT) --support-only $(PYTEST_ARGS) tests
 	$(VENV)/bin/python scripts/support_matrix.py $(SUPPORT)
 

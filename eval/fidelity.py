@@ -28,6 +28,7 @@ import torch
 
 from vlmprune.api import Handle
 from vlmprune.eval import statistics
+from vlmprune.host import returned_cache, with_cache
 
 __all__ = ["MEASURES", "Compared", "Entry", "Estimate", "Line", "Reference", "Row", "collate", "compare", "reference"]
 __all__ += ["summarise", "worst"]
@@ -166,8 +167,8 @@ def along(model: Any, inputs: Inputs, answers: torch.Tensor) -> torch.Tensor:
             input_ids=said,
             attention_mask=torch.cat((mask, torch.ones_like(said)), 1),
             position_ids=positions[:, -1:] + torch.arange(1, said.shape[1] + 1, device=said.device),
-            past_key_values=first.past_key_values,
             use_cache=True,
+            **with_cache(returned_cache(first)),
         )
         logits.append(more.logits)
     return torch.cat(logits, 1).float().log_softmax(-1)

@@ -7,6 +7,7 @@ import reference
 import tiny
 import torch
 from reference import Rule
+from tiny import CACHE
 from transformers import DynamicCache, StaticCache
 
 RULES = {
@@ -79,7 +80,7 @@ def by_hand(model, turn, cache, before, **extra):
     """A turn by a call of the model, its new tokens alone; `before` columns are in the cache's conversation."""
     length = turn["input_ids"].shape[1]
     mask = torch.ones(1, before + length, dtype=torch.long)
-    return model(**(turn | {"attention_mask": mask} | extra), past_key_values=cache, use_cache=True)
+    return model(**(turn | {"attention_mask": mask} | extra), **{CACHE: cache}, use_cache=True)
 
 
 @torch.no_grad()
@@ -93,7 +94,7 @@ def converse(model, rows, kind, ways, forced):
         asked = new | {"input_ids": ids, "attention_mask": mask}
         last = turn == len(ways) - 1
         steps = forced if last else forced[:, :1]
-        got = probes.generated_logits(model, asked, steps, past_key_values=cache, disable_compile=True)
+        got = probes.generated_logits(model, asked, steps, **{CACHE: cache}, disable_compile=True)
         if not last:  # what was forced was read, what came behind it was not
             ids, mask = torch.cat((ids, steps), 1), torch.cat((mask, torch.ones_like(steps)), 1)
     return got

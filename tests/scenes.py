@@ -11,6 +11,7 @@ import pytest
 import reference
 import tiny
 import torch
+from tiny import CACHE
 
 import vlmprune
 from vlmprune import UnsupportedError, registry
@@ -226,11 +227,11 @@ def with_cache(model, inputs, positions=None):
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     out = model(**inputs, use_cache=True)
     rows = torch.arange(len(mask))
-    logits, cache, step = [out.logits[rows, last]], out.past_key_values, mask.sum(1, keepdim=True)
+    logits, cache, step = [out.logits[rows, last]], out[CACHE], mask.sum(1, keepdim=True)
     for token in FORCED:
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         ids = torch.full((len(mask), 1), token)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=step, past_key_values=cache, use_cache=True)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=step, **{CACHE: cache}, use_cache=True)
         logits.append(out.logits[:, -1])
         step = step + 1
     return torch.stack(logits)

@@ -12,6 +12,7 @@ import tiny
 import torch
 from leftovers import ours
 from reference import Rule
+from tiny import CACHE
 
 import vlmprune
 
@@ -84,7 +85,7 @@ def test_the_trace_tells_what_happened(tiny_model, family):
     ]
     for cut, kept in enumerate(result.kept):
         assert [trace.kept(i, cut) for i in range(2)] == kept
-    assert trace.kv_lengths == result.kv_lengths == [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    assert trace.kv_lengths == result.kv_lengths == [layer.keys.shape[2] for layer in out[CACHE].layers]
     for i, grid in enumerate(trace.grids):
         n = [len(k[i]) for k in result.kept]
         alive = [n[0], n[0], n[2], n[2]]
@@ -132,7 +133,7 @@ def test_any_two_methods_agree_on_counts(tiny_model, family, first, second):
         kept = [len(handle.trace.kept(i)) for i in range(2)]
     text = int((prompt["input_ids"] != tiny.IMAGE).sum())
     assert handle.trace.kv_lengths[-1] == text + sum(kept)
-    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == handle.trace.kv_lengths
+    assert [layer.keys.shape[2] for layer in out[CACHE].layers] == handle.trace.kv_lengths
     assert min(kept) >= 1
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import tiny
 import torch
 from checked import passes, subject
+from tiny import CACHE
 from transformers import StaticCache
 
 from vlmprune import Cut, Decoder, Method, Reduction, UnsupportedError, decode, engine
@@ -33,7 +34,7 @@ def on_cache(monkeypatch, change, static=None):
 
     def finish(self, output):
         original(self, output)
-        cached = output.past_key_values
+        cached = output.get(CACHE)
         if cached is not None and static in (None, isinstance(cached, StaticCache)):
             change(cached.layers[2])
 

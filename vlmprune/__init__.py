@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlmprune.layout import Layout
     from vlmprune.methods import Method
     from vlmprune.registry import register
+    from vlmprune.runtime import load
     from vlmprune.selftest import check
     from vlmprune.trace import Trace
 
@@ -39,6 +40,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "check",
+    "load",
     "patch",
     "register",
     "unpatch",
@@ -52,6 +54,7 @@ _HOMES = {
     "layout": ("Layout",),
     "methods": ("Method",),
     "registry": ("register",),
+    "runtime": ("load",),
     "selftest": ("check",),
     "trace": ("Trace",),
 }

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmprune.host import with_cache
 from vlmprune.sequence import attention_mask
 from vlmprune.trace import CutTrace
 
@@ -219,7 +220,7 @@ def run_layers(
             attention_mask=mask,
             position_embeddings=rotary,
             position_ids=positions[number],
-            past_key_values=cache,
             use_cache=True,
+            **with_cache(cache),
         )
     return language_model.norm(hidden)

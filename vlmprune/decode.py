@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
+from vlmprune.host import cache_of
 from vlmprune.plan import FRAME
 from vlmprune.sequence import SEGMENTS, Segment, attention_mask
 from vlmprune.taps import sliding_window
@@ -20,7 +21,7 @@ def length_of(kwargs: dict, pictured: bool) -> int | None:
 
     None for a step on a static cache, since asking that waits for the device; a call with pictures waits anyway.
     """
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if cache is None:
         return 0
     if not pictured and getattr(cache, "is_compileable", False) and given_tokens(kwargs).shape[1] == 1:
@@ -51,7 +52,7 @@ def resume(language_model: nn.Module, kwargs: dict, segments: list[Segment], len
         segments: the cache's decode state.
         length: of `length_of`.
     """
-    cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+    cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
     if any(segment.soft for segment in segments):
         raise UnsupportedError(
             "this cache was filled under soft masks, which are for training alone: call .eval() on the method's "
@@ -100,7 +101,7 @@ class Decode:
             return hidden, kwargs  # the model's own arguments already fit these layers
         kind = (segment.first, sliding_window(layer.self_attn))
         if kind not in self.ready:
-            cache = kwargs["past_key_values"]
+            cache = cache_of(kwargs)
             mask = decode_mask(segment, cache, index, hidden.shape[0], hidden.shape[1], self.new, hidden.device)
             positions = self.positions if segment.shift is None else self.positions - segment.shift
             self.ready[kind] = (
@@ -172,7 +173,7 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
         UnsupportedError: all tokens come again, or as many of them as cannot be told from new ones.
         ValueError: a mask or positions that end elsewhere than what the cache stands for and what comes.
     """
-    cache, mask, short = kwargs.get("past_key_values"), kwargs.get("attention_mask"), missing(segments)
+    cache, mask, short = cache_of(kwargs), kwargs.get("attention_mask"), missing(segments)
     batch, queries = given_tokens(kwargs).shape[:2]
     if queries == 1 or not length:
         return kwargs  # a step brings a new token

@@ -25,6 +25,7 @@ from torch import nn
 from vlmprune.census import check_mask
 from vlmprune.decode import catch_up, held, length_of, resume, rolled_back
 from vlmprune.errors import CutNotRunError, UnsupportedError
+from vlmprune.host import cache_of, in_words_of
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
 from vlmprune.placement import loaded
@@ -70,7 +71,7 @@ class BeforeModel:
         pictured = self.plan.enabled and (
             brings_features(kwargs) or any(given_pixels(kwargs, modality) for modality in PIXELS)
         )
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         segments = getattr(cache, SEGMENTS, None) or []
         if not pictured and not segments:
             return None
@@ -93,7 +94,7 @@ class BeforeModel:
                 "output_attentions of a pruned forward is not supported: layers see different sequences. "
                 "Use `with handle.disabled():` for the plain model's attentions."
             )
-        check_mask(kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+        check_mask(kwargs.get("attention_mask"), cache_of(kwargs))
         kwargs = catch_up(kwargs, segments, length)
         past, mask = held(kwargs, segments, length), kwargs.get("attention_mask")
         if segments:
@@ -222,15 +223,19 @@ class BeforeHead:
     plan: Plan
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not self.plan.enabled:
-            return None
+        known = in_words_of(module, kwargs)
+        extra = self.extra(module, args, known) if self.plan.enabled else {}
+        return (args, known | extra) if extra or known is not kwargs else None
+
+    def extra(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """What is to be handed on to the inner model."""
         self.check_labels(module, kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None))
         extra: dict[str, Any] = {}
         if guesses := guessed(kwargs):
             extra[GUESSES] = guesses
         if brings_features(kwargs) and hasattr(module, "_hf_hook"):
             extra[NOTES] = Notes(kwargs["mm_encoder_outputs"])
-        return (args, kwargs | extra) if extra else None
+        return extra
 
     def check_labels(self, module: nn.Module, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> None:
         """A loss on a visual placeholder has no meaning once tokens are gone."""
@@ -248,7 +253,7 @@ def guessed(kwargs: dict) -> int:
     `generate` encodes pictures first, brings its cache, and asks for the logits of every guess and of the token before.
     """
     wanted = kwargs.get("logits_to_keep")
-    if not isinstance(wanted, int) or kwargs.get("past_key_values") is None or not brings_features(kwargs):
+    if not isinstance(wanted, int) or cache_of(kwargs) is None or not brings_features(kwargs):
         return 0
     return max(wanted - 1, 0)
 

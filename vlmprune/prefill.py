@@ -12,6 +12,7 @@ from vlmprune.census import count_prompts
 from vlmprune.cuts import Cut, Reduction
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.finite import WAY_OUT, cut_is_finite, demand
+from vlmprune.host import cache_of, returned_cache
 from vlmprune.layout import download, upload
 from vlmprune.placement import check_device, loaded
 from vlmprune.plan import Plan
@@ -79,7 +80,7 @@ class Prefill:
         check_device(layer, hidden)
         before, past = self.sequence, self.past.get(index)
         if before is None:
-            self.cache = kwargs.get("past_key_values")
+            self.cache = cache_of(kwargs)
             batch, length, _ = hidden.shape
             self.sequence = Sequence(
                 prompt=length,
@@ -235,8 +236,8 @@ class Prefill:
                 for h, sequence in zip(output.hidden_states, made_by, strict=False)
             ]
             output.hidden_states = (*states, output.last_hidden_state)
-        if output.past_key_values is not None:
-            setattr(output.past_key_values, SEGMENTS, self.segments)
+        if (cache := returned_cache(output)) is not None:
+            setattr(cache, SEGMENTS, self.segments)
         self.plan.trace = Trace(
             grids=list(self.layout.grids),
             sample=self.layout.sample,

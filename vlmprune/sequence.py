@@ -11,6 +11,7 @@ from torch import nn
 import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
 from vlmprune.cuts import Positions
 from vlmprune.errors import UnsupportedError
+from vlmprune.host import cache_of
 from vlmprune.layout import Layout, upload
 from vlmprune.taps import sliding_window
 
@@ -250,7 +251,7 @@ class Sequence:
             # a mask over everything is never left out, so there is one to add the bias to
             real = self.mask if self.bias is None else self.real()
             check_soft(layer, self.bias)
-            mask = attention_mask(layer, index, hidden, self.with_past(real), kwargs.get("past_key_values"))
+            mask = attention_mask(layer, index, hidden, self.with_past(real), cache_of(kwargs))
             self.masks[kind] = mask if self.bias is None else add_bias(mask, self.bias.to(hidden.dtype))
         # the rotary embedding carries the positions; gaps in the ids would be read as packed sequences
         ids = torch.arange(self.length, device=hidden.device)[None]

@@ -46,7 +46,7 @@ def read_picture(path: str | Path) -> Image.Image:
     except Image.UnidentifiedImageError:
         if path.suffix.lower() in VIDEOS:
             raise UserError(
-                f"{name} is a video: this command takes pictures. Videos are pruned from Python (README, Videos)."
+                f"{name} is a video: this command takes pictures. Videos are pruned from Python (docs/support.md)."
             ) from None
         raise UserError(f"{name} is not a picture that Pillow can read.") from None
     except Exception as error:  # decoders raise nearly anything when a file is damaged

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from vlmprune import engine
 from vlmprune.byhand import flow_of, run_layers, stretches
+from vlmprune.host import returned_cache, with_cache
 from vlmprune.patches import Family
 from vlmprune.taps import sliding_window
 from vlmprune.trace import CutTrace, Trace
@@ -71,14 +72,14 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
     first = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": True, "logits_to_keep": 1}
     with last_hidden(family.inner(model)) as seen:
         out = model(**inputs, **first)
-    hidden, cache = seen[0], out.past_key_values
+    hidden, cache = seen[0], returned_cache(out)
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     logits = [model.get_output_embeddings()(hidden[every, last])]
     place = mask.sum(1, keepdim=True)
     for token in forced:
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         ids = mask.new_full((len(mask), 1), token)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=place, use_cache=True, **with_cache(cache))
         logits.append(out.logits[:, -1])
         place = place + 1
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
