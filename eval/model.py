@@ -163,7 +163,8 @@ class VlmPrune(lmms):
         with user_mistakes():
             made = spec.build(method, options, none=True)
         with user_mistakes(f"{method} on {self.loaded.source.name}: "):
-            self.handle = vlmprune.patch(self.loaded.model, made) if made else None
+            told = [method.told_by(self.loaded.processor) for method in made]
+            self.handle = vlmprune.patch(self.loaded.model, told) if told else None
         if not made:
             vlmprune.unpatch(self.loaded.model)
         self.method, self.options = method, options

@@ -40,7 +40,7 @@ def compile_cuts(methods: Sequence[Method], facts: ModelFacts) -> list[tuple[str
     check_methods(by_method)
     cuts = [(name, cut) for name, made in by_method for cut in made]
     check_merged_tower(cuts)
-    return sorted(cuts, key=lambda entry: (STAGES.index(type(entry[1].at)), entry[1].at.layer))
+    return sorted(cuts, key=lambda entry: (STAGES.index(type(entry[1].at)), entry[1].at))
 
 
 def cuts_of(method: Method, facts: ModelFacts) -> list[Cut]:
@@ -53,11 +53,11 @@ def cuts_of(method: Method, facts: ModelFacts) -> list[Cut]:
 
 def place(cut: Cut) -> str:
     """Where a cut is, in words."""
-    return {
-        Pixels: "the cut of pixels",
-        Vision: f"the cut at tower layer {cut.at.layer}",
-        Decoder: f"the cut at decoder layer {cut.at.layer}",
-    }[type(cut.at)]
+    if isinstance(cut.at, Pixels):
+        return "the cut of pixels"
+    if isinstance(cut.at, Decoder):
+        return f"the cut at decoder layer {cut.at.layer}"
+    return f"the cut {'inside' if cut.at.inside else 'at'} tower layer {cut.at.layer}"
 
 
 def check_cut(name: str, cut: Cut, facts: ModelFacts) -> None:
@@ -90,13 +90,16 @@ def check_layer(name: str, cut: Cut, facts: ModelFacts) -> None:
     """Refuse a layer that the model has not."""
     if isinstance(cut.at, Pixels):
         return
-    where, first, layers = (
-        ("decoder", 0, facts.decoder_layers) if isinstance(cut.at, Decoder) else ("tower", 1, facts.tower_layers)
-    )
+    if isinstance(cut.at, Decoder):
+        where, first, last = "decoder layer", 0, facts.decoder_layers - 1
+    elif cut.at.inside:
+        where, first, last = "the inside of tower layer", 0, facts.tower_layers - 1
+    else:  # behind the last one too
+        where, first, last = "tower layer", 1, facts.tower_layers
     if isinstance(cut.at.layer, bool) or not isinstance(cut.at.layer, int):
-        raise TypeError(f"{name} cuts at {where} layer {cut.at.layer!r}, which is no whole number.")
-    if not first <= cut.at.layer < layers:
-        raise ValueError(f"{name} cuts at {where} layer {cut.at.layer}, and this model allows {first}..{layers - 1}.")
+        raise TypeError(f"{name} cuts at {where} {cut.at.layer!r}, which is no whole number.")
+    if not first <= cut.at.layer <= last:
+        raise ValueError(f"{name} cuts at {where} {cut.at.layer}, and this model allows {first}..{last}.")
 
 
 def check_keys(name: str, cuts: list[Cut]) -> None:

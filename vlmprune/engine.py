@@ -38,7 +38,9 @@ from vlmprune.tower import (
     SIZES,
     AfterKeys,
     AfterTower,
+    AfterTowerAttention,
     BeforeTower,
+    BeforeTowerAttention,
     BeforeTowerLayer,
     Encode,
     check_fixed,
@@ -314,6 +316,10 @@ def hook_towers(inner: nn.Module, plan: Plan) -> None:
             if watching is not None:
                 keys = AfterKeys(plan, index, watching, layer.self_attn.num_heads)
                 layer.self_attn.k_proj.register_forward_hook(keys)
+            if index in plan.inside_layers:
+                between = Watch()
+                layer.self_attn.register_forward_pre_hook(BeforeTowerAttention(plan, between), with_kwargs=True)
+                layer.self_attn.register_forward_hook(AfterTowerAttention(plan, between))
         tower.register_forward_hook(AfterTower(plan), with_kwargs=True)
 
 

@@ -108,6 +108,11 @@ class Plan:
         return {tap.layer for cut in self.tower_cuts for tap in cut.see if isinstance(tap, BlockKeys)}
 
     @property
+    def inside_layers(self) -> set[int]:
+        """Tower layers between whose two blocks there is a cut."""
+        return {cut.at.layer for cut in self.tower_cuts if cut.at.inside}
+
+    @property
     def block_layers(self) -> set[int]:
         """Decoder layers whose two blocks a tap watches."""
         return {tap.layer for _, cut in self.cuts for tap in cut.see if isinstance(tap, BlockTap)}

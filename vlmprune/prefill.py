@@ -55,7 +55,8 @@ class Prefill:
         self.past, self.cache = {segment.first: segment for segment in past}, None
         self.rotary_emb = plan.family.language_model(inner).rotary_emb
         self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions)
-        self.text_after, self.prompt_lengths = self.census.text_after, self.census.lengths
+        self.text_after, self.text_before = self.census.text_after, self.census.text_before
+        self.prompt_lengths = self.census.lengths
         self.layout = prompt_layout(plan, inner, self.census, features)
         for method in plan.methods:
             method.check_inputs(self.layout)

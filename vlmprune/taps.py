@@ -48,12 +48,14 @@ NO_CLS = "this tower has no [CLS] token"
 class Scene(Protocol):
     """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are.
 
-    `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most.
+    `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most;
+    `text_before` is the most that any row has in front of its first one.
     """
 
     sequence: Sequence
     layout: Layout
     text_after: tuple[torch.Tensor, int]
+    text_before: int
 
     def past_keys(self, layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The keys that a decoder layer holds in front of the sequence, or None, and which keys of both are real."""
@@ -190,7 +192,8 @@ class BlockKeys(TowerTap):
     def misfit(self, at: Pixels | Vision | Decoder, facts: ModelFacts) -> str | None:
         if not isinstance(at, Vision):
             return "only cuts in the tower, Vision(layer), see keys"
-        return None if self.layer == at.layer - 1 else f"this cut sees the keys of the layer before it, {at.layer - 1}"
+        made, which = (at.layer, "its own layer") if at.inside else (at.layer - 1, "the layer before it")
+        return None if self.layer == made else f"this cut sees the keys of {which}, {made}"
 
 
 @dataclass(frozen=True)
@@ -267,18 +270,25 @@ class ReceivedAttention(DecoderTap):
 class CrossShare(DecoderTap):
     """How much text and image of a sample look at each other in a decoder layer, `(images, 2)` float32.
 
-    Share of the attention of text rows (all text after the first visual token) that goes to visual tokens, and share
-    of the attention of visual rows that goes to that text (ToDRE, stage 2). Equal for all images of a sample.
+    Share of the attention of text rows that goes to visual tokens, and share of the attention of visual rows that goes
+    to that text (ToDRE, stage 2). Equal for all images of a sample.
+
+    Text is what is not visual, but for the first `system` tokens of the conversation (where they stand in front of the
+    first image); None takes all that stands in front of it for system text. What a cache holds is no part of it.
     """
+
+    system: int | None = None
 
     def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         layout, real = scene.layout, scene.sequence.asked()
         at, sample = scene.flat_index(), upload(layout.sample, hidden.device)
         visual = torch.zeros(real.numel(), dtype=torch.long, device=real.device)
         visual = visual.scatter_add(0, at.flatten(), layout.alive.long().flatten()).view_as(real) > 0
-        text = real & ~visual & (visual.cumsum(1) > 0)
-        if max(layout.ordinal) == 0:
-            # one image a sample: the text after it cannot be seen from it, and its rows alone need to be computed
+        text = real & ~visual & ((visual.cumsum(1) > 0) | self.beyond_system(scene, real))
+        alone = self.system is None or (scene.sequence.past is None and scene.text_before <= self.system)
+        if max(layout.ordinal) == 0 and alone:
+            # one image a sample and no text before it: what comes after cannot be seen from it, and the rows of that
+            # alone need to be computed
             rows = [last_rows(real, *scene.text_after)]
         else:
             all_rows = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
@@ -289,6 +299,15 @@ class CrossShare(DecoderTap):
             (mass[1] * text).sum(1) if len(mass) > 1 else mass[0].new_zeros(len(hidden)),
         ]
         return torch.stack(shares, 1)[sample]
+
+    def beyond_system(self, scene: Scene, real: torch.Tensor) -> torch.Tensor:
+        """`(batch, length)` bool of the tokens behind the system prefix, which a cache may hold in part or whole."""
+        if self.system is None:
+            return torch.zeros_like(real)
+        past, number = scene.sequence.past, real.cumsum(1)
+        if past is not None:
+            number = number + (past.length if past.mask is None else past.mask.sum(1, keepdim=True))
+        return number > self.system
 
 
 @dataclass(frozen=True)
@@ -435,10 +454,15 @@ def last_rows(real: torch.Tensor, counts: torch.Tensor, most: int) -> tuple[torc
     Returns:
         `(batch, rows)` long indices and `(batch, rows)` float weights, 0 at padding.
     """
-    device, n = real.device, counts.clamp(min=1)[:, None]
-    end = torch.where(real, torch.arange(real.shape[1], device=device), 0).amax(1, keepdim=True) + 1
-    number = torch.arange(max(1, most), device=device)
-    return (end - n + number).clamp(0, real.shape[1] - 1), mean_weight(number < n)
+    device, n, most = real.device, counts.clamp(min=1)[:, None], max(1, most)
+    column = torch.arange(real.shape[1], device=device).expand_as(real)
+    # counted from the end among real rows alone: masked ones may lie between them
+    rank = real.flip(1).cumsum(1).flip(1)
+    slot = torch.where(real & (rank <= n), n - rank, most)
+    rows = column.new_zeros(len(real), most + 1).scatter(1, slot, column)[:, :most]
+    inside = torch.arange(most, device=device) < n
+    last = torch.where(real, column, 0).amax(1, keepdim=True)  # a row that sees something, at no weight
+    return torch.where(inside, rows, last), mean_weight(inside)
 
 
 def decoder_mass(

@@ -60,9 +60,11 @@ def patch(loaded: Loaded, job: Job) -> Handle:
         UserError: the method does not fit the model.
     """
     import vlmprune
+    from vlmprune import spec
 
     with user_mistakes(f"{job.method} on {loaded.source.name}: "):
-        return vlmprune.patch(loaded.model, job.method, **job.options)
+        methods = spec.build(job.method, job.options)
+        return vlmprune.patch(loaded.model, [made.told_by(loaded.processor) for made in methods])
 
 
 def check(loaded: Loaded, todo: Sequence[Job]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlmprune.budget import check_keep
 from vlmprune.cuts import Cut
@@ -67,6 +67,10 @@ class Method:
             ValueError: an option does not fit the model.
         """
         raise NotImplementedError
+
+    def told_by(self, processor: Any) -> Method:
+        """This method with what only a model's processor knows filled in, where no option says it."""
+        return self
 
     def check_inputs(self, layout: Layout) -> None:
         """Raise UnsupportedError if the batch has an input of `refuses_inputs`."""

@@ -86,8 +86,9 @@ class GlobalCom2(Budgeted):
             [CLS] token (its features and details are inferred).
         parity: None puts every token back in its place, in ascending order. "released" repeats the released code:
             thumbnail by descending score, crop tokens at the place of their number among the un-padded ones, and one
-            newline after every canvas row, padded rows included. It cannot be combined with other methods that cut, and
-            at R = 1 it keeps all tokens (the released code still thins dull crops).
+            newline after every canvas row, padded rows included, so a budget near all patches can make more tokens than
+            there were, which is an error. It cannot be combined with other methods that cut, and at R = 1 it leaves the
+            image as it is (the released code still thins dull crops).
         positions: contiguous (code).
         newlines: what happens to newline tokens; `parity="released"` has its own rule.
     """
@@ -178,7 +179,10 @@ class GlobalCom2(Budgeted):
         into, source, weight, counts = [], [], [], []
         most = layout.width + max(grid.side[0] * grid.crops[0] for grid in layout.grids)
         for i, grid in enumerate(layout.grids):
-            order = released_order(keep[i, : grid.tokens], scores[i, : grid.tokens], grid)
+            if grid.views == 1 or self.ratio(grid) >= 1:
+                order = torch.arange(grid.tokens, device=keep.device)
+            else:
+                order = released_order(keep[i, : grid.tokens], scores[i, : grid.tokens], grid)
             if len(order) > grid.tokens:
                 made = f"{len(order)} tokens of image {i}, which has {grid.tokens}"
                 raise ValueError(f"parity='released' makes {made}: lower keep.")
@@ -199,8 +203,6 @@ def released_order(keep: torch.Tensor, scores: torch.Tensor, grid: ImageGrid) ->
         keep, scores: `(tokens,)`.
     """
     device = keep.device
-    if grid.views == 1:
-        return torch.arange(grid.tokens, device=device)
     view, newline = upload(grid.view, device), upload(grid.newline, device)
     (rows, cols), (down, across) = grid.side, grid.crops
     thumbnail = (keep & (view == 0)).nonzero().flatten()
