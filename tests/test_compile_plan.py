@@ -96,7 +96,7 @@ class Stray(Tap):
         (cut(Decoder(4)), "cuts at decoder layer 4, and this model allows 0..3"),
         (cut(Decoder(-1)), "this model allows 0..3"),
         (cut(Decoder(1.5)), "layer 1.5, which is no whole number"),
-        (cut(Vision(0)), "cuts at tower layer 0, and this model allows 1..5"),
+        (cut(Vision(0)), "cuts at tower layer 0, and this model allows 1..6"),
         (cut(3), "is at none of Pixels(), Vision(layer) and Decoder(layer)"),
         ("cut", "Asks.cuts must return a list of Cut"),
     ],

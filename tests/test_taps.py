@@ -250,8 +250,9 @@ def test_a_tap_costs_nothing_when_no_method_asks(tiny_model):
             assert count() == plain + extra, method
 
 
-def test_a_tap_nobody_measures_raises(tiny_model):
+def test_a_tap_nobody_measures_raises(tiny_model, monkeypatch):
     model = tiny_model()
+    monkeypatch.setattr(TextAttention, "misfit", lambda *_: None)  # else refused before anything runs
     with (
         vlmprune.patch(model, See(TextAttention(2), layer=1)),
         pytest.raises(vlmprune.CutNotRunError, match="TextAttention"),

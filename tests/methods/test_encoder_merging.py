@@ -15,6 +15,7 @@ import vlmprune
 from vlmprune import CutNotRunError, UnsupportedError
 from vlmprune.merging import match_alternating, match_energy, spread_evenly
 from vlmprune.methods.tome import PiToMe, ToMe
+from vlmprune.plan import OWNER
 
 F64 = torch.float64
 
@@ -190,10 +191,10 @@ def test_every_state_of_a_merged_tower_is_its_layers_own():
     for method, left in (("tome", [17, 15, 13, 11, 10, 9]), ("pitome", [17, 15, 13, 12, 10, 9])):
         read = []
         note = lambda module, args, kwargs, read=read: read.append(kwargs["hidden_states"])  # noqa: E731
-        with torch.no_grad(), vlmprune.patch(model, method, keep=0.5):
+        with torch.no_grad(), vlmprune.patch(model, method, keep=0.5) as handle:
             layers = tower.encoder.layers
             hooks = [layer.self_attn.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-            states = tower(views, output_hidden_states=True).hidden_states
+            states = tower(views, output_hidden_states=True, **{OWNER: handle._plan}).hidden_states
             for hook in hooks:
                 hook.remove()
         assert [x.shape[1] for x in read] == left
