@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vlmprune import engine, registry
+from vlmprune._compat import check_transformers
 from vlmprune.cuts import Cut, Decoder, Pixels, Vision
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
@@ -94,7 +95,9 @@ def patch(
     Raises:
         TypeError, ValueError: an unknown method or option, or a bad value.
         UnsupportedError: the model, or this method on this model, is not supported.
+        ImportError: a release of transformers that vlmprune was not tested with.
     """
+    check_transformers()
     model = unwrap(model)
     methods = registry.build(method, options if keep is None else {"keep": keep, **options})
     family = family_of(model)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import UserError, brief
+from vlmprune.cli.errors import CommandError, UserError, brief
 from vlmprune.cli.status import note, quiet
 
 if TYPE_CHECKING:
@@ -104,7 +104,9 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
 
     Raises:
         UserError: not there, not reachable, not complete, or of a family that is not supported.
+        CommandError: a release of transformers that is not supported.
     """
+    check_release()
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -140,6 +142,20 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
             raise UserError(f"cannot load {source.name}{way}: {brief(error)}") from error
     placed = model if options.get("device_map") is not None else model.to(device)
     return Loaded(source, placed.eval(), processor)
+
+
+def check_release() -> None:
+    """Refuse another transformers before it fails in words of its own.
+
+    Raises:
+        CommandError: with the way out.
+    """
+    from vlmprune._compat import check_transformers
+
+    try:
+        check_transformers()
+    except ImportError as error:
+        raise CommandError(str(error)) from None
 
 
 def refuse_original(source: Source) -> None:
