@@ -72,7 +72,7 @@ def test_declared_and_checked_range_agree() -> None:
 
 
 def test_all_that_is_allowed_is_tested() -> None:
-    """A range that is raised alone fails here: CI installs its newest release, and `make test-versions` all minor ones."""
+    """A range that is raised alone fails here: CI installs its newest release, `make test-versions` all minor ones."""
     root = Path(__file__).resolve().parents[1]
     pinned = re.search(r"^transformers==(\S+)$", (root / "constraints.txt").read_text(), re.M)[1]
     versions = re.search(r"^VERSIONS \?= (.*)$", (root / "Makefile").read_text(), re.M)[1].split()
@@ -142,24 +142,28 @@ def test_a_source_folder_without_metadata(
         sys.modules.pop("transformers", None)
 
 
-HOSTS = [
-    "import vlmprune.host",
-    "import vlmprune; vlmprune.patch",
-    "from vlmprune import check",
-    "import vlmprune.engine",
-]
+HOSTS = ["import vlmprune.host", "vlmprune.patch", "from vlmprune import check", "import vlmprune.engine"]
 
 
 @pytest.mark.parametrize("version", ["4.36.2", "5.25.0"])
-@pytest.mark.parametrize("code", HOSTS)
-def test_what_touches_a_model_is_refused_beside_another_transformers(tmp_path: Path, version: str, code: str) -> None:
+def test_what_touches_a_model_is_refused_beside_another_transformers(tmp_path: Path, version: str) -> None:
     distribution(tmp_path, "transformers", version)
+    code = f"""
+        import vlmprune
+        for code in {HOSTS}:
+            try:
+                exec(code)
+            except ImportError as error:
+                print(error)
+    """
     done = python(code, tmp_path, cwd=tmp_path)
-    assert done.returncode == 1
-    assert f"ImportError: {SUPPORTED}, and found {version}." in done.stderr
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert len(told) == len(HOSTS)
+    assert all(line.startswith(f"{SUPPORTED}, and found {version}.") for line in told), told
 
 
-@pytest.mark.parametrize("version", ["4.36.2", "5.25.0", None])
+@pytest.mark.parametrize("version", ["4.36.2", None])
 def test_tensor_code_runs_beside_any_transformers(tmp_path: Path, version: str | None) -> None:
     """A serving engine with another release can choose tokens; not even an import of transformers is tried."""
     if version is not None:
@@ -183,12 +187,12 @@ def test_tensor_code_runs_beside_any_transformers(tmp_path: Path, version: str |
     assert (done.returncode, done.stdout) == (0, "[13, 14, 15]\n"), done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "code"), [(["demo"], 1), (["ls", "methods"], 0), (["--version"], 0)])
-def test_the_command_beside_another_transformers(tmp_path: Path, arguments: list[str], code: int) -> None:
+def test_the_command_beside_another_transformers(tmp_path: Path) -> None:
     distribution(tmp_path, "transformers", "5.25.0")
-    done = python(f"from vlmprune.cli import main; raise SystemExit(main({arguments}))", tmp_path, cwd=tmp_path)
-    assert done.returncode == code, done.stderr
-    assert (f"vlmprune: {SUPPORTED}, and found 5.25.0." in done.stderr) is (code == 1)
+    code = "from vlmprune.cli import main; print([main(a) for a in (['demo'], ['ls', 'methods'], ['--version'])])"
+    done = python(code, tmp_path, cwd=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[1, 0, 0]", done.stderr
+    assert f"vlmprune: {SUPPORTED}, and found 5.25.0." in done.stderr
     assert "Traceback" not in done.stderr
 
 
