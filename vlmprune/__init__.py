@@ -10,10 +10,9 @@ vlmprune.unpatch(model)
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from vlmprune._compat import check_torchvision, check_transformers
+from vlmprune._compat import check_torchvision
 from vlmprune._version import __version__
 
-check_transformers()
 check_torchvision()
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from vlmprune import engine, spec
+from vlmprune._compat import check_transformers
 from vlmprune.compile import compile_plan
 from vlmprune.methods.base import Method
 from vlmprune.patches import family_of
@@ -138,7 +139,9 @@ def patch(
         TypeError, ValueError: an unknown method or option, or a bad value.
         UnsupportedError: the model, or this method on this model, is not supported.
         RuntimeError: the model is the inner part of one that is patched.
+        ImportError: a release of transformers that vlmprune was not tested with.
     """
+    check_transformers()
     model = unwrap(model)
     methods = spec.build(method, options if keep is None else {"keep": keep, **options})
     family = family_of(model)

@@ -9,6 +9,7 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.host import cache_of
+from vlmprune.layout import download
 from vlmprune.plan import FRAME, Plan
 from vlmprune.sequence import SEGMENTS, Segment, attention_mask
 from vlmprune.taps import sliding_window
@@ -69,8 +70,8 @@ def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], 
         start = (cache.get_seq_length() if length is None else length) + missing(segments)
         positions = torch.arange(queries, device=tokens.device)[None] + start
     positions = positions.expand(batch, -1)
-    if any(s.first > 0 for s in segments):
-        kwargs[FRAME] = Decode(plan, segments, plan.family.language_model(inner).rotary_emb, positions, new)
+    # it also shows the layers that this call was recognised
+    kwargs[FRAME] = Decode(plan, segments, plan.family.language_model(inner).rotary_emb, positions, new)
     if first.first == 0:
         kwargs["attention_mask"] = decode_mask(first, cache, 0, batch, queries, new, tokens.device)
         positions = positions if first.shift is None else positions - first.shift
@@ -90,7 +91,7 @@ def check_rows(segments: list[Segment], batch: int) -> None:
 
 
 class Decode:
-    """One forward pass on a cache whose prompt was pruned at some layer above 0."""
+    """One forward pass on a cache whose prompt was pruned: acts where that was at some layer above 0."""
 
     def __init__(self, plan: Plan, segments: list[Segment], rotary_emb: nn.Module, positions: torch.Tensor, new: Any):
         self.plan, self.segments, self.rotary_emb, self.positions, self.new = plan, segments, rotary_emb, positions, new
@@ -175,17 +176,14 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
         ValueError: a mask or positions that end elsewhere than what the cache stands for and what comes.
     """
     cache, mask, short = cache_of(kwargs), kwargs.get("attention_mask"), missing(segments)
-    batch, queries = given_tokens(kwargs).shape[:2]
+    queries, again = given_tokens(kwargs).shape[1], False
     if queries == 1 or not length:
         return kwargs  # a step brings a new token
     positions = kwargs.get("position_ids")
     ready = mask is not None and (isinstance(mask, dict) or mask.ndim != 2)
+    column, end = length + short, None
     if ready:
-        mask = last_row(mask, length + queries) if batch > 1 else None
-    column, end, again = length + short, None, False
-    if mask is not None and ready:
-        # where a row counts as many tokens as are seen, the mask ends with the conversation
-        again = short and (mask.sum(1) == positions[:, -1] + 1).any()
+        mask, end = conversation(mask, length + queries, short, positions)
     elif mask is not None:
         end = mask.shape[1]
     elif positions is not None and segments:  # one host read a turn
@@ -193,7 +191,7 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
     if end is not None:
         again = short and end == length + queries
         if not again and end != column + queries:
-            refuse_end("position_ids end" if mask is None else "attention_mask ends", end, column, queries)
+            refuse_end("position_ids end" if mask is None or ready else "attention_mask ends", end, column, queries)
     if short:
         if again and queries <= short:
             raise UnsupportedError(
@@ -205,8 +203,8 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
             kwargs = kwargs | {name: kwargs[name][:, short:] for name in names}
         elif mask is not None and ready:
             raise UnsupportedError(
-                "new tokens alone, in a batch on a static cache that is pruned, are not supported: give `generate` the "
-                "input_ids of the whole conversation, or call it with a dynamic cache."
+                "new tokens alone, behind padding on a static cache that is pruned, are not supported: give `generate` "
+                "the input_ids of the whole conversation, or call it with a dynamic cache."
             )
     if not ready:
         return kwargs
@@ -231,15 +229,54 @@ def refuse_end(told: str, end: int, column: int, queries: int) -> NoReturn:
     )
 
 
-def last_row(mask: Any, columns: int) -> torch.Tensor:
-    """The `(batch, columns)` bool padding mask behind a ready 4-D one of a static cache: what the last query sees."""
+def conversation(
+    mask: Any, columns: int, short: int, positions: torch.Tensor | None
+) -> tuple[torch.Tensor | None, int | None]:
+    """The padding behind the ready masks of a static cache, with one host read.
+
+    Args:
+        columns: what is cached and what the call brings.
+        short: columns of the conversation that are not cached.
+        positions: `(batch, queries)` position ids of the call.
+
+    Returns:
+        The `(batch, columns)` bool mask of real columns, or None if all are; and the column at which the conversation
+        ends, None if nothing tells.
+
+    Raises:
+        UnsupportedError: there may be padding, and the masks do not tell where.
+    """
+    seen = last_row(mask, columns)
+    ends = None if positions is None else positions[:, -1] + 1
+    if seen is None:
+        # the positions of one row tell whether it has padding, not where
+        end = int(ends[0]) if ends is not None and len(ends) == 1 else None
+        if end not in (columns, columns + short):
+            refuse_untold(columns)
+        return None, end
+    counts = seen.sum(1)
+    ends = counts if ends is None else ends.expand(len(seen))
+    padding, ends = download(torch.stack((columns - counts, ends + columns - counts)))
+    seen = seen if any(padding) else None
+    if positions is None:
+        return seen, None if short else columns
+    # in the last column of a batch one row is real at least, and its position tells; padding may end the others
+    return seen, columns if columns in ends else max(ends)
+
+
+def last_row(mask: Any, columns: int) -> torch.Tensor | None:
+    """The `(batch, columns)` bool mask of what the last query of a ready 4-D mask sees; None if it does not see all."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if mask is None or mask.ndim != 4 or mask.shape[-1] < columns:
-        raise UnsupportedError(
-            "continuing a batch on a static cache with a sliding window, or on one with less columns than the "
-            f"conversation ({columns}), is not supported: its masks do not tell the padding. Call `generate` with a "
-            "dynamic cache, or continue the rows one by one."
-        )
+        return None
     mask = mask[:, 0, -1, :columns]
     return mask if mask.dtype == torch.bool else mask == 0
+
+
+def refuse_untold(columns: int) -> NoReturn:
+    raise UnsupportedError(
+        "continuing a batch or a padded row on a static cache with a sliding window, or on one with less columns than "
+        f"the conversation ({columns}), is not supported: its masks do not tell the padding. Call `generate` with a "
+        "dynamic cache, or continue the rows one by one and without padding."
+    )

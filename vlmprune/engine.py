@@ -6,10 +6,10 @@ lengths, leaves the decode state on the cache (a list of `Segment`s) and files t
 that was lost. `BeforeHead`, on the model around the inner one, hands on what that would not get. `BeforeTower`,
 `BeforeTowerLayer` and `AfterTower` do the same inside the vision tower.
 
-Life of a later call without images on that cache: `BeforeModel` turns its arguments to what the segments say; where
-layers hold different lengths, a `Decode` frame rides along and `BeforeLayer` lets it do so for every layer. A later
-call with images is a prefill again, behind the segments. Nothing is ambient: threads and interleaved generations
-cannot mix.
+Life of a later call without images on that cache: `BeforeModel` turns its arguments to what the segments say, and lets
+a `Decode` frame ride along, which does so for every layer where layers hold different lengths. A pruned cache that
+reaches the layers without a frame raises. A later call with images is a prefill again, behind the segments. Nothing is
+ambient: threads and interleaved generations cannot mix.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class BeforeModel(Hook):
         past, mask = held(kwargs, segments, length), kwargs.get("attention_mask")
         if segments:
             kwargs = resume(self.plan, module, kwargs, segments, length)
-        kwargs["mm_encoder_outputs"] = encoded = encode(module, kwargs, self.plan.family)
+        encoded = encode(module, kwargs, self.plan.family)
+        kwargs["mm_encoder_outputs"] = {modality: without_notes(output) for modality, output in encoded.items()}
         positions = kwargs.get("position_ids") if mask is None else None
         frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions)
         return kwargs | {FRAME: frame}
@@ -127,6 +128,11 @@ def restore_notes(kwargs: dict) -> dict:
                 if hasattr(notes.outputs[modality], name):
                     setattr(output, name, getattr(notes.outputs[modality], name))
     return kwargs
+
+
+def without_notes(output: Any) -> Any:
+    """An encoder's output as the host makes it: since transformers 5.24 the model returns it with its own."""
+    return type(output)(**output) if hasattr(output, SEEN) or hasattr(output, SIZES) else output
 
 
 def given_pixels(kwargs: dict, modality: str) -> bool:
@@ -186,6 +192,8 @@ class BeforeLayer(Hook):
         if self.watching is not None:
             self.watching.end()
         if FRAME not in kwargs or kwargs[FRAME].plan is not self.plan:
+            if self.index == 0 and FRAME not in kwargs and alone(module):
+                demand_plain(cache_of(kwargs))
             return None
         frame = kwargs.pop(FRAME)
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -193,6 +201,23 @@ class BeforeLayer(Hook):
         if self.watching is not None and isinstance(frame, Prefill):
             self.watching.begin(frame)
         return (hidden, *args[1:]), kwargs
+
+
+def alone(layer: nn.Module) -> bool:
+    """Whether a layer belongs to one patched model: the hook of another may have taken out that one's frame."""
+    if torch.compiler.is_compiling():
+        return True
+    return sum(isinstance(hook, BeforeLayer) for hook in layer._forward_pre_hooks.values()) == 1
+
+
+def demand_plain(cache: Any) -> None:
+    """Refuse a pruned cache in a call that did not come by `BeforeModel`: its positions and masks would be wrong."""
+    if getattr(cache, SEGMENTS, None):
+        raise UnsupportedError(
+            "a pruned cache reached the decoder layers by a call that the patch did not see, and positions counted by "
+            "it are wrong: call the patched model itself, not its language model, and let what is around it hand on "
+            "all keyword arguments."
+        )
 
 
 @dataclass

@@ -12,9 +12,13 @@ from dataclasses import fields
 from typing import Any
 
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from vlmprune._compat import check_transformers
 from vlmprune.errors import UnsupportedError
+
+check_transformers()  # before the first import of a part of it, which another release may not have
+
+from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402
 
 __all__ = ["CACHE", "cache_of", "in_words_of", "is_cache", "returned_cache", "with_cache"]
 

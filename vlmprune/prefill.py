@@ -260,6 +260,11 @@ class Prefill:
             ]
             output.hidden_states = (*states, output.last_hidden_state)
         if (cache := returned_cache(output)) is not None:
+            if cache is not self.cache and int(cache.get_seq_length()):
+                raise UnsupportedError(
+                    "this call handed back a filled cache that its first decoder layer did not get, so later calls on "
+                    "it would decode at wrong positions: use the model classes of a supported release of transformers."
+                )
             setattr(cache, SEGMENTS, self.segments)
         self.plan.trace = Trace(
             grids=list(self.layout.grids),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.cli import interruption
-from vlmprune.cli.errors import UserError, brief
+from vlmprune.cli.errors import CommandError, UserError, brief
 from vlmprune.cli.prompts import check_text
 from vlmprune.cli.status import note, quiet
 from vlmprune.cli.tables import counted
@@ -145,7 +145,9 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
 
     Raises:
         UserError: not there, not reachable, not complete, or of a family that is not supported.
+        CommandError: a release of transformers that is not supported.
     """
+    check_release()
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -204,6 +206,20 @@ def fill_in(processor: Any, fields: dict[str, Any], name: str) -> None:
     if changed:
         told = ", ".join(f"{field}={value!r} (was {has[field]!r})" for field, value in changed.items())
         note(f"{name}: the processor's file does not fit the model; from the model's config: {told}")
+
+
+def check_release() -> None:
+    """Refuse another transformers before it fails in words of its own.
+
+    Raises:
+        CommandError: with the way out.
+    """
+    from vlmprune._compat import check_transformers
+
+    try:
+        check_transformers()
+    except ImportError as error:
+        raise CommandError(str(error)) from None
 
 
 def refuse_original(source: Source) -> None:
