@@ -75,7 +75,7 @@ def test_the_command_itself_works(run):
         ({"device": "tpu"}, ["unknown device 'tpu'"]),
         ({"max_new_tokens": "0"}, ["--max-new-tokens"]),
         ({"prompt": "  "}, ["--prompt is empty"]),
-        ({"prompt": "<image> and <image>"}, ["2 <image>", "1 pictures"]),
+        ({"prompt": "<image> and <image>"}, ["2 <image>", "there is 1 picture."]),
         ({"model": "scene-lava"}, ["no model 'scene-lava'", "Did you mean 'scene-llava'?"]),
         ({"model": "./no/such/folder"}, ["no such folder"]),
     ],

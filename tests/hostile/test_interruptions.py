@@ -393,3 +393,19 @@ def test_an_error_that_nobody_pressed_a_key_for_is_no_interruption(cli, asked, t
     code, _, err = cli(*asked)
     assert code == 2
     assert "Could not import module 'CLIPModel'" in err
+
+
+def test_ctrl_c_in_text_that_is_executed(tmp_path):
+    """As when a dataclass is made while a module is imported: Python would end itself by the signal, not by 130."""
+    (tmp_path / "pressed.py").write_text("""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from vlmprune import cli
+cli.versions = lambda: exec("signal.raise_signal(signal.SIGINT)", {"signal": signal})
+sys.exit(cli.main(["--version"]))
+""")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pressed"], capture_output=True, text=True,
+        env=os.environ | QUIET | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "vlmprune: interrupted")

@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not interrupted(error):
                 raise
     print("\nvlmprune: interrupted", file=sys.stderr)
+    # a KeyboardInterrupt that left an `exec` of text (dataclasses and named tuples are made by one) makes Python end
+    # itself by the signal when it is done, whatever the exit code; the next `exec` takes that back
+    exec("pass")
     return 130
 
 
