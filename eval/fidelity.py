@@ -29,6 +29,7 @@ import torch
 from vlmprune.api import Handle
 from vlmprune.eval import statistics
 from vlmprune.host import returned_cache, with_cache
+from vlmprune.spec import budget_text, budgets_in
 
 __all__ = ["MEASURES", "Compared", "Entry", "Estimate", "Line", "Reference", "Row", "collate", "compare", "reference"]
 __all__ += ["summarise", "worst"]
@@ -106,7 +107,7 @@ class Entry:
     @property
     def budget(self) -> str:
         """`keep 0.25`, `average 64`, or nothing."""
-        return ", ".join(f"{word} {self.options[word]}" for word in ("keep", "average") if word in self.options)
+        return budget_text(budgets_in(self.options))
 
     @property
     def label(self) -> str:

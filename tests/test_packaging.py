@@ -227,6 +227,21 @@ def test_installed_wheel_is_complete_by_itself(from_wheel: Path) -> None:
     assert {name: file for name, file in found.items() if not file.startswith(f"{from_wheel}/vlmprune/")} == {}
 
 
+def test_installed_wheel_brings_its_configs(from_wheel: Path, tmp_path: Path) -> None:
+    """Found by name from a folder that has none of them."""
+    code = f"""
+        import os
+        os.chdir({str(tmp_path)!r})
+        from vlmprune import cli
+        from vlmprune.eval.config import load_config
+        assert cli.main(["init", "my.yaml"]) == 0
+        (setting,) = load_config("my.yaml", ["tasks=suites/common.yaml"]).settings
+        print(len(setting.tasks), [entry.label for entry in setting.methods][:2], load_config("demo").path)
+    """
+    said = python_with(from_wheel, code).splitlines()[-1]
+    assert said == f"7 ['fopru', 'todre-stage-1'] {from_wheel}/vlmprune/configs/demo.yaml"
+
+
 def test_installed_wheel_puts_nothing_else_at_the_top(from_wheel: Path) -> None:
     assert {path.name for path in from_wheel.iterdir()} == {"vlmprune", f"vlmprune-{__version__}.dist-info", "bin"}
     assert [path.name for path in (from_wheel / "bin").iterdir()] == ["vlmprune"]

@@ -163,6 +163,8 @@ def test_jobs_share_options():
 def test_a_budget_of_a_methods_own_is_instead_of_the_shared_ones():
     own = {"fopru.keep": 8, "fastv.keep": 4}
     made = spec.jobs(["fopru+fastv", "random"], [{"keep": 5}, {"keep": 6}], own)
+    assert (made[0].budget, made[0].label) == ("8 + 4", "fopru+fastv, fopru.keep 8, fastv.keep 4")
+    assert (made[1].budget, spec.Job("atp", {}).budget) == ("5", "-")
     assert [(job.method, job.options) for job in made] == [
         ("fopru+fastv", own), ("random", {"keep": 5}), ("random", {"keep": 6}),
     ]  # fmt: skip

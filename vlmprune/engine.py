@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +133,13 @@ def restore_notes(kwargs: dict) -> dict:
 
 def without_notes(output: Any) -> Any:
     """An encoder's output as the host makes it: since transformers 5.24 the model returns it with its own."""
-    return type(output)(**output) if hasattr(output, SEEN) or hasattr(output, SIZES) else output
+    noted = [name for name in (SEEN, SIZES, MADE_BY) if hasattr(output, name)]
+    if not noted:
+        return output
+    plain = copy(output)
+    for name in noted:
+        vars(plain).pop(name, None)
+    return plain
 
 
 def given_pixels(kwargs: dict, modality: str) -> bool:

@@ -20,8 +20,8 @@ from vlmprune.errors import did_you_mean
 if TYPE_CHECKING:
     from vlmprune.methods.base import Method
 
-__all__ = ["BUDGETS", "NONE", "Job", "budget_text", "build", "jobs", "names_of", "read_budget", "read_given"]
-__all__ += ["read_option", "read_value", "takes", "write_value"]
+__all__ = ["BUDGETS", "NONE", "Job", "budget_text", "budgets_in", "build", "jobs", "names_of"]
+__all__ += ["read_budget", "read_given", "read_option", "read_value", "takes", "write_value"]
 
 NONE = "none"  # the method that leaves the model as it is
 BUDGETS = ("keep", "average")
@@ -104,6 +104,11 @@ def read_option(text: str) -> tuple[str, Any]:
     if key in BUDGETS:
         raise ValueError(f"the budget is given by --{key}.")
     return key, read_given(key, value)
+
+
+def budgets_in(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The budgets among options, `fopru.keep` too."""
+    return {key: value for key, value in options.items() if key.rpartition(".")[2] in BUDGETS}
 
 
 def budget_text(budget: Mapping[str, Any] | None) -> str:
@@ -265,13 +270,12 @@ class Job:
     @property
     def budget(self) -> str:
         """As a table shows it."""
-        return str(next((self.options[word] for word in BUDGETS if word in self.options), "-"))
+        return " + ".join(str(amount) for amount in budgets_in(self.options).values()) or "-"
 
     @property
     def label(self) -> str:
         """As a title names it: `fopru, keep 0.1`."""
-        given = {word: self.options[word] for word in BUDGETS if word in self.options}
-        return ", ".join(filter(None, [self.method, budget_text(given)]))
+        return ", ".join(filter(None, [self.method, budget_text(budgets_in(self.options))]))
 
     def build(self) -> list[Method]:
         """The method objects; raises as `build` does."""
@@ -309,8 +313,7 @@ def jobs(
             if named and not fits:
                 why = " ".join(f": {c.refuses[w]}" for w in budget for c in mine.values() if w in c.refuses)
                 raise ValueError(f"method {method!r} has no budget {', '.join(budget)}{why or '.'}")
-            stated = any(key.rpartition(".")[2] in BUDGETS for key in own)
-            shared = {} if stated else {word: amount for word, amount in budget.items() if has(word, mine)}
+            shared = {} if budgets_in(own) else {word: amount for word, amount in budget.items() if has(word, mine)}
             job = Job(method, shared | own)
             try:
                 job.build()

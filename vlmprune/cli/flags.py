@@ -8,7 +8,10 @@ from typing import Any
 
 from vlmprune.cli.errors import UserError, user_mistakes
 
-__all__ = ["add_budget", "add_device", "add_model", "budgets_of", "options_of", "words_of"]
+#: What an option may look like.
+VALUES = "layer=3, tau=None, prune_layers=[7,9,12], fopru.keep=64 (of that method alone)"
+
+__all__ = ["VALUES", "add_budget", "add_device", "add_model", "budgets_of", "options_of", "words_of"]
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -17,7 +20,10 @@ def add_model(parser: ArgumentParser) -> None:
         "--model", default="scene-llava", metavar="NAME", help="embedded model, folder or hub id (default: %(default)s)"
     )
     parser.add_argument(
-        "--method", default="fopru", metavar="NAME[,NAME]", help="methods (`vlmprune ls methods`; default: %(default)s)"
+        "--method",
+        default="fopru",
+        metavar="NAME[,NAME]",
+        help="methods (`vlmprune ls methods`; a+b: one after the other; default: %(default)s)",
     )
 
 
@@ -26,7 +32,7 @@ def add_budget(parser: ArgumentParser, keep: str, option: str, metavar: str = "N
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--keep", metavar=metavar, help=keep)
     budget.add_argument("--average", metavar=metavar, help="the same as a mean over all decoder layers")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=option)
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=f"{option}; {VALUES}")
 
 
 def add_device(parser: ArgumentParser) -> None:
