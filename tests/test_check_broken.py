@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import tiny
 import torch
 from checked import passes, subject
+from leftovers import Forgetful
 from tiny import CACHE
 from transformers import StaticCache
 
@@ -182,7 +183,7 @@ def test_other_tokens_in_a_batch():
 def test_a_hook_left_behind(monkeypatch):
     model = tiny.model()
     made = Subject(model)
-    monkeypatch.setattr(engine, "HOOKS", tuple(h for h in engine.HOOKS if h is not engine.AfterModel))
+    monkeypatch.setattr(engine, "Hook", Forgetful)
     report = made.check("fopru", keep=0.4)
     assert report.failed == ["restore"]
     assert "model: AfterModel" in report["restore"].told

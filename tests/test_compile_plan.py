@@ -195,6 +195,15 @@ class Picky(Method):
         return [cut(Decoder(2))]
 
 
+def test_kinds_of_inputs_that_nobody_knows():
+    @dataclass(frozen=True)
+    class Typo(Picky):
+        refuses_inputs: ClassVar[dict[str, str]] = {"videos": "wants no time"}
+
+    with pytest.raises(ValueError, match=r"Typo.refuses_inputs: 'videos' .* Did you mean 'video'"):
+        compile_cuts([Typo()], FACTS)
+
+
 def several(model):
     return tiny.prompt(model, [3, "image", 2, "image", 4], [(24, 48), (48, 24)], together=True)
 

@@ -32,6 +32,8 @@ def compile_cuts(methods: Sequence[Method], facts: ModelFacts) -> list[tuple[str
         ValueError: a cut at a layer that the model has not, a tap that cannot be seen there, a word that means nothing.
         UnsupportedError: the model lacks something, or methods that cannot share a model.
     """
+    for method in methods:
+        method.check_refusals()
     by_method = [(method.known_as, cuts_of(method, facts)) for method in methods]
     for name, cuts in by_method:
         for cut in cuts:

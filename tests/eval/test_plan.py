@@ -195,6 +195,7 @@ def test_a_budget_that_one_method_cannot_meet_is_left_out(plan):
         ("[[fopru, none]]", "", "llava", "4", "cannot be combined"),
         ("[[todre, fastv]]", "keep: 4", "llava", "4", "todre needs keep="),
         ("[[{name: tome, keep: 4}, {name: fopru, keep: 4}]]", "", "llava", "4", "merges tokens inside"),
+        ("[[{name: tome, keep: 4}, {name: pitome, keep: 4}]]", "", "llava", "4", "both merge tokens inside"),
         ("[fopru]", "keep: 4", "scene-lava", "1", "Did you mean 'scene-llava'?"),
         ("[fopru]", "keep: 4", "/no/such/folder", "1", "no such folder"),
         ("[fopru]", "keep: 4\ntemplate: no.jinja", "llava", "6", "no file 'no.jinja'"),

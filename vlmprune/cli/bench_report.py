@@ -120,7 +120,7 @@ def sizes_text(sizes: dict[str, Any]) -> str:
         "alike_ms": "where one does",
         "known_ms": "for a known size",
     }
-    told = ", ".join(f"{ms(sizes[name])} {what}" for name, what in parts.items() if sizes[name] is not None)
+    told = ", ".join(f"{ms(sizes[name])} {what}" for name, what in parts.items() if sizes.get(name) is not None)
     return paragraph(
         f"A new picture size costs {ms(sizes['new_ms'])} ms of host time, once ({told}); {sizes['sizes']} random sizes "
         f"have {sizes['layouts']} layouts. The cells above run one size, so they do not hold it."

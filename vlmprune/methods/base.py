@@ -8,11 +8,13 @@ from typing import Any, ClassVar
 
 from vlmprune.budget import check_keep
 from vlmprune.cuts import Cut
-from vlmprune.errors import UnsupportedError
+from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.layout import Layout
 from vlmprune.patches import ModelFacts
 
 __all__ = ["Budgeted", "Method", "check_layer", "check_seed", "check_share", "need_cls", "tower_layer"]
+
+KINDS = ("video", "shrunk", "single")  # of inputs that a method may refuse
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,17 @@ class Method:
         """This method with what only a model's processor knows filled in, where no option says it."""
         return self
 
+    def check_refusals(self) -> None:
+        """Raise ValueError if `refuses_inputs` names a kind of input that nobody knows."""
+        if unknown := [kind for kind in self.refuses_inputs if kind not in KINDS]:
+            raise ValueError(
+                f"{self.known_as}.refuses_inputs: {unknown[0]!r} is no kind of input; known: {', '.join(KINDS)}."
+                + did_you_mean(unknown[0], KINDS)
+            )
+
     def check_inputs(self, layout: Layout) -> None:
         """Raise UnsupportedError if the batch has an input of `refuses_inputs`."""
-        found = {
+        found: dict[str, bool] = {
             "video": any(grid.frames for grid in layout.grids),
             "shrunk": any(grid.blend is not None for grid in layout.grids),
             "single": any(grid.views == 1 and not grid.frames for grid in layout.grids),
