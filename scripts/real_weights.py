@@ -20,7 +20,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -140,11 +139,11 @@ def as_clip(vit: Dinov2Model) -> CLIPVisionModel:
     - Position embeddings are interpolated beforehand; the patches' bias goes into them.
     - Every module's part of the residual stream is made to have mean 0, which the layer norms take away anyway; their
       scales and biases go into the projections behind them.
-    - CLIP's layer norm in front of the layers, which DINOv2 lacks, becomes a constant factor: the stream gets a 7th head
-      of 64 channels that hold +-`LARGE` in front of it, which make (nearly) all of the deviation, and 0 behind it.
+    - CLIP's layer norm in front of the layers, which DINOv2 lacks, becomes a constant factor: the stream gets 64
+      channels (a 7th head) that hold +-`LARGE` in front of it, which make (nearly) all of the deviation, and 0 behind it.
       The other norms' scale and epsilon allow for the wider mean square.
 
-    Hidden states of the first 384 channels are those of the DINOv2 less their mean; behind the last norm they are equal.
+    The first 384 channels of hidden states are the DINOv2's less their mean; behind the last norm they are equal.
     """
     config, here = vit.config, vit.state_dict()
     narrow, shrink = config.hidden_size, (config.hidden_size / WIDE) ** 0.5
@@ -182,11 +181,8 @@ def as_clip(vit: Dinov2Model) -> CLIPVisionModel:
         return centred(factor[:, None] * here[f"{linear}.weight"]), centred(factor * here[f"{linear}.bias"])
 
     with torch.no_grad():
-        blank = torch.zeros(1, 3, SIDE, SIDE)
-        place = vit.embeddings.interpolate_pos_encoding(
-            torch.zeros(1, (SIDE // PATCH) ** 2 + 1, narrow), *blank.shape[2:]
-        )
-        place = place[0].double()
+        blank = torch.zeros(1, (SIDE // PATCH) ** 2 + 1, narrow)
+        place = vit.embeddings.interpolate_pos_encoding(blank, SIDE, SIDE)[0].double()
         place[1:] += here["embeddings.patch_embeddings.projection.bias"]
         place = pad(centred(place, 1), 1)
         first = place[0, :narrow] + centred(here["embeddings.cls_token"].flatten())  # the one that no picture changes

@@ -31,8 +31,8 @@ examples:
 Random pictures and texts are run pruned, and again by hand, without the engine's hooks: the kept rows through the
 model's own layers, and the whole prompt with dropped columns masked. A difference counts when it is well above what the
 unpruned model shows between ways of computing the same, and a deliberate mistake must lie well above that in turn:
-where it does not, the line is inconclusive (?). float32 tells best; bfloat16 and float16 may leave a line open. Where the
-run by hand is not even the unpruned model's, the check does not know this model and says so (!).
+where it does not, the line is inconclusive (?). float32 tells best; bfloat16 and float16 may leave a line open. Where
+the run by hand is not even the unpruned model's, the check does not know this model and says so (!).
 
 exit codes: 0 nothing failed and at most one line is inconclusive, 1 anything else, 2 wrong usage
 """

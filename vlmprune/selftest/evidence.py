@@ -265,7 +265,7 @@ class Evidence:
         hand: what the first prompt comes to by hand.
         mistake: rows and cuts with a deliberate mistake, None where nothing is pruned.
         twin: what these come to.
-        astray: what the prompt comes to with its forced tokens at other positions, by hand; None where nothing is pruned.
+        astray: what the prompt comes to with its forced tokens at other positions, None where nothing is pruned.
         moved: what the prompt comes to under the other position policy, None where no cut took anything.
     """
 

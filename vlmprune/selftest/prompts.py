@@ -131,8 +131,8 @@ def check_rotary(language_model: nn.Module, prompts: Sequence[dict[str, Any]]) -
         if kind in ("dynamic", "longrope") and longest > limit:
             raise UnsupportedError(
                 f"this language model has rotary embeddings of rope_type {kind!r}, whose frequencies change behind "
-                f"position {limit}: unpruned, it computes something else with a cache than without, so there is nothing "
-                f"to compare with, and the prompts of this check take {longest} positions. What pruning does to layers "
+                f"position {limit}: unpruned, it computes something else with a cache than without, so there is "
+                f"nothing to compare with, and the prompts of this check take {longest} positions. What pruning does to layers "
                 "and cache does not depend on it: load the model with rope_type 'default' (config.text_config."
                 "rope_parameters) and check that."
             )

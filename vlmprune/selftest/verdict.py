@@ -79,7 +79,7 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing failed ("-" and one "?" are no failures; "!" is one, and more than one "?" tell too little)."""
+        """Whether all is well: no "FAIL", no "!", and no more than one "?", for more of them tell too little."""
         return not self.failed and not self.unknown and len(self.open) <= OPEN
 
     @property
@@ -170,8 +170,8 @@ def judge(
     """
     if not noise.mine <= STRANGE[dtype]:
         words = (
-            f"unpruned, the two ways that this line compares differ by {noise.mine:.2g}, which is no rounding: the check "
-            "does not know this model, and nothing is said about pruning; please report it"
+            f"unpruned, the two ways that this line compares differ by {noise.mine:.2g}, which is no rounding: the "
+            "check does not know this model, and nothing is said about pruning; please report it"
         )
         return Line(check, "!", words, off, noise.mine, twin)
     limit, known = noise.limit(off, dtype)
