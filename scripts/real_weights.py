@@ -140,7 +140,7 @@ def as_clip(vit: Dinov2Model) -> CLIPVisionModel:
     - Every module's part of the residual stream is made to have mean 0, which the layer norms take away anyway; their
       scales and biases go into the projections behind them.
     - CLIP's layer norm in front of the layers, which DINOv2 lacks, becomes a constant factor: the stream gets 64
-      channels (a 7th head) that hold +-`LARGE` in front of it, which make (nearly) all of the deviation, and 0 behind it.
+      channels (a 7th head) that hold +-`LARGE` in front of it, (nearly) all of the deviation, and 0 behind it.
       The other norms' scale and epsilon allow for the wider mean square.
 
     The first 384 channels of hidden states are the DINOv2's less their mean; behind the last norm they are equal.

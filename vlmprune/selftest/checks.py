@@ -133,8 +133,8 @@ def generate_line(e: Evidence) -> Line:
 
 
 def severest(lines: Sequence[Line]) -> Line:
-    """The line that says most against the model."""
-    return max(lines, key=lambda line: (["pass", "?", "!", "FAIL"].index(line.outcome), line.off or 0.0))
+    """The line that says most against the model, and of several such the one that has something to tell."""
+    return max(lines, key=lambda line: (["pass", "?", "!", "FAIL"].index(line.outcome), bool(line.told), line.off or 0))
 
 
 def batch_line(e: Evidence) -> Line:

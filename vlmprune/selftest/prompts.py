@@ -105,8 +105,9 @@ def check_placeholders(family: Family, model: nn.Module) -> None:
     inner, known = family.inner(model), model.get_input_embeddings().weight.shape[0]
     for modality in family.modalities:
         if not 0 <= (token := family.token(inner, modality)) < known:
+            what = "an image" if modality == "image" else f"a {modality}"
             raise ValueError(
-                f"the placeholder of a {modality} is token {token}, and the model has embeddings for 0 to {known - 1}: "
+                f"the placeholder of {what} is token {token}, and the model has embeddings for 0 to {known - 1}: "
                 f"set config.{modality}_token_id to the one that the processor writes, or, where that is it, make room "
                 f"for it with model.resize_token_embeddings({token + 1})."
             )
@@ -132,8 +133,8 @@ def check_rotary(language_model: nn.Module, prompts: Sequence[dict[str, Any]]) -
             raise UnsupportedError(
                 f"this language model has rotary embeddings of rope_type {kind!r}, whose frequencies change behind "
                 f"position {limit}: unpruned, it computes something else with a cache than without, so there is "
-                f"nothing to compare with, and the prompts of this check take {longest} positions. What pruning does to layers "
-                "and cache does not depend on it: load the model with rope_type 'default' (config.text_config."
+                f"nothing to compare with, and the prompts of this check take {longest} positions. What pruning does "
+                "to layers and cache does not depend on it: load the model with rope_type 'default' (config.text_config."
                 "rope_parameters) and check that."
             )
 
