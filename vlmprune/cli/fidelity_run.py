@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vlmprune.cli.answering import Job, guarded, patch
+from vlmprune.cli.answering import guarded, patch
 from vlmprune.cli.errors import CommandError, UserError
 from vlmprune.cli.loading import model_inputs, strange_pictures, warn_of_photographs
 from vlmprune.cli.pictures import read_picture
@@ -16,6 +16,7 @@ from vlmprune.cli.prompts import Pair
 from vlmprune.cli.status import note, status
 from vlmprune.cli.tables import counted
 from vlmprune.eval import fidelity
+from vlmprune.spec import Job
 
 if TYPE_CHECKING:
     from vlmprune.cli.loading import Loaded
