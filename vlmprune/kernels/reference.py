@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from vlmprune.kernels.precision import product
+
 __all__ = [
     "attention_mass",
     "empty_gather",
@@ -110,7 +112,7 @@ def greedy(
     pick = order[:, 0] = first
     for i in range(1, steps):
         like = twin[row, pick]
-        cosine = (x @ x[row, like, :, None]).squeeze(-1) if cosines is None else cosines[row, like]
+        cosine = product(x, x[row, like, :, None]).squeeze(-1) if cosines is None else cosines[row, like]
         cosine = cosine.gather(1, twin)
         if objective == "max_sum":
             value.sub_(cosine)
@@ -149,7 +151,7 @@ def gram(x: torch.Tensor, block: int = 256) -> torch.Tensor:
     """All cosines of `(images, tokens, dim)` unit vectors; symmetric, so the lower half is a copy."""
     out = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
     for start in range(0, x.shape[1], block):
-        part = x[:, start : start + block] @ x[:, start:].transpose(1, 2)
+        part = product(x[:, start : start + block], x[:, start:].transpose(1, 2))
         out[:, start : start + block, start:] = part
         out[:, start:, start : start + block] = part.transpose(1, 2)
     return out
@@ -216,7 +218,7 @@ def attention_mass(
     mass = query.new_zeros(batch, keys)
     for start in range(0, rows, CHUNK):
         part = slice(start, start + CHUNK)
-        logits = query[:, :, :, part] @ key * scale
+        logits = product(query[:, :, :, part], key) * scale
         if bias is not None:
             logits = logits + bias[:, None, None, None].to(logits.dtype)
         visible = visible_keys(None if at is None else at[:, part], real, window, keys)
