@@ -76,7 +76,7 @@ def of_select_gather() -> Iterator[Case]:
 def signs(images: int, tokens: int, dim: int) -> Tensor:
     """Features of ±1 in 4^n dimensions: all cosines are exact, with many ties; a third of the rows are duplicates."""
     features = random(images, tokens, dim).sign()
-    features[:, ::3] = features[:, :1]
+    features[:, ::3] = features[:, :1].clone()
     return features
 
 

@@ -31,11 +31,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     exactly: their six largest products make up a float32 one. An infinity becomes a NaN then.
     """
     if not relaxed(a):
-        return a @ b
+        return torch.matmul(a, b)
     (a, mid_a, low_a), (b, mid_b, low_b) = parts(a), parts(b)
-    out = low_a @ b
+    out = torch.matmul(low_a, b)
     for left, right in ((a, low_b), (mid_a, mid_b), (mid_a, b), (a, mid_b), (a, b)):  # smallest first
-        out += left @ right
+        out += torch.matmul(left, right)
     return out
 
 

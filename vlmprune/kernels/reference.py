@@ -119,7 +119,7 @@ def greedy(
         elif objective == "max_min":
             value = torch.minimum(value, 1 - cosine)
         else:
-            value = value - project(cosine, basis[:, : i - 1], pick, value, basis[:, i - 1])
+            value = value - project(cosine, basis[:, : i - 1], pick, value, twin, basis[:, i - 1])
             value = torch.where((value > -torch.inf) & (value < floor(x.dtype)), 0, value)
         value.scatter_(1, pick[:, None], -torch.inf)
         pick = order[:, i] = value.argmax(1)
@@ -139,6 +139,7 @@ def first_of_equal(x: torch.Tensor) -> torch.Tensor:
     if x.dtype == torch.float32:  # two values make a word
         x = functional.pad(x, (0, x.shape[-1] % 2))
     words = x.view(torch.int64)
+    words = words ^ (words >> 29)  # round numbers differ in their highest bits alone, which a product would push out
     weight = torch.arange(1, words.shape[-1] + 1, device=x.device) * 0x9E3779B97F4A7C1
     key, index = (words * (weight ^ (weight >> 23) | 1)).sum(-1).sort(dim=-1, stable=True)
     place = torch.arange(x.shape[1], device=x.device).expand_as(index)
@@ -163,7 +164,12 @@ def floor(dtype: torch.dtype) -> float:
 
 
 def project(
-    cosine: torch.Tensor, basis: torch.Tensor, pick: torch.Tensor, value: torch.Tensor, out: torch.Tensor
+    cosine: torch.Tensor,
+    basis: torch.Tensor,
+    pick: torch.Tensor,
+    value: torch.Tensor,
+    twin: torch.Tensor,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     """One step of the incremental Cholesky factorisation: what the last pick takes from every squared distance.
 
@@ -171,6 +177,7 @@ def project(
         cosine: `(images, tokens)` to the pick.
         basis: `(images, i, tokens)` components along the picks before it.
         pick: `(images,)`; value: `(images, tokens)` squared distances from their span.
+        twin: `(images, tokens)` first of equal tokens, whose sums may be rounded apart by where they stand.
         out: `(images, tokens)`, gets the components along this pick.
     """
     own = basis.gather(2, pick[:, None, None].expand(-1, basis.shape[1], 1))
@@ -178,8 +185,8 @@ def project(
     # a first pick may be no candidate; its distance is that of a unit vector
     left = torch.where(left == -torch.inf, 1, left)
     component = (cosine - (basis * own).sum(1)) * torch.where(left > floor(value.dtype), left, torch.inf).rsqrt()
-    out.copy_(component)
-    return component.square()
+    out.copy_(component.gather(1, twin))
+    return out.square()
 
 
 def visible_keys(at: torch.Tensor | None, real: torch.Tensor | None, window: int, keys: int) -> torch.Tensor | None:

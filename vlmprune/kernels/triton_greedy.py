@@ -29,7 +29,8 @@ def hash_kernel(features, keys, tokens, dim, image_step, token_step, dim_step, R
         d = begin + tl.arange(0, BLOCK)
         at = features + image * image_step + row[:, None].to(tl.int64) * token_step + d[None] * dim_step
         x = tl.load(at, mask=(row < tokens)[:, None] & (d < dim)[None], other=0).to(tl.float32)
-        bits = tl.where(x == 0.0, 0, x.to(tl.int32, bitcast=True)).to(tl.int64)
+        bits = tl.where(x == 0.0, 0, x.to(tl.int32, bitcast=True))
+        bits = (bits ^ (bits >> 15)).to(tl.int64)  # round numbers differ in their highest bits alone
         weight = (d.to(tl.int64) + 1) * 0x9E3779B97F4A7C1
         total += tl.sum(bits * (weight ^ (weight >> 23) | 1)[None], 1)
     tl.store(keys + image * tokens + row, total, mask=row < tokens)
@@ -107,7 +108,7 @@ def greedy_kernel(
 
 @triton.jit
 def component_of(residual, left, LOW: tl.constexpr):
-    """What is along a pick, of cosines without what is along the picks before; `left`: its squared distance from them."""
+    """What is along a pick, of cosines less what is along the ones before; `left`: its squared distance from them."""
     left = tl.where(left == float("-inf"), 1.0, left)  # a first pick that is no candidate
     return residual * tl.where(left > LOW, 1 / tl.sqrt(tl.maximum(left, LOW)), 0.0)
 
