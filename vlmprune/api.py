@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune import engine, registry
+from vlmprune import engine, kernels, registry
 from vlmprune.cuts import Cut, Decoder, Pixels, Vision
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
@@ -74,6 +74,7 @@ def patch(
     method: str | Method | Iterable[str | Method],
     *,
     keep: int | float | None = None,
+    warmup: bool = True,
     **options: Any,
 ) -> Handle:
     """Make a LLaVA-style model read fewer visual tokens.
@@ -86,6 +87,8 @@ def patch(
         method: a name (`vlmprune ls methods`), a method object, or a list of them that run one after the other.
         keep: patches per image (int), or a fraction of them (float), that enter the LLM or are left after the last cut;
             of a video, patches of all its frames together.
+        warmup: on a CUDA device load the kernels now (the first time on a machine they are tried too, which takes
+            minutes), so that the first prefill does not, and one that is captured into a CUDA graph need not.
         **options: the method's other options, such as `average=` or `positions=`.
 
     Returns:
@@ -108,6 +111,8 @@ def patch(
     plan = engine.Plan(family, facts, order)
     engine.remove(model)
     engine.install(model, plan)
+    if warmup:
+        kernels.warm_up({weight.device for weight in model.parameters()}, model.dtype)
     return Handle(model, methods, plan)
 
 
