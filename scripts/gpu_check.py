@@ -230,7 +230,10 @@ def greedy_parts(device: str) -> dict[str, float]:
     found, size, dim = {}, triton_greedy.greedy_size, 4096
     for dtype in (torch.bfloat16, torch.float32):
         features = torch.randn(1, 2880, dim, device=device).to(dtype)
-        every, first = torch.ones(1, 2880, dtype=torch.bool, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        every, first = (
+            torch.ones(1, 2880, dtype=torch.bool, device=device),
+            torch.zeros(1, dtype=torch.long, device=device),
+        )
         args = (first, torch.tensor([320], device=device), every)
         kind = str(dtype).removeprefix("torch.")
         found[f"dot products, {kind}"] = 1e3 * seconds(partial(triton_greedy.products_of, features), device)

@@ -1,6 +1,6 @@
 """Compile every Triton kernel, as it is launched, for a GPU that need not be there; print what spills.
 
-    compile_triton.py PTXAS 90 fp32 bf16 [--few]
+compile_triton.py PTXAS 90 fp32 bf16 [--few]
 """
 
 import re
@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from vlmprune.kernels import triton_attention, triton_choose, triton_common, triton_greedy, triton_merge
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-LONG = "counts first at entry rows begin end ids ids_out index_out dropped_out order keys".split()
+LONG = "counts first at entry rows begin end ids ids_out index_out dropped_out order".split()
 INT = "twins best_key best_at".split()
 BYTES = "candidates real mask_out picked keep".split()
 FLOAT = "products scale basis value bias weight top total".split()
@@ -55,7 +55,12 @@ def compile_for(ptxas, arch, kernel, rows, constants, out="*fp32"):
 
 
 def main() -> None:
-    ptxas, arch, floats, few = sys.argv[1], int(sys.argv[2]), [a for a in sys.argv[3:] if a in DTYPES], "--few" in sys.argv
+    ptxas, arch, floats, few = (
+        sys.argv[1],
+        int(sys.argv[2]),
+        [a for a in sys.argv[3:] if a in DTYPES],
+        "--few" in sys.argv,
+    )
     go = lambda *args, **kwargs: compile_for(ptxas, arch, *args, **kwargs)  # noqa: E731
     for kind in floats:
         for dim in (128,) if few else (64, 72, 128, 256):
@@ -67,13 +72,20 @@ def main() -> None:
         if few:
             continue
         go(triton_merge.merge_kernel, {"hidden": kind}, {"AT_ONCE": 8, "BLOCK": 512}, out=f"*{kind}")
-        go(triton_greedy.hash_kernel, {"features": kind}, {"ROWS": 16, "BLOCK": 128})
+        go(triton_greedy.hash_kernel, {"features": kind, "keys": "i64"}, {"ROWS": 16, "BLOCK": 128})
         step = {"LOW": 1e-5, "OBJECTIVE": "max_min", "GRAM": False, "BLOCK": 128, "PARTS": 128, "WIDE": 32}
         go(triton_greedy.greedy_step_kernel, {"source": kind}, step)
         for ranked in (True, False):
             rows = dict.fromkeys(("hidden", "cos", "sin", "hidden_out", "cos_out", "sin_out"), kind)
             rows["scores"] = "fp32" if ranked else "u8"
-            size = {"RANK": ranked, "REAL": ranked, "CONTIGUOUS": not ranked, "BLOCK": 4096, "WIDE": 2048, "NARROW": 128}
+            size = {
+                "RANK": ranked,
+                "REAL": ranked,
+                "CONTIGUOUS": not ranked,
+                "BLOCK": 4096,
+                "WIDE": 2048,
+                "NARROW": 128,
+            }
             go(triton_choose.select_gather_kernel, rows, size | {"num_warps": triton_common.warps(4096)})
     for block in (4096,) if few else (1024, 4096, 16384):
         size = {"BLOCK": block, "num_warps": triton_common.warps(block)}
@@ -82,7 +94,7 @@ def main() -> None:
             constants = {"LOW": 1e-5, "OBJECTIVE": objective}
             go(triton_greedy.greedy_kernel, {}, constants | triton_greedy.greedy_size(block))
     if not few:
-        go(triton_greedy.twin_kernel, {}, {"ROWS": 64, "BLOCK": 128})
+        go(triton_greedy.twin_kernel, {"keys": "i64"}, {"ROWS": 64, "BLOCK": 128})
         step |= {"OBJECTIVE": "log_det", "GRAM": True}
         go(triton_greedy.greedy_step_kernel, {"source": "fp32"}, step)
 

@@ -20,7 +20,9 @@ def spills(tmp_path, ptxas, *arguments):
         pytest.skip("triton is not installed")
     script = Path(__file__).parent / "compile_triton.py"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-P", script, ptxas, *arguments], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-P", script, ptxas, *arguments], env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return {line: int(n) for line, n in re.findall(r"^(spills (\d+) .*)$", done.stdout, re.MULTILINE)}
 

@@ -75,7 +75,7 @@ def test_a_driver_that_does_not_take_it(cuda_on_cpu, monkeypatch):
     monkeypatch.setattr(choice, "told", set())
     ctypes.c_int.in_dll(cuda_on_cpu, "fails").value = 1
     args = samples()["top_k"]
-    with (
+    with (  # noqa: PT031 - said once
         kernels.use("cuda"),
         pytest.warns(RuntimeWarning, match=r"LoadError: select_gather\.ptx: the fake driver says"),
     ):
@@ -87,7 +87,7 @@ def test_a_driver_that_does_not_take_it(cuda_on_cpu, monkeypatch):
 def test_a_machine_without_a_driver(monkeypatch):
     monkeypatch.setattr(driver, "NAMES", ("libnothing_of_that_name.so",))
     driver.library.cache_clear()
-    with pytest.raises(driver.LoadError, match="libnothing_of_that_name.so"):
+    with pytest.raises(driver.LoadError, match="libnothing_of_that_name"):
         driver.library()
     driver.library.cache_clear()
 

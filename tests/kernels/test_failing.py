@@ -55,10 +55,9 @@ def test_an_implementation_that_fails(monkeypatch, error, tries):
 
     monkeypatch.setattr(cuda_ops, "top_k", fails)
     args = samples()["top_k"]
-    with kernels.use("cuda"):
-        with pytest.warns(RuntimeWarning, match=r"vlmprune\.top_k: not on cuda, since") as seen:
-            for _ in range(3):
-                assert torch.equal(ops.top_k(*args), reference.top_k(*args))
+    with kernels.use("cuda"), pytest.warns(RuntimeWarning, match=r"vlmprune\.top_k: not on cuda, since") as seen:  # noqa: PT031 - said once
+        for _ in range(3):
+            assert torch.equal(ops.top_k(*args), reference.top_k(*args))
     assert len(tried) == tries
     assert len(seen) == 1
     assert set(choice.broken) == ({("cuda", "top_k", "cpu")} if tries == 1 else set())
@@ -132,7 +131,7 @@ def test_what_one_device_does_not_take_another_may(monkeypatch):
 
 
 def test_too_many_columns_are_said_once():
-    with kernels.use("cuda"), pytest.warns(RuntimeWarning, match="more than") as seen:
+    with kernels.use("cuda"), pytest.warns(RuntimeWarning, match="more than") as seen:  # noqa: PT031 - said once
         for columns in (2**21, 2**21 + 1):
             scores = torch.zeros(1, columns)
             ops.top_k(scores, torch.tensor([1]), scores == 0)
@@ -144,3 +143,33 @@ def test_float64_goes_to_the_plain_one():
     with kernels.use("cuda"), pytest.warns(RuntimeWarning, match=r"scores are torch\.float64"):
         assert torch.equal(ops.top_k(scores.double(), counts, among), reference.top_k(scores, counts, among))
     assert choice.broken == {}
+
+
+def test_triton_compiles_nothing_while_a_graph_is_captured(monkeypatch):
+    """Its own hook before a compilation raises, within the launch alone, and only for a thread that captures."""
+    knobs = pytest.importorskip("triton.knobs")
+    from vlmprune.kernels import triton_common
+
+    class Kernel:
+        compiled = False
+
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, *args, **options):
+            if knobs.runtime.jit_cache_hook is not None:
+                knobs.runtime.jit_cache_hook(key="", repr="")
+            self.compiled = True
+
+    def start(capturing, here):
+        kernel = Kernel()
+        monkeypatch.setattr(triton_common, "capturing", lambda device: capturing)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: here)
+        triton_common.start(torch.device("cpu"), kernel, (1,))
+        return kernel.compiled
+
+    with pytest.raises(choice.Refused, match="inside a CUDA-graph capture"):
+        start(True, True)
+    assert knobs.runtime.jit_cache_hook is None
+    assert start(True, False)
+    assert start(False, False)

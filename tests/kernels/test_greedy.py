@@ -165,7 +165,9 @@ def test_one_launch_for_each_pick(monkeypatch, device, objective, gram):
     if not gram:
         monkeypatch.setattr(triton_greedy, "MOST_COLUMNS", 299)
     elif objective != "log_det":
-        monkeypatch.setattr(triton_greedy, "products_of", lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("no room")))
+        monkeypatch.setattr(
+            triton_greedy, "products_of", lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+        )
     launched, step_by_step = [], triton_greedy.step_by_step
     monkeypatch.setattr(triton_greedy, "step_by_step", lambda *a: launched.append(a[1]) or step_by_step(*a))
     there = [x.to(device) if isinstance(x, torch.Tensor) else x for x in args]

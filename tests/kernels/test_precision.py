@@ -46,14 +46,23 @@ def test_what_is_picked_and_attended_to_does_not_change(monkeypatch):
     names = ("greedy", "greedy, log_det", "attention_mass", "attention_mass, masked")
     cases = {name: samples()[name] for name in names}
     features = torch.randn(1, 400, 64)
-    cases["greedy, all at once"] = (features, torch.tensor([0]), torch.tensor([200]), features[..., 0] < 9, "max_min", 200)
+    cases["greedy, all at once"] = (
+        features,
+        torch.tensor([0]),
+        torch.tensor([200]),
+        features[..., 0] < 9,
+        "max_min",
+        200,
+    )
     cases["greedy, row by row"] = (features, torch.tensor([0]), torch.tensor([9]), features[..., 0] < 9, "max_sum", 9)
     run = lambda name: getattr(reference, name.partition(",")[0])(*cases[name])  # noqa: E731
     expected = {name: run(name) for name in cases}
     monkeypatch.setattr(precision, "relaxed", lambda x: True)
     monkeypatch.setattr(torch, "matmul", coarse)
     for name in cases:
-        for mine, theirs in zip(*[x if isinstance(x, tuple) else (x,) for x in (run(name), expected[name])], strict=True):
+        for mine, theirs in zip(
+            *[x if isinstance(x, tuple) else (x,) for x in (run(name), expected[name])], strict=True
+        ):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
 

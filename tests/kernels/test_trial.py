@@ -56,7 +56,7 @@ def test_what_a_bug_report_needs(machine, monkeypatch):
     monkeypatch.setattr(choice, "why_not", trial.verdict)
     machine.append(WRONG)
     args = samples()["merge"]
-    with kernels.use("triton"), pytest.warns(RuntimeWarning) as seen:
+    with kernels.use("triton"), pytest.warns(RuntimeWarning) as seen:  # noqa: PT031 - said once
         for _ in range(2):
             assert torch.equal(torch.ops.vlmprune.merge(*args), reference.merge(*args))
     assert len(seen) == 1
@@ -126,7 +126,11 @@ def test_cuda_passes(cuda_on_cpu, op, monkeypatch):
 def test_triton_passes(op, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(cases, "COLUMNS", (1, 700))
-    few = [case for case in cases.CASES[op]() if not any(f"{n} tokens" in case[0] for n in (1999, 4096, 5000, 16384, 17000))]
+    few = [
+        case
+        for case in cases.CASES[op]()
+        if not any(f"{n} tokens" in case[0] for n in (1999, 4096, 5000, 16384, 17000))
+    ]
     monkeypatch.setitem(cases.CASES, op, lambda: few)
     assert trial.examine("triton", op, CPU) == PASSED
 

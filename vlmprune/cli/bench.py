@@ -132,7 +132,13 @@ def run_selection(args: argparse.Namespace) -> None:
     status("timing selection")
     replaced = Replaced()
     with use(kernels):
-        found = answering.guarded(lambda: [one for size in selection.SIZES for one in selection.compare_selection(*size, device=device, pairs=pairs)])
+        found = answering.guarded(
+            lambda: [
+                one
+                for size in selection.SIZES
+                for one in selection.compare_selection(*size, device=device, pairs=pairs)
+            ]
+        )
     status()
     print(bench_report.selection_text(found))
     document = {"selection": found, "machine": results.describe_machine(device), "kernels": kernels}

@@ -1,7 +1,7 @@
 """Greedy diversity on a CPU, where looking at a pick costs nothing: every token is not looked at for every pick.
 
-What a token is worth only falls (its nearest pick comes nearer, its distance from the picks' span shrinks). So a share of
-the tokens, the best ones, is kept up to date, and as long as the best of them is worth more than any other token was
+What a token is worth only falls: its nearest pick comes nearer, its distance from the picks' span shrinks. So a share
+of the tokens, the best ones, is kept up to date, and as long as the best of them is worth more than any other token was
 when last looked at, it is the next pick. When it is not, the others catch up with all picks that they missed, in one
 matrix product, and the best are chosen anew. Picks are those of the loop that looks at everything.
 """
@@ -61,7 +61,9 @@ def array(x: Tensor) -> np.ndarray:
 class Worth:
     """What every one of some tokens is worth after the picks that were accounted for, by where they are among them."""
 
-    def __init__(self, x: Tensor, value: np.ndarray, basis: np.ndarray, objective: str, twins: np.ndarray | None = None):
+    def __init__(
+        self, x: Tensor, value: np.ndarray, basis: np.ndarray, objective: str, twins: np.ndarray | None = None
+    ):
         self.x, self.value, self.basis, self.objective, self.twins = x, value, basis, objective, twins
         self.low = value.dtype.type(floor(x.dtype))
 
@@ -87,7 +89,7 @@ class Worth:
             self.value[pick] = -np.inf
 
     def project(self, row: np.ndarray, pick: int, done: int, at: int) -> None:
-        """One step of the incremental Cholesky factorisation, as `reference.project`; `row` lacks picks from `done` on."""
+        """One step of the incremental Cholesky factorisation (`reference.project`); `row` lacks picks from `done`."""
         if at > done:
             row = row - self.basis[done:at, pick] @ self.basis[done:at]
         left = self.value[pick]
@@ -121,6 +123,7 @@ def pick(
     many = max(LEAST, len(x) // SHARE)
     falls = objective != "max_sum" and twins is None and many < len(x) and bool(np.isfinite(array(x.sum())))
     picks, done, some = [first], 0, None
+    place, bound, columns = 0, np.inf, np.empty(0, int)
     with np.errstate(invalid="ignore"):
         while len(picks) < count:
             if some is not None:
@@ -135,5 +138,7 @@ def pick(
             if falls:
                 some, columns, bound = every.best(many, done)
                 place = int(np.searchsorted(columns, picks[-1]))
-                some = some if place < many and columns[place] == picks[-1] else None  # one of many that are worth as much
+                some = (
+                    some if place < many and columns[place] == picks[-1] else None
+                )  # one of many that are worth as much
     return picks

@@ -55,7 +55,7 @@ def softmax_kernel(
     key_batch, key_head, key_step, scale, window, splits, CAUSAL: tl.constexpr, REAL: tl.constexpr, BIAS: tl.constexpr,
     WIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """The largest score of every row, and the sum of the exponentials below it, in one pass over a share of the keys."""
+    """The largest score of every row, and the sum of the exponentials below it, over a share of the keys."""
     head, batch = (tl.program_id(1) % heads).to(tl.int64), (tl.program_id(1) // heads).to(tl.int64)
     part = tl.program_id(0) % splits
     row = tl.program_id(0) // splits * ROWS + tl.arange(0, ROWS)
@@ -80,7 +80,7 @@ def softmax_kernel(
         now = tl.max(score, 1)
         base = tl.where(now == float("-inf"), 0.0, now)
         largest, below = joined(largest, below, now, tl.sum(tl.exp(score - base[:, None]), 1))
-    if CAUSAL:
+    if CAUSAL:  # noqa: SIM102 - decided while compiling
         if unseen > 0:
             none = tl.full((ROWS,), LOWEST, tl.float32)
             largest, below = joined(largest, below, none, tl.zeros((ROWS,), tl.float32) + unseen)
@@ -105,10 +105,11 @@ def mass_kernel(
         row = first + tl.arange(0, ROWS)
         largest = tl.full((ROWS,), float("-inf"), tl.float32)
         below = tl.zeros((ROWS,), tl.float32)
-        for part in range(0, splits):
+        for part in range(splits):
             mine = ((batch * heads + head) * splits + part) * rows + row
             largest, below = joined(
-                largest, below, tl.load(top + mine, mask=row < rows, other=0), tl.load(total + mine, mask=row < rows, other=1)
+                largest, below, tl.load(top + mine, mask=row < rows, other=0),
+                tl.load(total + mine, mask=row < rows, other=1),
             )  # fmt: skip
         needed = 1
         if CAUSAL:  # rows above the diagonal give nothing, unless they see nothing at all or hold a NaN

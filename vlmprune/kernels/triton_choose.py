@@ -55,8 +55,8 @@ def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
 
 @triton.jit
 def copy_row(source, to, n, BLOCK: tl.constexpr):
-    for start in range(0, n, BLOCK):
-        part = start + tl.arange(0, BLOCK)
+    for begin in range(0, n, BLOCK):
+        part = begin + tl.arange(0, BLOCK)
         tl.store(to + part, tl.load(source + part, mask=part < n), mask=part < n)
 
 
@@ -69,8 +69,9 @@ def copy_row(source, to, n, BLOCK: tl.constexpr):
 )  # fmt: skip
 def select_gather_kernel(
     scores, counts, real, hidden, ids, cos, sin, hidden_out, ids_out, cos_out, sin_out, index_out, mask_out,
-    dropped_out, columns, length, rows, dim, rotary, axes, rotary_axes, score_sample, score_step, real_sample, real_step,
-    hidden_sample, hidden_step, ids_axis, ids_sample, ids_step, cos_axis, cos_sample, cos_step, sin_axis, sin_sample,
+    dropped_out, columns, length, rows, dim, rotary, axes, rotary_axes, score_sample, score_step, real_sample,
+    real_step, hidden_sample, hidden_step, ids_axis, ids_sample, ids_step, cos_axis, cos_sample, cos_step, sin_axis,
+    sin_sample,
     sin_step, RANK: tl.constexpr, REAL: tl.constexpr, CONTIGUOUS: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
@@ -140,8 +141,8 @@ def select_gather(
     none = hidden.new_empty(0, dtype=torch.long)
     start(
         hidden.device, select_gather_kernel, (max(1, triton.cdiv(length, rows)), batch), byte(scores),
-        none if counts is None else counts.long().contiguous(), none if real is None else byte(real), hidden, ids, cos, sin,
-        *outs[:5], byte(outs[5]), outs[6], columns, length, rows, hidden.shape[-1], rotary,
+        none if counts is None else counts.long().contiguous(), none if real is None else byte(real), hidden, ids, cos,
+        sin, *outs[:5], byte(outs[5]), outs[6], columns, length, rows, hidden.shape[-1], rotary,
         1 if ids.ndim == 2 else ids.shape[0], (1 if cos.ndim == 3 else cos.shape[0]) if rotary else 0,
         *scores.stride(), *((0, 0) if real is None else real.stride()), *step[1:],
         *[0] * (3 - ids.ndim), *ids.stride(), *cos_step, *sin_step,

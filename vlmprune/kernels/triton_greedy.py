@@ -1,4 +1,4 @@
-"""Greedy diversity in Triton: the whole loop in one launch over all dot products, or one launch per pick without them."""
+"""Greedy diversity in Triton: the whole loop in one launch over all dot products, or a launch per pick without."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def twin_kernel(keys, twins, tokens, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def twins_of(features: Tensor) -> Tensor:
-    """`(images, tokens)` int32: for every row the first one that is bitwise equal to it (`reference.first_of_equal`)."""
+    """`(images, tokens)` int32: for every row the first that is bitwise equal to it (`reference.first_of_equal`)."""
     images, tokens, dim = features.shape
     keys = torch.empty(images, tokens, dtype=torch.long, device=features.device)
     twins = torch.empty(images, tokens, dtype=torch.int32, device=features.device)

@@ -1,4 +1,4 @@
-"""Loading what a plan will run, so that its first prefill neither waits for a compiler nor meets it in a graph capture."""
+"""Loading what a plan will run, so that its first prefill does not wait for a compiler, nor meet it in a capture."""
 
 from __future__ import annotations
 

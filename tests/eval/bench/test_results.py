@@ -214,7 +214,9 @@ def test_the_loop_in_our_words_is_the_published_one():
     if not (folder / "baselines.json").exists():
         pytest.skip("the goldens of baselines are not here")
     tensors = load_file(folder / "baselines.safetensors")
-    cases = [case for case in json.loads((folder / "baselines.json").read_text())["cases"] if case["method"] == "divprune"]
+    cases = [
+        case for case in json.loads((folder / "baselines.json").read_text())["cases"] if case["method"] == "divprune"
+    ]
     assert cases
     for case in cases:
         find = lambda what: next(v for k, v in tensors.items() if k.startswith(case["name"]) and k.endswith(what))  # noqa: B023, E731
