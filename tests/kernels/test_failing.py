@@ -41,7 +41,7 @@ def building_fails():
     ("error", "tries"),
     [(LoadError("no driver"), 1), (Compiler("no"), 1), (building_fails, 1), (ImportError("no triton"), 1),
      (OutOfResources("shared memory"), 3), (choice.Refused("not this shape"), 3)],
-    ids=str,
+    ids=["load", "compiler", "building", "import", "resources", "refused"],
 )  # fmt: skip
 def test_an_implementation_that_fails(monkeypatch, error, tries):
     """One that does not build is not tried again; one that a shape is too large for may have the next one."""
