@@ -46,6 +46,29 @@ def test_autocast_changes_nothing(name):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("name", samples())
+def test_no_gradient_goes_missing(name):
+    """An op without a formula would fall back to torch's, which leaves gradients out and only warns."""
+    op, args = getattr(ops, name.partition(",")[0]), list(samples()[name])
+    wanted = {"top_k": [], "select_gather": [3, 5, 6], "greedy": [], "attention_mass": None, "merge": [0, 5]}
+    floats = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    for i in floats:
+        args[i] = args[i].clone().requires_grad_()
+    out = op(*args)
+    out = [x for x in (out if isinstance(out, tuple | list) else [out]) if x.requires_grad]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if wanted[op.__name__] is None:
+            with pytest.raises(RuntimeError, match="attention_mass has no gradient"):
+                out[0].sum().backward()
+            with torch.no_grad():
+                assert not op(*args).requires_grad
+            return
+        if out:
+            sum(x.sum() for x in out).backward()
+    assert [i for i in floats if args[i].grad is not None] == wanted[op.__name__]
+
+
 class Calls(TorchDispatchMode):
     """Counts calls of our ops."""
 

@@ -135,6 +135,15 @@ def test_triton_passes(op, monkeypatch):
     assert trial.examine("triton", op, CPU) == PASSED
 
 
+@pytest.mark.parametrize("label", ["bias alone", "all masks", "NaN and infinity"])
+def test_attention_of_what_is_no_number(monkeypatch, label):
+    """The cases that a kernel is most likely to get wrong; all of them would take minutes in Triton's interpreter."""
+    pytest.importorskip("triton")
+    (case,) = [case for case in cases.CASES["attention_mass"]() if case[0] == label]
+    monkeypatch.setitem(cases.CASES, "attention_mass", lambda: [case])
+    assert trial.examine("triton", "attention_mass", CPU) == PASSED
+
+
 def test_cases_have_one_answer():
     """Rounding must not decide: in float64 every greedy case picks the same."""
     for label, args in cases.CASES["greedy"]():

@@ -117,11 +117,12 @@ def of_attention_mass() -> Iterator[Case]:
     weight, bias = random(2, 70).abs(), random(2, 150)
     bias[0, :64] = -torch.inf  # a whole tile
     bias[1] += 100  # beyond what an exponential holds
-    query, key = random(2, 4, 70, 64), random(2, 2, 150, 64, seed=1)
+    query, key = random(2, 2, 70, 64), random(2, 1, 150, 64, seed=1)
+    yield "bias alone", (query, key, 0.1, None, None, 0, weight, bias)
     yield "all masks", (query, key, 0.1, at, real, 9, weight, bias)
     query = query.clone()
-    query[0, 0, 3, 5] = float("nan")
-    yield "NaN", (query, key, 0.1, at, None, 0, weight, None)
+    query[0, 0, 3, 5], query[1, 1, 4, 2] = float("nan"), float("inf")
+    yield "NaN and infinity", (query, key, 0.1, at, None, 0, weight, None)
 
 
 def of_merge() -> Iterator[Case]:

@@ -81,7 +81,7 @@ def of_select_gather(
         ("counts", counts, (batch,), integers),
         ("real", real, (batch, columns), bools),
         ("hidden", hidden, (batch, columns, None), floats),
-        ("ids", ids, (*axes(ids, 0), batch, columns), None),
+        ("ids", ids, (*axes(ids, 0), batch, columns), integers),
         ("cos", cos, (*axes(cos, 1), batch, columns, None), floats),
         ("sin", sin, tuple(cos.shape), floats),
     ]

@@ -197,6 +197,14 @@ def _(query, key, scale, at, real, window, weight, bias):
     return key.new_empty((key.shape[0], key.shape[2]), dtype=wide)
 
 
+def no_gradient(ctx, grad):
+    """Torch's own fallback would leave the gradient out; outputs of `top_k` and `greedy` have none to leave out."""
+    raise RuntimeError("vlmprune.attention_mass has no gradient: call it under torch.no_grad(), or detach its result.")
+
+
+torch.library.register_autograd("vlmprune::attention_mass", no_gradient, lib=library)
+
+
 @register_flop_formula(torch.ops.vlmprune.attention_mass)
 def attention_mass_flops(query, key, *args, out_shape=None, **kwargs) -> int:
     """One score per head, row and key, seen or not; the sum over rows is left out, as FLOP counters leave out sums."""
