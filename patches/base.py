@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.layout import ImageGrid, trace_packing
+from vlmprune.parts.layout import ImageGrid, trace_packing
 
 if TYPE_CHECKING:
-    from vlmprune.plan import Plan
+    from vlmprune.engine.plan import Plan
 
 __all__ = ["Bound", "Family", "ModelFacts"]
 

@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.layout import upload
+from vlmprune.parts.layout import upload
 from vlmprune.patches.base import TOWERS, Bound, Family, ModelFacts, feature_index
-from vlmprune.tagged import tag, untag
+from vlmprune.patches.tagged import tag, untag
 
 __all__ = ["LlavaLlama", "LlavaMistral"]
 
@@ -204,7 +204,7 @@ class Prompt:
 
     def for_rows(self, embeds: torch.Tensor) -> dict[str, Any]:
         """Arguments for the engine, once it is known how often `generate` repeats each row for its beams."""
-        from vlmprune.tower import SEEN, SIZES  # late: that module imports the families
+        from vlmprune.engine.tower import SEEN, SIZES  # late: that module imports the families
 
         (rows, length), batch = embeds.shape[:2], len(self.rows)
         if length != self.visual.shape[1] or rows % batch:

@@ -71,11 +71,11 @@ def main() -> None:
     from accelerate import Accelerator
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from vlmprune import atp_data
-    from vlmprune import atp_training as training
-    from vlmprune.atp_modules import AtpConfig
     from vlmprune.eval import testbed
-    from vlmprune.methods.atp import Atp
+    from vlmprune.methods.atp import data as atp_data
+    from vlmprune.methods.atp import training
+    from vlmprune.methods.atp.method import Atp
+    from vlmprune.methods.atp.modules import AtpConfig
 
     accelerator = Accelerator()
     path = testbed.path(args.model) if args.model in testbed.NAMES else args.model

@@ -7,7 +7,7 @@ from functools import cache
 import tiny
 import torch
 
-from vlmprune.selftest import CHECKS, Subject
+from vlmprune.verify import CHECKS, Subject
 
 FAMILIES = {
     "llava": {},

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from vlmprune.engine import is_hook
+from vlmprune.engine.hooks import is_hook
 from vlmprune.patches.base import Bound
 
 

@@ -98,8 +98,8 @@ def modules(made, seed=0, train=False, biases=(-1.2, 1.0), **options):
 
     Higher `biases` keep fewer tokens.
     """
-    from vlmprune.atp_modules import AtpConfig, Thresholds
-    from vlmprune.atp_training import facts_of
+    from vlmprune.methods.atp.modules import AtpConfig, Thresholds
+    from vlmprune.methods.atp.training import facts_of
 
     torch.manual_seed(seed)
     thresholds = Thresholds(AtpConfig.of(facts_of(made), 0.9, **{"pool": 8, "hidden": 16} | options)).to(made.dtype)

@@ -18,13 +18,13 @@ check_torchvision()
 
 if TYPE_CHECKING:
     from vlmprune.api import Handle, patch, unpatch
-    from vlmprune.cuts import Cut, Decoder, Merge, Reduction
     from vlmprune.errors import CutNotRunError, UnsupportedError
-    from vlmprune.layout import Layout
     from vlmprune.methods import Method
+    from vlmprune.parts.cuts import Cut, Decoder, Merge, Reduction
+    from vlmprune.parts.layout import Layout
     from vlmprune.registry import register
-    from vlmprune.selftest import check
     from vlmprune.trace import Trace
+    from vlmprune.verify import check
 
 __all__ = [
     "Cut",
@@ -47,12 +47,12 @@ __all__ = [
 # Imported when first asked for, so that `vlmprune --help` does not wait for torch and transformers.
 _HOMES = {
     "api": ("Handle", "patch", "unpatch"),
-    "cuts": ("Cut", "Decoder", "Merge", "Reduction"),
+    "parts.cuts": ("Cut", "Decoder", "Merge", "Reduction"),
     "errors": ("CutNotRunError", "UnsupportedError"),
-    "layout": ("Layout",),
+    "parts.layout": ("Layout",),
     "methods": ("Method",),
     "registry": ("register",),
-    "selftest": ("check",),
+    "verify": ("check",),
     "trace": ("Trace",),
 }
 

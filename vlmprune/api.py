@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune import engine, registry
-from vlmprune.cuts import Cut, Decoder, Pixels, Vision
+from vlmprune import registry
+from vlmprune.engine import hooks as engine
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
+from vlmprune.parts.cuts import Cut, Decoder, Pixels, Vision
+from vlmprune.parts.taps import ClusterOf, TowerTap
 from vlmprune.patches import ModelFacts, family_of
-from vlmprune.taps import ClusterOf, TowerTap
 from vlmprune.trace import Trace
 
 __all__ = ["Handle", "patch", "unpatch"]

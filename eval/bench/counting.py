@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from vlmprune.eval.bench.flops import prefill_flops
 from vlmprune.eval.bench.workload import Workload
-from vlmprune.flops import prefill_flops
 
 __all__ = ["count", "formula_flops", "kv_bytes", "language_flops"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from vlmprune import engine
 from vlmprune.api import Handle
+from vlmprune.engine import hooks as engine
 from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.counting import count, formula_flops, kv_bytes, language_flops
 from vlmprune.eval.bench.oracle import Oracle, Plain

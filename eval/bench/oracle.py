@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from vlmprune import byhand
-from vlmprune.byhand import Stretch, run_layers
 from vlmprune.eval.bench.workload import Workload
 from vlmprune.trace import Trace
+from vlmprune.verify import byhand
+from vlmprune.verify.byhand import Stretch, run_layers
 
 __all__ = ["Oracle", "Plain", "Stretch", "stretches"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vlmprune.eval.files import write_whole
+from vlmprune.runtime.files import write_whole
 
 __all__ = ["plot"]
 

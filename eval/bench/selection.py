@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from vlmprune.diversity import Objective, greedy_diversity
 from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.stats import ratio, spread
+from vlmprune.parts.diversity import Objective, greedy_diversity
 
 __all__ = ["compare_selection", "textbook"]
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune import engine
-from vlmprune.cuts import Cut, Decoder
+from vlmprune.engine import hooks as engine
 from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.oracle import Plain, Stretch
 from vlmprune.eval.bench.workload import Workload
-from vlmprune.taps import BlockTap, Tap, TowerTap
+from vlmprune.parts.cuts import Cut, Decoder
+from vlmprune.parts.taps import BlockTap, Tap, TowerTap
 
 __all__ = ["STAGES", "stage_seconds"]
 

@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlmprune.eval import store
-from vlmprune.eval.files import write_whole
+from vlmprune.eval.lmms import store
 from vlmprune.eval.report import html, ledger, markdown, page, plots, tables
 from vlmprune.eval.report.document import Picture
 from vlmprune.eval.report.gather import gather
 from vlmprune.eval.report.rows import COLUMNS, Results
+from vlmprune.runtime.files import write_whole
 
 __all__ = ["read", "summary", "write"]
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from vlmprune.eval import statistics
+from vlmprune.eval.lmms.store import Run
 from vlmprune.eval.naming import budget_text
 from vlmprune.eval.report.rows import FAILED, MISSING, NEAR, OK, OTHER, PARTLY, Problem, Results, Row
-from vlmprune.eval.store import Run
 
 __all__ = ["gather"]
 

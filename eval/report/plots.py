@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from vlmprune.eval import statistics
-from vlmprune.eval.files import write_whole
 from vlmprune.eval.report.document import Picture
 from vlmprune.eval.report.rows import Results, Row
 from vlmprune.eval.report.tables import number, shown
+from vlmprune.runtime.files import write_whole
 
 __all__ = ["available", "draw"]
 

@@ -6,10 +6,10 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 
-from vlmprune.cli import tables as terminal
 from vlmprune.eval.report import words
 from vlmprune.eval.report.document import Table
 from vlmprune.eval.report.rows import OK, Results, Row
+from vlmprune.runtime import tables as terminal
 
 __all__ = ["detail", "matrix", "number", "overview", "shown", "summary"]
 

@@ -11,9 +11,9 @@ import tiny_folders
 import torch
 from transformers import AutoModelForImageTextToText
 
-from vlmprune import engine
 from vlmprune.cli.check import METHODS, without_paths
-from vlmprune.selftest import CHECKS
+from vlmprune.engine import hooks as engine
+from vlmprune.verify import CHECKS
 
 
 def rows(out):

@@ -6,8 +6,9 @@ import pytest
 from PIL import Image
 from tiny_folders import noise_picture
 
-from vlmprune.cli import demo, loading
+from vlmprune.cli import demo
 from vlmprune.eval import testbed
+from vlmprune.runtime import loading
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def test_demo(cli, shipped, tmp_path, monkeypatch):
 
 
 def test_right_answers_are_counted(cli, shipped, tmp_path, monkeypatch):
-    from vlmprune.cli import answering
+    from vlmprune.runtime import answering
 
     real = answering.answer
     monkeypatch.setattr(answering, "answer", lambda *given: (real(*given), "Word1.")[1])

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from vlmprune.eval import store, taskindex
+from vlmprune.eval.lmms import store, taskindex
 
 pytest.importorskip("lmms_eval")
 

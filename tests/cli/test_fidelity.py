@@ -17,8 +17,9 @@ from tiny_folders import PICTURES, answer
 
 import vlmprune
 from vlmprune.cli import fidelity as command
-from vlmprune.cli import loading
-from vlmprune.eval import fidelity, testbed
+from vlmprune.eval import testbed
+from vlmprune.eval.fidelity import measure as fidelity
+from vlmprune.runtime import loading
 
 PROMPTS = ["what colour is it ?", "is word20 word21 word22 ?"]
 

@@ -12,8 +12,8 @@ from tiny_folders import noise_picture
 from transformers import LlavaForConditionalGeneration
 
 import vlmprune
-from vlmprune.cli import answering, loading
 from vlmprune.eval import testbed
+from vlmprune.runtime import answering, loading
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tiny_folders import PICTURES
 
-from vlmprune.cli.errors import UserError
 from vlmprune.cli.prompts import find_pictures, read_pairs
+from vlmprune.runtime.errors import UserError
 
 
 def write(path, *lines):

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from tiny_folders import answer, noise_picture
 
-from vlmprune.cli import loading
-from vlmprune.cli.errors import UserError
 from vlmprune.cli.run import parse_budget, parse_option
 from vlmprune.eval import testbed
+from vlmprune.runtime import loading
+from vlmprune.runtime.errors import UserError
 
 PROMPT = "what colour is it ?"
 

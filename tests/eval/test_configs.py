@@ -9,10 +9,11 @@ from transformers import LlavaConfig, LlavaNextConfig
 
 pytest.importorskip("lmms_eval")
 
-from vlmprune import atp_modules
-from vlmprune.eval import fingerprints, testbed
-from vlmprune.eval.config import DEFAULTS, load_config
-from vlmprune.eval.plan import make_plan
+from vlmprune.eval import testbed
+from vlmprune.eval.config.schema import DEFAULTS, load_config
+from vlmprune.eval.lmms import fingerprints
+from vlmprune.eval.lmms.plan import make_plan
+from vlmprune.methods.atp import modules as atp_modules
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmprune
 from vlmprune.eval import tasks, testbed
-from vlmprune.eval.model import VlmPrune
+from vlmprune.eval.lmms.model import VlmPrune
 from vlmprune.eval.testbed import scoring
 from vlmprune.eval.testbed.words import CATEGORIES
 

@@ -13,8 +13,8 @@ from torch.nn.functional import elu, normalize
 
 import vlmprune
 from vlmprune import UnsupportedError
-from vlmprune.merging import match_alternating, match_energy, spread_evenly
 from vlmprune.methods.tome import PiToMe, ToMe
+from vlmprune.parts.merging import match_alternating, match_energy, spread_evenly
 
 F64 = torch.float64
 

@@ -14,9 +14,9 @@ import torch
 from vlmprune.methods import FoPru, VtcCls
 from vlmprune.methods.fopru import received_scores
 from vlmprune.methods.vtc_cls import ensemble_scores
+from vlmprune.parts.selection import top_k
+from vlmprune.parts.taps import VisionAttention
 from vlmprune.patches import family_of
-from vlmprune.selection import top_k
-from vlmprune.taps import VisionAttention
 
 DATA = json.loads((Path(__file__).parents[1] / "goldens" / "encoder_methods.json").read_text())
 CASES = {case["name"]: case for case in DATA["cases"]}

@@ -11,7 +11,7 @@ from importlib import metadata
 
 from vlmprune._version import __version__
 from vlmprune.cli import bench, check, demo, eval, fidelity, ls, report, run, validate
-from vlmprune.cli.errors import CommandError, brief
+from vlmprune.runtime.errors import CommandError, brief
 
 __all__ = ["main"]
 

@@ -122,9 +122,10 @@ def use(kernels: str) -> AbstractContextManager:
 
 def run_selection(args: argparse.Namespace) -> None:
     """Time greedy selection alone and print it."""
-    from vlmprune.cli import answering, bench_report, loading
-    from vlmprune.cli.status import status
+    from vlmprune.cli import bench_report
     from vlmprune.eval.bench import results, selection
+    from vlmprune.runtime import answering, loading
+    from vlmprune.runtime.status import status
 
     pairs = (QUICK if args.quick else DEFAULTS)["pairs"] if args.pairs is None else args.pairs
     check_least({"pairs": pairs})

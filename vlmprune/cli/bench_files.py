@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief
+from vlmprune.runtime.errors import CommandError, UserError, brief
 
 __all__ = ["check_paths", "check_same", "previous", "read_results", "save", "write", "write_extras"]
 

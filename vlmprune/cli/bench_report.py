@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from vlmprune.cli.tables import table
+from vlmprune.runtime.tables import table
 
 __all__ = ["as_text", "changes_text", "selection_text"]
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune.cli import bench_files
 from vlmprune.cli.bench_settings import wanted
-from vlmprune.cli.errors import CommandError, UserError, brief
+from vlmprune.runtime.errors import CommandError, UserError, brief
 
 if TYPE_CHECKING:
-    from vlmprune.cli.answering import Job
-    from vlmprune.cli.loading import Loaded
     from vlmprune.eval.bench.workload import Workload
+    from vlmprune.runtime.answering import Job
+    from vlmprune.runtime.loading import Loaded
 
 __all__ = ["Replaced", "measured"]
 
@@ -26,8 +26,8 @@ def measured(args: argparse.Namespace, asked: dict[str, Any], old: dict[str, Any
         asked: of `settings_of`.
         old: results of --compare, whose cells are measured again.
     """
-    from vlmprune.cli import answering, loading
-    from vlmprune.cli.status import note, status
+    from vlmprune.runtime import answering, loading
+    from vlmprune.runtime.status import note, status
 
     pairs = wanted(args, asked, old)
     device = loading.pick_device(asked["device"])
@@ -107,7 +107,7 @@ class Replaced:
 
     def tell(self) -> list[str]:
         """All of it, each printed once."""
-        from vlmprune.cli.status import note
+        from vlmprune.runtime.status import note
 
         for name, op, why in sorted(self.told):
             text = f"{op}: not on {name}, since {why}"
@@ -150,8 +150,8 @@ def dtype_of(asked: dict[str, Any], device: str) -> str | None:
 
 def subject(asked: dict[str, Any], device: str) -> Loaded:
     """The model to measure: a loaded one, or a shape with random weights."""
-    from vlmprune.cli import loading
-    from vlmprune.cli.status import note, quiet
+    from vlmprune.runtime import loading
+    from vlmprune.runtime.status import note, quiet
 
     if asked["model"] is not None:
         return loading.load(loading.find_model(asked["model"]), device, asked["dtype"])
@@ -182,7 +182,7 @@ def check_length(loaded: Loaded, tokens: int) -> None:
 
 def tell_idle(pairs: list[tuple[Job, int]], work: Workload, effort: Any) -> None:
     """Say what will not be measured although it was asked for."""
-    from vlmprune.cli.status import note
+    from vlmprune.runtime.status import note
 
     for budget in dict.fromkeys(job.options.get("keep", job.options.get("average", 0)) for job, _ in pairs):
         if budget >= (1.0 if isinstance(budget, float) else work.patches):

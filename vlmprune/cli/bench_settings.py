@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import UserError
 from vlmprune.cli.run import parse_budget, parse_option, words_of
+from vlmprune.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    from vlmprune.cli.answering import Job
+    from vlmprune.runtime.answering import Job
 
 __all__ = ["DEFAULTS", "QUICK", "check_least", "effective_kernels", "refuse_idle_flags", "settings_of", "wanted"]
 
@@ -129,7 +129,7 @@ def wanted(args: argparse.Namespace, asked: dict[str, Any], old: dict[str, Any] 
     Raises:
         UserError: an unknown method or option, or a bad value.
     """
-    from vlmprune.cli import answering
+    from vlmprune.runtime import answering
 
     if old is not None and old["cells"] and all(getattr(args, name) is None for name in CELLS):
         again = [(one_job(cell), cell["batch"]) for cell in old["cells"]]
@@ -148,7 +148,7 @@ def wanted(args: argparse.Namespace, asked: dict[str, Any], old: dict[str, Any] 
 
 def one_job(cell: dict[str, Any]) -> Job:
     """The job that made a cell."""
-    from vlmprune.cli import answering
+    from vlmprune.runtime import answering
 
     return answering.jobs([cell["method"]], [{}], cell["options"], asked=False)[0]
 

@@ -7,14 +7,14 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief
 from vlmprune.cli.flags import add_budget, add_device
 from vlmprune.cli.run import parse_budget, parse_option, words_of
+from vlmprune.runtime.errors import CommandError, UserError, brief
 
 if TYPE_CHECKING:
-    from vlmprune.cli.loading import Loaded
     from vlmprune.methods.base import Method
-    from vlmprune.selftest import Line, Report
+    from vlmprune.runtime.loading import Loaded
+    from vlmprune.verify import Line, Report
 
 __all__ = ["add_to"]
 
@@ -76,10 +76,10 @@ def run(args: argparse.Namespace) -> None:
     options = dict(parse_option(text) for text in args.option)
 
     # from here on it takes seconds: torch and transformers are imported
-    from vlmprune.cli import answering, loading
-    from vlmprune.cli.status import status
     from vlmprune.errors import UnsupportedError
-    from vlmprune.selftest import Subject
+    from vlmprune.runtime import answering, loading
+    from vlmprune.runtime.status import status
+    from vlmprune.verify import Subject
 
     budget = {word: parse_budget(getattr(args, word) if named else KEEP, word)}
     parts = [part.strip() for name in asked for part in name.split("+")]
@@ -142,8 +142,8 @@ def refusal(loaded: Loaded, name: str, methods: list[Method]) -> str:
 
 def as_text(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> str:
     """A table of methods and checks, what the checks are, and a line for all that is no plain pass."""
-    from vlmprune.cli.tables import table
-    from vlmprune.selftest import CHECKS
+    from vlmprune.runtime.tables import table
+    from vlmprune.verify import CHECKS
 
     rows = [[name, *(line.outcome for line in report.lines)] for name, report in reports.items()]
     lines = [loaded.description, "", table(["method", *CHECKS], rows), ""]

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief
+from vlmprune.runtime.errors import CommandError, UserError, brief
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlmprune.cli.answering import Outcome
-    from vlmprune.cli.loading import Loaded
+    from vlmprune.runtime.answering import Outcome
+    from vlmprune.runtime.loading import Loaded
 
 __all__ = ["add_to"]
 
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {brief(error)}") from None
 
-    from vlmprune.cli import answering, loading
-    from vlmprune.cli.pictures import read_picture
+    from vlmprune.runtime import answering, loading
+    from vlmprune.runtime.pictures import read_picture
 
     todo = answering.jobs(METHODS, [{"keep": keep} for keep in KEEPS], {})
     asked: list[Asked] = []
@@ -113,7 +113,7 @@ def correct(said: str, expected: str) -> bool:
 
 def as_table(asked: list[Asked]) -> str:
     """One block of rows per picture, one row per method, and how many answers were right."""
-    from vlmprune.cli.tables import short, table
+    from vlmprune.runtime.tables import short, table
 
     yes, no = ("\u2713", "\u2717") if "utf" in (sys.stdout.encoding or "").lower() else ("ok", "wrong")
 
@@ -145,8 +145,8 @@ def as_table(asked: list[Asked]) -> str:
 
 def save(target: Path, loaded: Loaded, asked: Asked, image: Image.Image) -> None:
     """Draw one row of panels per budget, one panel per method."""
-    from vlmprune import draw
-    from vlmprune.cli.pictures import write_picture
+    from vlmprune.runtime import draw
+    from vlmprune.runtime.pictures import write_picture
 
     expected, image_processor = asked.picture["answer"], loaded.processor.image_processor
     rows = []

@@ -6,11 +6,11 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief
+from vlmprune.runtime.errors import CommandError, UserError, brief
 
 if TYPE_CHECKING:
-    from vlmprune.eval.plan import Cell, Job, Plan
-    from vlmprune.eval.survey import Survey
+    from vlmprune.eval.lmms.plan import Cell, Job, Plan
+    from vlmprune.eval.lmms.survey import Survey
 
 __all__ = ["add_config", "add_to", "planned"]
 
@@ -62,9 +62,9 @@ def planned(args: argparse.Namespace, look_at_model: bool = True) -> Plan:
     Raises:
         UserError: everything that is wrong with it, one line each.
     """
-    from vlmprune.eval.config import load_config
-    from vlmprune.eval.plan import make_plan
-    from vlmprune.eval.tree import Mistakes
+    from vlmprune.eval.config.schema import load_config
+    from vlmprune.eval.config.tree import Mistakes
+    from vlmprune.eval.lmms.plan import make_plan
 
     try:
         return make_plan(load_config(args.config, args.overrides), look_at_model=look_at_model)
@@ -76,10 +76,10 @@ def planned(args: argparse.Namespace, look_at_model: bool = True) -> Plan:
 
 def run(args: argparse.Namespace) -> None:
     """Plan, measure, report."""
-    from vlmprune.eval import run as runner
-    from vlmprune.eval import survey
-    from vlmprune.eval.store import StoreError
-    from vlmprune.eval.taskindex import INSTALL, have_lmms_eval
+    from vlmprune.eval.lmms import run as runner
+    from vlmprune.eval.lmms import survey
+    from vlmprune.eval.lmms.store import StoreError
+    from vlmprune.eval.lmms.taskindex import INSTALL, have_lmms_eval
 
     if not have_lmms_eval() and not args.dry_run:
         raise UserError(f"{INSTALL}.")
@@ -129,7 +129,7 @@ def about(plan: Plan) -> list[str]:
 
 def dry(plan: Plan, found: Survey) -> str:
     """The cells one by one, and how long they may take."""
-    from vlmprune.eval.survey import estimate
+    from vlmprune.eval.lmms.survey import estimate
 
     rows = [f"  {cell.id}  {found.reasons.get(cell.id, 'measured')}" for _, cell in plan.cells]
     about_time = estimate(plan, found, plan.config.output)
@@ -163,7 +163,7 @@ def report(plan: Plan, failed: dict[str, str]) -> None:
         CommandError: a cell failed.
     """
     from vlmprune.eval import report as reports
-    from vlmprune.eval.run import LOG
+    from vlmprune.eval.lmms.run import LOG
 
     folder = plan.config.output
     try:

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief, printable
 from vlmprune.cli.flags import add_budget, add_device, add_model
 from vlmprune.cli.prompts import Pair, read_pairs
 from vlmprune.cli.run import parse_budget, parse_option, words_of
+from vlmprune.runtime.errors import CommandError, UserError, brief, printable
 
 if TYPE_CHECKING:
-    from vlmprune.cli.loading import Loaded
-    from vlmprune.eval.fidelity import Entry, Row
-    from vlmprune.eval.fidelity_report import Card
+    from vlmprune.eval.fidelity.measure import Entry, Row
+    from vlmprune.eval.fidelity.report import Card
+    from vlmprune.runtime.loading import Loaded
 
 __all__ = ["add_to"]
 
@@ -107,9 +107,9 @@ def run(args: argparse.Namespace) -> None:
     folder = output_folder(args.out)
 
     # from here on it takes seconds: torch and transformers are imported
-    from vlmprune.cli import answering, loading
-    from vlmprune.cli.status import note
-    from vlmprune.eval.fidelity_report import Study, write
+    from vlmprune.eval.fidelity.report import Study, write
+    from vlmprune.runtime import answering, loading
+    from vlmprune.runtime.status import note
 
     budgets = [{word: parse_budget(text, word)} for text in amounts]
     todo = answering.jobs(methods, budgets, options, asked)
@@ -156,7 +156,7 @@ def output_folder(name: str) -> Path:
 
 def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[Entry]:
     """One entry per job; `random` runs with several seeds unless one was asked for."""
-    from vlmprune.eval.fidelity import Entry
+    from vlmprune.eval.fidelity.measure import Entry
 
     for job in todo:
         several = job.method == "random" and "seed" not in job.options
@@ -165,8 +165,8 @@ def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[Entry
 
 def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
     """Refuse prompts that place several pictures, and name words that an embedded model does not know."""
-    from vlmprune.cli.loading import unknown_words
-    from vlmprune.cli.status import note
+    from vlmprune.runtime.loading import unknown_words
+    from vlmprune.runtime.status import note
 
     token, strange = getattr(loaded.processor, "image_token", None) or "<image>", {}
     for pair in {pair.prompt: pair for pair in pairs}.values():
@@ -198,8 +198,8 @@ def measure(
     """
     import torch
 
-    from vlmprune.cli.answering import guarded
-    from vlmprune.cli.status import note, status
+    from vlmprune.runtime.answering import guarded
+    from vlmprune.runtime.status import note, status
 
     rows: list[Row] = []
     waiting: list[tuple[Pair, dict[str, torch.Tensor]]] = []
@@ -232,9 +232,9 @@ def measure(
 
 def prepared(loaded: Loaded, pairs: Sequence[Pair], skipped: dict[str, str]) -> Iterator[tuple[Pair, dict[str, Any]]]:
     """Pairs with the model's inputs, each picture read once; pictures that cannot be read are noted and left out."""
-    from vlmprune.cli.loading import model_inputs
-    from vlmprune.cli.pictures import read_picture
-    from vlmprune.cli.status import note
+    from vlmprune.runtime.loading import model_inputs
+    from vlmprune.runtime.pictures import read_picture
+    from vlmprune.runtime.status import note
 
     name = image = None
     for pair in pairs:
@@ -253,8 +253,8 @@ def one_batch(
     loaded: Loaded, entries: Sequence[Entry], some: Sequence[tuple[Pair, dict[str, Any]]], longest: int, tell: Callable
 ) -> list[Row]:
     """The rows of one batch under all entries; the unpruned model answers once for all of them."""
-    from vlmprune.cli.answering import Job, patch
-    from vlmprune.eval import fidelity
+    from vlmprune.eval.fidelity import measure as fidelity
+    from vlmprune.runtime.answering import Job, patch
 
     tokenizer, rows = loaded.processor.tokenizer, []
 
@@ -286,7 +286,7 @@ class Progress:
 
     def at(self, lost: int) -> Callable[[int, str], None]:
         """What shows step `step` of the next batch, `lost` prompts having been left out."""
-        from vlmprune.cli.status import status
+        from vlmprune.runtime.status import status
 
         total = max(1, self.total - lost)
 
@@ -307,13 +307,13 @@ class Progress:
 
 def worst_cards(loaded: Loaded, entry: Entry, rows: Sequence[Row], pairs: Sequence[Pair], count: int) -> list[Card]:
     """Prefill the worst pictures of an entry once more, each by itself, and draw what was kept."""
-    from vlmprune import draw
-    from vlmprune.cli.answering import Job, guarded, patch
-    from vlmprune.cli.loading import model_inputs
-    from vlmprune.cli.pictures import read_picture
-    from vlmprune.cli.status import status
-    from vlmprune.eval.fidelity import worst
-    from vlmprune.eval.fidelity_report import SIDE, Card
+    from vlmprune.eval.fidelity.measure import worst
+    from vlmprune.eval.fidelity.report import SIDE, Card
+    from vlmprune.runtime import draw
+    from vlmprune.runtime.answering import Job, guarded, patch
+    from vlmprune.runtime.loading import model_inputs
+    from vlmprune.runtime.pictures import read_picture
+    from vlmprune.runtime.status import status
 
     paths = {pair.picture: pair.path for pair in pairs}
     cards = []
@@ -360,8 +360,8 @@ def quoted(args: argparse.Namespace) -> Iterator[str]:
 
 def show(study: Any, files: Sequence[Path], as_json: bool) -> None:
     """Print the table, or JSON."""
-    from vlmprune.cli.tables import table
-    from vlmprune.eval import fidelity_report
+    from vlmprune.eval.fidelity import report as fidelity_report
+    from vlmprune.runtime.tables import table
 
     if as_json:
         print(json.dumps(fidelity_report.as_json(study), indent=2))

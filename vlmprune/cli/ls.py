@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import UserError, brief
+from vlmprune.runtime.errors import UserError, brief
 
 if TYPE_CHECKING:
     from vlmprune.patches import Family

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.errors import printable
-from vlmprune.cli.tables import change, table
+from vlmprune.runtime.errors import printable
+from vlmprune.runtime.tables import change, table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL import Image
 
-    from vlmprune.cli.answering import Outcome
-    from vlmprune.cli.loading import Loaded
+    from vlmprune.runtime.answering import Outcome
+    from vlmprune.runtime.loading import Loaded
 
 __all__ = ["Asked", "as_json", "as_text", "save"]
 
@@ -112,8 +112,8 @@ def as_json(asked: Asked) -> dict[str, Any]:
 
 def save(target: Path, asked: Asked) -> None:
     """Draw one row of panels per picture, one panel per method, and write the file."""
-    from vlmprune import draw
-    from vlmprune.cli.pictures import write_picture
+    from vlmprune.runtime import draw
+    from vlmprune.runtime.pictures import write_picture
 
     image_processor, rows = asked.loaded.processor.image_processor, []
     for i, image in enumerate(asked.images):

@@ -10,8 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from vlmprune.cli.errors import UserError, brief, printable
 from vlmprune.errors import did_you_mean
+from vlmprune.runtime.errors import UserError, brief, printable
 
 __all__ = ["ENDINGS", "Pair", "find_pictures", "read_pairs"]
 

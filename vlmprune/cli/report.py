@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vlmprune.cli.errors import UserError
+from vlmprune.runtime.errors import UserError
 
 __all__ = ["add_to"]
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: no run in the folder, or one that cannot be read or written to.
     """
     from vlmprune.eval import report
-    from vlmprune.eval.store import StoreError
+    from vlmprune.eval.lmms.store import StoreError
 
     try:
         results = report.read(args.folder)

@@ -8,8 +8,8 @@ import re
 import sys
 from typing import Any
 
-from vlmprune.cli.errors import UserError
 from vlmprune.cli.flags import add_budget, add_device, add_model
+from vlmprune.runtime.errors import UserError
 
 __all__ = ["add_to"]
 
@@ -63,7 +63,7 @@ def parse_budget(text: str, word: str = "keep") -> int | float:
     Raises:
         UserError: no such number, or one that cannot be meant.
     """
-    from vlmprune.budget import check_keep
+    from vlmprune.parts.budget import check_keep
 
     text = text.strip()
     try:
@@ -110,7 +110,7 @@ def words_of(text: str, flag: str) -> list[str]:
 
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked early, load the model, answer, print, draw."""
-    from vlmprune.cli.pictures import check_target, read_picture
+    from vlmprune.runtime.pictures import check_target, read_picture
 
     if args.max_new_tokens < 1 or args.repeats < 0:
         raise UserError("--max-new-tokens must be at least 1, and --repeats at least 0.")
@@ -125,9 +125,9 @@ def run(args: argparse.Namespace) -> None:
     images = [read_picture(path) for path in args.image]
 
     # from here on it takes seconds: torch and transformers are imported
-    from vlmprune.cli import answering, loading
     from vlmprune.cli.printing import Asked, as_json, as_text, save
-    from vlmprune.cli.status import note, status
+    from vlmprune.runtime import answering, loading
+    from vlmprune.runtime.status import note, status
 
     budgets = [{word: parse_budget(text, word)} for text in amounts]
     todo = answering.jobs(methods, budgets, options, asked)

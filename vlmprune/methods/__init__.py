@@ -1,6 +1,6 @@
 """The methods, one file each; importing this package registers them."""
 
-from vlmprune.methods.atp import Atp
+from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method
 from vlmprune.methods.controls import Downsample, Grid, Pool, Random
 from vlmprune.methods.fastv import FastV

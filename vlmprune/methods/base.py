@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import ClassVar
 
-from vlmprune.budget import check_keep
-from vlmprune.cuts import Cut
 from vlmprune.errors import UnsupportedError
-from vlmprune.layout import Layout
+from vlmprune.parts.budget import check_keep
+from vlmprune.parts.cuts import Cut
+from vlmprune.parts.layout import Layout
 from vlmprune.patches import ModelFacts
 
 __all__ = ["Budgeted", "Method", "check_layer", "check_seed", "check_share", "need_cls", "tower_layer"]

@@ -9,14 +9,14 @@ from typing import Literal
 
 import torch
 
-from vlmprune.budget import share
-from vlmprune.cuts import Cut, Decoder, Merge, Pixels, Positions, Reduction
 from vlmprune.errors import UnsupportedError
-from vlmprune.layout import ImageGrid, Layout, upload
 from vlmprune.methods.base import Budgeted, check_seed
+from vlmprune.parts.budget import share
+from vlmprune.parts.cuts import Cut, Decoder, Merge, Pixels, Positions, Reduction
+from vlmprune.parts.layout import ImageGrid, Layout, upload
+from vlmprune.parts.selection import Newlines, check_choice, keep_patches, select
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
-from vlmprune.selection import Newlines, check_choice, keep_patches, select
 
 __all__ = ["Downsample", "Grid", "Pool", "Random", "grid_shape", "random_scores"]
 

@@ -8,14 +8,14 @@ from typing import Literal
 
 import torch
 
-from vlmprune.budget import count
-from vlmprune.cuts import Cut, Decoder, Positions, Reduction
-from vlmprune.layout import Layout
 from vlmprune.methods.base import Budgeted, check_layer
+from vlmprune.parts.budget import count
+from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction
+from vlmprune.parts.layout import Layout
+from vlmprune.parts.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
+from vlmprune.parts.taps import Tap, TextAttention
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
-from vlmprune.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
-from vlmprune.taps import Tap, TextAttention
 
 __all__ = ["FastV"]
 

@@ -8,14 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn import functional
 
-from vlmprune.cuts import Cut, Decoder, Merge, Positions, Reduction
 from vlmprune.errors import UnsupportedError
-from vlmprune.layout import ImageGrid, Layout, upload
 from vlmprune.methods.base import Budgeted, need_cls
+from vlmprune.parts.cuts import Cut, Decoder, Merge, Positions, Reduction
+from vlmprune.parts.layout import ImageGrid, Layout, upload
+from vlmprune.parts.selection import Newlines, check_choice, keep_patches, top_k
+from vlmprune.parts.taps import ClsLogits, Distinctness, Tap
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
-from vlmprune.selection import Newlines, check_choice, keep_patches, top_k
-from vlmprune.taps import ClsLogits, Distinctness, Tap
 
 __all__ = ["GlobalCom2", "crop_ratios", "guided"]
 

@@ -7,17 +7,17 @@ from typing import Literal
 
 import torch
 
-from vlmprune.budget import count
-from vlmprune.cuts import Cut, Decoder, Positions, Reduction
-from vlmprune.diversity import greedy_diversity
 from vlmprune.errors import UnsupportedError
-from vlmprune.layout import Layout
 from vlmprune.methods.base import Budgeted, check_layer, check_seed, check_share
 from vlmprune.methods.controls import random_scores
+from vlmprune.parts.budget import count
+from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction
+from vlmprune.parts.diversity import greedy_diversity
+from vlmprune.parts.layout import Layout
+from vlmprune.parts.selection import Newlines, candidates, capped, check_choice, keep_patches
+from vlmprune.parts.taps import CrossShare, Hidden, Tap, VisionAttention
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
-from vlmprune.selection import Newlines, candidates, capped, check_choice, keep_patches
-from vlmprune.taps import CrossShare, Hidden, Tap, VisionAttention
 
 __all__ = ["ToDRE", "stage2_layer"]
 

@@ -9,16 +9,16 @@ from typing import ClassVar, Literal
 
 import torch
 
-from vlmprune.budget import count
-from vlmprune.cuts import Clusters, Cut, Decoder, Positions, Reduction, Vision
 from vlmprune.errors import UnsupportedError
-from vlmprune.layout import Layout
-from vlmprune.merging import match_alternating, match_energy, spread_evenly
 from vlmprune.methods.base import Budgeted
+from vlmprune.parts.budget import count
+from vlmprune.parts.cuts import Clusters, Cut, Decoder, Positions, Reduction, Vision
+from vlmprune.parts.layout import Layout
+from vlmprune.parts.merging import match_alternating, match_energy, spread_evenly
+from vlmprune.parts.selection import Newlines, check_choice, keep_patches
+from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Tap
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
-from vlmprune.selection import Newlines, check_choice, keep_patches
-from vlmprune.taps import BlockKeys, ClusterOf, Hidden, Tap
 
 __all__ = ["PiToMe", "ToMe", "first_of_cluster"]
 

@@ -11,14 +11,14 @@ from typing import Any, Literal
 
 import torch
 
-from vlmprune.budget import count
-from vlmprune.cuts import Cut, Decoder, Positions, Reduction, schedule_layers
-from vlmprune.layout import Layout
 from vlmprune.methods.base import Budgeted, check_share
+from vlmprune.parts.budget import count
+from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction, schedule_layers
+from vlmprune.parts.layout import Layout
+from vlmprune.parts.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
+from vlmprune.parts.taps import BlockTap, Scene, Tap, TextAttention, upcast
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
-from vlmprune.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
-from vlmprune.taps import BlockTap, Scene, Tap, TextAttention, upcast
 
 __all__ = ["TransPrune", "accumulated", "transition"]
 

@@ -7,13 +7,13 @@ from typing import Literal
 
 import torch
 
-from vlmprune.cuts import Cut, Decoder, Positions, Reduction
-from vlmprune.layout import Layout
 from vlmprune.methods.base import Budgeted, check_layer, need_cls, tower_layer
+from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction
+from vlmprune.parts.layout import Layout
+from vlmprune.parts.selection import Newlines, Scope, check_choice, select
+from vlmprune.parts.taps import Tap, VisionAttention
 from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
-from vlmprune.selection import Newlines, Scope, check_choice, select
-from vlmprune.taps import Tap, VisionAttention
 
 __all__ = ["Ensemble", "VtcCls", "ensemble_scores"]
 

@@ -7,8 +7,8 @@ import torch
 
 import vlmprune
 from vlmprune.eval.bench.counting import AliveBytes, count, formula_flops, kv_bytes, language_flops
+from vlmprune.eval.bench.flops import prefill_flops
 from vlmprune.eval.bench.oracle import Plain
-from vlmprune.flops import prefill_flops
 
 KINDS = [
     {},

@@ -9,9 +9,9 @@ import torch
 from leftovers import ours
 
 import vlmprune
-from vlmprune.cuts import Cut, Decoder, Reduction
 from vlmprune.eval.bench.oracle import Oracle, Plain, stretches
 from vlmprune.methods.base import Method
+from vlmprune.parts.cuts import Cut, Decoder, Reduction
 
 STEPS = 4
 METHODS = {
@@ -114,8 +114,8 @@ def test_it_runs_no_hook_and_no_score(work, monkeypatch):
         Plain(here).prefill()
     handle.unpatch()
     assert not ours(here.model)
-    monkeypatch.setattr("vlmprune.prefill.Prefill.__init__", lambda *_: pytest.fail("the engine ran"))
-    monkeypatch.setattr("vlmprune.taps.VisionAttention.measure", lambda *_: pytest.fail("a tap was measured"))
+    monkeypatch.setattr("vlmprune.engine.prefill.Prefill.__init__", lambda *_: pytest.fail("the engine ran"))
+    monkeypatch.setattr("vlmprune.parts.taps.VisionAttention.measure", lambda *_: pytest.fail("a tap was measured"))
     with torch.no_grad():
         Oracle(here, handle.trace).prefill()
 

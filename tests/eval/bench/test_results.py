@@ -194,7 +194,7 @@ def test_nothing_to_draw(found, tmp_path):
 
 @pytest.mark.parametrize("objective", ["max_min", "max_sum"])
 def test_the_textbook_loop_picks_what_the_library_picks(objective):
-    from vlmprune.diversity import greedy_diversity
+    from vlmprune.parts.diversity import greedy_diversity
 
     x = torch.randn(60, 8, generator=torch.Generator().manual_seed(1))
     everyone = torch.ones(1, 60, dtype=torch.bool)

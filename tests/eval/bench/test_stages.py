@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import vlmprune
-from vlmprune import taps
 from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.oracle import Plain, stretches
 from vlmprune.eval.bench.stages import STAGES, stage_seconds
 from vlmprune.methods.transprune import Transition
+from vlmprune.parts import taps
 
 NAP = 0.25  # seconds; on a busy machine everything else may take tens of milliseconds
 
@@ -99,7 +99,7 @@ def test_deciding_is_booked_as_selection(work, monkeypatch, name):
     ["sequence.Sequence.shorten", "sequence.Sequence.expand", "prefill.prompt_layout", "layout.Layout.from_tower"],
 )
 def test_shortening_and_bookkeeping_are_booked_as_gather(work, monkeypatch, name):
-    import vlmprune.prefill
+    import vlmprune.engine.prefill
 
     here = work()
     parts = name.split(".")

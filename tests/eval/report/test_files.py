@@ -12,8 +12,8 @@ import pytest
 import run_folders as made
 
 from vlmprune.eval import report
+from vlmprune.eval.lmms.store import StoreError
 from vlmprune.eval.report import document, html, markdown, page, tables
-from vlmprune.eval.store import StoreError
 
 NASTY = '<script>alert("1")</script> | `a` *b* _c_ [d](http://e) & </td>'
 VOID = {"meta", "img", "br"}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import run_folders as made
 
-from vlmprune.eval import statistics, store
+from vlmprune.eval import statistics
+from vlmprune.eval.lmms import store
 from vlmprune.eval.report import read, words
 from vlmprune.eval.report.gather import gather, together
 

@@ -1,0 +1,385 @@
+"""From a config to cells: what is run, what each result depends on, and what cannot be run; no weights are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from vlmprune import api, registry
+from vlmprune.errors import UnsupportedError, did_you_mean
+from vlmprune.eval.config.schema import Budget, Config, Entry, Setting, unique
+from vlmprune.eval.config.tree import Mistakes
+from vlmprune.eval.lmms import fingerprints
+from vlmprune.eval.lmms.taskindex import TaskIndex
+from vlmprune.eval.naming import NONE, budget_text, methods_of
+from vlmprune.patches import ModelFacts
+from vlmprune.runtime.errors import UserError
+from vlmprune.runtime.loading import pick_device
+
+__all__ = ["Cell", "Job", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result: a method at a budget (and seed) on a task of a model. Its fields are those of the cell file."""
+
+    id: str
+    model: str
+    method: str
+    label: str
+    options: dict[str, Any]
+    budget: dict[str, int | float] | None
+    seed: int | None
+    task: str
+    control: bool
+    group: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All options, as the model's `use` takes them."""
+        return self.options | (self.budget or {}) | ({} if self.seed is None else {"seed": self.seed})
+
+    @property
+    def title(self) -> str:
+        """For a progress bar or a message: `fopru keep 0.25 seed 0`."""
+        words = [self.label, *(f"{word} {amount}" for word, amount in (self.budget or {}).items())]
+        return " ".join([*words, *([] if self.seed is None else [f"seed {self.seed}"])])
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model and its cells, in the order they run: method by method, so that a method's tasks stand together.
+
+    `shared` is what all its results depend on; `depends` adds what one cell's depends on, and `key` hashes that.
+    """
+
+    setting: Setting
+    cells: tuple[Cell, ...]
+    shared: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+    methods: dict[str, dict[str, Any]]  # by label
+
+    def depends(self, cell: Cell) -> dict[str, Any]:
+        """Everything a result depends on; a cell is measured again when any of it changes."""
+        about = {"options": cell.options, "budget": cell.budget, "seed": cell.seed}
+        return {**self.shared, "task": self.tasks[cell.task], **self.methods[cell.label], **about}
+
+    def key(self, cell: Cell) -> str:
+        """Hash of `depends`."""
+        return hashlib.sha256(json.dumps(self.depends(cell), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a config, what was left out and why, and what a user should know before it runs."""
+
+    config: Config
+    jobs: tuple[Job, ...]
+    skipped: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cells(self) -> list[tuple[Job, Cell]]:
+        return [(job, cell) for job in self.jobs for cell in job.cells]
+
+
+@dataclass
+class Draft:
+    """What is collected while a plan is made."""
+
+    mistakes: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def make_plan(config: Config, *, look_at_model: bool = True, device: str | None = None) -> Plan:
+    """Look up methods, models and tasks, and multiply them out.
+
+    Args:
+        config: of `load_config`.
+        look_at_model: read every model's config.json; without it, what depends on the model stays unchecked, and the
+            plan cannot be run.
+        device: what the results will be measured on, as their keys name it; None finds out.
+
+    Raises:
+        Mistakes: everything that cannot be, with lines.
+        UserError: lmms-eval is installed and cannot be imported.
+    """
+    draft, jobs = Draft(), []
+    for setting in config.settings:
+        facts, model = look(setting, draft) if look_at_model else (None, {})
+        index = TaskIndex(setting.include_path)
+        tasks = leaves(setting, index, draft)
+        check_limit(setting, tasks, draft)
+        check_metrics(setting, index, tasks, draft)
+        notes_on(setting, draft)
+        cells: list[Cell] = []
+        for entry in order(setting):
+            for budget, seed in variants(setting, entry, facts, draft):
+                cells += [cell_of(setting, entry, budget, seed, task, group) for task, group in tasks.items()]
+        check_published(setting, [other.name for other in config.settings], tasks, index, cells, draft)
+        one_each = {cell.label: cell for cell in cells if not draft.mistakes}
+        about = {label: fingerprints.method(cell.method, cell.arguments) for label, cell in one_each.items()}
+        shared = {
+            "versions": fingerprints.versions(),
+            "model": model,
+            "device": fingerprints.device(setting.device) if device is None else device,
+            **{word: getattr(setting, word) for word in ("dtype", "attn_implementation", "device_map", "batch_size")},
+            **{word: getattr(setting, word) for word in ("limit", "generation")},
+            "template": template_of(setting, draft),
+        }
+        named = {
+            task: {"name": task, "metric": metric_of(setting, task, group), **index.fingerprint(task)}
+            for task, group in tasks.items()
+        }
+        jobs.append(Job(setting, tuple(cells), shared, named, about))
+    check_ids([cell for job in jobs for cell in job.cells], config, draft)
+    if draft.mistakes:
+        raise Mistakes(list(dict.fromkeys(draft.mistakes)))
+    return Plan(config, tuple(jobs), tuple(draft.skipped), tuple(dict.fromkeys(draft.notes)))
+
+
+def look(setting: Setting, draft: Draft) -> tuple[ModelFacts | None, dict[str, Any]]:
+    """A model's facts and fingerprint, from its config.json and files."""
+    try:
+        return fingerprints.model(setting.model)
+    except (ValueError, OSError, UnsupportedError) as error:
+        draft.mistakes.append((setting.where["model"], str(error)))
+        return None, {}
+
+
+def template_of(setting: Setting, draft: Draft) -> str | None:
+    """Fingerprint of the chat template that the config names."""
+    if setting.template is None:
+        return None
+    try:
+        return fingerprints.code_of(setting.template)
+    except OSError:
+        draft.mistakes.append((setting.where["template"], f"template: no file {setting.template!r} that can be read."))
+        return None
+
+
+def leaves(setting: Setting, index: TaskIndex, draft: Draft) -> dict[str, str | None]:
+    """The tasks to run, each with the group it was named by: a group or tag stands for its tasks."""
+    found: dict[str, str | None] = {}
+    for name in setting.tasks:
+        try:
+            for task in index.expand(name):
+                found.setdefault(task, None if task == name else name)
+        except ValueError as error:
+            draft.mistakes.append((setting.where[f"tasks.{name}"], str(error)))
+    if index.unchecked:
+        draft.notes.append(index.unchecked)
+    return found
+
+
+def metric_of(setting: Setting, task: str, group: str | None) -> str | None:
+    """The main metric that the config names for a task or its group."""
+    return setting.metrics.get(task, setting.metrics.get(group or task))
+
+
+def check_limit(setting: Setting, tasks: Iterable[str], draft: Draft) -> None:
+    """MME's score counts pairs of neighbouring questions."""
+    if setting.limit is not None and setting.limit % 2 and "mme" in tasks:
+        why = f"limit is {setting.limit}: mme scores pairs of questions, so it must be even."
+        draft.mistakes.append((setting.where["limit"], why))
+
+
+def check_metrics(setting: Setting, index: TaskIndex, tasks: dict[str, str | None], draft: Draft) -> None:
+    """A metric that the config names must be one of its task: it would be missed when all is answered."""
+    for task, group in tasks.items():
+        named = task if task in setting.metrics else group or task
+        if named in setting.metrics and (why := no_metric(index, task, setting.metrics[named])):
+            draft.mistakes.append((setting.where[f"metrics.{named}"], why))
+
+
+def no_metric(index: TaskIndex, task: str, metric: str) -> str | None:
+    """Why a task has no such metric; None where it has, or does not say which it has."""
+    known = index.metrics(task)
+    if not known or metric.partition(" (")[0] in known:  # "exact_match (strict)" is that behind a second filter
+        return None
+    return f"{task} has no metric {metric!r}.{did_you_mean(metric, known)} It has {', '.join(known)}."
+
+
+def notes_on(setting: Setting, draft: Draft) -> None:
+    """What is allowed, and may not be meant."""
+    if not setting.methods:
+        labels = ", ".join(entry.label for entry in setting.controls)
+        draft.notes.append(f"{setting.name}: no methods are given, so only the controls are run: {labels}.")
+    try:
+        pick_device(setting.device)
+    except UserError as error:
+        draft.notes.append(f"{setting.name}: it cannot be run on this machine: {error}")
+
+
+def order(setting: Setting) -> list[Entry]:
+    """The unpruned model first, then methods, then the other controls."""
+    full = [entry for entry in setting.controls if entry.parts[0].name == "none"]
+    return [*full, *setting.methods, *(entry for entry in setting.controls if entry not in full)]
+
+
+def variants(
+    setting: Setting, entry: Entry, facts: ModelFacts | None, draft: Draft
+) -> list[tuple[Budget | None, int | None]]:
+    """The budgets and seeds that an entry is run with.
+
+    A budget that the entry states itself must be possible. One of the setting's list is left out with its reason where
+    this method cannot meet it, as long as the method can run at all; a control is left out in any case.
+    """
+    try:
+        takes = [set(registry.options(registry.find(p.name))) if p.name != "none" else set() for p in entry.parts]
+    except ValueError as error:
+        draft.mistakes.append((entry.where, str(error)))
+        return []
+    except Exception as error:  # a broken package that offers a method: whatever it raises
+        draft.mistakes.append((entry.where, f"a method cannot be loaded: {type(error).__name__}: {error}"))
+        return []
+    alone, stated = len(entry.parts) == 1, entry.budgets
+    budgets: Sequence[Budget | None] = (stated or setting_budgets(setting, entry)) or (None,)
+    if stated is None and (not alone or entry.own_budget or not takes[0] & {"keep", "average"}):
+        if alone and not entry.own_budget and entry.parts[0].name != "none" and budgets != (None,):
+            draft.notes.append(f"{entry.label} takes no budget: it is run once.")
+        budgets = (None,)
+    if entry.control and budgets == (None,) and alone and "keep" in takes[0]:
+        draft.skipped.append(skip(setting, entry, None, "there is no budget (keep or average) to run it at"))
+        return []
+    seeds: Sequence[int | None] = (None,)
+    if entry.seeds is not None:
+        if not alone or "seed" not in takes[0]:
+            draft.mistakes.append((entry.where, f"{entry.label} takes no seed, so `seeds` means nothing to it."))
+            return []
+        seeds = entry.seeds
+    elif alone and entry.parts[0].name == "random" and "seed" not in entry.parts[0].options:
+        seeds = setting.seeds
+    if "seed" in entry.parts[0].options and entry.seeds is not None:
+        draft.mistakes.append((entry.where, "give `seeds` or the option seed, not both."))
+        return []
+    good: list[Budget | None] = []
+    refused: list[tuple[Budget | None, str]] = []
+    for budget in budgets:
+        why = impossible(cell_of(setting, entry, budget, seeds[0], "-", None), facts)
+        if why is None:
+            good.append(budget)
+        else:
+            refused.append((budget, why))
+    if refused and not entry.control and (stated is not None or not good):
+        draft.mistakes += [(entry.where, f"{entry.label}: {why}") for why in dict.fromkeys(why for _, why in refused)]
+        return []
+    draft.skipped += [skip(setting, entry, budget, why) for budget, why in refused]
+    return [(budget, seed) for budget in good for seed in seeds]
+
+
+def setting_budgets(setting: Setting, entry: Entry) -> tuple[Budget, ...]:
+    """The setting's budgets; a control is run at those that single entries state, too."""
+    if not entry.control:
+        return setting.budgets
+    stated = [budget for other in setting.methods for budget in other.budgets or ()]
+    return unique([*setting.budgets, *stated])
+
+
+def impossible(cell: Cell, facts: ModelFacts | None) -> str | None:
+    """Why a cell cannot be run on a model, or None; without facts, only what does not depend on the model."""
+    try:
+        made = methods_of(cell.method, cell.arguments)
+        if facts is not None:
+            api.check_cuts([(method.name, cut) for method in made for cut in method.cuts(facts)], facts)
+    except (TypeError, ValueError, FileNotFoundError, UnsupportedError) as error:
+        return str(error)
+    return None
+
+
+def skip(setting: Setting, entry: Entry, budget: Budget | None, why: str) -> dict[str, Any]:
+    """What the report says about something that was left out."""
+    return {"model": setting.name, "label": entry.label, "budget": dict([budget]) if budget else None, "reason": why}
+
+
+def cell_of(
+    setting: Setting, entry: Entry, budget: Budget | None, seed: int | None, task: str, group: str | None
+) -> Cell:
+    """One cell, with its readable name."""
+    alone = len(entry.parts) == 1
+    options = {
+        option if alone else f"{part.name}.{option}": value
+        for part in entry.parts
+        for option, value in part.options.items()
+    }
+    amount = "-".join(map(str, budget)) if budget else "full" if entry.parts[0].name == "none" else "own"
+    words = [setting.name, entry.label, amount, task, *([] if seed is None else [f"seed-{seed}"])]
+    words += [] if setting.limit is None else [f"limit-{setting.limit}"]  # a first try must not replace what took long
+    name = "--".join(re.sub(r"[^\w.+-]+", "_", word) for word in words)
+    if len(name) > 200:  # file systems allow 255
+        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return Cell(
+        id=name,
+        model=setting.name,
+        method="+".join(part.name for part in entry.parts),
+        label=entry.label,
+        options=options,
+        budget=dict([budget]) if budget else None,
+        seed=seed,
+        task=task,
+        control=entry.control,
+        group=group,
+    )
+
+
+def check_ids(cells: Iterable[Cell], config: Config, draft: Draft) -> None:
+    """Two cells must not share a file, on file systems that ignore case too."""
+    seen: dict[str, Cell] = {}
+    for cell in cells:
+        other = seen.setdefault(cell.id.casefold(), cell)
+        if other is not cell:
+            who = f"{cell.label!r} and {other.label!r} on {cell.task}"
+            draft.mistakes.append((str(config.path), f"{who} would share the file {cell.id}.json: change a label."))
+
+
+def check_published(
+    setting: Setting,
+    names: Sequence[str],
+    tasks: dict[str, str | None],
+    index: TaskIndex,
+    cells: Sequence[Cell],
+    draft: Draft,
+) -> None:
+    """A published number must be about a cell of the plan, or the ledger has nothing to put beside it.
+
+    Numbers of the unpruned model may stand there without it, since `controls` can be switched off.
+    """
+    for entry in setting.published:
+        if entry.model is not None and entry.model not in names:
+            hint, known = did_you_mean(entry.model, names), ", ".join(names)
+            why = f"the published model {entry.model!r} is the name of no run.{hint} Here is {known}."
+        elif entry.model not in (None, setting.name):
+            continue  # written at the top, for several runs
+        elif entry.task not in tasks:
+            hint = did_you_mean(entry.task, tasks)
+            why = f"the published task {entry.task!r} is not run here.{hint}" if tasks else None
+        elif not (why := no_metric(index, entry.task, entry.metric)):
+            budget = dict([entry.budget]) if entry.budget else None
+            mine = [c for c in cells if c.task == entry.task and is_about(entry.method, c)]
+            run = {str(c.budget): c.budget for c in mine}
+            if run and str(budget) not in run:
+                wanted, *shown = [budget_text(one) or "no budget" for one in (budget, *run.values())]
+                why = f"{entry.method} is published at {wanted}, and run at {', '.join(shown)}."
+                why += " To run it without the ledger: --set 'published=[]'."
+        if why:
+            draft.mistakes.append((entry.where, why))
+
+
+def is_about(method: str, cell: Cell) -> bool:
+    """Whether a published number's `method` means this cell: the unpruned model goes by its method, others by label."""
+    return cell.method == NONE if method == NONE else cell.label == method
+
+
+def published(setting: Setting) -> list[dict[str, Any]]:
+    """The ledger as `run.json` holds it: an entry names its budget as the config does."""
+    made = []
+    for entry in setting.published:
+        about = asdict(replace(entry, model=entry.model or setting.name))
+        budget = dict([about.pop("budget")]) if entry.budget else {}
+        made.append({word: value for word, value in about.items() if word != "where"} | budget)
+    return made

@@ -1,0 +1,186 @@
+"""A run on disk: one file per cell, written whole or not at all, and `run.json`, which says what belongs together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from vlmprune.runtime.files import PREFIX, write_whole
+
+__all__ = ["FORMAT", "Run", "StoreError", "all_cells", "load_run", "locked", "read_cell", "write_cell", "write_run"]
+
+#: Of cell files and `run.json`; files of another format are not read.
+FORMAT = 1
+CELLS, RUN, LOCK = "cells", "run.json", ".lock"
+#: What a cell is told apart by, and what every sample of a good cell has measured.
+ABOUT = {"id", "model", "method", "label", "options", "budget", "seed", "task", "control"}
+TOKENS = ("tokens_before", "tokens_after", "layer_average")
+
+
+class StoreError(Exception):
+    """A run folder that cannot be used; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is on disk of one run.
+
+    Attributes:
+        folder: the run's folder.
+        info: what `run.json` holds.
+        cells: the cells that are there, in plan order; failed ones (with an `error`) included.
+        missing: ids of cells that are not there yet, or were measured for another config, version or model.
+    """
+
+    folder: Path
+    info: dict[str, Any]
+    cells: list[dict[str, Any]]
+    missing: list[str]
+
+
+def load_run(folder: str | Path) -> Run:
+    """Read a run, finished or not.
+
+    Raises:
+        StoreError: no run in this folder, a damaged `run.json`, or one of another format.
+    """
+    folder = Path(folder)
+    try:
+        info = json.loads((folder / RUN).read_text(), parse_constant=no_number)
+        ids, keys = info["cells"], info["keys"]
+        if info.get("format") == FORMAT and not whole_run(info):
+            raise ValueError
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{folder} has no {RUN}: not the output folder of `vlmprune eval`.") from None
+    except OSError as error:
+        raise StoreError(f"{folder / RUN} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, KeyError, TypeError):
+        raise StoreError(f"{folder / RUN} is damaged: run `vlmprune eval` again, which keeps the cells.") from None
+    if info.get("format") != FORMAT:
+        raise StoreError(
+            f"{folder / RUN} is of format {info.get('format')!r}, and this version reads {FORMAT}: "
+            "run `vlmprune eval` again, or read it with the version that wrote it."
+        )
+    found = {name: read_cell(folder, name) for name in ids}
+    good = {name: cell for name, cell in found.items() if cell is not None and cell["key"] == keys[name]}
+    return Run(folder, info, list(good.values()), [name for name in ids if name not in good])
+
+
+def read_cell(folder: Path, name: str) -> dict[str, Any] | None:
+    """The cell called `name`; None if it is not there, damaged, or of another format."""
+    try:
+        cell = json.loads((folder / CELLS / f"{name}.json").read_text(), parse_constant=no_number)
+        return cell if whole_cell(cell, name) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def all_cells(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every good cell in the folder, of whatever plan."""
+    for path in sorted((folder / CELLS).glob("*.json")):
+        if (cell := read_cell(folder, path.stem)) is not None:
+            yield cell
+
+
+def no_number(text: str) -> None:
+    """NaN and infinity, which Python reads and JSON does not have."""
+    raise ValueError(text)
+
+
+def whole_run(info: dict[str, Any]) -> bool:
+    """Whether `run.json` has the shape that it was written with, as far as it is read."""
+    ids, keys, lists = info["cells"], info["keys"], [info.get(word) or [] for word in ("published", "skipped", "notes")]
+    named = isinstance(ids, list) and all(isinstance(name, str) and isinstance(keys[name], str) for name in ids)
+    kinds = (info.get("config") or {}, dict), (info.get("versions") or {}, dict), *((one, list) for one in lists)
+    entries = all(isinstance(one, dict) for some in lists[:2] if isinstance(some, list) for one in some)
+    return named and entries and all(isinstance(value, kind) for value, kind in kinds)
+
+
+def whole_cell(cell: Any, name: str) -> bool:
+    """Whether a cell has the shape that it was written with; what is read from it may raise where it has not."""
+    about, budget = cell["cell"], cell["cell"]["budget"]
+    good = cell["format"] == FORMAT and {*about} >= ABOUT and about["id"] == name
+    good &= all(isinstance(about[word], str) for word in ("model", "method", "label", "task"))
+    good &= budget is None or (isinstance(budget, dict) and all(map(is_number, budget.values())))
+    good &= isinstance(cell["key"], str) and isinstance(cell["depends"], dict)
+    if cell["error"] is not None or not good:
+        return good and isinstance(cell["error"], str)
+    values = [entry["value"] for entry in cell["metrics"].values()]
+    samples, summary = cell["samples"], cell["summary"]
+    measured = [*(summary[word] for word in TOKENS), cell["elapsed_s"]]
+    optional = [*values, *(summary[word] for word in ("ttft_s", "decode_tokens_per_s", "peak_memory_bytes"))]
+    optional += [sample["score"] for sample in samples]
+    return (
+        cell["metric"] in cell["metrics"]
+        and len(samples) > 0
+        and all({"doc", "cluster", "target"} <= {*sample} for sample in samples)
+        and all(map(is_number, measured))
+        and all(value is None or is_number(value) for value in optional)
+    )
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def write_cell(folder: Path, cell: dict[str, Any]) -> Path:
+    """Write one cell; after a crash at any moment the file is the old one or the new one."""
+    return write_json(folder / CELLS / f"{cell['cell']['id']}.json", cell)
+
+
+def write_run(folder: Path, info: dict[str, Any]) -> Path:
+    """Write `run.json` in the same way."""
+    return write_json(folder / RUN, info)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Write a file whole or not at all, and its folder where there is none.
+
+    Raises:
+        ValueError: something in `value` is not JSON (NaN included).
+        StoreError: the file cannot be written.
+    """
+    text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, f"{text}\n".encode())
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}.") from None
+    return path
+
+
+class RunLock(filelock.FileLock):
+    """A class of our own, since lmms-eval makes all locks on one file be the same object, which lets everybody in."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one run; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        StoreError: another process holds it, or it cannot be made.
+    """
+    lock = RunLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise StoreError(
+            f"another `vlmprune eval` is writing into {folder}: wait for it, or choose another folder "
+            "(--set output=FOLDER)."
+        ) from None
+    except OSError as error:
+        raise StoreError(f"cannot use {folder} as output folder: {error.strerror or error}.") from None
+    try:
+        for left in (folder / CELLS).glob(f"{PREFIX}*"):  # of a run that was killed while it wrote
+            left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()

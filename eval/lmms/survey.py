@@ -1,0 +1,133 @@
+"""What of a plan is measured already, what must be measured and why, and how long that may take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from vlmprune.eval.lmms import store, taskindex
+from vlmprune.eval.lmms.plan import Job, Plan
+
+__all__ = ["Estimate", "Survey", "estimate", "survey"]
+
+NEW, FAILED = "not measured yet", "failed the last time"
+UNKNOWN = "measured, but whether anything changed cannot be told: lmms-eval is not installed here"
+#: Hashes say nothing to a reader.
+HASHED = {
+    "code": "the method's code",
+    "weights": "the method's weights",
+    "model.files": "the model's files",
+    "task.files": "the task's files",
+    "template": "the chat template",
+}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """`done` and `todo` are ids in plan order (failed ones last); `reasons` tells for each to do why."""
+
+    done: tuple[str, ...]
+    todo: tuple[str, ...]
+    reasons: dict[str, str]
+
+    def told(self) -> list[str]:
+        """How many are done and why others are not, one line each."""
+        lines = (
+            [f"{len(self.done)} of {len(self.done) + len(self.todo)} cells are measured already"] if self.done else []
+        )
+        counts = Counter(self.reasons[name] for name in self.todo)
+        return lines + [f"{count} to measure: {reason}" for reason, count in counts.items()]
+
+
+def survey(plan: Plan, folder: Path) -> Survey:
+    """Compare a plan to what its output folder holds."""
+    done, reasons = [], {}
+    comparable = taskindex.have_lmms_eval()  # its version and the task's files are in the key
+    for job, cell in plan.cells:
+        found = store.read_cell(folder, cell.id)
+        if found is None:
+            reasons[cell.id] = NEW
+        elif not comparable:
+            reasons[cell.id] = UNKNOWN
+        elif found["key"] != job.key(cell):
+            reasons[cell.id] = changed(found["depends"], job.depends(cell))
+        elif found["error"] is not None:
+            reasons[cell.id] = FAILED
+        else:
+            done.append(cell.id)
+    todo = sorted(reasons, key=lambda name: reasons[name] == FAILED)
+    return Survey(tuple(done), tuple(todo), reasons)
+
+
+def changed(old: Any, new: Mapping[str, Any]) -> str:
+    """What is different now: `changed: limit 10 -> 20; versions.torch 2.12 -> 2.13`."""
+    before, now = flat(old) if isinstance(old, dict) else {}, flat(new)
+    parts = []
+    for word in dict.fromkeys([*before, *now]):
+        a, b = before.get(word, "none"), now.get(word, "none")
+        if a != b:
+            parts.append(HASHED.get(word, f"{word} {a} -> {b}"))
+    return f"changed: {'; '.join(parts)}" if parts else "changed"
+
+
+def flat(value: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    """Nested mappings as dotted words with texts."""
+    made: dict[str, str] = {}
+    for word, inner in value.items():
+        made |= flat(inner, f"{above}{word}.") if isinstance(inner, dict) else {above + word: str(inner)}
+    return made
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds for the cells that something is known of, from `measured` cells; `unknown` is how many are left."""
+
+    seconds: float
+    measured: int
+    unknown: int
+
+
+def estimate(plan: Plan, found: Survey, folder: Path) -> Estimate:
+    """How long the cells to do may take, by what cells in the folder took, of whatever config they are.
+
+    A cell takes as long per sample as others of its model, method and task did, with whatever limit; failing that, as
+    others of its model and task, or of its model. Cells of a model that nothing was measured of stay unknown.
+    """
+    rates: dict[tuple[str, ...], list[float]] = {}
+    sizes: dict[str, int] = {}
+    measured = 0
+    planned = {group for _, cell in plan.cells for group in groups(asdict(cell))}
+    for old in store.all_cells(folder):
+        known = [group for group in groups(old["cell"]) if group in planned]
+        if old["error"] is not None or not known:
+            continue
+        measured += 1
+        sizes[old["cell"]["task"]] = old.get("documents") or len(old["samples"])
+        for group in known:
+            rates.setdefault(group, []).append(old["elapsed_s"] / len(old["samples"]))
+    seconds, unknown, todo = 0.0, 0, set(found.todo)
+    for job, cell in plan.cells:
+        if cell.id not in todo:
+            continue
+        rate = next((fmean(rates[group]) for group in groups(asdict(cell)) if group in rates), None)
+        size = samples_of(job, sizes.get(cell.task))
+        if rate is None or size is None:
+            unknown += 1
+        else:
+            seconds += rate * size
+    return Estimate(seconds, measured, unknown)
+
+
+def groups(cell: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
+    """From like to less like."""
+    model, label, task = cell["model"], cell["label"], cell["task"]
+    return (model, label, task), (model, task), (model,)
+
+
+def samples_of(job: Job, known: int | None) -> int | None:
+    """How many samples a cell will have: the limit, or all that its task has, if a cell was measured of it."""
+    return min((many for many in (job.setting.limit, known) if many is not None), default=None)

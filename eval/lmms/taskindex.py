@@ -1,0 +1,129 @@
+"""The tasks that lmms-eval knows, ours among them, by name; no data set is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from vlmprune.errors import did_you_mean
+from vlmprune.eval.lmms import fingerprints
+from vlmprune.runtime.errors import UserError, brief
+
+__all__ = ["INSTALL", "TaskIndex", "have_lmms_eval", "imported"]
+
+INSTALL = "lmms-eval is not installed: pip install vlmprune[eval]"
+OURS = Path(__file__).resolve().parents[1] / "tasks"
+
+
+@cache
+def have_lmms_eval() -> bool:
+    """Whether lmms-eval is installed; importing it takes seconds, so the metadata is asked."""
+    return fingerprints.versions()["lmms-eval"] is not None
+
+
+@contextmanager
+def imported() -> Iterator[None]:
+    """Around imports of lmms-eval, whose own requirements may be missing: the recipe for CPUs leaves many out.
+
+    Raises:
+        UserError: it, or something that it imports, cannot be imported.
+    """
+    try:
+        yield
+    except ImportError as error:
+        lost = (error.name or "").partition(".")[0]
+        way = f"pip install {lost} (if the package is called as its module), or all" if lost else "all"
+        raise UserError(
+            f"lmms-eval is installed and cannot be imported: {brief(error)}. Install what is missing: {way} that it "
+            "needs: pip install vlmprune[eval]"
+        ) from error
+
+
+class TaskIndex:
+    """Tasks by name: ours, those of the user's folders, and, once one of them is asked for, lmms-eval's own.
+
+    Attributes:
+        unchecked: a sentence for the user where lmms-eval is missing and names are taken as they are.
+    """
+
+    def __init__(self, include_path: Sequence[str] = ()):
+        self.paths = [str(OURS), *(str(Path(folder).expanduser()) for folder in include_path)]
+        self.unchecked = ""
+        self._near: Any = None
+
+    def manager(self, name: str | None = None) -> Any:
+        """lmms-eval's `TaskManager`, with its own 1,700 tasks only if `name` (or any name) is not one of the others."""
+        if self._near is None:
+            self._near = task_manager(tuple(self.paths), False)
+        if name is None or name in self._near.all_tasks:
+            return self._near
+        return task_manager(tuple(self.paths), True)
+
+    def expand(self, name: str) -> list[str]:
+        """The tasks that a name stands for: itself, or those of a group or tag, in order.
+
+        Raises:
+            ValueError: no such task (the message suggests one), or a group that cannot be taken apart.
+            UserError: lmms-eval is installed and cannot be imported.
+        """
+        if lost := [path for path in self.paths if not Path(path).is_dir()]:
+            raise ValueError(f"include_path: there is no folder {lost[0]!r}.")
+        if not have_lmms_eval():
+            self.unchecked = f"{INSTALL}. Task names were not checked."
+            return [name]
+        manager = self.manager(name)
+        if name not in manager.all_tasks:
+            hint = did_you_mean(name, manager.all_tasks)
+            raise ValueError(f"unknown task {name!r}.{hint} `lmms-eval tasks list` lists lmms-eval's own.")
+        about = manager.task_index[name]
+        if about["type"] in ("task", "python_task"):
+            return [name]
+        members = about["task"]
+        if members == -1:
+            from lmms_eval.utils import load_yaml_config
+
+            members = load_yaml_config(about["yaml_path"], mode="simple")["task"]
+        if not all(isinstance(member, str) for member in members):
+            raise ValueError(f"the group {name!r} changes its tasks' settings: name the tasks that you want instead.")
+        return list(dict.fromkeys(task for member in members for task in self.expand(member)))
+
+    def metrics(self, name: str) -> list[str]:
+        """The metrics that a task's YAML lists; none where it leaves them to lmms-eval, or is written in Python."""
+        if not have_lmms_eval():
+            return []
+        about = self.manager(name).task_index[name]
+        if about["type"] != "task":
+            return []
+        from lmms_eval.utils import load_yaml_config
+
+        listed = load_yaml_config(about["yaml_path"], mode="simple").get("metric_list") or ()
+        return [str(entry["metric"]) for entry in listed if isinstance(entry, dict) and "metric" in entry]
+
+    def fingerprint(self, name: str) -> dict[str, Any]:
+        """What a task depends on beyond lmms-eval's version: the files beside a YAML that is not lmms-eval's own."""
+        if not have_lmms_eval():
+            return {}
+        yaml_path = Path(self.manager(name).task_index[name]["yaml_path"]).resolve()
+        inside = any(yaml_path.is_relative_to(Path(path).resolve()) for path in self.paths)
+        return {"files": folder_files(yaml_path.parent)} if inside else {}
+
+
+@cache
+def folder_files(folder: Path) -> str:
+    """`fingerprints.files`, once for all tasks of a folder."""
+    return fingerprints.files(folder)
+
+
+@cache
+def task_manager(paths: tuple[str, ...], defaults: bool) -> Any:
+    """lmms-eval's index of tasks; reading its own takes seconds."""
+    with imported():
+        from loguru import logger
+
+        logger.disable("lmms_eval")  # hundreds of lines about files that are no tasks
+        from lmms_eval.tasks import TaskManager
+
+    return TaskManager(include_path=list(paths), include_defaults=defaults, model_name="vlmprune")

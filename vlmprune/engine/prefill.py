@@ -1,0 +1,247 @@
+"""The frame of one pruned prefill: measures, cuts, and puts everything back into shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmprune.engine.census import count_prompts
+from vlmprune.engine.finite import WAY_OUT, cut_is_finite, demand
+from vlmprune.engine.placement import check_device, loaded
+from vlmprune.engine.plan import Plan
+from vlmprune.engine.prompt import prompt_layout
+from vlmprune.engine.sequence import SEGMENTS, Segment, Sequence
+from vlmprune.engine.tower import SEEN
+from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
+from vlmprune.parts.cuts import Cut, Reduction
+from vlmprune.parts.layout import download, upload
+from vlmprune.parts.taps import BlockTap, DecoderTap, Hidden, Tap, TowerTap, sliding_window
+from vlmprune.trace import CutTrace, Trace
+
+__all__ = ["Prefill"]
+
+SOFT_EPS = 1e-20  # the least weight of a token under a soft mask, whose logarithm must exist
+
+
+class Prefill:
+    """One pruned forward pass.
+
+    Args:
+        input_ids: `(batch, length)`, what the call brings.
+        mask: padding mask that ends with them.
+        features: the encoders' outputs by modality.
+        past: what the layers hold in front of them, from layer 0 on; empty on an empty cache.
+        guesses: tokens at the end of the prompt that are none of it; methods must not look at them.
+        positions: `(batch, length)` position ids, where the call brings them and no mask.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        inner: nn.Module,
+        input_ids: torch.Tensor,
+        mask: Any,
+        features: dict[str, Any],
+        past: list[Segment],
+        guesses: int = 0,
+        positions: torch.Tensor | None = None,
+    ):
+        self.plan, self.guesses = plan, guesses
+        self.past, self.cache = {segment.first: segment for segment in past}, None
+        self.rotary_emb = plan.family.language_model(inner).rotary_emb
+        self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions)
+        self.text_after, self.prompt_lengths = self.census.text_after, self.census.lengths
+        self.layout = prompt_layout(plan, inner, self.census, features)
+        seen = [getattr(output, SEEN, {}) for output in features.values()]
+        if missing := [tap for tap in plan.tower_taps if any(tap not in s for s in seen)]:
+            raise CutNotRunError(
+                f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model "
+                "or while the patch was disabled. Encode the images with the patched model."
+            )
+        self.seen: dict[Tap, torch.Tensor] = {
+            tap: self.layout.from_tower(torch.cat([s[tap].to(self.layout.device) for s in seen]))
+            for tap in plan.tower_taps
+        }
+        self.pending = plan.decoder_cuts
+        self.sequence: Sequence | None = None
+        self.by_layer: list[Sequence] = []
+        self.cuts: list[CutTrace] = []
+        self.segments: list[Segment] = []
+        self.finished = False
+
+    def enter(self, index: int, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, dict]:
+        """Do all that is to be done at the input of decoder layer `index`."""
+        check_first_run(index, len(self.by_layer))
+        check_device(layer, hidden)
+        before, past = self.sequence, self.past.get(index)
+        if before is None:
+            self.cache = kwargs.get("past_key_values")
+            batch, length, _ = hidden.shape
+            self.sequence = Sequence(
+                prompt=length,
+                columns=torch.arange(length, device=hidden.device).expand(batch, -1),
+                mask=self.census.real,
+                lengths=self.prompt_lengths,
+                positions=kwargs["position_ids"].expand(batch, -1),
+                guesses=self.guesses,
+                rotary=tuple(x.expand(batch, -1, -1) for x in kwargs["position_embeddings"]),
+                shift=None if past is None else past.shift,
+                past=past,
+            )
+            # of a past that the host's own arguments fit nothing has to be noted
+            before = self.sequence if past is None or past.whole else None
+        elif past is not None:
+            self.sequence = self.sequence.behind(past, hidden, self.rotary_emb)
+        here = [cut for _, cut in self.pending if cut.at.layer == index]
+        self.measure(index, layer, hidden, [tap for cut in here for tap in cut.see])
+        while self.pending and self.pending[0][1].at.layer == index:
+            hidden = self.cut(*self.pending.pop(0), hidden)
+        if self.sequence is not before:
+            self.segments = [s for s in self.segments if s.first != index] + [self.sequence.segment(index)]
+        self.measure(index, layer, hidden, [tap for _, cut in self.pending for tap in cut.see])
+        self.by_layer.append(self.sequence)
+        if self.sequence.cut:
+            kwargs = self.sequence.swap(layer, index, hidden, kwargs)
+        return hidden, kwargs
+
+    def measure(self, index: int, layer: nn.Module, hidden: torch.Tensor, taps: list[Tap]) -> None:
+        """Measure the taps of this layer that nobody has measured yet."""
+        for tap in taps:
+            if isinstance(tap, DecoderTap) and tap.layer == index and tap not in self.seen:
+                # no_grad not as a decorator: a compiled graph can hold the one and not the other
+                with torch.no_grad(), loaded(layer):
+                    self.seen[tap] = tap.measure(layer, hidden.detach(), self)
+
+    def watch(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Let the block taps of layer `index` see what one of its two blocks read and wrote."""
+        for tap in dict.fromkeys(tap for _, cut in self.pending for tap in cut.see):
+            if isinstance(tap, BlockTap) and tap.layer == index:
+                with torch.no_grad():
+                    value = tap.measure(before.detach(), after.detach(), self)
+                    self.seen[tap] = self.seen[tap] + value if tap in self.seen else value
+
+    def past_keys(self, layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The keys that a decoder layer holds in front of the sequence, and which keys of both are real.
+
+        Returns:
+            `(batch, heads, columns, dim)`, in a sliding window the last ones, or None if there are none; and
+            `(batch, columns + length)` bool, or None if all are real.
+        """
+        if (past := self.sequence.past) is None:
+            return None, self.sequence.mask
+        index, window = layer.self_attn.layer_idx, sliding_window(layer.self_attn)
+        keys = self.cache.layers[index].keys
+        columns = min(past.length, keys.shape[-2] if keys.ndim == 4 else 0)
+        if columns < (past.length if window is None else min(past.length, window - 1)):
+            raise UnsupportedError(
+                f"a method of this patch looks at attention in decoder layer {index}, and "
+                f"{type(self.cache).__name__} does not hold that layer's keys as they are: continue with images on a "
+                "dynamic or static cache, or with a method that cuts before the language model."
+            )
+        real = self.sequence.with_past(self.sequence.mask)
+        return keys[:, :, :columns], None if real is None else real[:, past.length - columns :]
+
+    def flat_index(self) -> torch.Tensor:
+        """`(images, tokens)` index of every visual token into `(batch * length)` of the current sequence."""
+        sample = upload(self.layout.sample, self.layout.device)
+        return self.sequence.index_of(self.layout) + sample[:, None] * self.sequence.length
+
+    def cut(self, name: str, cut: Cut, hidden: torch.Tensor) -> torch.Tensor:
+        layout, sequence = self.layout, self.sequence
+        at = self.flat_index()
+        seen = {tap: self.seen[tap] for tap in cut.see if tap in self.seen}
+        if any(isinstance(tap, Hidden) for tap in cut.see):
+            seen[Hidden()] = hidden.detach().flatten(0, 1)[at]
+        if missing := [tap for tap in cut.see if tap not in seen]:
+            raise CutNotRunError(
+                f"the cut of {name!r} at decoder layer {cut.at.layer} did not get to see {missing[0]}."
+            )
+        reduction: Reduction = cut.reduce(seen, layout)
+        if reduction.soft is not None:
+            self.soften(name, cut, reduction, at)
+            return hidden
+        keep = reduction.keep & layout.alive
+        # the tower's were looked at with the placeholders
+        taps = [values for tap, values in seen.items() if not isinstance(tap, TowerTap)]
+        sound = cut_is_finite(taps, reduction.scores, layout.alive)
+        strange = (
+            f"the cut of {name!r} at decoder layer {cut.at.layer} sees NaN or infinite numbers or makes NaN scores, "
+            f"and cannot tell tokens apart. {WAY_OUT}."
+        )
+        if reduction.counts is None:
+            *counts, good = download(torch.cat((keep.sum(1), sound[None].long())))
+            if not good:
+                raise ValueError(strange)
+        else:
+            counts = reduction.counts
+            demand(sound, strange)
+        # checked where the tensor is, so that nothing waits for it
+        told = f"method {name!r} promised {counts} kept tokens per image and kept other numbers."
+        torch._assert_async((keep.sum(1) == upload(counts, keep.device)).all(), told)
+        self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, keep, reduction.merge, reduction.scores))
+        if counts == layout.alive_counts and not cut.reorders:
+            return hidden  # a budget of all tokens is the exact identity
+        if reduction.merge is not None:
+            flow = reduction.merge
+            hidden = torch.ops.vlmprune.merge(hidden, at, layout.alive, keep, flow.into, flow.weight, flow.source)
+        dropped = [0] * len(sequence.lengths)
+        for row, before, after in zip(layout.sample, layout.alive_counts, counts, strict=True):
+            dropped[row] += before - after
+        # padding entries of the layout point at column 0 or repeat a column: add, don't overwrite
+        gone = (layout.alive & ~keep).long()
+        drop = gone.new_zeros(sequence.columns.numel()).scatter_add(0, at.flatten(), gone.flatten())
+        drop = drop.view_as(sequence.columns) > 0
+        hidden, self.sequence = sequence.shorten(hidden, drop, dropped, cut.positions, self.rotary_emb)
+        self.layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=reduction.patches)
+        if cut.at.layer == 0:
+            self.layout = replace(self.layout, entered=counts, entered_patches=reduction.patches)
+        return hidden
+
+    def soften(self, name: str, cut: Cut, reduction: Reduction, at: torch.Tensor) -> None:
+        """Weaken tokens for all later layers instead of removing them."""
+        layout, sequence = self.layout, self.sequence
+        if sequence.past is not None:
+            raise UnsupportedError("soft masks are for training, which begins with an empty cache.")
+        soft, standing = torch.where(layout.alive, reduction.soft, 0), reduction.keep & layout.alive
+        if layout.soft is not None:
+            soft, standing = soft * layout.soft, standing & layout.standing
+        # padding entries of the layout point at column 0 or repeat a column: add, don't overwrite
+        log = torch.where(layout.alive, (soft + SOFT_EPS).log(), 0)
+        bias = log.new_zeros(sequence.columns.numel()).scatter_add(0, at.flatten(), log.flatten())
+        self.sequence = replace(sequence, bias=bias.view_as(sequence.columns), cut=True, masks={})
+        self.layout = replace(layout, soft=soft, standing=standing)
+        self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, standing, None, reduction.scores, soft))
+
+    def check(self) -> None:
+        """Raise if a cut has not run: a silent no-op would pass for a pruned call."""
+        if self.pending:
+            left = ", ".join(f"{name!r} at decoder layer {cut.at.layer}" for name, cut in self.pending)
+            raise CutNotRunError(f"this call carried images, and these cuts did not run: {left}.")
+
+    def finish(self, output: Any) -> None:
+        """Restore lengths, leave the decode state on the cache, file the trace."""
+        self.check()
+        self.finished = True
+        output.last_hidden_state = self.sequence.expand(output.last_hidden_state)
+        if output.hidden_states is not None:
+            # entry 0 is the input of layer 0 as that layer got it, entry i the output of layer i - 1
+            made_by = [self.by_layer[0], *self.by_layer[:-1]]
+            states = [
+                h if h is None else sequence.expand(h)
+                for h, sequence in zip(output.hidden_states, made_by, strict=False)
+            ]
+            output.hidden_states = (*states, output.last_hidden_state)
+        if output.past_key_values is not None:
+            setattr(output.past_key_values, SEGMENTS, self.segments)
+        self.plan.trace = Trace(
+            grids=list(self.layout.grids),
+            sample=self.layout.sample,
+            cuts=self.cuts,
+            prompt_length=self.sequence.prompt,
+            prompt_lengths=self.prompt_lengths,
+            kv_lengths=[s.length for s in self.by_layer],
+            row_lengths=[s.lengths for s in self.by_layer],
+        )

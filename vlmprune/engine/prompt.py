@@ -1,0 +1,158 @@
+"""Finding every visual token of a prompt batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from vlmprune.engine.census import Census
+from vlmprune.engine.plan import Plan
+from vlmprune.engine.tower import SIZES
+from vlmprune.errors import UnsupportedError
+from vlmprune.parts.layout import ImageGrid, Layout, upload
+
+__all__ = ["prompt_layout"]
+
+
+@dataclass(frozen=True)
+class Items:
+    """The images, or the videos, of a batch: `sample`, `ordinal`, `grids` and `first_view` as in `Layout`.
+
+    Attributes:
+        position: `(items, tokens)` columns of the tokens in the prompt.
+        sizes: tokens of every item.
+        views: all views that the tower saw.
+    """
+
+    grids: list[ImageGrid]
+    sample: list[int]
+    ordinal: list[int]
+    first_view: list[int]
+    position: torch.Tensor
+    sizes: list[int]
+    views: int
+
+
+def prompt_layout(plan: Plan, inner: nn.Module, census: Census, encoded: dict[str, Any]) -> Layout:
+    """Find every visual token of a batch, images before videos.
+
+    Args:
+        encoded: for "image" and "video" the encoder's output, whose `pooler_output` lists `(tokens, dim)` per item.
+
+    Raises:
+        ValueError: placeholders and features do not match.
+        UnsupportedError: features that this model's packing does not explain.
+    """
+    found = [
+        find_items(plan, inner, modality, holes, census.placeholders[modality], encoded[modality])
+        for modality, holes in census.holes.items()
+    ]
+    sample, ordinal, first_view, seen, views = [], [], [], [0] * len(census.lengths), 0
+    for items in found:
+        sample += items.sample
+        ordinal += [seen[row] + number for row, number in zip(items.sample, items.ordinal, strict=True)]
+        first_view += [views + first for first in items.first_view]
+        seen = [n + items.sample.count(row) for row, n in enumerate(seen)]
+        views += items.views
+    grids, sizes = [g for items in found for g in items.grids], [n for items in found for n in items.sizes]
+    width, side, device = max(sizes), plan.family.side(inner), found[0].position.device
+    return Layout(
+        grids=grids,
+        sample=sample,
+        ordinal=ordinal,
+        first_view=first_view,
+        position=torch.cat([pad(items.position, (0, width - items.position.shape[1])) for items in found]),
+        alive=torch.arange(width, device=device) < upload(sizes, device)[:, None],
+        alive_counts=sizes,
+        alive_patches=[grid.patches for grid in grids],
+        entered=sizes,
+        entered_patches=[grid.patches for grid in grids],
+        view_size=side * side,
+    )
+
+
+def find_items(
+    plan: Plan, inner: nn.Module, modality: str, holes: torch.Tensor, placeholders: list[int], features: Any
+) -> Items:
+    """Find the images, or the videos, of a batch by their placeholders (`holes`: `(batch, length)` bool)."""
+    sizes = [len(item) for item in features.pooler_output]
+    sample, ordinal, offset = assign_images(placeholders, sizes, modality)
+    known = getattr(features, SIZES, None)
+    if known is None:
+        if plan.family.needs_sizes or modality == "video" or features.last_hidden_state is None:
+            raise UnsupportedError(
+                f"these {modality} features are not as the patched model computed them, and how many {modality}s there "
+                "were (and their sizes) is unknown. `prefill_chunk_size` is not supported: it cuts the features into "
+                "pieces."
+            )
+        known = [None] * features.last_hidden_state.shape[0]
+    origin = undo_beams(sample, len(placeholders), len(known))
+    encoded = [plan.grid(inner, modality, size) for size in known]
+    grids = [encoded[o] for o in origin]
+    for i, (grid, tokens) in enumerate(zip(grids, sizes, strict=True)):
+        if grid.tokens != tokens:
+            raise UnsupportedError(
+                f"{modality} {i} has {tokens} features where its packing gives {grid.tokens} tokens."
+            )
+    device, most = holes.device, max(placeholders)
+    # a stable sort brings the placeholders to the front of every row, in order
+    columns = (~holes).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
+    number = (upload(offset, device)[:, None] + torch.arange(max(sizes), device=device)).clamp(max=most - 1)
+    return Items(
+        grids=grids,
+        sample=sample,
+        ordinal=ordinal,
+        first_view=[sum(grid.views for grid in encoded[:o]) for o in origin],
+        position=columns[upload(sample, device)].gather(1, number),
+        sizes=sizes,
+        views=sum(grid.views for grid in encoded),
+    )
+
+
+def assign_images(
+    placeholders: Sequence[int], sizes: Sequence[int], modality: str = "image"
+) -> tuple[list[int], list[int], list[int]]:
+    """Hand images (or videos) of `sizes` tokens to prompts with so many `placeholders`, in order.
+
+    Returns:
+        For every image its batch row, its number within the prompt and its offset among the prompt's placeholders.
+    """
+    sample, ordinal, offset = [], [], []
+    for row, wanted in enumerate(placeholders):
+        taken = number = 0
+        while taken < wanted and len(sample) < len(sizes):
+            size = sizes[len(sample)]
+            sample.append(row)
+            ordinal.append(number)
+            offset.append(taken)
+            taken, number = taken + size, number + 1
+        if taken != wanted:
+            raise ValueError(
+                f"prompt {row} has {wanted} {modality} placeholders and its {modality}s have {taken} tokens."
+            )
+    if len(sample) != len(sizes):
+        raise ValueError(
+            f"{len(sizes)} {modality}s were given, and the prompts have placeholders for {len(sample)} (to continue on "
+            f"a cache, give the new {modality}s alone)."
+        )
+    return sample, ordinal, offset
+
+
+def undo_beams(sample: Sequence[int], batch: int, encoded: int) -> list[int]:
+    """For every image its number when the tower saw it.
+
+    `generate` repeats every prompt with all its images for its beams, after the tower ran once per image.
+    """
+    if encoded == 0 or len(sample) % encoded:
+        raise ValueError(f"{len(sample)} image features cannot come from {encoded} encoded images.")
+    beams, origin, base = len(sample) // encoded, [], 0
+    for row in range(batch):
+        images = sample.count(row)
+        origin += range(base, base + images)
+        base += images if row % beams == beams - 1 else 0
+    return origin

@@ -1,0 +1,274 @@
+"""The sequence between two cuts: which prompt columns are left, their positions and their masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
+from vlmprune.errors import UnsupportedError
+from vlmprune.parts.cuts import Positions
+from vlmprune.parts.layout import Layout, upload
+from vlmprune.parts.taps import sliding_window
+
+__all__ = ["SEGMENTS", "Segment", "Sequence", "attention_mask", "real_tokens"]
+
+SEGMENTS = "_vlmprune_segments"  # attribute of a cache: its decode state
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What some layers hold of a conversation: the decode state of one cut, kept on the cache it describes.
+
+    Attributes:
+        first: the first decoder layer with this sequence.
+        prompt: columns of the unpruned conversation, up to the last prompt with images.
+        length: columns that the layers from `first` on have cached for it; whatever came later is cached as it is.
+        mask: `(batch, length)` bool of real columns, or None if all are.
+        shift: `(batch, 1)` positions by which a decoded token moves down, or None.
+        soft: whether tokens were weakened instead of removed; such a cache cannot be decoded from.
+    """
+
+    first: int
+    prompt: int
+    length: int
+    mask: torch.Tensor | None
+    shift: torch.Tensor | None
+    soft: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is gone."""
+        return self.length == self.prompt
+
+    def until(self, column: int, mask: torch.Tensor | None) -> Segment:
+        """The state of a cache that holds the unpruned conversation up to `column`, at other lengths alike.
+
+        Args:
+            column: behind `prompt` where more has come since, before it where the cache was rolled back.
+            mask: `(batch, columns)` bool of the real columns of the whole conversation, or None if all are.
+        """
+        more = column - self.prompt
+        since = None if mask is None or more <= 0 else mask[:, self.prompt : column]
+        real = beside(self.mask, self.length, since, max(more, 0))
+        length = self.length + more
+        return replace(self, prompt=column, length=length, mask=None if real is None else real[:, :length])
+
+
+def beside(left: torch.Tensor | None, columns: int, right: torch.Tensor | None, more: int) -> torch.Tensor | None:
+    """Two masks of so many columns side by side, where None is a mask of ones."""
+    if left is None and right is None:
+        return None
+    rows = right if left is None else left
+    left = rows.new_ones(len(rows), columns, dtype=torch.bool) if left is None else left
+    right = rows.new_ones(len(rows), more, dtype=torch.bool) if right is None else right
+    return torch.cat((left.bool(), right.bool()), 1)
+
+
+def attention_mask(
+    layer: nn.Module, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any
+) -> torch.Tensor | None:
+    """The causal mask of decoder layer `index` as the host would build it for these `(batch, length, dim)` inputs.
+
+    `mask` is the 2-D padding mask over everything the layer has cached and `hidden`. Position ids are left out on
+    purpose: gaps in them would be read as packed sequences.
+    """
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+    attention = layer.self_attn
+    make = create_causal_mask if sliding_window(attention) is None else create_sliding_window_causal_mask
+    # asking whether the padding mask could be skipped would wait for the device
+    return make(attention.config, hidden, mask, cache, layer_idx=index, allow_is_causal_skip=mask is None)
+
+
+def add_bias(mask: Any, bias: torch.Tensor) -> torch.Tensor:
+    """Bring a `(batch, length)` bias of keys into a 4-D attention mask, as a float mask.
+
+    Raises:
+        UnsupportedError: the attention implementation takes no such mask.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
+        raise UnsupportedError("soft masks need attn_implementation='sdpa' or 'eager'.")
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    bias = nn.functional.pad(bias, (0, mask.shape[-1] - bias.shape[1]))
+    return torch.where(visible, bias[:, None, None], torch.finfo(bias.dtype).min)
+
+
+def check_soft(layer: nn.Module, bias: torch.Tensor | None) -> None:
+    """Refuse to train soft masks, which all layers share, under checkpointing that gives every layer its own graph."""
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    if bias is None or not bias.requires_grad or not (layer.training and getattr(layer, "gradient_checkpointing", 0)):
+        return
+    if getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
+        raise UnsupportedError(
+            "soft masks cannot be trained under re-entrant gradient checkpointing: call "
+            "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+        )
+
+
+def real_tokens(mask: Any, length: int) -> torch.Tensor | None:
+    """The `(batch, length)` bool mask of real prompt tokens behind whatever mask a call brings; None means all.
+
+    A static cache brings ready 4-D masks (one, or one per layer type): a column is real if any query sees it.
+    """
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
+    if mask is None:
+        return None
+    if mask.ndim == 2:
+        return mask[:, -length:].bool()
+    mask = mask[:, 0, :length, :length]
+    return (mask if mask.dtype == torch.bool else mask == 0).any(1)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """What is left of a prompt batch, from one cut to the next.
+
+    On a cache that holds tokens already, the prompt is what a call brings to them.
+
+    Attributes:
+        prompt: columns of the unpruned prompt.
+        columns: `(batch, length)` prompt column of every entry.
+        mask: `(batch, length)` bool of real entries, or None if all are.
+        lengths: real entries of every row, on the host (upper bounds inside a compiled graph).
+        positions: `(batch, length)` position ids.
+        rotary: (cos, sin) of `positions`, each `(batch, length, dim)`.
+        shift: `(batch, 1)` positions by which decoded tokens move down, or None.
+        cut: whether it is no longer what the host's own arguments say.
+        past: what the cache holds in front of it, up to its first column; None if nothing.
+        bias: `(batch, length)` float added to the attention scores on every entry (soft masks in training), or None.
+        guesses: prompt columns at the end that are guesses at what comes after the prompt (assisted decoding).
+    """
+
+    prompt: int
+    columns: torch.Tensor
+    mask: torch.Tensor | None
+    lengths: list[int]
+    positions: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    shift: torch.Tensor | None = None
+    cut: bool = False
+    bias: torch.Tensor | None = None
+    guesses: int = 0
+    past: Segment | None = None
+    masks: dict[Any, torch.Tensor | None] = field(default_factory=dict, compare=False)
+
+    @property
+    def length(self) -> int:
+        """Columns, padding included."""
+        return self.columns.shape[1]
+
+    def real(self) -> torch.Tensor:
+        """`(batch, length)` bool of real entries."""
+        return torch.ones_like(self.columns, dtype=torch.bool) if self.mask is None else self.mask
+
+    def asked(self) -> torch.Tensor:
+        """`(batch, length)` bool of real entries without guesses: what a method may look at."""
+        return self.real() & (self.columns < self.prompt - self.guesses) if self.guesses else self.real()
+
+    def index_of(self, layout: Layout) -> torch.Tensor:
+        """`(images, tokens)` entry of every visual token in this sequence (0 for tokens that are gone)."""
+        where = self.columns.new_zeros(self.columns.shape[0], self.prompt)
+        entries = torch.arange(self.length, device=where.device).expand_as(self.columns)
+        # padding and dropped fillers come first and share columns with nothing that is real
+        where = where.scatter(1, self.columns, entries)
+        sample = upload(layout.sample, where.device)
+        return where[sample].gather(1, layout.position)
+
+    def shorten(
+        self, hidden: torch.Tensor, drop: torch.Tensor, dropped: list[int], positions: Positions, rotary_emb: nn.Module
+    ) -> tuple[torch.Tensor, Sequence]:
+        """Drop entries and left-pad the rest.
+
+        Args:
+            hidden: `(batch, length, dim)`.
+            drop: `(batch, length)` bool, entries to drop (real ones only).
+            dropped: their number per row, on the host.
+            positions: what happens to the position ids of the rest.
+        """
+        lengths = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
+        new = max(lengths)
+        empty = hidden.new_empty(*hidden.shape[:2], 0)
+        # contiguous ids have another rotary embedding than the prompt's, and it is not gathered
+        cos, sin = (empty, empty) if positions == "contiguous" else self.rotary
+        hidden, ids, cos, sin, index, mask, lost = torch.ops.vlmprune.select_gather(
+            ~drop, None, self.mask, hidden, self.positions, cos, sin, new, positions == "contiguous"
+        )
+        # what an op gathers beside hidden states that need gradients counts as needing them too; nothing is learned
+        # through positions, and re-entrant checkpointing cannot have layers share a graph
+        cos, sin = cos.detach(), sin.detach()
+        shift = self.shift
+        if positions == "contiguous":
+            shift = lost[:, None] if shift is None else shift + lost[:, None]
+            cos, sin = rotary_emb(hidden, position_ids=ids)
+        # inside a compiled graph lengths are upper bounds, and cannot tell that no padding is left
+        known = self.mask is None or not torch.compiler.is_compiling()
+        mask = None if known and all(n == new for n in lengths) else mask
+        columns = self.columns.gather(1, index)
+        bias = None if self.bias is None else self.bias.gather(1, index)
+        return hidden, replace(
+            self, columns=columns, mask=mask, lengths=lengths, positions=ids, rotary=(cos, sin), shift=shift, cut=True,
+            bias=bias, masks={},
+        )  # fmt: skip
+
+    def behind(self, past: Segment, hidden: torch.Tensor, rotary_emb: nn.Module) -> Sequence:
+        """The same entries in layers that hold another past of the same conversation.
+
+        Its tokens stand `past.shift` lower, and what comes behind them moves with them.
+        """
+        moved = replace(self, past=past, cut=True, masks={})
+        if past.shift is None:
+            return moved
+        down = past.shift if self.past.shift is None else past.shift - self.past.shift
+        positions = self.positions - down
+        shift = down if self.shift is None else self.shift + down
+        return replace(moved, positions=positions, shift=shift, rotary=rotary_emb(hidden, position_ids=positions))
+
+    def with_past(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """A mask of these entries behind that of the past."""
+        return mask if self.past is None else beside(self.past.mask, self.past.length, mask, self.length)
+
+    def segment(self, first: int) -> Segment:
+        """The decode state of the layers from `first` on."""
+        before, held = (0, 0) if self.past is None else (self.past.prompt, self.past.length)
+        mask, soft = self.with_past(self.mask), self.bias is not None
+        return Segment(first, before + self.prompt, held + self.length, mask, self.shift, soft)
+
+    def swap(self, layer: nn.Module, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A decoder layer's keyword arguments with everything that depends on the sequence exchanged."""
+        kind = sliding_window(layer.self_attn)
+        if kind not in self.masks:
+            if kind is not None and self.past is not None and self.mask is not None:
+                raise UnsupportedError(
+                    "the rows of this batch go on with different numbers of tokens, so there would be padding inside "
+                    "a row, which takes the place of tokens in a sliding window: continue the rows one by one."
+                )
+            # a mask over everything is never left out, so there is one to add the bias to
+            real = self.mask if self.bias is None else self.real()
+            check_soft(layer, self.bias)
+            mask = attention_mask(layer, index, hidden, self.with_past(real), kwargs.get("past_key_values"))
+            self.masks[kind] = mask if self.bias is None else add_bias(mask, self.bias.to(hidden.dtype))
+        # the rotary embedding carries the positions; gaps in the ids would be read as packed sequences
+        ids = torch.arange(self.length, device=hidden.device)[None]
+        return kwargs | {
+            "attention_mask": self.masks[kind],
+            "position_embeddings": self.rotary,
+            "position_ids": ids,
+        }
+
+    def expand(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Bring `(batch, length, dim)` back to the prompt's length.
+
+        A dropped or padding column repeats the last kept one before it, or the first kept one.
+        """
+        if not self.cut:
+            return hidden
+        real = torch.ones_like(self.columns) if self.mask is None else self.mask.long()
+        kept = torch.zeros_like(self.columns[:, :1]).expand(-1, self.prompt).scatter_add(1, self.columns, real)
+        first = self.length - kept.sum(1, keepdim=True)
+        index = first + (kept.cumsum(1) - 1).clamp(min=0)
+        return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))

@@ -1,0 +1,99 @@
+"""Matching tokens that may be merged, inside the vision tower. Everything here is a pure function of tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from vlmprune.parts.cuts import Clusters
+from vlmprune.parts.taps import upcast
+
+__all__ = ["energy", "match_alternating", "match_energy", "spread_evenly"]
+
+CHUNK = 256  # rows of a cosine matrix that exist at one time
+
+
+def spread_evenly(removed: int, layers: int) -> list[int]:
+    """Tokens to remove per layer: as equal as whole numbers allow, the larger ones first."""
+    base, extra = divmod(removed, layers)
+    return [base + (i < extra) for i in range(layers)]
+
+
+def assign(
+    order_a: torch.Tensor, order_b: torch.Tensor, similarity: torch.Tensor, removed: int, protected: torch.Tensor | None
+) -> Clusters:
+    """Merge the `removed` tokens of A with the most similar partner into that partner.
+
+    New order: what is protected, what is left of A (in A's order), B.
+
+    Args:
+        order_a, order_b: `(views, a)` and `(views, b)` long token numbers of the two sides.
+        similarity: `(views, a, b)`.
+        protected: `(views, p)` long, tokens in neither side, or None.
+    """
+    views, tokens_a, tokens_b = similarity.shape
+    best, partner = similarity.max(-1)
+    rank = best.sort(dim=-1, descending=True, stable=True).indices
+    gone, left = rank[:, :removed], rank[:, removed:].sort(dim=-1).values
+    first = 0 if protected is None else protected.shape[1]
+    tokens = first + tokens_a + tokens_b
+    into = torch.empty(views, tokens, dtype=torch.long, device=similarity.device)
+    number = torch.arange(tokens, device=similarity.device).expand(views, -1)
+    if protected is not None:
+        into.scatter_(1, protected, number[:, :first])
+    start_b = first + tokens_a - removed
+    into.scatter_(1, order_a.gather(1, left), number[:, first:start_b])
+    into.scatter_(1, order_b, number[:, start_b : start_b + tokens_b])
+    into.scatter_(1, order_a.gather(1, gone), start_b + partner.gather(1, gone))
+    return Clusters(into, start_b + tokens_b)
+
+
+def match_alternating(metric: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
+    """ToMe's bipartite matching: even positions against odd ones, the [CLS] token left out.
+
+    Args:
+        metric: `(views, tokens, dim)`, compared by cosine.
+        removed: tokens to merge away, at most half of the patches.
+    """
+    x = functional.normalize(upcast(metric), dim=-1)
+    views, tokens, _ = x.shape
+    number = torch.arange(tokens, device=x.device).expand(views, -1)
+    # with a [CLS] token at position 0 the even patches start at 2: it stays in front, in neither side
+    a, b = number[:, 2 * has_cls :: 2], number[:, 1::2]
+    similarity = x[:, 2 * has_cls :: 2] @ x[:, 1::2].transpose(-1, -2)
+    return assign(a, b, similarity, removed, number[:, :1] if has_cls else None)
+
+
+def energy(x: torch.Tensor, margin: float, alpha: float = 1.0) -> torch.Tensor:
+    """PiToMe's energy of every token: mean over all tokens of ELU(cosine - margin); high in redundant clusters.
+
+    Args:
+        x: `(views, tokens, dim)`, L2-normalised.
+
+    Returns:
+        `(views, tokens)`; cosines exist for `CHUNK` rows at a time.
+    """
+    rows = [
+        functional.elu(x[:, i : i + CHUNK] @ x.transpose(-1, -2) - margin, alpha).mean(-1)
+        for i in range(0, x.shape[1], CHUNK)
+    ]
+    return torch.cat(rows, 1)
+
+
+def match_energy(metric: torch.Tensor, removed: int, margin: float, has_cls: bool) -> Clusters:
+    """PiToMe's matching: the 2 * removed tokens of highest energy are split alternately, the rest is protected.
+
+    Args:
+        metric: `(views, tokens, dim)`.
+        removed: tokens to merge away, at most half of the patches.
+        margin: of the energy.
+    """
+    x = functional.normalize(upcast(metric), dim=-1)
+    first = int(has_cls)
+    order = energy(x[:, first:], margin).sort(dim=-1, descending=True, stable=True).indices + first
+    mergeable, rest = order[:, : 2 * removed], order[:, 2 * removed :].sort(dim=-1).values
+    if has_cls:
+        rest = torch.cat((torch.zeros_like(order[:, :1]), rest), 1)
+    a, b = mergeable[:, ::2], mergeable[:, 1::2]
+    take = lambda at: x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))  # noqa: E731
+    return assign(a, b, take(a) @ take(b).transpose(-1, -2), removed, rest)

@@ -1,0 +1,116 @@
+"""Choosing tokens: top-k with a documented tie rule, whole rows, and what happens to newlines."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+
+import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
+from vlmprune.parts.budget import count, share
+from vlmprune.parts.cuts import Reduction
+from vlmprune.parts.layout import Layout, upload
+
+__all__ = ["Newlines", "Scope", "candidates", "capped", "check_choice", "keep_patches", "select", "top_k"]
+
+Newlines = Literal["all", "row", "none", "candidates"]
+Scope = Literal["view", "image"]
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raise ValueError unless `value` is one of a Literal's values."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
+
+
+def top_k(scores: torch.Tensor, counts: list[int] | torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Mark the `counts` best candidates of every row.
+
+    Ties go to the lower index; a row with fewer candidates than its count keeps them all. No device sync.
+
+    Args:
+        scores: `(..., tokens)` float.
+        counts: one count a row, a (nested) list or a `(...)` tensor.
+        candidates: `(..., tokens)` bool.
+
+    Returns:
+        `(..., tokens)` bool.
+    """
+    return torch.ops.vlmprune.top_k(scores, upload(counts, scores.device), candidates)
+
+
+def keep_newlines(keep: torch.Tensor, layout: Layout, policy: Newlines) -> torch.Tensor:
+    """Add the newlines that `policy` keeps to `(images, tokens)` kept patches."""
+    if policy in ("none", "candidates"):
+        return keep
+    newline = layout.newline & layout.alive
+    if policy == "all":
+        return keep | newline
+    # a newline closes the tokens of its canvas since the last newline; of a video, whose only one is the last, all
+    closed = layout.newline.long().cumsum(1) - layout.newline.long()
+    several = upload([len(grid.planes) > 1 and not grid.frames for grid in layout.grids], layout.device)
+    in_row = keep & ((layout.plane == 1) | ~several[:, None])
+    hits = torch.zeros_like(closed).scatter_add_(1, closed, in_row.long())
+    return keep | (newline & (hits.gather(1, closed) > 0))
+
+
+def keep_patches(
+    keep: torch.Tensor, layout: Layout, counts: list[int] | None, newlines: Newlines, scores: torch.Tensor | None = None
+) -> Reduction:
+    """Turn `(images, tokens)` kept patches into a reduction, adding newlines by policy.
+
+    Args:
+        keep: bool mask of kept patches (of candidates of both kinds for `newlines="candidates"`).
+        counts: number of True per row where known.
+    """
+    total, patches = counts, counts
+    if newlines == "candidates":
+        patches = None
+    elif newlines == "row":
+        total = None if any(grid.newlines for grid in layout.grids) else counts
+    elif newlines == "all" and counts is not None:
+        if layout.alive_patches is None:
+            total = None
+        else:
+            alive = zip(counts, layout.alive_counts, layout.alive_patches, strict=True)
+            total = [c + tokens - patch for c, tokens, patch in alive]
+    return Reduction(keep_newlines(keep, layout, newlines), total, patches, scores=scores)
+
+
+def select(
+    scores: torch.Tensor, keep: int | float, layout: Layout, newlines: Newlines = "all", scope: Scope = "image"
+) -> Reduction:
+    """Keep every image's best-scored tokens.
+
+    Args:
+        scores: `(images, tokens)`; higher is better.
+        keep: budget in patches per image or video (tokens for `newlines="candidates"`, which lets newlines compete).
+        scope: "image" ranks all patches of an image or video together, "view" gives each view (thumbnail, crop, frame)
+            its share of the budget.
+    """
+    among, totals, available = candidates(layout, newlines)
+    if scope == "view":
+        views = max(grid.views for grid in layout.grids)
+        shares = [share(keep, grid.patches_per_view) + [0] * (views - grid.views) for grid in layout.grids]
+        by_view = layout.view[:, None] == torch.arange(views, device=layout.device)[:, None]
+        rows = (among[:, None] & by_view) if views > 1 else among[:, None]
+        mask = top_k(scores[:, None].expand_as(rows), shares, rows).any(1)
+        untouched = available == [grid.patches for grid in layout.grids]
+        return keep_patches(mask, layout, [sum(s) for s in shares] if untouched else None, newlines, scores)
+    counts = [count(keep, total) for total in totals]
+    mask = top_k(scores, counts, among)
+    return keep_patches(mask, layout, capped(counts, available), newlines, scores)
+
+
+def candidates(layout: Layout, newlines: Newlines) -> tuple[torch.Tensor, list[int], list[int] | None]:
+    """Who competes: `(images, tokens)` bool, their number when they entered the LLM, and now (None if unknown)."""
+    if newlines == "candidates":
+        return layout.alive, layout.entered, layout.alive_counts
+    entered = layout.entered_patches or [grid.patches for grid in layout.grids]
+    return layout.patches, entered, layout.alive_patches
+
+
+def capped(counts: list[int], available: list[int] | None) -> list[int] | None:
+    """Counts that a selection really reaches: at most what is there, unknown if that is unknown."""
+    return None if available is None else [min(c, a) for c, a in zip(counts, available, strict=True)]

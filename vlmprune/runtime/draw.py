@@ -1,0 +1,268 @@
+"""Pictures of what a method kept: kept patches clear, dropped ones pale and dark.
+
+Where a patch lies in the picture is asked of the image processor itself: a picture of its own coordinates goes through
+it, so crops, padding and squashing need no reimplementation. Only Pillow and numpy are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+
+from vlmprune.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vlmprune.parts.layout import ImageGrid
+    from vlmprune.trace import Trace
+
+__all__ = ["Panel", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "sheet"]
+
+LONGEST = 384  # pixels of a panel's longer side: small pictures are scaled up by a whole number, large ones down
+GAP, TEXT, HEADING = 14, 15, 18
+DARK = 0.45  # brightness of what was dropped; what no patch covers is darker still
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Pictures side by side under a title and some lines."""
+
+    title: str
+    lines: list[str]
+    pictures: list[Image.Image]
+
+
+def probe(size: tuple[int, int]) -> Image.Image:
+    """A picture of its own coordinates: red grows to the right, green downwards, blue is everywhere full."""
+    width, height = size
+    pixels = np.full((height, width, 3), 255, np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width).round()[None, :]
+    pixels[..., 1] = np.linspace(0, 255, height).round()[:, None]
+    return Image.fromarray(pixels)
+
+
+def line_through(at: np.ndarray, shade: np.ndarray, length: int, whole: int) -> tuple[float, float]:
+    """Slope and start of the line from a plane's pixels to the picture's, by least squares.
+
+    Args:
+        at: pixel centres in the plane.
+        shade: the probe's brightness there, 0 to 255 over the picture's `length` pixels.
+        whole: pixels of the plane, for a picture too thin to measure.
+    """
+    inner = (shade > 8) & (shade < 247)  # resampling bends the ends
+    if inner.sum() > 1 and np.ptp(at[inner]) > 0:
+        at, shade = at[inner], shade[inner]
+    if length == 1 or np.ptp(at) == 0 or np.ptp(shade) == 0:
+        return length / whole, 0.0
+    slope, start = np.polyfit(at, shade * (length - 1) / 255 + 0.5, 1)
+    return float(slope), float(start)
+
+
+def seen_views(image_processor: Any, pictures: Any) -> np.ndarray:
+    """`(views, 3, height, width)` pixels of what the tower sees of pictures, before they are normalised."""
+    made = image_processor(images=pictures, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    return np.asarray(made, np.float64).reshape(-1, 3, *np.shape(made)[-2:])
+
+
+def patch_boxes(image_processor: Any, size: tuple[int, int], grid: ImageGrid) -> list[Box]:
+    """Where every visual token lies in the picture.
+
+    Args:
+        image_processor: the model's; it is called once or twice.
+        size: (width, height) of the picture.
+        grid: the picture's layout, of `Trace.grids`.
+
+    Returns:
+        (left, top, right, bottom) in pixels of the picture for every token; empty boxes for newlines. Boxes of padded
+        patches reach beyond the picture.
+
+    Raises:
+        UnsupportedError: the layout of a video.
+    """
+    if grid.frames:
+        raise UnsupportedError(
+            "videos are not drawn: where a patch lies in the picture is asked of the image processor, which sees no "
+            "frames. What was kept of which frame: trace.kept_patches(i), with view (the frame), row and col of "
+            "trace.grids[i]."
+        )
+    views = seen_views(image_processor, probe(size))
+    if len(views) > 1 and grid.views == 1:  # one of several in its prompt, which has no crops
+        views = seen_views(image_processor, [[probe(size)] * 2])
+    side_y, side_x = grid.side
+    step_y, step_x = views.shape[2] / side_y, views.shape[3] / side_x
+    view, plane_of, newline = grid.view.numpy(), grid.plane.numpy(), grid.newline.numpy()
+
+    boxes = np.zeros((grid.tokens, 4))
+    for plane in range(len(grid.planes)):
+        mine = (plane_of == plane) & ~newline
+        pitch = np.array(grid.pitch[plane])
+        low = grid.centre.numpy() + 0.5 - pitch / 2  # upper left corners of the tokens, in patches
+        corner = low[mine].min(0)
+        xs, ys, shades = [], [], []
+        for number in np.unique(view[mine]):
+            # where the view's corner lies on the plane
+            down, right = np.array(divmod(max(number - 1, 0), max(grid.crops[1], 1))) * (side_y, side_x) - corner
+            red, green, blue = views[number]
+            y, x = np.nonzero(blue > 250)  # padding is not blue
+            xs.append(x + 0.5 + right * step_x)
+            ys.append(y + 0.5 + down * step_y)
+            shades.append(np.stack((red[y, x], green[y, x])))
+        shade_x, shade_y = np.concatenate(shades, 1)
+        (rows, cols), place = grid.planes[plane], (low - corner)[mine]
+        slope_x, left = line_through(np.concatenate(xs), shade_x, size[0], round(cols * pitch[1] * step_x))
+        slope_y, top = line_through(np.concatenate(ys), shade_y, size[1], round(rows * pitch[0] * step_y))
+        edges = np.concatenate((place, place + pitch), 1)[:, [1, 0, 3, 2]] * (step_x, step_y, step_x, step_y)
+        boxes[mine] = edges * (slope_x, slope_y, slope_x, slope_y) + (left, top, left, top)
+    return [tuple(box) for box in boxes.tolist()]
+
+
+def scaled(image: Image.Image, longest: int = LONGEST) -> tuple[Image.Image, float]:
+    """The picture at panel size and the factor; small ones by a whole number, without new colours."""
+    factor = longest / max(image.size)
+    if factor >= 1:
+        factor = max(1, round(factor))
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST), factor
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.LANCZOS), factor
+
+
+def paint(image: Image.Image, boxes: Sequence[Box], kept: Sequence[float], longest: int = LONGEST) -> Image.Image:
+    """Leave kept boxes as they are, with a thin line around them, and dim everything else.
+
+    Args:
+        kept: for every box the share of the cuts that it outlived: 1 stays clear, 0 is darkest.
+    """
+    base, factor = scaled(image, longest)
+    layers = {level: Image.new("L", base.size) for level in sorted({0.0, 1.0, *map(float, kept)})}
+    for box, level in zip(boxes, kept, strict=True):
+        left, top, right, bottom = (round(edge * factor) for edge in box)
+        if right > left and bottom > top:
+            layers[float(level)].paste(255, (left, top, right, bottom))
+    pale = ImageEnhance.Color(base).enhance(0.3)
+    made = ImageEnhance.Brightness(pale).enhance(DARK * 0.35)  # what no patch covers
+    for level, mask in layers.items():
+        shown = ImageEnhance.Brightness(base if level else pale).enhance(DARK + (1 - DARK) * level)
+        made = Image.composite(shown, made, mask)
+    # the line runs on what was dropped: what was kept stays untouched
+    edge = ImageChops.subtract(layers[1.0].filter(ImageFilter.MaxFilter(3)), layers[1.0])
+    made.paste((255, 255, 255), mask=edge)
+    return made
+
+
+def outlived(trace: Trace, index: int) -> list[float]:
+    """For every token of image `index` the share of the cuts that it outlived."""
+    cuts, tokens = [set(cut.tokens(index)) for cut in trace.cuts], trace.grids[index].tokens
+    return [sum(token in kept for kept in cuts) / len(cuts) for token in range(tokens)]
+
+
+def kept_pictures(
+    image: Image.Image, trace: Trace, image_processor: Any, index: int = 0, longest: int = LONGEST
+) -> list[Image.Image]:
+    """The picture with what was kept of image `index`; of several cuts, what outlived more of them is brighter.
+
+    Of an image with crops: the canvas of crops first, then, smaller, the thumbnail.
+    """
+    grid, kept = trace.grids[index], outlived(trace, index)
+    boxes = patch_boxes(image_processor, image.size, grid)
+    planes = []
+    for plane in range(len(grid.planes)):
+        mine = [t for t in range(grid.tokens) if grid.plane[t] == plane and not grid.newline[t]]
+        size = longest if len(grid.planes) == 1 or plane else longest // 2
+        planes.append(paint(image, [boxes[t] for t in mine], [kept[t] for t in mine], size))
+    return planes[::-1]
+
+
+def plain_panel(image: Image.Image, title: str, lines: Sequence[str] = (), longest: int = LONGEST) -> Panel:
+    """The picture as it is."""
+    return Panel(title, list(lines), [scaled(image, longest)[0]])
+
+
+def kept_panel(
+    image: Image.Image,
+    trace: Trace,
+    image_processor: Any,
+    index: int,
+    title: str,
+    lines: Sequence[str] = (),
+    longest: int = LONGEST,
+) -> Panel:
+    """The picture with what was kept, and the counts under the title."""
+    grid, count = trace.grids[index], trace.counts[index]
+    merged = ", the rest merged in" if any(cut.merge is not None for cut in trace.cuts) else ""
+    steps = " -> ".join(f"{len(trace.kept_patches(index, cut))}" for cut in range(len(trace.cuts)))
+    about = [f"{steps} of {count['patches_before']} patches{merged}"]
+    if len(grid.planes) > 1:
+        kept = trace.kept_patches(index)
+        small = sum(int(grid.plane[t]) == 0 for t in kept)
+        whole = grid.patches_per_view[0]
+        about = [f"crops {len(kept) - small} of {grid.patches - whole}, thumbnail {small} of {whole}{merged}"]
+    return Panel(title, about + list(lines), kept_pictures(image, trace, image_processor, index, longest))
+
+
+def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own font, in its only size where Pillow was built without FreeType."""
+    try:
+        return ImageFont.load_default(size)
+    except (TypeError, ImportError, OSError):
+        return ImageFont.load_default()
+
+
+def write(canvas: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, room: int) -> None:
+    """Write one line, cut to `room` pixels."""
+    used, text = font(size), " ".join(text.split())
+    if isinstance(used, ImageFont.ImageFont):
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    whole = text
+    while text and canvas.textlength(text if text == whole else text + "...", used) > room:
+        text = text[:-1]
+    canvas.text(at, text if text == whole else text + "...", fill=(20, 20, 20), font=used)
+
+
+def sheet(rows: Sequence[Sequence[Panel]], heading: str = "") -> Image.Image:
+    """Put rows of panels onto one white picture, columns under each other."""
+    columns = max(len(row) for row in rows)
+
+    def size(panel: Panel) -> tuple[int, int]:
+        wide = sum(p.width for p in panel.pictures) + GAP // 2 * (len(panel.pictures) - 1)
+        return max(wide, 12 * TEXT), max(p.height for p in panel.pictures)
+
+    line = TEXT + 5
+    wide = [max(size(row[c])[0] for row in rows if c < len(row)) for c in range(columns)]
+    text = [line * (1 + max(len(panel.lines) for panel in row)) + 4 for row in rows]
+    tall = [max(size(panel)[1] for panel in row) for row in rows]
+    top = GAP + (HEADING + GAP if heading else 0)
+    made = Image.new("RGB", (sum(wide) + GAP * (columns + 1), top + sum(text) + sum(tall) + GAP * len(rows)), "white")
+    canvas = ImageDraw.Draw(made)
+    if heading:
+        write(canvas, (GAP, GAP), heading, HEADING, made.width - 2 * GAP)
+    for row, words, height in zip(rows, text, tall, strict=True):
+        left = GAP
+        for panel, room in zip(row, wide, strict=False):
+            for i, line_text in enumerate((panel.title, *panel.lines)):
+                write(canvas, (left, top + i * line), line_text, TEXT, room)
+            x = left
+            for picture in panel.pictures:
+                made.paste(picture, (x, top + words))
+                x += picture.width + GAP // 2
+            left += room + GAP
+        top += words + height + GAP
+    return made
+
+
+def draw_kept(image: Image.Image, trace: Trace, processor: Any, index: int = 0) -> Image.Image:
+    """A picture of what the last pruned prefill kept of image `index`.
+
+    Args:
+        image: the picture that the processor got.
+        trace: `handle.trace`.
+        processor: the model's processor (or its image processor).
+        index: the image's number in the batch.
+    """
+    image_processor = getattr(processor, "image_processor", processor)
+    title = " + ".join(dict.fromkeys(cut.method for cut in trace.cuts))
+    return sheet([[plain_panel(image, "picture"), kept_panel(image, trace, image_processor, index, title)]])

@@ -1,0 +1,249 @@
+"""From what the user named to a model on a device, and from pictures and a prompt to its inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmprune.runtime.errors import UserError, brief
+from vlmprune.runtime.status import note, quiet
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["Loaded", "find_model", "load", "model_inputs", "pick_device"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: a folder (`local`) or an id on the hub; `embedded` models come with the package."""
+
+    name: str
+    place: str
+    local: bool
+    embedded: bool = False
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run, with its processor."""
+
+    source: Source
+    model: Any
+    processor: Any
+
+    @property
+    def description(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters())
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        kind = self.model.config.model_type
+        return f"{self.source.name} ({kind}, {size / 1e6:.3g} M parameters), {self.model.device}, {dtype}"
+
+
+def find_model(name: str) -> Source:
+    """Find out what `name` means: an embedded model, a folder, or an id on the hub.
+
+    Raises:
+        UserError: an embedded model whose weights are missing, no such folder, or a folder without a model.
+    """
+    from vlmprune.errors import did_you_mean
+    from vlmprune.eval import testbed
+
+    if name in testbed.NAMES:
+        try:
+            return Source(name, str(testbed.path(name)), local=True, embedded=True)
+        except FileNotFoundError as error:
+            raise UserError(f"{brief(error)}; name another model with --model.") from None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no config.json: it is not the folder of a model.")
+        return Source(name, str(folder), local=True)
+    if folder.exists():
+        raise UserError(f"{folder} is a file: --model takes the folder of a model.")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        hint = did_you_mean(name, testbed.NAMES)
+        raise UserError(
+            f"no model {name!r}: no such folder, no embedded model ({', '.join(testbed.NAMES)}), and not an id "
+            f"owner/name on the hub.{hint}"
+        )
+    return Source(name, name, local=False)
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        UserError: a device that this machine or this torch lacks.
+    """
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        number = re.fullmatch(r"cuda(?::(\d+))?", wanted)
+        if number is None or int(number[1] or 0) >= count:
+            raise UserError(f"there is no device {wanted!r}: torch {torch.__version__} sees {count} CUDA devices.")
+    elif wanted != "cpu":
+        raise UserError(f"unknown device {wanted!r}: cpu, cuda, cuda:N or auto.")
+    return wanted
+
+
+def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: Any) -> Loaded:
+    """Load a model and its processor.
+
+    Args:
+        source: of `find_model`.
+        device: of `pick_device`.
+        dtype: "float32", "bfloat16", "float16" or "auto", which is the checkpoint's own on a GPU and float32 on a CPU.
+        **options: more for `from_pretrained`; a `device_map` places the model instead of `device`.
+
+    Raises:
+        UserError: not there, not reachable, not complete, or of a family that is not supported.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from vlmprune.errors import UnsupportedError
+    from vlmprune.patches import FAMILIES, family_of
+
+    where = "" if source.local else " from the Hugging Face hub"
+    note(f"loading {source.name}{where} ...")
+    kind = dtype if dtype != "auto" else ("auto" if device.startswith("cuda") else "float32")
+    only = {"local_files_only": source.local}
+    with quiet(downloads=not source.local):
+        try:
+            refuse_original(source)
+            config = AutoConfig.from_pretrained(source.place, **only)
+            if config.model_type not in FAMILIES:
+                raise UserError(
+                    f"{source.name} is a model of type {config.model_type!r}, which is not supported. "
+                    f"Supported: {', '.join(FAMILIES)} (see `vlmprune ls models`)."
+                )
+            processor = load_processor(source, config.model_type, **only)
+            if getattr(processor, "image_processor", None) is None:
+                raise UserError(f"{source.name} has no processor for pictures (processor_config.json).")
+            wanted = kind if kind == "auto" else getattr(torch, kind)
+            model = AutoModelForImageTextToText.from_pretrained(source.place, dtype=wanted, **only, **options)
+            family = family_of(model)
+            family.facts(family.inner(model))
+        except UnsupportedError as error:
+            raise UserError(f"{source.name}: {error}") from None
+        except UserError:
+            raise
+        except Exception as error:  # transformers, the hub and safetensors raise nearly anything
+            way = "" if source.local else " (no such folder here, and the hub could not help)"
+            raise UserError(f"cannot load {source.name}{way}: {brief(error)}") from error
+    placed = model if options.get("device_map") is not None else model.to(device)
+    return Loaded(source, placed.eval(), processor)
+
+
+def refuse_original(source: Source) -> None:
+    """Refuse checkpoints of the original llava package, of which transformers would load the wrong half or nothing.
+
+    Raises:
+        UserError: with the two ways to run one.
+        Exception: whatever transformers raises where there is no config.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(source.place, local_files_only=source.local)
+    if "mm_vision_tower" in config:
+        raise UserError(
+            f"{source.name} is a checkpoint of the original llava package, which this command does not load. Give its "
+            "Hugging Face conversion (llava-hf/... on the hub), or use Python: load it with "
+            "llava.model.builder.load_pretrained_model and call vlmprune.patch(model, ...)."
+        )
+
+
+def load_processor(source: Source, model_type: str, **only: Any) -> Any:
+    """The model's processor; without its part for videos where that cannot be had.
+
+    transformers has no video processor that works without torchvision, and loads no processor that lacks a part.
+
+    Raises:
+        UserError: a family whose processor cannot do without.
+        Exception: whatever transformers raises.
+    """
+    from importlib.util import find_spec
+
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    from vlmprune.patches import FAMILIES
+
+    if "video" not in FAMILIES[model_type].modalities or find_spec("torchvision") is not None:
+        return transformers.AutoProcessor.from_pretrained(source.place, **only)
+    name = PROCESSOR_MAPPING_NAMES[model_type]
+    if name != "LlavaOnevisionProcessor":
+        raise UserError(
+            f"the processor of {model_type} models needs torchvision, for its videos: install the torchvision that "
+            "fits your torch."
+        )
+    whole = getattr(transformers, name)
+    part = type(name, (whole,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
+    note("no torchvision: images only")
+    return part.from_pretrained(source.place, **only)
+
+
+def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> dict[str, Any]:
+    """Prepare pictures and prompt as the model wants them, by its chat template where it has one.
+
+    A prompt that has the image placeholder in it is taken as it is.
+
+    Raises:
+        UserError: placeholders and pictures do not match, or the processor cannot prepare them.
+    """
+    processor, model = loaded.processor, loaded.model
+    token = getattr(processor, "image_token", None) or "<image>"
+    if token in prompt:
+        text, made = prompt, f"the prompt has {prompt.count(token)} {token}"
+    elif getattr(processor, "chat_template", None):
+        content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        made = f"the model's chat template writes {text.count(token)} {token}"
+    else:
+        text, made = token * len(images) + "\n" + prompt, ""
+    if text.count(token) != len(images):
+        raise UserError(f"{made}, and there are {len(images)} pictures.")
+    check_shapes(processor, images)
+    # a template that writes the first token itself must not get a second one
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+    try:
+        # in a list of their own: LLaVA-OneVision prepares several pictures of one prompt differently
+        inputs = processor(text=text, images=[list(images)], return_tensors="pt", **once)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(f"the model's processor cannot prepare these pictures: {brief(error)}") from error
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return inputs
+
+
+def check_shapes(processor: Any, images: Sequence[Image.Image]) -> None:
+    """Refuse pictures so long and narrow that scaling their shorter side to the tower's would not fit into memory.
+
+    Raises:
+        UserError: more pixels than Pillow takes for a bomb.
+    """
+    from PIL import Image
+
+    edge = (getattr(processor.image_processor, "size", None) or {}).get("shortest_edge")
+    most = Image.MAX_IMAGE_PIXELS
+    for image in images if edge and most else ():
+        if (pixels := edge * edge * max(image.size) / min(image.size)) > 2 * most:
+            raise UserError(
+                f"a picture of {image.width} x {image.height} pixels is too long and narrow: with its shorter side "
+                f"scaled to {edge}, as this model wants it, it would have {pixels:.2g} pixels. Cut it into pieces."
+            )
+
+
+def unknown_words(loaded: Loaded, prompt: str) -> list[str]:
+    """Words that an embedded model, which knows few, reads as <unk>."""
+    tokenizer = loaded.processor.tokenizer
+    words = dict.fromkeys(re.findall(r"[\w:]+|[^\w\s]", prompt.replace("<image>", " ")))
+    return [w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"]]

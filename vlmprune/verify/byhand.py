@@ -1,0 +1,225 @@
+"""What a pruned prefill computes, done by hand: rows are selected as a trace says, and the model's own layers run on
+them. The benchmark's oracle and `vlmprune check` are made of this.
+
+Which rows are left, where they stand and what is merged is worked out here, apart from the engine's hooks. Shared with
+the engine is `sequence.attention_mask`, which asks transformers for a layer's mask; a mistake in it would be made on
+both sides, so `vlmprune check` also compares decoding with masks of the whole sequence that it builds itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmprune.engine.sequence import attention_mask
+from vlmprune.trace import CutTrace
+
+__all__ = ["Flow", "Stretch", "flow_of", "run_layers", "stretches"]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The X' = M X of one image: row `target[e]` gets `weight[e]` times row `source[e]`; all `anchors` are replaced.
+
+    Attributes:
+        anchors, target, source: long, rows of batch row `sample`.
+        weight: float.
+    """
+
+    sample: int
+    anchors: torch.Tensor
+    target: torch.Tensor
+    source: torch.Tensor
+    weight: torch.Tensor
+
+    def apply(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(batch, length, dim)` with the anchors merged."""
+        x = hidden[self.sample]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = torch.zeros_like(x, dtype=wide)
+        total.index_add_(0, self.target, x[self.source].to(wide) * self.weight[:, None].to(wide))
+        hidden = hidden.clone()
+        hidden[self.sample, self.anchors] = total[self.anchors].to(x.dtype)
+        return hidden
+
+
+def flow_of(cut: CutTrace, image: int, sample: int, here: dict[int, int], columns: Sequence[int]) -> Flow:
+    """The flow of one image at a merging cut.
+
+    Args:
+        here: row of every prompt column that is there before the cut.
+        columns: prompt column of every token of the image.
+    """
+    merge, keep = cut.merge, cut.keep[image].tolist()
+    into, weight = merge.into[image].tolist(), merge.weight[image].tolist()
+    source = range(len(into)) if merge.source is None else merge.source[image].tolist()
+    alive = [t for t, column in enumerate(columns) if column in here]
+    known = set(alive)
+    entries = [(i, s, w) for i, s, w in zip(into, source, weight, strict=True) if w and s in known and i in known]
+    device = merge.weight.device
+
+    def rows(tokens: list[int]) -> torch.Tensor:
+        return torch.tensor([here[columns[t]] for t in tokens], dtype=torch.long, device=device)
+
+    return Flow(
+        sample,
+        rows([t for t in alive if keep[t]]),
+        rows([i for i, _, _ in entries]),
+        rows([s for _, s, _ in entries]),
+        torch.tensor([w for _, _, w in entries], device=device, dtype=merge.weight.dtype),
+    )
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """The decoder layers from `first` up to the next cut, and what they run on.
+
+    Attributes:
+        index: `(batch, length)` entries of the stretch before (of the prompt, for the first one).
+        positions: `(batch, length)` position ids.
+        mask: `(batch, length)` bool of real entries, or None if rows are equally long.
+        shift: `(batch, 1)` positions by which decoded tokens move down.
+        flows: what is merged in front of the selection.
+    """
+
+    first: int
+    index: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor | None
+    shift: torch.Tensor
+    flows: tuple[Flow, ...] = ()
+
+    def longer(self, by: int) -> torch.Tensor | None:
+        """The mask when `by` tokens have been decoded."""
+        return None if self.mask is None else torch.nn.functional.pad(self.mask, (0, by), value=True)
+
+    def take(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What this stretch runs on, of the `(batch, length, dim)` that the one before left."""
+        for flow in self.flows:
+            hidden = flow.apply(hidden)
+        return hidden.gather(1, self.index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def stretches(
+    cuts: Sequence[CutTrace],
+    sample: Sequence[int],
+    images: Sequence[Sequence[int]],
+    shape: tuple[int, int],
+    device: torch.device,
+) -> list[Stretch]:
+    """What every layer of a pruned prefill saw, as index tensors on `device`.
+
+    Args:
+        cuts: of a trace.
+        sample: batch row of every image.
+        images: prompt columns of every image's tokens.
+        shape: rows and columns of the prompt batch, which has no padding.
+
+    Raises:
+        ValueError: soft masks, which remove nothing.
+    """
+    batch, width = shape
+    columns = [list(range(width)) for _ in range(batch)]
+    positions, shift = [list(row) for row in columns], [0] * batch
+
+    def state() -> tuple[list[list[int]], list[list[int]], list[int]]:
+        return [list(row) for row in columns], [list(row) for row in positions], list(shift)
+
+    seen, flows = {0: state()}, {}
+    rows: list[list[int]] = [list(row) for row in columns]  # in front of the layer whose cuts are under way
+    layer = 0
+    for cut in cuts:
+        if cut.soft is not None:
+            raise ValueError("soft masks remove nothing: there is no oracle for them.")
+        if cut.layer != layer:
+            rows, layer = [list(row) for row in columns], cut.layer
+        for image, (row, mine) in enumerate(zip(sample, images, strict=True)):
+            keep = cut.keep[image, : len(mine)].tolist()
+            left = set(columns[row])
+            gone = {column for column, stays in zip(mine, keep, strict=True) if not stays} & left
+            if cut.merge is not None and (gone or cut.merge.source is not None):
+                here = {column: entry for entry, column in enumerate(rows[row]) if column in left}
+                flows.setdefault(cut.layer, []).append(flow_of(cut, image, row, here, mine))
+            if cut.positions == "contiguous":
+                lost, moved = 0, []
+                for column, position in zip(columns[row], positions[row], strict=True):
+                    lost += column in gone
+                    moved.append(position - lost)
+                positions[row] = moved
+                shift[row] += lost
+            stay = [i for i, column in enumerate(columns[row]) if column not in gone]
+            columns[row] = [columns[row][i] for i in stay]
+            positions[row] = [positions[row][i] for i in stay]
+        seen[cut.layer] = state()
+
+    made: list[Stretch] = []
+    before = ([list(range(width))] * batch, width)
+    for first, (cols, ids, moved) in sorted(seen.items()):
+        if made and cols == before[0] and first not in flows:
+            continue  # a cut that took nothing
+        earlier, room = before
+        length = max(map(len, cols))
+        index, padded, mask = [], [], []
+        for row, mine, position in zip(earlier, cols, ids, strict=True):
+            entry = {column: room - len(row) + i for i, column in enumerate(row)}
+            fill = length - len(mine)
+            index.append([0] * fill + [entry[column] for column in mine])
+            padded.append([0] * fill + position)
+            mask.append([False] * fill + [True] * len(mine))
+        ragged = any(len(mine) != length for mine in cols)
+
+        def upload(values: list, dtype: torch.dtype = torch.long) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        made.append(
+            Stretch(
+                first,
+                upload(index),
+                upload(padded),
+                upload(mask, torch.bool) if ragged else None,
+                upload([[m] for m in moved]),
+                tuple(flows.get(first, ())),
+            )
+        )
+        before = (cols, length)
+    return made
+
+
+def run_layers(
+    language_model: nn.Module,
+    hidden: torch.Tensor,
+    parts: Sequence[Stretch],
+    positions: Sequence[torch.Tensor],
+    cache: Any,
+    decoded: int = 0,
+) -> torch.Tensor:
+    """All decoder layers and the norm, called as the model calls them, each stretch with its own rows and positions.
+
+    Args:
+        hidden: `(batch, length, dim)` what the first stretch runs on.
+        positions: `(batch, length)` position ids, one per stretch.
+        cache: is filled.
+        decoded: tokens after the prompt, `hidden` included; 0 in the prefill.
+    """
+    number = -1
+    for index, layer in enumerate(language_model.layers):
+        if number + 1 < len(parts) and parts[number + 1].first == index:
+            number += 1
+            part = parts[number]
+            if number and not decoded:
+                hidden = part.take(hidden)
+            mask = attention_mask(layer, index, hidden, part.longer(decoded), cache)
+            rotary = language_model.rotary_emb(hidden, position_ids=positions[number])
+        hidden = layer(
+            hidden,
+            attention_mask=mask,
+            position_embeddings=rotary,
+            position_ids=positions[number],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return language_model.norm(hidden)
