@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, trace_packing
+from vlmprune.patches.language_models import LANGUAGE_MODELS
+from vlmprune.patches.towers import TOWERS
 
 if TYPE_CHECKING:
     from vlmprune.engine.plan import Plan
 
-__all__ = ["Bound", "Family", "ModelFacts"]
-
-TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}  # model_type -> has a [CLS] token
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+__all__ = ["Bound", "Family"]
 
 
 def feature_index(given: int | Sequence[int], layers: int) -> int:
@@ -26,29 +25,6 @@ def feature_index(given: int | Sequence[int], layers: int) -> int:
     if not isinstance(given, int):  # several layers are concatenated; the deepest leads
         given = max(f if f >= 0 else layers + 1 + f for f in given)
     return max((given if given >= 0 else layers + 1 + given) - 1, 0)
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """The facts about a model that methods choose their layers by.
-
-    Attributes:
-        family: the model's `model_type`.
-        tower_layers: number of layers of the vision tower.
-        feature_layer: 0-based tower layer whose output becomes the visual features.
-        has_cls: whether the tower has a [CLS] token.
-        decoder_layers: number of layers of the language model.
-        views: whether one image may have several views (thumbnail and crops).
-        view_patches: patches of one view.
-    """
-
-    family: str
-    tower_layers: int
-    feature_layer: int
-    has_cls: bool
-    decoder_layers: int
-    views: bool
-    view_patches: int
 
 
 class Bound:

@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import upload
-from vlmprune.patches.base import TOWERS, Bound, Family, ModelFacts, feature_index
+from vlmprune.patches.base import Bound, Family, feature_index
 from vlmprune.patches.tagged import tag, untag
+from vlmprune.patches.towers import TOWERS
 
 __all__ = ["LlavaLlama", "LlavaMistral"]
 

@@ -31,9 +31,9 @@ from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method
 from vlmprune.methods.controls import random_scores
 from vlmprune.parts.cuts import Cut, Decoder, Reduction
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
 from vlmprune.parts.selection import select
-from vlmprune.patches import ModelFacts
 
 ABLATIONS = ("redundancy", "spatial", "fixed")
 

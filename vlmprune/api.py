@@ -13,8 +13,9 @@ from vlmprune.engine import hooks as engine
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
 from vlmprune.parts.cuts import Cut, Decoder, Pixels, Vision
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.taps import ClusterOf, TowerTap
-from vlmprune.patches import ModelFacts, family_of
+from vlmprune.patches import family_of
 from vlmprune.trace import Trace
 
 __all__ = ["Handle", "patch", "unpatch"]

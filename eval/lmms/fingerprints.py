@@ -12,7 +12,8 @@ from typing import Any
 from vlmprune._version import __version__
 from vlmprune.errors import UnsupportedError
 from vlmprune.eval.naming import methods_of
-from vlmprune.patches import FAMILIES, ModelFacts, family_of
+from vlmprune.parts.facts import ModelFacts
+from vlmprune.patches import FAMILIES, family_of
 
 __all__ = ["commit", "device", "facts_of", "files", "method", "model", "versions"]
 

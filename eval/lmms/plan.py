@@ -16,7 +16,7 @@ from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import fingerprints
 from vlmprune.eval.lmms.taskindex import TaskIndex
 from vlmprune.eval.naming import NONE, budget_text, methods_of
-from vlmprune.patches import ModelFacts
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.runtime.errors import UserError
 from vlmprune.runtime.loading import pick_device
 

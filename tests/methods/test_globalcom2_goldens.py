@@ -10,8 +10,8 @@ import tiny
 import torch
 
 from vlmprune.methods.globalcom2 import GlobalCom2, crop_ratios, released_order, stretch
+from vlmprune.parts.attention import cls_logits, distinctness
 from vlmprune.parts.selection import top_k
-from vlmprune.parts.taps import cls_logits, distinctness
 from vlmprune.patches import FAMILIES
 
 CASES = [

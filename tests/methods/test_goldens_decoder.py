@@ -13,8 +13,8 @@ from vlmprune.eval.bench.flops import decode_flops, prefill_flops
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.todre import stage2_layer
 from vlmprune.methods.transprune import TransPrune, schedule_layers, transition
+from vlmprune.parts.attention import attention_mass, split_heads
 from vlmprune.parts.diversity import greedy_diversity
-from vlmprune.parts.taps import attention_mass, split_heads
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens/decoder_methods.json").read_text())
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -16,7 +16,8 @@ from transformers import DynamicCache, StaticCache
 
 import vlmprune
 from vlmprune import Cut, Decoder, Method, Reduction
-from vlmprune.parts.taps import Hidden, ReceivedAttention, TextAttention, Visible, VisionAttention, attention_mass
+from vlmprune.parts.attention import Visible, attention_mass
+from vlmprune.parts.taps import Hidden, ReceivedAttention, TextAttention, VisionAttention
 
 F64 = torch.float64
 

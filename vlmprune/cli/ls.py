@@ -165,7 +165,7 @@ def refused(family: str, views: bool, has_cls: bool) -> dict[str, str]:
     """Methods that do not run on a family, or a tower with or without a [CLS] token, by their own words."""
     from vlmprune import registry
     from vlmprune.errors import UnsupportedError
-    from vlmprune.patches import ModelFacts
+    from vlmprune.parts.facts import ModelFacts
 
     facts = ModelFacts(family, 24, 22, has_cls, decoder_layers=32, views=views, view_patches=576)
     why = {}

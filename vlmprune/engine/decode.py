@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from vlmprune.engine.plan import FRAME
-from vlmprune.engine.sequence import SEGMENTS, Segment, attention_mask
+from vlmprune.engine.sequence import SEGMENTS, Segment
 from vlmprune.errors import UnsupportedError
-from vlmprune.parts.taps import sliding_window
+from vlmprune.patches.language_models import attention_mask, sliding_window
 
 __all__ = ["Decode", "catch_up", "held", "length_of", "resume", "rolled_back"]
 

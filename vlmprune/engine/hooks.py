@@ -43,6 +43,8 @@ from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
+from vlmprune.patches.language_models import decoder_layer
+from vlmprune.patches.towers import tower_layer
 
 __all__ = ["Plan", "install", "is_hook", "remove"]
 
@@ -287,7 +289,8 @@ def install(model: nn.Module, plan: Plan) -> None:
                 watching = Watch() if index in plan.key_layers else None
                 before(layer, BeforeTowerLayer(index, watching))
                 if watching is not None:
-                    layer.self_attn.k_proj.register_forward_hook(AfterKeys(index, watching, layer.self_attn.num_heads))
+                    kind = tower_layer(layer)
+                    kind.key_projection.register_forward_hook(AfterKeys(index, watching, kind.attention.num_heads))
             tower.register_forward_hook(AfterTower(), with_kwargs=True)
     for modality in family.modalities:
         if family.needs_sizes or modality == "video":
@@ -298,8 +301,9 @@ def install(model: nn.Module, plan: Plan) -> None:
         watching = Watch() if index in plan.block_layers else None
         before(layer, BeforeLayer(index, watching))
         if watching is not None:
-            layer.self_attn.register_forward_hook(AfterBlock(index, watching, last=False), with_kwargs=True)
-            layer.mlp.register_forward_hook(AfterBlock(index, watching, last=True), with_kwargs=True)
+            kind = decoder_layer(layer)
+            kind.attention.register_forward_hook(AfterBlock(index, watching, last=False), with_kwargs=True)
+            kind.feed_forward.register_forward_hook(AfterBlock(index, watching, last=True), with_kwargs=True)
     # in this order: inner and language model may be one module
     family.language_model(inner).register_forward_hook(AfterLanguageModel(), with_kwargs=True)
     inner.register_forward_hook(AfterModel(), with_kwargs=True)

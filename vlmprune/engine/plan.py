@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from vlmprune.parts.cuts import Cut, Decoder, Pixels, Vision
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.taps import BlockKeys, BlockTap, TowerTap
-from vlmprune.patches import Family, ModelFacts
+from vlmprune.patches import Family
 from vlmprune.trace import Trace
 
 __all__ = ["FRAME", "GUESSES", "Plan"]

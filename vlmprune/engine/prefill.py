@@ -18,7 +18,8 @@ from vlmprune.engine.tower import SEEN
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Cut, Reduction
 from vlmprune.parts.layout import download, upload
-from vlmprune.parts.taps import BlockTap, DecoderTap, Hidden, Tap, TowerTap, sliding_window
+from vlmprune.parts.taps import BlockTap, DecoderLayer, DecoderTap, Hidden, Tap, TowerTap
+from vlmprune.patches.language_models import decoder_layer
 from vlmprune.trace import CutTrace, Trace
 
 __all__ = ["Prefill"]
@@ -113,7 +114,7 @@ class Prefill:
             if isinstance(tap, DecoderTap) and tap.layer == index and tap not in self.seen:
                 # no_grad not as a decorator: a compiled graph can hold the one and not the other
                 with torch.no_grad(), loaded(layer):
-                    self.seen[tap] = tap.measure(layer, hidden.detach(), self)
+                    self.seen[tap] = tap.measure(decoder_layer(layer), hidden.detach(), self)
 
     def watch(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Let the block taps of layer `index` see what one of its two blocks read and wrote."""
@@ -123,7 +124,7 @@ class Prefill:
                     value = tap.measure(before.detach(), after.detach(), self)
                     self.seen[tap] = self.seen[tap] + value if tap in self.seen else value
 
-    def past_keys(self, layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def past_keys(self, layer: DecoderLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The keys that a decoder layer holds in front of the sequence, and which keys of both are real.
 
         Returns:
@@ -132,7 +133,7 @@ class Prefill:
         """
         if (past := self.sequence.past) is None:
             return None, self.sequence.mask
-        index, window = layer.self_attn.layer_idx, sliding_window(layer.self_attn)
+        index, window = layer.index, layer.window
         keys = self.cache.layers[index].keys
         columns = min(past.length, keys.shape[-2] if keys.ndim == 4 else 0)
         if columns < (past.length if window is None else min(past.length, window - 1)):

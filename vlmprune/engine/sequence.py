@@ -12,9 +12,9 @@ import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.cuts import Positions
 from vlmprune.parts.layout import Layout, upload
-from vlmprune.parts.taps import sliding_window
+from vlmprune.patches.language_models import attention_mask, sliding_window
 
-__all__ = ["SEGMENTS", "Segment", "Sequence", "attention_mask", "real_tokens"]
+__all__ = ["SEGMENTS", "Segment", "Sequence", "real_tokens"]
 
 SEGMENTS = "_vlmprune_segments"  # attribute of a cache: its decode state
 
@@ -66,22 +66,6 @@ def beside(left: torch.Tensor | None, columns: int, right: torch.Tensor | None, 
     left = rows.new_ones(len(rows), columns, dtype=torch.bool) if left is None else left
     right = rows.new_ones(len(rows), more, dtype=torch.bool) if right is None else right
     return torch.cat((left.bool(), right.bool()), 1)
-
-
-def attention_mask(
-    layer: nn.Module, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any
-) -> torch.Tensor | None:
-    """The causal mask of decoder layer `index` as the host would build it for these `(batch, length, dim)` inputs.
-
-    `mask` is the 2-D padding mask over everything the layer has cached and `hidden`. Position ids are left out on
-    purpose: gaps in them would be read as packed sequences.
-    """
-    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-
-    attention = layer.self_attn
-    make = create_causal_mask if sliding_window(attention) is None else create_sliding_window_causal_mask
-    # asking whether the padding mask could be skipped would wait for the device
-    return make(attention.config, hidden, mask, cache, layer_idx=index, allow_is_causal_skip=mask is None)
 
 
 def add_bias(mask: Any, bias: torch.Tensor) -> torch.Tensor:

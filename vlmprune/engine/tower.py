@@ -23,6 +23,7 @@ from vlmprune.parts.taps import BlockKeys, ClusterOf, Tap
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
 from vlmprune.patches.tagged import untag
+from vlmprune.patches.towers import tower_layer
 
 __all__ = [
     "SEEN",
@@ -68,7 +69,7 @@ class TowerFrame:
         for tap in self.plan.tower_taps:
             if tap.layer == index:
                 with torch.no_grad(), loaded(layer):  # scores choose tokens; nothing is learned through them
-                    self.seen[tap] = tap.measure(layer, hidden.detach(), self.has_cls)
+                    self.seen[tap] = tap.measure(tower_layer(layer), hidden.detach(), self.has_cls)
         place = self.places[-1] if self.places else None
         for cut in self.plan.tower_cuts:
             if cut.at.layer == index:
@@ -154,7 +155,7 @@ class BeforeTowerLayer:
         if FRAME not in kwargs:
             return None
         if self.watching is not None and not any(
-            isinstance(hook, AfterKeys) for hook in module.self_attn.k_proj._forward_hooks.values()
+            isinstance(hook, AfterKeys) for hook in tower_layer(module).key_projection._forward_hooks.values()
         ):
             raise UnsupportedError(
                 f"the key projection of tower layer {self.index} was replaced after patching (an adapter came "

@@ -9,8 +9,8 @@ from typing import ClassVar
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.budget import check_keep
 from vlmprune.parts.cuts import Cut
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
-from vlmprune.patches import ModelFacts
 
 __all__ = ["Budgeted", "Method", "check_layer", "check_seed", "check_share", "need_cls", "tower_layer"]
 

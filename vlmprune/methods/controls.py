@@ -13,9 +13,9 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Budgeted, check_seed
 from vlmprune.parts.budget import share
 from vlmprune.parts.cuts import Cut, Decoder, Merge, Pixels, Positions, Reduction
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, Layout, upload
 from vlmprune.parts.selection import Newlines, check_choice, keep_patches, select
-from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 
 __all__ = ["Downsample", "Grid", "Pool", "Random", "grid_shape", "random_scores"]

@@ -11,10 +11,10 @@ import torch
 from vlmprune.methods.base import Budgeted, check_layer
 from vlmprune.parts.budget import count
 from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
 from vlmprune.parts.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
 from vlmprune.parts.taps import Tap, TextAttention
-from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 
 __all__ = ["FastV"]

@@ -11,10 +11,10 @@ from vlmprune.methods.base import Budgeted, check_layer, need_cls
 from vlmprune.methods.vtc_cls import Ensemble, ensemble_scores
 from vlmprune.parts.budget import count, share
 from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
 from vlmprune.parts.selection import Newlines, Scope, check_choice, keep_patches, select, top_k
 from vlmprune.parts.taps import Tap, VisionAttention
-from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 
 __all__ = ["FoPru", "received_scores"]

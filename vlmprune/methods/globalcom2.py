@@ -11,10 +11,10 @@ from torch.nn import functional
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Budgeted, need_cls
 from vlmprune.parts.cuts import Cut, Decoder, Merge, Positions, Reduction
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, Layout, upload
 from vlmprune.parts.selection import Newlines, check_choice, keep_patches, top_k
 from vlmprune.parts.taps import ClsLogits, Distinctness, Tap
-from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 
 __all__ = ["GlobalCom2", "crop_ratios", "guided"]

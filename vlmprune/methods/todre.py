@@ -13,10 +13,10 @@ from vlmprune.methods.controls import random_scores
 from vlmprune.parts.budget import count
 from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction
 from vlmprune.parts.diversity import greedy_diversity
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
 from vlmprune.parts.selection import Newlines, candidates, capped, check_choice, keep_patches
 from vlmprune.parts.taps import CrossShare, Hidden, Tap, VisionAttention
-from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 
 __all__ = ["ToDRE", "stage2_layer"]

@@ -13,11 +13,11 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Budgeted
 from vlmprune.parts.budget import count
 from vlmprune.parts.cuts import Clusters, Cut, Decoder, Positions, Reduction, Vision
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
 from vlmprune.parts.merging import match_alternating, match_energy, spread_evenly
 from vlmprune.parts.selection import Newlines, check_choice, keep_patches
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Tap
-from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 
 __all__ = ["PiToMe", "ToMe", "first_of_cluster"]

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 
 from vlmprune.methods.base import Budgeted, check_share
+from vlmprune.parts.attention import upcast
 from vlmprune.parts.budget import count
 from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction, schedule_layers
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
 from vlmprune.parts.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
-from vlmprune.parts.taps import BlockTap, Scene, Tap, TextAttention, upcast
-from vlmprune.patches import ModelFacts
+from vlmprune.parts.taps import BlockTap, Scene, Tap, TextAttention
 from vlmprune.registry import register
 
 __all__ = ["TransPrune", "accumulated", "transition"]

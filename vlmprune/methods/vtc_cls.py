@@ -9,10 +9,10 @@ import torch
 
 from vlmprune.methods.base import Budgeted, check_layer, need_cls, tower_layer
 from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
 from vlmprune.parts.selection import Newlines, Scope, check_choice, select
 from vlmprune.parts.taps import Tap, VisionAttention
-from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 
 __all__ = ["Ensemble", "VtcCls", "ensemble_scores"]

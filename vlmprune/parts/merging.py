@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from vlmprune.parts.attention import upcast
 from vlmprune.parts.cuts import Clusters
-from vlmprune.parts.taps import upcast
 
 __all__ = ["energy", "match_alternating", "match_energy", "spread_evenly"]
 

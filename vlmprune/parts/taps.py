@@ -1,23 +1,30 @@
-"""Taps: what a method asks to see, measured from one layer's input and that layer's own projections.
+"""Taps: what a method asks to see, measured from one layer's input and what that layer's own modules make of it.
 
-Attention is recomputed for the rows asked for, in float32, so no layer needs eager attention; what needs all rows is
-chunked and never stored as N x N.
+No tap knows a host: `TowerLayer` and `DecoderLayer` are what `vlmprune.patches` says of a layer. No layer needs eager
+attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
-from torch import nn
 
-from vlmprune.kernels.reference import CHUNK, upcast, visible_keys
+from vlmprune.parts.attention import (
+    Visible,
+    attention_mass,
+    cls_logits,
+    distinctness,
+    last_rows,
+    mean_logits,
+    mean_weight,
+    take_rows,
+)
 from vlmprune.parts.layout import upload
 
 if TYPE_CHECKING:
-    from vlmprune.engine.sequence import Sequence
     from vlmprune.parts.layout import Layout
 
 __all__ = [
@@ -26,18 +33,62 @@ __all__ = [
     "ClsLogits",
     "ClusterOf",
     "CrossShare",
+    "DecoderLayer",
     "DecoderTap",
     "Distinctness",
     "Hidden",
     "ReceivedAttention",
     "Tap",
     "TextAttention",
+    "TowerLayer",
     "TowerTap",
-    "Visible",
     "VisionAttention",
-    "attention_mass",
-    "upcast",
 ]
+
+
+class TowerLayer(Protocol):
+    """A layer of a vision tower, as far as taps ask: what attention is computed from, by the layer's own modules."""
+
+    scale: float
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the layer's input `(views, tokens, dim)`."""
+
+    def queries(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(views, heads, rows, head dim)` of normed rows `(views, rows, dim)`."""
+
+    def keys(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(views, key heads, rows, head dim)` of normed rows `(views, rows, dim)`."""
+
+
+class DecoderLayer(Protocol):
+    """A layer of a language model, as far as taps ask; `window` is its sliding window in tokens, or None."""
+
+    index: int
+    scale: float
+    window: int | None
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the layer's input `(batch, length, dim)`."""
+
+    def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`(batch, heads, rows, head dim)` of normed rows and their rotary embedding `(batch, rows, head dim)`."""
+
+    def keys(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`(batch, key heads, rows, head dim)`, as the cache holds them."""
+
+
+class Remaining(Protocol):
+    """What is left of a prompt batch where a tap measures; `bias` `(batch, length)` is of soft masks, or None."""
+
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    bias: torch.Tensor | None
+
+    def asked(self) -> torch.Tensor:
+        """`(batch, length)` bool of the entries that methods may look at."""
+
+    def index_of(self, layout: Layout) -> torch.Tensor:
+        """`(images, tokens)` entry of every visual token."""
 
 
 class Scene(Protocol):
@@ -46,11 +97,11 @@ class Scene(Protocol):
     `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most.
     """
 
-    sequence: Sequence
+    sequence: Remaining
     layout: Layout
     text_after: tuple[torch.Tensor, int]
 
-    def past_keys(self, layer: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def past_keys(self, layer: DecoderLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The keys that a decoder layer holds in front of the sequence, or None, and which keys of both are real."""
 
     def flat_index(self) -> torch.Tensor:
@@ -68,7 +119,7 @@ class TowerTap(Tap):
 
     layer: int
 
-    def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         """From the layer's input `(views, tokens, dim)`; returns `(views, patches, ...)`."""
         raise NotImplementedError
 
@@ -79,7 +130,7 @@ class DecoderTap(Tap):
 
     layer: int
 
-    def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         """From the layer's input `(batch, length, dim)`; returns `(images, tokens, ...)`."""
         raise NotImplementedError
 
@@ -99,31 +150,26 @@ class VisionAttention(TowerTap):
 
     rows: Literal["cls", "patches"] = "cls"
 
-    def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-        attention, first = layer.self_attn, int(has_cls)
-        normed = layer.layer_norm1(hidden)
+    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        first, normed = int(has_cls), layer.normed(hidden)
         rows = normed[:, :1] if self.rows == "cls" else normed[:, first:]
-        query = split_heads(attention.q_proj(rows), attention.head_dim)
-        key = split_heads(attention.k_proj(normed), attention.head_dim)
-        return attention_mass(query, key, attention.scale)[:, first:]
+        return attention_mass(layer.queries(rows), layer.keys(normed), layer.scale)[:, first:]
 
 
 @dataclass(frozen=True)
 class ClsLogits(TowerTap):
     """The [CLS] query's scaled scores over patch keys in a tower layer before the softmax: signed, head mean."""
 
-    def measure(self, layer: nn.Module, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-        attention, normed = layer.self_attn, layer.layer_norm1(hidden)
-        query = split_heads(attention.q_proj(normed[:, :1]), attention.head_dim)
-        key = split_heads(attention.k_proj(normed[:, 1:]), attention.head_dim)
-        return cls_logits(query[..., 0, :], key, attention.scale)
+    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        normed = layer.normed(hidden)
+        return cls_logits(layer.queries(normed[:, :1])[..., 0, :], layer.keys(normed[:, 1:]), layer.scale)
 
 
 @dataclass(frozen=True)
 class Distinctness(TowerTap):
     """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer or behind the last."""
 
-    def measure(self, layer: nn.Module | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+    def measure(self, layer: TowerLayer | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return distinctness(hidden[:, int(has_cls) :])
 
 
@@ -153,7 +199,7 @@ class TextAttention(DecoderTap):
 
     rows: Literal["last", "instruction", "all"] = "last"
 
-    def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         real = scene.sequence.asked()
         if self.rows == "all":
             at = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
@@ -177,7 +223,7 @@ class ReceivedAttention(DecoderTap):
 
     logits: bool = False
 
-    def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         layout, at = scene.layout, scene.flat_index()
         entries = scene.sequence.index_of(layout)
         part = layout.patches.to(torch.float32) if layout.soft is None else layout.patches * layout.soft
@@ -207,7 +253,7 @@ class CrossShare(DecoderTap):
     of the attention of visual rows that goes to that text (ToDRE, stage 2). Equal for all images of a sample.
     """
 
-    def measure(self, layer: nn.Module, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         layout, real = scene.layout, scene.sequence.asked()
         at, sample = scene.flat_index(), upload(layout.sample, hidden.device)
         visual = torch.zeros(real.numel(), dtype=torch.long, device=real.device)
@@ -243,137 +289,8 @@ class BlockTap(Tap):
         raise NotImplementedError
 
 
-class Visible(NamedTuple):
-    """What query rows may see: never more than one number per row and key, whatever the product of their numbers.
-
-    Attributes:
-        at: `(batch, rows)` long, the column of every row where attention is causal; None where it is not.
-        real: `(batch, keys)` bool, keys that are no padding; None if all are.
-        window: columns that a causal row sees backwards, itself included; 0 for all.
-    """
-
-    at: torch.Tensor | None = None
-    real: torch.Tensor | None = None
-    window: int = 0
-
-
-def attention_mass(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scale: float,
-    visible: Visible = Visible(),  # noqa: B008 - immutable
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention received by every key: softmax(query key^T * scale + bias), head mean, weighted sum over query rows.
-
-    Args:
-        query: `(batch, heads, rows, dim)`.
-        key: `(batch, key_heads, keys, dim)`; query heads are grouped over key heads.
-        weight: `(batch, rows)` weight of each query row; None is the mean over rows.
-        bias: `(batch, keys)` added to the scores on every key, or None.
-
-    Returns:
-        `(batch, keys)` in float32 (float64 for float64 input).
-    """
-    return torch.ops.vlmprune.attention_mass(query, key, scale, *visible, weight, bias)
-
-
-def mean_logits(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    scale: float,
-    visible: Visible = Visible(),  # noqa: B008 - immutable
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """As `attention_mass` without the softmax: weighted mean over the query rows that see a key; `bias` is ignored."""
-    query, key = upcast(query), upcast(key)
-    batch, heads, rows, _ = query.shape
-    keys = key.shape[2]
-    key = key[:, :, None].transpose(-1, -2)
-    query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
-    weight = query.new_ones(batch, rows) if weight is None else weight.to(query.dtype)
-    total = query.new_zeros(batch, keys)
-    seen = torch.zeros_like(total)
-    for start in range(0, rows, CHUNK):
-        part = slice(start, start + CHUNK)
-        share = weight[:, part, None].expand(-1, -1, keys)
-        at = None if visible.at is None else visible.at[:, part]
-        if (may := visible_keys(at, visible.real, visible.window, keys)) is not None:
-            share = share * may
-        total += ((query[:, :, :, part] @ key).mean((1, 2)) * share).sum(1)
-        seen += share.sum(1)
-    return total * scale / torch.where(seen > 0, seen, 1)
-
-
-def cls_logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Tensor:
-    """Head mean of the scaled scores of one query, before any softmax.
-
-    Args:
-        query: `(..., heads, dim)`; key: `(..., heads, patches, dim)`.
-
-    Returns:
-        `(..., patches)`.
-    """
-    return (upcast(key) @ upcast(query)[..., None]).squeeze(-1).mean(-2) * scale
-
-
-def distinctness(tokens: torch.Tensor) -> torch.Tensor:
-    """Negated cosine of every row of `(..., tokens, dim)` to their mean, `(..., tokens)`."""
-    tokens = upcast(tokens)
-    return -nn.functional.cosine_similarity(tokens, tokens.mean(-2, keepdim=True), dim=-1)
-
-
-def split_heads(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """`(batch, rows, heads * dim)` -> `(batch, heads, rows, dim)`."""
-    return x.unflatten(-1, (-1, dim)).transpose(1, 2)
-
-
-def take_rows(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Rows `at` `(batch, rows)` of `(batch, length, dim)`."""
-    return x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding in the half-split convention of Llama, Mistral and Qwen2.
-
-    Args:
-        x: `(batch, heads, rows, dim)`; cos, sin: `(batch, rows, dim)`.
-    """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
-
-
-def sliding_window(attention: nn.Module) -> int | None:
-    """The window of a decoder layer's attention in tokens, or None (Mistral keeps it in its config alone)."""
-    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
-
-
-def mean_weight(rows: torch.Tensor) -> torch.Tensor:
-    """Weights that average the marked rows of `(batch, length)`."""
-    return rows.double() / rows.sum(1, keepdim=True).clamp(min=1)
-
-
-def last_rows(real: torch.Tensor, counts: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last `counts` real rows of every sample (at least one), and the weights that average them.
-
-    Args:
-        real: `(batch, length)` bool.
-        counts: `(batch,)` long.
-        most: at least the largest of them.
-
-    Returns:
-        `(batch, rows)` long indices and `(batch, rows)` float weights, 0 at padding.
-    """
-    device, n = real.device, counts.clamp(min=1)[:, None]
-    end = torch.where(real, torch.arange(real.shape[1], device=device), 0).amax(1, keepdim=True) + 1
-    number = torch.arange(max(1, most), device=device)
-    return (end - n + number).clamp(0, real.shape[1] - 1), mean_weight(number < n)
-
-
 def decoder_mass(
-    layer: nn.Module,
+    layer: DecoderLayer,
     hidden: torch.Tensor,
     scene: Scene,
     rows: list[tuple[torch.Tensor, torch.Tensor]],
@@ -383,16 +300,14 @@ def decoder_mass(
 
     What the layer's cache holds in front of the sequence takes its share.
     """
-    attention = layer.self_attn
-    normed, (cos, sin) = layer.input_layernorm(hidden), scene.sequence.rotary
-    key = rotate(split_heads(attention.k_proj(normed), attention.head_dim), cos, sin)
+    normed, (cos, sin) = layer.normed(hidden), scene.sequence.rotary
+    key = layer.keys(normed, cos, sin)
     past, real = scene.past_keys(layer)
     columns = 0 if past is None else past.shape[2]
     key = key if past is None else torch.cat((past.to(key), key), 2)
-    window, masses = sliding_window(attention) or 0, []
+    masses = []
     for at, weight in rows:
-        query = split_heads(attention.q_proj(take_rows(normed, at)), attention.head_dim)
-        query = rotate(query, take_rows(cos, at), take_rows(sin, at))
-        seen = Visible(at + columns, real, window)
-        masses.append(measure(query, key, attention.scaling, seen, weight, scene.sequence.bias)[:, columns:])
+        query = layer.queries(take_rows(normed, at), take_rows(cos, at), take_rows(sin, at))
+        seen = Visible(at + columns, real, layer.window or 0)
+        masses.append(measure(query, key, layer.scale, seen, weight, scene.sequence.bias)[:, columns:])
     return masses

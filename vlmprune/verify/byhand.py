@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.engine.sequence import attention_mask
+from vlmprune.patches.language_models import attention_mask
 from vlmprune.trace import CutTrace
 
 __all__ = ["Flow", "Stretch", "flow_of", "run_layers", "stretches"]

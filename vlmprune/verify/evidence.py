@@ -13,8 +13,8 @@ from transformers import GenerationConfig
 
 from vlmprune.api import Handle
 from vlmprune.engine.finite import WAY_OUT, each_finite
-from vlmprune.parts.taps import sliding_window
 from vlmprune.patches import Family
+from vlmprune.patches.language_models import sliding_window
 from vlmprune.trace import CutTrace, Trace
 from vlmprune.verify.prompts import batch
 from vlmprune.verify.runs import (

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import DynamicCache
 
 from vlmprune.engine import hooks as engine
-from vlmprune.parts.taps import sliding_window
 from vlmprune.patches import Family
+from vlmprune.patches.language_models import sliding_window
 from vlmprune.trace import CutTrace, Trace
 from vlmprune.verify.byhand import flow_of, run_layers, stretches
 

@@ -14,7 +14,7 @@ from vlmprune.eval.config.schema import load_config
 from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import fingerprints
 from vlmprune.eval.lmms.plan import make_plan, published
-from vlmprune.patches import ModelFacts
+from vlmprune.parts.facts import ModelFacts
 
 pytest.importorskip("lmms_eval")
 

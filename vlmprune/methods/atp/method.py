@@ -12,10 +12,10 @@ import torch
 from vlmprune.methods.atp.modules import TRAIN, Norm, Thresholds, load
 from vlmprune.methods.base import Method
 from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
 from vlmprune.parts.selection import check_choice, keep_patches
 from vlmprune.parts.taps import ReceivedAttention, Tap
-from vlmprune.patches import ModelFacts
 from vlmprune.registry import register
 
 __all__ = ["Atp", "hard_keep", "min_max", "redundancy", "soft_masks", "spatial_scores"]

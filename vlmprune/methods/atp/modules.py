@@ -14,8 +14,8 @@ from torch import nn
 
 from vlmprune.parts.budget import check_keep
 from vlmprune.parts.cuts import schedule_layers
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.selection import check_choice
-from vlmprune.patches import ModelFacts
 
 __all__ = ["TRAIN", "AtpConfig", "Norm", "Threshold", "Thresholds", "load", "pool_scores", "save"]
 

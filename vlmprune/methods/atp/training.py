@@ -24,8 +24,9 @@ from vlmprune.api import patch
 from vlmprune.methods.atp.data import IGNORE, Row, encode
 from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.atp.modules import AtpConfig, Thresholds, load, save
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import upload
-from vlmprune.patches import ModelFacts, family_of
+from vlmprune.patches import family_of
 from vlmprune.trace import Trace
 
 __all__ = [
