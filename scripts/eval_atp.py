@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from eval_testbed import load, show, versus
+from testbed import scoring
 
 import vlmprune
 from vlmprune.eval import testbed
-from vlmprune.eval.testbed import scoring
 from vlmprune.methods.atp import training as atp_training
 from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method

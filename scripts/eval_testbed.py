@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from testbed import scoring
 
 import vlmprune
 from vlmprune.eval import testbed
-from vlmprune.eval.testbed import scoring
 
 
 def load(name: str, folder: Path | None):

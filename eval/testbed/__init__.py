@@ -18,10 +18,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from vlmprune.embedded import NAMES, path
+
+__all__ = ["NAMES", "SPLITS", "VERSION", "Record", "path", "pictures", "questions"]
+
 #: Version of the shipped test split; results of different versions must not be compared.
 VERSION = "1"
-#: The shipped models.
-NAMES: tuple[str, ...] = ("scene-llava", "scene-llava-next")
 #: The shipped splits. `next` is for scene-llava-next, the others are for scene-llava.
 SPLITS: tuple[str, ...] = ("sparse", "crowded", "unseen", "next")
 
@@ -44,24 +46,6 @@ class Record:
     def image(self) -> Image.Image:
         """The picture, decoded anew at every access."""
         return Image.open(io.BytesIO(self.picture)).convert("RGB")
-
-
-def path(name: str) -> Path:
-    """Folder of a shipped model, for `from_pretrained`.
-
-    Args:
-        name: one of `NAMES`.
-
-    Raises:
-        ValueError: no such model; the message lists the names.
-        FileNotFoundError: the model's weights are missing from this installation.
-    """
-    if name not in NAMES:
-        raise ValueError(f"no embedded model {name!r}; there are {', '.join(NAMES)}")
-    folder = _HERE / name
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"the weights of {name} are missing from this installation ({folder})")
-    return folder
 
 
 def questions(split: str = "sparse") -> list[Record]:

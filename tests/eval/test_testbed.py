@@ -8,10 +8,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from testbed import asking, models, packed, scenes, scoring, split, targets
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmprune.eval import testbed
-from vlmprune.eval.testbed import asking, models, packed, scenes, scoring, split, targets, words
+from vlmprune.eval.testbed import words
 
 PLACES_OF = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 

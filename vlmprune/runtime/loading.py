@@ -49,12 +49,12 @@ def find_model(name: str) -> Source:
     Raises:
         UserError: an embedded model whose weights are missing, no such folder, or a folder without a model.
     """
+    from vlmprune import embedded
     from vlmprune.errors import did_you_mean
-    from vlmprune.eval import testbed
 
-    if name in testbed.NAMES:
+    if name in embedded.NAMES:
         try:
-            return Source(name, str(testbed.path(name)), local=True, embedded=True)
+            return Source(name, str(embedded.path(name)), local=True, embedded=True)
         except FileNotFoundError as error:
             raise UserError(f"{brief(error)}; name another model with --model.") from None
     folder = Path(name).expanduser()
@@ -65,9 +65,9 @@ def find_model(name: str) -> Source:
     if folder.exists():
         raise UserError(f"{folder} is a file: --model takes the folder of a model.")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        hint = did_you_mean(name, testbed.NAMES)
+        hint = did_you_mean(name, embedded.NAMES)
         raise UserError(
-            f"no model {name!r}: no such folder, no embedded model ({', '.join(testbed.NAMES)}), and not an id "
+            f"no model {name!r}: no such folder, no embedded model ({', '.join(embedded.NAMES)}), and not an id "
             f"owner/name on the hub.{hint}"
         )
     return Source(name, name, local=False)

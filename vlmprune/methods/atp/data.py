@@ -1,4 +1,4 @@
-"""Questions to train ATP's modules on: a user's own, or freshly drawn scenes of the embedded models' kind.
+"""Questions to train ATP's modules on.
 
 A user's data are a JSON list or JSON lines of objects with an image (a path, relative to the file unless a folder is
 given), a question and an answer:
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["IGNORE", "Questions", "Row", "SceneQuestions", "encode", "prompt_text"]
+__all__ = ["IGNORE", "Questions", "Row", "encode", "prompt_text"]
 
 IGNORE = -100
 Row = tuple[Any, str, str]  # PIL image, question, answer
@@ -55,27 +55,6 @@ class Questions(Sequence[Row]):
         row = self.rows[index]
         with Image.open(self.folder / row["image"]) as image:
             return image.convert("RGB"), str(row["question"]), str(row["answer"])
-
-
-class SceneQuestions(Sequence[Row]):
-    """Freshly drawn scenes of the embedded models' kind, one question each; no handwriting of the test split."""
-
-    def __init__(self, length: int, seed: int = 0):
-        self.length, self.seed = length, seed
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Row:
-        import numpy as np
-
-        from vlmprune.eval.testbed import asking, scenes
-
-        rng = np.random.default_rng([7, self.seed, index])
-        crowded = rng.random() < 0.1
-        scene = scenes.crowded_scene(rng) if crowded else scenes.quadrant_scene(rng, size=(17, 25))
-        question, answer = asking.training_questions(rng, scene, 8)[int(rng.integers(8))]
-        return scene.image(), question, answer
 
 
 def prompt_text(processor: Any, question: str, template: str | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from vlmprune import embedded
 from vlmprune.parts.budget import check_keep
 from vlmprune.parts.cuts import schedule_layers
 from vlmprune.parts.facts import ModelFacts
@@ -173,9 +174,7 @@ def load(weights: str | Path) -> Thresholds:
         raise ValueError(f"weights={weights!r} must be a folder or a hub id, not {type(weights).__name__}.")
     folder = Path(weights)
     if not folder.is_dir():
-        from vlmprune.eval import testbed
-
-        folder = Path(testbed.__file__).parent / weights  # modules of an embedded model
+        folder = embedded.folder() / weights  # modules of an embedded model
     found = [folder / name for name in (CONFIG, WEIGHTS)]
     if not folder.is_dir():
         from huggingface_hub import hf_hub_download

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from vlmprune.eval import statistics
+from vlmprune.eval.testbed import Record
+from vlmprune.eval.testbed.words import CATEGORIES
 
-from . import Record
 from .scenes import GRID
-from .words import CATEGORIES
 
 #: features (N, D), CLS attention (N,), attention received (N,), tokens to keep, generator -> kept indices (k,).
 Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, torch.Generator], torch.Tensor]

@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from vlmprune.eval.testbed.words import COLOUR_NAMES, VALUES
+
 from .scenes import GRID, TILE, Scene, crowded_scene, loose_scene, patch_owner, quadrant_scene
-from .words import COLOUR_NAMES, VALUES
 
 __all__ = ["IGNORE", "tower_batch", "tower_view", "view_targets"]
 

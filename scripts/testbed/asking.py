@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from vlmprune.eval.testbed.words import CATEGORIES, COLOUR_NAMES, DIGITS, PLACES, SHAPES, UNSEEN_PAIRS, VALUES
+
 from .scenes import Scene, Thing
-from .words import CATEGORIES, COLOUR_NAMES, DIGITS, PLACES, SHAPES, UNSEEN_PAIRS, VALUES
 
 QuestionAnswer = tuple[str, str]
 #: (offset of the place index, the half in which the asked thing must lie): left, right, above, below.

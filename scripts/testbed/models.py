@@ -15,9 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from vlmprune.eval.testbed.words import CHAT_TEMPLATE, VOCABULARY
+
 from .scenes import GRID, PATCH, TILE
 from .tower import PIXEL_MEAN, PIXEL_STD, tower_config
-from .words import CHAT_TEMPLATE, VOCABULARY
 
 #: Tile grids of scene-llava-next, as (height, width) in pixels.
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]

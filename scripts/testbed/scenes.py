@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .words import COLOUR_NAMES, COLOURS, PLACES, SHAPES, UNSEEN_PAIRS, VALUES
+from vlmprune.eval.testbed.words import COLOUR_NAMES, COLOURS, PLACES, SHAPES, UNSEEN_PAIRS, VALUES
 
 PATCH = 8
 TILE = 128

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vlmprune.eval.testbed.words import CATEGORIES
+
 from .asking import ASK
 from .scenes import TEST_SEED, TILE, Scene, crowded_scene, quadrant_scene
-from .words import CATEGORIES
 
 #: Split: number of pictures, questions a picture, first seed.
 SIZES: dict[str, tuple[int, int, int]] = {

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from vlmprune.eval.testbed.words import VOCABULARY
+
 from .scenes import GRID
-from .words import VOCABULARY
 
 _INDEX = {word: i for i, word in enumerate(VOCABULARY)}
 #: Longest training turn without its last token: a question with its answer, and the caption.
