@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,9 +13,6 @@ from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, trace_packing
 from vlmprune.patches.language_models import LANGUAGE_MODELS
 from vlmprune.patches.towers import TOWERS
-
-if TYPE_CHECKING:
-    from vlmprune.engine.plan import Plan
 
 __all__ = ["Bound", "Family"]
 
@@ -140,7 +137,7 @@ class Family:
             return [frames] * batch
         return [tuple(size) for size in given["image_sizes"].tolist()]
 
-    def bind(self, model: nn.Module, plan: Plan) -> None:
+    def bind(self, model: nn.Module, plan: Any) -> None:
         """Set `Bound` attributes where no hook reaches what the engine has to know."""
 
     def open(self, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -203,11 +203,10 @@ class Prompt:
     rows: list[list[tuple]]
     tokens: list[list[int]]
     unread: list[bool] | None
+    vlmprune_seen: dict[Any, torch.Tensor] = field(default_factory=dict)  # the engine's channel SEEN
 
     def for_rows(self, embeds: torch.Tensor) -> dict[str, Any]:
         """Arguments for the engine, once it is known how often `generate` repeats each row for its beams."""
-        from vlmprune.engine.tower import SEEN, SIZES  # late: that module imports the families
-
         (rows, length), batch = embeds.shape[:2], len(self.rows)
         if length != self.visual.shape[1] or rows % batch:
             raise UnsupportedError(
@@ -216,13 +215,16 @@ class Prompt:
                 "concatenation). To go on with a cache, call the model itself with the new tokens and images alone."
             )
         beams = rows // batch
-        features = Features([range(n) for row in self.tokens for _ in range(beams) for n in row], embeds)
-        setattr(features, SIZES, [size for row in self.rows for size in row])
-        if (seen := getattr(self, SEEN, None)) is not None:
-            if self.unread is not None:
-                read = [view for view, unread in enumerate(self.unread) if not unread]
-                seen = {tap: values[upload(read, values.device)] for tap, values in seen.items()}
-            setattr(features, SEEN, seen)
+        seen = self.vlmprune_seen
+        if self.unread is not None:
+            read = [view for view, unread in enumerate(self.unread) if not unread]
+            seen = {tap: values[upload(read, values.device)] for tap, values in seen.items()}
+        features = Features(
+            [range(n) for row in self.tokens for _ in range(beams) for n in row],
+            embeds,
+            vlmprune_sizes=[size for row in self.rows for size in row],
+            vlmprune_seen=seen,
+        )
         ids = torch.where(self.visual, IMAGE, 0).repeat_interleave(beams, 0)
         return {"input_ids": ids, "mm_encoder_outputs": {"image": features}}
 
@@ -233,6 +235,8 @@ class Features:
 
     pooler_output: list[range]
     embeds: torch.Tensor
+    vlmprune_sizes: list[tuple]  # the engine's channels SIZES
+    vlmprune_seen: dict[Any, torch.Tensor]  # and SEEN
     last_hidden_state: None = None
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmprune.cli.printing import OVERHEAD
 from vlmprune.eval import statistics
 from vlmprune.eval.report.rows import NEAR, Row
+from vlmprune.runtime.tables import OVERHEAD
 
 __all__ = ["chance", "definitions", "differences", "few", "own_schedules"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.runtime.errors import printable
-from vlmprune.runtime.tables import change, table
+from vlmprune.runtime.tables import OVERHEAD, change, table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["Asked", "as_json", "as_text", "save"]
 
 AVERAGE = "Layer average: visual tokens a decoder layer sees, newlines included, averaged over all layers."
-OVERHEAD = "On models as small as the embedded ones times are bound by overhead: they say nothing about a real model."
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmprune.engine.channels import SEEN
 from vlmprune.engine.finite import WAY_OUT, each_finite
 from vlmprune.engine.plan import Plan
 from vlmprune.engine.sequence import real_tokens
-from vlmprune.engine.tower import SEEN
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.layout import download, upload
 

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from vlmprune.engine.plan import FRAME
-from vlmprune.engine.sequence import SEGMENTS, Segment
+from vlmprune.engine.channels import FRAME, SEGMENTS
+from vlmprune.engine.sequence import Segment
 from vlmprune.errors import UnsupportedError
 from vlmprune.patches.language_models import attention_mask, sliding_window
 

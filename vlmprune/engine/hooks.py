@@ -23,14 +23,13 @@ import torch
 from torch import nn
 
 from vlmprune.engine.census import check_mask
+from vlmprune.engine.channels import FRAME, NOTES, SEEN, SEGMENTS, SIZES
 from vlmprune.engine.decode import catch_up, held, length_of, resume, rolled_back
 from vlmprune.engine.placement import loaded
-from vlmprune.engine.plan import FRAME, GUESSES, Plan
+from vlmprune.engine.plan import Plan
 from vlmprune.engine.prefill import Prefill
-from vlmprune.engine.sequence import SEGMENTS, Segment
+from vlmprune.engine.sequence import Segment
 from vlmprune.engine.tower import (
-    SEEN,
-    SIZES,
     AfterKeys,
     AfterTower,
     BeforeTower,
@@ -57,10 +56,11 @@ class BeforeModel:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
-        kwargs, family = restore_notes(dict(zip(names, args, strict=False)) | kwargs), self.plan.family
-        guesses = kwargs.pop(GUESSES, 0)
+        kwargs, family = dict(zip(names, args, strict=False)) | kwargs, self.plan.family
+        if (notes := kwargs.pop(NOTES, None)) is not None:
+            notes.restore(kwargs.get("mm_encoder_outputs"))
         opened = family.open(kwargs)
-        changed = self.arrive(module, opened, guesses)
+        changed = self.arrive(module, opened, 0 if notes is None else notes.guesses)
         if changed is None and opened is kwargs:
             return None
         return (), family.close(opened if changed is None else changed)
@@ -111,22 +111,23 @@ def brings_features(kwargs: dict) -> bool:
 
 @dataclass
 class Notes:
-    """The encoders' own outputs, by modality, on their way from `BeforeHead` to `BeforeModel`.
+    """What `BeforeHead` tells `BeforeModel` of a call.
 
-    accelerate copies what it hands on, and copies lose what we noted on outputs; these it leaves alone.
+    Attributes:
+        outputs: the encoders' own outputs, by modality. accelerate copies what it hands on, and copies lose what we
+            noted on outputs; these it leaves alone.
+        guesses: tokens at the end of the prompt that are none of it.
     """
 
     outputs: dict[str, Any]
+    guesses: int
 
-
-def restore_notes(kwargs: dict) -> dict:
-    """The arguments with `Notes` taken out and put back on the outputs they belong to."""
-    if (notes := kwargs.pop(NOTES, None)) is not None:
-        for modality, output in kwargs["mm_encoder_outputs"].items():
+    def restore(self, copies: dict[str, Any] | None) -> None:
+        """Put what was noted on the encoders' outputs on the ones that arrived."""
+        for modality, output in self.outputs.items():
             for name in (SEEN, SIZES):
-                if hasattr(notes.outputs[modality], name):
-                    setattr(output, name, getattr(notes.outputs[modality], name))
-    return kwargs
+                if hasattr(output, name):
+                    setattr(copies[modality], name, getattr(output, name))
 
 
 def given_pixels(kwargs: dict, modality: str) -> bool:
@@ -225,12 +226,10 @@ class BeforeHead:
         if not self.plan.enabled:
             return None
         self.check_labels(module, kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None))
-        extra: dict[str, Any] = {}
-        if guesses := guessed(kwargs):
-            extra[GUESSES] = guesses
-        if brings_features(kwargs) and hasattr(module, "_hf_hook"):
-            extra[NOTES] = Notes(kwargs["mm_encoder_outputs"])
-        return (args, kwargs | extra) if extra else None
+        copied = brings_features(kwargs) and hasattr(module, "_hf_hook")
+        outputs = {m: x for m, x in kwargs["mm_encoder_outputs"].items() if x is not None} if copied else {}
+        guesses = guessed(kwargs)
+        return (args, kwargs | {NOTES: Notes(outputs, guesses)}) if outputs or guesses else None
 
     def check_labels(self, module: nn.Module, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> None:
         """A loss on a visual placeholder has no meaning once tokens are gone."""
@@ -253,7 +252,6 @@ def guessed(kwargs: dict) -> int:
     return max(wanted - 1, 0)
 
 
-NOTES = "vlmprune_notes"  # the keyword argument that carries `Notes`
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
 HOOKS = (

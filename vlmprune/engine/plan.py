@@ -17,10 +17,7 @@ from vlmprune.parts.taps import BlockKeys, BlockTap, TowerTap
 from vlmprune.patches import Family
 from vlmprune.trace import Trace
 
-__all__ = ["FRAME", "GUESSES", "Plan"]
-
-FRAME = "vlmprune_frame"  # the keyword argument that carries a frame through tower and decoder layers
-GUESSES = "vlmprune_guesses"  # the one that tells the inner model how many tokens behind the prompt are guesses
+__all__ = ["Plan"]
 
 
 @dataclass

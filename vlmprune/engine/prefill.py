@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from vlmprune.engine.census import count_prompts
+from vlmprune.engine.channels import SEEN, SEGMENTS
 from vlmprune.engine.finite import WAY_OUT, cut_is_finite, demand
 from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Plan
 from vlmprune.engine.prompt import prompt_layout
-from vlmprune.engine.sequence import SEGMENTS, Segment, Sequence
-from vlmprune.engine.tower import SEEN
+from vlmprune.engine.sequence import Segment, Sequence
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Cut, Reduction
 from vlmprune.parts.layout import download, upload

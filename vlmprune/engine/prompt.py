@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.functional import pad
 
 from vlmprune.engine.census import Census
+from vlmprune.engine.channels import SIZES
 from vlmprune.engine.plan import Plan
-from vlmprune.engine.tower import SIZES
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.layout import ImageGrid, Layout, upload
 

@@ -14,9 +14,7 @@ from vlmprune.parts.cuts import Positions
 from vlmprune.parts.layout import Layout, upload
 from vlmprune.patches.language_models import attention_mask, sliding_window
 
-__all__ = ["SEGMENTS", "Segment", "Sequence", "real_tokens"]
-
-SEGMENTS = "_vlmprune_segments"  # attribute of a cache: its decode state
+__all__ = ["Segment", "Sequence", "real_tokens"]
 
 
 @dataclass(frozen=True)

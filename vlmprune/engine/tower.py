@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmprune.engine.channels import FRAME, SEEN, SIZES
 from vlmprune.engine.placement import check_device, loaded
-from vlmprune.engine.plan import FRAME, Plan
+from vlmprune.engine.plan import Plan
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Cut
@@ -26,8 +27,6 @@ from vlmprune.patches.tagged import untag
 from vlmprune.patches.towers import tower_layer
 
 __all__ = [
-    "SEEN",
-    "SIZES",
     "AfterKeys",
     "AfterTower",
     "BeforeTower",
@@ -36,9 +35,6 @@ __all__ = [
     "check_fixed",
     "encoder",
 ]
-
-SEEN = "_vlmprune_seen"  # attribute of the tower's output: measured taps
-SIZES = "_vlmprune_sizes"  # attribute of the tower's output: what `Family.sizes` said of every image or video
 
 
 class TowerFrame:

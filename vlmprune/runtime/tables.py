@@ -5,7 +5,10 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["change", "short", "table"]
+__all__ = ["OVERHEAD", "change", "short", "table"]
+
+#: What is said beside the times of models that are too small.
+OVERHEAD = "On models as small as the embedded ones times are bound by overhead: they say nothing about a real model."
 
 
 def width(text: str) -> int:

@@ -1,0 +1,118 @@
+"""The house: which room may look into which, and where data may ride beside the calls."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = {"vlmprune": ROOT / "vlmprune", "vlmprune.patches": ROOT / "patches", "vlmprune.eval": ROOT / "eval"}
+FLOORS = ("kernels", "parts", "patches", "engine", "runtime", "eval", "cli")
+#: What may be seen from everywhere, because it sees nothing of ours but each other.
+GROUND = {"_compat", "_version", "embedded", "errors"}
+#: Rooms beside the floors, and what each may see besides the ground.
+BESIDE = {
+    "trace": {"parts"},
+    "methods": {"parts", "registry", "kernels"},
+    "registry": {"methods"},  # for the base class alone
+    "spec": {"methods", "registry", "parts"},
+    "api": {"engine", "methods", "parts", "patches", "registry", "spec", "trace"},
+    "verify": {"api", "engine", "methods", "parts", "patches", "registry", "spec", "trace", "kernels"},
+}
+#: What a floor may see besides those below it.
+ALSO = {
+    "engine": {"trace"},
+    "runtime": {"api", "registry", "spec", "trace", "verify", "methods"},
+    "eval": {"api", "registry", "spec", "trace", "verify", "methods"},
+    "cli": {"api", "registry", "spec", "trace", "verify", "methods"},
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for prefix, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = [part for part in path.relative_to(folder).with_suffix("").parts if part != "__init__"]
+            found[".".join([prefix, *parts])] = path
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
+    """Modules of ours that a module imports, at its top or inside a function, for types too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "vlmprune")
+        elif isinstance(node, ast.ImportFrom):
+            home = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+            start = ".".join(home[: len(home) - node.level + 1]) + "." if node.level else ""
+            target = f"{start}{node.module or ''}".rstrip(".")
+            if target.split(".")[0] == "vlmprune":
+                yield from (f"{target}.{a.name}" if f"{target}.{a.name}" in known else target for a in node.names)
+
+
+def allowed(floor: str) -> set[str]:
+    below = set(FLOORS[: FLOORS.index(floor)]) if floor in FLOORS else BESIDE[floor]
+    return {floor} | GROUND | below | ALSO.get(floor, set())
+
+
+KNOWN = modules()
+
+
+@pytest.mark.parametrize("module", sorted(name for name in KNOWN if room(name) not in {"", "__main__", *GROUND}))
+def test_arrows_go_one_way(module):
+    seen = {target for target in imports(module, KNOWN[module], KNOWN) if target != "vlmprune"}
+    wrong = sorted(target for target in seen if room(target) not in allowed(room(module)))
+    if module.startswith("vlmprune.methods.atp.training"):  # which patches and runs a model
+        wrong = [target for target in wrong if room(target) not in {"api", "patches", "trace"}]
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", sorted(GROUND))
+def test_the_ground_sees_nothing(module):
+    seen = set(imports(f"vlmprune.{module}", KNOWN[f"vlmprune.{module}"], KNOWN))
+    assert {room(target) for target in seen} <= GROUND
+
+
+def test_a_wrong_arrow_would_be_seen(tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text("def f():\n    from vlmprune.cli import run\n    from ..engine import hooks\n")
+    seen = set(imports("vlmprune.parts.wrong", path, KNOWN))
+    assert seen == {"vlmprune.cli.run", "vlmprune.engine.hooks"}
+    assert not {room(target) for target in seen} & allowed("parts")
+
+
+def test_only_channels_names_what_rides_beside_the_calls():
+    from vlmprune.engine import channels
+
+    named = {getattr(channels, name) for name in channels.__all__ if isinstance(getattr(channels, name), str)}
+    assert named <= {channel.name for channel in channels.CHANNELS}
+    for module, path in KNOWN.items():
+        if module != "vlmprune.engine.channels":
+            assert not re.search(r"""["']_?vlmprune_(?!scene)""", path.read_text(encoding="utf-8")), (
+                module
+            )  # but for tasks
+
+
+def test_the_original_package_carries_the_channels_by_their_names():
+    from dataclasses import fields
+
+    from vlmprune.engine.channels import SEEN, SIZES
+    from vlmprune.patches.llava_llama import Features, Prompt
+
+    assert {SEEN, SIZES} <= {field.name for field in fields(Features)}
+    assert SEEN in {field.name for field in fields(Prompt)}
+
+
+def test_channels_say_who_writes_and_reads():
+    from vlmprune.engine.channels import CHANNELS
+
+    assert len({channel.name for channel in CHANNELS}) == len(CHANNELS) < 12
+    assert all(channel.writer and channel.reader and channel.why for channel in CHANNELS)
