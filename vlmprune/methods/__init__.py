@@ -3,6 +3,7 @@
 from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method
 from vlmprune.methods.controls import Downsample, Grid, Pool, Random
+from vlmprune.methods.divprune import DivPrune
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
@@ -13,6 +14,7 @@ from vlmprune.methods.vtc_cls import VtcCls
 
 __all__ = [
     "Atp",
+    "DivPrune",
     "Downsample",
     "FastV",
     "FoPru",

@@ -7,9 +7,12 @@ from typing import Literal
 import torch
 
 import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
+from vlmprune.parts.attention import upcast
 from vlmprune.parts.layout import upload
 
-__all__ = ["Objective", "greedy_diversity"]
+__all__ = ["Objective", "greedy_diversity", "most_apart"]
+
+CHUNK = 256  # rows of a cosine matrix that exist at one time
 
 Objective = Literal["max_sum", "max_min", "log_det"]
 
@@ -35,3 +38,23 @@ def greedy_diversity(
     """
     budget = upload(counts, features.device)
     return torch.ops.vlmprune.greedy(features, first, budget, candidates, objective, max(counts, default=0))
+
+
+def most_apart(features: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """The candidate whose most similar other candidate is least similar, by cosine; ties go to the lower index.
+
+    Args:
+        features: `(images, tokens, dim)`.
+        candidates: `(images, tokens)` bool.
+
+    Returns:
+        `(images,)` long.
+    """
+    unit = torch.nn.functional.normalize(upcast(features), dim=-1)
+    number = torch.arange(unit.shape[1], device=unit.device)
+    nearest = []
+    for rows in number.split(CHUNK):
+        cosine = unit[:, rows] @ unit.transpose(-1, -2)
+        others = candidates[:, None] & (rows[:, None] != number)
+        nearest.append(cosine.masked_fill(~others, -torch.inf).amax(-1))
+    return torch.cat(nearest, 1).masked_fill(~candidates, torch.inf).argmin(1)
