@@ -12,7 +12,7 @@ from vlmprune import registry
 from vlmprune.engine import hooks as engine
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
-from vlmprune.parts.cuts import Cut, Decoder, Pixels, Vision
+from vlmprune.parts.cuts import Cut, Decoder, Pixels, Projector, Vision
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.taps import ClusterOf, TowerTap
 from vlmprune.patches import family_of
@@ -105,7 +105,7 @@ def patch(
     check_methods(by_method)
     cuts = [(name, cut) for name, made in by_method for cut in made]
     check_cuts(cuts, facts)
-    stages = (Pixels, Vision, Decoder)
+    stages = (Pixels, Vision, Projector, Decoder)
     order = sorted(cuts, key=lambda entry: (stages.index(type(entry[1].at)), entry[1].at.layer))
     plan = engine.Plan(family, facts, order)
     engine.remove(model)
@@ -115,11 +115,11 @@ def patch(
 
 def check_methods(methods: list[tuple[str, list[Cut]]]) -> None:
     """Refuse methods that cannot share a model: their cuts would not mean what they say."""
-    merging = [name for name, cuts in methods if any(isinstance(cut.at, Vision) for cut in cuts)]
+    merging = [name for name, cuts in methods if any(isinstance(cut.at, Vision | Projector) for cut in cuts)]
     if len(merging) > 1:
         raise UnsupportedError(
-            f"{merging[0]!r} and {merging[1]!r} both merge tokens inside the vision tower, each by a schedule that "
-            "counts on all tokens: take one of them."
+            f"{merging[0]!r} and {merging[1]!r} both merge tokens in or behind the vision tower, and each "
+            "counts on all of them: take one of the two."
         )
     cutting = [name for name, cuts in methods if any(isinstance(cut.at, Decoder) for cut in cuts)]
     for name, cuts in methods:
@@ -134,7 +134,7 @@ def check_methods(methods: list[tuple[str, list[Cut]]]) -> None:
 def check_cuts(cuts: list[tuple[str, Cut]], facts: ModelFacts) -> None:
     """Refuse cuts that this model has no layer for, and taps on a tower that is merged."""
     for name, cut in cuts:
-        if isinstance(cut.at, Pixels):
+        if isinstance(cut.at, Pixels | Projector):
             continue
         where, first, layers = (
             ("decoder", 0, facts.decoder_layers) if isinstance(cut.at, Decoder) else ("tower", 1, facts.tower_layers)

@@ -151,7 +151,7 @@ def encode(module: nn.Module, kwargs: dict, family: Family) -> dict[str, Any]:
                 raise ValueError(f"give pixels or mm_encoder_outputs for input of kind {modality!r}, not both.")
             run = getattr(module, encoder(modality))
             if isinstance(run, RememberSizes) and run.module is not module:  # a replica has the original's
-                run = RememberSizes(module, family, modality)
+                run = RememberSizes(module, run.plan, modality)
             wanted = [name for name in inspect.signature(run).parameters if name in kwargs and name != "kwargs"]
             inputs = {name: kwargs[name] for name in wanted if kwargs[name] is not None}
             with loaded(module):
@@ -276,6 +276,11 @@ def is_hook(hook: Callable) -> bool:
 def install(model: nn.Module, plan: Plan) -> None:
     """Put the hooks of `plan` on a model and nothing else, but for the `Bound` attributes that some families need."""
     family, inner = plan.family, plan.family.inner(model)
+    if plan.projector_cuts and not hasattr(inner, encoder("image")):
+        raise UnsupportedError(
+            f"a cut between tower and projector needs to know the images there, and {family.model_type} models do not "
+            "tell: use the Hugging Face conversion of the checkpoint (llava-hf/...)."
+        )
 
     def before(module: nn.Module, hook: Callable) -> None:
         module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -291,8 +296,8 @@ def install(model: nn.Module, plan: Plan) -> None:
                     kind.key_projection.register_forward_hook(AfterKeys(index, watching, kind.attention.num_heads))
             tower.register_forward_hook(AfterTower(), with_kwargs=True)
     for modality in family.modalities:
-        if family.needs_sizes or modality == "video":
-            setattr(inner, encoder(modality), RememberSizes(inner, family, modality))
+        if family.needs_sizes or modality == "video" or plan.projector_cuts:
+            setattr(inner, encoder(modality), RememberSizes(inner, plan, modality))
     family.bind(model, plan)
     before(inner, BeforeModel(plan))
     for index, layer in enumerate(family.decoder_layers(inner)):

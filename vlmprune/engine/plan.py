@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune.parts.cuts import Cut, Decoder, Pixels, Vision
+from vlmprune.parts.cuts import Cut, Decoder, Pixels, Projector, Vision
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.taps import BlockKeys, BlockTap, TowerTap
@@ -74,14 +74,31 @@ class Plan:
         return [cut for _, cut in self.cuts if isinstance(cut.at, Vision)]
 
     @property
+    def projector_cuts(self) -> list[Cut]:
+        """Cuts between tower and projector."""
+        return [cut for _, cut in self.cuts if isinstance(cut.at, Projector)]
+
+    @property
+    def measured(self) -> list[TowerTap]:
+        """What is to be measured in the tower, each once: for cuts behind it and in the language model."""
+        behind = (tap for cut in self.projector_cuts for tap in cut.see)
+        wanted = (tap for tap in (*self.tower_taps, *behind) if isinstance(tap, TowerTap))
+        return list(dict.fromkeys(tap for tap in wanted if not isinstance(tap, BlockKeys)))
+
+    @property
     def decoder_cuts(self) -> list[tuple[str, Cut]]:
         """Cuts in the language model, with the names of their methods."""
         return [(name, cut) for name, cut in self.cuts if isinstance(cut.at, Decoder)]
 
     @property
     def key_layers(self) -> set[int]:
-        """Tower layers whose keys a cut in the tower wants."""
-        return {tap.layer for cut in self.tower_cuts for tap in cut.see if isinstance(tap, BlockKeys)}
+        """Tower layers whose keys a cut in or behind the tower wants."""
+        return {
+            tap.layer
+            for cut in (*self.tower_cuts, *self.projector_cuts)
+            for tap in cut.see
+            if isinstance(tap, BlockKeys)
+        }
 
     @property
     def block_layers(self) -> set[int]:

@@ -19,8 +19,9 @@ from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Plan
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import UnsupportedError, check_first_run
-from vlmprune.parts.cuts import Cut
-from vlmprune.parts.taps import BlockKeys, ClusterOf, Tap
+from vlmprune.parts.cuts import Cut, Merge, Pick
+from vlmprune.parts.layout import ImageGrid, Views
+from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
 from vlmprune.patches.tagged import untag
@@ -42,14 +43,15 @@ class TowerFrame:
 
     Attributes:
         note: where `seen` goes if not on the output; of the pixels (see `Tagged`).
+        grids: layouts of the images or videos, where a cut behind the tower wants them.
         seen: measured taps.
         sizes: `(views, tokens)` float, patches that every token stands for; None before the first cut.
         places: for every layer, `(views, original tokens)` long, the token that each original one is part of; None
             where nothing is merged.
     """
 
-    def __init__(self, plan: Plan, note: Any = None):
-        self.plan, self.has_cls, self.note = plan, plan.facts.has_cls, note
+    def __init__(self, plan: Plan, note: Any = None, grids: list[ImageGrid] | None = None):
+        self.plan, self.has_cls, self.note, self.grids = plan, plan.facts.has_cls, note, grids
         self.seen: dict[Tap, torch.Tensor] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.sizes: torch.Tensor | None = None
@@ -62,7 +64,7 @@ class TowerFrame:
         """Do all that is to be done at the input of tower layer `index`; returns its new arguments."""
         check_first_run(index, len(self.places))
         check_device(layer, hidden)
-        for tap in self.plan.tower_taps:
+        for tap in self.plan.measured:
             if tap.layer == index:
                 with torch.no_grad(), loaded(layer):  # scores choose tokens; nothing is learned through them
                     self.seen[tap] = tap.measure(tower_layer(layer), hidden.detach(), self.has_cls)
@@ -96,6 +98,22 @@ class TowerFrame:
         self.sizes, self.weigh = sizes, cut.weigh
         return merged, into.gather(1, place)
 
+    def pick(self, cut: Cut, output: Any) -> None:
+        """Run a cut between tower and projector: exchange what its anchors stand for in the feature layers."""
+        features = output.hidden_states[self.plan.facts.feature_layer + 1].detach()
+        seen = dict(self.seen)
+        for tap in cut.see:
+            if isinstance(tap, BlockKeys):
+                seen[tap] = self.keys.pop(tap.layer)
+            elif isinstance(tap, Hidden):
+                seen[tap] = features
+        with torch.no_grad():
+            pick: Pick = cut.reduce({tap: seen[tap] for tap in cut.see}, Views(self.grids))
+        if pick.merge is not None:  # hosts hand out the layers that become features and no others
+            states = [None if h is None else flow(h, pick.merge) for h in output.hidden_states]
+            output.hidden_states = tuple(states)
+        self.seen[Kept()] = pick.keep
+
     def finish(self, output: Any) -> None:
         """Give every original position its cluster's token, and leave what was seen on the output."""
         if self.plan.tower_cuts:
@@ -103,6 +121,8 @@ class TowerFrame:
             states = zip(output.hidden_states, made_by, strict=True)
             output.hidden_states = tuple(h if h is None else spread(h, place) for h, place in states)
             output.last_hidden_state = spread(output.last_hidden_state, self.places[-1])
+        for cut in self.plan.projector_cuts:
+            self.pick(cut, output)
         for tap in self.plan.tower_taps:
             if tap.layer == self.plan.facts.tower_layers:  # behind the last layer: what becomes the features
                 with torch.no_grad():
@@ -122,6 +142,18 @@ def spread(hidden: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
     return hidden if place is None else hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
+def flow(hidden: torch.Tensor, merge: Merge) -> torch.Tensor:
+    """`(views, tokens, dim)` with every anchor that `merge` names replaced by the weighted sum of its sources."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    source = (
+        hidden if merge.source is None else hidden.gather(1, merge.source[..., None].expand(-1, -1, hidden.shape[-1]))
+    )
+    parts = source.to(wide) * merge.weight[..., None].to(wide)
+    summed = parts.new_zeros(hidden.shape).scatter_add(1, merge.into[..., None].expand_as(parts), parts)
+    named = merge.weight.new_zeros(hidden.shape[:2]).scatter_add(1, merge.into, (merge.weight != 0).to(merge.weight))
+    return torch.where(named[..., None] > 0, summed.to(hidden.dtype), hidden)
+
+
 @dataclass
 class BeforeTower:
     """Pre-hook of the tower: starts a frame."""
@@ -131,11 +163,12 @@ class BeforeTower:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not self.plan.enabled:
             return None
+        grids = kwargs.pop(FRAME, None)
         pixels, *rest = args if args else (kwargs.pop("pixel_values"),)
         pixels, note = untag(pixels)
         for cut in self.plan.pixel_cuts:
             pixels = cut.reduce(pixels)
-        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note)}
+        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note, grids)}
 
 
 @dataclass
@@ -194,8 +227,8 @@ class RememberSizes(Bound):
     them.
     """
 
-    def __init__(self, module: nn.Module, family: Family, modality: str):
-        self.module, self.family, self.modality = module, family, modality
+    def __init__(self, module: nn.Module, plan: Plan, modality: str):
+        self.module, self.plan, self.family, self.modality = module, plan, plan.family, modality
         self.__signature__ = inspect.signature(self.encode().__get__(module))
 
     def encode(self) -> Callable[..., Any]:
@@ -210,9 +243,13 @@ class RememberSizes(Bound):
             if given.get(name) is not None:
                 given[name] = torch.as_tensor(given[name]).cpu()
         check_fixed(self.family, self.module.config, given)
+        noted = self.family.needs_sizes or self.modality == "video"
+        sizes = self.family.sizes(self.modality, given) if noted else [None] * len(given["pixel_values"])
+        if self.plan.projector_cuts and self.plan.enabled:
+            given[FRAME] = [self.plan.grid(self.module, self.modality, size) for size in sizes]
         output = self.encode()(self.module, **given)
-        if not isinstance(output, tuple):
-            setattr(output, SIZES, self.family.sizes(self.modality, given))
+        if noted and not isinstance(output, tuple):
+            setattr(output, SIZES, sizes)
         return output
 
 

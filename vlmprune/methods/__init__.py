@@ -10,6 +10,7 @@ from vlmprune.methods.globalcom2 import GlobalCom2
 from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
+from vlmprune.methods.visionzip import VisionZip
 from vlmprune.methods.vtc_cls import VtcCls
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "ToDRE",
     "ToMe",
     "TransPrune",
+    "VisionZip",
     "VtcCls",
 ]

@@ -11,7 +11,19 @@ if TYPE_CHECKING:
 
     from vlmprune.parts.taps import Tap
 
-__all__ = ["Clusters", "Cut", "Decoder", "Merge", "Pixels", "Positions", "Reduction", "Vision", "schedule_layers"]
+__all__ = [
+    "Clusters",
+    "Cut",
+    "Decoder",
+    "Merge",
+    "Pick",
+    "Pixels",
+    "Positions",
+    "Projector",
+    "Reduction",
+    "Vision",
+    "schedule_layers",
+]
 
 Positions = Literal["original", "contiguous"]
 
@@ -35,6 +47,13 @@ class Vision:
     """A cut at the input of tower layer `layer` (0-based, from 1): tokens are merged inside the tower."""
 
     layer: int
+
+
+@dataclass(frozen=True, order=True)
+class Projector:
+    """Between tower and projector: what a patch stands for changes. A cut before the LLM, which sees `Kept`, drops."""
+
+    layer: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,20 @@ class Merge:
     into: torch.Tensor
     weight: torch.Tensor
     source: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What a cut between tower and projector decides.
+
+    Attributes:
+        keep: `(views, patches)` bool, the patches (anchors) that stay.
+        merge: what becomes of features, or None. Its numbers count the tower's tokens, [CLS] first where there is one,
+            and its first axis is views; anchors that it names become the weighted sum of their sources.
+    """
+
+    keep: torch.Tensor
+    merge: Merge | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +131,8 @@ class Cut:
         at: the layer at whose input the sequence gets shorter.
         see: taps handed to `reduce`, keyed by themselves.
         reduce: pure function `(seen, layout) -> Reduction`, at `Vision(l)` `(seen, sizes) -> Clusters`, where sizes
-            `(views, tokens)` says how many patches a token stands for, at `Pixels()` `pixel_values -> pixel_values`;
+            `(views, tokens)` says how many patches a token stands for, at `Projector()` `(seen, views) -> Pick` with
+            the `Views` of the batch, at `Pixels()` `pixel_values -> pixel_values`;
             picklable (a bound method of the method object).
         positions: "original" leaves the position ids of what is kept, "contiguous" closes the gaps that this cut makes
             (decoder only).
@@ -108,9 +142,9 @@ class Cut:
             follow that, so no other method may cut the sequence.
     """
 
-    at: Pixels | Vision | Decoder
+    at: Pixels | Vision | Projector | Decoder
     see: tuple[Tap, ...]
-    reduce: Callable[[dict[Tap, Any], Any], Reduction | Clusters]
+    reduce: Callable[[dict[Tap, Any], Any], Reduction | Clusters | Pick]
     positions: Positions = "contiguous"
     weigh: bool = False
     reorders: bool = False

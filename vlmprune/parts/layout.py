@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from vlmprune.errors import UnsupportedError
+from vlmprune.parts.budget import share
 
-__all__ = ["ImageGrid", "Layout", "download", "trace_packing", "upload"]
+__all__ = ["ImageGrid", "Layout", "Views", "download", "trace_packing", "upload"]
 
 ROUNDING = 1e-6  # what interpolation in float64 may be off, in patches
 
@@ -209,6 +210,36 @@ def trace_packing(
         pitch=tuple(pitch),
         blend=(parts, weights) if (part > 0)[~newline].any() else None,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """The views of one batch as the tower sees them, before any prompt is known.
+
+    Attributes:
+        grids: one per image or video, in the order of their views.
+    """
+
+    grids: Sequence[ImageGrid]
+
+    @cached_property
+    def present(self) -> torch.Tensor:
+        """`(views, patches)` bool, on the host: the patches that packing leaves in."""
+        rows = []
+        for grid in self.grids:
+            mask = torch.zeros(grid.views * grid.side[0] * grid.side[1], dtype=torch.bool)
+            mask[grid.source[~grid.newline]] = True
+            rows.append(mask.view(grid.views, -1))
+        return torch.cat(rows)
+
+    @property
+    def patches(self) -> list[int]:
+        """Patches of every view that packing leaves in."""
+        return [n for grid in self.grids for n in grid.patches_per_view]
+
+    def shares(self, keep: int | float) -> list[int]:
+        """Patches that every view keeps of a budget per image (`budget.share`)."""
+        return [n for grid in self.grids for n in share(keep, grid.patches_per_view)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from torch.nn import functional
 from vlmprune.parts.attention import upcast
 from vlmprune.parts.cuts import Clusters
 
-__all__ = ["energy", "match_alternating", "match_energy", "spread_evenly"]
+__all__ = ["energy", "gather_to", "match_alternating", "match_energy", "spread_evenly"]
 
 CHUNK = 256  # rows of a cosine matrix that exist at one time
 
@@ -97,3 +97,24 @@ def match_energy(metric: torch.Tensor, removed: int, margin: float, has_cls: boo
     a, b = mergeable[:, ::2], mergeable[:, 1::2]
     take = lambda at: x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))  # noqa: E731
     return assign(a, b, take(a) @ take(b).transpose(-1, -2), removed, rest)
+
+
+def gather_to(keys: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The target whose key is most like a source's own, by cosine; ties go to the lower index.
+
+    Args:
+        keys: `(views, tokens, dim)`.
+        sources, targets: `(views, tokens)` bool.
+
+    Returns:
+        `(views, tokens)` long, the target of every source (its own number elsewhere), and `(views, tokens)` bool which
+        tokens flow: sources of views that have a target.
+    """
+    unit = functional.normalize(upcast(keys), dim=-1)
+    own = torch.arange(keys.shape[1], device=keys.device).expand(sources.shape)
+    best = [
+        (unit[:, rows] @ unit.transpose(-1, -2)).masked_fill(~targets[:, None], -torch.inf).argmax(-1)
+        for rows in own[0].split(CHUNK)
+    ]
+    flows = sources & targets.any(1, keepdim=True)
+    return torch.where(flows, torch.cat(best, 1), own), flows

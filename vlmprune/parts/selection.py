@@ -11,7 +11,7 @@ from vlmprune.parts.budget import count, share
 from vlmprune.parts.cuts import Reduction
 from vlmprune.parts.layout import Layout, upload
 
-__all__ = ["Newlines", "Scope", "candidates", "capped", "check_choice", "keep_patches", "select", "top_k"]
+__all__ = ["Newlines", "Scope", "candidates", "capped", "check_choice", "keep_patches", "select", "stride", "top_k"]
 
 Newlines = Literal["all", "row", "none", "candidates"]
 Scope = Literal["view", "image"]
@@ -38,6 +38,21 @@ def top_k(scores: torch.Tensor, counts: list[int] | torch.Tensor, candidates: to
         `(..., tokens)` bool.
     """
     return torch.ops.vlmprune.top_k(scores, upload(counts, scores.device), candidates)
+
+
+def stride(candidates: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Mark `counts` evenly spaced candidates of every row: every n-th from the first, n the largest that reaches them.
+
+    Args:
+        candidates: `(rows, tokens)` bool.
+
+    Returns:
+        `(rows, tokens)` bool; all candidates of a row that has fewer.
+    """
+    number, total = candidates.cumsum(1) - 1, candidates.sum(1, keepdim=True)
+    wanted = upload(counts, candidates.device)[:, None]
+    step = (total // wanted.clamp(min=1)).clamp(min=1)
+    return candidates & (number % step == 0) & (number // step < wanted)
 
 
 def keep_newlines(keep: torch.Tensor, layout: Layout, policy: Newlines) -> torch.Tensor:

@@ -37,6 +37,7 @@ __all__ = [
     "DecoderTap",
     "Distinctness",
     "Hidden",
+    "Kept",
     "ReceivedAttention",
     "Tap",
     "TextAttention",
@@ -137,7 +138,10 @@ class DecoderTap(Tap):
 
 @dataclass(frozen=True)
 class Hidden(Tap):
-    """The visual tokens' own vectors at the cut, `(images, tokens, dim)`: the projected features at `Decoder(0)`."""
+    """The visual tokens' own vectors at the cut, `(images, tokens, dim)`: the projected features at `Decoder(0)`.
+
+    At `Projector()` the tower's, `(views, tokens, dim)`, [CLS] first where there is one.
+    """
 
 
 @dataclass(frozen=True)
@@ -184,6 +188,13 @@ class BlockKeys(TowerTap):
 @dataclass(frozen=True)
 class ClusterOf(TowerTap):
     """After cuts in the tower: the number of the cluster that every patch belongs to at the feature layer."""
+
+    layer: int = -1  # known when the tower is done
+
+
+@dataclass(frozen=True)
+class Kept(TowerTap):
+    """What a cut between tower and projector has kept, `(images, tokens)` bool; nothing is said of newlines."""
 
     layer: int = -1  # known when the tower is done
 
