@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -73,10 +74,10 @@ class Family:
         """Id of the placeholder."""
         return getattr(inner.config, f"{modality}_token_id")
 
-    def side(self, inner: nn.Module) -> int:
-        """Patches along one side of a view."""
+    def side(self, inner: nn.Module, size: Any = None) -> tuple[int, int]:
+        """(rows, cols) of patches in one view of an image of `size` (of `sizes`); mostly of any."""
         vision = inner.config.vision_config
-        return vision.image_size // vision.patch_size
+        return (vision.image_size // vision.patch_size,) * 2
 
     def facts(self, inner: nn.Module) -> ModelFacts:
         """Check that the model is one we know, and return its facts.
@@ -111,7 +112,7 @@ class Family:
             has_cls=has_cls,
             decoder_layers=len(self.decoder_layers(inner)),
             views=self.views,
-            view_patches=self.side(inner) ** 2,
+            view_patches=math.prod(self.side(inner)),
         )
 
     def strategy(self, inner: nn.Module) -> str:
@@ -165,13 +166,13 @@ class Family:
 
     def video_grid(self, inner: nn.Module, frames: int) -> ImageGrid:
         """The layout of one video, traced through `pack_video`."""
-        side = self.side(inner)
+        rows, cols = self.side(inner)
         return trace_packing(
-            lambda x, newline: self.pack_video(inner, x, newline), frames, side, side, (1, 1), frames=frames
+            lambda x, newline: self.pack_video(inner, x, newline), frames, rows, cols, (1, 1), frames=frames
         )
 
     def image_grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
         """The layout of one image, traced through `pack`."""
         views, grid = self.grid(inner, size)
-        side = self.side(inner)
-        return trace_packing(lambda x, newline: self.pack(inner, x, newline, size), views, side, side, grid)
+        rows, cols = self.side(inner, size)
+        return trace_packing(lambda x, newline: self.pack(inner, x, newline, size), views, rows, cols, grid)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import sys
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -20,7 +21,7 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.layout import upload
+from vlmprune.parts.layout import ImageGrid, upload
 from vlmprune.patches.base import Bound, Family, feature_index
 from vlmprune.patches.tagged import tag, untag
 from vlmprune.patches.towers import TOWERS
@@ -63,8 +64,8 @@ class LlavaLlama(Family):
     def token(self, inner: nn.Module, modality: str = "image") -> int:
         return IMAGE
 
-    def side(self, inner: nn.Module) -> int:
-        return inner.get_vision_tower().num_patches_per_side
+    def side(self, inner: nn.Module, size: Any = None) -> tuple[int, int]:
+        return (inner.get_vision_tower().num_patches_per_side,) * 2
 
     def facts(self, inner: nn.Module) -> ModelFacts:
         tower, config = inner.get_vision_tower(), inner.config
@@ -97,7 +98,7 @@ class LlavaLlama(Family):
             has_cls=TOWERS[kind.model_type],
             decoder_layers=len(inner.layers),
             views=spatial(config) and getattr(config, "image_aspect_ratio", None) == "anyres",
-            view_patches=self.side(inner) ** 2,
+            view_patches=math.prod(self.side(inner)),
         )
 
     def bind(self, model: nn.Module, plan: Any) -> None:
@@ -197,6 +198,7 @@ class Prompt:
         rows: for every row what the layout of each of its images depends on.
         tokens: visual tokens of every image, in the same order.
         unread: for every view that the tower saw whether no prompt has its image; None if all are read.
+        grids: layout of every image that the tower sees.
     """
 
     visual: torch.Tensor
@@ -204,6 +206,7 @@ class Prompt:
     tokens: list[list[int]]
     unread: list[bool] | None
     vlmprune_seen: dict[Any, torch.Tensor] = field(default_factory=dict)  # the engine's channel SEEN
+    grids: list[ImageGrid] = field(default_factory=list)
 
     def for_rows(self, embeds: torch.Tensor) -> dict[str, Any]:
         """Arguments for the engine, once it is known how often `generate` repeats each row for its beams."""
@@ -267,6 +270,8 @@ class ExpandPrompt(Bound):
         counts = ((ids == IMAGE) & real).sum(1).tolist()
         prompt = Prompt(torch.empty(0), *self.assign(counts, sizes))
         if self.plan.enabled and self.plan.tower_taps:
+            inner = self.plan.family.inner(self.model)
+            prompt.grids = [self.plan.grid(inner, "image", size) for size in sizes]
             given["images"] = [tag(x, prompt) for x in images] if isinstance(images, list) else tag(images, prompt)
         columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         given |= {"attention_mask": real if mask is None else mask, "labels": columns}

@@ -30,7 +30,7 @@ def test_facts(family, tower, text):
     assert facts.has_cls == (tower == "clip")
     assert facts.views == (family not in ("llava", "vipllava"))
     assert found.inner(model) is found.inner(model.model) is model.model
-    assert found.side(model.model) == tiny.SIDE
+    assert found.side(model.model) == (tiny.SIDE, tiny.SIDE)
     assert len(found.tower_layers(*found.towers(model.model))) == 6
     assert len(found.decoder_layers(model.model)) == 4
     assert [found.token(model.model, m) for m in found.modalities] == [tiny.IMAGE, tiny.VIDEO][: len(found.modalities)]

@@ -276,11 +276,6 @@ def is_hook(hook: Callable) -> bool:
 def install(model: nn.Module, plan: Plan) -> None:
     """Put the hooks of `plan` on a model and nothing else, but for the `Bound` attributes that some families need."""
     family, inner = plan.family, plan.family.inner(model)
-    if plan.projector_cuts and not hasattr(inner, encoder("image")):
-        raise UnsupportedError(
-            f"a cut between tower and projector needs to know the images there, and {family.model_type} models do not "
-            "tell: use the Hugging Face conversion of the checkpoint (llava-hf/...)."
-        )
 
     def before(module: nn.Module, hook: Callable) -> None:
         module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -296,7 +291,7 @@ def install(model: nn.Module, plan: Plan) -> None:
                     kind.key_projection.register_forward_hook(AfterKeys(index, watching, kind.attention.num_heads))
             tower.register_forward_hook(AfterTower(), with_kwargs=True)
     for modality in family.modalities:
-        if family.needs_sizes or modality == "video" or plan.projector_cuts:
+        if family.needs_sizes or modality == "video" or (plan.projector_cuts and hasattr(inner, encoder(modality))):
             setattr(inner, encoder(modality), RememberSizes(inner, plan, modality))
     family.bind(model, plan)
     before(inner, BeforeModel(plan))

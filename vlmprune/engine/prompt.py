@@ -21,21 +21,21 @@ __all__ = ["prompt_layout"]
 
 @dataclass(frozen=True)
 class Items:
-    """The images, or the videos, of a batch: `sample`, `ordinal`, `grids` and `first_view` as in `Layout`.
+    """The images, or the videos, of a batch: `sample`, `ordinal`, `grids` and `start` as in `Layout`.
 
     Attributes:
         position: `(items, tokens)` columns of the tokens in the prompt.
         sizes: tokens of every item.
-        views: all views that the tower saw.
+        patches: all that the tower made.
     """
 
     grids: list[ImageGrid]
     sample: list[int]
     ordinal: list[int]
-    first_view: list[int]
+    start: list[int]
     position: torch.Tensor
     sizes: list[int]
-    views: int
+    patches: int
 
 
 def prompt_layout(plan: Plan, inner: nn.Module, census: Census, encoded: dict[str, Any]) -> Layout:
@@ -52,27 +52,26 @@ def prompt_layout(plan: Plan, inner: nn.Module, census: Census, encoded: dict[st
         find_items(plan, inner, modality, holes, census.placeholders[modality], encoded[modality])
         for modality, holes in census.holes.items()
     ]
-    sample, ordinal, first_view, seen, views = [], [], [], [0] * len(census.lengths), 0
+    sample, ordinal, start, seen, before = [], [], [], [0] * len(census.lengths), 0
     for items in found:
         sample += items.sample
         ordinal += [seen[row] + number for row, number in zip(items.sample, items.ordinal, strict=True)]
-        first_view += [views + first for first in items.first_view]
+        start += [before + first for first in items.start]
         seen = [n + items.sample.count(row) for row, n in enumerate(seen)]
-        views += items.views
+        before += items.patches
     grids, sizes = [g for items in found for g in items.grids], [n for items in found for n in items.sizes]
-    width, side, device = max(sizes), plan.family.side(inner), found[0].position.device
+    width, device = max(sizes), found[0].position.device
     return Layout(
         grids=grids,
         sample=sample,
         ordinal=ordinal,
-        first_view=first_view,
+        start=start,
         position=torch.cat([pad(items.position, (0, width - items.position.shape[1])) for items in found]),
         alive=torch.arange(width, device=device) < upload(sizes, device)[:, None],
         alive_counts=sizes,
         alive_patches=[grid.patches for grid in grids],
         entered=sizes,
         entered_patches=[grid.patches for grid in grids],
-        view_size=side * side,
     )
 
 
@@ -107,10 +106,10 @@ def find_items(
         grids=grids,
         sample=sample,
         ordinal=ordinal,
-        first_view=[sum(grid.views for grid in encoded[:o]) for o in origin],
+        start=[sum(grid.encoded for grid in encoded[:o]) for o in origin],
         position=columns[upload(sample, device)].gather(1, number),
         sizes=sizes,
-        views=sum(grid.views for grid in encoded),
+        patches=sum(grid.encoded for grid in encoded),
     )
 
 

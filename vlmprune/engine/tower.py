@@ -166,6 +166,7 @@ class BeforeTower:
         grids = kwargs.pop(FRAME, None)
         pixels, *rest = args if args else (kwargs.pop("pixel_values"),)
         pixels, note = untag(pixels)
+        grids = grids if note is None else note.grids
         for cut in self.plan.pixel_cuts:
             pixels = cut.reduce(pixels)
         return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note, grids)}

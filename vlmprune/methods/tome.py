@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -34,8 +35,9 @@ def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
     """
     patches = layout.patches
     # newlines and padding get a key of their own
-    last = max(grid.views for grid in layout.grids) * (layout.view_size + 1)
-    key = torch.where(patches, layout.view * (layout.view_size + 1) + cluster, last)
+    most = max(math.prod(grid.side) for grid in layout.grids) + 1
+    last = max(grid.views for grid in layout.grids) * most
+    key = torch.where(patches, layout.view * most + cluster, last)
     token = torch.arange(layout.width, device=key.device).expand_as(key)
     first = torch.full((len(layout), last + 1), layout.width, device=key.device)
     first = first.scatter_reduce(1, key, token, "amin")
@@ -102,7 +104,7 @@ class EncoderMerge(Budgeted):
         (cluster,) = seen.values()
         keep = first_of_cluster(cluster, layout)
         # where packing cuts padding off, whole clusters can go with it
-        whole = all(p == layout.view_size for grid in layout.grids for p in grid.patches_per_view)
+        whole = all(p == math.prod(grid.side) for grid in layout.grids for p in grid.patches_per_view)
         counts = [clusters * grid.views for grid in layout.grids] if whole else None
         return keep_patches(keep, layout, counts, self.newlines)
 

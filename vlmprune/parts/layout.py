@@ -105,6 +105,11 @@ class ImageGrid:
         return sum(self.patches_per_view)
 
     @property
+    def encoded(self) -> int:
+        """Patches that the tower makes of it, those included that packing leaves out."""
+        return self.views * self.side[0] * self.side[1]
+
+    @property
     def newlines(self) -> int:
         """Newline tokens."""
         return self.tokens - self.patches
@@ -227,7 +232,7 @@ class Views:
         """`(views, patches)` bool, on the host: the patches that packing leaves in."""
         rows = []
         for grid in self.grids:
-            mask = torch.zeros(grid.views * grid.side[0] * grid.side[1], dtype=torch.bool)
+            mask = torch.zeros(grid.encoded, dtype=torch.bool)
             mask[grid.source[~grid.newline]] = True
             rows.append(mask.view(grid.views, -1))
         return torch.cat(rows)
@@ -250,14 +255,13 @@ class Layout:
         grids: one per image, in prompt order; after all images, one per video.
         sample: the batch row of every image.
         ordinal: the image's number within its prompt; videos count on after the images.
-        first_view: index of every image's first view in the tower's output batch.
+        start: where every image's patches begin in the tower's output, flattened over views and patches.
         position: `(images, tokens)` column of the token in the unpruned prompt.
         alive: `(images, tokens)` bool, real tokens that earlier cuts have not dropped.
         alive_counts: number of alive tokens of every image, known on the host.
         alive_patches: the same without newlines; None after a cut that let newlines compete with patches.
         entered: `alive_counts` at the input of the first decoder layer, after the cuts there: what a fraction is of.
         entered_patches: the same for `alive_patches`.
-        view_size: patches of one tower view (rows * cols), for `source`.
         soft: `(images, tokens)` weights where a cut only weakened tokens (training), and
         standing: `(images, tokens)` bool, what would be left had it removed them; both None otherwise.
     """
@@ -265,14 +269,13 @@ class Layout:
     grids: Sequence[ImageGrid]
     sample: list[int]
     ordinal: list[int]
-    first_view: list[int]
+    start: list[int]
     position: torch.Tensor
     alive: torch.Tensor
     alive_counts: list[int]
     alive_patches: list[int] | None
     entered: list[int]
     entered_patches: list[int] | None
-    view_size: int
     soft: torch.Tensor | None = None
     standing: torch.Tensor | None = None
 
@@ -337,7 +340,7 @@ class Layout:
         numbers, which cannot be blended, are the nearest patch's. Newlines and padding get an arbitrary patch's value:
         mask with `patches`.
         """
-        start = upload(self.first_view, self.device)[:, None] * self.view_size
+        start = upload(self.start, self.device)[:, None]
         flat = values.flatten(0, 1)
         if all(grid.blend is None for grid in self.grids) or not values.is_floating_point():
             return flat[self.stack("source") + start]
