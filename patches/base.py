@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.parts.layout import ImageGrid, trace_packing
+from vlmprune.parts.layout import ImageGrid
+from vlmprune.parts.packing import Packing
 
 if TYPE_CHECKING:
     from vlmprune.engine.plan import Plan
@@ -52,7 +54,9 @@ class ModelFacts:
 
 
 class Bound:
-    """Base of what stands before a method of one instance, as its attribute; `unpatch` finds it by this type."""
+    """Base of what stands before a method of one instance, as its attribute; `unpatch` finds it by type and plan."""
+
+    plan: Plan
 
 
 class Family:
@@ -68,6 +72,7 @@ class Family:
     needs_sizes: ClassVar[bool] = False  # whether the packing of images depends on more than the model
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     usual_tower: ClassVar[str] = "clip_vision_model"  # of the published checkpoints
+    single: ClassVar[str] = ""  # of a family with views: which images have one view alone
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -145,6 +150,15 @@ class Family:
         """Whether the tower's first token is dropped ("default") or not ("full")."""
         return inner.config.vision_feature_select_strategy
 
+    def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
+        """What the processor must know of the model to write one placeholder for every feature."""
+        vision = inner.config.vision_config
+        return {
+            "patch_size": vision.patch_size,
+            "num_additional_image_tokens": int(TOWERS[vision.model_type]),
+            "vision_feature_select_strategy": self.strategy(inner),
+        }
+
     def feature_layer(self, inner: nn.Module) -> int | Sequence[int]:
         """As the config counts: entry of the tower's hidden states that becomes the features, or several."""
         return inner.config.vision_feature_layer
@@ -190,15 +204,18 @@ class Family:
         """Pack `(frames, patches, dim)` of one video into `(tokens, dim)` exactly as the model does."""
         raise UnsupportedError(f"{self.model_type} models read no videos.")
 
+    def packing(self, inner: nn.Module, modality: str, size: Any) -> Packing:
+        """How an image or video of a size (of `sizes`) is packed."""
+        side = self.side(inner)
+        if modality == "video":
+            return Packing(partial(self.pack_video, inner), size, side, side, (1, 1), frames=size)
+        views, grid = self.grid(inner, size)
+        return Packing(lambda x, newline: self.pack(inner, x, newline, size), views, side, side, grid)
+
     def video_grid(self, inner: nn.Module, frames: int) -> ImageGrid:
         """The layout of one video, traced through `pack_video`."""
-        side = self.side(inner)
-        return trace_packing(
-            lambda x, newline: self.pack_video(inner, x, newline), frames, side, side, (1, 1), frames=frames
-        )
+        return self.packing(inner, "video", frames).trace()
 
     def image_grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
         """The layout of one image, traced through `pack`."""
-        views, grid = self.grid(inner, size)
-        side = self.side(inner)
-        return trace_packing(lambda x, newline: self.pack(inner, x, newline, size), views, side, side, grid)
+        return self.packing(inner, "image", size).trace()

@@ -13,7 +13,7 @@ import inspect
 import sys
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +22,9 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.parts.layout import upload
 from vlmprune.patches.base import TOWERS, Bound, Family, ModelFacts, feature_index
 from vlmprune.patches.tagged import tag, untag
+
+if TYPE_CHECKING:
+    from vlmprune.engine.plan import Plan
 
 __all__ = ["LlavaLlama", "LlavaMistral"]
 
@@ -39,6 +42,7 @@ class LlavaLlama(Family):
     model_type = "llava_llama"
     title = "original LLaVA (LlavaLlamaForCausalLM of the llava package, in Python); with anyres also globalcom2"
     views = False  # without anyres; `facts` tells of a model
+    single = "images that are given without crops"
     fixed = ()
 
     def inner(self, model: nn.Module) -> nn.Module:
@@ -60,6 +64,9 @@ class LlavaLlama(Family):
 
     def token(self, inner: nn.Module, modality: str = "image") -> int:
         return IMAGE
+
+    def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
+        return {}  # the llava package has no processor
 
     def side(self, inner: nn.Module) -> int:
         return inner.get_vision_tower().num_patches_per_side
@@ -98,7 +105,7 @@ class LlavaLlama(Family):
             view_patches=self.side(inner) ** 2,
         )
 
-    def bind(self, model: nn.Module, plan: Any) -> None:
+    def bind(self, model: nn.Module, plan: Plan) -> None:
         setattr(model, EXPAND, ExpandPrompt(model, plan))
 
     def open(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -191,12 +198,14 @@ class Prompt:
     """What the embeddings of a prompt batch do not tell.
 
     Attributes:
+        plan: of the model that expands them; its tower, which other models may share, asks.
         visual: `(batch, length)` bool, the visual tokens.
         rows: for every row what the layout of each of its images depends on.
         tokens: visual tokens of every image, in the same order.
         unread: for every view that the tower saw whether no prompt has its image; None if all are read.
     """
 
+    plan: Plan
     visual: torch.Tensor
     rows: list[list[tuple]]
     tokens: list[list[int]]
@@ -204,7 +213,7 @@ class Prompt:
 
     def for_rows(self, embeds: torch.Tensor) -> dict[str, Any]:
         """Arguments for the engine, once it is known how often `generate` repeats each row for its beams."""
-        from vlmprune.engine.tower import SEEN, SIZES  # late: that module imports the families
+        from vlmprune.engine.tower import MADE_BY, SEEN, SIZES  # late: that module imports the families
 
         (rows, length), batch = embeds.shape[:2], len(self.rows)
         if length != self.visual.shape[1] or rows % batch:
@@ -221,6 +230,7 @@ class Prompt:
                 read = [view for view, unread in enumerate(self.unread) if not unread]
                 seen = {tap: values[upload(read, values.device)] for tap, values in seen.items()}
             setattr(features, SEEN, seen)
+            setattr(features, MADE_BY, getattr(self, MADE_BY))
         ids = torch.where(self.visual, IMAGE, 0).repeat_interleave(beams, 0)
         return {"input_ids": ids, "mm_encoder_outputs": {"image": features}}
 
@@ -240,7 +250,7 @@ class ExpandPrompt(Bound):
     The host expands labels as it expands tokens, so labels that number the columns tell where every token came from.
     """
 
-    def __init__(self, model: nn.Module, plan: Any):
+    def __init__(self, model: nn.Module, plan: Plan):
         self.model, self.plan = model, plan
         self.__signature__ = inspect.signature(self.expand())
 
@@ -259,8 +269,8 @@ class ExpandPrompt(Bound):
         sizes = self.sizes(images, given.get("image_sizes"))
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         counts = ((ids == IMAGE) & real).sum(1).tolist()
-        prompt = Prompt(torch.empty(0), *self.assign(counts, sizes))
-        if self.plan.enabled and self.plan.tower_taps:
+        prompt = Prompt(self.plan, torch.empty(0), *self.assign(counts, sizes))
+        if self.plan.enabled and self.plan.in_tower:
             given["images"] = [tag(x, prompt) for x in images] if isinstance(images, list) else tag(images, prompt)
         columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         given |= {"attention_mask": real if mask is None else mask, "labels": columns}

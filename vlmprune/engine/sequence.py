@@ -13,6 +13,7 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.parts.cuts import Positions
 from vlmprune.parts.layout import Layout, upload
 from vlmprune.parts.taps import sliding_window
+from vlmprune.patches.host import cache_of
 
 __all__ = ["SEGMENTS", "Segment", "Sequence", "attention_mask", "real_tokens"]
 
@@ -250,7 +251,7 @@ class Sequence:
             # a mask over everything is never left out, so there is one to add the bias to
             real = self.mask if self.bias is None else self.real()
             check_soft(layer, self.bias)
-            mask = attention_mask(layer, index, hidden, self.with_past(real), kwargs.get("past_key_values"))
+            mask = attention_mask(layer, index, hidden, self.with_past(real), cache_of(kwargs))
             self.masks[kind] = mask if self.bias is None else add_bias(mask, self.bias.to(hidden.dtype))
         # the rotary embedding carries the positions; gaps in the ids would be read as packed sequences
         ids = torch.arange(self.length, device=hidden.device)[None]
