@@ -15,15 +15,18 @@ TESTS ?= tests
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-# The oldest supported transformers, in its newest patch release, lives in an environment of its own.
-OLDEST ?= 5.20.2
-OLDEST_VENV := .venv-oldest
+# Every minor release of transformers that is supported, oldest first; the last is the one that constraints.txt pins. The
+# others live in environments of their own.
+VERSIONS ?= 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0
+OLDEST ?= $(firstword $(VERSIONS))
+OLDEST_VENV := .venv-$(OLDEST)
 OLDEST_TESTS ?= $(TESTS)
+VERSIONS_TESTS ?= tests/trained
 
 # More threads are slower for models this small, and unbearably so beside another process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo pictures test test-oldest support bench lint format wheel clean
+.PHONY: help install demo pictures test test-oldest test-versions support bench lint format wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -33,7 +36,7 @@ install: $(VENV)/.installed ## make .venv and install vlmprune into it, editable
 # torch first and by its exact pin, before anything can ask for a looser one. lmms-eval without its requirements: they
 # would bring another torch, CUDA libraries and a torchvision that this torch cannot load; `dev` has what the tasks need.
 # llava-torch, the original LLaVA (`llava` itself is an empty package), pins a torch and a transformers of 2023: the same.
-$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt vlmprune/_version.py
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt vlmprune/requirements.txt vlmprune/_version.py
 	@if [ ! -x $(VENV)/bin/python ]; then \
 	  $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("vlmprune needs Python 3.11 or newer, and $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12 ..." % sys.version_info[:2])'; \
 	  echo "$(PYTHON) -m venv $(VENV)"; $(PYTHON) -m venv $(VENV); \
@@ -45,16 +48,16 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt vlmprune/_version.p
 	@touch $@
 
 # Everything but transformers comes from .venv through a .pth file, pip too: no second torch.
-$(OLDEST_VENV)/.installed: $(VENV)/.installed
-	rm -rf $(OLDEST_VENV)
-	$(VENV)/bin/python -m venv --without-pip $(OLDEST_VENV)
+.venv-%/.installed: $(VENV)/.installed
+	rm -rf $(@D)
+	$(VENV)/bin/python -m venv --without-pip $(@D)
 	@shared=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
-	own=$$($(OLDEST_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	echo "import site; site.addsitedir('$$shared')" > "$$own/shared.pth"
-	sed 's/^transformers==.*/transformers==$(OLDEST)/' constraints.txt > $(OLDEST_VENV)/constraints.txt
-	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c $(OLDEST_VENV)/constraints.txt transformers
-	$(OLDEST_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation -e .
-	@$(OLDEST_VENV)/bin/python -c 'import transformers as t; t.__version__ == "$(OLDEST)" or __import__("sys").exit("transformers " + t.__version__ + " instead of $(OLDEST)")'
+	sed 's/^transformers==.*/transformers==$*/' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet -c $(@D)/constraints.txt transformers
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation -e .
+	@$(@D)/bin/python -c 'import transformers as t; t.__version__ == "$*" or __import__("sys").exit("transformers " + t.__version__ + " instead of $*")'
 	@touch $@
 
 demo: $(VENV)/.installed ## evaluate all methods on two really trained models, with a report
@@ -64,7 +67,7 @@ pictures: $(VENV)/.installed ## draw what every method keeps, for docs/methods
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash scripts/method_pictures.sh
 
 # -P keeps the checkout off sys.path, where eval/ and patches/ would be importable by their bare names.
-test test-oldest: export HF_HUB_OFFLINE = 1
+test test-oldest test-versions: export HF_HUB_OFFLINE = 1
 test: $(VENV)/.installed ## run the tests
 	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
 
@@ -74,10 +77,17 @@ OLDEST_LEFT_OUT := test_packaging.py test_compile.py test_atp_training.py test_c
 test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported transformers
 	$(OLDEST_VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal $(addprefix --ignore tests/,$(OLDEST_LEFT_OUT)) $(PYTEST_ARGS) $(OLDEST_TESTS)
 
-# Whatever the tests claim works, and no more, stands in README.
+# What a release may change without a word: the answers of trained models, cached and uncached, in several turns, on static
+# caches, and the self-test. A tiny random model may hide what these show.
+test-versions: $(VERSIONS:%=.venv-%/.installed) ## run a short set of tests on every supported minor release of transformers
+	@for version in $(VERSIONS); do \
+	  echo "transformers $$version"; .venv-$$version/bin/python -P -m pytest -q -n $(WORKERS) $(PYTEST_ARGS) $(VERSIONS_TESTS); \
+	done
+
+# Whatever the tests claim works, and no more, stands in docs/support.md.
 SUPPORT := build/support.json
 support: export HF_HUB_OFFLINE = 1
-support: $(VENV)/.installed ## run the tests of families and features, and write README's support matrix from their results
+support: $(VENV)/.installed ## run the tests of families and features, and write docs/support.md from their results
 	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --support $(SUPPORT) --support-only $(PYTEST_ARGS) tests
 	$(VENV)/bin/python scripts/support_matrix.py $(SUPPORT)
 

@@ -7,11 +7,13 @@ replacement: the percentile interval of a ratio of sums (Efron & Tibshirani 1993
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-__all__ = ["DRAWS", "FEW_CLUSTERS", "SEED", "Resampler", "interval", "pareto", "retention", "verdict"]
+__all__ = ["DRAWS", "FEW_CLUSTERS", "ROUND_OFF", "SEED", "Resampler", "bounded_interval", "difference_interval"]
+__all__ += ["interval", "pareto", "retention", "verdict"]
 
 #: Bootstrap draws, and the seed that makes two reports of one run the same.
 DRAWS = 2000
@@ -82,6 +84,70 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
         raise ValueError("no bootstrap draw has a value")
     low, high = np.percentile(finite, [2.5, 97.5])
     return float(low), float(high)
+
+
+def bounded_interval(draws: np.ndarray, value: float, clusters: int, low: float, high: float) -> tuple[float, float]:
+    """`interval` of a mean whose clusters lie between `low` and `high`.
+
+    Where all clusters are equal, drawing them again shows no spread, which proves nothing about others: there the
+    interval is the exact one of Clopper and Pearson (1934) for a share of `clusters`, its number of successes read as a
+    real number. Of all quantities between the same bounds with the same mean a share spreads most, so for means of
+    several questions it is on the safe side.
+
+    Args:
+        draws: (draws,) bootstrap values.
+        value: the mean itself.
+        clusters: how many there are.
+        low, high: what no cluster can go beyond.
+    """
+    found = interval(draws)
+    if found[1] - found[0] > ROUND_OFF * max(1.0, high - low):
+        return found
+    share = min(1.0, max(0.0, (value - low) / (high - low)))
+    return tuple(low + (high - low) * end for end in exact_share(share, clusters))
+
+
+def difference_interval(draws: np.ndarray, value: float, clusters: int, top: float) -> tuple[float, float]:
+    """`bounded_interval` of a paired difference of two means between 0 and `top`.
+
+    Where no cluster differs at all, the exact bound is on the share of clusters that do.
+    """
+    if abs(value) < ROUND_OFF and np.ptp(draws) < ROUND_OFF:
+        reach = top * exact_share(0.0, clusters)[1]
+        return -reach, reach
+    return bounded_interval(draws, value, clusters, -top, top)
+
+
+def exact_share(share: float, count: int, miss: float = 0.025) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share of `count`, with `miss` on either side."""
+    hits = share * count
+    below = 0.0 if hits <= 0 else beta_quantile(miss, hits, count - hits + 1)
+    above = 1.0 if hits >= count else beta_quantile(1 - miss, hits + 1, count - hits)
+    return below, above
+
+
+def beta_quantile(probability: float, a: float, b: float) -> float:
+    """Where Beta(a, b) has so much below it, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if beta_below(middle, a, b) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def beta_below(x: float, a: float, b: float) -> float:
+    """The regularized incomplete beta function, by its continued fraction (Abramowitz & Stegun 26.5.8)."""
+    if x <= 0 or x >= 1:
+        return float(x >= 1)
+    if x > (a + 1) / (a + b + 2):  # there the other tail converges
+        return 1 - beta_below(1 - x, b, a)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
+    fraction = 1.0
+    for m in range(200, 0, -1):  # from the inside out
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        fraction = 1 + even / (1 + odd / fraction)
+    return front / a / (1 - (a + b) * x / (a + 1) / fraction)
 
 
 def verdict(low: float, high: float, higher_is_better: bool = True) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.layout import ImageGrid, trace_packing
+from vlmprune.parts.layout import ImageGrid
+from vlmprune.parts.packing import Packing
 from vlmprune.patches.language_models import LANGUAGE_MODELS
 from vlmprune.patches.towers import TOWERS
 
@@ -26,7 +28,9 @@ def feature_index(given: int | Sequence[int], layers: int) -> int:
 
 
 class Bound:
-    """Base of what stands before a method of one instance, as its attribute; `unpatch` finds it by this type."""
+    """Base of what stands before a method of one instance, as its attribute; `unpatch` finds it by type and plan."""
+
+    plan: Any  # an engine's Plan
 
 
 class Family:
@@ -42,6 +46,7 @@ class Family:
     needs_sizes: ClassVar[bool] = False  # whether the packing of images depends on more than the model
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     usual_tower: ClassVar[str] = "clip_vision_model"  # of the published checkpoints
+    single: ClassVar[str] = ""  # of a family with views: which images have one view alone
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -119,6 +124,15 @@ class Family:
         """Whether the tower's first token is dropped ("default") or not ("full")."""
         return inner.config.vision_feature_select_strategy
 
+    def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
+        """What the processor must know of the model to write one placeholder for every feature."""
+        vision = inner.config.vision_config
+        return {
+            "patch_size": vision.patch_size,
+            "num_additional_image_tokens": int(TOWERS[vision.model_type]),
+            "vision_feature_select_strategy": self.strategy(inner),
+        }
+
     def feature_layer(self, inner: nn.Module) -> int | Sequence[int]:
         """As the config counts: entry of the tower's hidden states that becomes the features, or several."""
         return inner.config.vision_feature_layer
@@ -164,15 +178,17 @@ class Family:
         """Pack `(frames, patches, dim)` of one video into `(tokens, dim)` exactly as the model does."""
         raise UnsupportedError(f"{self.model_type} models read no videos.")
 
+    def packing(self, inner: nn.Module, modality: str, size: Any) -> Packing:
+        """How an image or video of a size (of `sizes`) is packed."""
+        if modality == "video":
+            return Packing(partial(self.pack_video, inner), size, *self.side(inner), (1, 1), frames=size)
+        views, grid = self.grid(inner, size)
+        return Packing(lambda x, newline: self.pack(inner, x, newline, size), views, *self.side(inner, size), grid)
+
     def video_grid(self, inner: nn.Module, frames: int) -> ImageGrid:
         """The layout of one video, traced through `pack_video`."""
-        rows, cols = self.side(inner)
-        return trace_packing(
-            lambda x, newline: self.pack_video(inner, x, newline), frames, rows, cols, (1, 1), frames=frames
-        )
+        return self.packing(inner, "video", frames).trace()
 
     def image_grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
         """The layout of one image, traced through `pack`."""
-        views, grid = self.grid(inner, size)
-        rows, cols = self.side(inner, size)
-        return trace_packing(lambda x, newline: self.pack(inner, x, newline, size), views, rows, cols, grid)
+        return self.packing(inner, "image", size).trace()

@@ -17,7 +17,7 @@ from torch import nn
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.attention import split_heads
 
-__all__ = ["LANGUAGE_MODELS", "RotaryLayer", "attention_mask", "decoder_layer", "sliding_window"]
+__all__ = ["LANGUAGE_MODELS", "RotaryLayer", "attention_mask", "decoder_layer", "sliding_window", "window_of"]
 
 #: `model_type` of the language models whose taps were compared with their own eager attention.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
@@ -107,3 +107,8 @@ def attention_mask(
     make = create_causal_mask if sliding_window(attention) is None else create_sliding_window_causal_mask
     # asking whether the padding mask could be skipped would wait for the device
     return make(attention.config, hidden, mask, cache, layer_idx=index, allow_is_causal_skip=mask is None)
+
+
+def window_of(layer: nn.Module) -> int | None:
+    """The window of a decoder layer in tokens, or None."""
+    return sliding_window(layer.self_attn)

@@ -42,6 +42,7 @@ class LlavaLlama(Family):
     model_type = "llava_llama"
     title = "original LLaVA (LlavaLlamaForCausalLM of the llava package, in Python); with anyres also globalcom2"
     views = False  # without anyres; `facts` tells of a model
+    single = "images that are given without crops"
     fixed = ()
 
     def inner(self, model: nn.Module) -> nn.Module:
@@ -63,6 +64,9 @@ class LlavaLlama(Family):
 
     def token(self, inner: nn.Module, modality: str = "image") -> int:
         return IMAGE
+
+    def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
+        return {}  # the llava package has no processor
 
     def side(self, inner: nn.Module, size: Any = None) -> tuple[int, int]:
         return (inner.get_vision_tower().num_patches_per_side,) * 2
@@ -194,6 +198,7 @@ class Prompt:
     """What the embeddings of a prompt batch do not tell.
 
     Attributes:
+        plan: of the model that expands them; its tower, which other models may share, asks.
         visual: `(batch, length)` bool, the visual tokens.
         rows: for every row what the layout of each of its images depends on.
         tokens: visual tokens of every image, in the same order.
@@ -201,11 +206,13 @@ class Prompt:
         grids: layout of every image that the tower sees.
     """
 
+    plan: Any
     visual: torch.Tensor
     rows: list[list[tuple]]
     tokens: list[list[int]]
     unread: list[bool] | None
     vlmprune_seen: dict[Any, torch.Tensor] = field(default_factory=dict)  # the engine's channel SEEN
+    vlmprune_made_by: Any = None  # and MADE_BY
     grids: list[ImageGrid] = field(default_factory=list)
 
     def for_rows(self, embeds: torch.Tensor) -> dict[str, Any]:
@@ -227,6 +234,7 @@ class Prompt:
             embeds,
             vlmprune_sizes=[size for row in self.rows for size in row],
             vlmprune_seen=seen,
+            vlmprune_made_by=self.vlmprune_made_by,
         )
         ids = torch.where(self.visual, IMAGE, 0).repeat_interleave(beams, 0)
         return {"input_ids": ids, "mm_encoder_outputs": {"image": features}}
@@ -238,8 +246,9 @@ class Features:
 
     pooler_output: list[range]
     embeds: torch.Tensor
-    vlmprune_sizes: list[tuple]  # the engine's channels SIZES
-    vlmprune_seen: dict[Any, torch.Tensor]  # and SEEN
+    vlmprune_sizes: list[tuple]  # the engine's channels SIZES,
+    vlmprune_seen: dict[Any, torch.Tensor]  # SEEN
+    vlmprune_made_by: Any  # and MADE_BY
     last_hidden_state: None = None
 
 
@@ -268,8 +277,8 @@ class ExpandPrompt(Bound):
         sizes = self.sizes(images, given.get("image_sizes"))
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         counts = ((ids == IMAGE) & real).sum(1).tolist()
-        prompt = Prompt(torch.empty(0), *self.assign(counts, sizes))
-        if self.plan.enabled and self.plan.tower_taps:
+        prompt = Prompt(self.plan, torch.empty(0), *self.assign(counts, sizes))
+        if self.plan.enabled and self.plan.in_tower:
             inner = self.plan.family.inner(self.model)
             prompt.grids = [self.plan.grid(inner, "image", size) for size in sizes]
             given["images"] = [tag(x, prompt) for x in images] if isinstance(images, list) else tag(images, prompt)

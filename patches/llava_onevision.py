@@ -25,6 +25,7 @@ class LlavaOnevision(Family):
     needs_sizes = True
     modalities = ("image", "video")
     usual_tower = "siglip_vision_model"
+    single = "several images of one prompt, which have no crops"
     shrinks = ("image", "video")
     fixed = (*Family.fixed, "vision_aspect_ratio")
 
@@ -34,6 +35,9 @@ class LlavaOnevision(Family):
             return known
         alone = [n == 1 for n in torch.as_tensor(together).tolist() for _ in range(n)]
         return [size if single else None for size, single in zip(known, alone, strict=True)]
+
+    def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
+        return {"num_image_tokens": self.side(inner) ** 2, "vision_feature_select_strategy": self.strategy(inner)}
 
     def grid(self, inner: nn.Module, size: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
         if size is None:

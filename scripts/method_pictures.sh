@@ -10,7 +10,7 @@ draw() { # model, method, further options
 }
 
 for method in fopru vtc_cls divprune visionzip todre transprune fastv random grid pool; do draw scene-llava "$method" --keep 0.25,0.1; done
-# three layers to merge behind, and at most half of the tokens behind each
+# ToMe merges equally many in each of four layers, at most half of what is there
 for method in tome pitome; do draw scene-llava "$method" --keep 0.5,0.25; done
 draw scene-llava-next globalcom2 --keep 0.25,0.1
 draw scene-llava atp --option weights=atp-scene-llava

@@ -89,7 +89,7 @@ def generate(model: Any, method: str, inputs: dict[str, Any], replace: bool) -> 
     """One generation; `replace` leaves the patch for the next one to take off."""
     handle = vlmprune.patch(model, method, **METHODS[method])
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
-    if handle.trace is None:
+    if not handle.trace.cuts:
         raise RuntimeError(f"{method} pruned nothing")
     if not replace:
         handle.unpatch()

@@ -1,7 +1,7 @@
-"""Write README's support matrix from the tests' own results.
+"""Write the support matrix of docs/support.md from the tests' own results.
 
     python scripts/support_matrix.py build/support.json          # `make support` runs the tests first, then this
-    python scripts/support_matrix.py build/support.json --check  # README must say what tests say; .ci/run does this
+    python scripts/support_matrix.py build/support.json --check  # the page must say what tests say; .ci/run does this
 
 The results are what `pytest --support FILE` wrote (tests/support.py). A cell says yes only where a test that passed
 claims it, and a refusal only where a test checked its words.
@@ -18,7 +18,7 @@ from pathlib import Path
 from vlmprune import registry
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "support.md"
 BEGIN, END = "<!-- support: begin (make support) -->", "<!-- support: end -->"
 
 # column -> what tests call its models: a family's model_type, or a scene of tests/scenes.py
@@ -131,19 +131,19 @@ def matrix(claims: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write README, or check it."""
+    """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="what pytest --support wrote")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where README says something else")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where the page says something else")
     asked = parser.parse_args(argv)
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     new = f"{before}{BEGIN}\n\n{matrix(json.loads(asked.results.read_text(encoding='utf-8')))}\n\n{END}{after}"
     if not asked.check:
-        README.write_text(new, encoding="utf-8")
+        PAGE.write_text(new, encoding="utf-8")
     elif new != text:
-        sys.exit("README's support matrix is not what the tests say: run `make support` and look at the difference.")
+        sys.exit("docs/support.md is not what the tests say: run `make support` and look at the difference.")
 
 
 if __name__ == "__main__":

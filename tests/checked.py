@@ -17,6 +17,7 @@ FAMILIES = {
     "vip": {"family": "vipllava"},
     "onevision": {"family": "llava_onevision", "tower": "siglip", "text": "qwen2"},
     "next-video": {"family": "llava_next_video"},
+    "mixed": {"text": "qwen2", "use_sliding_window": True, "max_window_layers": 2, "sliding_window": 12},
 }
 
 

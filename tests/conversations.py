@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import probes
 import reference
 import tiny
 import torch
 from reference import Rule
+from scenes import Turn
+from tiny import CACHE
 from transformers import DynamicCache, StaticCache
 
 RULES = {
@@ -69,9 +73,9 @@ def answered(turns, answer):
     return [*(with_answer(turn, answer) for turn in turns[:-1]), turns[-1]]
 
 
-def caches(model, kind):
+def caches(model, kind, columns=400):
     text = model.config.text_config
-    return DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=400)
+    return DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=columns)
 
 
 @torch.no_grad()
@@ -79,7 +83,7 @@ def by_hand(model, turn, cache, before, **extra):
     """A turn by a call of the model, its new tokens alone; `before` columns are in the cache's conversation."""
     length = turn["input_ids"].shape[1]
     mask = torch.ones(1, before + length, dtype=torch.long)
-    return model(**(turn | {"attention_mask": mask} | extra), past_key_values=cache, use_cache=True)
+    return model(**(turn | {"attention_mask": mask} | extra), **{CACHE: cache}, use_cache=True)
 
 
 @torch.no_grad()
@@ -93,7 +97,36 @@ def converse(model, rows, kind, ways, forced):
         asked = new | {"input_ids": ids, "attention_mask": mask}
         last = turn == len(ways) - 1
         steps = forced if last else forced[:, :1]
-        got = probes.generated_logits(model, asked, steps, past_key_values=cache, disable_compile=True)
+        got = probes.generated_logits(model, asked, steps, **{CACHE: cache}, disable_compile=True)
         if not last:  # what was forced was read, what came behind it was not
             ids, mask = torch.cat((ids, steps), 1), torch.cat((mask, torch.ones_like(steps)), 1)
     return got
+
+
+def padded(ids, columns):
+    """Ids and mask of one row behind columns of padding."""
+    fill = torch.full((1, columns), tiny.PAD)
+    mask = torch.cat((torch.zeros_like(fill), torch.ones_like(ids)), 1)
+    return {"input_ids": torch.cat((fill, ids), 1), "attention_mask": mask}
+
+
+def talk(model, handle, turns, padding, cache):
+    """A conversation of one row through `generate`, behind columns of padding.
+
+    `turns` are (kind, inputs), where "plain" ones run while the patch is disabled and "text" ones have no picture.
+
+    Returns:
+        The turns as they went, and the logits behind the last one and behind every token that was forced after it.
+    """
+    done, forced = [], probes.random_tokens(1, 2, seed=padding)
+    for kind, turn in turns:
+        before = torch.tensor([[token for said in done for token in said.ids]], dtype=torch.long)
+        asked = turn | padded(torch.cat((before, turn["input_ids"]), 1), padding)
+        with handle.disabled() if kind == "plain" else nullcontext():
+            features = reference.image_features(model, turn), []
+            logits = probes.generated_logits(model, asked, forced, **{CACHE: cache}, disable_compile=True)[0]
+        trace = handle.trace if kind == "pruned" else None
+        done.append(Turn(turn["input_ids"][0].tolist() + forced[0].tolist(), features, trace))
+    last = done[-1]
+    done[-1] = Turn(last.ids[: -forced.shape[1]], last.features, last.trace)
+    return done, logits, forced[0].tolist()

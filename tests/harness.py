@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from clocks import PATIENCE
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (make install does)")
 
@@ -114,7 +115,7 @@ def process(*command: str | Path, cwd: Path, **env: str) -> str:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=540,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}"
     return done.stdout

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from vlmprune.engine.hooks import is_hook
+from vlmprune.engine.hooks import AfterModel, is_hook
+from vlmprune.engine.plan import Hook
 from vlmprune.patches.base import Bound
 
 
@@ -40,3 +41,12 @@ def assert_clean(model: nn.Module) -> None:
         assert "get_image_features" not in vars(module), name
         flags = {*module._forward_pre_hooks_with_kwargs, *module._forward_hooks_with_kwargs}
         assert flags <= {*module._forward_pre_hooks, *module._forward_hooks}, f"orphaned flags on {name}"
+
+
+class AllButOne(type):
+    def __instancecheck__(cls, thing: object) -> bool:
+        return isinstance(thing, Hook) and not isinstance(thing, AfterModel)
+
+
+class Forgetful(metaclass=AllButOne):
+    """In the place of `engine.Hook` it makes unpatching leave hooks."""

@@ -9,6 +9,7 @@ from functools import lru_cache
 import pytest
 import tiny
 import torch
+from tiny import CACHE
 
 pytest.importorskip(
     "llava.model.llava_arch", reason="the original llava package is not installed (make install does: llava-torch)"
@@ -127,7 +128,19 @@ def batch(prompts, side="left"):
 def generate(model, inputs, **options):
     """The new tokens alone, as the host returns them; greedily unless `options` say otherwise."""
     given = GREEDY | inputs | options
-    return model.generate(given.pop("input_ids"), **given)
+    hook = model.register_forward_pre_hook(old_name, with_kwargs=True)
+    try:
+        return model.generate(given.pop("input_ids"), **given)
+    finally:
+        hook.remove()
+
+
+def old_name(model, args, kwargs):
+    """Since transformers 5.24 `generate` calls the cache as the package does not, so unpatched it cannot run."""
+    kwargs = dict(kwargs)
+    if "cache" in kwargs:
+        kwargs["past_key_values"] = kwargs.pop("cache")
+    return args, kwargs
 
 
 def forced_logits(model, inputs, lengths, forced):
@@ -145,7 +158,7 @@ def forced_logits(model, inputs, lengths, forced):
     positions = torch.arange(inputs["input_ids"].shape[1]).expand_as(inputs["input_ids"])
     out = model(**inputs, position_ids=positions, use_cache=True)
     assert out.logits.shape[1] == longest
-    logits, cache = [out.logits[rows, last]], out.past_key_values
+    logits, cache = [out.logits[rows, last]], out[CACHE]
     for step in range(forced.shape[1]):
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         out = model(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import tiny
 import torch
 from reference import Rule
+from tiny import CACHE
 from torch import nn
 from transformers import DynamicCache
 from transformers.generation import BaseStreamer
@@ -68,14 +69,14 @@ def forced_logits(model: nn.Module, inputs: dict, forced: torch.Tensor, cache: o
     mask, real = inputs["attention_mask"], inputs["attention_mask"].sum(1)
     length = mask.shape[1]
     last = (mask * torch.arange(length)).amax(1)
-    out = model(**step_inputs(inputs), past_key_values=cache, use_cache=True)
+    out = model(**step_inputs(inputs), **{CACHE: cache}, use_cache=True)
     assert out.logits.shape[1] == length
     logits = [out.logits[torch.arange(len(mask)), last]]
     for step in range(forced.shape[1]):
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         out = model(
             input_ids=forced[:, step : step + 1], attention_mask=mask, position_ids=(real + step)[:, None],
-            past_key_values=cache, use_cache=True,
+            **{CACHE: cache}, use_cache=True,
         )  # fmt: skip
         logits.append(out.logits[:, -1])
     return torch.stack(logits, 1)

@@ -11,6 +11,7 @@ import pytest
 import reference
 import tiny
 import torch
+from tiny import CACHE
 
 import vlmprune
 from vlmprune import UnsupportedError, registry
@@ -168,12 +169,15 @@ def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED
         wrong: swap one kept token of the first image of turn `at` at its first cut for a dropped one.
         positions: another position policy than the trace's in turn `at`.
     """
+    config = model.config
     ids = torch.tensor([token for turn in turns for token in turn.ids] + list(forced))
     x, length = model.get_input_embeddings()(ids), len(ids) - len(forced)
     images, cuts, start = [], [], 0
     for turn in turns:
         first, end = len(images), start + len(turn.ids)
-        for token, given in zip((reference.IMAGE, reference.VIDEO), turn.features, strict=True):
+        for token, given in zip(
+            (config.image_token_id, getattr(config, "video_token_id", None)), turn.features, strict=True
+        ):
             holes = (ids[start:end] == token).nonzero().flatten() + start if given else ids[:0]
             x = x.index_put((holes,), torch.cat(list(given))) if given else x
             edges = [0, *accumulate(len(f) for f in given)]
@@ -184,7 +188,7 @@ def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED
     changes = changes_of(turns[at].trace) if wrong else []
     columns, place = list(range(len(x))), torch.arange(len(x))
     alive = [[True] * len(image) for image in images]
-    for index in range(tiny.LAYERS):
+    for index in range(config.text_config.num_hidden_layers):
         for cut, first, end, twin in [c for c in cuts if c[0].layer == index]:
             drop = set()
             for i, image in list(enumerate(images))[first:end]:
@@ -226,11 +230,11 @@ def with_cache(model, inputs, positions=None):
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     out = model(**inputs, use_cache=True)
     rows = torch.arange(len(mask))
-    logits, cache, step = [out.logits[rows, last]], out.past_key_values, mask.sum(1, keepdim=True)
+    logits, cache, step = [out.logits[rows, last]], out[CACHE], mask.sum(1, keepdim=True)
     for token in FORCED:
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         ids = torch.full((len(mask), 1), token)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=step, past_key_values=cache, use_cache=True)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=step, **{CACHE: cache}, use_cache=True)
         logits.append(out.logits[:, -1])
         step = step + 1
     return torch.stack(logits)

@@ -3,7 +3,7 @@
     pytest --support FILE [--support-only]
 
 writes a JSON list of claims, sorted, one for each (feature, family, method) that any test claimed, with what came of
-all the tests that claim it; `scripts/support_matrix.py` draws README's tables from it. A test claims in its body:
+all the tests that claim it; `scripts/support_matrix.py` draws docs/support.md from it. A test claims in its body:
 
     support("beam search", model, "fopru")                        # works, if this test passes
     support("attentions", model, "fopru", refused="layers see different sequences")      # refused in these words

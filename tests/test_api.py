@@ -12,6 +12,7 @@ import tiny
 import torch
 from leftovers import ours
 from reference import Rule
+from tiny import CACHE
 
 import vlmprune
 
@@ -69,7 +70,8 @@ def test_the_trace_tells_what_happened(tiny_model, family):
     model, rules = tiny_model(family=family), [Rule(0, 2), Rule(2, 5, 3, positions="original"), Rule(2, 3, 2)]
     prompt = prompt_of(model)
     handle = vlmprune.patch(model, probes.rules(*rules))
-    assert handle.trace is None
+    with pytest.raises(RuntimeError, match="nothing was pruned since"):
+        handle.trace.counts  # noqa: B018
     with torch.no_grad():
         out = model(**prompt, use_cache=True)
         trace = handle.trace
@@ -84,7 +86,7 @@ def test_the_trace_tells_what_happened(tiny_model, family):
     ]
     for cut, kept in enumerate(result.kept):
         assert [trace.kept(i, cut) for i in range(2)] == kept
-    assert trace.kv_lengths == result.kv_lengths == [layer.keys.shape[2] for layer in out.past_key_values.layers]
+    assert trace.kv_lengths == result.kv_lengths == [layer.keys.shape[2] for layer in out[CACHE].layers]
     for i, grid in enumerate(trace.grids):
         n = [len(k[i]) for k in result.kept]
         alive = [n[0], n[0], n[2], n[2]]
@@ -132,7 +134,7 @@ def test_any_two_methods_agree_on_counts(tiny_model, family, first, second):
         kept = [len(handle.trace.kept(i)) for i in range(2)]
     text = int((prompt["input_ids"] != tiny.IMAGE).sum())
     assert handle.trace.kv_lengths[-1] == text + sum(kept)
-    assert [layer.keys.shape[2] for layer in out.past_key_values.layers] == handle.trace.kv_lengths
+    assert [layer.keys.shape[2] for layer in out[CACHE].layers] == handle.trace.kv_lengths
     assert min(kept) >= 1
 
 
@@ -147,3 +149,20 @@ def test_handles_show_themselves(tiny_model):
 def test_public_names():
     for name in vlmprune.__all__:
         assert getattr(vlmprune, name) is not None
+
+
+def test_dir_shows_what_users_import_and_no_helpers():
+    assert set(dir(vlmprune)) == {*vlmprune.__all__, "kernels", "methods"}
+    for name in dir(vlmprune):
+        assert getattr(vlmprune, name) is not None
+
+
+def test_a_trace_shows_itself_in_a_few_lines(tiny_model):
+    model = tiny_model(family="llava_next")
+    with torch.no_grad(), vlmprune.patch(model, "vtc_cls", keep=3) as handle:
+        model(**prompt_of(model))
+        told = repr(handle.trace)
+        assert "tensor" not in told
+        assert len(told) < 600
+        assert "CutTrace(layer=0, method='vtc_cls', positions='contiguous')" in told
+        assert f"kv_lengths={handle.trace.kv_lengths}" in told

@@ -14,6 +14,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from clocks import PATIENCE
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -22,8 +23,13 @@ from vlmprune._version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Where each folder of the checkout is installed.
-INSTALLED_AS = {"vlmprune": "vlmprune", "patches": "vlmprune/patches", "eval": "vlmprune/eval"}
-IMPORTED = ["vlmprune", "vlmprune.patches", "vlmprune.eval", "vlmprune.eval.testbed"]
+INSTALLED_AS = {
+    "vlmprune": "vlmprune",
+    "patches": "vlmprune/patches",
+    "eval": "vlmprune/eval",
+    "configs": "vlmprune/configs",
+}
+IMPORTED = ["vlmprune", "vlmprune.patches", "vlmprune.eval", "vlmprune.eval.testbed", "vlmprune.configs"]
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -35,7 +41,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
         env=inherited | {"OMP_NUM_THREADS": "1"} | env,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -221,6 +227,21 @@ def test_installed_wheel_is_complete_by_itself(from_wheel: Path) -> None:
     assert {name: file for name, file in found.items() if not file.startswith(f"{from_wheel}/vlmprune/")} == {}
 
 
+def test_installed_wheel_brings_its_configs(from_wheel: Path, tmp_path: Path) -> None:
+    """Found by name from a folder that has none of them."""
+    code = f"""
+        import os
+        os.chdir({str(tmp_path)!r})
+        from vlmprune import cli
+        from vlmprune.eval.config.schema import load_config
+        assert cli.main(["init", "my.yaml"]) == 0
+        (setting,) = load_config("my.yaml", ["tasks=suites/common.yaml"]).settings
+        print(len(setting.tasks), [entry.label for entry in setting.methods][:2], load_config("demo").path)
+    """
+    said = python_with(from_wheel, code).splitlines()[-1]
+    assert said == f"7 ['fopru', 'todre-stage-1'] {from_wheel}/vlmprune/configs/demo.yaml"
+
+
 def test_installed_wheel_puts_nothing_else_at_the_top(from_wheel: Path) -> None:
     assert {path.name for path in from_wheel.iterdir()} == {"vlmprune", f"vlmprune-{__version__}.dist-info", "bin"}
     assert [path.name for path in (from_wheel / "bin").iterdir()] == ["vlmprune"]
@@ -232,6 +253,7 @@ def test_editable_install_reads_the_checkout(editable: tuple[Path, Path]) -> Non
     assert [found.pop(name) for name in ("eval", "patches", "configs", "scripts", "tests")] == ["None"] * 5
     assert found["vlmprune"] == f"{checkout}/vlmprune/__init__.py"
     assert found["vlmprune.patches"] == f"{checkout}/patches/__init__.py"
+    assert found["vlmprune.configs"] == f"{checkout}/configs/__init__.py"
     assert found["vlmprune.eval"] == f"{checkout}/eval/__init__.py"
     assert found["vlmprune.eval.testbed"] == f"{checkout}/eval/testbed/__init__.py"
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import textwrap
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import tiny
 
 import vlmprune
-from vlmprune import Method, registry
+from vlmprune import Method, registry, spec
 from vlmprune.methods import FastV, FoPru, VtcCls
 
 
@@ -88,14 +84,14 @@ def test_things_that_are_no_methods(bad):
 
 
 def test_build():
-    assert registry.build("fopru", {"keep": 4}) == [FoPru(keep=4)]
-    assert registry.build(FoPru(keep=4), {}) == [FoPru(keep=4)]
-    both = registry.build(["vtc_cls", FastV(keep=0.5)], {"keep": 9, "start_layer": 2})
+    assert spec.build("fopru", {"keep": 4}) == [FoPru(keep=4)]
+    assert spec.build(FoPru(keep=4), {}) == [FoPru(keep=4)]
+    both = spec.build(["vtc_cls", FastV(keep=0.5)], {"keep": 9, "start_layer": 2})
     assert both == [VtcCls(keep=9, start_layer=2), FastV(keep=0.5)]
     with pytest.raises(ValueError, match="could mean any of 'vtc_cls', 'fastv'"):
-        registry.build(["vtc_cls", "fastv"], {"keep": 9})
+        spec.build(["vtc_cls", "fastv"], {"keep": 9})
     with pytest.raises(TypeError, match="method object"):
-        registry.build(FoPru(keep=4), {"keep": 5})
+        spec.build(FoPru(keep=4), {"keep": 5})
 
 
 def test_names_are_unique_and_kept():
@@ -124,8 +120,6 @@ from dataclasses import dataclass
 import torch
 from vlmprune import Cut, Decoder, Method, Reduction
 
-print("imported")
-
 @dataclass(frozen=True)
 class EveryOther(Method):
     """Keep every `step`-th token."""
@@ -140,57 +134,41 @@ class EveryOther(Method):
 '''
 
 
-def install_plugin(folder: Path, name: str = "every_other") -> None:
-    (folder / "othermethods.py").write_text(PLUGIN)
-    info = folder / "othermethods-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: othermethods\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[vlmprune.methods]\n{name} = othermethods:EveryOther\n")
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """`install("every_other")`: another package that offers a method under that name, beside a registry where nothing
+    has been looked up yet."""
+    ours = dict(registry._methods)
+    monkeypatch.setattr(registry, "_methods", {})
+    monkeypatch.setattr(registry, "import_module", lambda name: registry._methods.update(ours))
+
+    def make(name):
+        (tmp_path / "othermethods.py").write_text(PLUGIN)
+        info = tmp_path / "othermethods-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: othermethods\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[vlmprune.methods]\n{name} = othermethods:EveryOther\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield make
+    sys.modules.pop("othermethods", None)
 
 
-def python(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(map(str, [*paths, Path(__file__).parent]))
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, timeout=120
-    )
+def test_another_package_adds_a_method(install, tiny_model):
+    install("every_other")
+    assert "every_other" in registry.names()
+    assert "othermethods" not in sys.modules, "listing names must not import other packages"
+    model = tiny_model()
+    with vlmprune.patch(model, "every_other", keep=3) as handle:
+        model(**tiny.prompt(model, [2, "image", 3], [(24, 24)]))
+    assert handle.trace.kept() == [0, 3, 6, 9, 12, 15]
+    assert handle.trace.cuts[0].method == "every_other"
+    with pytest.raises(ValueError, match="Did you mean 'every_other'"):
+        vlmprune.patch(model, "evry_other")
 
 
-def test_another_package_adds_a_method(tmp_path):
-    install_plugin(tmp_path)
-    done = python(
-        """
-        import tiny, vlmprune
-        from vlmprune import registry
-        assert "every_other" in registry.names()
-        print("named")
-        model = tiny.model()
-        with vlmprune.patch(model, "every_other", keep=3) as handle:
-            model(**tiny.prompt(model, [2, "image", 3], [(24, 24)]))
-        assert handle.trace.kept() == [0, 3, 6, 9, 12, 15], handle.trace.kept()
-        assert handle.trace.cuts[0].method == "every_other"
-        try:
-            vlmprune.patch(model, "evry_other")
-        except ValueError as error:
-            assert "Did you mean 'every_other'" in str(error)
-        else:
-            raise SystemExit("accepted")
-        """,
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split() == ["named", "imported"], "listing names must not import other packages"
-
-
-def test_another_package_cannot_take_our_names(tmp_path):
-    install_plugin(tmp_path, "fopru")
-    done = python(
-        """
-        from vlmprune import registry
-        from vlmprune.methods import FoPru
-        assert registry.find("fopru") is FoPru
-        assert registry.names().count("fopru") == 1
-        """,
-        tmp_path,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_another_package_cannot_take_our_names(install):
+    install("fopru")
+    assert registry.find("fopru") is FoPru
+    assert registry.names().count("fopru") == 1
+    assert "othermethods" not in sys.modules

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from clocks import PATIENCE
 
 TESTS = """
 import pytest
@@ -96,7 +97,7 @@ def run(folder: Path, *options: str) -> str:
     done = subprocess.run(
         [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={folder}",
          "-o", f"pythonpath={Path(__file__).parent}", *options, folder],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr  # some of them fail
     return done.stdout

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
 
 import torch
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -26,6 +28,8 @@ from transformers import (
 VIDEO, IMAGE, PAD, VOCAB = 4, 5, 3, 64
 TILE, PATCH, SIDE = 24, 6, 4  # pixels of a view, of a patch; patches along a side
 LAYERS = 4
+# what this release of transformers calls the cache of keys and values, among arguments and outputs
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 TEXT = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 TOWER = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}

@@ -10,10 +10,9 @@ vlmprune.unpatch(model)
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from vlmprune._compat import check_torchvision, check_transformers
+from vlmprune._compat import check_torchvision
 from vlmprune._version import __version__
 
-check_transformers()
 check_torchvision()
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from vlmprune.parts.cuts import Cut, Decoder, Merge, Reduction
     from vlmprune.parts.layout import Layout
     from vlmprune.registry import register
+    from vlmprune.runtime import load
     from vlmprune.trace import Trace
     from vlmprune.verify import check
 
@@ -39,10 +39,13 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "check",
+    "load",
     "patch",
     "register",
     "unpatch",
 ]
+
+_SUBPACKAGES = ("kernels", "methods")
 
 # Imported when first asked for, so that `vlmprune --help` does not wait for torch and transformers.
 _HOMES = {
@@ -52,13 +55,14 @@ _HOMES = {
     "parts.layout": ("Layout",),
     "methods": ("Method",),
     "registry": ("register",),
+    "runtime": ("load",),
     "verify": ("check",),
     "trace": ("Trace",),
 }
 
 
 def __getattr__(name: str) -> object:
-    if name in ("kernels", "methods"):
+    if name in _SUBPACKAGES:
         return import_module(f"vlmprune.{name}")
     home = next((home for home, names in _HOMES.items() if name in names), None)
     if home is None:
@@ -68,4 +72,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *_SUBPACKAGES})

@@ -1,11 +1,13 @@
 """What vlmprune runs on, and a plain answer when the environment does not fit.
 
-Two questions are asked at ``import vlmprune``, both cheap when all is well:
+Two questions, both cheap when all is well:
 
-- :func:`check_transformers` reads the installed version from the package's metadata and imports nothing.
-- :func:`check_torchvision` asks whether a torchvision is there, and whether it can be used. A torchvision that is
-  installed but cannot be imported breaks every LLaVA class of transformers, whose own message ("Could not import module
-  ...") names neither torchvision nor a way out. No torchvision at all is fine.
+- :func:`check_transformers`, asked by whatever touches a model (``vlmprune.patches.host``, ``patch``, loading), reads
+  the installed version from the package's metadata and imports nothing. Registry, methods, taps, selection, layout, budgets
+  and kernels are tensor code and run beside any transformers.
+- :func:`check_torchvision`, asked at ``import vlmprune``: whether a torchvision is there, and whether it can be used.
+  One that is installed but cannot be imported breaks every LLaVA class of transformers, whose own message ("Could not
+  import module ...") names neither torchvision nor a way out. No torchvision at all is fine.
 """
 
 from __future__ import annotations
@@ -16,27 +18,35 @@ import sys
 from importlib import metadata, util
 from pathlib import Path
 
+from vlmprune._version import __version__
+
 __all__ = ["SUPPORTED_TRANSFORMERS", "check_torchvision", "check_transformers"]
 
-#: The supported range, as pip understands it; setup.cfg declares the same (a test compares them).
-SUPPORTED_TRANSFORMERS = ">=5.20,<6"
-
-_OLDEST = (5, 20)
-_TOO_NEW = (6, 0)
+#: The range of tested releases, as pip understands it and the package's metadata declares it.
+SUPPORTED_TRANSFORMERS = next(
+    line.removeprefix("transformers").strip()
+    for line in Path(__file__).with_name("requirements.txt").read_text().splitlines()
+    if line.startswith("transformers")
+)
 
 
 def check_transformers() -> None:
-    """Raise ``ImportError`` unless the transformers of this environment is one that vlmprune supports.
+    """Raise ``ImportError`` unless the transformers of this environment is one that vlmprune was tested with.
 
     The message says what was found, what is supported and how to get it. transformers itself is imported only where it
     has no metadata to read (a source folder on the path).
     """
     found = _transformers_version()
-    if found is not None and _OLDEST <= _major_minor(found) < _TOO_NEW:
+    oldest, too_new = map(_major_minor, re.findall(r"[\d.]+", SUPPORTED_TRANSFORMERS))
+    if found is not None and oldest <= _major_minor(found) < too_new:
         return
+    newer = found is not None and _major_minor(found) >= too_new
+    why = (
+        " That is newer than any release it was tested with, and a release may change what hooks see." if newer else ""
+    )
     raise ImportError(
-        f"vlmprune supports transformers {SUPPORTED_TRANSFORMERS}, and found {found or 'none'}. "
-        f"To fix it: pip install 'transformers{SUPPORTED_TRANSFORMERS}'"
+        f"vlmprune {__version__} supports transformers {SUPPORTED_TRANSFORMERS}, and found {found or 'none'}.{why} "
+        f"To fix it: pip install 'transformers{SUPPORTED_TRANSFORMERS}'" + (", or a newer vlmprune" if newer else "")
     )
 
 

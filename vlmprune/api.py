@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from vlmprune import registry
+from vlmprune import spec
+from vlmprune._compat import check_transformers
 from vlmprune.engine import hooks as engine
-from vlmprune.errors import UnsupportedError
+from vlmprune.engine.compile import compile_plan
+from vlmprune.engine.plan import Plan
 from vlmprune.methods.base import Method
-from vlmprune.parts.cuts import Cut, Decoder, Pixels, Projector, Vision
-from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.taps import ClusterOf, TowerTap
 from vlmprune.patches import family_of
 from vlmprune.trace import Trace
 
@@ -22,18 +21,35 @@ __all__ = ["Handle", "patch", "unpatch"]
 
 
 class Handle:
-    """What `patch` returns: the trace, a way to switch off, and a context manager that unpatches when left.
+    """What `patch` returns: the trace, a way to switch off, and a context manager.
+
+    Leaving a `with` block makes the model what it was before the call of `patch`: another patch that was on it is back,
+    whatever was patched or unpatched inside the block. Blocks that are not left in the order in which they were entered
+    end all the same with the model as it was before the first.
 
     A cache from a pruned call remembers what each of its rows holds. Do not reorder or select its rows by hand: what
     is remembered would not follow (beam search reorders rows of one prompt, which are alike).
     """
 
-    def __init__(self, model: nn.Module, methods: list[Method], plan: engine.Plan):
-        self.model, self.methods, self._plan = model, methods, plan
+    def __init__(self, model: nn.Module, plan: Plan):
+        self.model, self._plan = model, plan
 
     @property
-    def trace(self) -> Trace | None:
-        """What the last pruned prefill did; None before the first one."""
+    def methods(self) -> list[Method]:
+        """The methods of this patch."""
+        return list(self._plan.methods)
+
+    @property
+    def trace(self) -> Trace:
+        """What the last pruned prefill did.
+
+        Raises:
+            RuntimeError: there was none since the model was patched.
+        """
+        if self._plan.trace is None:
+            raise RuntimeError(
+                "nothing was pruned since this patch was made: a trace comes with the first call that carries images."
+            )
         return self._plan.trace
 
     @contextmanager
@@ -46,23 +62,48 @@ class Handle:
         Raises:
             RuntimeError: the model was unpatched or patched anew since this handle was made.
         """
-        if not engine.installed(self.model, self._plan):
-            raise RuntimeError("this handle's patch is no longer on the model: it was unpatched or patched anew.")
+        self._check_on()
         with self._plan.disabled():
             yield self.model
 
     def unpatch(self) -> nn.Module:
-        """As `vlmprune.unpatch(model)`."""
+        """As `vlmprune.unpatch(model)`, for this patch alone.
+
+        Raises:
+            RuntimeError: the model was unpatched or patched anew since this handle was made.
+        """
+        self._check_on()
         return unpatch(self.model)
 
     def __enter__(self) -> Handle:
+        self._check_on()
+        if self._plan.entered:
+            raise RuntimeError("the `with` block of this handle is open already: a handle is entered once.")
+        self._plan.entered = True
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.unpatch()
+        plan = self._plan
+        plan.entered, plan.left = False, True
+        now = engine.current(self.model)
+        if now is not None and now is not plan and now.entered:
+            return  # not the innermost block: that one ends with what was before this
+        engine.swap(self.model, behind(plan, lambda before: not before.left))
+
+    def _check_on(self) -> None:
+        if engine.current(self.model) is not self._plan:
+            raise RuntimeError("this handle's patch is no longer on the model: it was unpatched or patched anew.")
 
     def __repr__(self) -> str:
         return f"Handle({type(self.model).__name__}, {', '.join(map(repr, self.methods))})"
+
+
+def behind(plan: Plan, wanted: Callable[[Plan], bool]) -> Plan | None:
+    """The nearest of the plans that a plan took the place of that is as `wanted`, or None."""
+    before = plan.before
+    while before is not None and not wanted(before):
+        before = before.before
+    return before
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -81,11 +122,13 @@ def patch(
     """Make a LLaVA-style model read fewer visual tokens.
 
     Nothing but hooks on this instance changes; every later call that carries images is pruned, calls without images
-    run as before. A patched model is patched anew: the earlier patch goes.
+    run as before. A patched model is patched anew: the earlier patch goes (and comes back where this one's `with` block
+    ends). If anything fails, the model is left as it was.
 
     Args:
         model: a Hugging Face model of a supported family (`vlmprune ls models`), or a PEFT model around one.
-        method: a name (`vlmprune ls methods`), a method object, or a list of them that run one after the other.
+        method: a name (`vlmprune ls methods`), a method object, or a list of them (or names joined by `+`) that run one
+            after the other.
         keep: patches per image (int), or a fraction of them (float), that enter the LLM or are left after the last cut;
             of a video, patches of all its frames together.
         **options: the method's other options, such as `average=` or `positions=`.
@@ -96,61 +139,19 @@ def patch(
     Raises:
         TypeError, ValueError: an unknown method or option, or a bad value.
         UnsupportedError: the model, or this method on this model, is not supported.
+        RuntimeError: the model is the inner part of one that is patched.
+        ImportError: a release of transformers that vlmprune was not tested with.
     """
+    check_transformers()
     model = unwrap(model)
-    methods = registry.build(method, options if keep is None else {"keep": keep, **options})
+    methods = spec.build(method, options if keep is None else {"keep": keep, **options})
     family = family_of(model)
-    facts = family.facts(family.inner(model))
-    by_method = [(made.name or type(made).__name__, made.cuts(facts)) for made in methods]
-    check_methods(by_method)
-    cuts = [(name, cut) for name, made in by_method for cut in made]
-    check_cuts(cuts, facts)
-    stages = (Pixels, Vision, Projector, Decoder)
-    order = sorted(cuts, key=lambda entry: (stages.index(type(entry[1].at)), entry[1].at.layer))
-    plan = engine.Plan(family, facts, order)
-    engine.remove(model)
-    engine.install(model, plan)
-    return Handle(model, methods, plan)
-
-
-def check_methods(methods: list[tuple[str, list[Cut]]]) -> None:
-    """Refuse methods that cannot share a model: their cuts would not mean what they say."""
-    merging = [name for name, cuts in methods if any(isinstance(cut.at, Vision | Projector) for cut in cuts)]
-    if len(merging) > 1:
-        raise UnsupportedError(
-            f"{merging[0]!r} and {merging[1]!r} both merge tokens in or behind the vision tower, and each "
-            "counts on all of them: take one of the two."
-        )
-    cutting = [name for name, cuts in methods if any(isinstance(cut.at, Decoder) for cut in cuts)]
-    for name, cuts in methods:
-        if len(cutting) > 1 and any(cut.reorders for cut in cuts):
-            other = next(n for n in [*cutting, name] if n != name)
-            raise UnsupportedError(
-                f"{name!r} writes its tokens in an order of its own and cannot be combined with {other!r}, which reads "
-                "their places: use it alone, or without parity='released'."
-            )
-
-
-def check_cuts(cuts: list[tuple[str, Cut]], facts: ModelFacts) -> None:
-    """Refuse cuts that this model has no layer for, and taps on a tower that is merged."""
-    for name, cut in cuts:
-        if isinstance(cut.at, Pixels | Projector):
-            continue
-        where, first, layers = (
-            ("decoder", 0, facts.decoder_layers) if isinstance(cut.at, Decoder) else ("tower", 1, facts.tower_layers)
-        )
-        if not first <= cut.at.layer < layers:
-            raise ValueError(
-                f"{name} cuts at {where} layer {cut.at.layer}, and this model allows {first}..{layers - 1}."
-            )
-    merging = next((name for name, cut in cuts if isinstance(cut.at, Vision)), None)
-    for name, cut in cuts:
-        for tap in cut.see:
-            if merging and isinstance(cut.at, Decoder) and isinstance(tap, TowerTap) and not isinstance(tap, ClusterOf):
-                raise UnsupportedError(
-                    f"{merging!r} merges tokens inside the vision tower and {name!r} looks at that tower ({tap}): "
-                    "combine it with a method that needs no tower tap."
-                )
+    plan = compile_plan(methods, family, family.facts(family.inner(model)))
+    before = plan.before = engine.current(model)
+    engine.swap(model, plan)
+    if before is not None and not before.entered:
+        before.before = behind(before, lambda other: other.entered)  # no longer than blocks are open
+    return Handle(model, plan)
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -158,12 +159,16 @@ def unpatch(model: nn.Module) -> nn.Module:
 
     A cache from a pruned call belongs to the patch: go on with it only while the model is patched (by any method, and
     in `Handle.disabled()` too). Without the hooks the model counts positions by the short cache, and says other tokens
-    without an error. Leaving `with patch(...)` unpatches.
+    without an error.
+
+    Parts that the model shares with another one stay as that one's patch has made them, which does not act in this
+    model's calls.
 
     Raises:
         TypeError: not a model.
+        RuntimeError: the inner part of a patched model: unpatch that.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unpatch needs a model, not {type(model).__name__}.")
-    engine.remove(unwrap(model))
+    engine.swap(unwrap(model), None)
     return model

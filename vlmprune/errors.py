@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 from collections.abc import Iterable
 
 __all__ = ["CutNotRunError", "UnsupportedError", "check_first_run", "did_you_mean"]
@@ -27,6 +28,8 @@ def check_first_run(index: int, done: int) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `' Did you mean 'x'?'` for the closest of `known`, or an empty string."""
+    """Return `' Did you mean 'x'?'` for the closest of `known`, or an empty string, as for a pattern (`*.jpg`)."""
+    if glob.has_magic(str(word)):
+        return ""
     close = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else ""

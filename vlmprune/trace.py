@@ -31,10 +31,10 @@ class CutTrace:
     layer: int
     method: str
     positions: Positions
-    keep: torch.Tensor
-    merge: Merge | None = None
-    scores: torch.Tensor | None = None
-    soft: torch.Tensor | None = None
+    keep: torch.Tensor = field(repr=False)
+    merge: Merge | None = field(default=None, repr=False)
+    scores: torch.Tensor | None = field(default=None, repr=False)
+    soft: torch.Tensor | None = field(default=None, repr=False)
 
     def tokens(self, image: int) -> list[int]:
         """Token numbers of `image` alive after this cut: ascending, or, where the cut has an order of its own, in that
@@ -66,7 +66,7 @@ class Trace:
         prompt_lengths: real tokens of every batch row before any cut.
     """
 
-    grids: list[ImageGrid]
+    grids: list[ImageGrid] = field(repr=False)
     sample: list[int]
     cuts: list[CutTrace]
     prompt_length: int

@@ -47,17 +47,21 @@ class AliveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def tower_tokens(work: Workload) -> Iterator[dict[int, int]]:
-    """The tokens per view of every tower layer, once a prefill has run inside; a patch must be there before."""
+def tower_tokens(work: Workload) -> Iterator[dict[int, list[int]]]:
+    """The tokens per view of every tower layer's attention and feed-forward block, which merging can tell apart.
+
+    Known once a prefill has run inside; a patch must be there before.
+    """
     family, seen = work.family, {}
 
     def look(index: int, args: tuple, kwargs: dict) -> None:
-        seen[index] = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        seen.setdefault(index, []).append((args[0] if args else kwargs["hidden_states"]).shape[1])
 
     layers = family.tower_layers(family.towers(family.inner(work.model))[0])
     handles = [
-        layer.register_forward_pre_hook(lambda _, *given, i=i: look(i, *given), with_kwargs=True)
+        block.register_forward_pre_hook(lambda _, *given, i=i: look(i, *given), with_kwargs=True)
         for i, layer in enumerate(layers)
+        for block in (layer.self_attn, layer.mlp)
     ]
     try:
         yield seen
@@ -90,7 +94,8 @@ def count(work: Workload, prefill: Callable[[], Any]) -> dict[str, Any]:
             with alive:
                 prefill()
             peak = alive.peak
-    return {"flops": counter.get_total_flops(), "peak_bytes": peak, "tower_tokens": list(seen.values())}
+    tokens = [tuple(blocks) for blocks in seen.values()]
+    return {"flops": counter.get_total_flops(), "peak_bytes": peak, "tower_tokens": tokens}
 
 
 def kv_bytes(cache: Any) -> int:
@@ -108,24 +113,25 @@ def language_flops(work: Workload, tokens: list[int]) -> int:
     return 2 * work.batch * prefill_flops(tokens, text.hidden_size, text.intermediate_size, kv_hidden=kv)
 
 
-def formula_flops(work: Workload, tokens: list[int], tower_tokens: list[int]) -> int:
+def formula_flops(work: Workload, tokens: list[int], tower_tokens: list[tuple[int, int]]) -> int:
     """FLOPs of a whole prefill by formula: tower, projector, decoder layers, head on the last token.
 
-    The tower: per view 2 (P p d + sum over layers of 4 T d² + 2 T² d + 2 T d m), with P its patches of p values each
-    and T the tokens of that layer, which merging inside the tower makes fewer. The projector: two matrices, on all
-    patches of all views. Norms, activations, taps and decisions are left out.
+    The tower: per view 2 (P p d + sum over layers of 4 T d² + 2 T² d + 2 F d m), with P its patches of p values each, T
+    the tokens of that layer's attention and F those of its feed-forward, which merging makes fewer. The projector: two
+    matrices, on all patches of all views. Norms, activations, taps and decisions are left out.
 
     Args:
         work: the workload.
         tokens: of every decoder layer, those of the cache.
-        tower_tokens: of every tower layer and view (of `count`).
+        tower_tokens: T and F of every tower layer, per view (of `count`).
     """
     config = work.model.config
     vision, text = config.vision_config, config.text_config
     patches = (vision.image_size // vision.patch_size) ** 2
     d, m = vision.hidden_size, vision.intermediate_size
     tower = patches * 3 * vision.patch_size**2 * d
-    tower += prefill_flops(tower_tokens, d, m, ffn_matrices=2)
+    tower += prefill_flops([attention for attention, _ in tower_tokens], d, 0)
+    tower += 2 * d * m * sum(ffn for _, ffn in tower_tokens)
     layers = config.vision_feature_layer
     wide = d * (1 if isinstance(layers, int) else len(layers))
     projector = patches * (wide + text.hidden_size) * text.hidden_size

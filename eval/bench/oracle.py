@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from vlmprune.eval.bench.workload import Workload
+from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.trace import Trace
 from vlmprune.verify import byhand
 from vlmprune.verify.byhand import Stretch, run_layers
@@ -40,7 +41,7 @@ class Plain:
     def prefill(self) -> torch.Tensor:
         """`(batch, 1)` first tokens; logits and cache stay on the object."""
         out = self.work.model(**self.work.inputs, use_cache=True, logits_to_keep=1)
-        self.logits, self.cache = out.logits[:, -1:], out.past_key_values
+        self.logits, self.cache = out.logits[:, -1:], returned_cache(out)
         return self.logits.argmax(-1)
 
     def place(self, number: int) -> Any:
@@ -50,7 +51,7 @@ class Plain:
 
     def step(self, token: torch.Tensor, place: Any) -> torch.Tensor:
         """The next `(batch, 1)` tokens."""
-        out = self.work.model(input_ids=token, position_ids=place, past_key_values=self.cache, use_cache=True)
+        out = self.work.model(input_ids=token, position_ids=place, use_cache=True, **with_cache(self.cache))
         self.logits = out.logits[:, -1:]
         return self.logits.argmax(-1)
 
@@ -89,8 +90,8 @@ class Oracle(Plain):
             hidden = self.language_model(
                 inputs_embeds=hidden,
                 position_ids=first.positions,
-                past_key_values=self.cache,
                 use_cache=True,
+                **with_cache(self.cache),
             ).last_hidden_state
         else:
             places = [stretch.positions for stretch in self.stretches]
@@ -105,9 +106,7 @@ class Oracle(Plain):
     def step(self, token: torch.Tensor, place: Any) -> torch.Tensor:
         number, positions = place
         if self.whole:
-            out = self.work.model(
-                input_ids=token, position_ids=positions[0], past_key_values=self.cache, use_cache=True
-            )
+            out = self.work.model(input_ids=token, position_ids=positions[0], use_cache=True, **with_cache(self.cache))
             self.logits = out.logits[:, -1:]
         else:
             hidden = self.language_model.embed_tokens(token)

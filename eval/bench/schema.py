@@ -42,6 +42,7 @@ RESULTS: dict[str, Any] = {
     "model": {"description": str, "visual": int},
     "unpruned": [NEEDS],
     "cells": [CELL],
+    "?": {"sizes": {"sizes": int, "layouts": int, **dict.fromkeys(("new_ms", "packed_ms", "known_ms"), SPREAD)}},
 }
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vlmprune import configs, spec
 from vlmprune.errors import did_you_mean
 from vlmprune.eval.config import choices
 from vlmprune.eval.config.tree import Key, Mistakes, Reader, read_start, read_tree
-from vlmprune.parts.budget import check_keep
 
 __all__ = ["Budget", "Config", "Entry", "Part", "Published", "Setting", "load_config", "unique"]
 
@@ -70,7 +70,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Setting:
-    """One model with everything that is run on it. Field by field what `configs/template.yaml` explains."""
+    """One model with everything that is run on it. Field by field what `vlmprune init FILE` writes and explains."""
 
     model: str
     name: str
@@ -108,17 +108,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read and check a config; methods, models and tasks are looked up later (`plan.make_plan`).
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of one that ships with the package (`demo`).
         overrides: `key=value`, as of `--set`.
 
     Raises:
-        Mistakes: everything that is wrong, with lines.
+        Mistakes: everything that is wrong, with lines; of a file with mistakes, methods and their options are looked up
+            too, so that one mistake does not hide another.
     """
-    path = Path(path)
+    path = configs.find(path)
     try:
         text = read_start(path)
     except FileNotFoundError:
         near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        near += configs.names()
         raise Mistakes([(str(path), f"no such file.{did_you_mean(path.name, near)}")]) from None
     except UnicodeDecodeError:
         raise Mistakes([(str(path), "not a text file in UTF-8.")]) from None
@@ -128,12 +130,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for assignment in overrides:
         tree.override(assignment)
     if tree.value is None:
-        raise Mistakes([(str(path), "the file is empty; configs/template.yaml shows what it may say.")])
+        raise Mistakes([(str(path), "the file is empty; `vlmprune init FILE` writes one that explains every key.")])
     reader = Reader(tree)
     made = read_config(reader, path, text)
     if reader.found:
-        raise Mistakes(list(dict.fromkeys(reader.found)))
+        raise Mistakes(list(dict.fromkeys([*reader.found, *mistaken_methods(made)])))
     return made
+
+
+def mistaken_methods(config: Config) -> Iterable[tuple[str, str]]:
+    """Where methods and their options are wrong, whatever else is; budgets are not looked at."""
+    for entry in (entry for setting in config.settings for entry in (*setting.methods, *setting.controls)):
+        for part in entry.parts:
+            try:
+                if part.name not in ("", spec.NONE):
+                    options = {"keep": 0.5} if "keep" in spec.takes(part.name) else {}
+                    spec.build(part.name, options | {k: v for k, v in part.options.items() if k not in spec.BUDGETS})
+            except (TypeError, ValueError, FileNotFoundError) as error:
+                yield entry.where, f"{entry.label}: {error}"
 
 
 DEFAULTS: dict[str, Any] = {
@@ -147,18 +161,18 @@ DEFAULTS: dict[str, Any] = {
 def read_budgets(reader: Reader, key: Key, given: dict[str, Any]) -> tuple[Budget, ...]:
     """`keep` and `average` of a mapping, in this order; each a number or a list."""
     made: list[Budget] = []
-    for word in ("keep", "average"):
+    for word in spec.BUDGETS:
         if given.get(word) is None:
             continue
 
-        def one(at: Key, value: Any, word: str = word) -> Budget:
+        def one(at: Key, value: Any, word: str = word) -> Budget | None:
             try:
-                return word, check_keep(value, word)
+                return word, spec.read_budget(value, word)
             except (TypeError, ValueError) as error:
                 reader.wrong(at, str(error))
-                return word, 1
+                return None
 
-        made += reader.listed((*key, word), given[word], one, least=0)
+        made += filter(None, reader.listed((*key, word), given[word], one, least=0))
     once = unique(made)
     for budget in once if len(once) < len(made) else ():
         if made.count(budget) > 1:
@@ -271,8 +285,8 @@ def read_setting(reader: Reader, at: dict[str, Key], given: dict[str, Any], plac
 
 
 def read_suite(reader: Reader, key: Key, name: str) -> tuple[str, ...]:
-    """The tasks of a suite, a YAML file with a list `tasks`; its path is relative to the config's folder."""
-    path = Path(reader.tree.name).parent / Path(name).expanduser()
+    """The tasks of a suite, a YAML file with a list `tasks`: relative to the config's folder, or one that ships."""
+    path = configs.find(name, Path(reader.tree.name).parent)
     try:
         value = read_tree(read_start(path), str(path)).value
     except (OSError, UnicodeDecodeError) as error:
@@ -297,6 +311,13 @@ def read_entry(reader: Reader, key: Key, value: Any, control: bool = False) -> E
     """`fopru`, `{name: todre, tau: null, label: todre-1}` or `[globalcom2, {name: transprune, keep: 64}]`."""
     given = value if isinstance(value, dict) else {"name": value}
     given = {str(word): inner for word, inner in given.items()}
+    name = given.get("name")
+    if isinstance(name, str) and "+" in name:
+        if more := set(given) - {"name", "label"}:
+            way = "write each with its own, name: [{name: fopru, keep: 64}, ...]"
+            reader.wrong(key, f"{', '.join(sorted(more))} of several methods joined by +: {way}.")
+        given = {word: given[word] for word in ("name", "label") if word in given}
+        given["name"] = [part.strip() for part in name.split("+")]
     several = isinstance(given.get("name"), list)
     if "name" not in given:
         reader.wrong(key, "an entry needs a name (`vlmprune ls methods`).")
@@ -310,6 +331,10 @@ def read_entry(reader: Reader, key: Key, value: Any, control: bool = False) -> E
         parts = (Part(reader.text(key, given.get("name", "?")), read_options(reader, key, options)),)
     own = given.get("own_budget", False)
     reader.check((*key, "own_budget"), own, isinstance(own, bool), "true or false")
+    for word in spec.BUDGETS:
+        if not several and word in given and given[word] is None:
+            way = "leave it out for the budgets of all methods, or write own_budget: true for its own schedule."
+            reader.wrong((*key, word), f"{word} is null, which is no budget: {way}")
     mine = read_budgets(reader, key, given) if not several else ()
     if own and mine:
         reader.wrong(key, "own_budget runs the method's own schedule: leave out keep and average.")
@@ -334,6 +359,11 @@ def read_part(reader: Reader, key: Key, value: Any) -> Part:
 
 
 def read_options(reader: Reader, key: Key, options: dict[str, Any]) -> dict[str, Any]:
+    """A method's options; null is a value."""
+    for word, inner in options.items():
+        if inner == "None":
+            reader.wrong((*key, word), f"{word} is the text 'None' in YAML: write null for no value.")
+            options = options | {word: None}
     return {word: reader.plain((*key, word), inner) for word, inner in options.items()}
 
 

@@ -19,7 +19,7 @@ last token must see the prompt that they would see in use.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,11 +28,34 @@ import torch
 
 from vlmprune.api import Handle
 from vlmprune.eval import statistics
+from vlmprune.patches.host import returned_cache, with_cache
+from vlmprune.spec import budget_text, budgets_in
 
 __all__ = ["MEASURES", "Compared", "Entry", "Estimate", "Line", "Reference", "Row", "collate", "compare", "reference"]
 __all__ += ["summarise", "worst"]
 
-MEASURES = ("first_agrees", "answer_agrees", "kl_first", "kl_answer")
+#: An interval from draws of the mean, the mean itself and the number of pictures.
+Spread = Callable[[np.ndarray, float, int], tuple[float, float]]
+
+
+def share(draws: np.ndarray, mean: float, pictures: int) -> tuple[float, float]:
+    """The interval of a share."""
+    return statistics.bounded_interval(draws, mean, pictures, 0.0, 1.0)
+
+
+def amount(draws: np.ndarray, mean: float, pictures: int) -> tuple[float, float]:
+    """The interval of what has no upper bound."""
+    return statistics.interval(draws)
+
+
+def gap_of_shares(draws: np.ndarray, mean: float, pictures: int) -> tuple[float, float]:
+    """The interval of a difference of two shares."""
+    return statistics.difference_interval(draws, mean, pictures, 1.0)
+
+
+#: The measures, and how their intervals are made.
+SPREADS: dict[str, Spread] = {"first_agrees": share, "answer_agrees": share, "kl_first": amount, "kl_answer": amount}
+MEASURES = tuple(SPREADS)
 
 Inputs = dict[str, torch.Tensor]
 
@@ -84,7 +107,7 @@ class Entry:
     @property
     def budget(self) -> str:
         """`keep 0.25`, `average 64`, or nothing."""
-        return ", ".join(f"{word} {self.options[word]}" for word in ("keep", "average") if word in self.options)
+        return budget_text(budgets_in(self.options))
 
     @property
     def label(self) -> str:
@@ -166,8 +189,8 @@ def along(model: Any, inputs: Inputs, answers: torch.Tensor) -> torch.Tensor:
             input_ids=said,
             attention_mask=torch.cat((mask, torch.ones_like(said)), 1),
             position_ids=positions[:, -1:] + torch.arange(1, said.shape[1] + 1, device=said.device),
-            past_key_values=first.past_key_values,
             use_cache=True,
+            **with_cache(returned_cache(first)),
         )
         logits.append(more.logits)
     return torch.cat(logits, 1).float().log_softmax(-1)
@@ -240,7 +263,10 @@ def compare(handle: Handle, inputs: Inputs, full: Reference, max_new_tokens: int
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over prompts with its 95 % interval over pictures (None with a single picture)."""
+    """A mean over prompts with its 95 % interval over pictures.
+
+    There is none (None) with a single picture, nor where a measure without bounds (KL) is the same for all pictures.
+    """
 
     value: float
     low: float | None
@@ -270,8 +296,9 @@ def summarise(entries: Sequence[Entry], rows: Iterable[Row]) -> list[Line]:
     """One line per entry that has rows, in the order of `entries`; the order of `rows` means nothing.
 
     A prompt counts once: seeds are averaged first. Pictures are drawn with replacement, each with all its prompts.
-    Where every picture agrees (or none does), drawing again shows no spread: there the interval is Clopper and
-    Pearson's exact one for so many pictures, so that ten pictures that agree do not pass for a proof.
+    Where all pictures have the same value (all agree, or half of every picture's prompts), drawing again shows no
+    spread: there the interval is Clopper and Pearson's exact one for so many pictures (`bounded_interval`), so that ten
+    pictures that agree do not pass for a proof.
     """
     by_entry: dict[str, dict[tuple[str, str], list[Row]]] = {}
     for row in sorted(rows, key=lambda row: (row.picture, row.prompt, row.seed or 0)):
@@ -280,10 +307,8 @@ def summarise(entries: Sequence[Entry], rows: Iterable[Row]) -> list[Line]:
     lines = []
     for entry in (entry for entry in entries if entry.label in by_entry):
         mine = values[entry.label]
-        found = estimates([picture for picture, _ in mine], np.array(list(mine.values())))
-        measures = dict(zip(MEASURES, found, strict=True))
-        for name in ("first_agrees", "answer_agrees"):
-            measures[name] = exact_at_the_ends(measures[name], len({picture for picture, _ in mine}))
+        found = estimates([picture for picture, _ in mine], np.array(list(mine.values())), list(SPREADS.values()))
+        measures = dict(zip(SPREADS, found, strict=True))
         every = [row for some in by_entry[entry.label].values() for row in some]
         before, after, average = mean_of(every, ("tokens_before", "tokens_after", "layer_average"))
         line = Line(entry, before, after, average, measures)
@@ -292,8 +317,10 @@ def summarise(entries: Sequence[Entry], rows: Iterable[Row]) -> list[Line]:
             pairs = [pair for pair in mine if pair in control]
             which = MEASURES.index("answer_agrees")
             gap = np.array([[mine[pair][which] - control[pair][which]] for pair in pairs])
-            (over,) = estimates([picture for picture, _ in pairs], gap)
+            (over,) = estimates([picture for picture, _ in pairs], gap, [gap_of_shares])
             verdict = None if over.low is None else statistics.verdict(over.low, over.high)
+            if verdict is not None and not gap.any():
+                verdict = "equal"  # in every prompt that there was; the interval says what others may do
             line = Line(entry, before, after, average, measures, over, verdict)
         lines.append(line)
     return lines
@@ -304,21 +331,17 @@ def mean_of(rows: Sequence[Row], names: Sequence[str]) -> list[float]:
     return [float(np.mean([getattr(row.compared, name) for row in rows])) for name in names]
 
 
-def estimates(pictures: Sequence[str], values: np.ndarray) -> list[Estimate]:
-    """Means of the columns of `(prompts, columns)` values with their intervals over pictures."""
-    means = values.mean(0).tolist()
-    if len(set(pictures)) < 2:
+def estimates(pictures: Sequence[str], values: np.ndarray, spreads: Sequence[Spread]) -> list[Estimate]:
+    """Means of the columns of `(prompts, columns)` values with their intervals over pictures, by `spreads`."""
+    means, count = values.mean(0).tolist(), len(set(pictures))
+    if count < 2:
         return [Estimate(mean, None, None) for mean in means]
     draws = statistics.Resampler(pictures).means(pictures, values)
-    return [Estimate(mean, *statistics.interval(column)) for mean, column in zip(means, draws.T, strict=True)]
-
-
-def exact_at_the_ends(share: Estimate, pictures: int) -> Estimate:
-    """The estimate with Clopper and Pearson's bound where a share of `pictures` is 0 or 1."""
-    if share.low is None or share.value not in (0.0, 1.0):
-        return share
-    spread = 1 - 0.025 ** (1 / pictures)
-    return Estimate(share.value, 1 - spread, 1.0) if share.value == 1.0 else Estimate(share.value, 0.0, spread)
+    found = []
+    for mean, column, spread in zip(means, draws.T, spreads, strict=True):
+        low, high = spread(column, mean, count)
+        found.append(Estimate(mean, low, high) if low < high else Estimate(mean, None, None))
+    return found
 
 
 def worst(rows: Iterable[Row], count: int) -> list[Row]:

@@ -20,6 +20,7 @@ from vlmprune.eval import statistics
 from vlmprune.eval.fidelity.measure import Entry, Estimate, Line, Row, summarise
 from vlmprune.runtime import draw
 from vlmprune.runtime.files import write_whole
+from vlmprune.runtime.tables import counted
 
 __all__ = ["Card", "Study", "as_json", "in_words", "table_of", "write"]
 
@@ -51,7 +52,8 @@ DEFINITIONS = (
 )
 INTERVALS = (
     "In brackets: 95 % intervals, from drawing whole pictures with replacement (2000 times), since prompts about one "
-    "picture are not independent. Where all pictures agree the interval is the exact one of Clopper and Pearson."
+    "picture are not independent. Where all pictures have the same share the interval is the exact one of Clopper and "
+    "Pearson, and where all have the same KL there is none."
 )
 CAVEAT = (
     "Agreement says what pruning changes, not whether the unpruned model was right: a changed answer may be a better "
@@ -114,6 +116,11 @@ class Study:
         """Pictures that were measured."""
         return len({row.picture for row in self.rows})
 
+    @property
+    def asked(self) -> str:
+        """`8 prompts about 4 pictures`; a pair of a picture and a question is a prompt."""
+        return f"{counted(self.prompts, 'prompt')} about {counted(self.pictures, 'picture')}"
+
 
 # Numbers as text
 
@@ -129,6 +136,12 @@ def spread(estimate: Estimate, number: str, scale: float = 1.0) -> str:
 def whole(number: float) -> str:
     """`256`, or `91.3` where a mean is not whole."""
     return f"{number:.1f}".removesuffix(".0")
+
+
+def few_pictures(pictures: int) -> str:
+    """What too few pictures mean."""
+    few = "1 picture is one case" if pictures == 1 else f"{pictures} pictures are few"
+    return f"{few}: below {statistics.FEW_CLUSTERS} the intervals are too narrow to trust."
 
 
 def table_of(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
@@ -159,18 +172,19 @@ def in_words(line: Line, pictures: int) -> str:
     """One sentence about an entry and `random`."""
     same = spread(line.measures["answer_agrees"], ".1f", 100)
     told = f"{line.entry.label}: {same} % of the answers stay the same"
+    few = f" (only {counted(pictures, 'picture')}: trust neither numbers nor intervals much)"
+    few = few if pictures < statistics.FEW_CLUSTERS else ""
     if line.over_random is None:
-        return f"{told}."
+        return f"{told}{few}."
     gap = spread(line.over_random, "+.1f", 100)
     verdicts = {
         "better": f"more than with random patches ({gap} points)",
         "worse": f"fewer than with random patches ({gap} points)",
         "noise": f"which cannot be told from random patches ({gap} points)",
-        "equal": "exactly as with random patches",
+        "equal": "exactly as with random patches, prompt by prompt",
         None: f"with random patches the difference is {gap} points, and one picture gives no interval",
     }
-    few = pictures < statistics.FEW_CLUSTERS and line.verdict in ("better", "worse")
-    return f"{told}, {verdicts[line.verdict]}{'; few pictures, so do not trust this much' if few else ''}."
+    return f"{told}, {verdicts[line.verdict]}{few}."
 
 
 # One page in two languages
@@ -223,15 +237,15 @@ def as_page(study: Study, sheets: dict[str, str]) -> Page:
     lines = study.lines
     page.heading(f"Fidelity of {about['model']}", 1)
     page.paragraph(
-        f"{study.prompts} prompts about {study.pictures} pictures; the reference is the unpruned model's own greedy "
+        f"{study.asked}; the reference is the unpruned model's own greedy "
         f"answer (at most {about['max_new_tokens']} tokens). Nothing was labelled."
     )
     if left := study.planned - about["prompts_skipped"] - study.prompts:
-        page.paragraph(f"Interrupted: {left} of {study.planned} prompts were not measured.")
-    if study.pictures < statistics.FEW_CLUSTERS:
         page.paragraph(
-            f"{study.pictures} pictures are few: below {statistics.FEW_CLUSTERS} the intervals are too narrow to trust."
+            f"Interrupted: {left} of {counted(study.planned, 'prompt')} {'was' if left == 1 else 'were'} not measured."
         )
+    if study.pictures < statistics.FEW_CLUSTERS:
+        page.paragraph(few_pictures(study.pictures))
     header, rows = table_of(lines)
     page.table(header, rows, [line.entry.control for line in lines])
     page.bullets(in_words(line, study.pictures) for line in lines if not line.entry.control)
@@ -244,7 +258,7 @@ def as_page(study: Study, sheets: dict[str, str]) -> Page:
         if not entry.control:
             worst_pictures(page, entry.label, study.cards.get(entry.label, []), sheets.get(entry.label))
     if study.skipped:
-        page.heading(f"Left out: {len(study.skipped)} pictures")
+        page.heading(f"Left out: {counted(len(study.skipped), 'picture')}")
         page.bullets(f"{name}: {why}" for name, why in study.skipped)
     page.heading("To repeat it")
     page.table(["what", "value"], [[name, str(value)] for name, value in about.items()])
@@ -304,7 +318,7 @@ def card_html(number: int, card: Card) -> str:
         f"<b>unpruned:</b> {html.escape(shown(row.unpruned))}",
         f"<b>pruned:</b> {said}{' <span class=same>(the same)</span>' if row.compared.answer_agrees else ''}",
         f'<span class="note">KL answer {kl(row)}, KL first {row.compared.kl_first:.3f} nats; '
-        f"{html.escape(', '.join(card.kept.lines[:1]))}{seed}</span>",
+        f"{html.escape(', '.join(card.kept.lines))}{seed}</span>",
     ]
     alt = html.escape(f"{row.picture} and what was kept of it", quote=True)
     image = f'<img alt="{alt}" src="data:image/jpeg;base64,{data}">'
@@ -363,6 +377,8 @@ def as_json(study: Study) -> dict[str, Any]:
 def write(folder: Path, study: Study) -> list[Path]:
     """Write everything into `folder` (which exists), each file at once or not at all.
 
+    Pictures of an older report there go, since nothing points to them any more.
+
     Returns:
         The files, the page to look at first.
 
@@ -389,4 +405,7 @@ def write(folder: Path, study: Study) -> list[Path]:
         files[name] = made.getvalue()
     for name, content in files.items():
         write_whole(folder / name, content)
+    for old in folder.glob("worst-*.png"):
+        if old.name not in files:
+            old.unlink()
     return [folder / name for name in files]

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
+import sys
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vlmprune import errors, spec
 from vlmprune._version import __version__
 from vlmprune.errors import UnsupportedError
-from vlmprune.eval.naming import methods_of
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.patches import FAMILIES, family_of
 
-__all__ = ["commit", "device", "facts_of", "files", "method", "model", "versions"]
+__all__ = ["commit", "device", "facts_of", "files", "library", "method", "model", "of_files", "versions"]
 
 #: Files above this many bytes are told apart by size and time of their last change.
 HASHED = 256 * 2**20
 PACKAGES = ("transformers", "torch", "lmms-eval")
+CODE = {".py", ".cu", ".cuh", ".cpp", ".h"}
+#: Folders of the package that change no answer, or are hashed file by file.
+APART = {"methods", "eval", "patches", "cli", "selftest", "__pycache__"}
+#: Files of eval/ that change no answer: they plan, store and describe.
+ABOUT = {"config", "fidelity", "fidelity_report", "files", "fingerprints", "plan", "plugin", "statistics", "store",
+         "survey", "taskindex", "tree"}  # fmt: skip
 
 
 @cache
@@ -77,7 +86,8 @@ def model(name: str) -> tuple[ModelFacts, dict[str, Any]]:
             raise ValueError(f"cannot read the config.json of {name}: {brief(error)}") from None
         facts = facts_of(config, name)
     commit = getattr(config, "_commit_hash", None)
-    return facts, {"files": files(Path(source.place))} if source.local else {"hub": name, "commit": commit}
+    where = {"files": files(Path(source.place))} if source.local else {"hub": source.place, "commit": commit}
+    return facts, where | ({"adapter": files(Path(source.adapter))} if source.adapter else {})
 
 
 def facts_of(config: Any, name: str) -> ModelFacts:
@@ -104,55 +114,101 @@ def facts_of(config: Any, name: str) -> ModelFacts:
 
 def files(folder: Path) -> str:
     """A hash of a folder's files: names and contents, of very large files the size and time of change."""
-    total = hashlib.sha256()
     hidden = {"__pycache__", ".git", ".cache"}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and not hidden & {*p.relative_to(folder).parts}):
+    return of_files(folder, (p for p in folder.rglob("*") if not hidden & {*p.relative_to(folder).parts}))
+
+
+def of_files(folder: Path, paths: Iterable[Path]) -> str:
+    """The same of some files, named as they lie below `folder`, in whatever order they come."""
+    total = hashlib.sha256()
+    for path in sorted(p for p in paths if p.is_file()):
         about = path.stat()
         if about.st_size > HASHED:
             content = f"{about.st_size} {about.st_mtime_ns}".encode()
         else:
             content = hashlib.sha256(path.read_bytes()).digest()
-        total.update(f"{path.relative_to(folder).as_posix()}\0".encode() + content)
+        name = path.relative_to(folder) if path.is_relative_to(folder) else path
+        total.update(f"{name.as_posix()}\0".encode() + content)
     return total.hexdigest()
 
 
+def library() -> str:
+    """A hash of the code of vlmprune that every result depends on, so that an edit is noticed at the same version.
+
+    Methods are not in it, which `method` hashes, nor what only checks, draws or describes.
+    """
+    root, patches, mine = (Path(inspect.getfile(one)).parent for one in (errors, family_of, library))
+    found = [path for path in root.rglob("*") if not APART & {*path.relative_to(root).parts}]
+    found += [path for path in patches.rglob("*") if "__pycache__" not in path.parts]
+    found += [path for path in mine.glob("*.py") if path.stem not in ABOUT]
+    found += [root / "cli" / "loading.py", root / "cli" / "answering.py"]
+    code = sorted((path for path in found if path.suffix in CODE), key=lambda path: (path.parent.name, path.name))
+    return hashlib.sha256("".join(f"{path.name} {code_of(str(path))}\n" for path in code).encode()).hexdigest()
+
+
 def method(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A method as keys hold it: its name, the code of its classes, and the files of trained weights.
+    """A method as keys hold it: its name, the code that is its own, and the content of trained weights.
 
     With the code in it, an edited method is measured again while its version is still the same.
     """
-    made = methods_of(name, options)
+    made = spec.build(name, options, none=True)
     code = [code_of(source) for source in sources([type(part) for part in made])]
     weights = [found for part in made if (found := weights_of(part)) is not None]
     return {"method": name, "code": code, **({"weights": weights} if weights else {})}
 
 
 def sources(classes: list[type]) -> list[str]:
-    """The source files of classes and of what they inherit, without those of Python itself."""
-    found = []
-    for cls in dict.fromkeys(base for one in classes for base in one.__mro__ if base is not object):
-        try:
-            found.append(inspect.getfile(cls))
-        except (TypeError, OSError):  # made in a console
+    """The files of classes and of what they inherit, and those of their packages that these import, at any remove.
+
+    Python's own are left out, and what `library` hashes.
+    """
+    todo = [base.__module__ for cls in classes for base in cls.__mro__ if base is not object]
+    found: dict[str, str] = {}
+    while todo:
+        name = todo.pop(0)
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if name in found or file is None or not file.endswith(".py") or name in sys.builtin_module_names:
             continue
-    return list(dict.fromkeys(found))
+        if name.partition(".")[0] in sys.stdlib_module_names:
+            continue
+        found[name] = file
+        near = "vlmprune.methods." if name.startswith("vlmprune.") else name.partition(".")[0]
+        todo += [other for other in imports(file, name) if other.startswith(near)]
+    return list(dict.fromkeys(found.values()))
 
 
-@cache
+def imports(file: str, name: str) -> list[str]:
+    """The modules that a source file imports anywhere, by full names; what it takes out of them may stand there too."""
+    package = name if Path(file).stem == "__init__" else name.rpartition(".")[0]
+    made: list[str] = []
+    for node in ast.walk(ast.parse(Path(file).read_bytes())):
+        if isinstance(node, ast.Import):
+            made += [one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            module = ".".join(filter(None, (above, node.module)))
+            made += [module, *(f"{module}.{one.name}" for one in node.names)]
+    return made
+
+
 def code_of(path: str) -> str:
-    """Short hash of a source file."""
+    """Short hash of a source file, as it is now."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def weights_of(part: Any) -> str | None:
-    """A hash of a method's trained modules, wherever they were loaded from."""
-    modules = getattr(part, "thresholds", None)
-    if modules is None:
-        return None
-    total = hashlib.sha256(repr(modules.config).encode())
-    for name, value in sorted(modules.state_dict().items()):
-        total.update(name.encode() + value.float().cpu().numpy().tobytes())
-    return total.hexdigest()
+    """A hash of what a method has learnt, wherever it was loaded from: modules and tensors among its fields."""
+    import torch
+
+    total = hashlib.sha256()
+    learnt = {name: value for name, value in vars(part).items() if isinstance(value, torch.nn.Module | torch.Tensor)}
+    for field, value in sorted(learnt.items()):
+        module = isinstance(value, torch.nn.Module)
+        total.update(f"{field} {getattr(value, 'config', None)!r}".encode())
+        for name, tensor in sorted((value.state_dict() if module else {"": value}).items()):
+            total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest() if learnt else None
 
 
 @cache

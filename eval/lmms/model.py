@@ -36,12 +36,14 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 import vlmprune
+from vlmprune import spec
 from vlmprune.errors import did_you_mean
 from vlmprune.eval.lmms.measure import Record, StopAt, Stopwatch, criteria, summary
 from vlmprune.eval.lmms.parallel import place
-from vlmprune.eval.naming import NONE, methods_of, typed
+from vlmprune.eval.lmms.pictures import Reader
 from vlmprune.runtime import answering, loading
-from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
+from vlmprune.spec import NONE
 
 __all__ = ["VlmPrune"]
 
@@ -83,9 +85,11 @@ class VlmPrune(lmms):
         attn_implementation: as for `from_pretrained`.
         device_map: as for `from_pretrained`, "auto" for a model that one GPU cannot hold.
         template: file with a Jinja chat template, for a model that has none or another one.
+        plain_pictures: convert pictures plainly, to compare with published numbers (`Reader`). Either way a warning
+            counts the pictures for which it makes a difference.
         max_batch_size: accepted because lmms-eval passes it; no meaning here.
         **options: the method's options, `keep`, `average` and `seed` among them; with several methods
-            `globalcom2.keep` says whose. None means not given.
+            `globalcom2.keep` says whose. None is a value: `tau=None` is todre without its second stage.
 
     Raises:
         UserError: an unknown method or option, a bad value, a model that cannot be loaded or that the method does not
@@ -107,6 +111,7 @@ class VlmPrune(lmms):
         attn_implementation: str | None = None,
         device_map: str | None = None,
         template: str | None = None,
+        plain_pictures: bool | str = False,
         max_batch_size: int | str | None = None,
         **options: Any,
     ):
@@ -114,8 +119,9 @@ class VlmPrune(lmms):
         self.batch_size = whole("batch_size", batch_size)
         if dtype not in DTYPES:
             raise UserError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
-        options = {key: typed(value) for key, value in options.items()}
-        wanted(method, options)  # mistakes are found before weights are read
+        with user_mistakes():
+            options = {key: spec.read_given(key, value) for key, value in options.items()}
+            spec.build(method, options, none=True)  # mistakes are found before weights are read
         loading_options = {"attn_implementation": attn_implementation, "device_map": device_map}
         loading_options = {key: value for key, value in loading_options.items() if value is not None}
         device, accelerator = place(device, device_map)
@@ -128,6 +134,9 @@ class VlmPrune(lmms):
         self._arguments = {"pretrained": pretrained, "dtype": dtype, **loading_options}
         if template is not None:
             self._arguments["template"] = self.loaded.processor.chat_template
+        self.read = Reader(flag("plain_pictures", plain_pictures))
+        if self.read.plain:
+            self._arguments["plain_pictures"] = True
         self.progress: Callable[[int, int], None] | None = None
         self._new: list[Record] = []  # of this process, since the last evaluation ended
         self._seconds = 0.0
@@ -151,12 +160,11 @@ class VlmPrune(lmms):
         Raises:
             UserError: as for the class; the model is then as it was.
         """
-        options = {key: typed(value) for key, value in options.items() if value is not None}
-        made = wanted(method, options)
-        try:
-            self.handle = vlmprune.patch(self.loaded.model, made) if made else None
-        except (TypeError, ValueError, vlmprune.UnsupportedError) as error:
-            raise UserError(f"{method} on {self.loaded.source.name}: {error}") from None
+        with user_mistakes():
+            made = spec.build(method, options, none=True)
+        with user_mistakes(f"{method} on {self.loaded.source.name}: "):
+            told = [method.told_by(self.loaded.processor) for method in made]
+            self.handle = vlmprune.patch(self.loaded.model, told) if told else None
         if not made:
             vlmprune.unpatch(self.loaded.model)
         self.method, self.options = method, options
@@ -208,6 +216,7 @@ class VlmPrune(lmms):
                 bar.update(len(batch))
                 if self.progress is not None:
                     self.progress(len(made), len(requests))
+        self.read.tell()
         return order.get_original(made)
 
     def warm_up(self, requests: Sequence[Instance]) -> None:
@@ -219,6 +228,7 @@ class VlmPrune(lmms):
         if not self._warm:
             self.answer(requests)
             self._new, self._seconds, self._warm = [], 0.0, True
+            self.read.odd.clear()  # they come again
 
     def answer(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answer one batch, whose requests have the same generation arguments."""
@@ -275,7 +285,7 @@ class VlmPrune(lmms):
                 f"the chat template of {self.loaded.source.name} writes {text.count(token)} {token} for {len(images)} "
                 "images: give another one with template=FILE."
             )
-        return Asked(request, text, [opened(image) for image in images])
+        return Asked(request, text, [self.read(image) for image in images])
 
     def inputs(self, asked: Sequence[Asked]) -> dict[str, torch.Tensor]:
         """Processor's output for a left-padded batch, on the device."""
@@ -312,14 +322,6 @@ class VlmPrune(lmms):
         raise UserError("vlmprune answers tasks of one round, and this one has several.")
 
 
-def wanted(method: str, options: dict[str, Any]) -> list[vlmprune.Method]:
-    """`methods_of`, its errors a user's."""
-    try:
-        return methods_of(method, options)
-    except (TypeError, ValueError, FileNotFoundError, ImportError) as error:
-        raise UserError(str(error)) from None
-
-
 def whole(name: str, value: int | str) -> int:
     """A number of at least 1, as text too."""
     try:
@@ -329,6 +331,14 @@ def whole(name: str, value: int | str) -> int:
     if number < 1:
         raise UserError(f"{name}={value!r} is not a whole number of at least 1.")
     return number
+
+
+def flag(name: str, value: bool | str) -> bool:
+    """True or False, as text too."""
+    known = {"true": True, "false": False}
+    if str(value).lower() not in known:
+        raise UserError(f"{name}={value!r} is neither True nor False.")
+    return known[str(value).lower()]
 
 
 def set_template(loaded: loading.Loaded, template: str | None) -> None:
@@ -390,8 +400,3 @@ def produced(row: Sequence[int], end: int | Sequence[int] | None, pad: int | Non
     while count and row[count - 1] == pad:
         count -= 1
     return count
-
-
-def opened(image: Any) -> Image.Image:
-    """A picture as the processor wants it; tasks give pictures or files."""
-    return (image if isinstance(image, Image.Image) else Image.open(image)).convert("RGB")

@@ -7,18 +7,20 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from vlmprune import api, registry
+from vlmprune import spec
+from vlmprune.engine.compile import compile_cuts
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.eval.config.schema import Budget, Config, Entry, Setting, unique
 from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import fingerprints
 from vlmprune.eval.lmms.taskindex import TaskIndex
-from vlmprune.eval.naming import NONE, budget_text, methods_of
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.runtime.errors import UserError
 from vlmprune.runtime.loading import pick_device
+from vlmprune.spec import NONE, budget_text
 
 __all__ = ["Cell", "Job", "Plan", "make_plan"]
 
@@ -126,6 +128,7 @@ def make_plan(config: Config, *, look_at_model: bool = True, device: str | None 
         about = {label: fingerprints.method(cell.method, cell.arguments) for label, cell in one_each.items()}
         shared = {
             "versions": fingerprints.versions(),
+            "library": fingerprints.library(),
             "model": model,
             "device": fingerprints.device(setting.device) if device is None else device,
             **{word: getattr(setting, word) for word in ("dtype", "attn_implementation", "device_map", "batch_size")},
@@ -157,7 +160,7 @@ def template_of(setting: Setting, draft: Draft) -> str | None:
     if setting.template is None:
         return None
     try:
-        return fingerprints.code_of(setting.template)
+        return fingerprints.code_of(str(Path(setting.template).expanduser()))
     except OSError:
         draft.mistakes.append((setting.where["template"], f"template: no file {setting.template!r} that can be read."))
         return None
@@ -231,12 +234,9 @@ def variants(
     this method cannot meet it, as long as the method can run at all; a control is left out in any case.
     """
     try:
-        takes = [set(registry.options(registry.find(p.name))) if p.name != "none" else set() for p in entry.parts]
+        takes = [spec.takes(part.name) for part in entry.parts]
     except ValueError as error:
         draft.mistakes.append((entry.where, str(error)))
-        return []
-    except Exception as error:  # a broken package that offers a method: whatever it raises
-        draft.mistakes.append((entry.where, f"a method cannot be loaded: {type(error).__name__}: {error}"))
         return []
     alone, stated = len(entry.parts) == 1, entry.budgets
     budgets: Sequence[Budget | None] = (stated or setting_budgets(setting, entry)) or (None,)
@@ -284,9 +284,9 @@ def setting_budgets(setting: Setting, entry: Entry) -> tuple[Budget, ...]:
 def impossible(cell: Cell, facts: ModelFacts | None) -> str | None:
     """Why a cell cannot be run on a model, or None; without facts, only what does not depend on the model."""
     try:
-        made = methods_of(cell.method, cell.arguments)
+        made = spec.build(cell.method, cell.arguments, none=True)
         if facts is not None:
-            api.check_cuts([(method.name, cut) for method in made for cut in method.cuts(facts)], facts)
+            compile_cuts(made, facts)
     except (TypeError, ValueError, FileNotFoundError, UnsupportedError) as error:
         return str(error)
     return None

@@ -18,6 +18,7 @@ from vlmprune.eval.lmms import plan as plans
 from vlmprune.eval.lmms.plan import Cell, Job, Plan
 from vlmprune.eval.lmms.survey import Survey, survey
 from vlmprune.eval.lmms.taskindex import imported
+from vlmprune.runtime import interruption
 from vlmprune.runtime.errors import CommandError, brief
 
 __all__ = ["Done", "rank", "run_plan"]
@@ -139,6 +140,7 @@ def run_job(job: Job, cells: list[Cell], folder: Path, watcher: Watcher) -> Done
             except BaseException as error:  # whatever a task's code, a data set or a model raises; sys.exit too
                 if isinstance(error, GeneratorExit):
                     raise
+                interruption.check(error)  # or Ctrl-C would be kept as a failed cell
                 log(f"{cell.id} failed", error)
                 if isinstance(error, outcome.NoMetric):
                     tasks[cell.task] = error  # as a data set that cannot be opened: its other cells fail at once

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,15 @@ class Run:
         folder: the run's folder.
         info: what `run.json` holds.
         cells: the cells that are there, in plan order; failed ones (with an `error`) included.
-        missing: ids of cells that are not there yet, or were measured for another config, version or model.
+        missing: ids of cells that are not there yet, were measured for another config, version or model, or damaged.
+        damaged: of the missing ones by id, which file it is and what is wrong with it.
     """
 
     folder: Path
     info: dict[str, Any]
     cells: list[dict[str, Any]]
     missing: list[str]
+    damaged: dict[str, str] = field(default_factory=dict)
 
 
 def load_run(folder: str | Path) -> Run:
@@ -56,30 +58,63 @@ def load_run(folder: str | Path) -> Run:
         info = json.loads((folder / RUN).read_text(), parse_constant=no_number)
         ids, keys = info["cells"], info["keys"]
         if info.get("format") == FORMAT and not whole_run(info):
-            raise ValueError
+            raise ValueError("not as it was written")
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{folder} has no {RUN}: not the output folder of `vlmprune eval`.") from None
     except OSError as error:
         raise StoreError(f"{folder / RUN} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, KeyError, TypeError):
-        raise StoreError(f"{folder / RUN} is damaged: run `vlmprune eval` again, which keeps the cells.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"{folder / RUN} is damaged ({wrong(error)}): run `vlmprune eval` again, which keeps the cells."
+        ) from None
     if info.get("format") != FORMAT:
         raise StoreError(
             f"{folder / RUN} is of format {info.get('format')!r}, and this version reads {FORMAT}: "
             "run `vlmprune eval` again, or read it with the version that wrote it."
         )
-    found = {name: read_cell(folder, name) for name in ids}
-    good = {name: cell for name, cell in found.items() if cell is not None and cell["key"] == keys[name]}
-    return Run(folder, info, list(good.values()), [name for name in ids if name not in good])
+    good, damaged = {}, {}
+    for name in ids:
+        try:
+            cell = open_cell(folder, name)
+        except StoreError as error:
+            damaged[name] = str(error)
+            continue
+        if cell is not None and cell["key"] == keys[name]:
+            good[name] = cell
+    return Run(folder, info, list(good.values()), [name for name in ids if name not in good], damaged)
 
 
 def read_cell(folder: Path, name: str) -> dict[str, Any] | None:
     """The cell called `name`; None if it is not there, damaged, or of another format."""
     try:
-        cell = json.loads((folder / CELLS / f"{name}.json").read_text(), parse_constant=no_number)
-        return cell if whole_cell(cell, name) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return open_cell(folder, name)
+    except StoreError:
         return None
+
+
+def open_cell(folder: Path, name: str) -> dict[str, Any] | None:
+    """The cell called `name`; None if it is not there.
+
+    Raises:
+        StoreError: it cannot be read, or is damaged or of another format.
+    """
+    path = folder / CELLS / f"{name}.json"
+    try:
+        cell = json.loads(path.read_text(), parse_constant=no_number)
+        if not whole_cell(cell, name):
+            raise ValueError("not as it was written, or of another format")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{path}: {wrong(error)}.") from None
+    return cell
+
+
+def wrong(error: Exception) -> str:
+    """What is wrong with a file, in a few words."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error) or type(error).__name__
 
 
 def all_cells(folder: Path) -> Iterator[dict[str, Any]]:
@@ -161,8 +196,8 @@ class RunLock(filelock.FileLock):
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one run; the system lets go of it when the process ends, however it ends.
+def locked(folder: Path, verb: str = "eval", another: str = "--set output=FOLDER") -> Iterator[None]:
+    """Hold the folder for one run of `verb`; the system lets go of it when the process ends, however it ends.
 
     Raises:
         StoreError: another process holds it, or it cannot be made.
@@ -173,8 +208,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise StoreError(
-            f"another `vlmprune eval` is writing into {folder}: wait for it, or choose another folder "
-            "(--set output=FOLDER)."
+            f"another `vlmprune {verb}` is writing into {folder}: wait for it, or choose another folder ({another})."
         ) from None
     except OSError as error:
         raise StoreError(f"cannot use {folder} as output folder: {error.strerror or error}.") from None

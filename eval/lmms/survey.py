@@ -18,10 +18,13 @@ NEW, FAILED = "not measured yet", "failed the last time"
 UNKNOWN = "measured, but whether anything changed cannot be told: lmms-eval is not installed here"
 #: Hashes say nothing to a reader.
 HASHED = {
+    "library": "vlmprune's code",
     "code": "the method's code",
     "weights": "the method's weights",
     "model.files": "the model's files",
     "task.files": "the task's files",
+    "task.yaml": "the task's YAML",
+    "task.data": "the task's data",
     "template": "the chat template",
 }
 

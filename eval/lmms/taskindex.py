@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import fnmatch
+import glob
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -53,6 +57,7 @@ class TaskIndex:
         self.paths = [str(OURS), *(str(Path(folder).expanduser()) for folder in include_path)]
         self.unchecked = ""
         self._near: Any = None
+        self._hashes: dict[Path, str] = {}
 
     def manager(self, name: str | None = None) -> Any:
         """lmms-eval's `TaskManager`, with its own 1,700 tasks only if `name` (or any name) is not one of the others."""
@@ -77,6 +82,10 @@ class TaskIndex:
         manager = self.manager(name)
         if name not in manager.all_tasks:
             hint = did_you_mean(name, manager.all_tasks)
+            if glob.has_magic(name):
+                fits = fnmatch.filter(manager.all_tasks, name)
+                few = ", ".join(fits[:5]) + (", ..." if len(fits) > 5 else "")
+                hint = f" Patterns are not taken: name the tasks or a group{f' ({few})' if fits else ''}."
             raise ValueError(f"unknown task {name!r}.{hint} `lmms-eval tasks list` lists lmms-eval's own.")
         about = manager.task_index[name]
         if about["type"] in ("task", "python_task"):
@@ -103,18 +112,46 @@ class TaskIndex:
         return [str(entry["metric"]) for entry in listed if isinstance(entry, dict) and "metric" in entry]
 
     def fingerprint(self, name: str) -> dict[str, Any]:
-        """What a task depends on beyond lmms-eval's version: the files beside a YAML that is not lmms-eval's own."""
+        """What a task depends on beyond lmms-eval's version, where its YAML is not lmms-eval's own: the files beside
+        that (`files`), all it says with what it includes (`yaml`), and local data elsewhere (`data`)."""
         if not have_lmms_eval():
             return {}
-        yaml_path = Path(self.manager(name).task_index[name]["yaml_path"]).resolve()
-        inside = any(yaml_path.is_relative_to(Path(path).resolve()) for path in self.paths)
-        return {"files": folder_files(yaml_path.parent)} if inside else {}
+        about = self.manager(name).task_index[name]
+        yaml_path = Path(about["yaml_path"]).resolve()
+        if not any(yaml_path.is_relative_to(Path(path).resolve()) for path in self.paths):
+            return {}
+        folder = yaml_path.parent
+        if folder not in self._hashes:  # once for all tasks of a folder
+            self._hashes[folder] = fingerprints.files(folder)
+        made = {"files": self._hashes[folder]}
+        if about["type"] != "task":
+            return made
+        from lmms_eval.utils import load_yaml_config
+
+        config = load_yaml_config(str(yaml_path), mode="simple")
+        said = json.dumps(config, sort_keys=True, default=str)
+        made["yaml"] = hashlib.sha256(said.encode()).hexdigest()
+        if elsewhere := [path for path in local_data(config) if not path.is_relative_to(folder)]:
+            made["data"] = fingerprints.of_files(folder, elsewhere)
+        return made
 
 
-@cache
-def folder_files(folder: Path) -> str:
-    """`fingerprints.files`, once for all tasks of a folder."""
-    return fingerprints.files(folder)
+def local_data(config: Mapping[str, Any]) -> list[Path]:
+    """The files of a data set on this disk: `data_files`, and those of the folder that is its `dataset_path`."""
+
+    def texts(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from texts(inner)
+
+    named = [Path(text) for text in texts((config.get("dataset_kwargs") or {}).get("data_files")) if "://" not in text]
+    found = [Path(path) for one in named for path in glob.glob(str(one), recursive=True)]
+    place = Path(str(config.get("dataset_path") or ""))
+    if place.is_dir() and place != Path():
+        found += place.rglob("*")
+    return [path.resolve() for path in found if path.is_file()]
 
 
 @cache

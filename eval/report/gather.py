@@ -11,8 +11,8 @@ import numpy as np
 
 from vlmprune.eval import statistics
 from vlmprune.eval.lmms.store import Run
-from vlmprune.eval.naming import budget_text
-from vlmprune.eval.report.rows import FAILED, MISSING, NEAR, OK, OTHER, PARTLY, Problem, Results, Row
+from vlmprune.eval.report.rows import DAMAGED, FAILED, MISSING, NEAR, OK, OTHER, PARTLY, Problem, Results, Row
+from vlmprune.spec import budget_text
 
 __all__ = ["gather"]
 
@@ -32,6 +32,8 @@ class Pooled:
     values: list[float] = field(default_factory=list)
     #: (samples,) in the order of `in_order`, in the metric's unit, averaged over seeds
     scores: np.ndarray | None = None
+    #: 1 or 100 where all scores are shares, of one or in per cent
+    top: float | None = None
 
 
 def gather(run: Run) -> Results:
@@ -43,7 +45,12 @@ def gather(run: Run) -> Results:
     """
     results = Results(run.info, run.cells)
     results.problems += [Problem(c["cell"]["id"], FAILED, str(c["error"])) for c in run.cells if c["error"]]
-    results.problems += [Problem(name, MISSING, "not evaluated yet") for name in run.missing]
+    results.problems += [
+        Problem(name, DAMAGED, run.damaged[name])
+        if name in run.damaged
+        else Problem(name, MISSING, "not evaluated yet")
+        for name in run.missing
+    ]
     for model in dict.fromkeys(c["cell"]["model"] for c in run.cells):
         add_model(results, model, [c for c in run.cells if c["cell"]["model"] == model])
     return results
@@ -148,7 +155,7 @@ def sample_scores(pooled: Pooled) -> tuple[np.ndarray | None, str]:
     A metric is the mean of its samples' scores, or a hundred times it. A sum or an F1 is not, and resampling its
     samples would give the interval of another quantity.
     """
-    scaled = []
+    scaled, tops = [], set()
     for cell, value in zip(pooled.cells, pooled.values, strict=True):
         scores = [sample["score"] for sample in in_order(cell)]
         if not scores or any(score is None for score in scores):
@@ -158,7 +165,15 @@ def sample_scores(pooled: Pooled) -> tuple[np.ndarray | None, str]:
         if scale is None:
             return None, f"{pooled.row.metric} is not the mean of its samples' scores, so no interval"
         scaled.append(scale * array)
+        tops.add(scale if array.min() >= 0 and array.max() <= 1 else None)
+    pooled.top = tops.pop() if len(tops) == 1 else None
     return np.mean(scaled, 0), ""
+
+
+def top_of(pooled: Sequence[Pooled]) -> float | None:
+    """What no score of a task is above, none being below 0: 1 or 100; None where the metric is no share."""
+    tops = {p.top for p in pooled}
+    return tops.pop() if len(tops) == 1 else None
 
 
 def clusters(pooled: Pooled) -> list[str]:
@@ -185,10 +200,13 @@ def compare(pooled: Sequence[Pooled]) -> None:
         else:
             for p in scored:
                 p.row.note = p.row.note or "all samples are of one cluster, so no interval"
-    rows = [p.row for p in pooled]
+    rows, top = [p.row for p in pooled], top_of(scored)
     for row in rows:
         if row.name in draws:
-            row.low, row.high = statistics.interval(draws[row.name])
+            drawn = draws[row.name]
+            found = statistics.bounded_interval(drawn, row.value, row.clusters, 0.0, top) if top else spread_of(drawn)
+            row.low, row.high = found
+    contrast(rows, draws, top)
     full = next((row for row in rows if row.full and row.value is not None), None)
     for row in rows if full is not None else []:
         if row.value is None:
@@ -200,12 +218,20 @@ def compare(pooled: Sequence[Pooled]) -> None:
         row.retention = ratio
         if row.name in draws and full.name in draws:
             ratios = statistics.retention(draws[row.name], draws[full.name], row.higher_is_better)
-            row.retention_low, row.retention_high = statistics.interval(ratios)
-    contrast(rows, draws)
+            row.retention_low, row.retention_high = (1.0, 1.0) if row.full else spread_of(ratios)
+            if row.retention_low is None and row.full_low is not None and row.higher_is_better:
+                ends = [(full.value + end) / full.value for end in (row.full_low, row.full_high)]
+                row.retention_low, row.retention_high = ends
 
 
-def contrast(rows: Sequence[Row], draws: Draws) -> None:
-    """Fill in every row's differences to the full model and to `random`."""
+def spread_of(draws: np.ndarray) -> tuple[float | None, float | None]:
+    """95 % interval of a mean whose bounds are not known: none where the draws show no spread."""
+    low, high = statistics.interval(draws)
+    return (low, high) if high - low > statistics.ROUND_OFF else (None, None)
+
+
+def contrast(rows: Sequence[Row], draws: Draws, top: float | None = None) -> None:
+    """Fill in every row's differences to the full model and to `random`; scores lie between 0 and `top`, if known."""
     for row in rows:
         if row.value is None:
             continue
@@ -214,10 +240,15 @@ def contrast(rows: Sequence[Row], draws: Draws) -> None:
                 continue
             setattr(row, f"{name}_difference", row.value - base.value)
             if row.name in draws and base.name in draws:
-                low, high = statistics.interval(draws[row.name] - draws[base.name])
+                gap = draws[row.name] - draws[base.name]
+                far = row.value - base.value
+                low, high = statistics.difference_interval(gap, far, row.clusters, top) if top else spread_of(gap)
                 setattr(row, f"{name}_low", low)
                 setattr(row, f"{name}_high", high)
-                setattr(row, f"{name}_verdict", statistics.verdict(low, high, row.higher_is_better))
+                if not np.nan_to_num(np.abs(gap)).max() > statistics.ROUND_OFF:
+                    setattr(row, f"{name}_verdict", "equal")  # in every cluster; the interval is about others
+                elif low is not None:
+                    setattr(row, f"{name}_verdict", statistics.verdict(low, high, row.higher_is_better))
 
 
 def bases(rows: Iterable[Row], row: Row) -> dict[str, Row]:
@@ -273,7 +304,10 @@ def overall(blank: Sequence[Row], found: Mapping[str, Mapping[str, Pooled]]) -> 
         row.value = row.retention = float(np.mean([r.retention for r in mine]))
         row.spread = retention_spread(pooled, [found[task][blank[0].name].row for task in found])
         if row.name in draws:
-            row.low, row.high = row.retention_low, row.retention_high = statistics.interval(draws[row.name])
+            ends = (1.0, 1.0) if row.full else spread_of(draws[row.name])
+            if ends[0] is None and all(r.retention_low is not None for r in mine):  # the tasks' own, which are exact
+                ends = tuple(float(np.mean([getattr(r, f"retention_{end}") for r in mine])) for end in ("low", "high"))
+            row.low, row.high = row.retention_low, row.retention_high = ends
         else:
             without = ", ".join(p.row.task for p in pooled if p.scores is None)
             row.note = f"no interval: no scores per sample in {without}" if without else "no interval"

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from vlmprune.eval.naming import budget_text
 from vlmprune.eval.report.document import Table
 from vlmprune.eval.report.rows import Results
 from vlmprune.eval.report.tables import COUNTS, counts, number
+from vlmprune.spec import budget_text
 
 __all__ = ["Line", "lines", "table"]
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmprune.eval import statistics, testbed
-from vlmprune.eval.naming import budget_text
 from vlmprune.eval.report import ledger, tables, words
 from vlmprune.eval.report.document import Block, Code, Heading, Items, Picture, Table, Text
-from vlmprune.eval.report.rows import MISSING, OK, Results
+from vlmprune.eval.report.rows import DAMAGED, MISSING, OK, Results
+from vlmprune.runtime.tables import counted
+from vlmprune.spec import budget_text
 
 __all__ = ["NO_PLOTS", "build", "title"]
 
@@ -55,11 +56,11 @@ def troubles(results: Results) -> list[Block]:
     """Everything that a reader must know before the numbers."""
     blocks: list[Block] = [Text(note, warning=True) for note in results.info.get("notes") or []]
     if results.problems:
-        blocks.append(Heading(f"Not in the comparison: {len(results.problems)} cells"))
+        blocks.append(Heading(f"Not in the comparison: {counted(len(results.problems), 'cell')}"))
         rows = [[p.cell, p.state, tables.terminal.short(p.why, 400)] for p in results.problems]
         blocks.append(Table(["cell", "state", "why"], rows, range(3)))
-        if any(p.state == MISSING for p in results.problems):
-            blocks.append(Text("Missing cells are evaluated by running the same vlmprune eval again."))
+        if any(p.state in (MISSING, DAMAGED) for p in results.problems):
+            blocks.append(Text("Missing and damaged cells are evaluated by running the same vlmprune eval again."))
     if skipped := results.info.get("skipped"):
         blocks.append(Heading(f"Left out of the plan: {len(skipped)}"))
         rows = [[s["model"], s["label"], budget_text(s.get("budget")), s["reason"]] for s in skipped]
@@ -95,7 +96,9 @@ def about(rows: Sequence[Any]) -> str:
     if not known:
         return "No cell of this task has a result."
     first = known[0]
-    text = f"{first.metric}, {'more' if first.higher_is_better else 'less'} is better; {first.samples} samples"
+    text = (
+        f"{first.metric}, {'more' if first.higher_is_better else 'less'} is better; {counted(first.samples, 'sample')}"
+    )
     many = next((row.clusters for row in known if row.clusters), None)
     if many and many != first.samples:
         text += f" in {many} clusters (pictures)"

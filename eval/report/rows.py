@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-__all__ = ["COLUMNS", "FAILED", "MISSING", "NEAR", "OK", "OTHER", "PARTLY", "Problem", "Results", "Row"]
+__all__ = ["COLUMNS", "DAMAGED", "FAILED", "MISSING", "NEAR", "OK", "OTHER", "PARTLY", "Problem", "Results", "Row"]
 
 #: States of a row; a row over all tasks is `incomplete` when a task is missing.
 OK, FAILED, MISSING, PARTLY, OTHER = "ok", "failed", "missing", "incomplete", "other samples"
+#: State of a cell whose file is there and cannot be used.
+DAMAGED = "damaged"
 
 #: How far apart, as a share, the layer averages of a method on its own schedule and of its `random` may be.
 NEAR = 0.05

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from vlmprune.eval.report import words
 from vlmprune.eval.report.document import Table
-from vlmprune.eval.report.rows import OK, Results, Row
+from vlmprune.eval.report.rows import DAMAGED, OK, Results, Row
 from vlmprune.runtime import tables as terminal
 
 __all__ = ["detail", "matrix", "number", "overview", "shown", "summary"]
@@ -166,8 +166,9 @@ def brief(text: str, spread: bool = True) -> str:
 
 
 def summary(results: Results, wide: int = 120) -> str:
-    """The compact table that ends `vlmprune eval`, one block per model; no line is longer than `wide`."""
-    parts = []
+    """The compact table that ends `vlmprune eval`, one block per model; no line is longer than `wide`, nor than the
+    terminal."""
+    parts, wide = [], min(wide, terminal.room() or wide)
     for model in results.models:
         tasks, rows = results.tasks(model), results.of(model, None)
         single = {row.name: row for row in results.of(model, tasks[0])} if len(tasks) == 1 else {}
@@ -184,10 +185,10 @@ def summary(results: Results, wide: int = 120) -> str:
             cells += [[], mine] if "start" in kind else [mine]
         metric = next((row.metric for row in single.values() if row.metric), "")
         about = f"{tasks[0]} ({metric})" if single else f"mean over {len(tasks)} tasks"
-        room = wide - len(terminal.table(header[1:], [row[1:] for row in cells], header[1:]).split("\n")[1]) - 2
+        room = wide - len(terminal.columns(header[1:], [row[1:] for row in cells], header[1:]).split("\n")[1]) - 2
         cells = [[terminal.short(row[0], max(12, room)), *row[1:]] if row else row for row in cells]
-        body = terminal.table(header, cells, [name for name in header[2:] if not name.startswith("- ")])
-        parts.append("\n".join(line[:wide] for line in (f"{model}: {about}", *body.split("\n"))))
+        body = terminal.table(header, cells, [name for name in header[2:] if not name.startswith("- ")], wide)
+        parts.append("\n".join((terminal.short(f"{model}: {about}", wide), body)))
     own = words.own_schedules([row for row in results.rows if row.task is None])
     said = (LEGEND, *own, *words.few(results.rows), *lacking(results))
     return "\n\n".join([*parts, "\n".join(textwrap.fill(line, wide) for line in said)])
@@ -199,4 +200,5 @@ def lacking(results: Results) -> list[str]:
     if not states:
         return []
     many = ", ".join(f"{count} {state}" for state, count in states.items())
-    return [f"Not in this table, of {len(results.info['cells'])} planned cells: {many}. The report lists them."]
+    told = [f"Not in this table, of {len(results.info['cells'])} planned cells: {many}. The report lists them."]
+    return told + [f"Damaged: {problem.why}" for problem in results.problems if problem.state == DAMAGED][:5]

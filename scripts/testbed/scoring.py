@@ -16,6 +16,7 @@ import torch
 from vlmprune.eval import statistics
 from vlmprune.eval.testbed import Record
 from vlmprune.eval.testbed.words import CATEGORIES
+from vlmprune.patches.host import returned_cache, with_cache
 
 from .scenes import GRID
 
@@ -185,10 +186,10 @@ def answer_by_hand(
                     inputs_embeds=hidden,
                     attention_mask=torch.ones(len(some), length, dtype=torch.long),
                     position_ids=position,
-                    past_key_values=cache,
                     use_cache=True,
+                    **with_cache(cache),
                 )
-                cache = out.past_key_values
+                cache = returned_cache(out)
                 token = model.lm_head(out.last_hidden_state[:, -1]).argmax(-1)
                 said.append(token)
                 hidden, position = embed(token[:, None]), position[:, -1:] + 1

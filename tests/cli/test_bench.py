@@ -35,9 +35,11 @@ def test_a_whole_run(bench, tmp_path):
 
 
 def test_views(bench):
-    code, out, err = bench("--method", "globalcom2,pool", "--keep", "0.25", model="next")
+    code, out, err = bench("--method", "globalcom2,pool", "--keep", "0.25", "--sizes", 5, model="next")
     assert code == 0, err
     assert "globalcom2" in out
+    assert "A new picture size costs" in out
+    assert "5 random sizes have" in out
 
 
 def test_going_on(bench, tmp_path):
@@ -115,6 +117,9 @@ def test_an_oracle_that_computed_something_else_is_reported(bench, cli, tmp_path
         (("--keep", ","), "--keep is empty"),
         (("--batch", "two"), "--batch 'two'"),
         (("--pairs", "0"), "--pairs must be at least 1"),
+        (("--sizes", "0"), "--sizes must be at least 1"),
+        (("--selection", "--sizes", "3"), "--sizes would have no effect"),
+        (("--shape", "scene-llava", "--sizes", "3"), "have one layout"),
         (("--prompt-tokens", "1"), "--prompt-tokens must be at least 2"),
         (("--shape", "scene-llava", "--prompt-tokens", "5000"), "positions"),
         (("--device", "tpu"), "unknown device"),

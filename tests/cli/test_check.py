@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import tiny_folders
 import torch
+from leftovers import Forgetful
 from transformers import AutoModelForImageTextToText
 
 from vlmprune.cli.check import METHODS, without_paths
 from vlmprune.engine import hooks as engine
-from vlmprune.verify import CHECKS
+from vlmprune.verify import CHECKS, Subject, evidence
+from vlmprune.verify.runs import masked
 
 
 def rows(out):
@@ -31,7 +34,7 @@ def outcomes(**other):
 @pytest.fixture
 def broken(monkeypatch):
     """Unpatching leaves hooks."""
-    monkeypatch.setattr(engine, "HOOKS", tuple(h for h in engine.HOOKS if h is not engine.AfterModel))
+    monkeypatch.setattr(engine, "Hook", Forgetful)
 
 
 def test_the_embedded_model_passes_within_a_minute(cli, support):
@@ -137,6 +140,66 @@ def test_half_precision_says_what_it_cannot_tell(cli, folders):
     assert ("?" in cells) == ("; float32 may tell" in out)
 
 
+def test_a_row_is_there_as_soon_as_its_method_is_done(cli, folders, monkeypatch, capsys):
+    """Redirected too: nothing waits in a buffer."""
+    seen, original = [], Subject.check
+
+    def check(self, methods, **options):
+        seen.append(capsys.readouterr().out)
+        return original(self, methods, **options)
+
+    monkeypatch.setattr(Subject, "check", check)
+    flushed = []
+    monkeypatch.setattr(
+        "builtins.print", lambda *a, _print=print, **k: (flushed.append(k.get("flush")), _print(*a, **k))
+    )
+    code, _, _ = cli("check", "--model", folders["llava"], "--method", "random,fopru,grid")
+    assert code == 0
+    assert seen[0] == ""
+    assert seen[1].splitlines()[2].split() == ["method", *CHECKS]
+    assert seen[1].splitlines()[-1].split() == ["random", *outcomes()]
+    assert seen[2].split() == ["fopru", *outcomes()]
+    assert flushed[:3] == [True] * 3
+
+
+def test_more_than_one_open_line_is_no_success(cli, folders, monkeypatch):
+    original = Subject.check
+
+    def check(self, methods, **options):
+        report = original(self, methods, **options)
+        lines = [replace(line, outcome="?") if line.check == "batch" else line for line in report.lines]
+        return replace(report, lines=lines)
+
+    monkeypatch.setattr(Subject, "check", check)
+    code, out, _ = cli("check", "--model", folders["llava"], "--method", "random")
+    assert (code, "```" in out) == (0, False)
+    code, out, err = cli("check", "--model", folders["llava"], "--method", "random,grid")
+    assert code == 1
+    assert "vlmprune: inconclusive: 2 lines, too many to call it a proof (block for a bug report above)\n" in err
+    assert "```" in out
+
+
+def test_a_model_that_by_hand_is_another_is_no_success(cli, folders, monkeypatch):
+    monkeypatch.setattr(evidence, "masked", lambda *args, **more: 1 - masked(*args, **more))
+    code, out, err = cli("check", "--model", folders["llava"], "--method", "random")
+    assert code == 1
+    assert rows(out)["random"][list(CHECKS).index("decode")] == "!"
+    assert "unknown model: random, decode: unpruned, the two ways that this line compares differ by" in out
+    assert "vlmprune: by hand, the unpruned model is not reproduced: random (block" in err
+
+
+def test_a_placeholder_outside_the_vocabulary_is_no_traceback(cli, folders, tmp_path):
+    folder = shutil.copytree(folders["llava"], tmp_path / "outside")
+    config = json.loads((folder / "config.json").read_text())
+    config["image_token_id"] = 70000
+    config.pop("image_token_index", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    code, out, err = cli("check", "--model", str(folder), "--method", "random")
+    assert (code, out) == (2, "")
+    assert "the placeholder of a image is token 70000" not in err
+    assert "the placeholder of an image is token 70000, and the model has embeddings for 0 to 63" in err
+
+
 def test_onevision(cli, tmp_path, support):
     folder = tiny_folders.save(tmp_path / "ov", "llava_onevision", tower="siglip")
     model = AutoModelForImageTextToText.from_pretrained(folder)
@@ -152,7 +215,6 @@ def test_onevision(cli, tmp_path, support):
         (["--method", "fopro"], "Did you mean 'fopru'?"),
         (["--method", "fopru+"], "unknown method ''"),
         (["--method", ","], "--method is empty"),
-        (["--keep", "0"], "--keep 0"),
         (["--keep", "many"], "neither a count"),
         (["--method", "fopru", "--option", "strateg=row"], "Did you mean 'strategy'?"),
         (["--option", "keep=3"], "the budget is given by --keep"),

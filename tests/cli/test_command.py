@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from clocks import PATIENCE
+
 import vlmprune
 from vlmprune._version import __version__
 
@@ -14,7 +16,7 @@ ROOT = Path(vlmprune.__file__).parent
 def start(*argv, code=None):
     command = [sys.executable, "-P", *(["-c", code] if code else ["-m", "vlmprune"]), *map(str, argv)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE)
 
 
 def test_help_imports_nothing_heavy():

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from vlmprune import configs
 from vlmprune.eval.lmms import store, taskindex
 
 pytest.importorskip("lmms_eval")
@@ -29,6 +30,31 @@ def config(tmp_path, folders):
     path = tmp_path / "my.yaml"
     path.write_text(CONFIG.format(model=folders["llava"], output=tmp_path / "out"))
     return path
+
+
+def test_init_writes_the_template_once(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli("init", "my.yaml")[0] == 0
+    assert (tmp_path / "my.yaml").read_text() == configs.TEMPLATE.read_text()
+    code, _, err = cli("validate", "my.yaml", "--no-model")
+    assert (code, err) == (0, "")
+    (tmp_path / "my.yaml").write_text("mine")
+    assert cli("init", "my.yaml")[::2] == (2, "vlmprune: my.yaml is there already: name another file.\n")
+    assert (tmp_path / "my.yaml").read_text() == "mine"
+    code, _, err = cli("init", "no/my.yaml")
+    assert (code, "cannot write no/my.yaml" in err) == (2, True)
+
+
+def test_a_shipped_file_is_named(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = cli("validate", "template.yaml", "--no-model")
+    assert (code, err) == (0, f"template.yaml: the file of that name that comes with vlmprune, {configs.TEMPLATE}\n")
+
+
+def test_few_patches_are_noted_once(cli, config):
+    code, _, err = cli("validate", config, "--set", "keep=[1, 1.0]", "--set", "average=[]")
+    assert (code, err.count("keep=1 is a count")) == (0, 1), err
+    assert err.startswith("note: keep=1 is a count: one patch per image; keep=1.0 is all of them.")
 
 
 def test_validate(cli, config):

@@ -16,9 +16,10 @@ from PIL import Image
 from tiny_folders import PICTURES, answer
 
 import vlmprune
-from vlmprune.cli import fidelity as command
 from vlmprune.eval import testbed
 from vlmprune.eval.fidelity import measure as fidelity
+from vlmprune.eval.fidelity import run as fidelity_run
+from vlmprune.eval.lmms import store
 from vlmprune.runtime import loading
 
 PROMPTS = ["what colour is it ?", "is word20 word21 word22 ?"]
@@ -90,7 +91,7 @@ def test_end_to_end(run, folders, pictures, tmp_path):
     assert "random (3 seeds)" in out
     assert f"report: {tmp_path / 'out' / 'report.html'}" in out
     assert err == f"loading {folders['next']} ...\n"
-    names = ["report.html", "report.md", "results.json"] + [f"worst-{m}.png" for m in (
+    names = [".lock", "report.html", "report.md", "results.json", "rows.jsonl"] + [f"worst-{m}.png" for m in (
         "fastv-keep-0.25", "fastv-keep-4", "fopru-keep-0.25", "fopru-keep-4",
     )]  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names  # no temporary file either
@@ -159,11 +160,11 @@ def test_order_and_batches_mean_nothing(run, pictures, prompts, tmp_path):
         assert code == 0
         return results
 
-    first = rows(batch=1)
+    first = rows(batch=1, out=tmp_path / "one")
     pairs = [{"image": name, "prompt": prompt} for prompt in PROMPTS[::-1] for name in sorted(PICTURES, reverse=True)]
     other = tmp_path / "pairs.jsonl"
     other.write_text("\n".join(json.dumps(pair) for pair in pairs))
-    second = rows(batch=3, prompts=other)
+    second = rows(batch=3, prompts=other, out=tmp_path / "three")
 
     def key(row):
         return (row["label"], row["picture"], row["prompt"], row["seed"] or 0)
@@ -206,7 +207,7 @@ def test_json(run):
     assert "report: " in err
 
 
-def test_limit_and_seeds(run):
+def test_limit_and_seeds(run, tmp_path):
     code, _, _, results = run(limit=2, method="random", seeds=4, option="positions=original")
     assert code == 0
     assert {row["picture"] for row in results["rows"]} == {"a.png", "b.jpg"}
@@ -214,7 +215,7 @@ def test_limit_and_seeds(run):
     assert (random["method"], random["seeds"], random["control"]) == ("random", [0, 1, 2, 3], False)
     assert random["options"] == {"keep": 4, "positions": "original"}
     assert (grid["options"], pool["control"]) == ({"keep": 4}, True)
-    code, _, _, results = run(limit=1, method="random", option="seed=7", controls="none")
+    code, _, _, results = run(limit=1, method="random", option="seed=7", controls="none", out=tmp_path / "seven")
     assert results["summary"][0]["seeds"] == [None]
     assert results["summary"][0]["options"] == {"keep": 4, "seed": 7}
     assert results["summary"][0]["measures"]["kl_first"]["low"] is None  # one picture
@@ -240,7 +241,96 @@ def test_interrupted(run, monkeypatch, tmp_path):
     assert (code, out, results) == (130, "", None)
 
 
-def test_short_of_memory(run, monkeypatch):
+def same(results, others):
+    """Whether two reports say the same, but for the command that made them."""
+    return {k: v for k, v in results.items() if k != "about"} == {k: v for k, v in others.items() if k != "about"}
+
+
+@pytest.mark.parametrize("steps", [2, 4, 9])
+def test_a_stopped_run_is_gone_on_with(run, monkeypatch, tmp_path, steps):
+    """Stopped after so many steps, in the middle of a batch: nothing is measured twice, and the report is the same."""
+    whole, calls = fidelity.compare, []
+
+    def compare(*args):
+        if len(calls) == steps:
+            raise KeyboardInterrupt
+        calls.append(len(args[1]["input_ids"]))
+        return whole(*args)
+
+    # three steps for each of two batches
+    setting = {"method": "fopru,fastv", "controls": "random", "seeds": 1, "batch": 3, "limit": 2, "worst": 1}
+    _, _, _, unbroken = run(out=tmp_path / "unbroken", **setting)
+    monkeypatch.setattr(fidelity, "compare", compare)
+    code, _, _, _ = run(**setting)
+    if steps < 6:
+        assert code == 130
+        assert len((tmp_path / "out" / "rows.jsonl").read_text().splitlines()) == 1 + sum(calls)
+        code, out, err, _ = run(**setting)
+        assert (code, out) == (2, "")  # a second run is refused by name, and loses nothing
+        assert f"{tmp_path / 'out'} holds another run" in err
+        assert "--resume" in err
+    before, steps = sum(calls), 99
+    code, out, err, resumed = run(resume=True, **setting)
+    assert code == 0
+    assert same(resumed, unbroken)
+    assert sum(calls) == 4 * 3  # rows
+    assert ("measured before" in err) == (before >= 9)
+
+
+def test_what_a_resumed_run_asks_for_may_differ(run, pictures, monkeypatch, tmp_path):
+    whole, calls = fidelity.compare, []
+    monkeypatch.setattr(fidelity, "compare", lambda *args: (calls.append(len(args[1]["input_ids"])), whole(*args))[1])
+    out = tmp_path / "out"
+    assert run(controls="none")[0] == 0
+    assert (sum(calls), [p.name for p in out.glob("*.png")]) == (8, ["worst-fopru-keep-4.png"])
+    # another method, less pictures: nothing new for the first one, whose picture goes if it is not in the report
+    code, _, err, results = run(resume=True, controls="none", method="fastv", limit=2)
+    assert (code, sum(calls), {row["label"] for row in results["rows"]}) == (0, 8 + 4, {"fastv, keep 4"})
+    assert [p.name for p in out.glob("*.png")] == ["worst-fastv-keep-4.png"]
+    code, _, err, results = run(resume=True, controls="none", method="fopru,fastv", limit=2)
+    assert (code, sum(calls), len(results["rows"])) == (0, 12, 8)
+    assert "4 prompts of 4 measured before" in err
+    # other options of the same name and budget, and a picture that was changed
+    assert run(resume=True, controls="none", option="positions=original", limit=2)[0] == 0
+    assert sum(calls) == 12 + 4
+    Image.new("RGB", (24, 24), "red").save(pictures / "a.png")
+    assert run(resume=True, controls="none", limit=2)[0] == 0
+    assert sum(calls) == 16 + 2
+    # another setting cannot be mixed in
+    code, _, err, _ = run(resume=True, controls="none", max_new_tokens=3)
+    assert code == 2
+    assert "max_new_tokens 4, now 3" in err
+    assert sum(calls) == 18
+
+
+def test_what_a_killed_run_leaves(run, tmp_path):
+    """Half a line at the end, or one that was damaged since."""
+    _, _, _, whole = run(controls="none", batch=1, worst=0)
+    rows = tmp_path / "out" / "rows.jsonl"
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join([*lines[:3], "{]\n", *lines[4:-1], lines[-1][:40]]))
+    code, _, err, again = run(controls="none", batch=1, worst=0, resume=True)
+    assert code == 0
+    assert f"{rows}, line 4: damaged, and measured again" in err
+    assert f"{rows}, line 9: damaged" in err
+    assert err.count("damaged") == 2
+    assert "6 prompts of 8 measured before" in err
+    assert same(again, whole)
+    assert sorted(rows.read_text().splitlines(keepends=True)) == sorted(lines)
+    rows.write_text("".join(lines)[:-1])  # all of the last line but its end
+    assert run(controls="none", batch=1, worst=0, keep="5", resume=True)[0] == 0
+    assert len([json.loads(line) for line in rows.read_text().splitlines()]) == 1 + 8 + 8
+    rows.write_text("x\ny\n")
+    code, _, err, _ = run(resume=True)
+    assert (code, f"{rows}, line 1" in err) == (2, True)
+
+
+def test_two_at_once_in_one_folder(refused, tmp_path):
+    with store.locked(tmp_path / "out", "fidelity", "--out FOLDER"):
+        assert f"another `vlmprune fidelity` is writing into {tmp_path / 'out'}" in refused()
+
+
+def test_short_of_memory(run, monkeypatch, tmp_path):
     whole, sizes = fidelity.reference, []
 
     def short(model, inputs, longest):
@@ -257,7 +347,7 @@ def test_short_of_memory(run, monkeypatch):
     assert "going on with 2 prompts at a time" in err
     assert results["prompts"] == 8
     limit = 0
-    code, out, err, _ = run(batch=2, controls="none")
+    code, out, err, _ = run(batch=2, controls="none", out=tmp_path / "none")
     assert (code, out) == (1, "")
     assert "out of memory: no room" in err
 
@@ -305,7 +395,7 @@ def test_mistakes_in_files(refused, prompts, tmp_path):
 
 
 def test_a_method_that_does_not_fit_is_told_before_work_is_done(refused, folders, monkeypatch):
-    monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(fidelity_run, "measure", lambda *_: pytest.fail("measured"))
     assert "[CLS]" in refused(model=folders["siglip"], method="vtc_cls")
 
 

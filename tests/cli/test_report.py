@@ -36,7 +36,9 @@ def test_damaged_cells_are_missing(tmp_path, capsys):
     for path, spoil in zip(cells, ({"metrics": {}}, {"cell": None}, {"samples": []}), strict=True):
         path.write_text(json.dumps(json.loads(path.read_text()) | spoil))
     assert main(["report", str(tmp_path)]) == 0
-    assert "of 5 planned cells: 3 missing" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "of 5 planned cells: 3 damaged" in out
+    assert all(str(path) in out.replace("\n", "") for path in cells)
     (tmp_path / "run.json").write_text(json.dumps(json.loads((tmp_path / "run.json").read_text()) | {"keys": {}}))
     assert main(["report", str(tmp_path)]) == 2
     err = capsys.readouterr().err

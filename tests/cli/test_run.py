@@ -1,15 +1,21 @@
 """`vlmprune run` end to end on tiny models."""
 
+import io
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_folders import answer, noise_picture
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlmprune.cli.run import parse_budget, parse_option
 from vlmprune.eval import testbed
+from vlmprune.eval.testbed.scenes import looks_drawn
 from vlmprune.runtime import loading
-from vlmprune.runtime.errors import UserError
+from vlmprune.spec import read_budget, read_option
 
 PROMPT = "what colour is it ?"
 
@@ -50,7 +56,8 @@ def test_text_output(cli, folders, picture):
     assert "x" in rows["fastv", "1"][-2] + rows["fastv", "1"][-3]
     assert "medians of 1 interleaved pairs" in out
     assert "newlines " not in out.splitlines()[3]  # a column that would hold nothing but zeros
-    assert err == f"loading {folders['llava']} ...\n"
+    warned = "note: keep=1 is a count: one patch per image; keep=1.0 is all of them. A fraction is a float in (0, 1].\n"
+    assert err == f"{warned}loading {folders['llava']} ...\n"
 
 
 def test_newlines_and_several_pictures(cli, folders, tmp_path):
@@ -99,16 +106,16 @@ def test_saves_a_picture(cli, folders, picture, tmp_path):
     ("text", "value"), [("36", 36), ("0.1", 0.1), ("10%", 0.1), ("1", 1), ("1.0", 1.0), ("100%", 1.0), (" 5 ", 5)]
 )
 def test_keep(text, value):
-    assert parse_budget(text) == value
-    assert type(parse_budget(text)) is type(value)
+    assert read_budget(text) == value
+    assert type(read_budget(text)) is type(value)
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "1.5", "nan", "inf", "many", "", "0.0", "200%", "%"])
 def test_bad_keep(text):
-    with pytest.raises(UserError, match="--keep"):
-        parse_budget(text)
-    with pytest.raises(UserError, match="--average"):
-        parse_budget(text, "average")
+    with pytest.raises(ValueError, match=r"^keep="):
+        read_budget(text)
+    with pytest.raises(ValueError, match=r"^average="):
+        read_budget(text, "average")
 
 
 def test_average(cli, folders, picture):
@@ -134,7 +141,7 @@ def test_average(cli, folders, picture):
     ],
 )  # fmt: skip
 def test_option(text, key, value):
-    found = parse_option(text)
+    found = read_option(text)
     assert found == (key, value)
     assert type(found[1]) is type(value)
 
@@ -182,3 +189,138 @@ def test_dtype(folders, picture, cli):
     assert json.loads(out)["dtype"] == "bfloat16"
     code, out, _ = cli(*shared)
     assert json.loads(out)["dtype"] == "float32"
+
+
+# What a checkpoint, a picture or a prompt may be like
+
+
+def broken_processor(folder, target, **fields):
+    """The model of a folder with other fields in its processor's file."""
+    shutil.copytree(folder, target)
+    file = target / "processor_config.json"
+    said = json.loads(file.read_text())
+    for name, value in fields.items():
+        said.pop(name, None) if value is None else said.update({name: value})
+    file.write_text(json.dumps(said))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "told"),
+    [
+        ("llava", {"patch_size": None}, "patch_size=6 (was None)"),
+        ("llava", {"patch_size": 4}, "patch_size=6 (was 4)"),
+        ("llava", {"num_additional_image_tokens": 0}, "num_additional_image_tokens=1 (was 0)"),
+        ("llava", {"vision_feature_select_strategy": None}, "vision_feature_select_strategy='default' (was None)"),
+        ("next", {"patch_size": None, "num_additional_image_tokens": None, "vision_feature_select_strategy": None},
+         "patch_size=6 (was None)"),
+        ("siglip", {"vision_feature_select_strategy": "default"}, "select_strategy='full' (was 'default')"),
+        ("siglip", {"vision_feature_select_strategy": None}, None),  # counts right
+    ],
+)  # fmt: skip
+def test_a_processor_that_lacks_the_models_facts(cli, folders, picture, tmp_path, family, fields, told):
+    folder = broken_processor(folders[family], tmp_path / "model", **fields)
+    shared = ("--image", picture, "--prompt", PROMPT, "--repeats", 0, "--max-new-tokens", 3, "--json")
+    code, out, err = cli("run", "--model", folder, *shared)
+    assert code == 0, err
+    code, right, _ = cli("run", "--model", folders[family], *shared)
+    assert json.loads(out)["pruned"] == json.loads(right)["pruned"]
+    assert json.loads(out)["full"] == json.loads(right)["full"]
+    assert ("does not fit the model" in err, told is None or told in err) == (told is not None, True)
+
+
+def test_a_prompt_that_is_no_text(cli, folders, picture):
+    code, _, err = cli("run", "--image", picture, "--prompt", "what \udcff is it ?", "--model", folders["llava"])
+    assert (code, err) == (2, "vlmprune: --prompt is not valid UTF-8: byte 0xff at character 6.\n")
+
+
+def test_an_embedded_model_and_a_photograph(cli, tmp_path):
+    noise_picture(64, 64).save(tmp_path / "photo.png")
+    shared = ("--prompt", "is there a circle ?", "--repeats", 0, "--max-new-tokens", 1)
+    scene = Path(testbed.__file__).parent / "pictures" / "scene1.png"
+    code, _, err = cli("run", "--image", tmp_path / "photo.png", *shared)
+    assert code == 0
+    assert "scene-llava knows drawn scenes only, and 1 picture looks like none" in err
+    code, _, err = cli("run", "--image", scene, *shared)
+    assert (code, "drawn scenes only" in err) == (0, False)
+
+
+def test_scenes_are_told_from_photographs():
+    records = [r for split in testbed.SPLITS for r in testbed.questions(split)[::10]]
+    pictures = {r.picture_id: r.picture for r in records}
+    assert len(pictures) > 50
+    assert all(looks_drawn(Image.open(io.BytesIO(data))) for data in pictures.values())
+    x, y = np.meshgrid(np.linspace(0, 1, 90), np.linspace(0, 1, 60))
+    sky = np.stack([90 + 60 * y, 150 + 40 * y, 235 - 30 * x], -1).astype(np.uint8)
+    assert not looks_drawn(Image.fromarray(sky))
+    assert not looks_drawn(Image.new("RGB", (50, 50), "grey"))
+
+
+def test_how_much_of_a_picture_is_seen(cli, folders, tmp_path):
+    noise_picture(96, 24).save(tmp_path / "wide.png")
+    shared = ("--image", tmp_path / "wide.png", "--prompt", PROMPT, "--repeats", 0, "--max-new-tokens", 1)
+    code, out, _ = cli("run", "--model", folders["llava"], *shared)
+    assert code == 0
+    assert f"{tmp_path / 'wide.png'}: the model sees 25% of it" in out
+    code, out, _ = cli("run", "--model", folders["llava"], *shared, "--json")
+    assert json.loads(out)["images"][0]["seen"] == pytest.approx(0.25, abs=0.01)
+    code, out, _ = cli("run", "--model", folders["next"], *shared)
+    assert (code, "the model sees" in out) == (0, False)
+
+
+# Adapters
+
+
+def adapter(folder, base, **more):
+    folder.mkdir()
+    said = {"peft_type": "LORA", "base_model_name_or_path": str(base)} | more
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_an_adapter_says_what_it_is(cli, folders, picture, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    shared = ("run", "--image", picture, "--prompt", PROMPT, "--model")
+    code, _, err = cli(*shared, adapter(tmp_path / "lora", folders["llava"]))
+    assert code == 2
+    assert f"{tmp_path / 'lora'} is the folder of a PEFT adapter for {folders['llava']}" in err
+    assert "pip install peft" in err
+    code, _, err = cli(*shared, adapter(tmp_path / "empty", ""))
+    assert (code, "does not say of which model" in err) == (2, True)
+
+
+def test_an_adapter_is_loaded_onto_its_base(cli, folders, picture, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForImageTextToText.from_pretrained(folders["llava"], dtype=torch.float32)
+    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|v_proj)", init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, weight in wrapped.named_parameters():
+            if "lora" in name:
+                weight.mul_(20)
+    wrapped.peft_config["default"].base_model_name_or_path = folders["llava"]
+    wrapped.save_pretrained(tmp_path / "lora")
+    shared = (
+        "run",
+        "--image",
+        picture,
+        "--prompt",
+        PROMPT,
+        "--repeats",
+        0,
+        "--max-new-tokens",
+        6,
+        "--keep",
+        4,
+        "--json",
+    )
+    code, out, err = cli(*shared, "--model", tmp_path / "lora")
+    assert code == 0, err
+    merged = wrapped.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoProcessor.from_pretrained(folders["llava"]).save_pretrained(tmp_path / "merged")
+    found, expected = json.loads(out), json.loads(cli(*shared, "--model", tmp_path / "merged")[1])
+    plain = json.loads(cli(*shared, "--model", folders["llava"])[1])
+    assert (found["full"], found["pruned"][0]["answer"]) == (expected["full"], expected["pruned"][0]["answer"])
+    assert found["full"] != plain["full"]  # the adapter does something

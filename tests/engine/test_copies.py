@@ -14,6 +14,7 @@ import torch
 from leftovers import assert_clean
 from probes import far, same
 from reference import Rule
+from tiny import CACHE
 
 import vlmprune
 
@@ -89,7 +90,7 @@ def test_a_cache_can_be_copied(tiny_model):
     with torch.no_grad():
         want = reference.run(model, prompt, rules, forced[0].tolist()).logits
         with vlmprune.patch(model, probes.rules(*rules)):
-            cache = model(**prompt).past_key_values
+            cache = model(**prompt)[CACHE]
             for twin in (copy.deepcopy(cache), copy.deepcopy(cache)):
-                got = model(input_ids=forced, past_key_values=twin, attention_mask=torch.ones(1, length + 3)).logits[0]
+                got = model(input_ids=forced, **{CACHE: twin}, attention_mask=torch.ones(1, length + 3)).logits[0]
                 same(got, want[1:])

@@ -12,6 +12,7 @@ import tiny
 import torch
 from probes import far, same
 from reference import Rule
+from tiny import CACHE
 from transformers import StaticCache
 
 import vlmprune
@@ -58,7 +59,7 @@ def test_a_generation_under_way_stays_pruned_while_disabled(tiny_model):
         with vlmprune.patch(model, probes.rules(*rules)) as handle:
             out = model(**prompt)
             with handle.disabled():
-                got = model(input_ids=forced, past_key_values=out.past_key_values,
+                got = model(input_ids=forced, **{CACHE: out[CACHE]},
                             attention_mask=torch.ones(1, length + 3)).logits[0]  # fmt: skip
     same(got, want[1:])
 
@@ -71,13 +72,13 @@ def test_a_reused_static_cache_forgets_the_pruned_prompt(tiny_model, method, opt
     prompt = prompt_of(model)
     cache = StaticCache(config=model.config.text_config, max_cache_len=64)
     with torch.no_grad():
-        plain = logits(model, prompt, past_key_values=cache)
+        plain = logits(model, prompt, **{CACHE: cache})
         cache.reset()
         with vlmprune.patch(model, method, **options) as handle:
-            pruned = logits(model, prompt, past_key_values=cache)
+            pruned = logits(model, prompt, **{CACHE: cache})
             cache.reset()
             with handle.disabled():
-                again = logits(model, prompt, past_key_values=cache)
+                again = logits(model, prompt, **{CACHE: cache})
     assert (pruned - plain).abs().max() > 1e-3
     torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-9)
 

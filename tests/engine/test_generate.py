@@ -9,9 +9,11 @@ import pytest
 import reference
 import tiny
 import torch
+from clocks import PATIENCE
 from probes import far, same
 from reference import Rule
 from scenes import FAMILIES, Scene, start
+from tiny import CACHE
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
 import vlmprune
@@ -125,7 +127,7 @@ def test_prompt_lookup_decoding_rolls_a_pruned_cache_back(tiny_model, rules):
     with vlmprune.patch(model, probes.rules(*rules)):
         plain = model.generate(**prompt, max_new_tokens=12, do_sample=False)
         assisted = model.generate(
-            **prompt, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3, past_key_values=cache
+            **prompt, max_new_tokens=12, do_sample=False, prompt_lookup_num_tokens=3, **{CACHE: cache}
         )
     assert cache.cropped
     assert torch.equal(assisted, plain)
@@ -147,7 +149,7 @@ def test_rolling_a_pruned_cache_back(tiny_model, rules, options):
         with torch.no_grad(), vlmprune.patch(model, probes.rules(*rules)):
             # the prompt with two guesses behind it, of which the second is wrong
             ids = torch.cat((prompt["input_ids"], forced[:, :1], forced[:, :1] * 0 + 9), 1)
-            out = model(**(prompt | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}), past_key_values=cache)
+            out = model(**(prompt | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}), **{CACHE: cache})
             got = [out.logits[0, length - 1], out.logits[0, length]]
             cache.crop(-1)
             for step in (1, 2, 3):
@@ -155,7 +157,7 @@ def test_rolling_a_pruned_cache_back(tiny_model, rules, options):
                 tokens = torch.cat((forced[:, step : step + 1], forced[:, :1] * 0 + 9), 1)
                 extra = {"attention_mask": torch.ones(1, length + step + 2)} if with_mask else {}
                 positions = torch.tensor([[length + step, length + step + 1]])
-                out = model(input_ids=tokens, past_key_values=cache, position_ids=positions, **extra)
+                out = model(input_ids=tokens, **{CACHE: cache}, position_ids=positions, **extra)
                 got.append(out.logits[0, 0])
                 cache.crop(-1)
         same(torch.stack(got), expected[:5])
@@ -197,7 +199,7 @@ def test_continuing_on_a_pruned_cache(tiny_model, rules):
         said = first.sequences[:, prompt["input_ids"].shape[1] :]
         ids = torch.cat((first.sequences, more), 1)
         turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        got = probes.generated_logits(model, turn, forced, past_key_values=first.past_key_values)[0]
+        got = probes.generated_logits(model, turn, forced, **{CACHE: first[CACHE]})[0]
     tail = [*said[0].tolist(), *more[0].tolist(), *forced[0].tolist()]
     same(got, expect(model, [prompt], rules, torch.tensor([tail]))[0][-5:])
 
@@ -212,10 +214,10 @@ def test_continuing_in_a_padded_batch(tiny_model, rules, kind):
     text = model.config.text_config
     cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=120)
     with vlmprune.patch(model, probes.rules(*rules)):
-        model.generate(**batch, max_new_tokens=1, do_sample=False, past_key_values=cache, disable_compile=True)
+        model.generate(**batch, max_new_tokens=1, do_sample=False, **{CACHE: cache}, disable_compile=True)
         ids, mask = torch.cat((batch["input_ids"], said), 1), batch["attention_mask"]
         turn = {"input_ids": ids, "attention_mask": torch.cat((mask, torch.ones_like(said)), 1)}
-        got = probes.generated_logits(model, turn, forced, past_key_values=cache, disable_compile=True)
+        got = probes.generated_logits(model, turn, forced, **{CACHE: cache}, disable_compile=True)
     same(got, expect(model, prompts, rules, torch.cat((said, forced), 1))[:, 4:])
 
 
@@ -283,7 +285,7 @@ def test_streaming_from_a_thread(tiny_model):
     prompts = three(model)[:2]
     with vlmprune.patch(model, probes.rules(*rules)):
         plain = [model.generate(**p, max_new_tokens=12, do_sample=False)[0, p["input_ids"].shape[1] :] for p in prompts]
-        streamers = [TextIteratorStreamer(words, skip_prompt=True, timeout=60) for _ in prompts]
+        streamers = [TextIteratorStreamer(words, skip_prompt=True, timeout=PATIENCE) for _ in prompts]
         threads = [
             threading.Thread(
                 target=model.generate, kwargs=p | {"max_new_tokens": 12, "do_sample": False, "streamer": s}

@@ -9,6 +9,7 @@ import tiny
 import torch
 from probes import TOLERANCE, far, same
 from reference import Rule
+from tiny import CACHE
 from transformers import DynamicCache
 
 import vlmprune
@@ -244,11 +245,11 @@ def test_hidden_states_repeat_the_last_kept_column_of_their_layer(tiny_model):
             assert equal == (not kept and index > 2), (index, t)
 
 
-def test_past_key_values_are_physically_short(tiny_model):
+def test_the_cache_is_physically_short(tiny_model):
     model = tiny_model(dtype=F64)
     prompt = tiny.prompt(model, [4, "image", 6], [(24, 24)])
     with torch.no_grad(), vlmprune.patch(model, probes.rules(*CUTS["three"])) as handle:
-        cache = model(**prompt, use_cache=True).past_key_values
+        cache = model(**prompt, use_cache=True)[CACHE]
     assert [layer.keys.shape[2] for layer in cache.layers] == handle.trace.kv_lengths
     assert handle.trace.kv_lengths[0] == 26 > handle.trace.kv_lengths[-1]
 
@@ -261,7 +262,8 @@ def test_calls_without_images_run_as_before(tiny_model):
         assert torch.equal(probes.forced_logits(model, text, forced), plain)
         embeds = model.get_input_embeddings()(text["input_ids"])
         assert torch.equal(model(inputs_embeds=embeds).logits, model(**text).logits)
-        assert handle.trace is None
+        with pytest.raises(RuntimeError, match="nothing was pruned since"):
+            handle.trace  # noqa: B018
 
 
 def test_tuple_outputs(tiny_model):
@@ -340,12 +342,12 @@ def test_interleaved_decoding_of_two_caches(tiny_model):
         expected = [reference.run(model, p, rules, forced[i].tolist()).logits for i, p in enumerate(prompts)]
     with torch.no_grad(), vlmprune.patch(model, probes.rules(*rules)):
         caches = [DynamicCache(config=model.config.text_config) for _ in prompts]
-        outs = [[model(**p, past_key_values=c).logits[0, -1]] for p, c in zip(prompts, caches, strict=True)]
+        outs = [[model(**p, **{CACHE: c}).logits[0, -1]] for p, c in zip(prompts, caches, strict=True)]
         for step in range(5):
             for i, cache in enumerate(caches):
                 length = prompts[i]["input_ids"].shape[1]
                 out = model(
-                    input_ids=forced[i : i + 1, step : step + 1], past_key_values=cache,
+                    input_ids=forced[i : i + 1, step : step + 1], **{CACHE: cache},
                     attention_mask=torch.ones(1, length + step + 1), position_ids=torch.tensor([[length + step]]),
                 )  # fmt: skip
                 outs[i].append(out.logits[0, -1])
@@ -373,7 +375,7 @@ def test_decoding_with_fewer_arguments(tiny_model, given, layer, positions):
                     "mask": {"attention_mask": torch.ones(1, length + step + 1)},
                     "positions": {"position_ids": torch.tensor([[length + step]])},
                 }[given]
-                out = model(input_ids=forced[:, step : step + 1], past_key_values=out.past_key_values, **extra)
+                out = model(input_ids=forced[:, step : step + 1], **{CACHE: out[CACHE]}, **extra)
                 got.append(out.logits[0, -1])
     same(torch.stack(got), expected)
 
@@ -388,7 +390,7 @@ def test_a_chunk_of_several_tokens_on_a_pruned_cache(tiny_model, rules):
             expected = reference.run(model, prompt, rules, forced[0].tolist()).logits
             with vlmprune.patch(model, probes.rules(*rules)):
                 cache = DynamicCache(config=model.config.text_config)
-                model(**prompt, past_key_values=cache)
+                model(**prompt, **{CACHE: cache})
                 mask = torch.ones(1, prompt["input_ids"].shape[1] + 6)
-                got = model(input_ids=forced, attention_mask=mask, past_key_values=cache).logits[0]
+                got = model(input_ids=forced, attention_mask=mask, **{CACHE: cache}).logits[0]
         same(got, expected[1:])

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from reference import Rule
+from tiny import CACHE
 from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
@@ -74,15 +75,15 @@ def dropping(function, allowed):
     return lambda *args, **kwargs: function(*args, **{k: v for k, v in kwargs.items() if k in allowed})
 
 
-LAYER = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
-LANGUAGE = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+LAYER = ("attention_mask", "position_ids", CACHE, "use_cache", "position_embeddings")
+LANGUAGE = ("attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
 MODEL = (
     "input_ids",
     "pixel_values",
     "image_sizes",
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    CACHE,
     "mm_encoder_outputs",
 )
 
@@ -229,7 +230,7 @@ def test_prompts_packed_into_one_row(tiny_model, method, cache, support):
         "input_ids": prompt["input_ids"].repeat(1, 2),
         "pixel_values": prompt["pixel_values"].repeat(2, 1, 1, 1),
         "position_ids": torch.arange(length).repeat(2)[None],
-        "past_key_values": cache and cache(config=model.config.text_config),
+        CACHE: cache and cache(config=model.config.text_config),
     }
     with torch.no_grad(), vlmprune.patch(model, method, keep=5):
         with pytest.raises(UnsupportedError, match="one prompt per row"):

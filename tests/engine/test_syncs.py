@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from reference import Rule
+from tiny import CACHE
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
@@ -175,10 +176,10 @@ def test_decode_steps_read_nothing(tiny_model, monkeypatch, rules, batched):
             vlmprune.patch(model, probes.rules(*rules))
         with torch.no_grad():
             cache = DynamicCache(config=model.config.text_config)
-            model(**prompt, past_key_values=cache)
+            model(**prompt, **{CACHE: cache})
         step = {"input_ids": torch.full((rows, 1), 9), "position_ids": torch.full((rows, 1), length)}
         step |= {"attention_mask": torch.cat((prompt["attention_mask"], torch.ones(rows, 1, dtype=torch.long)), 1)}
-        counts.append(reads(lambda: model(**step, past_key_values=cache), monkeypatch))  # noqa: B023
+        counts.append(reads(lambda: model(**step, **{CACHE: cache}), monkeypatch))  # noqa: B023
     # a padded batch costs the plain model one look at the mask; every cut makes a mask of its own
     assert counts[1].total <= counts[0].total, [dict(c.seen) for c in counts]
 
@@ -206,8 +207,8 @@ def test_a_later_turn_reads_its_counts_its_end_and_the_length_of_its_cache(
 
     def read():
         cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=100)
-        model(**first, past_key_values=cache)
-        return reads(lambda: model(**second, past_key_values=cache), monkeypatch)
+        model(**first, **{CACHE: cache})
+        return reads(lambda: model(**second, **{CACHE: cache}), monkeypatch)
 
     plain = read()
     with vlmprune.patch(model, name, keep=5):

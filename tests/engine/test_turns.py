@@ -24,6 +24,7 @@ from conversations import (
     with_answer,
 )
 from probes import far, same
+from tiny import CACHE
 
 import vlmprune
 
@@ -33,11 +34,11 @@ F64 = torch.float64
 def spoken(model, turn, cache, steps=2):
     """A turn through `generate`, with everything before it as the ids say; returns the turn with its answer."""
     out = model.generate(
-        **turn, max_new_tokens=steps + 1, do_sample=False, past_key_values=cache, return_dict_in_generate=True,
+        **turn, max_new_tokens=steps + 1, do_sample=False, **{CACHE: cache}, return_dict_in_generate=True,
         disable_compile=True,
     )  # fmt: skip
     # the last token that was said has not been read
-    return out.sequences[:, turn["input_ids"].shape[1] : -1], out.past_key_values
+    return out.sequences[:, turn["input_ids"].shape[1] : -1], out[CACHE]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -52,7 +53,7 @@ def test_generate_goes_on_with_new_images(tiny_model, options, rules, kind):
             answer, cache = spoken(model, joined([*done, turn], images=False), cache)
             done.append(with_answer(turn, answer))
         asked = joined([*done, turns[-1]], images=False)
-        got = probes.generated_logits(model, asked, forced, past_key_values=cache, disable_compile=True)[0]
+        got = probes.generated_logits(model, asked, forced, **{CACHE: cache}, disable_compile=True)[0]
     done.append(turns[-1])
     same(got, expect(model, done, [rules] * 3, forced))
     assert handle.trace.prompt_length == turns[-1]["input_ids"].shape[1]
@@ -108,9 +109,9 @@ def test_plain_turns_and_pruned_turns_share_a_cache(tiny_model, options, rules, 
         asked = joined([*done, turn], images=False)
         if i in plain:
             with handle.disabled():
-                got = probes.generated_logits(model, asked, forced, past_key_values=cache)[0]
+                got = probes.generated_logits(model, asked, forced, **{CACHE: cache})[0]
         else:
-            got = probes.generated_logits(model, asked, forced, past_key_values=cache)[0]
+            got = probes.generated_logits(model, asked, forced, **{CACHE: cache})[0]
         # the last logits come with one token more than was forced
         same(got, expect(model, [*done, turn], each[: i + 1], forced))
         done.append(with_answer(turn, forced))
@@ -139,7 +140,7 @@ def test_text_before_and_between_pictures(tiny_model, rules):
     with vlmprune.patch(model, probes.rules(*rules)):
         for turn in turns:
             asked = joined([*done, turn], images=False)
-            got = probes.generated_logits(model, asked, forced, past_key_values=cache)[0]
+            got = probes.generated_logits(model, asked, forced, **{CACHE: cache})[0]
             same(got, expect(model, [*done, turn], [rules] * (len(done) + 1), forced))
             done.append(with_answer(turn, forced))
 
@@ -152,13 +153,13 @@ def test_a_conversation_that_was_rolled_back_goes_on(tiny_model, rules):
     with vlmprune.patch(model, probes.rules(*rules)):
         for kind in ("first", "second"):
             asked = turns[0] if kind == "first" else joined(turns[:2], images=False)
-            got = probes.generated_logits(model, asked, forced, past_key_values=cache)[0]
+            got = probes.generated_logits(model, asked, forced, **{CACHE: cache})[0]
             cache.crop(-3)
         kept = copy.deepcopy(cache)
         same(got, expect(model, turns[:2], [rules] * 2, forced))
         for going in (cache, kept):
             asked = joined(turns, images=False)
-            got = probes.generated_logits(model, asked, forced, past_key_values=going)[0]
+            got = probes.generated_logits(model, asked, forced, **{CACHE: going})[0]
             same(got, expect(model, turns, [rules] * 3, forced))
 
 
@@ -179,7 +180,7 @@ def test_text_behind_a_prompt_that_was_rolled_back(tiny_model, rules, batched, t
         for gone in (1, 2, 3):
             for step in (1, 2, 4):
                 cache = caches(model, "dynamic")
-                model(**probes.step_inputs(prompt), past_key_values=cache)
+                model(**probes.step_inputs(prompt), **{CACHE: cache})
                 cache.crop(-gone)
                 got, start = [], 0
                 for some in (step, 6 - step):  # the second call is behind what was cropped
@@ -189,7 +190,7 @@ def test_text_behind_a_prompt_that_was_rolled_back(tiny_model, rules, batched, t
                     positions = torch.tensor(lengths)[:, None] - gone + torch.arange(start, start + some)
                     extra = {"attention_mask": mask} if told == "mask" else {}
                     out = model(
-                        input_ids=new[:, start : start + some], position_ids=positions, past_key_values=cache, **extra
+                        input_ids=new[:, start : start + some], position_ids=positions, **{CACHE: cache}, **extra
                     )
                     got.append(out.logits)
                     start += some

@@ -21,6 +21,7 @@ from conversations import (
     turns_of,
 )
 from probes import far, same
+from tiny import CACHE
 
 import vlmprune
 
@@ -64,12 +65,12 @@ def test_beams_of_a_second_turn(tiny_model):
     first, second = turns_of(model)[:2]
     cache = caches(model, "dynamic")
     with vlmprune.patch(model, probes.rules(*rules)), torch.no_grad():
-        model(**{k: v.repeat_interleave(2, 0) for k, v in first.items()}, past_key_values=cache)
+        model(**{k: v.repeat_interleave(2, 0) for k, v in first.items()}, **{CACHE: cache})
         # `generate` hands pictures to beams by the placeholders that it is given: the new ones alone
         mask = joined([first, second])["attention_mask"]
         asked = second | {"attention_mask": mask}
         out = model.generate(
-            **asked, num_beams=2, max_new_tokens=3, do_sample=False, past_key_values=cache, length_penalty=0.0,
+            **asked, num_beams=2, max_new_tokens=3, do_sample=False, **{CACHE: cache}, length_penalty=0.0,
             output_scores=True, return_dict_in_generate=True,
         )  # fmt: skip
     tokens = out.sequences[0, asked["input_ids"].shape[1] :]

@@ -22,6 +22,7 @@ from conversations import (
 )
 from probes import same
 from reference import Rule
+from tiny import CACHE
 
 import vlmprune
 from vlmprune import UnsupportedError
@@ -33,13 +34,13 @@ def test_pictures_of_both_turns_are_refused_as_the_plain_model_refuses_them(tiny
     model = tiny_model()
     first, second = turns_of(model)[:2]
     asked = joined([first, second])
-    cache = model.generate(**first, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+    cache = model.generate(**first, max_new_tokens=1, return_dict_in_generate=True)[CACHE]
     with pytest.raises(ValueError, match="do not match"):
-        model.generate(**asked, max_new_tokens=1, past_key_values=cache)
+        model.generate(**asked, max_new_tokens=1, **{CACHE: cache})
     with vlmprune.patch(model, probes.rules(Rule(0))):
-        cache = model.generate(**first, max_new_tokens=1, return_dict_in_generate=True).past_key_values
+        cache = model.generate(**first, max_new_tokens=1, return_dict_in_generate=True)[CACHE]
         with pytest.raises(ValueError, match=r"3 images were given.*placeholders for 2.*give the new images alone"):
-            model.generate(**asked, max_new_tokens=1, past_key_values=cache)
+            model.generate(**asked, max_new_tokens=1, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -50,13 +51,13 @@ def test_a_cache_whose_rows_were_repeated_is_refused(tiny_model, layer, steps):
     prompt = tiny.batch([turns_of(model, [parts[0]])[0] for parts in ROWS[:2]])
     width = prompt["input_ids"].shape[1]
     with vlmprune.patch(model, probes.rules(Rule(layer))):
-        cache = model(**prompt, use_cache=True).past_key_values
+        cache = model(**prompt, use_cache=True)[CACHE]
         cache.batch_repeat_interleave(2)
         with pytest.raises(UnsupportedError, match=r"filled by 2 rows.*brings 4.*Repeat the prompts"):
             model(
                 input_ids=torch.full((4, steps), 9),
                 attention_mask=torch.ones(4, width + steps).long(),
-                past_key_values=cache,
+                **{CACHE: cache},
             )
 
 
@@ -69,7 +70,7 @@ def test_a_call_that_ends_elsewhere_than_the_conversation(tiny_model, layer, pic
     first, second = turns_of(model, [TURNS[0], TURNS[1] if pictured else ([7], [])])
     old, new = (turn["input_ids"].shape[1] for turn in (first, second))
     with torch.no_grad(), vlmprune.patch(model, probes.rules(Rule(layer))):
-        cache = model(**first).past_key_values
+        cache = model(**first)[CACHE]
         for end in (old, old + new - 1, old + new + 1):
             extra = {"attention_mask": torch.ones(1, end, dtype=torch.long)}
             if told == "positions":
@@ -111,10 +112,10 @@ def test_new_tokens_alone_in_a_batch_on_a_static_cache(tiny_model):
     mask = torch.cat((first["attention_mask"], second["attention_mask"]), 1)
     with vlmprune.patch(model, probes.rules(Rule(0))):
         cache = caches(model, "static")
-        model.generate(**first, max_new_tokens=1, past_key_values=cache, disable_compile=True)
+        model.generate(**first, max_new_tokens=1, **{CACHE: cache}, disable_compile=True)
         with pytest.raises(UnsupportedError, match="whole conversation"):
             model.generate(
-                **(second | {"attention_mask": mask}), max_new_tokens=1, past_key_values=cache, disable_compile=True
+                **(second | {"attention_mask": mask}), max_new_tokens=1, **{CACHE: cache}, disable_compile=True
             )
 
 
@@ -129,8 +130,8 @@ def test_a_text_turn_in_pieces_is_right_or_refused(tiny_model, size):
     first, second = turns_of(model, [TURNS[0], ([40], [])])
     asked, cache = joined([first, second], images=False), caches(model, "dynamic")
     with vlmprune.patch(model, probes.rules(Rule(0))):
-        model.generate(**first, max_new_tokens=1, past_key_values=cache)
-        going = {"past_key_values": cache, "prefill_chunk_size": size}
+        model.generate(**first, max_new_tokens=1, **{CACHE: cache})
+        going = {CACHE: cache, "prefill_chunk_size": size}
         if size == 5:
             with pytest.raises(UnsupportedError, match=r"prefill_chunk_size.*11 tokens"):
                 probes.generated_logits(model, asked, forced, **going)

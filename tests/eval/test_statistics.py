@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from vlmprune.eval.statistics import Resampler, interval, pareto, retention, verdict
+from vlmprune.eval.statistics import (
+    Resampler,
+    bounded_interval,
+    difference_interval,
+    interval,
+    pareto,
+    retention,
+    verdict,
+)
 
 numbers = st.floats(-100, 100, allow_nan=False)
 samples = st.integers(2, 40).flatmap(
@@ -151,3 +159,41 @@ def test_pareto_front_is_what_nothing_dominates(drawn):
 
 def test_unknown_points_are_never_on_the_front_and_beat_none():
     assert pareto([1, math.nan, 2], [1, 9, math.nan]).tolist() == [True, False, False]
+
+
+# Where drawing again shows no spread
+
+
+def binomial_tail(count, hits, share):
+    """P(at least `hits` of `count`), term by term."""
+    return sum(math.comb(count, k) * share**k * (1 - share) ** (count - k) for k in range(hits, count + 1))
+
+
+@pytest.mark.parametrize(("hits", "count"), [(1, 2), (1, 5), (4, 5), (3, 7), (25, 50), (1, 400)])
+def test_the_exact_interval_is_clopper_and_pearsons(hits, count):
+    draws = np.full(100, hits / count)
+    low, high = bounded_interval(draws, hits / count, count, 0.0, 1.0)
+    assert binomial_tail(count, hits, low) == pytest.approx(0.025, rel=1e-6)
+    assert 1 - binomial_tail(count, hits + 1, high) == pytest.approx(0.025, rel=1e-6)
+
+
+def test_the_exact_interval_at_the_ends_and_on_other_scales():
+    assert bounded_interval(np.ones(9), 1.0, 5, 0.0, 1.0) == pytest.approx((0.025**0.2, 1.0))
+    assert bounded_interval(np.zeros(9), 0.0, 5, 0.0, 1.0) == pytest.approx((0.0, 1 - 0.025**0.2))
+    low, high = bounded_interval(np.full(9, 0.3), 0.3, 5, 0.0, 1.0)  # one and a half of five
+    assert 0.0 < low < 0.3 < high < 1.0
+    assert bounded_interval(np.full(9, 30.0), 30.0, 5, 0.0, 100.0) == pytest.approx((100 * low, 100 * high))
+    assert bounded_interval(np.full(9, -0.4), -0.4, 5, -1.0, 1.0) == pytest.approx((2 * low - 1, 2 * high - 1))
+
+
+def test_draws_with_a_spread_speak_for_themselves():
+    draws = np.linspace(0.2, 0.4, 101)
+    assert bounded_interval(draws, 0.3, 5, 0.0, 1.0) == interval(draws)
+    assert difference_interval(draws, 0.3, 5, 1.0) == interval(draws)
+
+
+def test_no_difference_anywhere_bounds_how_many_differ():
+    low, high = difference_interval(np.zeros(9), 0.0, 10, 100.0)
+    assert -low == high == pytest.approx(100 * (1 - 0.025**0.1))
+    # five of five pictures better: a sign test does not reach 5 % with so few, and six do
+    assert difference_interval(np.ones(9), 1.0, 5, 1.0)[0] < 0 < difference_interval(np.ones(9), 1.0, 6, 1.0)[0]

@@ -9,6 +9,7 @@ import torch
 import transformers.generation.utils
 from probes import far, same
 from scenes import FAMILIES, FORCED, Scene, start
+from tiny import CACHE
 from transformers import DynamicCache, QuantizedCache, StaticCache, cache_utils
 from transformers.cache_utils import DynamicLayer
 
@@ -22,7 +23,7 @@ needs_fp8 = pytest.mark.skipif(Fp8 is None, reason="this transformers has no cac
 
 
 def answer(model, prompt, cache, **options):
-    return probes.generated_logits(model, prompt, STEPS, past_key_values=cache, disable_compile=True, **options)
+    return probes.generated_logits(model, prompt, STEPS, **{CACHE: cache}, disable_compile=True, **options)
 
 
 def later(prompt, question):

@@ -14,6 +14,7 @@ import tiny
 import torch
 from probes import far, same
 from scenes import FAMILIES, FORCED, Scene, Turn, replay_turns, start
+from tiny import CACHE
 
 from vlmprune import UnsupportedError
 
@@ -26,7 +27,7 @@ def hear(model, handle, turns, prompt, cache, answer=2, plain=False):
     asked = prompt | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with handle.disabled() if plain else nullcontext():
         out = model.generate(
-            **asked, max_new_tokens=answer + 1, do_sample=False, past_key_values=cache, return_dict_in_generate=True
+            **asked, max_new_tokens=answer + 1, do_sample=False, **{CACHE: cache}, return_dict_in_generate=True
         )
         features = reference.image_features(model, prompt), reference.video_features(model, prompt)
     said = out.sequences[0, ids.shape[1] : -1].tolist()  # the last word has not been read
@@ -34,14 +35,14 @@ def hear(model, handle, turns, prompt, cache, answer=2, plain=False):
     turns.append(
         Turn(prompt["input_ids"][0].tolist() + said, features, handle.trace if pictured and not plain else None)
     )
-    return out.past_key_values
+    return out[CACHE]
 
 
 def ask(model, turns, prompt, cache):
     """Logits `(1 + forced, vocab)` behind the last turn, through `generate`."""
     ids = torch.cat([torch.tensor([[token for turn in turns for token in turn.ids]]), prompt["input_ids"]], 1)
     asked = prompt | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return probes.generated_logits(model, asked, torch.tensor([FORCED]), past_key_values=cache)[0]
+    return probes.generated_logits(model, asked, torch.tensor([FORCED]), **{CACHE: cache})[0]
 
 
 def other(trace):
@@ -95,7 +96,7 @@ def test_guesses_in_a_second_turn_are_refused(name, guesser, pictured, support):
         ids = torch.cat([torch.tensor([turns[0].ids]), new["input_ids"]], 1)
         asked = new | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with pytest.raises(UnsupportedError, match=r"whole conversation.*again.*Leave these out"):
-            model.generate(**asked, max_new_tokens=4, do_sample=False, past_key_values=cache, **guess)
+            model.generate(**asked, max_new_tokens=4, do_sample=False, **{CACHE: cache}, **guess)
         assert held == [cache.get_seq_length(layer) for layer in range(tiny.LAYERS)]
 
 
@@ -134,7 +135,7 @@ def test_rows_of_a_batch_go_on_as_they_do_alone(kind, name):
         ids = torch.cat((together["input_ids"], opening, more["input_ids"]), 1)
         mask = torch.cat((together["attention_mask"], torch.ones_like(opening), more["attention_mask"]), 1)
         asked = more | {"input_ids": ids, "attention_mask": mask}
-        return probes.generated_logits(model, asked, said, past_key_values=out.past_key_values)
+        return probes.generated_logits(model, asked, said, **{CACHE: out[CACHE]})
 
     with torch.no_grad(), start(scene, name) as handle:
         got = converse(first, second)

@@ -12,6 +12,7 @@ import pytest
 import scenes
 import tiny
 import torch
+from clocks import PATIENCE
 from leftovers import ours
 from safetensors.torch import load_file
 
@@ -127,7 +128,10 @@ def test_pickles_in_another_process(support, tmp_path):
 
 def run(file, cases):
     done = subprocess.run(
-        [sys.executable, "-P", "-c", textwrap.dedent(READER), str(file)], capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-c", textwrap.dedent(READER), str(file)],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{cases} read" in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from clocks import PATIENCE
 from PIL import Image
 from tiny_folders import noise_picture
 
@@ -309,7 +309,7 @@ def process(*argv, **options):
 def test_a_full_disk_behind_stdout():
     with open("/dev/full", "w") as full:
         started = process("--version", stdout=full)
-        _, err = started.communicate(timeout=120)
+        _, err = started.communicate(timeout=PATIENCE)
     assert (started.returncode, err) == (1, "vlmprune: [Errno 28] No space left on device\n")
 
 
@@ -319,7 +319,7 @@ def test_nobody_reads_on():
     os.close(reading)
     started = process("ls", "methods", stdout=writing)
     os.close(writing)
-    _, err = started.communicate(timeout=120)
+    _, err = started.communicate(timeout=PATIENCE)
     assert (started.returncode, err) == (0, "")
 
 
@@ -329,18 +329,84 @@ def test_ctrl_c_in_a_real_process(tmp_path):
     # whoever runs the tests in the background may have it ignored
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     started = process("validate", tmp_path / "pipe.yaml", preexec_fn=heed)
-    end = time.monotonic() + 120
-    while time.monotonic() < end:  # opening to write fails until the command has opened it to read
+    while started.poll() is None:  # opening to write fails until the command has opened it to read
         try:
             handle = os.open(tmp_path / "pipe.yaml", os.O_WRONLY | os.O_NONBLOCK)
             break
         except OSError:
             time.sleep(0.05)
-    # one that comes after the last look for signals and before the read begins is noticed when that ends, so never
-    for _ in range(12):
-        started.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            out, err = started.communicate(timeout=10)
-            break
-    os.close(handle)
+    started.send_signal(signal.SIGINT)
+    os.close(handle)  # a signal that fell between the open and the read is noticed when the read ends
+    out, err = started.communicate(timeout=PATIENCE)
     assert (started.returncode, out, err.strip()) == (130, "", "vlmprune: interrupted")
+
+
+# Ctrl-C that other people's code makes something else of
+
+
+def pressed_and(then):
+    """A real SIGINT inside somebody's code, which makes what `then` raises of the KeyboardInterrupt, or swallows it."""
+
+    def run(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            then()
+
+    return run
+
+
+def turned():
+    raise ModuleNotFoundError("Could not import module 'CLIPModel'")
+
+
+def torn():
+    raise KeyError("half-imported")
+
+
+@pytest.fixture
+def default_sigint():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # as it was found
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("then", [turned, torn, lambda: None], ids=["import", "traceback", "swallowed"])
+@pytest.mark.parametrize("where", [LOADING, "transformers.AutoConfig.from_pretrained", "vlmprune.registry.find"])
+@pytest.mark.parametrize("verb", ["asked", "measured", "evaluated"])
+def test_ctrl_c_is_130_whatever_became_of_it(request, cli, tmp_path, monkeypatch, default_sigint, verb, where, then):
+    argv = request.getfixturevalue(verb)
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, pressed_and(then))
+        code, _, err = cli(*argv)
+    assert (code, [line for line in err.splitlines() if line.startswith("vlmprune: ")]) == (
+        130, ["vlmprune: interrupted"],
+    )  # fmt: skip
+    code, _, err = cli(*argv)  # one Ctrl-C ends one command
+    assert code == 0, err
+
+
+def test_an_error_that_nobody_pressed_a_key_for_is_no_interruption(cli, asked, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(LOADING, lambda *_, **__: turned())
+    code, _, err = cli(*asked)
+    assert code == 2
+    assert "Could not import module 'CLIPModel'" in err
+
+
+def test_ctrl_c_in_text_that_is_executed(tmp_path):
+    """As when a dataclass is made while a module is imported: Python would end itself by the signal, not by 130."""
+    (tmp_path / "pressed.py").write_text("""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from vlmprune import cli
+cli.versions = lambda: exec("signal.raise_signal(signal.SIGINT)", {"signal": signal})
+sys.exit(cli.main(["--version"]))
+""")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pressed"], capture_output=True, text=True,
+        env=os.environ | QUIET | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "vlmprune: interrupted")

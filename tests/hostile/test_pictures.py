@@ -141,7 +141,7 @@ def test_turned_photographs(tmp_path, turn):
     [
         ("empty.png", b"", "not a picture"), ("text.jpg", b"hello", "not a picture"),
         ("zeros.png", bytes(4096), "not a picture"), ("page.png", b"<html></html>", "not a picture"),
-        ("bomb.png", png(60_000, 60_000), "bomb"), ("wide.png", png(2**31 - 1, 1), "cannot be read"),
+        ("bomb.png", png(60_000, 60_000), "pixels and is not read"), ("wide.png", png(2**31 - 1, 1), "is not read"),
         ("none.png", png(0, 0), "picture"), ("short.png", png(400, 400), "cannot be read"),
         ("video.mp4", b"\0\0\0\x18ftypmp42", "is a video"),
     ],
@@ -154,6 +154,13 @@ def test_no_pictures(refused, tmp_path, name, content, words):
 
 
 @pytest.mark.filterwarnings("error")
+def test_a_picture_that_is_too_large_is_refused_with_a_way_out(refused, tmp_path):
+    (tmp_path / "large.png").write_bytes(png(20_000, 20_000))
+    told = refused(tmp_path / "large.png")
+    assert "has more than 178,956,970 pixels" in told
+    assert "shrink it first" in told
+
+
 def test_large_pictures_are_no_bombs(tmp_path, monkeypatch):
     """Up to twice Pillow's limit it only warns: such photographs exist, and the warning is not shown."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)

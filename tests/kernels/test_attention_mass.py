@@ -31,10 +31,15 @@ def whole(query, key, scale, at, real, window, weight, bias):
     return (share * weight[..., None]).sum(1)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("heads", "groups", "dim"), [(1, 1, 3), (4, 2, 16), (6, 1, 20)])
-@pytest.mark.parametrize("masks", ["none", "causal", "window", "padding", "all"])
-def test_against_the_whole_softmax(implementation, device, masks, heads, groups, dim, dtype):
+MASKS = ("none", "causal", "window", "padding", "all")
+SHAPES = ((1, 1, 3), (4, 2, 16), (6, 1, 20))  # heads, groups, width of a head
+#: Every two of mask, shape and dtype meet; all three would take minutes in Triton's interpreter.
+CASES = [(mask, shape, [*TOLERANCE][(i + k) % 3]) for i, mask in enumerate(MASKS) for k, shape in enumerate(SHAPES)]
+
+
+@pytest.mark.parametrize(("masks", "shape", "dtype"), CASES, ids=str)
+def test_against_the_whole_softmax(implementation, device, masks, shape, dtype):
+    heads, groups, dim = shape
     g = torch.Generator().manual_seed(0)
     batch, rows, keys = 2, 70, 90
     # heads are split off a projection, so they are not contiguous

@@ -12,7 +12,7 @@ from importlib import util
 from pathlib import Path
 
 import pytest
-import test_syncs as test_engine_syncs
+import test_engine_syncs
 import tiny
 import torch
 from kernel_cases import gather_inputs, merge_inputs

@@ -34,14 +34,19 @@ def blocks(model, index, x, positions):
     return x + wrote2, [(read, wrote), (read2, wrote2)], weights.mean(0)
 
 
-def transprune_by_hand(model, prompt, mode, ratios, prune=(1, 2, 3), watched=(1, 2, 3), contiguous=True):
-    """Kept tokens of every cut for a prompt with one image, and the last token's logits."""
+def transprune_by_hand(
+    model, prompt, mode, ratios, prune=(1, 2, 3), watched=(1, 2, 3), contiguous=True, alpha=0.5, newlines=(), drop=False
+):
+    """Kept tokens of every cut for a prompt with one image, and the last token's logits.
+
+    `newlines` are tokens of the image that do not compete: they stay, or go at the first cut. By default all compete.
+    """
     x, (image,) = reference.embed(model, prompt)
     columns, positions = list(range(len(x))), torch.arange(len(x))
     change, kept = dict.fromkeys(image, 0.0), []
-    total = len(image)
+    total = len(image) - len(newlines)
     for index in range(tiny.LAYERS):
-        here = [i for i, c in enumerate(columns) if c in image]
+        here = [i for i, c in enumerate(columns) if c in image and c - image[0] not in newlines]
         if index in prune:
             ratio = ratios[prune.index(index)]
             weights = reference.probabilities(model, index, x, positions).mean(0)
@@ -51,9 +56,9 @@ def transprune_by_hand(model, prompt, mode, ratios, prune=(1, 2, 3), watched=(1,
             if mode == "official":
                 score, attention = score / (score.sum() + 1e-8), attention / (attention.sum() + 1e-8)
             best = reference.top(
-                (0.5 * score + 0.5 * attention).tolist(), max(1, int(total * ratio)), list(range(len(here)))
+                (alpha * score + (1 - alpha) * attention).tolist(), max(1, int(total * ratio)), list(range(len(here)))
             )
-            stay = {columns[here[i]] for i in best}
+            stay = {columns[here[i]] for i in best} | {image[0] + t for t in newlines if not drop}
             kept.append(sorted(c - image[0] for c in stay))
             rows = [i for i, c in enumerate(columns) if c not in image or c in stay]
             x, columns, positions = x[rows], [columns[i] for i in rows], positions[rows]
@@ -145,6 +150,45 @@ def test_an_image_whose_tokens_are_all_gone(method):
     with torch.no_grad(), vlmprune.patch(model, [first, second]) as handle:
         assert torch.isfinite(model(**both).logits).all()
         assert min(counts["patches_after"] for counts in handle.trace.counts) == 0
+
+
+@pytest.mark.parametrize("mode", ["official", "paper"])
+@pytest.mark.parametrize(
+    ("options", "by_hand", "without"),
+    [
+        ({"alpha": 0.9}, {"alpha": 0.9}, {}),
+        ({"alpha": 0.0}, {"alpha": 0.0}, {}),
+        ({"accumulate_layers": (7, 12)}, {"watched": (1, 3)}, {}),  # of 32 layers: the first cut and the last
+        ({"accumulate_layers": (7,)}, {"watched": (1,)}, {}),
+        ({"prune_layers": (8, 16, 24)}, {}, {"prune": (1, 2)}),
+        ({"prune_layers": (7, 24), "keep_ratios": (0.6, 0.2)}, {"prune": (1, 3), "ratios": (0.6, 0.2)}, {}),
+        ({"newlines": "all"}, {"drop": False}, {}),
+        ({"newlines": "none"}, {"drop": True}, {}),
+        ({"keep": 0.4}, {"ratios": (0.9, 0.7, 0.4)}, {}),
+        ({"keep": 5}, {"ratios": None}, {}),
+    ],
+    ids=str,
+)
+def test_transprune_options(mode, options, by_hand, without):
+    model = tiny.shared(dtype=F64, family="llava_next")
+    prompt = tiny.prompt(model, [4, "image", 6], [(40, 24)], seed=1)
+    ratios = (0.875, 0.625, 0.25)
+    given = {"keep_ratios": ratios} | options
+    with torch.no_grad():
+        with vlmprune.patch(model, "transprune", mode=mode, **given) as handle:
+            logits = model(**prompt).logits[0, -1]
+            (grid,) = handle.trace.grids
+            got = [handle.trace.kept(0, cut) for cut in range(len(handle.trace.cuts))]
+        by_hand = {"ratios": ratios, "mode": mode} | by_hand
+        if "drop" in by_hand:
+            by_hand["newlines"] = [t for t in range(grid.tokens) if grid.newline[t]]
+        if by_hand["ratios"] is None:
+            stretch = (1 - 5 / grid.tokens) / 0.75
+            by_hand["ratios"] = (1 - stretch * 0.125, 1 - stretch * 0.375, 5.5 / grid.tokens)
+        want, far = transprune_by_hand(model, prompt, **by_hand)
+        twin, _ = transprune_by_hand(model, prompt, mode=mode, ratios=ratios, **without)
+    assert got == want != twin
+    torch.testing.assert_close(logits, far, rtol=1e-9, atol=1e-9)
 
 
 def test_transprune_modes_differ():

@@ -12,7 +12,9 @@ import torch
 from torch.nn.functional import elu, normalize
 
 import vlmprune
-from vlmprune import UnsupportedError
+from vlmprune import CutNotRunError, UnsupportedError
+from vlmprune.engine.channels import OWNER
+from vlmprune.engine.tower import Call
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.parts.merging import match_alternating, match_energy, spread_evenly
 
@@ -20,14 +22,14 @@ F64 = torch.float64
 
 
 def pairs(metric, a, b, removed):
-    """The `removed` tokens of `a` with the most similar partner in `b`: {token: partner}."""
+    """The `removed` tokens of `a` with the most similar partner in `b`: {token: partner}, and `a` by similarity."""
     x = normalize(metric, dim=-1)
     best = {}
     for i in a:
         partner = max(b, key=lambda j: (float(x[i] @ x[j]), -j))
         best[i] = (partner, float(x[i] @ x[partner]))
-    chosen = sorted(best, key=lambda i: -best[i][1])[:removed]
-    return {i: best[i][0] for i in chosen}
+    ranked = sorted(best, key=lambda i: -best[i][1])
+    return {i: best[i][0] for i in ranked[:removed]}, ranked
 
 
 def merged(x, sizes, members, gone, order):
@@ -44,50 +46,63 @@ def merged(x, sizes, members, gone, order):
     return torch.stack(out), new_sizes, new_members
 
 
-def tower_by_hand(model, view, method, keep, weigh=False):
-    """Clusters of original patches at the feature layer, and each one's vector, for one view."""
+def tower_by_hand(model, view, method, keep, weigh=False, place="inside", energy_from=13, last=False, wrong=""):
+    """Clusters of original patches at the feature layer, and each one's vector, for one view.
+
+    The features leave the last layer but one, or the `last`.
+    `wrong` says what is done otherwise than in the sources: "raster" order, one layer "fewer", or the "margin".
+    """
     tower, first = model.model.vision_tower, int(model.config.vision_config.model_type == "clip_vision_model")
     x = tower.embeddings(view[None])
     x = tower.pre_layrnorm(x)[0] if first else x[0]
     layers = tower.encoder.layers
-    feature, patches = len(layers) - 2, len(x) - first
-    target = int(patches * keep)
+    run, patches = len(layers) - 1 + last, len(x) - first
+    steps, target = run - (wrong == "fewer"), int(patches * keep)
     if method == "tome":
-        schedule = spread_evenly(patches - target, feature)
+        schedule = spread_evenly(patches - target, steps)
     else:
-        sizes_at = [round(patches * (target / patches) ** (i / feature)) for i in range(feature + 1)]
+        sizes_at = [round(patches * (target / patches) ** (i / steps)) for i in range(steps + 1)]
         schedule = [a - b for a, b in pairwise(sizes_at)]
-    sizes, members, keys = [1.0] * len(x), [[i - first] for i in range(len(x))], x
-    for index in range(feature + 1):
-        if index:
-            removed = schedule[index - 1]
-            metric = keys if method == "tome" else x
-            if method == "tome" or index - 1 < round(13 * len(layers) / 24):
-                a, b = list(range(2 * first, len(x), 2)), list(range(1, len(x), 2))
-                gone = pairs(metric, a, b, removed)
-                order = [*range(first), *(i for i in a if i not in gone), *b]
-            else:
-                unit = normalize(x[first:], dim=-1)
-                margin = 0.9 - 0.9 * (index - 1) / len(layers)
-                energy = elu(unit @ unit.T - margin).mean(1).tolist()
-                ranked = sorted(range(len(energy)), key=lambda i: (-energy[i], i))
-                ranked = [i + first for i in ranked]
-                a, b = ranked[: 2 * removed : 2], ranked[1 : 2 * removed : 2]
-                gone = pairs(metric, a, b, removed)
-                order = [*range(first), *sorted(ranked[2 * removed :]), *b]
-            x, sizes, members = merged(x, sizes, members, gone, order)
+    schedule += [0] * (run - steps)
+    sizes, members = [1.0] * len(x), [[i - first] for i in range(len(x))]
+    for index, removed in enumerate(schedule):
+        layer, attention = layers[index], layers[index].self_attn
+        read = layer.layer_norm1(x)
+        keys = attention.k_proj(read).view(len(x), attention.num_heads, -1).mean(1)
         bias = torch.tensor(sizes, dtype=x.dtype).log()[None, None, None] if weigh and index else None
-        attention = layers[index].self_attn
-        keys = attention.k_proj(layers[index].layer_norm1(x)).view(len(x), attention.num_heads, -1).mean(1)
-        x = layers[index](x[None], bias)[0]
+        x = x + attention(read[None], attention_mask=bias)[0][0]
+        if behind := method == "pitome" or place == "behind":
+            x = x + layer.mlp(layer.layer_norm2(x))
+        metric = keys if method == "tome" else x
+        if method == "tome" or index < round(energy_from * len(layers) / 24):
+            a, b = list(range(2 * first, len(x), 2)), list(range(1, len(x), 2))
+            gone, ranked = pairs(metric, a, b, removed)
+            left = a if first or wrong == "raster" else ranked
+            order = [*range(first), *(i for i in left if i not in gone), *b]
+        else:
+            unit = normalize(x[first:], dim=-1)
+            margin = 0.9 - 0.9 * (0 if wrong == "margin" else index) / len(layers)
+            energy = elu(unit @ unit.T - margin).mean(1).tolist()
+            ranked = sorted(range(len(energy)), key=lambda i: (-energy[i], i))
+            ranked = [i + first for i in ranked]
+            a, b = ranked[: 2 * removed : 2], ranked[1 : 2 * removed : 2]
+            gone, _ = pairs(metric, a, b, removed)
+            order = [*range(first), *ranked[2 * removed :], *b]
+        x, sizes, members = merged(x, sizes, members, gone, order)
+        if not behind:
+            x = x + layer.mlp(layer.layer_norm2(x))
     return members[first:], x[first:]
 
 
 CASES = [
     ("tome", {}, "clip"),
+    ("tome", {"place": "behind"}, "clip"),
     ("tome", {"weigh": True}, "clip"),
     ("pitome", {}, "clip"),
+    ("pitome", {"energy_from": 0}, "clip"),
+    ("pitome", {"energy_from": 24}, "clip"),
     ("tome", {}, "siglip"),
+    ("tome", {"place": "behind", "weigh": True}, "siglip"),
     ("pitome", {"weigh": True}, "siglip"),
 ]
 
@@ -117,6 +132,92 @@ def test_llava_equals_by_hand(method, options, tower):
         plain = model(**prompt).logits[0, -1]
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     assert (got - plain).abs().max() > 1e-7
+
+
+OTHERS = [
+    ("tome", "clip", {}, {"place": "behind"}),
+    ("tome", "clip", {}, {"weigh": True}),
+    ("tome", "clip", {}, {"wrong": "fewer"}),
+    ("tome", "siglip", {}, {"wrong": "raster"}),
+    ("pitome", "siglip", {}, {"wrong": "raster"}),
+    ("pitome", "clip", {}, {"wrong": "fewer"}),
+    ("pitome", "siglip", {}, {"wrong": "margin"}),
+    ("pitome", "siglip", {"energy_from": 0}, {"wrong": "margin"}),
+    ("pitome", "clip", {}, {"weigh": True}),
+    ("pitome", "clip", {}, {"energy_from": 0}),
+    ("pitome", "clip", {"energy_from": 0}, {"energy_from": 24}),
+]
+
+
+@pytest.mark.parametrize(("method", "tower", "options", "other"), OTHERS, ids=str)
+def test_what_the_equality_by_hand_tells_apart(method, tower, options, other):
+    """Of twelve pictures all keep what they should, and not what another option or a known mistake would keep."""
+    model = tiny.shared(dtype=F64, tower=tower)
+    prompt = tiny.prompt(model, ["image"] * 12 + [3], [(24, 24)] * 12, seed=1)
+    views = prompt["pixel_values"]
+    views += views[:, :, :1, :1]  # or no cosine is ever above a margin
+    with torch.no_grad(), vlmprune.patch(model, method, keep=0.5, **options) as handle:
+        model(**prompt)
+        got = [handle.trace.kept(i) for i in range(12)]
+        right, wrong = (
+            [
+                sorted(members[0] for members in tower_by_hand(model, view, method, 0.5, **options | given)[0])
+                for view in views
+            ]
+            for given in ({}, other)
+        )
+    assert got == right != wrong
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize(("method", "options"), [("tome", {}), ("tome", {"place": "behind"}), ("pitome", {})], ids=str)
+def test_features_of_the_last_layer(method, options, tower):
+    """`vision_feature_layer=-1`: the last merge is behind, or inside, the tower's last layer."""
+    model = tiny.model(tower=tower, seed=2).double()
+    model.config.vision_feature_layer = model.model.config.vision_feature_layer = -1
+    prompt = tiny.prompt(model, [2, "image", 3], [(24, 24)])
+    with torch.no_grad(), vlmprune.patch(model, method, keep=0.5, **options) as handle:
+        features = model.model.get_image_features(prompt["pixel_values"], return_dict=True).pooler_output[0]
+        clusters, vectors = tower_by_hand(model, prompt["pixel_values"][0], method, 0.5, last=True, **options)
+        model(**prompt)
+        assert handle.trace.kept() == sorted(members[0] for members in clusters)
+        for members, vector in zip(clusters, model.model.multi_modal_projector(vectors), strict=True):
+            torch.testing.assert_close(features[members], vector.expand(len(members), -1), rtol=1e-9, atol=1e-9)
+
+
+def test_every_state_of_a_merged_tower_is_its_layers_own():
+    """Entry i of the tower's hidden states is what layer i reads, with a row for every original token."""
+    model = tiny.shared(dtype=F64)
+    tower, views = model.model.vision_tower, tiny.pixels(model, [(24, 24)])["pixel_values"]
+    for method, left in (("tome", [17, 15, 13, 11, 10, 9]), ("pitome", [17, 15, 13, 12, 10, 9])):
+        read = []
+        note = lambda module, args, kwargs, read=read: read.append(kwargs["hidden_states"])  # noqa: E731
+        with torch.no_grad(), vlmprune.patch(model, method, keep=0.5) as handle:
+            layers = tower.encoder.layers
+            hooks = [layer.self_attn.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+            states = tower(views, output_hidden_states=True, **{OWNER: Call(handle._plan)}).hidden_states
+            for hook in hooks:
+                hook.remove()
+        assert [x.shape[1] for x in read] == left
+        assert [state.shape[1] for state in states] == [17] * 7
+        for layer, state, x in zip(layers, states[:-1], read, strict=True):
+            for row in layer.layer_norm1(state[0]):
+                assert (x[0] - row).abs().amax(1).min() < 1e-12
+            assert len(state[0].unique(dim=0)) == x.shape[1]
+
+
+def test_a_host_that_does_not_hand_on_what_is_to_be_merged():
+    model = tiny.model()
+    prompt = tiny.prompt(model, [2, "image", 3], [(24, 24)])
+    attention = model.model.vision_tower.encoder.layers[2].self_attn
+    with torch.no_grad(), vlmprune.patch(model, "tome", keep=0.5):
+        attention.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {"hidden_states": kwargs["hidden_states"]}),
+            with_kwargs=True,
+            prepend=True,
+        )
+        with pytest.raises(CutNotRunError, match="the cut inside tower layer 2 did not run"):
+            model(**prompt)
 
 
 @pytest.mark.parametrize("method", ["tome", "pitome"])

@@ -80,6 +80,32 @@ def test_choice_and_batch(tower, score, keep):
             assert by_hand(grid, scores.flip(0), ratio) != got[i]
 
 
+@pytest.mark.parametrize("tau", [0.001, 0.1])
+def test_tau_sharpens_the_crops_budgets(tau):
+    model = tiny.shared(dtype=F64, family="llava_next")
+    prompt = tiny.prompt(model, [4, "image", 3], [(40, 48)])
+    with torch.no_grad(), vlmprune.patch(model, "globalcom2", keep=0.5, tau=tau) as handle:
+        model(**prompt)
+        grid, got = handle.trace.grids[0], handle.trace.kept_patches()
+        scores = scores_by_hand(model, prompt["pixel_values"][0, : grid.views], "cls")
+    assert got == by_hand(grid, scores, 0.5, tau)
+    assert got != by_hand(grid, scores, 0.5, 10.0)
+
+
+@pytest.mark.parametrize("keep", [1.0, 10_000])
+@pytest.mark.parametrize("size", [(40, 24), (20, 70), (90, 1), (24, 48)])
+def test_the_released_order_of_everything_is_the_image_as_it_is(size, keep):
+    """Un-padded canvases too, which have fewer newlines than the released code writes."""
+    model = tiny.shared(dtype=F64, family="llava_next")
+    prompt = tiny.prompt(model, [4, "image", 5, "image", 2], [size, (24, 24)])
+    with torch.no_grad():
+        plain = model(**prompt).logits[0, -1]
+        with vlmprune.patch(model, "globalcom2", keep=keep, parity="released", newlines="none") as handle:
+            got = model(**prompt).logits[0, -1]
+            assert handle.trace.kept() == list(range(handle.trace.grids[0].tokens))
+    torch.testing.assert_close(got, plain, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("size", [(24, 60), (60, 24)])
 def test_released_order_reaches_the_language_model(size):
     """The released sequence is not ascending and has a newline for padded rows: compare what the LLM computes."""

@@ -12,7 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vlmprune.methods import GlobalCom2, ToMe, TransPrune
+from vlmprune.methods.controls import grid_shape
 from vlmprune.parts.budget import check_keep, count, share
+from vlmprune.parts.facts import ModelFacts
+from vlmprune.parts.layout import ImageGrid
 
 fast = settings(max_examples=200, deadline=None, derandomize=True)
 totals = st.lists(st.integers(0, 700), min_size=1, max_size=6)
@@ -71,7 +75,46 @@ def test_counts_are_within_what_is_there(keep, total):
     got = count(keep, total)
     assert min(1, total) <= got <= total
     if isinstance(keep, float):
-        assert got == max(min(1, total), math.floor(total * keep))
+        assert got == max(min(1, total), math.floor(total * keep + 1e-9))
+
+
+@pytest.mark.parametrize(
+    ("keep", "total", "want"), [(0.7, 2880, 2016), (0.29, 100, 29), (0.57, 100, 57), (1 / 3, 3, 1)]
+)
+def test_a_fraction_is_what_arithmetic_says(keep, total, want):
+    assert math.floor(total * keep) == want - 1 or keep == 1 / 3  # what floats make of it
+    assert count(keep, total) == want
+    assert share(keep, [total, total]) == [want, want]
+
+
+@fast
+@given(digits=st.integers(1, 10_000), total=st.integers(1, 20_000))
+def test_decimals_are_floored_exactly(digits, total):
+    assert count(digits / 10_000, total) == max(1, digits * total // 10_000)
+
+
+def test_every_method_floors_alike():
+    """`grid` and `transprune` gave 2016 where all others gave 2015."""
+    facts = ModelFacts("llava", 24, 22, True, decoder_layers=32, views=False, view_patches=2880)
+    ratios = TransPrune(keep_ratios=(0.9, 0.8, 0.7))
+    assert [ratios.count(2880, stage) for stage in range(3)] == [2592, 2304, 2016]
+    assert TransPrune(keep=0.7).count(2880, 2) == count(0.7, 2880) == 2016
+    (*_, last) = ToMe(keep=0.7).cuts(facts)
+    assert last.reduce.keywords["clusters"] == 2016
+    assert grid_shape(count(0.49, 100), 10, 10) == (7, 7)
+
+
+def test_globalcom2_floors_like_the_others():
+    view = torch.tensor([0] * 100 + [1] * 100)
+    row, col = torch.arange(100) // 10, torch.arange(100) % 10
+    grid = ImageGrid(
+        source=torch.arange(200), view=view, plane=view, row=row.repeat(2), col=col.repeat(2),
+        newline=torch.zeros(200, dtype=torch.bool), planes=((10, 10), (10, 10)), views=2, side=(10, 10), crops=(1, 1),
+        frames=0, centre=torch.stack((row, col), -1).repeat(2, 1).double(), pitch=((1, 1), (1, 1)),
+    )  # fmt: skip
+    scores = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    kept, _ = GlobalCom2(keep=0.29).choose(scores, grid)  # 100 * 0.29 is 28.999999999999996
+    assert (int(kept[:100].sum()), int(kept[100:].sum())) == (29, 29)
 
 
 @fast

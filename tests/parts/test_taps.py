@@ -11,6 +11,7 @@ import tiny
 import torch
 from probes import far, same
 from reference import Rule
+from tiny import CACHE
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
@@ -134,7 +135,7 @@ def test_decoder_attention_of_a_later_turn_is_shared_with_what_was_said_before(t
     cache = DynamicCache(config=text) if kind == "dynamic" else StaticCache(config=text, max_cache_len=99)
     with torch.no_grad(), vlmprune.patch(model, [probes.rules(*rules), spy]):
         for turn in turns:
-            model(**(turn | {"attention_mask": None}), past_key_values=cache)
+            model(**(turn | {"attention_mask": None}), **{CACHE: cache})
         whole = {key: torch.cat([turn[key] for turn in turns], int(key != "pixel_values")) for key in turns[0]}
         result = reference.run(model, whole, [], turns=[(2, rules)] * 2)
     start, last = turns[0]["input_ids"].shape[1], whole["input_ids"].shape[1] - 1
@@ -250,8 +251,9 @@ def test_a_tap_costs_nothing_when_no_method_asks(tiny_model):
             assert count() == plain + extra, method
 
 
-def test_a_tap_nobody_measures_raises(tiny_model):
+def test_a_tap_nobody_measures_raises(tiny_model, monkeypatch):
     model = tiny_model()
+    monkeypatch.setattr(TextAttention, "misfit", lambda *_: None)  # else refused before anything runs
     with (
         vlmprune.patch(model, See(TextAttention(2), layer=1)),
         pytest.raises(vlmprune.CutNotRunError, match="TextAttention"),

@@ -15,6 +15,7 @@ from original import GREEDY, PARTS, SIZES
 from probes import Force, far, random_tokens, rules, same
 from probes import forced_logits as theirs_forced
 from reference import Rule
+from tiny import CACHE
 
 import vlmprune
 from vlmprune import UnsupportedError, registry
@@ -167,7 +168,7 @@ def test_a_second_turn_is_that_of_its_twin(pair, name, support):
     for turn in turns:
         for i, m in enumerate(pair):
             out = m(**(turn[i] | {"attention_mask": None}), past_key_values=caches[i], use_cache=True)
-            caches[i], got[i] = out.past_key_values, out.logits[0, -1]
+            caches[i], got[i] = out[CACHE], out.logits[0, -1]
     same(*got)
     assert handles[0].trace.kept() == handles[1].trace.kept()
     assert [caches[0].get_seq_length(k) for k in range(4)] == [caches[1].get_seq_length(k) for k in range(4)]

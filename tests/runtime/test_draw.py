@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import LlavaImageProcessorPil
 
 import vlmprune
+from vlmprune.methods import FastV, Pool
 from vlmprune.patches import family_of
 from vlmprune.runtime import draw
 
@@ -219,13 +220,58 @@ def test_what_outlived_more_cuts_is_brighter():
     assert shown[-1] == 200
 
 
-def test_what_the_model_never_sees_is_darkest():
+def test_what_the_model_never_sees_is_drawn_apart():
+    """Cut off by the processor is not dropped: light and striped, where dropped is dark."""
     image = Image.new("RGB", (48, 24), (200, 200, 200))
-    trace, processor = pruned("llava", image, keep=16)
+    trace, processor = pruned("llava", image, keep=8)
     (panel,) = draw.kept_pictures(image, trace, processor.image_processor)
-    row = np.asarray(panel)[panel.height // 2, :, 0]
-    assert row[panel.width // 2] == 200
-    assert max(row[2], row[-3]) < 200 * draw.DARK / 2
+    grey = np.asarray(panel)[..., 0]
+    cut, seen = grey[:, : grey.shape[1] // 4 - 2], grey[:, grey.shape[1] // 4 + 2 : -grey.shape[1] // 4 - 2]
+    assert set(np.unique(cut)) == {150, int(200 * 0.35 + 255 * 0.65)}
+    assert 0.1 < (cut == 150).mean() < 0.3  # stripes
+    dropped = seen[(seen != 200) & (seen != 255)]
+    assert dropped.max() < 200 * draw.DARK + 2
+    panel = draw.kept_panel(image, trace, processor.image_processor, 0, "x")
+    assert panel.lines == ["8 of 16 patches", "the model sees 50% of the picture (striped: cut off)"]
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "share"),
+    [("llava", (48, 24), 0.5), ("llava", (24, 96), 0.25), ("llava", (30, 30), 1), ("llava_next", (90, 24), 1)],
+)
+def test_how_much_the_model_sees(family, size, share):
+    image_processor = tiny_folders.processor(family).image_processor
+    assert draw.seen_share(image_processor, size, grid_of(tiny.model(family), size)) == pytest.approx(share, abs=0.02)
+
+
+@pytest.mark.parametrize(("family", "size"), [("llava", (24, 24)), ("llava_next", (48, 24))])
+def test_pool_is_drawn_as_what_it_averages(family, size):
+    image, colours = coloured(*size, 6)
+    trace, processor = pruned(family, image, "pool", keep=4 if family == "llava" else 12)
+    panel = draw.kept_pictures(image, trace, processor.image_processor)[0]
+    grid, rows = trace.grids[0], colours.shape[0]
+    r, c = {"llava": (2, 2), "llava_next": (2, 4)}[family]
+    assert grid.planes[-1] == colours.shape[:2]
+    means = colours.astype(float).reshape(r, rows // r, c, colours.shape[1] // c, 3).mean((1, 3))
+    np.testing.assert_allclose(centres(panel, r, c), means, atol=1)
+    # every pixel of a cell but its edge: a quarter of the way in it has the same colour, unlike `grid`'s cells
+    quarter = np.asarray(panel)[
+        panel.height // (4 * r) :: panel.height // r, panel.width // (4 * c) :: panel.width // c
+    ]
+    np.testing.assert_allclose(quarter, means, atol=1)
+    other, _ = pruned(family, image, "grid", keep=4 if family == "llava" else 12)
+    grid_panel = draw.kept_pictures(image, other, processor.image_processor)[0]
+    assert not np.array_equal(np.asarray(grid_panel), np.asarray(panel))
+
+
+def test_a_pooled_cell_that_is_dropped_later_is_dark():
+    image = Image.new("RGB", (24, 24), (200, 200, 200))
+    trace, processor = pruned("llava", image, [Pool(keep=4), FastV(keep=2)])
+    (panel,) = draw.kept_pictures(image, trace, processor.image_processor)
+    bright = centres(panel, 2, 2)[..., 0].flatten()
+    levels = [n for n in draw.outlived(trace, 0) if n]
+    assert sorted(levels) == [0.5, 0.5, 1, 1]
+    assert sorted(bright) == [144, 144, 200, 200] or sorted(bright) == [145, 145, 200, 200]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 40), (2000, 30), (1000, 700)])
@@ -243,7 +289,7 @@ def test_sheet_and_texts():
     panel = draw.kept_panel(image, trace, processor.image_processor, 0, "pool")
     assert panel.title == "pool"
     assert panel.lines == ["crops 8 of 32, thumbnail 4 of 16, the rest merged in"]
-    assert draw.kept_panel(image, *one_view(image), 0, "x").lines == ["4 of 16 patches"]
+    assert draw.kept_panel(image, *one_view(image), 0, "x").lines[0] == "4 of 16 patches"
     long = draw.plain_panel(image, "a very long title " * 20)
     made = draw.sheet([[long, panel], [long]], heading="字 what?")
     assert made.width == 3 * draw.GAP + 384 + (384 + draw.GAP // 2 + 192)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlmprune.runtime import tables
 from vlmprune.runtime.pictures import read_picture, to_rgb
-from vlmprune.runtime.tables import change, short, table
+from vlmprune.runtime.tables import change, counted, short, table
 
 
 def pixel(image, at=(0, 0)):
@@ -75,3 +76,25 @@ def test_table():
     assert change(3, 1) == "3 -> 1"
     assert short("a\n b", 10) == "a b"
     assert short("abcdefgh", 6) == "abc..."
+
+
+def test_a_table_fits_the_terminal(monkeypatch):
+    header, rows = ["method", "n", "answer"], [["fopru", "12", "a rather long answer"], [], ["grid", "3", ""]]
+    whole = table(header, rows, ["n"])
+    assert max(map(len, whole.splitlines())) == 32
+    narrow = table(header, rows, ["n"], 24)
+    assert narrow.splitlines() == [
+        "method: fopru", "  n: 12", "  answer: a rather long", "    answer", "", "method: grid", "  n: 3",
+    ]  # fmt: skip
+    assert table(header, rows, ["n"], 32) == whole
+    # the limit is that of the terminal, and a file has none
+    monkeypatch.setenv("COLUMNS", "24")
+    assert table(header, rows, ["n"]) == whole
+    monkeypatch.setattr(tables.sys.stdout, "isatty", lambda: True)
+    assert table(header, rows, ["n"]) == narrow
+    monkeypatch.setenv("COLUMNS", "80")
+    assert table(header, rows, ["n"]) == whole
+
+
+def test_counted():
+    assert [counted(n, "picture") for n in (0, 1, 2)] == ["0 pictures", "1 picture", "2 pictures"]

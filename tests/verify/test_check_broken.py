@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import tiny
 import torch
 from checked import passes, subject
+from leftovers import Forgetful
+from tiny import CACHE
 from transformers import StaticCache
 
 from vlmprune import Cut, Decoder, Method, Reduction, UnsupportedError
@@ -35,7 +37,7 @@ def on_cache(monkeypatch, change, static=None):
 
     def finish(self, output):
         original(self, output)
-        cached = output.past_key_values
+        cached = output.get(CACHE)
         if cached is not None and static in (None, isinstance(cached, StaticCache)):
             change(cached.layers[2])
 
@@ -180,10 +182,55 @@ def test_other_tokens_in_a_batch():
     passes(subject("llava").check(Sociable(0)))
 
 
+@dataclass(frozen=True)
+class Torn(Method):
+    """Keeps the ten best of a score; in company, the scores are off by `error`, and two are `gap` apart."""
+
+    gap: float
+    error: float = 0.0
+    name = "torn"
+
+    def cuts(self, facts):
+        return [Cut(Decoder(1), (), self.reduce, "contiguous")]
+
+    def reduce(self, seen, layout):
+        scores = torch.arange(layout.width, 0, -1).float().expand(len(layout.grids), -1).clone()
+        scores[:, 10] = scores[:, 9] - self.gap
+        if len(layout.grids) > 2:
+            scores[:, 9] -= self.error
+        best = scores.where(layout.alive, -torch.inf).topk(10).indices
+        keep = torch.zeros_like(layout.alive).scatter(1, best, True)
+        return Reduction(keep & layout.alive, scores=scores)
+
+
+def test_a_tie_that_rounding_decides_in_a_batch_is_judged_by_its_gap():
+    near = subject("llava").check(Torn(1e-6, 2e-6))
+    passes(near)
+    assert near["batch"].told.startswith(
+        "row 0, padded left: 2 of 20 kept tokens are others than alone; their scores tie"
+    )
+    # scores that are off by more than rounding are no tie, however few tokens they exchange
+    for gap, error in ((0.5, 1.0), (1e-6, 1.0)):
+        line = subject("llava").check(Torn(gap, error))["batch"]
+        assert line.outcome == "?"
+        assert "2 of 20 kept tokens are others than alone; scores may be too close" in line.told
+
+
+def test_what_follows_a_tie_is_still_compared(monkeypatch):
+    """The right tokens for that choice, and then a row reads the mask of another."""
+
+    def after(result, *_):
+        hidden, made = result
+        return hidden, made if made.mask is None else replace(made, mask=made.mask.roll(1, 0))
+
+    around(monkeypatch, Sequence, "shorten", after)
+    assert subject("llava").check(Torn(1e-6, 2e-6)).failed == ["batch"]
+
+
 def test_a_hook_left_behind(monkeypatch):
     model = tiny.model()
     made = Subject(model)
-    monkeypatch.setattr(engine, "HOOKS", tuple(h for h in engine.HOOKS if h is not engine.AfterModel))
+    monkeypatch.setattr(engine, "Hook", Forgetful)
     report = made.check("fopru", keep=0.4)
     assert report.failed == ["restore"]
     assert "model: AfterModel" in report["restore"].told

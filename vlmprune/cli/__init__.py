@@ -10,8 +10,11 @@ from contextlib import suppress
 from importlib import metadata
 
 from vlmprune._version import __version__
-from vlmprune.cli import bench, check, demo, eval, fidelity, ls, report, run, validate
+from vlmprune.cli import bench, check, demo, eval, fidelity, init, ls, report, run, validate
 from vlmprune.runtime.errors import CommandError, brief
+from vlmprune.runtime.interruption import check as check_interruption
+from vlmprune.runtime.interruption import heeded, interrupted
+from vlmprune.runtime.status import noted_warnings
 
 __all__ = ["main"]
 
@@ -36,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="store_true", help="show the versions of vlmprune and what it runs on")
     verbs = made.add_subparsers(title="verbs", metavar="VERB")
-    for verb in (run, eval, validate, report, fidelity, bench, check, ls, demo):
+    for verb in (run, init, eval, validate, report, fidelity, bench, check, ls, demo):
         verb.add_to(verbs)
     return made
 
@@ -57,6 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # what the terminal has no letters for must not end the command
             stream.reconfigure(errors="backslashreplace")
+    with heeded():
+        try:
+            return run_verb(argv)
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:  # what Ctrl-C became in somebody's code; anything else is a fault of this command
+            if not interrupted(error):
+                raise
+    print("\nvlmprune: interrupted", file=sys.stderr)
+    # a KeyboardInterrupt that left an `exec` of text (dataclasses and named tuples are made by one) makes Python end
+    # itself by the signal when it is done, whatever the exit code; the next `exec` takes that back
+    exec("pass")
+    return 130
+
+
+def run_verb(argv: Sequence[str] | None) -> int:
+    """Read the arguments, run the verb, and say in one line what went wrong."""
     try:
         made = parser()
         args = made.parse_args(argv)
@@ -66,20 +86,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not hasattr(args, "verb"):
             made.print_help(sys.stderr)
             return 2
-        args.verb(args)
+        with noted_warnings():
+            args.verb(args)
         sys.stdout.flush()
+        check_interruption()  # swallowed somewhere on the way
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a mistake
         return stop.code if isinstance(stop.code, int) else 2
     except CommandError as error:
+        check_interruption(error)
         print(f"vlmprune: {error}", file=sys.stderr)
         return error.code
-    except KeyboardInterrupt:
-        print("\nvlmprune: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `vlmprune ls methods | head`: nobody reads on
         flush_nothing()
         return 0
     except OSError as error:  # a full disk, above all the one that stdout goes to
+        check_interruption(error)
         flush_nothing()
         print(f"vlmprune: {brief(error)}", file=sys.stderr)
         return 1

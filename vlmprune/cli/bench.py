@@ -16,6 +16,7 @@ from vlmprune.cli.bench_settings import (
     refuse_idle_flags,
     settings_of,
 )
+from vlmprune.cli.flags import VALUES
 
 __all__ = ["add_to"]
 
@@ -59,7 +60,12 @@ def add_to(verbs: Any) -> None:
         help="patches per image (64, the default), a fraction (0.1, 10%%), or none: the method's own schedule",
     )
     budget.add_argument("--average", metavar="N[,N]", help="the same as a mean over all decoder layers")
-    add("--option", action="append", metavar="KEY=VALUE", help="an option of the methods that have it; may be repeated")
+    add(
+        "--option",
+        action="append",
+        metavar="KEY=VALUE",
+        help=f"an option of the methods that have it; may be repeated; {VALUES}",
+    )
     add("--batch", metavar="N[,N]", help="prompts at a time (default: 1)")
     add("--prompt-tokens", type=int, metavar="N", help="text tokens of a prompt (default: 60)")
     add("--new-tokens", type=int, metavar="N", help="tokens of an answer, 1 for the first alone (default: 32)")
@@ -72,6 +78,9 @@ def add_to(verbs: Any) -> None:
     add("--pairs", type=int, metavar="N", help="pairs of (pruned, oracle) first tokens (default: 15)")
     add("--plain-runs", type=int, metavar="N", help="unpruned first tokens among them (default: 3)")
     add("--stage-runs", type=int, metavar="N", help="runs with stamps (default: 3)")
+    add(
+        "--sizes", type=int, metavar="N", help="draw N picture sizes too, and tell what a new one costs (default: none)"
+    )
     add(
         "--kernels",
         choices=("auto", "torch", "triton", "cuda"),

@@ -102,6 +102,8 @@ def as_text(results: dict[str, Any]) -> str:
         paragraph(STAGES.format(runs=f"medians of {runs}" if runs > 1 else "one each")),
     ]
     parts += ["", needs_table(results), "", paragraph(NEEDS.format(how=how))]
+    if sizes := results.get("sizes"):
+        parts += ["", sizes_text(sizes)]
     strange = [c for c in results["cells"] if (c["same_as_oracle"] or 0) > tolerance(results)]
     for cell in strange:
         parts.append(
@@ -109,6 +111,20 @@ def as_text(results: dict[str, Any]) -> str:
             "of the largest one, so the two may not have computed the same."
         )
     return "\n".join(parts)
+
+
+def sizes_text(sizes: dict[str, Any]) -> str:
+    """What a new picture size costs."""
+    parts = {
+        "packed_ms": "where no earlier size packs alike",
+        "alike_ms": "where one does",
+        "known_ms": "for a known size",
+    }
+    told = ", ".join(f"{ms(sizes[name])} {what}" for name, what in parts.items() if sizes.get(name) is not None)
+    return paragraph(
+        f"A new picture size costs {ms(sizes['new_ms'])} ms of host time, once ({told}); {sizes['sizes']} random sizes "
+        f"have {sizes['layouts']} layouts. The cells above run one size, so they do not hold it."
+    )
 
 
 def tolerance(results: dict[str, Any]) -> float:

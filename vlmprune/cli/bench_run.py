@@ -12,8 +12,8 @@ from vlmprune.runtime.errors import CommandError, UserError, brief
 
 if TYPE_CHECKING:
     from vlmprune.eval.bench.workload import Workload
-    from vlmprune.runtime.answering import Job
     from vlmprune.runtime.loading import Loaded
+    from vlmprune.spec import Job
 
 __all__ = ["Replaced", "measured"]
 
@@ -38,6 +38,7 @@ def measured(args: argparse.Namespace, asked: dict[str, Any], old: dict[str, Any
 
     from vlmprune.eval.bench import results as store
     from vlmprune.eval.bench.measure import Effort, measure_method, measure_unpruned
+    from vlmprune.eval.bench.sizes import measure_sizes
     from vlmprune.eval.bench.workload import make_workload
 
     loaded = subject(asked, device)
@@ -59,6 +60,9 @@ def measured(args: argparse.Namespace, asked: dict[str, Any], old: dict[str, Any
     if there is not None:
         bench_files.check_same(there, found, args.json)
         found = there | {"asked": asked, "settings": there["settings"] | found["settings"]}
+    if args.sizes is not None:
+        status(f"{args.sizes} picture sizes")
+        found["sizes"] = answering.guarded(measure_sizes, loaded.model, args.sizes)
     replaced = Replaced()
 
     def tell(who: str) -> Callable[[str], None]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.run import parse_budget, parse_option, words_of
-from vlmprune.runtime.errors import UserError
+from vlmprune import spec
+from vlmprune.cli.flags import options_of, words_of
+from vlmprune.runtime.errors import UserError, user_mistakes
 
 if TYPE_CHECKING:
-    from vlmprune.runtime.answering import Job
+    from vlmprune.spec import Job
 
 __all__ = ["DEFAULTS", "QUICK", "check_least", "effective_kernels", "refuse_idle_flags", "settings_of", "wanted"]
 
@@ -27,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "stage_runs": 3,
 }
 QUICK = {"pairs": 5, "plain_runs": 5, "stage_runs": 1, "new_tokens": 16}
-LEAST = {"prompt_tokens": 2, "new_tokens": 1, "pairs": 1, "plain_runs": 1, "stage_runs": 1}
+LEAST = {"prompt_tokens": 2, "new_tokens": 1, "pairs": 1, "plain_runs": 1, "stage_runs": 1, "sizes": 1}
 CELLS = ("method", "keep", "average", "option", "batch")  # the flags that say which cells there are
 #: Flags that say that no model is measured, what happens instead, and the flags that count then.
 INSTEAD = {
@@ -96,7 +97,7 @@ def settings_of(args: argparse.Namespace, old: dict[str, Any] | None) -> dict[st
         if one in given:
             settings[other] = None
     settings |= given
-    check_least(settings)
+    check_least(settings | ({} if args.sizes is None else {"sizes": args.sizes}))
     for name in ("plain_runs", "stage_runs"):  # they stand beside pairs
         settings[name] = min(settings[name], settings["pairs"])
     return settings | {"kernels": effective_kernels(settings["kernels"])}
@@ -111,7 +112,9 @@ def asked_in(old: dict[str, Any], methods: str | None = None) -> dict[str, Any]:
     """
     mine = [cell for cell in old["cells"] if methods is None or cell["method"] in words_of(methods, "--method")]
     cells, word = mine or old["cells"], "keep" if old["asked"].get("average") is None else "average"
-    options = [f"{k}={v}" for cell in mine for k, v in cell["options"].items() if k not in ("keep", "average")]
+    options = [
+        f"{k}={spec.write_value(v)}" for cell in mine for k, v in cell["options"].items() if k not in spec.BUDGETS
+    ]
     found = {
         "method": [cell["method"] for cell in cells],
         word: [str(cell["options"][word]) for cell in cells if word in cell["options"]],
@@ -129,8 +132,6 @@ def wanted(args: argparse.Namespace, asked: dict[str, Any], old: dict[str, Any] 
     Raises:
         UserError: an unknown method or option, or a bad value.
     """
-    from vlmprune.runtime import answering
-
     if old is not None and old["cells"] and all(getattr(args, name) is None for name in CELLS):
         again = [(one_job(cell), cell["batch"]) for cell in old["cells"]]
         order = list(dict.fromkeys(batch for _, batch in again))
@@ -138,24 +139,25 @@ def wanted(args: argparse.Namespace, asked: dict[str, Any], old: dict[str, Any] 
     word = "keep" if asked["average"] is None else "average"
     methods = words_of(asked["method"], "--method")
     budgets = [budget_of(text, word) for text in words_of(asked[word], f"--{word}")]
-    options = dict(parse_option(text) for text in asked["option"])
+    options = options_of(asked["option"])
     batches = [batch_size(text) for text in words_of(asked["batch"], "--batch")]
-    todo = answering.jobs(methods, budgets, options, asked=False)
-    if getattr(args, word) is not None and not any(word in job.options for job in todo) and any(budgets):
-        todo = answering.jobs(methods, budgets, options)  # says whose budget this cannot be
+    with user_mistakes():
+        todo = spec.jobs(methods, budgets, options, named=False)
+        if getattr(args, word) is not None and not any(word in job.options for job in todo) and any(budgets):
+            todo = spec.jobs(methods, budgets, options)  # says whose budget this cannot be
     return [(job, batch) for batch in batches for job in todo]
 
 
 def one_job(cell: dict[str, Any]) -> Job:
     """The job that made a cell."""
-    from vlmprune.runtime import answering
-
-    return answering.jobs([cell["method"]], [{}], cell["options"], asked=False)[0]
+    with user_mistakes():
+        return spec.jobs([cell["method"]], [{}], cell["options"])[0]
 
 
 def budget_of(text: str, word: str) -> dict[str, Any]:
     """A budget of --keep or --average; `none` is the method's own."""
-    return {} if text == "none" else {word: parse_budget(text, word)}
+    with user_mistakes():
+        return {} if text == "none" else {word: spec.read_budget(text, word)}
 
 
 def batch_size(text: str) -> int:

@@ -7,19 +7,19 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.flags import add_budget, add_device
-from vlmprune.cli.run import parse_budget, parse_option, words_of
-from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.cli.flags import add_budget, add_device, budgets_of, options_of, words_of
+from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
 
 if TYPE_CHECKING:
     from vlmprune.methods.base import Method
     from vlmprune.runtime.loading import Loaded
+    from vlmprune.spec import Job
     from vlmprune.verify import Line, Report
 
 __all__ = ["add_to"]
 
 KEEP = "0.25"
-WORDS = {"pass": "pass", "FAIL": "fail", "?": "inconclusive", "-": "not applicable"}
+WORDS = {"pass": "pass", "FAIL": "fail", "!": "unknown model", "?": "inconclusive", "-": "not applicable"}
 # before the LLM, inside it, at both, merging before it and in the tower, stacked
 METHODS = "fopru,fastv,transprune,todre,pool,tome,fopru+fastv"
 EXAMPLES = """\
@@ -31,9 +31,10 @@ examples:
 Random pictures and texts are run pruned, and again by hand, without the engine's hooks: the kept rows through the
 model's own layers, and the whole prompt with dropped columns masked. A difference counts when it is well above what the
 unpruned model shows between ways of computing the same, and a deliberate mistake must lie well above that in turn:
-where it does not, the line is inconclusive (?). float32 tells best; bfloat16 and float16 leave more lines open.
+where it does not, the line is inconclusive (?). float32 tells best; bfloat16 and float16 may leave a line open. Where
+the run by hand is not even the unpruned model's, the check does not know this model and says so (!).
 
-exit codes: 0 nothing failed, 1 a check failed, 2 wrong usage
+exit codes: 0 nothing failed and at most one line is inconclusive, 1 anything else, 2 wrong usage
 """
 
 
@@ -71,62 +72,78 @@ def add_to(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked early, load the model, check the methods, print."""
     asked = words_of(args.method if args.method is not None else METHODS, "--method")
-    word = "keep" if args.average is None else "average"
-    named = getattr(args, word) is not None
-    options = dict(parse_option(text) for text in args.option)
+    budgets, named = budgets_of(args, KEEP)
+    if len(budgets) > 1:
+        raise UserError("check takes one budget.")
+    options = options_of(args.option)
 
     # from here on it takes seconds: torch and transformers are imported
+    from vlmprune import spec
     from vlmprune.errors import UnsupportedError
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import status
     from vlmprune.verify import Subject
 
-    budget = {word: parse_budget(getattr(args, word) if named else KEEP, word)}
-    parts = [part.strip() for name in asked for part in name.split("+")]
-    jobs = answering.jobs(parts, [budget], options, asked=named and args.method is not None)
-    todo = {name: stacked(name, {job.method: job.options for job in jobs}, word) for name in asked}
+    with user_mistakes():
+        parts = dict.fromkeys(part for name in asked for part in spec.names_of(name))
+        jobs = spec.jobs(list(parts), budgets, options, named=named and args.method is not None)
+        todo = {name: staggered(name, {job.method: job.options for job in jobs}).build() for name in asked}
     device = loading.pick_device(args.device)
     loaded = loading.load(loading.find_model(args.model), device, args.dtype)
     try:
         subject = Subject(loaded.model)
-    except UnsupportedError as error:
-        raise UserError(str(error)) from None
-    reports, skipped = {}, {}
-    for name, methods in todo.items():
-        if why := refusal(loaded, name, methods):
-            if args.method is not None:
-                raise UserError(f"{name} on {loaded.source.name}: {why}")
-            skipped[name] = why
-        else:
-            reports[name] = answering.guarded(
-                lambda methods=methods, name=name: subject.check(methods, step=lambda text: status(f"{name}: {text}"))
-            )
-    status()
-    if not reports:
+    except (UnsupportedError, ValueError) as error:
+        raise UserError(brief(error, 600)) from None
+    skipped = {name: why for name, methods in todo.items() if (why := refusal(loaded, name, methods))}
+    if skipped and args.method is not None:
+        name, why = next(iter(skipped.items()))
+        raise UserError(f"{name} on {loaded.source.name}: {why}")
+    if len(skipped) == len(todo):
         raise UserError(f"{loaded.source.name} can run none of {', '.join(skipped)}: name others with --method.")
-    failed = [name for name, report in reports.items() if not report.passed]
+    reports: dict[str, Report] = {}
+    names = [name for name in todo if name not in skipped]
+    for name in names:
+        methods = todo[name]
+        reports[name] = answering.guarded(
+            lambda methods=methods, name=name: subject.check(methods, step=lambda text: status(f"{name}: {text}"))
+        )
+        status()
+        if not args.json:  # as they come, into a file or a pipe too
+            print(beginning(loaded, names) * (len(reports) == 1) + row_of(name, reports[name], names), flush=True)
+    wrong = verdict(reports)
     if args.json:
         print(json.dumps(as_json(loaded, reports, skipped), indent=2))
     else:
-        print(as_text(loaded, reports, skipped))
-        if failed or args.report:
+        print(as_text(reports, skipped))
+        if wrong or args.report:
             print("\n" + block(loaded, reports, skipped))
-    if failed:
-        raise CommandError(f"failed: {', '.join(failed)}" + ("" if args.json else " (block for a bug report above)"))
+    if wrong:
+        raise CommandError(wrong + ("" if args.json else " (block for a bug report above)"))
 
 
-def stacked(name: str, options: dict[str, dict[str, Any]], word: str) -> list[Method]:
-    """The methods that `a` or `a+b` means; in the latter all but the last keep twice the budget, which `word` names."""
-    from vlmprune import registry
+def verdict(reports: dict[str, Report]) -> str:
+    """What speaks against a success, over all methods; empty if nothing does."""
+    from vlmprune.verify import OPEN
 
-    *early, last = [part.strip() for part in name.split("+")]
-    made = []
-    for part in early:
-        mine = dict(options[part])
-        if word in mine:
-            mine[word] = min(2 * mine[word], 1.0) if isinstance(mine[word], float) else 2 * mine[word]
-        made += registry.build(part, mine)
-    return [*made, *registry.build(last, options[last])]
+    failed, unknown = ([name for name, r in reports.items() if getattr(r, what)] for what in ("failed", "unknown"))
+    still_open = sum(len(report.open) for report in reports.values())
+    said = [f"failed: {', '.join(failed)}"] if failed else []
+    said += [f"by hand, the unpruned model is not reproduced: {', '.join(unknown)}"] if unknown else []
+    said += [f"inconclusive: {still_open} lines, too many to call it a proof"] if still_open > OPEN else []
+    return "; ".join(said)
+
+
+def staggered(name: str, options: dict[str, dict[str, Any]]) -> Job:
+    """The job that `a` or `a+b` means, of options by method; in the latter all but the last keep twice the budget."""
+    from vlmprune.spec import BUDGETS, Job, names_of
+
+    *early, last = names_of(name)
+
+    def twice(key: str, amount: Any) -> Any:
+        return amount if key not in BUDGETS else min(2 * amount, 1.0) if isinstance(amount, float) else 2 * amount
+
+    made = {f"{part}.{key}": twice(key, value) for part in early for key, value in options[part].items()}
+    return Job(name, made | {f"{last}.{key}": value for key, value in options[last].items()})
 
 
 def refusal(loaded: Loaded, name: str, methods: list[Method]) -> str:
@@ -140,14 +157,32 @@ def refusal(loaded: Loaded, name: str, methods: list[Method]) -> str:
     return ""
 
 
-def as_text(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> str:
-    """A table of methods and checks, what the checks are, and a line for all that is no plain pass."""
+def line_of(cells: list[str], names: list[str]) -> list[str]:
+    """The lines of a table of checks with one row, its first column as wide as the longest of `names`."""
     from vlmprune.runtime.tables import table
     from vlmprune.verify import CHECKS
 
-    rows = [[name, *(line.outcome for line in report.lines)] for name, report in reports.items()]
-    lines = [loaded.description, "", table(["method", *CHECKS], rows), ""]
-    lines += [f"{check:{max(map(len, CHECKS))}}  {what}" for check, what in CHECKS.items()]
+    wide = max(map(len, names))
+    return table(["method".ljust(wide), *CHECKS], [[cells[0].ljust(wide), *cells[1:]]]).splitlines()
+
+
+def beginning(loaded: Loaded, names: list[str]) -> str:
+    """What stands above the rows."""
+    from vlmprune.verify import CHECKS
+
+    return "\n".join([loaded.description, "", *line_of(["", *("" for _ in CHECKS)], names)[:2], ""])
+
+
+def row_of(name: str, report: Report, names: list[str]) -> str:
+    """A method's row."""
+    return line_of([name, *(line.outcome for line in report.lines)], names)[-1]
+
+
+def as_text(reports: dict[str, Report], skipped: dict[str, str]) -> str:
+    """What stands below the rows: what the checks are, and a line for all that is no plain pass."""
+    from vlmprune.verify import CHECKS
+
+    lines = ["", *(f"{check:{max(map(len, CHECKS))}}  {what}" for check, what in CHECKS.items())]
     for outcome, word in WORDS.items():
         told = [
             f"{word}: {name}, {line.check}{details(line)}" if outcome != "-" else f"{word}: {line.check}{details(line)}"

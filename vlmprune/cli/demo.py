@@ -82,10 +82,11 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"cannot make the folder {folder}: {brief(error)}") from None
 
+    from vlmprune import spec
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.pictures import read_picture
 
-    todo = answering.jobs(METHODS, [{"keep": keep} for keep in KEEPS], {})
+    todo = spec.jobs(METHODS, [{"keep": keep} for keep in KEEPS], {})
     asked: list[Asked] = []
     drawn: list[Path] = []
     loaded: Loaded | None = None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
     from vlmprune.eval.lmms.plan import Cell, Job, Plan
@@ -16,12 +18,13 @@ __all__ = ["add_config", "add_to", "planned"]
 
 EXAMPLES = """\
 examples:
-  vlmprune eval configs/demo.yaml
-  vlmprune eval configs/demo.yaml --dry-run
+  vlmprune init my.yaml
+  vlmprune eval demo.yaml --dry-run
   vlmprune eval my.yaml --set limit=20 --set output=runs/try --set 'keep=[0.5, 64]'
   accelerate launch --num_processes 8 -m vlmprune eval my.yaml
 
-configs/template.yaml explains every key. A run that was stopped goes on when it is started again; what was measured
+`vlmprune init my.yaml` writes a file that explains every key; demo.yaml and others come with the package and are found
+by name. A run that was stopped goes on when it is started again; what was measured
 with another config, version or model is measured anew, and only that.
 
 exit codes: 0 all is measured, 1 something failed, 2 the config is wrong or the folder in use, 130 interrupted
@@ -65,9 +68,13 @@ def planned(args: argparse.Namespace, look_at_model: bool = True) -> Plan:
     from vlmprune.eval.config.schema import load_config
     from vlmprune.eval.config.tree import Mistakes
     from vlmprune.eval.lmms.plan import make_plan
+    from vlmprune.runtime.status import note
 
     try:
-        return make_plan(load_config(args.config, args.overrides), look_at_model=look_at_model)
+        config = load_config(args.config, args.overrides)
+        if config.path != Path(args.config).expanduser():
+            note(f"{args.config}: the file of that name that comes with vlmprune, {config.path}")
+        return make_plan(config, look_at_model=look_at_model)
     except Mistakes as error:
         lines = str(error).splitlines()
         start = "" if len(lines) == 1 else f"{len(lines)} mistakes in the config\n"
@@ -106,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
 
 def about(plan: Plan) -> list[str]:
     """What is going to be run, and what not."""
-    from vlmprune.eval.naming import budget_text
+    from vlmprune.spec import budget_text
 
     made = []
     for job in plan.jobs:
@@ -115,9 +122,11 @@ def about(plan: Plan) -> list[str]:
         groups: dict[str, set[str]] = {}
         for cell in job.cells:
             groups.setdefault(cell.group or cell.task, set()).add(cell.task)
-        tasks = [name if found == {name} else f"{name} ({len(found)} tasks)" for name, found in groups.items()]
-        limit = "" if job.setting.limit is None else f", the first {job.setting.limit} samples of each"
-        made.append(f"{job.setting.name}: {len(job.cells)} cells")
+        tasks = [
+            name if found == {name} else f"{name} ({counted(len(found), 'task')})" for name, found in groups.items()
+        ]
+        limit = "" if job.setting.limit is None else f", the first {counted(job.setting.limit, 'sample')} of each"
+        made.append(f"{job.setting.name}: {counted(len(job.cells), 'cell')}")
         made.append(f"  methods  {', '.join(labels)}")
         made.append(f"  budgets  {', '.join(dict.fromkeys(budgets)) or '-'}")
         made.append(f"  tasks    {', '.join(tasks)}{limit}")
@@ -141,8 +150,10 @@ def dry(plan: Plan, found: Survey) -> str:
             "--set limit=4, then ask again."
         )
     else:
-        end = f"About {clock(about_time.seconds)}, by the {about_time.measured} cells measured in this folder"
-        more = f", and {about_time.unknown} cells that nothing is known about" if about_time.unknown else ""
+        end = (
+            f"About {clock(about_time.seconds)}, by the {counted(about_time.measured, 'cell')} measured in this folder"
+        )
+        more = f", and {counted(about_time.unknown, 'cell')} that nothing is known about" if about_time.unknown else ""
         end += f" (loading models not counted){more}."
     return "\n".join([f"cells, in {plan.config.output}:", *rows, *found.told(), end])
 

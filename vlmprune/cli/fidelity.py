@@ -6,19 +6,17 @@ import argparse
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.cli.flags import add_budget, add_device, add_model
-from vlmprune.cli.prompts import Pair, read_pairs
-from vlmprune.cli.run import parse_budget, parse_option, words_of
-from vlmprune.runtime.errors import CommandError, UserError, brief, printable
+from vlmprune.cli.flags import add_budget, add_device, add_model, budgets_of, options_of, words_of
+from vlmprune.runtime.errors import CommandError, UserError, brief, printable, user_mistakes
+from vlmprune.runtime.prompts import Pair, read_pairs
 
 if TYPE_CHECKING:
     from vlmprune.eval.fidelity.measure import Entry, Row
-    from vlmprune.eval.fidelity.report import Card
+    from vlmprune.eval.fidelity.report import Card, Study
     from vlmprune.runtime.loading import Loaded
 
 __all__ = ["add_to"]
@@ -39,7 +37,8 @@ The prompts file has one prompt a line, each asked about every picture; or one J
 "prompt": "what is this?"}, where image may be a pattern ("2024/*.jpg") and without one means every picture.
 
 It writes report.html (self-contained), report.md with worst-*.png, and results.json with every row. What the measures
-mean is told there. Ctrl-C stops and reports on what is finished.
+mean is told there. Every result is kept in rows.jsonl as it comes: Ctrl-C stops and reports on what is finished, and
+--resume goes on, after a crash too, with other methods, budgets, pictures or prompts as well.
 """
 
 
@@ -86,12 +85,33 @@ def add_to(verbs: Any) -> None:
         help="prompts at a time; halved by itself where memory is short (default: %(default)s)",
     )
     add("--out", default="fidelity-out", metavar="FOLDER", help="folder for the report (default: %(default)s)")
+    add("--resume", action="store_true", help="go on with the run in that folder; what is there is not measured again")
     add_device(made)
     add("--json", action="store_true", help="print the sums and every row as JSON instead of the table")
     made.set_defaults(verb=run)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Hold the folder, and write into it.
+
+    Raises:
+        UserError: another run is in it, or its rows are, and nobody said --resume.
+    """
+    from vlmprune.eval.fidelity.journal import JournalError, refuse_second
+    from vlmprune.eval.lmms.store import StoreError, locked
+
+    folder = output_folder(args.out)
+    try:
+        with locked(folder, "fidelity", "--out FOLDER"):
+            refuse_second(folder, args.resume)
+            study(args, folder)
+    except (StoreError, JournalError) as error:
+        raise UserError(str(error)) from None
+    except OSError as error:
+        raise CommandError(f"cannot write into {folder}: {brief(error)}") from None
+
+
+def study(args: argparse.Namespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
     for flag, least in (("max_new_tokens", 1), ("batch", 1), ("seeds", 1), ("limit", 1), ("worst", 0)):
         given = getattr(args, flag)
@@ -99,45 +119,49 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {given}.")
     methods = words_of(args.method, "--method")
     controls = [] if args.controls.strip() == "none" else words_of(args.controls, "--controls")
-    word = "keep" if args.average is None else "average"
-    asked = getattr(args, word) is not None
-    amounts = words_of(getattr(args, word) if asked else KEEP, f"--{word}")
-    options = dict(parse_option(text) for text in args.option)
+    budgets, named = budgets_of(args, KEEP)
+    options = options_of(args.option)
     pairs = read_pairs(args.images, args.prompts, args.limit)
-    folder = output_folder(args.out)
 
     # from here on it takes seconds: torch and transformers are imported
-    from vlmprune.eval.fidelity.report import Study, write
+    from vlmprune import spec
+    from vlmprune.eval.fidelity import report as fidelity_report
+    from vlmprune.eval.fidelity import run as fidelity_run
+    from vlmprune.eval.fidelity.journal import Journal
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import note
+    from vlmprune.runtime.tables import counted
 
-    budgets = [{word: parse_budget(text, word)} for text in amounts]
-    todo = answering.jobs(methods, budgets, options, asked)
-    beside = answering.jobs([name for name in controls if name not in methods], budgets, {}) if controls else []
+    with user_mistakes():
+        todo = spec.jobs(methods, budgets, options, named)
+        beside = spec.jobs([name for name in controls if name not in methods], budgets, {})
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
     device = loading.pick_device(args.device)
     loaded = loading.load(loading.find_model(args.model), device, args.dtype)
     answering.check(loaded, [*todo, *beside])
     check_prompts(loaded, pairs, args.prompts)
 
+    journal = Journal(folder, setting_of(loaded, args))
+    for line in journal.damaged:
+        note(f"{journal.path}, line {line}: damaged, and measured again")
+    plan = fidelity_run.Todo(journal, entries, pairs)
     skipped: dict[str, str] = {}
-    rows, interrupted = measure(loaded, entries, pairs, args.batch, args.max_new_tokens, skipped)
+    interrupted = fidelity_run.measure(loaded, plan, args.batch, args.max_new_tokens, skipped)
+    rows = plan.rows()
     if not rows and interrupted:
         raise KeyboardInterrupt
     if not rows:
         name, why = next(iter(skipped.items()))
-        raise UserError(f"none of the {len(skipped)} pictures could be read, the first of them {name}: {why}")
+        raise UserError(
+            f"none of the {counted(len(skipped), 'picture')} could be read, the first of them {name}: {why}"
+        )
     cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst) for entry in entries if not entry.control}
     about = about_run(loaded, args, sum(pair.picture in skipped for pair in pairs))
-    study = Study(about, entries, rows, list(skipped.items()), cards, len(pairs))
-    try:
-        files = write(folder, study)
-    except OSError as error:
-        raise CommandError(f"cannot write into {folder}: {brief(error)}") from None
-    show(study, files, args.json)
+    told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs))
+    show(told, fidelity_report.write(folder, told), args.json)
     if skipped:
         few = ", ".join(map(printable, list(skipped)[:5])) + (", ..." if len(skipped) > 5 else "")
-        note(f"{len(skipped)} picture{'s' * (len(skipped) > 1)} could not be read, and left out: {few}")
+        note(f"{counted(len(skipped), 'picture')} could not be read, and left out: {few}")
     if interrupted:
         raise KeyboardInterrupt
 
@@ -180,140 +204,16 @@ def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
         note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
 
 
-# Measuring
-
-
-def measure(
-    loaded: Loaded, entries: Sequence[Entry], pairs: Sequence[Pair], batch: int, longest: int, skipped: dict[str, str]
-) -> tuple[list[Row], bool]:
-    """Every prompt under every entry and seed, batch by batch, so that an interruption leaves whole batches.
-
-    Args:
-        batch: prompts at a time; halved when memory is short, for the rest of the run.
-        longest: tokens of an answer.
-        skipped: gets the pictures that could not be read, and why.
-
-    Returns:
-        The rows, and whether the user interrupted.
-    """
-    import torch
-
-    from vlmprune.runtime.answering import guarded
-    from vlmprune.runtime.status import note, status
-
-    rows: list[Row] = []
-    waiting: list[tuple[Pair, dict[str, torch.Tensor]]] = []
-    ready = prepared(loaded, pairs, skipped)
-    progress = Progress(len(pairs), 1 + sum(len(entry.seeds) for entry in entries))
-    try:
-        while True:
-            while len(waiting) < batch and (next_one := next(ready, None)):
-                waiting.append(next_one)
-            if not waiting:
-                break
-            lost = sum(pair.picture in skipped for pair in pairs)
-            try:
-                rows += guarded(one_batch, loaded, entries, waiting[:batch], longest, progress.at(lost))
-            except CommandError as error:
-                if batch == 1 or not isinstance(error.__context__, torch.OutOfMemoryError | MemoryError):
-                    raise
-                batch = max(1, min(batch, len(waiting)) // 2)
-                note(f"out of memory: going on with {batch} prompts at a time")
-                continue
-            progress.done += len(waiting[:batch])
-            waiting = waiting[batch:]
-    except KeyboardInterrupt:
-        note("interrupted: reporting on what is finished")
-        return rows, True
-    finally:
-        status()
-    return rows, False
-
-
-def prepared(loaded: Loaded, pairs: Sequence[Pair], skipped: dict[str, str]) -> Iterator[tuple[Pair, dict[str, Any]]]:
-    """Pairs with the model's inputs, each picture read once; pictures that cannot be read are noted and left out."""
-    from vlmprune.runtime.loading import model_inputs
-    from vlmprune.runtime.pictures import read_picture
-    from vlmprune.runtime.status import note
-
-    name = image = None
-    for pair in pairs:
-        if pair.picture in skipped:
-            continue
-        try:
-            if pair.picture != name:
-                name, image = pair.picture, read_picture(pair.path)
-            yield pair, model_inputs(loaded, [image], pair.prompt)
-        except UserError as error:
-            skipped[pair.picture] = str(error)
-            note(f"left out: {error}")
-
-
-def one_batch(
-    loaded: Loaded, entries: Sequence[Entry], some: Sequence[tuple[Pair, dict[str, Any]]], longest: int, tell: Callable
-) -> list[Row]:
-    """The rows of one batch under all entries; the unpruned model answers once for all of them."""
-    from vlmprune.eval.fidelity import measure as fidelity
-    from vlmprune.runtime.answering import Job, patch
-
-    tokenizer, rows = loaded.processor.tokenizer, []
-
-    def text(tokens: list[int]) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
-
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    inputs = fidelity.collate([prompt for _, prompt in some], pad)
-    tell(0, "full model")
-    full = fidelity.reference(loaded.model, inputs, longest)
-    step = 0
-    for entry in entries:
-        for seed in entry.seeds:
-            step += 1
-            tell(step, entry.label)
-            with patch(loaded, Job(entry.method, entry.seeded(seed))) as handle:
-                compared = fidelity.compare(handle, inputs, full, longest)
-            for i, ((pair, _), one) in enumerate(zip(some, compared, strict=True)):
-                said = text(full.answer(i)), text(one.tokens)
-                rows.append(fidelity.Row(pair.picture, pair.prompt, entry.label, seed, *said, one))
-    return rows
-
-
-class Progress:
-    """A bar over prompts, and how long it will take."""
-
-    def __init__(self, total: int, steps: int):
-        self.total, self.steps, self.done, self.start = total, steps, 0, time.monotonic()
-
-    def at(self, lost: int) -> Callable[[int, str], None]:
-        """What shows step `step` of the next batch, `lost` prompts having been left out."""
-        from vlmprune.runtime.status import status
-
-        total = max(1, self.total - lost)
-
-        def tell(step: int, label: str) -> None:
-            share = min(1.0, self.done / total)
-            bar = "#" * round(20 * share)
-            left = ""
-            if self.done:
-                minutes = (time.monotonic() - self.start) / self.done * (total - self.done) / 60
-                left = f", {minutes:.0f} min left" if minutes >= 1 else f", {60 * minutes:.0f} s left"
-            status(f"[{bar:.<20}] {self.done}/{total} prompts{left} (step {step + 1} of {self.steps}: {label})")
-
-        return tell
-
-
-# Reporting
-
-
 def worst_cards(loaded: Loaded, entry: Entry, rows: Sequence[Row], pairs: Sequence[Pair], count: int) -> list[Card]:
     """Prefill the worst pictures of an entry once more, each by itself, and draw what was kept."""
     from vlmprune.eval.fidelity.measure import worst
     from vlmprune.eval.fidelity.report import SIDE, Card
     from vlmprune.runtime import draw
-    from vlmprune.runtime.answering import Job, guarded, patch
+    from vlmprune.runtime.answering import guarded, patch
     from vlmprune.runtime.loading import model_inputs
     from vlmprune.runtime.pictures import read_picture
     from vlmprune.runtime.status import status
+    from vlmprune.spec import Job
 
     paths = {pair.picture: pair.path for pair in pairs}
     cards = []
@@ -327,6 +227,23 @@ def worst_cards(loaded: Loaded, entry: Entry, rows: Sequence[Row], pairs: Sequen
         cards.append(Card(row, draw.plain_panel(image, "", (), SIDE), kept))
     status()
     return cards
+
+
+def setting_of(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+    """What every result hangs on, beside picture, prompt and method."""
+    from vlmprune.cli import versions
+    from vlmprune.eval.lmms import fingerprints
+
+    source, model = loaded.source, loaded.model
+    return {
+        "model": source.name,
+        "weights": fingerprints.files(Path(source.place)) if source.local else model.config._commit_hash,
+        "adapter": fingerprints.files(Path(source.adapter)) if source.adapter else None,
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_new_tokens": args.max_new_tokens,
+        "versions": versions(),
+    }
 
 
 def about_run(loaded: Loaded, args: argparse.Namespace, prompts_skipped: int) -> dict[str, Any]:
@@ -352,26 +269,26 @@ def quoted(args: argparse.Namespace) -> Iterator[str]:
 
     yield "fidelity"
     for name, value in vars(args).items():
-        if name in ("verb", "version", "json", "out") or value is None:
+        if name in ("verb", "version", "json", "out", "resume") or value is None:
             continue
         for one in value if isinstance(value, list) else [value]:
             yield f"--{name.replace('_', '-')} {shlex.quote(str(one))}"
 
 
-def show(study: Any, files: Sequence[Path], as_json: bool) -> None:
+def show(told: Study, files: Sequence[Path], as_json: bool) -> None:
     """Print the table, or JSON."""
     from vlmprune.eval.fidelity import report as fidelity_report
     from vlmprune.runtime.tables import table
 
     if as_json:
-        print(json.dumps(fidelity_report.as_json(study), indent=2))
+        print(json.dumps(fidelity_report.as_json(told), indent=2))
         print(f"report: {files[0]}", file=sys.stderr)
         return
-    header, rows = fidelity_report.table_of(study.lines)
-    print(f"{study.about['model']}: {study.prompts} prompts about {study.pictures} pictures\n")
+    header, rows = fidelity_report.table_of(told.lines)
+    print(f"{told.about['model']}: {told.asked}\n")
     print(table(header, rows, header[2:]))
     print("\nAgreement in per cent, KL in nats (per token); in brackets 95 % intervals over pictures.")
-    for line in study.lines:
+    for line in told.lines:
         if not line.entry.control:
-            print(fidelity_report.in_words(line, study.pictures))
+            print(fidelity_report.in_words(line, told.pictures))
     print(f"\nreport: {files[0]}")

@@ -74,7 +74,8 @@ def methods() -> list[dict[str, Any]]:
         try:
             about = describe(name, registry.find(name))
         except Exception as error:  # another package's code: whatever it raises, the others are listed
-            about = {"name": name, "error": f"{type(error).__name__}: {brief(error)}"}
+            cause = error.__cause__ or error
+            about = {"name": name, "error": f"{type(cause).__name__}: {brief(cause)}"}
         point = offered.get(name)
         about["from"] = (point.dist.name if point.dist else point.value) if point else "vlmprune"
         found.append(about)
@@ -164,6 +165,7 @@ def models() -> dict[str, Any]:
 def refused(family: str, views: bool, has_cls: bool) -> dict[str, str]:
     """Methods that do not run on a family, or a tower with or without a [CLS] token, by their own words."""
     from vlmprune import registry
+    from vlmprune.engine.compile import compile_cuts
     from vlmprune.errors import UnsupportedError
     from vlmprune.parts.facts import ModelFacts
 
@@ -173,7 +175,7 @@ def refused(family: str, views: bool, has_cls: bool) -> dict[str, str]:
         try:
             cls = registry.find(name)
             if set(registry.required(cls)) <= {"keep"}:
-                cls(**({"keep": 0.5} if "keep" in registry.options(cls) else {})).cuts(facts)
+                compile_cuts([cls(**({"keep": 0.5} if "keep" in registry.options(cls) else {}))], facts)
         except UnsupportedError as error:
             why[name] = str(error)
         except Exception:  # a method that cannot be loaded is reported by `ls methods`
@@ -188,6 +190,7 @@ def refused_inputs(family: Family) -> dict[str, dict[str, str]]:
     kinds = {"videos": ["video"] if "video" in family.modalities else []}
     kinds["videos"] += ["shrunk"] if "video" in family.shrinks else []
     kinds["large images, whose canvas is shrunk"] = ["shrunk"] if "image" in family.shrinks else []
+    kinds |= {family.single: ["single"]} if family.single else {}
     found: dict[str, dict[str, str]] = {}
     for name in registry.names():
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.runtime.errors import printable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["Asked", "as_json", "as_text", "save"]
 
 AVERAGE = "Layer average: visual tokens a decoder layer sees, newlines included, averaged over all layers."
+CROPPED = "{name}: the model sees {share:.0%} of it; its image processor cuts off the rest, before any method."
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class Asked:
     images: Sequence[Image.Image]
     plain: str
     outcomes: Sequence[Outcome]
+
+    @cached_property
+    def seen(self) -> list[float]:
+        """How much of every picture the model sees at all."""
+        from vlmprune.runtime.draw import seen_share
+
+        grids, image_processor = self.outcomes[0].trace.grids, self.loaded.processor.image_processor
+        return [seen_share(image_processor, i.size, grid) for i, grid in zip(self.images, grids, strict=True)]
 
 
 def as_text(asked: Asked) -> str:
@@ -63,6 +73,9 @@ def as_text(asked: Asked) -> str:
         f"{printable(f)} ({i.width} x {i.height})" for f, i in zip(asked.files, asked.images, strict=True)
     )
     lines = [asked.loaded.description, f"{pictures}: {line(asked.prompt)}", "", table(shown, cells, shown[1:-1]), ""]
+    lines += [
+        CROPPED.format(name=printable(f), share=s) for f, s in zip(asked.files, asked.seen, strict=True) if s < 0.99
+    ]
     lines.append(AVERAGE)
     if timed:
         pairs = first.times["pairs"]
@@ -80,14 +93,14 @@ def line(text: str) -> str:
 def as_json(asked: Asked) -> dict[str, Any]:
     """The same for a program, image by image."""
     model = asked.loaded.model
-    pictures = zip(asked.files, asked.images, strict=True)
+    pictures = zip(asked.files, asked.images, asked.seen, strict=True)
     return {
         "model": asked.loaded.source.name,
         "family": model.config.model_type,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "prompt": asked.prompt,
-        "images": [{"file": f, "width": i.width, "height": i.height} for f, i in pictures],
+        "images": [{"file": f, "width": i.width, "height": i.height, "seen": round(s, 3)} for f, i, s in pictures],
         "full": {"answer": asked.plain},
         "pruned": [
             {

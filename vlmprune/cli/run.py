@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from typing import Any
 
-from vlmprune.cli.flags import add_budget, add_device, add_model
-from vlmprune.runtime.errors import UserError
+from vlmprune.cli.flags import add_budget, add_device, add_model, budgets_of, options_of, words_of
+from vlmprune.runtime.errors import UserError, user_mistakes
+from vlmprune.runtime.prompts import check_text
 
 __all__ = ["add_to"]
 
@@ -57,57 +57,6 @@ def add_to(verbs: Any) -> None:
     made.set_defaults(verb=run)
 
 
-def parse_budget(text: str, word: str = "keep") -> int | float:
-    """`36` is a count; `0.1` and `10%` are fractions.
-
-    Raises:
-        UserError: no such number, or one that cannot be meant.
-    """
-    from vlmprune.parts.budget import check_keep
-
-    text = text.strip()
-    try:
-        if text.endswith("%"):
-            value: int | float = float(text[:-1]) / 100
-        else:
-            value = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
-        return check_keep(value, word)
-    except ValueError as error:
-        if word in str(error):
-            raise UserError(f"--{word} {text}: {error}") from None
-        raise UserError(f"--{word} {text!r} is neither a count (36) nor a fraction (0.1, 10%).") from None
-
-
-def parse_option(text: str) -> tuple[str, Any]:
-    """`key=value`, the value read as int, float, true, false or text.
-
-    Raises:
-        UserError: no `=`, or an option that has a flag of its own.
-    """
-    key, equals, value = text.partition("=")
-    key = key.strip().replace("-", "_")
-    if not equals or not key:
-        raise UserError(f"--option {text!r} is not KEY=VALUE.")
-    if key in ("keep", "average"):
-        raise UserError(f"the budget is given by --{key}.")
-    if value.lower() in ("true", "false"):
-        return key, value.lower() == "true"
-    for read in (int, float):
-        try:
-            return key, read(value)
-        except ValueError:
-            pass
-    return key, value
-
-
-def words_of(text: str, flag: str) -> list[str]:
-    """The comma-separated parts of a flag's value, without repetitions."""
-    parts = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not parts:
-        raise UserError(f"{flag} is empty.")
-    return parts
-
-
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked early, load the model, answer, print, draw."""
     from vlmprune.runtime.pictures import check_target, read_picture
@@ -116,27 +65,28 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--max-new-tokens must be at least 1, and --repeats at least 0.")
     if not args.prompt.strip():
         raise UserError("--prompt is empty.")
+    check_text(args.prompt, "--prompt")
     methods = words_of(args.method, "--method")
-    word = "keep" if args.average is None else "average"
-    asked = getattr(args, word) is not None
-    amounts = words_of(getattr(args, word) if asked else KEEP, f"--{word}")
-    options = dict(parse_option(text) for text in args.option)
+    budgets, named = budgets_of(args, KEEP)
+    options = options_of(args.option)
     target = check_target(args.save) if args.save else None
     images = [read_picture(path) for path in args.image]
 
     # from here on it takes seconds: torch and transformers are imported
+    from vlmprune import spec
     from vlmprune.cli.printing import Asked, as_json, as_text, save
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import note, status
 
-    budgets = [{word: parse_budget(text, word)} for text in amounts]
-    todo = answering.jobs(methods, budgets, options, asked)
+    with user_mistakes():
+        todo = spec.jobs(methods, budgets, options, named)
     device = loading.pick_device(args.device)
     loaded = loading.load(loading.find_model(args.model), device, args.dtype)
     answering.check(loaded, todo)
     inputs = loading.model_inputs(loaded, images, args.prompt)
     if loaded.source.embedded and (strange := loading.unknown_words(loaded, args.prompt)):
         note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
+    loading.warn_of_photographs(loaded.source.name, loading.strange_pictures(loaded, images))
     status("full model: answering")
     plain = answering.answer(loaded, inputs, args.max_new_tokens)
     outcomes = [answering.run_job(loaded, job, inputs, args.max_new_tokens, args.repeats) for job in todo]

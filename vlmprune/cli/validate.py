@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from vlmprune.cli import eval as evaluation
+from vlmprune.runtime.tables import counted
 
 __all__ = ["add_to"]
 
@@ -34,4 +35,4 @@ def run(args: argparse.Namespace) -> None:
     for line in evaluation.about(plan):
         print(line)
     unchecked = " (the model was not looked at)" if args.no_model else ""
-    print(f"{args.config} is fine: {len(plan.cells)} cells{unchecked}.")
+    print(f"{args.config} is fine: {counted(len(plan.cells), 'cell')}{unchecked}.")

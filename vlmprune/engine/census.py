@@ -30,6 +30,7 @@ class Census:
         real: `(batch, length)` bool of real tokens, None if all are.
         lengths: real tokens of every row.
         text_after: `(batch,)` real tokens after the last visual one, and the largest of these numbers.
+        text_before: the most real tokens that a row has before its first visual one.
     """
 
     holes: dict[str, torch.Tensor]
@@ -37,6 +38,7 @@ class Census:
     real: torch.Tensor | None
     lengths: list[int]
     text_after: tuple[torch.Tensor, int]
+    text_before: int
 
 
 def count_prompts(
@@ -48,7 +50,7 @@ def count_prompts(
     guesses: int = 0,
     positions: torch.Tensor | None = None,
 ) -> Census:
-    """Count real tokens and placeholders, four or five counts per row, and see whether all is sound.
+    """Count real tokens and placeholders, a few counts per row, and see whether all is sound.
 
     Args:
         input_ids: `(batch, length)`.
@@ -69,6 +71,7 @@ def count_prompts(
     # real tokens behind the last placeholder: those that a sum from the right has not met a placeholder for
     after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
     text_after = after[:, : length - guesses].sum(1)
+    text_before = (everything & (placeholder.cumsum(1) == 0)).sum(1).amax()
     given = numbers(encoded)
     finite = each_finite([values for _, _, values in given], input_ids.device)
     # without a mask the host takes a jump in the positions for the start of another prompt
@@ -80,17 +83,20 @@ def count_prompts(
         placeholders = images if len(input_ids) > 1 else [sum(images)]
         demand_on_device(placeholder, everything, placeholders, finite.all() & one)
         lengths, wanted, most_after = [length] * len(input_ids), [placeholders], length - min(placeholders)
+        most_before = most_after
     else:
         counts = torch.stack([everything, *holes.values(), placeholder & ~everything]).sum(-1)
-        read = download(torch.cat((counts.flatten(), text_after, finite.long(), one.long()[None])))
+        read = download(
+            torch.cat((counts.flatten(), text_after, finite.long(), torch.stack((text_before, one.long()))))
+        )
         rows = len(input_ids)
         lengths, *wanted, unseen, counts_after = [read[at * rows :][:rows] for at in range(len(counts) + 1)]
-        *good, single = read[(len(counts) + 1) * rows :]
+        *good, most_before, single = read[(len(counts) + 1) * rows :]
         demand_sound(plan, bool(single), [part[:2] for part, ok in zip(given, good, strict=True) if not ok], unseen)
         most_after = max(counts_after)
         if all(n == length for n in lengths):
             real = None
-    return Census(holes, dict(zip(encoded, wanted, strict=True)), real, lengths, (text_after, most_after))
+    return Census(holes, dict(zip(encoded, wanted, strict=True)), real, lengths, (text_after, most_after), most_before)
 
 
 def check_mask(mask: Any, cache: Any) -> None:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CHANNELS", "FRAME", "NOTES", "SEEN", "SEGMENTS", "SIZES", "Channel"]
+__all__ = ["CHANNELS", "FRAME", "INSIDE", "MADE_BY", "NOTES", "OWNER", "SEEN", "SEGMENTS", "SIZES", "Channel"]
 
 FRAME = "vlmprune_frame"
+INSIDE = "vlmprune_inside"
+OWNER = "vlmprune_owner"
 NOTES = "vlmprune_notes"
 SEEN = "vlmprune_seen"
+MADE_BY = "vlmprune_made_by"
 SIZES = "vlmprune_sizes"
 SEGMENTS = "vlmprune_segments"
 
@@ -49,6 +52,22 @@ CHANNELS: tuple[Channel, ...] = (
         "hosts hand unknown keyword arguments down to every layer, so that calls and threads cannot mix",
     ),
     Channel(
+        OWNER,
+        "keyword",
+        "tower.Call: whose call a tower is in, and the layouts of what it encodes",
+        "tower.Encode",
+        "tower.BeforeTower",
+        "several models may share a tower, and its pixels say neither whose they are nor which views are one picture",
+    ),
+    Channel(
+        INSIDE,
+        "keyword",
+        "tower.Inside: the cut between a tower layer's attention and its feed-forward block",
+        "tower.BeforeTowerLayer",
+        "tower.BeforeTowerAttention",
+        "a layer hands its keyword arguments on to its attention, which is where such a cut acts",
+    ),
+    Channel(
         NOTES,
         "keyword",
         "Notes: the encoders' own outputs, and how many tokens at the end of the prompt are guesses",
@@ -65,10 +84,18 @@ CHANNELS: tuple[Channel, ...] = (
         "the output object is what comes back with the features, from generate too",
     ),
     Channel(
+        MADE_BY,
+        "attribute",
+        "the plan under which a tower's output was computed, on that output",
+        "tower.AfterTower",
+        "prefill.Prefill",
+        "features may be computed under one patch and used under another",
+    ),
+    Channel(
         SIZES,
         "attribute",
         "what the packing of every image or video depends on, on the output of get_image_features",
-        "tower.RememberSizes, patches.llava_llama.Prompt",
+        "tower.Encode, patches.llava_llama.Prompt",
         "prompt.prompt_layout",
         "generate throws image sizes away before any module is called",
     ),
@@ -99,7 +126,7 @@ CHANNELS: tuple[Channel, ...] = (
     Channel(
         "Bound",
         "bound",
-        "RememberSizes before get_image_features and get_video_features; ExpandPrompt of the original llava package",
+        "Encode before get_image_features and get_video_features; ExpandPrompt of the original llava package",
         "engine.install",
         "the host's own calls of these methods",
         "no module is called with image sizes, or with a prompt before it is expanded",

@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from vlmprune.engine.channels import FRAME, SEGMENTS
+from vlmprune.engine.plan import Plan
 from vlmprune.engine.sequence import Segment
 from vlmprune.errors import UnsupportedError
-from vlmprune.patches.language_models import attention_mask, sliding_window
+from vlmprune.parts.layout import download
+from vlmprune.patches.host import cache_of
+from vlmprune.patches.language_models import attention_mask, window_of
 
 __all__ = ["Decode", "catch_up", "held", "length_of", "resume", "rolled_back"]
 
@@ -20,7 +23,7 @@ def length_of(kwargs: dict, pictured: bool) -> int | None:
 
     None for a step on a static cache, since asking that waits for the device; a call with pictures waits anyway.
     """
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if cache is None:
         return 0
     if not pictured and getattr(cache, "is_compileable", False) and given_tokens(kwargs).shape[1] == 1:
@@ -43,15 +46,16 @@ def rolled_back(cache: Any, segments: list[Segment], length: int | None) -> list
     return left
 
 
-def resume(language_model: nn.Module, kwargs: dict, segments: list[Segment], length: int | None) -> dict:
+def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], length: int | None) -> dict:
     """The inner model's keyword arguments for a call on a pruned cache.
 
     Args:
+        plan: of the model whose call this is.
         kwargs: of `catch_up`, counting in positions and columns of the unpruned conversation.
         segments: the cache's decode state.
         length: of `length_of`.
     """
-    cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+    cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
     if any(segment.soft for segment in segments):
         raise UnsupportedError(
             "this cache was filled under soft masks, which are for training alone: call .eval() on the method's "
@@ -67,8 +71,8 @@ def resume(language_model: nn.Module, kwargs: dict, segments: list[Segment], len
         start = (cache.get_seq_length() if length is None else length) + missing(segments)
         positions = torch.arange(queries, device=tokens.device)[None] + start
     positions = positions.expand(batch, -1)
-    if any(s.first > 0 for s in segments):
-        kwargs[FRAME] = Decode(segments, language_model.rotary_emb, positions, new)
+    # it also shows the layers that this call was recognised
+    kwargs[FRAME] = Decode(plan, segments, plan.family.language_model(inner).rotary_emb, positions, new)
     if first.first == 0:
         kwargs["attention_mask"] = decode_mask(first, cache, 0, batch, queries, new, tokens.device)
         positions = positions if first.shift is None else positions - first.shift
@@ -88,19 +92,19 @@ def check_rows(segments: list[Segment], batch: int) -> None:
 
 
 class Decode:
-    """One forward pass on a cache whose prompt was pruned at some layer above 0."""
+    """One forward pass on a cache whose prompt was pruned: acts where that was at some layer above 0."""
 
-    def __init__(self, segments: list[Segment], rotary_emb: nn.Module, positions: torch.Tensor, new: Any):
-        self.segments, self.rotary_emb, self.positions, self.new = segments, rotary_emb, positions, new
+    def __init__(self, plan: Plan, segments: list[Segment], rotary_emb: nn.Module, positions: torch.Tensor, new: Any):
+        self.plan, self.segments, self.rotary_emb, self.positions, self.new = plan, segments, rotary_emb, positions, new
         self.ready: dict[Any, tuple] = {}
 
     def enter(self, index: int, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, dict]:
         segment = next((s for s in reversed(self.segments) if s.first <= index), None)
         if segment is None or segment.first == 0:
             return hidden, kwargs  # the model's own arguments already fit these layers
-        kind = (segment.first, sliding_window(layer.self_attn))
+        kind = (segment.first, window_of(layer))
         if kind not in self.ready:
-            cache = kwargs["past_key_values"]
+            cache = cache_of(kwargs)
             mask = decode_mask(segment, cache, index, hidden.shape[0], hidden.shape[1], self.new, hidden.device)
             positions = self.positions if segment.shift is None else self.positions - segment.shift
             self.ready[kind] = (
@@ -172,18 +176,15 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
         UnsupportedError: all tokens come again, or as many of them as cannot be told from new ones.
         ValueError: a mask or positions that end elsewhere than what the cache stands for and what comes.
     """
-    cache, mask, short = kwargs.get("past_key_values"), kwargs.get("attention_mask"), missing(segments)
-    batch, queries = given_tokens(kwargs).shape[:2]
+    cache, mask, short = cache_of(kwargs), kwargs.get("attention_mask"), missing(segments)
+    queries, again = given_tokens(kwargs).shape[1], False
     if queries == 1 or not length:
         return kwargs  # a step brings a new token
     positions = kwargs.get("position_ids")
     ready = mask is not None and (isinstance(mask, dict) or mask.ndim != 2)
+    column, end = length + short, None
     if ready:
-        mask = last_row(mask, length + queries) if batch > 1 else None
-    column, end, again = length + short, None, False
-    if mask is not None and ready:
-        # where a row counts as many tokens as are seen, the mask ends with the conversation
-        again = short and (mask.sum(1) == positions[:, -1] + 1).any()
+        mask, end = conversation(mask, length + queries, short, positions)
     elif mask is not None:
         end = mask.shape[1]
     elif positions is not None and segments:  # one host read a turn
@@ -191,7 +192,7 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
     if end is not None:
         again = short and end == length + queries
         if not again and end != column + queries:
-            refuse_end("position_ids end" if mask is None else "attention_mask ends", end, column, queries)
+            refuse_end("position_ids end" if mask is None or ready else "attention_mask ends", end, column, queries)
     if short:
         if again and queries <= short:
             raise UnsupportedError(
@@ -203,8 +204,8 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
             kwargs = kwargs | {name: kwargs[name][:, short:] for name in names}
         elif mask is not None and ready:
             raise UnsupportedError(
-                "new tokens alone, in a batch on a static cache that is pruned, are not supported: give `generate` the "
-                "input_ids of the whole conversation, or call it with a dynamic cache."
+                "new tokens alone, behind padding on a static cache that is pruned, are not supported: give `generate` "
+                "the input_ids of the whole conversation, or call it with a dynamic cache."
             )
     if not ready:
         return kwargs
@@ -229,15 +230,54 @@ def refuse_end(told: str, end: int, column: int, queries: int) -> NoReturn:
     )
 
 
-def last_row(mask: Any, columns: int) -> torch.Tensor:
-    """The `(batch, columns)` bool padding mask behind a ready 4-D one of a static cache: what the last query sees."""
+def conversation(
+    mask: Any, columns: int, short: int, positions: torch.Tensor | None
+) -> tuple[torch.Tensor | None, int | None]:
+    """The padding behind the ready masks of a static cache, with one host read.
+
+    Args:
+        columns: what is cached and what the call brings.
+        short: columns of the conversation that are not cached.
+        positions: `(batch, queries)` position ids of the call.
+
+    Returns:
+        The `(batch, columns)` bool mask of real columns, or None if all are; and the column at which the conversation
+        ends, None if nothing tells.
+
+    Raises:
+        UnsupportedError: there may be padding, and the masks do not tell where.
+    """
+    seen = last_row(mask, columns)
+    ends = None if positions is None else positions[:, -1] + 1
+    if seen is None:
+        # the positions of one row tell whether it has padding, not where
+        end = int(ends[0]) if ends is not None and len(ends) == 1 else None
+        if end not in (columns, columns + short):
+            refuse_untold(columns)
+        return None, end
+    counts = seen.sum(1)
+    ends = counts if ends is None else ends.expand(len(seen))
+    padding, ends = download(torch.stack((columns - counts, ends + columns - counts)))
+    seen = seen if any(padding) else None
+    if positions is None:
+        return seen, None if short else columns
+    # in the last column of a batch one row is real at least, and its position tells; padding may end the others
+    return seen, columns if columns in ends else max(ends)
+
+
+def last_row(mask: Any, columns: int) -> torch.Tensor | None:
+    """The `(batch, columns)` bool mask of what the last query of a ready 4-D mask sees; None if it does not see all."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if mask is None or mask.ndim != 4 or mask.shape[-1] < columns:
-        raise UnsupportedError(
-            "continuing a batch on a static cache with a sliding window, or on one with less columns than the "
-            f"conversation ({columns}), is not supported: its masks do not tell the padding. Call `generate` with a "
-            "dynamic cache, or continue the rows one by one."
-        )
+        return None
     mask = mask[:, 0, -1, :columns]
     return mask if mask.dtype == torch.bool else mask == 0
+
+
+def refuse_untold(columns: int) -> NoReturn:
+    raise UnsupportedError(
+        "continuing a batch or a padded row on a static cache with a sliding window, or on one with less columns than "
+        f"the conversation ({columns}), is not supported: its masks do not tell the padding. Call `generate` with a "
+        "dynamic cache, or continue the rows one by one and without padding."
+    )

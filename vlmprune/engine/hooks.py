@@ -6,16 +6,17 @@ lengths, leaves the decode state on the cache (a list of `Segment`s) and files t
 that was lost. `BeforeHead`, on the model around the inner one, hands on what that would not get. `BeforeTower`,
 `BeforeTowerLayer` and `AfterTower` do the same inside the vision tower.
 
-Life of a later call without images on that cache: `BeforeModel` turns its arguments to what the segments say; where
-layers hold different lengths, a `Decode` frame rides along and `BeforeLayer` lets it do so for every layer. A later
-call with images is a prefill again, behind the segments. Nothing is ambient: threads and interleaved generations
-cannot mix.
+Life of a later call without images on that cache: `BeforeModel` turns its arguments to what the segments say, and lets
+a `Decode` frame ride along, which does so for every layer where layers hold different lengths. A pruned cache that
+reaches the layers without a frame raises. A later call with images is a prefill again, behind the segments. Nothing is
+ambient: threads and interleaved generations cannot mix.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,18 +24,20 @@ import torch
 from torch import nn
 
 from vlmprune.engine.census import check_mask
-from vlmprune.engine.channels import FRAME, NOTES, SEEN, SEGMENTS, SIZES
+from vlmprune.engine.channels import FRAME, MADE_BY, NOTES, SEEN, SEGMENTS, SIZES
 from vlmprune.engine.decode import catch_up, held, length_of, resume, rolled_back
 from vlmprune.engine.placement import loaded
-from vlmprune.engine.plan import Plan
+from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.prefill import Prefill
 from vlmprune.engine.sequence import Segment
 from vlmprune.engine.tower import (
     AfterKeys,
     AfterTower,
+    AfterTowerAttention,
     BeforeTower,
+    BeforeTowerAttention,
     BeforeTowerLayer,
-    RememberSizes,
+    Encode,
     check_fixed,
     encoder,
 )
@@ -42,17 +45,16 @@ from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
+from vlmprune.patches.host import cache_of, in_words_of
 from vlmprune.patches.language_models import decoder_layer
 from vlmprune.patches.towers import tower_layer
 
-__all__ = ["Plan", "install", "is_hook", "remove"]
+__all__ = ["Plan", "current", "install", "is_hook", "remove", "swap"]
 
 
 @dataclass
-class BeforeModel:
+class BeforeModel(Hook):
     """Pre-hook of the inner model: starts a prefill frame, or hands decode its state."""
-
-    plan: Plan
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
@@ -70,7 +72,7 @@ class BeforeModel:
         pictured = self.plan.enabled and (
             brings_features(kwargs) or any(given_pixels(kwargs, modality) for modality in PIXELS)
         )
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         segments = getattr(cache, SEGMENTS, None) or []
         if not pictured and not segments:
             return None
@@ -81,7 +83,7 @@ class BeforeModel:
         if not segments:
             return None
         kwargs = catch_up(kwargs, segments, length)
-        return resume(self.plan.family.language_model(module), kwargs, segments, length)
+        return resume(self.plan, module, kwargs, segments, length)
 
     def prefill(self, module: nn.Module, kwargs: dict, guesses: int, segments: list[Segment], length: int) -> dict:
         check_fixed(self.plan.family, module.config, kwargs)
@@ -93,12 +95,13 @@ class BeforeModel:
                 "output_attentions of a pruned forward is not supported: layers see different sequences. "
                 "Use `with handle.disabled():` for the plain model's attentions."
             )
-        check_mask(kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+        check_mask(kwargs.get("attention_mask"), cache_of(kwargs))
         kwargs = catch_up(kwargs, segments, length)
         past, mask = held(kwargs, segments, length), kwargs.get("attention_mask")
         if segments:
-            kwargs = resume(language_model, kwargs, segments, length)
-        kwargs["mm_encoder_outputs"] = encoded = encode(module, kwargs, self.plan.family)
+            kwargs = resume(self.plan, module, kwargs, segments, length)
+        encoded = encode(module, kwargs, self.plan.family)
+        kwargs["mm_encoder_outputs"] = {modality: without_notes(output) for modality, output in encoded.items()}
         positions = kwargs.get("position_ids") if mask is None else None
         frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions)
         return kwargs | {FRAME: frame}
@@ -125,9 +128,20 @@ class Notes:
     def restore(self, copies: dict[str, Any] | None) -> None:
         """Put what was noted on the encoders' outputs on the ones that arrived."""
         for modality, output in self.outputs.items():
-            for name in (SEEN, SIZES):
+            for name in (SEEN, SIZES, MADE_BY):
                 if hasattr(output, name):
                     setattr(copies[modality], name, getattr(output, name))
+
+
+def without_notes(output: Any) -> Any:
+    """An encoder's output as the host makes it: since transformers 5.24 the model returns it with its own."""
+    noted = [name for name in (SEEN, SIZES, MADE_BY) if hasattr(output, name)]
+    if not noted:
+        return output
+    plain = copy(output)
+    for name in noted:
+        vars(plain).pop(name, None)
+    return plain
 
 
 def given_pixels(kwargs: dict, modality: str) -> bool:
@@ -150,8 +164,8 @@ def encode(module: nn.Module, kwargs: dict, family: Family) -> dict[str, Any]:
             if modality in ready:
                 raise ValueError(f"give pixels or mm_encoder_outputs for input of kind {modality!r}, not both.")
             run = getattr(module, encoder(modality))
-            if isinstance(run, RememberSizes) and run.module is not module:  # a replica has the original's
-                run = RememberSizes(module, run.plan, modality)
+            if isinstance(run, Encode) and run.module is not module:  # a replica has the original's
+                run = Encode(module, run.plan, modality)
             wanted = [name for name in inspect.signature(run).parameters if name in kwargs and name != "kwargs"]
             inputs = {name: kwargs[name] for name in wanted if kwargs[name] is not None}
             with loaded(module):
@@ -163,7 +177,7 @@ def encode(module: nn.Module, kwargs: dict, family: Family) -> dict[str, Any]:
 
 
 @dataclass
-class AfterBlock:
+class AfterBlock(Hook):
     """Hook of an attention or feed-forward block that a tap watches; the second of the two ends the watch."""
 
     index: int
@@ -177,8 +191,8 @@ class AfterBlock:
 
 
 @dataclass
-class BeforeLayer:
-    """Pre-hook of a decoder layer: takes the frame out and lets it act."""
+class BeforeLayer(Hook):
+    """Pre-hook of a decoder layer: takes its own plan's frame out and lets it act."""
 
     index: int
     watching: Watch | None = None
@@ -186,7 +200,9 @@ class BeforeLayer:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.watching is not None:
             self.watching.end()
-        if FRAME not in kwargs:
+        if FRAME not in kwargs or kwargs[FRAME].plan is not self.plan:
+            if self.index == 0 and FRAME not in kwargs and alone(module):
+                demand_plain(cache_of(kwargs))
             return None
         frame = kwargs.pop(FRAME)
         hidden = args[0] if args else kwargs.pop("hidden_states")
@@ -196,15 +212,32 @@ class BeforeLayer:
         return (hidden, *args[1:]), kwargs
 
 
+def alone(layer: nn.Module) -> bool:
+    """Whether a layer belongs to one patched model: the hook of another may have taken out that one's frame."""
+    if torch.compiler.is_compiling():
+        return True
+    return sum(isinstance(hook, BeforeLayer) for hook in layer._forward_pre_hooks.values()) == 1
+
+
+def demand_plain(cache: Any) -> None:
+    """Refuse a pruned cache in a call that did not come by `BeforeModel`: its positions and masks would be wrong."""
+    if getattr(cache, SEGMENTS, None):
+        raise UnsupportedError(
+            "a pruned cache reached the decoder layers by a call that the patch did not see, and positions counted by "
+            "it are wrong: call the patched model itself, not its language model, and let what is around it hand on "
+            "all keyword arguments."
+        )
+
+
 @dataclass
-class AfterLanguageModel:
+class AfterLanguageModel(Hook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if isinstance(frame := kwargs.get(FRAME), Prefill):
+        if isinstance(frame := kwargs.get(FRAME), Prefill) and frame.plan is self.plan:
             frame.finish(output)
 
 
 @dataclass
-class AfterModel:
+class AfterModel(Hook):
     """Hook of the inner model: notices a frame that was lost on the way to the language model."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -217,19 +250,21 @@ class AfterModel:
 
 
 @dataclass
-class BeforeHead:
+class BeforeHead(Hook):
     """Pre-hook of the model with a head: reads the arguments that the inner model does not get, or gets copied."""
 
-    plan: Plan
-
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not self.plan.enabled:
-            return None
+        known = in_words_of(module, kwargs)
+        extra = self.extra(module, args, known) if self.plan.enabled else {}
+        return (args, known | extra) if extra or known is not kwargs else None
+
+    def extra(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """What is to be handed on to the inner model."""
         self.check_labels(module, kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None))
         copied = brings_features(kwargs) and hasattr(module, "_hf_hook")
         outputs = {m: x for m, x in kwargs["mm_encoder_outputs"].items() if x is not None} if copied else {}
         guesses = guessed(kwargs)
-        return (args, kwargs | {NOTES: Notes(outputs, guesses)}) if outputs or guesses else None
+        return {NOTES: Notes(outputs, guesses)} if outputs or guesses else {}
 
     def check_labels(self, module: nn.Module, labels: torch.Tensor | None, input_ids: torch.Tensor | None) -> None:
         """A loss on a visual placeholder has no meaning once tokens are gone."""
@@ -247,83 +282,138 @@ def guessed(kwargs: dict) -> int:
     `generate` encodes pictures first, brings its cache, and asks for the logits of every guess and of the token before.
     """
     wanted = kwargs.get("logits_to_keep")
-    if not isinstance(wanted, int) or kwargs.get("past_key_values") is None or not brings_features(kwargs):
+    if not isinstance(wanted, int) or cache_of(kwargs) is None or not brings_features(kwargs):
         return 0
     return max(wanted - 1, 0)
 
 
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
 
-HOOKS = (
-    AfterBlock,
-    AfterKeys,
-    BeforeTower,
-    BeforeTowerLayer,
-    AfterTower,
-    BeforeModel,
-    BeforeLayer,
-    AfterLanguageModel,
-    AfterModel,
-    BeforeHead,
-)
-
 
 def is_hook(hook: Callable) -> bool:
     """Whether a hook found on a module is one of ours, on copies of patched models too."""
-    return isinstance(hook, HOOKS)
+    return isinstance(hook, Hook)
+
+
+def swap(model: nn.Module, plan: Plan | None) -> None:
+    """Put a plan on a model in the place of the one that is there, or take that off; if this fails, it is back.
+
+    Raises:
+        RuntimeError: the model is the inner part of a patched one.
+    """
+    before = current(model)
+    try:
+        remove(model)
+        if plan is not None:
+            install(model, plan)
+    except BaseException:
+        if before is not None:
+            take_off(model, [before])
+            install(model, before)
+        raise
 
 
 def install(model: nn.Module, plan: Plan) -> None:
-    """Put the hooks of `plan` on a model and nothing else, but for the `Bound` attributes that some families need."""
-    family, inner = plan.family, plan.family.inner(model)
+    """Put the hooks of `plan` on a model and nothing else, but for `Bound` attributes; all of it, or nothing.
 
-    def before(module: nn.Module, hook: Callable) -> None:
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+    A plan that was on the inner model alone goes back there.
+    """
+    inner = plan.family.inner(model)
+    if plan.head == "":
+        model = inner
+    try:
+        if plan.in_tower:
+            hook_towers(inner, plan)
+        for modality in plan.family.modalities:
+            if Encode.wanted(plan, modality) and hasattr(inner, encoder(modality)):
+                setattr(inner, encoder(modality), Encode(inner, plan, modality))
+        plan.family.bind(model, plan)
+        hook_language_model(inner, plan)
+        plan.head = "" if model is inner else type(model).__name__
+        if model is not inner:
+            model.register_forward_pre_hook(BeforeHead(plan), with_kwargs=True)
+    except BaseException:
+        take_off(model, [plan])
+        raise
 
-    if plan.tower_taps or plan.tower_cuts or plan.pixel_cuts:
-        for tower in family.towers(inner):
-            before(tower, BeforeTower(plan))
-            for index, layer in enumerate(family.tower_layers(tower)):
-                watching = Watch() if index in plan.key_layers else None
-                before(layer, BeforeTowerLayer(index, watching))
-                if watching is not None:
-                    kind = tower_layer(layer)
-                    kind.key_projection.register_forward_hook(AfterKeys(index, watching, kind.attention.num_heads))
-            tower.register_forward_hook(AfterTower(), with_kwargs=True)
-    for modality in family.modalities:
-        if family.needs_sizes or modality == "video" or (plan.projector_cuts and hasattr(inner, encoder(modality))):
-            setattr(inner, encoder(modality), RememberSizes(inner, plan, modality))
-    family.bind(model, plan)
-    before(inner, BeforeModel(plan))
-    for index, layer in enumerate(family.decoder_layers(inner)):
+
+def hook_towers(inner: nn.Module, plan: Plan) -> None:
+    """Put the hooks of `plan` on the vision towers and their layers."""
+    for tower in plan.family.towers(inner):
+        tower.register_forward_pre_hook(BeforeTower(plan), with_kwargs=True)
+        for index, layer in enumerate(plan.family.tower_layers(tower)):
+            watching = Watch() if index in plan.key_layers else None
+            layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching), with_kwargs=True)
+            if watching is not None:
+                kind = tower_layer(layer)
+                kind.key_projection.register_forward_hook(AfterKeys(plan, index, watching, kind.attention.num_heads))
+            if index in plan.inside_layers:
+                between, attention = Watch(), tower_layer(layer).attention
+                attention.register_forward_pre_hook(BeforeTowerAttention(plan, between), with_kwargs=True)
+                attention.register_forward_hook(AfterTowerAttention(plan, between))
+        tower.register_forward_hook(AfterTower(plan), with_kwargs=True)
+
+
+def hook_language_model(inner: nn.Module, plan: Plan) -> None:
+    """Put the hooks of `plan` on the inner model, its language model and decoder layers."""
+    inner.register_forward_pre_hook(BeforeModel(plan), with_kwargs=True)
+    for index, layer in enumerate(plan.family.decoder_layers(inner)):
         watching = Watch() if index in plan.block_layers else None
-        before(layer, BeforeLayer(index, watching))
+        layer.register_forward_pre_hook(BeforeLayer(plan, index, watching), with_kwargs=True)
         if watching is not None:
             kind = decoder_layer(layer)
-            kind.attention.register_forward_hook(AfterBlock(index, watching, last=False), with_kwargs=True)
-            kind.feed_forward.register_forward_hook(AfterBlock(index, watching, last=True), with_kwargs=True)
+            for block, last in ((kind.attention, False), (kind.feed_forward, True)):
+                block.register_forward_hook(AfterBlock(plan, index, watching, last), with_kwargs=True)
     # in this order: inner and language model may be one module
-    family.language_model(inner).register_forward_hook(AfterLanguageModel(), with_kwargs=True)
-    inner.register_forward_hook(AfterModel(), with_kwargs=True)
-    if model is not inner:
-        before(model, BeforeHead(plan))
+    plan.family.language_model(inner).register_forward_hook(AfterLanguageModel(plan), with_kwargs=True)
+    inner.register_forward_hook(AfterModel(plan), with_kwargs=True)
 
 
-def installed(model: nn.Module, plan: Plan) -> bool:
-    """Whether a plan's hooks are on a model."""
-    hooks = plan.family.inner(model)._forward_pre_hooks.values()
-    return any(isinstance(hook, BeforeModel) and hook.plan is plan for hook in hooks)
+def owned(model: nn.Module) -> list[Plan]:
+    """The plans that are installed on a model, or on models inside a container.
+
+    What a module shares with another, patched model is that one's.
+
+    Raises:
+        RuntimeError: the model is, or has, the inner part of a patched one.
+    """
+    found, heads = [], []
+    for module in model.modules():
+        hooks = module._forward_pre_hooks.values()
+        found += [(module, hook.plan) for hook in hooks if isinstance(hook, BeforeModel)]
+        heads += [hook.plan for hook in hooks if isinstance(hook, BeforeHead)]
+    for module, plan in found:
+        if plan.head and not any(head is plan for head in heads):
+            raise RuntimeError(
+                f"this {type(module).__name__} is the inner part of a {plan.head} that is patched: patch and unpatch "
+                f"that {plan.head}."
+            )
+    return [plan for _, plan in found]
+
+
+def current(model: nn.Module) -> Plan | None:
+    """The plan that is installed on a model, or None."""
+    return next(iter(owned(model)), None)
 
 
 def remove(model: nn.Module) -> None:
-    """Take every hook of ours off a model; nothing happens where there is none."""
+    """Take every hook of its own patch off a model; nothing happens where there is none."""
+    take_off(model, owned(model))
+
+
+def take_off(model: nn.Module, plans: list[Plan]) -> None:
+    """Take every hook and attribute of some plans off a model."""
+
+    def mine(thing: Any) -> bool:
+        return isinstance(thing, Hook | Bound) and any(thing.plan is plan for plan in plans)
+
     for module in model.modules():
         for hooks, flags in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
         ):
-            for key in [k for k, hook in hooks.items() if is_hook(hook)]:
+            for key in [k for k, hook in hooks.items() if mine(hook)]:
                 del hooks[key]
                 flags.pop(key, None)
-        for name in [name for name, value in vars(module).items() if isinstance(value, Bound)]:
+        for name in [name for name, value in vars(module).items() if mine(value)]:
             delattr(module, name)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from vlmprune.parts.cuts import Cut, Decoder, Pixels, Projector, Vision
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid
+from vlmprune.parts.packing import Layouts
 from vlmprune.parts.taps import BlockKeys, BlockTap, TowerTap
 from vlmprune.patches import Family
 from vlmprune.trace import Trace
 
-__all__ = ["Plan"]
+if TYPE_CHECKING:
+    from vlmprune.methods.base import Method
+
+__all__ = ["Hook", "Plan"]
 
 
 @dataclass
@@ -26,16 +30,28 @@ class Plan:
 
     Attributes:
         cuts: (name of the method, cut), in the order they run.
+        methods: who wants them.
         plain: threads that are inside `handle.disabled()`, with the number of times they entered it.
         trace: what the last pruned prefill did.
+        head: class of the model around the inner one that it is installed on; "" where that is patched alone, None
+            before.
+        before: the plan that this one took the place of, to be put back where a `with` block ends.
+        told: methods of whose idle budget the user was told.
+        entered, left: whether the `with` block of its handle is open, or over.
     """
 
     family: Family
     facts: ModelFacts
     cuts: list[tuple[str, Cut]]
+    methods: Sequence[Method] = ()
     plain: dict[int, int] = field(default_factory=dict, repr=False)
     trace: Trace | None = None
-    grids: dict[Any, ImageGrid] = field(default_factory=dict, repr=False)
+    layouts: Layouts = field(default_factory=Layouts, repr=False)
+    head: str | None = None
+    before: Plan | None = field(default=None, repr=False)
+    told: set[str] = field(default_factory=set, repr=False)
+    entered: bool = False
+    left: bool = False
 
     @property
     def tower_taps(self) -> list[TowerTap]:
@@ -43,8 +59,13 @@ class Plan:
         return list(dict.fromkeys(t for _, cut in self.decoder_cuts for t in cut.see if isinstance(t, TowerTap)))
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy of the model is no part of the block that this one may be in
-        return self.__dict__ | {"plain": {}}
+        # a copy of the model is no part of the blocks that this one may be in
+        return self.__dict__ | {"plain": {}, "before": None, "entered": False, "left": False}
+
+    @property
+    def in_tower(self) -> bool:
+        """Whether there is anything to do where pictures are encoded."""
+        return bool(self.tower_taps or self.tower_cuts or self.pixel_cuts)
 
     @property
     def enabled(self) -> bool:
@@ -101,13 +122,25 @@ class Plan:
         }
 
     @property
+    def inside_layers(self) -> set[int]:
+        """Tower layers between whose two blocks there is a cut."""
+        return {cut.at.layer for cut in self.tower_cuts if cut.at.inside}
+
+    @property
     def block_layers(self) -> set[int]:
         """Decoder layers whose two blocks a tap watches."""
         return {tap.layer for _, cut in self.cuts for tap in cut.see if isinstance(tap, BlockTap)}
 
     def grid(self, inner: nn.Module, modality: str, size: Any) -> ImageGrid:
-        """The layout of an image or video of a size (of `Family.sizes`), traced once per size."""
-        if (modality, size) not in self.grids:
-            trace = self.family.video_grid if modality == "video" else self.family.image_grid
-            self.grids[modality, size] = trace(inner, size)
-        return self.grids[modality, size]
+        """The layout of an image or video of a size (of `Family.sizes`)."""
+        return self.layouts.find((modality, size), lambda: self.family.packing(inner, modality, size))
+
+
+@dataclass
+class Hook:
+    """Base of all hooks. One acts in the calls of the model that its plan is installed on, and goes with that plan.
+
+    The same module may be part of several models.
+    """
+
+    plan: Plan

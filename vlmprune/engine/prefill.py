@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from vlmprune.engine.census import count_prompts
-from vlmprune.engine.channels import SEEN, SEGMENTS
+from vlmprune.engine.channels import MADE_BY, SEEN, SEGMENTS
+from vlmprune.engine.effect import tell_idle
 from vlmprune.engine.finite import WAY_OUT, cut_is_finite, demand
 from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Plan
@@ -17,8 +18,9 @@ from vlmprune.engine.prompt import prompt_layout
 from vlmprune.engine.sequence import Segment, Sequence
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Cut, Reduction
-from vlmprune.parts.layout import download, upload
+from vlmprune.parts.layout import Layout, download, upload
 from vlmprune.parts.taps import BlockTap, DecoderLayer, DecoderTap, Hidden, Tap, TowerTap
+from vlmprune.patches.host import cache_of, returned_cache
 from vlmprune.patches.language_models import decoder_layer
 from vlmprune.trace import CutTrace, Trace
 
@@ -54,13 +56,23 @@ class Prefill:
         self.past, self.cache = {segment.first: segment for segment in past}, None
         self.rotary_emb = plan.family.language_model(inner).rotary_emb
         self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions)
-        self.text_after, self.prompt_lengths = self.census.text_after, self.census.lengths
+        self.text_after, self.text_before = self.census.text_after, self.census.text_before
+        self.prompt_lengths = self.census.lengths
         self.layout = prompt_layout(plan, inner, self.census, features)
+        for method in plan.methods:
+            method.check_inputs(self.layout)
         seen = [getattr(output, SEEN, {}) for output in features.values()]
         if missing := [tap for tap in plan.tower_taps if any(tap not in s for s in seen)]:
             raise CutNotRunError(
                 f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model "
                 "or while the patch was disabled. Encode the images with the patched model."
+            )
+        makers = [getattr(output, MADE_BY, None) for output in features.values()]
+        if (plan.tower_cuts or plan.pixel_cuts) and any(maker is not plan for maker in makers):
+            raise CutNotRunError(
+                "the image features came without what this patch does before the language model: they were computed "
+                "by an unpatched model, under another patch, or while this one was disabled. Encode the images with "
+                "the patched model."
             )
         self.seen: dict[Tap, torch.Tensor] = {
             tap: self.layout.from_tower(torch.cat([s[tap].to(self.layout.device) for s in seen]))
@@ -70,6 +82,8 @@ class Prefill:
         self.sequence: Sequence | None = None
         self.by_layer: list[Sequence] = []
         self.cuts: list[CutTrace] = []
+        self.first: dict[str, Layout] = {}  # by method, what `tell_idle` wants to know
+        self.last: dict[str, list[int]] = {}
         self.segments: list[Segment] = []
         self.finished = False
 
@@ -79,7 +93,7 @@ class Prefill:
         check_device(layer, hidden)
         before, past = self.sequence, self.past.get(index)
         if before is None:
-            self.cache = kwargs.get("past_key_values")
+            self.cache = cache_of(kwargs)
             batch, length, _ = hidden.shape
             self.sequence = Sequence(
                 prompt=length,
@@ -153,13 +167,13 @@ class Prefill:
     def cut(self, name: str, cut: Cut, hidden: torch.Tensor) -> torch.Tensor:
         layout, sequence = self.layout, self.sequence
         at = self.flat_index()
-        seen = {tap: self.seen[tap] for tap in cut.see if tap in self.seen}
-        if any(isinstance(tap, Hidden) for tap in cut.see):
-            seen[Hidden()] = hidden.detach().flatten(0, 1)[at]
-        if missing := [tap for tap in cut.see if tap not in seen]:
+        if missing := [tap for tap in cut.see if tap not in self.seen and not isinstance(tap, Hidden)]:
             raise CutNotRunError(
                 f"the cut of {name!r} at decoder layer {cut.at.layer} did not get to see {missing[0]}."
             )
+        seen = {
+            tap: hidden.detach().flatten(0, 1)[at] if isinstance(tap, Hidden) else self.seen[tap] for tap in cut.see
+        }
         reduction: Reduction = cut.reduce(seen, layout)
         if reduction.soft is not None:
             self.soften(name, cut, reduction, at)
@@ -172,17 +186,27 @@ class Prefill:
             f"the cut of {name!r} at decoder layer {cut.at.layer} sees NaN or infinite numbers or makes NaN scores, "
             f"and cannot tell tokens apart. {WAY_OUT}."
         )
+        patches = reduction.patches
         if reduction.counts is None:
-            *counts, good = download(torch.cat((keep.sum(1), sound[None].long())))
+            # one read for all: later budgets are shares of the patches that entered
+            found = torch.cat((keep.sum(1), (keep & ~layout.newline).sum(1), sound[None].long()))
+            *found, good = download(found)
+            counts, patches = found[: len(layout)], found[len(layout) :]
             if not good:
                 raise ValueError(strange)
         else:
             counts = reduction.counts
             demand(sound, strange)
+        if patches is None and not any(grid.newlines for grid in layout.grids):
+            patches = counts
+        elif patches is None and cut.at.layer == 0 and self.pending:  # newlines that competed with patches
+            patches = download((keep & ~layout.newline).sum(1))
         # checked where the tensor is, so that nothing waits for it
         told = f"method {name!r} promised {counts} kept tokens per image and kept other numbers."
         torch._assert_async((keep.sum(1) == upload(counts, keep.device)).all(), told)
         self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, keep, reduction.merge, reduction.scores))
+        self.first.setdefault(name, layout)
+        self.last[name] = counts
         if counts == layout.alive_counts and not cut.reorders:
             return hidden  # a budget of all tokens is the exact identity
         if reduction.merge is not None:
@@ -196,9 +220,9 @@ class Prefill:
         drop = gone.new_zeros(sequence.columns.numel()).scatter_add(0, at.flatten(), gone.flatten())
         drop = drop.view_as(sequence.columns) > 0
         hidden, self.sequence = sequence.shorten(hidden, drop, dropped, cut.positions, self.rotary_emb)
-        self.layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=reduction.patches)
+        self.layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=patches)
         if cut.at.layer == 0:
-            self.layout = replace(self.layout, entered=counts, entered_patches=reduction.patches)
+            self.layout = replace(self.layout, entered=counts, entered_patches=patches)
         return hidden
 
     def soften(self, name: str, cut: Cut, reduction: Reduction, at: torch.Tensor) -> None:
@@ -226,6 +250,7 @@ class Prefill:
         """Restore lengths, leave the decode state on the cache, file the trace."""
         self.check()
         self.finished = True
+        tell_idle(self.plan, self.first, self.last)
         output.last_hidden_state = self.sequence.expand(output.last_hidden_state)
         if output.hidden_states is not None:
             # entry 0 is the input of layer 0 as that layer got it, entry i the output of layer i - 1
@@ -235,8 +260,13 @@ class Prefill:
                 for h, sequence in zip(output.hidden_states, made_by, strict=False)
             ]
             output.hidden_states = (*states, output.last_hidden_state)
-        if output.past_key_values is not None:
-            setattr(output.past_key_values, SEGMENTS, self.segments)
+        if (cache := returned_cache(output)) is not None:
+            if cache is not self.cache and int(cache.get_seq_length()):
+                raise UnsupportedError(
+                    "this call handed back a filled cache that its first decoder layer did not get, so later calls on "
+                    "it would decode at wrong positions: use the model classes of a supported release of transformers."
+                )
+            setattr(cache, SEGMENTS, self.segments)
         self.plan.trace = Trace(
             grids=list(self.layout.grids),
             sample=self.layout.sample,

@@ -80,7 +80,10 @@ def find_items(
 ) -> Items:
     """Find the images, or the videos, of a batch by their placeholders (`holes`: `(batch, length)` bool)."""
     sizes = [len(item) for item in features.pooler_output]
-    sample, ordinal, offset = assign_images(placeholders, sizes, modality)
+    try:
+        sample, ordinal, offset = assign_images(placeholders, sizes, modality)
+    except ValueError as error:
+        raise ValueError(f"{error} {processor_needs(plan, inner)}") from None
     known = getattr(features, SIZES, None)
     if known is None:
         if plan.family.needs_sizes or modality == "video" or features.last_hidden_state is None:
@@ -113,6 +116,17 @@ def find_items(
     )
 
 
+def processor_needs(plan: Plan, inner: nn.Module) -> str:
+    """Where placeholders come from, and why there may be too many or too few."""
+    fields = plan.family.processor_fields(inner)
+    needs = ", ".join(f"{name}={value!r}" for name, value in fields.items())
+    needs = f" For this model it needs {needs}." if fields else ""
+    return (
+        f"The processor writes the placeholders.{needs} A prompt that is cut off (truncation=True with max_length=...) "
+        "loses some of them: leave truncation out, or raise max_length."
+    )
+
+
 def assign_images(
     placeholders: Sequence[int], sizes: Sequence[int], modality: str = "image"
 ) -> tuple[list[int], list[int], list[int]]:
@@ -135,9 +149,10 @@ def assign_images(
                 f"prompt {row} has {wanted} {modality} placeholders and its {modality}s have {taken} tokens."
             )
     if len(sample) != len(sizes):
+        given = f"{len(sizes)} {modality}s were" if len(sizes) != 1 else f"1 {modality} was"
         raise ValueError(
-            f"{len(sizes)} {modality}s were given, and the prompts have placeholders for {len(sample)} (to continue on "
-            f"a cache, give the new {modality}s alone)."
+            f"{given} given, and the prompts have placeholders for {len(sample)} (to continue on a cache, give the new "
+            f"{modality}s alone)."
         )
     return sample, ordinal, offset
 

@@ -12,7 +12,8 @@ import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.cuts import Positions
 from vlmprune.parts.layout import Layout, upload
-from vlmprune.patches.language_models import attention_mask, sliding_window
+from vlmprune.patches.host import cache_of
+from vlmprune.patches.language_models import attention_mask, window_of
 
 __all__ = ["Segment", "Sequence", "real_tokens"]
 
@@ -222,7 +223,7 @@ class Sequence:
 
     def swap(self, layer: nn.Module, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A decoder layer's keyword arguments with everything that depends on the sequence exchanged."""
-        kind = sliding_window(layer.self_attn)
+        kind = window_of(layer)
         if kind not in self.masks:
             if kind is not None and self.past is not None and self.mask is not None:
                 raise UnsupportedError(
@@ -232,7 +233,7 @@ class Sequence:
             # a mask over everything is never left out, so there is one to add the bias to
             real = self.mask if self.bias is None else self.real()
             check_soft(layer, self.bias)
-            mask = attention_mask(layer, index, hidden, self.with_past(real), kwargs.get("past_key_values"))
+            mask = attention_mask(layer, index, hidden, self.with_past(real), cache_of(kwargs))
             self.masks[kind] = mask if self.bias is None else add_bias(mask, self.bias.to(hidden.dtype))
         # the rotary embedding carries the positions; gaps in the ids would be read as packed sequences
         ids = torch.arange(self.length, device=hidden.device)[None]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.engine.channels import FRAME, SEEN, SIZES
+from vlmprune.engine.channels import FRAME, INSIDE, MADE_BY, OWNER, SEEN, SIZES
 from vlmprune.engine.placement import check_device, loaded
-from vlmprune.engine.plan import Plan
+from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.watch import Watch
-from vlmprune.errors import UnsupportedError, check_first_run
-from vlmprune.parts.cuts import Cut, Merge, Pick
+from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
+from vlmprune.parts.cuts import Cut, Merge, Pick, Vision
 from vlmprune.parts.layout import ImageGrid, Views
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap
 from vlmprune.patches import Family
@@ -30,9 +30,11 @@ from vlmprune.patches.towers import tower_layer
 __all__ = [
     "AfterKeys",
     "AfterTower",
+    "AfterTowerAttention",
     "BeforeTower",
+    "BeforeTowerAttention",
     "BeforeTowerLayer",
-    "RememberSizes",
+    "Encode",
     "check_fixed",
     "encoder",
 ]
@@ -46,8 +48,10 @@ class TowerFrame:
         grids: layouts of the images or videos, where a cut behind the tower wants them.
         seen: measured taps.
         sizes: `(views, tokens)` float, patches that every token stands for; None before the first cut.
-        places: for every layer, `(views, original tokens)` long, the token that each original one is part of; None
-            where nothing is merged.
+        place: `(views, original tokens)` long, the token that each original one is part of; None before the first cut.
+        places: the same at the input of every layer, after the cuts there.
+        inputs: by layer, what it reads after the cuts there, where the host may note something else as its input.
+        inside: the last layer's cut between its two blocks, if it had one.
     """
 
     def __init__(self, plan: Plan, note: Any = None, grids: list[ImageGrid] | None = None):
@@ -55,7 +59,10 @@ class TowerFrame:
         self.seen: dict[Tap, torch.Tensor] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.sizes: torch.Tensor | None = None
+        self.place: torch.Tensor | None = None
         self.places: list[torch.Tensor | None] = []
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.inside: Inside | None = None
         self.weigh = False
 
     def enter(
@@ -63,40 +70,53 @@ class TowerFrame:
     ) -> tuple[tuple, dict]:
         """Do all that is to be done at the input of tower layer `index`; returns its new arguments."""
         check_first_run(index, len(self.places))
+        self.check_inside()
         check_device(layer, hidden)
         for tap in self.plan.measured:
             if tap.layer == index:
                 with torch.no_grad(), loaded(layer):  # scores choose tokens; nothing is learned through them
                     self.seen[tap] = tap.measure(tower_layer(layer), hidden.detach(), self.has_cls)
-        place = self.places[-1] if self.places else None
-        for cut in self.plan.tower_cuts:
-            if cut.at.layer == index:
-                hidden, place = self.merge(cut, hidden, place)
-        self.places.append(place)
+        hidden = self.merge(Vision(index), hidden)
+        self.places.append(self.place)
         if self.weigh:
             bias = self.sizes.log().to(hidden.dtype)[:, None, None]
             rest, kwargs = rest[1:], kwargs | {"attention_mask": bias}
+        for cut in self.plan.tower_cuts:
+            if cut.at == Vision(index, inside=True):
+                self.inputs[index], self.inside = hidden, Inside(self, cut, layer, rest, kwargs)
+                return self.inside.hand_over(hidden)
         return (hidden, *rest), kwargs
 
-    def merge(self, cut: Cut, hidden: torch.Tensor, place: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Replace `(views, tokens, dim)` by its clusters' size-weighted means."""
-        views, tokens, _ = hidden.shape
-        if self.sizes is None:
-            self.sizes = torch.ones(
-                views, tokens, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
+    def check_inside(self) -> None:
+        """Raise if the cut inside the layer that ran last has not run: that layer then saw nothing but zeros."""
+        if self.inside is not None and self.inside.decided is None:
+            raise CutNotRunError(
+                f"the cut inside tower layer {len(self.places) - 1} did not run: what it was to merge did not reach "
+                "that layer's attention."
             )
-            place = torch.arange(tokens, device=hidden.device).expand(views, -1)
+
+    def merge(self, at: Vision, hidden: torch.Tensor) -> torch.Tensor:
+        """Do the cuts of one place on `(views, tokens, dim)`."""
+        for cut in self.plan.tower_cuts:
+            if cut.at == at:
+                hidden = self.inputs[at.layer] = means(hidden, *self.decide(cut, hidden))
+        return hidden
+
+    def decide(self, cut: Cut, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """What a cut merges of `(views, tokens, dim)`: the arguments of `means`."""
+        views, tokens, _ = hidden.shape
         with torch.no_grad():
+            if self.sizes is None:
+                kind = torch.promote_types(hidden.dtype, torch.float32)
+                self.sizes = torch.ones(views, tokens, dtype=kind, device=hidden.device)
+                self.place = torch.arange(tokens, device=hidden.device).expand(views, -1)
             seen = {tap: self.keys.pop(tap.layer) if isinstance(tap, BlockKeys) else hidden for tap in cut.see}
             clusters = cut.reduce(seen, self.sizes)
-        into = clusters.into
-        sizes = self.sizes.new_zeros(views, clusters.count).scatter_add(1, into, self.sizes)
-        share = (self.sizes / sizes.gather(1, into))[..., None]
-        parts = hidden.to(share.dtype) * share
-        merged = parts.new_zeros(views, clusters.count, hidden.shape[-1])
-        merged = merged.scatter_add(1, into[..., None].expand_as(parts), parts).to(hidden.dtype)
-        self.sizes, self.weigh = sizes, cut.weigh
-        return merged, into.gather(1, place)
+            into = clusters.into
+            sizes = self.sizes.new_zeros(views, clusters.count).scatter_add(1, into, self.sizes)
+            share = self.sizes / sizes.gather(1, into)
+            self.sizes, self.weigh, self.place = sizes, cut.weigh, into.gather(1, self.place)
+        return into, share, clusters.count
 
     def pick(self, cut: Cut, output: Any) -> None:
         """Run a cut between tower and projector: exchange what its anchors stand for in the feature layers."""
@@ -116,11 +136,19 @@ class TowerFrame:
 
     def finish(self, output: Any) -> None:
         """Give every original position its cluster's token, and leave what was seen on the output."""
+        self.check_inside()
         if self.plan.tower_cuts:
-            made_by = [self.places[0], *self.places]  # entry i of hidden_states is the output of layer i - 1
-            states = zip(output.hidden_states, made_by, strict=True)
-            output.hidden_states = tuple(h if h is None else spread(h, place) for h, place in states)
-            output.last_hidden_state = spread(output.last_hidden_state, self.places[-1])
+            output.last_hidden_state = spread(output.last_hidden_state, self.place)
+            # entry i of hidden_states is the input of layer i, the last one what leaves the tower's layers; a cut at
+            # either comes too late for the host, which noted what it got
+            last = len(self.places)
+            if any(cut.at == Vision(last) for cut in self.plan.tower_cuts):
+                self.merge(Vision(last), output.hidden_states[-1])
+            self.places.append(self.place)
+            states = [h if h is None else self.inputs.get(i, h) for i, h in enumerate(output.hidden_states)]
+            output.hidden_states = tuple(
+                h if h is None else spread(h, place) for h, place in zip(states, self.places, strict=True)
+            )
         for cut in self.plan.projector_cuts:
             self.pick(cut, output)
         for tap in self.plan.tower_taps:
@@ -128,13 +156,56 @@ class TowerFrame:
                 with torch.no_grad():
                     self.seen[tap] = tap.measure(None, output.hidden_states[-1].detach(), self.has_cls)
         if ClusterOf() in self.plan.tower_taps:
-            place = self.places[self.plan.facts.feature_layer]
+            place = self.places[self.plan.facts.feature_layer + 1] if self.plan.tower_cuts else None
             if place is None:
                 views, tokens, _ = output.last_hidden_state.shape
                 place = torch.arange(tokens, device=output.last_hidden_state.device).expand(views, -1)
             self.seen[ClusterOf()] = place[:, int(self.has_cls) :]
         # a host that hands on bare tensors takes the note instead of the output
-        setattr(output if self.note is None else self.note, SEEN, self.seen)
+        noted = output if self.note is None else self.note
+        setattr(noted, SEEN, self.seen)
+        setattr(noted, MADE_BY, self.plan)
+
+
+def means(hidden: torch.Tensor, into: torch.Tensor, share: torch.Tensor, count: int) -> torch.Tensor:
+    """Weighted means of `(views, tokens, dim)`: `(views, count, dim)`.
+
+    Args:
+        into: `(views, tokens)` long, the cluster of every token.
+        share: `(views, tokens)` float, its weight there.
+    """
+    parts = hidden.to(share.dtype) * share[..., None]
+    merged = parts.new_zeros(len(parts), count, hidden.shape[-1])
+    return merged.scatter_add(1, into[..., None].expand_as(parts), parts).to(hidden.dtype)
+
+
+class Inside:
+    """A cut between the attention and the feed-forward block of a tower layer, in one call of that layer.
+
+    The layer keeps its input to add the attention's output to it, so it gets one row of zeros as its input: its
+    attention is handed the real one, and writes what is left of the sum. To zeros that is added exactly.
+
+    Where the layer runs again for its gradients, the decision of the first run stands.
+    """
+
+    def __init__(self, frame: TowerFrame, cut: Cut, layer: nn.Module, rest: tuple, kwargs: dict):
+        self.frame, self.cut, self.norm = frame, cut, tower_layer(layer).normed
+        self.kwargs = dict(kwargs)
+        self.mask = rest[0] if rest else self.kwargs.pop("attention_mask", None)
+        self.decided: tuple[torch.Tensor, torch.Tensor, int] | None = None
+
+    def hand_over(self, hidden: torch.Tensor) -> tuple[tuple, dict]:
+        """The layer's arguments for its real input `(views, tokens, dim)`.
+
+        That travels in the attention mask's place: re-entrant checkpointing sees positional tensors alone.
+        """
+        return (hidden.new_zeros(len(hidden), 1, hidden.shape[-1]), hidden), self.kwargs | {INSIDE: self}
+
+    def merge(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Merge what the attention and the layer's input add up to, `(views, tokens, dim)`."""
+        if self.decided is None:
+            self.decided = self.frame.decide(self.cut, hidden)
+        return means(hidden, *self.decided)
 
 
 def spread(hidden: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
@@ -154,26 +225,37 @@ def flow(hidden: torch.Tensor, merge: Merge) -> torch.Tensor:
     return torch.where(named[..., None] > 0, summed.to(hidden.dtype), hidden)
 
 
-@dataclass
-class BeforeTower:
-    """Pre-hook of the tower: starts a frame."""
+@dataclass(frozen=True)
+class Call:
+    """What a tower, which other models may share, is told of the call it is in.
+
+    Attributes:
+        plan: of the model whose call it is.
+        grids: layouts of what it encodes, where a cut behind the tower wants them.
+    """
 
     plan: Plan
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if not self.plan.enabled:
-            return None
-        grids = kwargs.pop(FRAME, None)
-        pixels, *rest = args if args else (kwargs.pop("pixel_values"),)
-        pixels, note = untag(pixels)
-        grids = grids if note is None else note.grids
-        for cut in self.plan.pixel_cuts:
-            pixels = cut.reduce(pixels)
-        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note, grids)}
+    grids: list[ImageGrid] | None = None
 
 
 @dataclass
-class BeforeTowerLayer:
+class BeforeTower(Hook):
+    """Pre-hook of the tower: starts a frame in the calls of its own model, which says so."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        pixels, note = untag(args[0] if args else kwargs["pixel_values"])
+        call = kwargs.get(OWNER) if note is None else note
+        if call is None or call.plan is not self.plan:
+            return None
+        rest = args[1:]
+        kwargs = {name: value for name, value in kwargs.items() if name not in (OWNER, "pixel_values")}
+        for cut in self.plan.pixel_cuts:
+            pixels = cut.reduce(pixels)
+        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note, call.grids)}
+
+
+@dataclass
+class BeforeTowerLayer(Hook):
     """Pre-hook of a tower layer: takes the frame out and lets it measure and merge."""
 
     index: int
@@ -182,10 +264,11 @@ class BeforeTowerLayer:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.watching is not None:
             self.watching.end()
-        if FRAME not in kwargs:
+        if FRAME not in kwargs or kwargs[FRAME].plan is not self.plan:
             return None
         if self.watching is not None and not any(
-            isinstance(hook, AfterKeys) for hook in tower_layer(module).key_projection._forward_hooks.values()
+            isinstance(hook, AfterKeys) and hook.plan is self.plan
+            for hook in tower_layer(module).key_projection._forward_hooks.values()
         ):
             raise UnsupportedError(
                 f"the key projection of tower layer {self.index} was replaced after patching (an adapter came "
@@ -200,7 +283,36 @@ class BeforeTowerLayer:
 
 
 @dataclass
-class AfterKeys:
+class BeforeTowerAttention(Hook):
+    """Pre-hook of a tower layer's attention with a cut behind it: gives it the layer's real input (see `Inside`)."""
+
+    watching: Watch
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self.watching.end()
+        if INSIDE not in kwargs or kwargs[INSIDE].frame.plan is not self.plan:
+            return None
+        inside, hidden = kwargs[INSIDE], kwargs["attention_mask"]
+        self.watching.begin((inside, hidden))
+        changed = {"hidden_states": inside.norm(hidden), "attention_mask": inside.mask}
+        return (), {name: value for name, value in kwargs.items() if name != INSIDE} | changed
+
+
+@dataclass
+class AfterTowerAttention(Hook):
+    """Hook of a tower layer's attention with a cut behind it: merges (see `Inside`)."""
+
+    watching: Watch
+
+    def __call__(self, module: nn.Module, args: tuple, output: tuple) -> tuple | None:
+        if (watched := self.watching.frame(last=True)) is None:
+            return None
+        inside, hidden = watched
+        return inside.merge(hidden + output[0]), *output[1:]
+
+
+@dataclass
+class AfterKeys(Hook):
     """Hook of a tower layer's key projection: keeps the head-mean keys for a cut behind this layer."""
 
     index: int
@@ -213,45 +325,59 @@ class AfterKeys:
 
 
 @dataclass
-class AfterTower:
+class AfterTower(Hook):
     """Hook of the tower: leaves what was seen on its output."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if (frame := kwargs.get(FRAME)) is not None:
+        if (frame := kwargs.get(FRAME)) is not None and frame.plan is self.plan:
             frame.finish(output)
 
 
-class RememberSizes(Bound):
-    """Stands before `get_image_features` or `get_video_features` on one instance: notes the sizes of what it encodes.
+class Encode(Bound):
+    """Stands before `get_image_features` or `get_video_features` on one instance.
 
-    `generate` throws them away. A bound attribute of the instance and not a hook, because no module is called with
-    them.
+    It tells the tower, which other models may share, whose call it is in, and notes the sizes of what is encoded, which
+    `generate` throws away. A bound attribute of the instance and not a hook, because no module is called with them.
     """
 
     def __init__(self, module: nn.Module, plan: Plan, modality: str):
-        self.module, self.plan, self.family, self.modality = module, plan, plan.family, modality
+        self.module, self.plan, self.modality = module, plan, modality
         self.__signature__ = inspect.signature(self.encode().__get__(module))
+
+    @staticmethod
+    def wanted(plan: Plan, modality: str) -> bool:
+        """Whether there is anything to tell or to note."""
+        return plan.in_tower or sized(plan.family, modality)
 
     def encode(self) -> Callable[..., Any]:
         """The method of the model's class; torch.compile would look a bound one up on the instance, where this is."""
         return getattr(type(self.module), encoder(self.modality))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.plan.in_tower and self.plan.enabled:
+            kwargs[OWNER] = Call(self.plan)
+        if not sized(self.plan.family, self.modality) and not self.plan.projector_cuts:
+            return self.encode()(self.module, *args, **kwargs)
         given = dict(self.__signature__.bind(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
         # the host only computes with these on the host: one read here spares it one per image
         for name in ("image_sizes", "batch_num_images"):
             if given.get(name) is not None:
                 given[name] = torch.as_tensor(given[name]).cpu()
-        check_fixed(self.family, self.module.config, given)
-        noted = self.family.needs_sizes or self.modality == "video"
-        sizes = self.family.sizes(self.modality, given) if noted else [None] * len(given["pixel_values"])
+        check_fixed(self.plan.family, self.module.config, given)
+        known = sized(self.plan.family, self.modality)
+        sizes = self.plan.family.sizes(self.modality, given) if known else [None] * len(given["pixel_values"])
         if self.plan.projector_cuts and self.plan.enabled:
-            given[FRAME] = [self.plan.grid(self.module, self.modality, size) for size in sizes]
+            given[OWNER] = Call(self.plan, [self.plan.grid(self.module, self.modality, size) for size in sizes])
         output = self.encode()(self.module, **given)
-        if noted and not isinstance(output, tuple):
+        if known and not isinstance(output, tuple):
             setattr(output, SIZES, sizes)
         return output
+
+
+def sized(family: Family, modality: str) -> bool:
+    """Whether the layout of an image or video depends on more than the model."""
+    return family.needs_sizes or modality == "video"
 
 
 def encoder(modality: str) -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from vlmprune.errors import UnsupportedError
+from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.parts.budget import check_keep
 from vlmprune.parts.cuts import Cut
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
 
 __all__ = ["Budgeted", "Method", "check_layer", "check_seed", "check_share", "need_cls", "tower_layer"]
+
+KINDS = ("video", "shrunk", "single")  # of inputs that a method may refuse
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,34 @@ class Method:
     syncs: ClassVar[int] = 0  # device syncs a cut adds beyond the host read of the placeholder counts
     training: ClassVar[str] = "none"
     refuses: ClassVar[dict[str, str]] = {}  # options that a user may expect, and why the method has none
-    # inputs that the method cannot work on, and why: "video", or "shrunk" where packing blends neighbouring patches
+    # inputs that the engine refuses for the method, and why: "video", "shrunk" (packing blends neighbouring patches),
+    # "single" (an image without crops)
     refuses_inputs: ClassVar[dict[str, str]] = {}
+
+    @property
+    def known_as(self) -> str:
+        """What errors and traces call it: the registered name, else that of the class."""
+        return self.name or type(self).__name__
+
+    def __post_init__(self) -> None:
+        self.check_fields()
+
+    def check_fields(self) -> None:
+        """Check what means the same for all methods: the fields `keep` and `average`, and those that are switches.
+
+        `spec.build`, through which every method gets onto a model, calls it too: a subclass with a `__post_init__` of
+        its own need not think of it.
+
+        Raises:
+            TypeError, ValueError: as `budget.check_keep`, where None is allowed if it is the default; or a switch that
+                is neither True nor False.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("keep", "average") and not (value is None and field.default is None):
+                object.__setattr__(self, field.name, check_keep(value, field.name))
+            if field.type in (bool, "bool") and not isinstance(value, bool):
+                raise TypeError(f"{field.name}={value!r} must be True or False.")
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         """The cuts this method makes in a model.
@@ -42,15 +70,28 @@ class Method:
         """
         raise NotImplementedError
 
+    def told_by(self, processor: Any) -> Method:
+        """This method with what only a model's processor knows filled in, where no option says it."""
+        return self
+
+    def check_refusals(self) -> None:
+        """Raise ValueError if `refuses_inputs` names a kind of input that nobody knows."""
+        if unknown := [kind for kind in self.refuses_inputs if kind not in KINDS]:
+            raise ValueError(
+                f"{self.known_as}.refuses_inputs: {unknown[0]!r} is no kind of input; known: {', '.join(KINDS)}."
+                + did_you_mean(unknown[0], KINDS)
+            )
+
     def check_inputs(self, layout: Layout) -> None:
         """Raise UnsupportedError if the batch has an input of `refuses_inputs`."""
-        found = {
+        found: dict[str, bool] = {
             "video": any(grid.frames for grid in layout.grids),
             "shrunk": any(grid.blend is not None for grid in layout.grids),
+            "single": any(grid.views == 1 and not grid.frames for grid in layout.grids),
         }
         for kind, why in self.refuses_inputs.items():
             if found[kind]:
-                raise UnsupportedError(f"{self.name} {why}.")
+                raise UnsupportedError(f"{self.known_as} {why}.")
 
 
 @dataclass(frozen=True)
@@ -73,9 +114,7 @@ class Budgeted(Method):
             raise ValueError(f"{self.name}: give keep= or average=, not both.")
         if self.keep is None and self.average is None and not self.optional:
             raise TypeError(f"{self.name} needs keep= (patches per image, or a fraction) or average=.")
-        for word in ("keep", "average"):
-            if getattr(self, word) is not None:
-                object.__setattr__(self, word, check_keep(getattr(self, word), word))
+        self.check_fields()
 
     @property
     def budget(self) -> int | float:

@@ -11,7 +11,7 @@ import torch
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Budgeted, check_seed
-from vlmprune.parts.budget import share
+from vlmprune.parts.budget import floored, share
 from vlmprune.parts.cuts import Cut, Decoder, Merge, Pixels, Positions, Reduction
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, Layout, upload
@@ -90,8 +90,7 @@ def grid_shape(keep: int, rows: int, cols: int) -> tuple[int, int]:
     if keep >= rows * cols:
         return rows, cols
     scale = math.sqrt(keep / (rows * cols))
-    # a hair above, so that an exact fit is not lost to rounding
-    return max(1, min(keep, int(rows * scale + 1e-9))), max(1, min(keep, int(cols * scale + 1e-9)))
+    return max(1, min(keep, floored(rows * scale))), max(1, min(keep, floored(cols * scale)))
 
 
 def image_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import ClassVar, Literal
 
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Budgeted, need_cls
+from vlmprune.parts.budget import HAIR, floored
 from vlmprune.parts.cuts import Cut, Decoder, Merge, Positions, Reduction
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, Layout, upload
@@ -69,9 +72,10 @@ class GlobalCom2(Budgeted):
 
     Scores are the last tower layer's [CLS] logits (before the softmax: with probabilities the budgets would be flat).
     The thumbnail keeps its own best floor(N * R) patches; crop j keeps floor(n_j * r_j) of its un-padded patches by its
-    own scores plus the thumbnail's, stretched over the un-padded canvas. An image with a single view is left alone, as
-    in the source. Where LLaVA-OneVision shrinks the un-padded canvas (the source's code for it is not public), all this
-    happens on the shrunken one, with scores shrunk as the features are. Videos, which have no thumbnail, are refused.
+    own scores plus the thumbnail's, stretched over the un-padded canvas. An image with a single view, which the source
+    leaves as it is, is refused: no budget would have an effect. Where LLaVA-OneVision shrinks the un-padded canvas (the
+    source's code for it is not public), all this happens on the shrunken one, with scores shrunk as the features are.
+    Videos, which have no thumbnail, are refused.
 
     Args:
         keep, average: R, a fraction (0.25, the code's default, if none is given), or patches per image, turned into the
@@ -82,8 +86,9 @@ class GlobalCom2(Budgeted):
             [CLS] token (its features and details are inferred).
         parity: None puts every token back in its place, in ascending order. "released" repeats the released code:
             thumbnail by descending score, crop tokens at the place of their number among the un-padded ones, and one
-            newline after every canvas row, padded rows included. It cannot be combined with other methods that cut, and
-            at R = 1 it keeps all tokens (the released code still thins dull crops).
+            newline after every canvas row, padded rows included, so a budget near all patches can make more tokens than
+            there were, which is an error. It cannot be combined with other methods that cut, and at R = 1 it leaves the
+            image as it is (the released code still thins dull crops).
         positions: contiguous (code).
         newlines: what happens to newline tokens; `parity="released"` has its own rule.
     """
@@ -94,7 +99,10 @@ class GlobalCom2(Budgeted):
     syncs = 1
     optional = True
     refuses_inputs: ClassVar[dict[str, str]] = {
-        "video": "lets the thumbnail of an image command its crops, and a video has no thumbnail"
+        "video": "lets the thumbnail of an image command its crops, and a video has no thumbnail",
+        "single": "lets the thumbnail of an image command its crops, and leaves an image with a single view as it is, "
+        "whatever the budget: give pictures that are cut into crops (LLaVA-OneVision cuts one that stands alone in its "
+        "prompt), or take another method",
     }
 
     tau: float = 10.0
@@ -109,8 +117,8 @@ class GlobalCom2(Budgeted):
         check_choice("parity", self.parity, Literal["released", None])
         check_choice("positions", self.positions, Positions)
         check_choice("newlines", self.newlines, Literal["all", "row", "none"])
-        if not self.tau > 0:
-            raise ValueError(f"tau={self.tau} must be above 0.")
+        if isinstance(self.tau, bool) or not isinstance(self.tau, Real) or not 0 < self.tau < math.inf:
+            raise ValueError(f"tau={self.tau!r} must be a number above 0.")
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         if not facts.views:
@@ -126,7 +134,6 @@ class GlobalCom2(Budgeted):
 
     def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` scores in, decision out."""
-        self.check_inputs(layout)
         if self.parity and any(grid.blend is not None for grid in layout.grids):
             raise UnsupportedError("parity='released' repeats code that knows no shrunken canvas: leave parity away.")
         (scores,) = seen.values()
@@ -153,7 +160,7 @@ class GlobalCom2(Budgeted):
             return patch, scores
         thumb, view, ratio = grid.side[0] * grid.side[1], upload(grid.view, device), self.ratio(grid)
         if len(grid.planes) == 1:  # a picture so thin that un-padding leaves no patch of its canvas
-            return top_k(scores, max(1, int(thumb * ratio)), (view == 0) & patch), scores
+            return top_k(scores, max(1, floored(thumb * ratio)), (view == 0) & patch), scores
         rows, cols = grid.planes[1]
         small = scores[:thumb].view(grid.side)
         guide = stretch(small, (rows, cols))
@@ -162,9 +169,9 @@ class GlobalCom2(Budgeted):
         member = (view == crop) & patch
         local = guided(scores.expand_as(member), guide.expand_as(member), member)
         sizes = upload(grid.patches_per_view[1:], device)
-        counts = (sizes * crop_ratios(small, grid.crops, ratio, self.tau)).floor().long()
+        counts = (sizes * crop_ratios(small, grid.crops, ratio, self.tau) + HAIR).floor().long()
         kept = top_k(local, counts, member).any(0)
-        kept |= top_k(scores, int(thumb * ratio), (view == 0) & patch)
+        kept |= top_k(scores, floored(thumb * ratio), (view == 0) & patch)
         return kept, torch.where(view == 0, scores, local.sum(0))
 
     def released(self, keep: torch.Tensor, scores: torch.Tensor, layout: Layout) -> Reduction:
@@ -172,7 +179,10 @@ class GlobalCom2(Budgeted):
         into, source, weight, counts = [], [], [], []
         most = layout.width + max(grid.side[0] * grid.crops[0] for grid in layout.grids)
         for i, grid in enumerate(layout.grids):
-            order = released_order(keep[i, : grid.tokens], scores[i, : grid.tokens], grid)
+            if grid.views == 1 or self.ratio(grid) >= 1:
+                order = torch.arange(grid.tokens, device=keep.device)
+            else:
+                order = released_order(keep[i, : grid.tokens], scores[i, : grid.tokens], grid)
             if len(order) > grid.tokens:
                 made = f"{len(order)} tokens of image {i}, which has {grid.tokens}"
                 raise ValueError(f"parity='released' makes {made}: lower keep.")
@@ -193,8 +203,6 @@ def released_order(keep: torch.Tensor, scores: torch.Tensor, grid: ImageGrid) ->
         keep, scores: `(tokens,)`.
     """
     device = keep.device
-    if grid.views == 1:
-        return torch.arange(grid.tokens, device=device)
     view, newline = upload(grid.view, device), upload(grid.newline, device)
     (rows, cols), (down, across) = grid.side, grid.crops
     thumbnail = (keep & (view == 0)).nonzero().flatten()

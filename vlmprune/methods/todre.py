@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
@@ -14,14 +14,28 @@ from vlmprune.parts.budget import count
 from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction
 from vlmprune.parts.diversity import greedy_diversity
 from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.layout import Layout
+from vlmprune.parts.layout import Layout, upload
 from vlmprune.parts.selection import Newlines, candidates, capped, check_choice, keep_patches
 from vlmprune.parts.taps import CrossShare, Hidden, Tap, VisionAttention
+from vlmprune.parts.templates import system_prefix
 from vlmprune.registry import register
 
 __all__ = ["ToDRE", "stage2_layer"]
 
 Pivot = Literal["cls", "mean", "random", "first"]
+
+
+def told(processor: Any) -> int:
+    """Length of the system prefix by a processor's chat template.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if (length := system_prefix(processor)) is None:
+        raise ValueError(
+            f"{type(processor).__name__} has no chat template that tells the system prefix: give a number."
+        )
+    return length
 
 
 def stage2_layer(layers: int) -> int:
@@ -44,11 +58,15 @@ class ToDRE(Budgeted):
             trace only.
         objective: "max_sum" (v2 of the paper, the default) or "max_min" (v1, k-center; its metric, the cosine too,
             is inferred).
-        pivot: the first pick: "cls" (thumbnail only on anyres images), "mean" (the patch nearest the mean feature,
-            the paper's "center"), "random" (seeded) or "first". The paper's "farthest" is not offered: from what is not
-            known to us. Towers without a [CLS] token need another pivot than "cls".
+        pivot: the first pick: "cls" (of an anyres image in its thumbnail, of a video in all frames), "mean" (the patch
+            nearest the mean feature, the paper's "center"), "random" (seeded) or "first". The paper's "farthest" is not
+            offered: from what is not known to us. Towers without a [CLS] token need another pivot than "cls".
         cls_layer: tower layer of the [CLS] row; the paper says the last.
         tau: threshold of stage 2 (paper: 0.10); None leaves stage 2 out.
+        system: tokens of the system prompt and template at the start of a conversation, which stage 2 takes neither for
+            text nor for image (as the paper): a number, or a processor, whose chat template tells. The command and the
+            evaluation ask their processor. None takes all that stands in front of the first image for it, which is
+            right where the image comes first; a question in front of the image then counts for nothing.
         seed: for `pivot="random"`; a whole number of at least 0.
         positions: stage 1, contiguous (inferred); stage 2 always leaves the ids of the text alone.
         newlines: stage 1; the paper is silent (its budget counts patches). Stage 2 drops newlines too.
@@ -64,6 +82,7 @@ class ToDRE(Budgeted):
     pivot: Pivot = "cls"
     cls_layer: int = -1
     tau: float | None = 0.1
+    system: int | None = None
     seed: int = 0
     positions: Positions = "contiguous"
     newlines: Newlines = "all"
@@ -77,6 +96,18 @@ class ToDRE(Budgeted):
         if self.tau is not None:
             check_share("tau", self.tau, " (a share of attention), or None for no stage 2")
         check_seed(self.seed)
+        if hasattr(self.system, "apply_chat_template"):
+            object.__setattr__(self, "system", told(self.system))
+        if self.system is not None and (
+            isinstance(self.system, bool) or not isinstance(self.system, int) or self.system < 0
+        ):
+            raise ValueError(
+                f"system={self.system!r} must be a number of tokens of at least 0, a processor whose chat template "
+                "tells it, or None for all that stands in front of the first image."
+            )
+
+    def told_by(self, processor: Any) -> ToDRE:
+        return replace(self, system=system_prefix(processor)) if self.system is None else self
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         see: tuple[Tap, ...] = (Hidden(),)
@@ -90,7 +121,7 @@ class ToDRE(Budgeted):
         cuts = [Cut(Decoder(0), see, self.stage1, self.positions)]
         late = stage2_layer(facts.decoder_layers)
         if self.tau is not None and 1 <= late < facts.decoder_layers:
-            cuts.append(Cut(Decoder(late), (CrossShare(late - 1),), self.stage2, "original"))
+            cuts.append(Cut(Decoder(late), (CrossShare(late - 1, self.system),), self.stage2, "original"))
         return cuts
 
     def stage1(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
@@ -108,7 +139,8 @@ class ToDRE(Budgeted):
     ) -> torch.Tensor:
         """`(images,)` index of the first pick."""
         if self.pivot == "cls":
-            thumbnail = patches & (layout.view == 0)
+            video = upload([grid.frames > 0 for grid in layout.grids], patches.device)[:, None]
+            thumbnail = patches & ((layout.view == 0) | video)
             pool = torch.where(thumbnail.any(1, keepdim=True), thumbnail, patches)
             return cls_row.masked_fill(~pool, -torch.inf).argmax(1)
         if self.pivot == "mean":

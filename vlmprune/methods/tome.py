@@ -23,6 +23,8 @@ from vlmprune.registry import register
 
 __all__ = ["PiToMe", "ToMe", "first_of_cluster"]
 
+Place = Literal["inside", "behind"]
+
 
 def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Mark the first patch of every cluster of every view; all patches of a cluster carry the same token.
@@ -46,11 +48,10 @@ def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class EncoderMerge(Budgeted):
-    """What both methods share: a schedule of merges behind the tower's layers, and one token per cluster afterwards.
+    """What both methods share: a schedule of merges in the tower's layers, and one token per cluster afterwards.
 
-    Merging happens at the end of a layer (ToMe's own code merges between its attention and its feed-forward block,
-    where no hook can reach); the rest of the model sees every original position carry its cluster's token, and the
-    repeats are dropped where the sequence is cut.
+    Every layer up to the feature layer merges, 23 of CLIP-L's 24 as in the sources. The rest of the model sees every
+    original position carry its cluster's token, and the repeats are dropped where the sequence is cut.
     """
 
     stage = "vision tower, every layer"
@@ -74,16 +75,14 @@ class EncoderMerge(Budgeted):
             raise UnsupportedError(
                 f"{self.name} merges all views alike, and images differ in their views: give a fraction as keep."
             )
-        layers, patches = facts.feature_layer, facts.view_patches
-        if layers < 1:
-            raise UnsupportedError(f"{self.name} needs a layer before the feature layer, and this tower has none.")
+        layers, patches = facts.feature_layer + 1, facts.view_patches
         schedule = self.schedule(patches, count(self.budget, patches), layers)
         cuts, left = [], patches
-        for layer, removed in enumerate(schedule, start=1):
+        for layer, removed in enumerate(schedule):
             if removed > left // 2:
                 raise ValueError(
-                    f"keep={self.budget} would merge {removed} of {left} tokens behind one layer, at most half can go: "
-                    f"raise keep (this tower has {layers} layers to merge behind)."
+                    f"keep={self.budget} would merge {removed} of {left} tokens in one layer, at most half can go: "
+                    f"raise keep (this tower has {layers} layers to merge in)."
                 )
             if removed:
                 cuts.append(self.cut(layer, removed, facts))
@@ -91,16 +90,15 @@ class EncoderMerge(Budgeted):
         return [*cuts, Cut(Decoder(0), (ClusterOf(),), partial(self.reduce, clusters=left), self.positions)]
 
     def schedule(self, patches: int, target: int, layers: int) -> list[int]:
-        """Tokens to merge away behind each layer, to get from `patches` to `target`."""
+        """Tokens to merge away in each layer, to get from `patches` to `target`."""
         return spread_evenly(patches - target, layers)
 
     def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
-        """The cut at the input of tower layer `layer`."""
+        """The cut in tower layer `layer`, or at its end."""
         raise NotImplementedError
 
     def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, clusters: int) -> Reduction:
         """Pure: cluster numbers in, one token per cluster stays."""
-        self.check_inputs(layout)
         (cluster,) = seen.values()
         keep = first_of_cluster(cluster, layout)
         # where packing cuts padding off, whole clusters can go with it
@@ -112,22 +110,34 @@ class EncoderMerge(Budgeted):
 @register("tome")
 @dataclass(frozen=True)
 class ToMe(EncoderMerge):
-    """Merge the most similar pairs of patches behind every tower layer, by the cosine of their keys.
+    """Merge the most similar pairs of patches in every tower layer, by the cosine of their keys.
 
     Args:
         keep, average: patches per image that enter the LLM (a fraction on families with views); the same number of
-            tokens is merged behind every layer before the feature layer.
+            tokens is merged in every layer up to the feature layer.
+        place: "inside" the layer, between its attention and its feed-forward block (paper and code), or "behind" it (as
+            adaptations to CLIP do, which work on whole layers).
         weigh: proportional attention: later layers count a token as often as the patches it stands for. Off as in
             adaptations to CLIP; ToMe's own code turns it on for its trained models.
         positions, newlines: as everywhere.
+
+    Even tokens are matched with odd ones in the order that the matching before left, as in the released code: what was
+    not merged first (by falling similarity where the tower has no [CLS] token), then the partners.
     """
 
-    summary = "similar patches merged behind every tower layer"
+    summary = "similar patches merged in every tower layer"
     paper = "arXiv 2210.09461"
 
+    place: Place = "inside"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("place", self.place, Place)
+
     def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
+        at = Vision(layer, inside=True) if self.place == "inside" else Vision(layer + 1)
         reduce = partial(self.match, removed=removed, has_cls=facts.has_cls)
-        return Cut(Vision(layer), (BlockKeys(layer - 1),), reduce, weigh=self.weigh)
+        return Cut(at, (BlockKeys(layer),), reduce, weigh=self.weigh)
 
     def match(self, seen: dict[Tap, torch.Tensor], sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
         """Pure: `(views, tokens, dim)` keys in, clusters out."""
@@ -147,11 +157,12 @@ class PiToMe(EncoderMerge):
         weigh: proportional attention; off in the official CLIP patch.
         positions, newlines: as everywhere.
 
-    Every layer keeps the same share of its tokens (paper). The metric is the hidden state, the margin
-    0.9 - 0.9 l / L (code). Means are weighted by size as in the paper; the CLIP patch takes plain ones.
+    Merging happens at a layer's end, as in the official CLIP patch. Every layer keeps the same share of its tokens
+    (paper). The metric is the hidden state, the margin 0.9 - 0.9 l / L (code). Means are weighted by size as in the
+    paper; the CLIP patch takes plain ones. The order of the tokens is the code's, as ToMe's.
     """
 
-    summary = "redundant patches merged behind every tower layer, distinct ones protected"
+    summary = "redundant patches merged in every tower layer, distinct ones protected"
     paper = "arXiv 2405.16148"
 
     energy_from: int = 13
@@ -171,13 +182,12 @@ class PiToMe(EncoderMerge):
         return [before - after for before, after in pairwise(sizes)]
 
     def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
-        behind = layer - 1  # the layer that has just run
-        if behind >= round(self.energy_from * facts.tower_layers / 24):
-            margin = 0.9 - 0.9 * behind / facts.tower_layers
+        if layer >= round(self.energy_from * facts.tower_layers / 24):
+            margin = 0.9 - 0.9 * layer / facts.tower_layers
             reduce = partial(self.by_energy, removed=removed, margin=margin, has_cls=facts.has_cls)
         else:
             reduce = partial(self.alternating, removed=removed, has_cls=facts.has_cls)
-        return Cut(Vision(layer), (Hidden(),), reduce, weigh=self.weigh)
+        return Cut(Vision(layer + 1), (Hidden(),), reduce, weigh=self.weigh)
 
     def alternating(self, seen: dict[Tap, torch.Tensor], sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
         """Pure: `(views, tokens, dim)` hidden states in, clusters out."""

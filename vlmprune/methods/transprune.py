@@ -13,7 +13,7 @@ import torch
 
 from vlmprune.methods.base import Budgeted, check_share
 from vlmprune.parts.attention import upcast
-from vlmprune.parts.budget import count
+from vlmprune.parts.budget import count, floored
 from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction, schedule_layers
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
@@ -122,7 +122,7 @@ class TransPrune(Budgeted):
         accumulate_layers, prune_layers: 1-based, of a 32-layer decoder; all layers from the first cut to the last one
             are accumulated if none are given (7 to 12, as the source). At another depth the cuts scale by
             max(previous + 1, round(p L / 32)), and the accumulated layers follow them (see `accumulated`).
-        keep_ratios: of the tokens that entered the LLM, one per cut: int(tokens * ratio), but never fewer than 1 of an
+        keep_ratios: of the tokens that entered the LLM, one per cut, floored, but never fewer than 1 of an
             image that has tokens (code: 0 is possible).
         alpha: weight of the transition score; the official code has none, which is 0.5.
         positions: contiguous, re-indexed at every cut, as the source; its decode positions differ by layer.
@@ -217,7 +217,7 @@ class TransPrune(Budgeted):
             return 0
         removed = [1 - ratio for ratio in self.keep_ratios]
         if self.keep is None and self.average is None:
-            return max(1, int(total * self.keep_ratios[stage]))
+            return count(float(self.keep_ratios[stage]), total)
         if self.average is None:
             left = count(self.keep, total)
             if stage == len(removed) - 1:
@@ -232,4 +232,4 @@ class TransPrune(Budgeted):
                     f"average={self.average} cannot be met with these cuts: even with nothing left after the last one "
                     f"the average is {lowest:.3f} of the tokens."
                 )
-        return max(1, int(total * (1 - stretch * removed[stage]) + 1e-9))
+        return max(1, floored(total * (1 - stretch * removed[stage])))

@@ -134,7 +134,12 @@ def last_rows(real: torch.Tensor, counts: torch.Tensor, most: int) -> tuple[torc
     Returns:
         `(batch, rows)` long indices and `(batch, rows)` float weights, 0 at padding.
     """
-    device, n = real.device, counts.clamp(min=1)[:, None]
-    end = torch.where(real, torch.arange(real.shape[1], device=device), 0).amax(1, keepdim=True) + 1
-    number = torch.arange(max(1, most), device=device)
-    return (end - n + number).clamp(0, real.shape[1] - 1), mean_weight(number < n)
+    device, n, most = real.device, counts.clamp(min=1)[:, None], max(1, most)
+    column = torch.arange(real.shape[1], device=device).expand_as(real)
+    # counted from the end among real rows alone: masked ones may lie between them
+    rank = real.flip(1).cumsum(1).flip(1)
+    slot = torch.where(real & (rank <= n), n - rank, most)
+    rows = column.new_zeros(len(real), most + 1).scatter(1, slot, column)[:, :most]
+    inside = torch.arange(most, device=device) < n
+    last = torch.where(real, column, 0).amax(1, keepdim=True)  # a row that sees something, at no weight
+    return torch.where(inside, rows, last), mean_weight(inside)

@@ -44,9 +44,14 @@ class Pixels:
 
 @dataclass(frozen=True, order=True)
 class Vision:
-    """A cut at the input of tower layer `layer` (0-based, from 1): tokens are merged inside the tower."""
+    """A cut inside the vision tower, where tokens are merged.
+
+    At the input of tower layer `layer` (0-based, from 1; the number of layers means behind the last one), or `inside`
+    that layer (from 0), between its attention and its feed-forward block.
+    """
 
     layer: int
+    inside: bool = False
 
 
 @dataclass(frozen=True, order=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -126,6 +127,23 @@ class ImageGrid:
         return one.expand(self.tokens, -1) if self.blend is None else self.blend[1]
 
 
+@lru_cache(maxsize=64)
+def noise(views: int, patches: int) -> torch.Tensor:
+    """`(views, patches, 1)` float64: numbers that tell every choice and every blend of patches from any other."""
+    return torch.rand(views, patches, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def ranked(z: torch.Tensor) -> tuple[int, torch.Tensor]:
+    """How many different numbers `(tokens,)` coordinates have, and the rank of each token's among them."""
+    whole = z.long()
+    if torch.equal(z, whole.to(z.dtype)):  # nothing was shrunk: counting is faster than sorting
+        whole = whole - whole.min()
+        there = (torch.bincount(whole) > 0).long()
+        return int(there.sum()), (there.cumsum(0) - 1)[whole]
+    values, rank = torch.unique((z / ROUNDING).round(), return_inverse=True)
+    return len(values), rank
+
+
 def trace_packing(
     pack: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     views: int,
@@ -158,7 +176,7 @@ def trace_packing(
         coords[view, :, 0] = (r + down * rows).flatten()
         coords[view, :, 1] = (c + right * cols).flatten()
         coords[view, :, 2] = view if frames else float(view > 0)
-    coords[..., 4] = torch.rand(coords.shape[:2], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    coords[..., 4:] = noise(views, rows * cols)
     packed = pack(coords, torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64))
     newline, plane = packed[:, 3] > 0.5, packed[:, 2].round().long()
     whole = packed[:, :2].round()
@@ -173,11 +191,15 @@ def trace_packing(
     view, source = number(*whole.long().unbind(1))
     low = centre.floor().long()
     part = centre - low
-    corners = [(i, j) for i in (0, 1) for j in (0, 1)]
-    # a corner without weight may lie outside: take the one before it
-    at = [low + (torch.tensor(corner) * (part > 0)) for corner in corners]
-    parts = torch.stack([number(*place.unbind(1))[1] for place in at], 1)
-    weights = torch.stack([(part * t + (1 - part) * (1 - t)).prod(1) for t in map(torch.tensor, corners)], 1)
+    blended = bool((part > 0)[~newline].any())
+    if blended:
+        corners = [(i, j) for i in (0, 1) for j in (0, 1)]
+        # a corner without weight may lie outside: take the one before it
+        at = [low + (torch.tensor(corner) * (part > 0)) for corner in corners]
+        parts = torch.stack([number(*place.unbind(1))[1] for place in at], 1)
+        weights = torch.stack([(part * t + (1 - part) * (1 - t)).prod(1) for t in map(torch.tensor, corners)], 1)
+    else:
+        parts, weights = source[:, None], torch.ones(1, 1, dtype=torch.float64)
     explained = (coords[..., 4].flatten()[parts] * weights).sum(1)
     if ((explained - packed[:, 4]).abs() > ROUNDING)[~newline].any():
         raise UnsupportedError(
@@ -190,15 +212,17 @@ def trace_packing(
         mine = (plane == p) & ~newline
         counts, steps = [], []
         for z, rank in ((centre[mine, 0], row), (centre[mine, 1], col)):
-            values, rank[mine] = torch.unique((z / ROUNDING).round(), return_inverse=True)
-            counts.append(len(values))
-            steps.append(float(z.max() - z.min()) / (len(values) - 1) if len(values) > 1 else 0.0)
+            lines, rank[mine] = ranked(z)
+            counts.append(lines)
+            steps.append(float(z.max() - z.min()) / (lines - 1) if lines > 1 else 0.0)
         planes.append((counts[0], counts[1]))
         # a single row or column has no neighbours: planes shrink in both directions about alike
         pitch.append((steps[0] or steps[1] or 1.0, steps[1] or steps[0] or 1.0))
-    # a newline closes the row of the token before it
-    for i in newline.nonzero().flatten().tolist():
-        row[i], col[i], view[i], plane[i] = (row[i - 1], col[i - 1] + 1, view[i - 1], plane[i - 1]) if i else [0] * 4
+    # a newline closes the row of the patch before it
+    token = torch.arange(len(newline))
+    last = torch.where(newline, 0, token).cummax(0).values
+    row, view, plane = (torch.where(newline, x[last], x) for x in (row, view, plane))
+    col = torch.where(newline, col[last] + token - last, col)
     return ImageGrid(
         source=source,
         view=view,
@@ -213,7 +237,7 @@ def trace_packing(
         frames=frames,
         centre=centre,
         pitch=tuple(pitch),
-        blend=(parts, weights) if (part > 0)[~newline].any() else None,
+        blend=(parts, weights) if blended else None,
     )
 
 

@@ -20,21 +20,28 @@ def spread_evenly(removed: int, layers: int) -> list[int]:
 
 
 def assign(
-    order_a: torch.Tensor, order_b: torch.Tensor, similarity: torch.Tensor, removed: int, protected: torch.Tensor | None
+    order_a: torch.Tensor,
+    order_b: torch.Tensor,
+    similarity: torch.Tensor,
+    removed: int,
+    protected: torch.Tensor | None,
+    in_order: bool = True,
 ) -> Clusters:
     """Merge the `removed` tokens of A with the most similar partner into that partner.
 
-    New order: what is protected, what is left of A (in A's order), B.
+    New order: what is protected, what is left of A, B.
 
     Args:
         order_a, order_b: `(views, a)` and `(views, b)` long token numbers of the two sides.
         similarity: `(views, a, b)`.
         protected: `(views, p)` long, tokens in neither side, or None.
+        in_order: what is left of A keeps A's order; else the more similar its partner, the earlier a token comes.
     """
     views, tokens_a, tokens_b = similarity.shape
     best, partner = similarity.max(-1)
     rank = best.sort(dim=-1, descending=True, stable=True).indices
-    gone, left = rank[:, :removed], rank[:, removed:].sort(dim=-1).values
+    gone, left = rank[:, :removed], rank[:, removed:]
+    left = left.sort(dim=-1).values if in_order else left
     first = 0 if protected is None else protected.shape[1]
     tokens = first + tokens_a + tokens_b
     into = torch.empty(views, tokens, dtype=torch.long, device=similarity.device)
@@ -51,6 +58,9 @@ def assign(
 def match_alternating(metric: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
     """ToMe's bipartite matching: even positions against odd ones, the [CLS] token left out.
 
+    The new order, on which the next matching hangs, is the released code's: it sorts what is left of the even ones only
+    where that brings a [CLS] token to the front.
+
     Args:
         metric: `(views, tokens, dim)`, compared by cosine.
         removed: tokens to merge away, at most half of the patches.
@@ -61,7 +71,7 @@ def match_alternating(metric: torch.Tensor, removed: int, has_cls: bool) -> Clus
     # with a [CLS] token at position 0 the even patches start at 2: it stays in front, in neither side
     a, b = number[:, 2 * has_cls :: 2], number[:, 1::2]
     similarity = x[:, 2 * has_cls :: 2] @ x[:, 1::2].transpose(-1, -2)
-    return assign(a, b, similarity, removed, number[:, :1] if has_cls else None)
+    return assign(a, b, similarity, removed, number[:, :1] if has_cls else None, in_order=has_cls)
 
 
 def energy(x: torch.Tensor, margin: float, alpha: float = 1.0) -> torch.Tensor:
@@ -83,6 +93,8 @@ def energy(x: torch.Tensor, margin: float, alpha: float = 1.0) -> torch.Tensor:
 def match_energy(metric: torch.Tensor, removed: int, margin: float, has_cls: bool) -> Clusters:
     """PiToMe's matching: the 2 * removed tokens of highest energy are split alternately, the rest is protected.
 
+    New order, as in the released code: [CLS], what is protected by falling energy, the partners.
+
     Args:
         metric: `(views, tokens, dim)`.
         removed: tokens to merge away, at most half of the patches.
@@ -91,7 +103,7 @@ def match_energy(metric: torch.Tensor, removed: int, margin: float, has_cls: boo
     x = functional.normalize(upcast(metric), dim=-1)
     first = int(has_cls)
     order = energy(x[:, first:], margin).sort(dim=-1, descending=True, stable=True).indices + first
-    mergeable, rest = order[:, : 2 * removed], order[:, 2 * removed :].sort(dim=-1).values
+    mergeable, rest = order[:, : 2 * removed], order[:, 2 * removed :]
     if has_cls:
         rest = torch.cat((torch.zeros_like(order[:, :1]), rest), 1)
     a, b = mergeable[:, ::2], mergeable[:, 1::2]

@@ -110,8 +110,11 @@ def select(
         shares = [share(keep, grid.patches_per_view) + [0] * (views - grid.views) for grid in layout.grids]
         by_view = layout.view[:, None] == torch.arange(views, device=layout.device)[:, None]
         rows = (among[:, None] & by_view) if views > 1 else among[:, None]
-        mask = top_k(scores[:, None].expand_as(rows), shares, rows).any(1)
         untouched = available == [grid.patches for grid in layout.grids]
+        if not untouched and isinstance(keep, float):  # of what an earlier cut has left of each view
+            table = [count(keep, total) for total in range(layout.view_size * views + 1)]
+            shares = upload(table, layout.device)[rows.sum(-1)]
+        mask = top_k(scores[:, None].expand_as(rows), shares, rows).any(1)
         return keep_patches(mask, layout, [sum(s) for s in shares] if untouched else None, newlines, scores)
     counts = [count(keep, total) for total in totals]
     mask = top_k(scores, counts, among)

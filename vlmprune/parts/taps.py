@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args
 
 import torch
 
@@ -22,9 +22,11 @@ from vlmprune.parts.attention import (
     mean_weight,
     take_rows,
 )
+from vlmprune.parts.cuts import Decoder, Pixels, Projector, Vision
 from vlmprune.parts.layout import upload
 
 if TYPE_CHECKING:
+    from vlmprune.parts.facts import ModelFacts
     from vlmprune.parts.layout import Layout
 
 __all__ = [
@@ -45,6 +47,9 @@ __all__ = [
     "TowerTap",
     "VisionAttention",
 ]
+
+
+NO_CLS = "this tower has no [CLS] token"
 
 
 class TowerLayer(Protocol):
@@ -95,12 +100,14 @@ class Remaining(Protocol):
 class Scene(Protocol):
     """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are.
 
-    `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most.
+    `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most;
+    `text_before` is the most that any row has in front of its first one.
     """
 
     sequence: Remaining
     layout: Layout
     text_after: tuple[torch.Tensor, int]
+    text_before: int
 
     def past_keys(self, layer: DecoderLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The keys that a decoder layer holds in front of the sequence, or None, and which keys of both are real."""
@@ -113,12 +120,42 @@ class Scene(Protocol):
 class Tap:
     """Base of all taps; a tap is its own key in what `reduce` sees."""
 
+    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+        """Why a cut at `at` cannot see this tap in a model, or None: asked before anything runs."""
+        return "nothing would measure it: derive it from TowerTap, DecoderTap or BlockTap"
+
+
+def misplaced(at: Pixels | Vision | Projector | Decoder) -> str | None:
+    """Why a cut cannot see what is known when the tower is done, or None."""
+    if isinstance(at, Pixels):
+        return "there is nothing to see before the tower has run"
+    return "a cut in the tower sees Hidden() and BlockKeys(layer) alone" if isinstance(at, Vision) else None
+
+
+def outside(layer: object, most: int, what: str) -> str | None:
+    """Why `layer` is no layer from 0 to `most`, or None."""
+    if isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer <= most:
+        return None
+    return f"{what} 0..{most}"
+
+
+def unknown(name: str, value: object, choices: object) -> str | None:
+    """Why `value` is none of a Literal's, or None."""
+    allowed = get_args(choices)
+    return None if value in allowed else f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}"
+
 
 @dataclass(frozen=True)
 class TowerTap(Tap):
     """A tap measured at the input of tower layer `layer` (0-based)."""
 
     layer: int
+
+    behind_last: ClassVar[bool] = False  # whether it can be measured behind the last layer, `measure(None, ...)`
+
+    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+        most = facts.tower_layers - (not self.behind_last)
+        return misplaced(at) or outside(self.layer, most, "this tower has layers")
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         """From the layer's input `(views, tokens, dim)`; returns `(views, patches, ...)`."""
@@ -131,6 +168,11 @@ class DecoderTap(Tap):
 
     layer: int
 
+    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+        if isinstance(at, Projector):
+            return "no decoder layer has run before this cut"
+        return misplaced(at) or outside(self.layer, at.layer, "its layer must not lie behind the cut, so be one of")
+
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         """From the layer's input `(batch, length, dim)`; returns `(images, tokens, ...)`."""
         raise NotImplementedError
@@ -140,8 +182,11 @@ class DecoderTap(Tap):
 class Hidden(Tap):
     """The visual tokens' own vectors at the cut, `(images, tokens, dim)`: the projected features at `Decoder(0)`.
 
-    At `Projector()` the tower's, `(views, tokens, dim)`, [CLS] first where there is one.
+    At `Vision(l)` and `Projector()` the tower's, `(views, tokens, dim)`, the [CLS] token's included.
     """
+
+    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+        return misplaced(at) if isinstance(at, Pixels) else None
 
 
 @dataclass(frozen=True)
@@ -154,6 +199,10 @@ class VisionAttention(TowerTap):
 
     rows: Literal["cls", "patches"] = "cls"
 
+    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+        no_cls = NO_CLS if self.rows == "cls" and not facts.has_cls else None
+        return super().misfit(at, facts) or unknown("rows", self.rows, Literal["cls", "patches"]) or no_cls
+
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         first, normed = int(has_cls), layer.normed(hidden)
         rows = normed[:, :1] if self.rows == "cls" else normed[:, first:]
@@ -164,6 +213,9 @@ class VisionAttention(TowerTap):
 class ClsLogits(TowerTap):
     """The [CLS] query's scaled scores over patch keys in a tower layer before the softmax: signed, head mean."""
 
+    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+        return super().misfit(at, facts) or (None if facts.has_cls else NO_CLS)
+
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         normed = layer.normed(hidden)
         return cls_logits(layer.queries(normed[:, :1])[..., 0, :], layer.keys(normed[:, 1:]), layer.scale)
@@ -173,16 +225,26 @@ class ClsLogits(TowerTap):
 class Distinctness(TowerTap):
     """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer or behind the last."""
 
+    behind_last: ClassVar[bool] = True
+
     def measure(self, layer: TowerLayer | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return distinctness(hidden[:, int(has_cls) :])
 
 
 @dataclass(frozen=True)
 class BlockKeys(TowerTap):
-    """Head-mean keys of a tower layer's attention, `(views, tokens, dim)`, for cuts in the tower.
+    """Head-mean keys of a tower layer's attention, `(views, tokens, dim)`, for cuts in and behind the tower.
 
     Taken from the layer's own key projection as it runs.
     """
+
+    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+        if isinstance(at, Projector):
+            return outside(self.layer, facts.tower_layers - 1, "this tower has layers")
+        if not isinstance(at, Vision):
+            return "only cuts in the tower, Vision(layer), and behind it, Projector(), see keys"
+        made, which = (at.layer, "its own layer") if at.inside else (at.layer - 1, "the layer before it")
+        return None if self.layer == made else f"this cut sees the keys of {which}, {made}"
 
 
 @dataclass(frozen=True)
@@ -191,12 +253,18 @@ class ClusterOf(TowerTap):
 
     layer: int = -1  # known when the tower is done
 
+    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+        return misplaced(at)
+
 
 @dataclass(frozen=True)
 class Kept(TowerTap):
     """What a cut between tower and projector has kept, `(images, tokens)` bool; nothing is said of newlines."""
 
     layer: int = -1  # known when the tower is done
+
+    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+        return None if isinstance(at, Decoder) else "only cuts in the language model come behind the one that keeps"
 
 
 @dataclass(frozen=True)
@@ -209,6 +277,9 @@ class TextAttention(DecoderTap):
     """
 
     rows: Literal["last", "instruction", "all"] = "last"
+
+    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+        return super().misfit(at, facts) or unknown("rows", self.rows, Literal["last", "instruction", "all"])
 
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         real = scene.sequence.asked()
@@ -260,18 +331,25 @@ class ReceivedAttention(DecoderTap):
 class CrossShare(DecoderTap):
     """How much text and image of a sample look at each other in a decoder layer, `(images, 2)` float32.
 
-    Share of the attention of text rows (all text after the first visual token) that goes to visual tokens, and share
-    of the attention of visual rows that goes to that text (ToDRE, stage 2). Equal for all images of a sample.
+    Share of the attention of text rows that goes to visual tokens, and share of the attention of visual rows that goes
+    to that text (ToDRE, stage 2). Equal for all images of a sample.
+
+    Text is what is not visual, but for the first `system` tokens of the conversation (where they stand in front of the
+    first image); None takes all that stands in front of it for system text. What a cache holds is no part of it.
     """
+
+    system: int | None = None
 
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         layout, real = scene.layout, scene.sequence.asked()
         at, sample = scene.flat_index(), upload(layout.sample, hidden.device)
         visual = torch.zeros(real.numel(), dtype=torch.long, device=real.device)
         visual = visual.scatter_add(0, at.flatten(), layout.alive.long().flatten()).view_as(real) > 0
-        text = real & ~visual & (visual.cumsum(1) > 0)
-        if max(layout.ordinal) == 0:
-            # one image a sample: the text after it cannot be seen from it, and its rows alone need to be computed
+        text = real & ~visual & ((visual.cumsum(1) > 0) | self.beyond_system(scene, real))
+        alone = self.system is None or (scene.sequence.past is None and scene.text_before <= self.system)
+        if max(layout.ordinal) == 0 and alone:
+            # one image a sample and no text before it: what comes after cannot be seen from it, and the rows of that
+            # alone need to be computed
             rows = [last_rows(real, *scene.text_after)]
         else:
             all_rows = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
@@ -283,12 +361,26 @@ class CrossShare(DecoderTap):
         ]
         return torch.stack(shares, 1)[sample]
 
+    def beyond_system(self, scene: Scene, real: torch.Tensor) -> torch.Tensor:
+        """`(batch, length)` bool of the tokens behind the system prefix, which a cache may hold in part or whole."""
+        if self.system is None:
+            return torch.zeros_like(real)
+        past, number = scene.sequence.past, real.cumsum(1)
+        if past is not None:
+            number = number + (past.length if past.mask is None else past.mask.sum(1, keepdim=True))
+        return number > self.system
+
 
 @dataclass(frozen=True)
 class BlockTap(Tap):
     """A tap on the two blocks (attention, feed-forward) of decoder layer `layer`: what each did to every token."""
 
     layer: int
+
+    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+        if isinstance(at, Projector) or (isinstance(at, Decoder) and at.layer == 0):
+            return "no decoder layer has run before this cut"
+        return misplaced(at) or outside(self.layer, at.layer - 1, "its layer must have run before the cut, one of")
 
     def measure(self, before: torch.Tensor, after: torch.Tensor, scene: Scene) -> torch.Tensor:
         """From a block's input and output, both `(batch, length, dim)`; the engine adds up a layer's two blocks.

@@ -1,1 +1,36 @@
-""" """
+"""Running models for a user: shared by Python, the commands and the evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+__all__ = ["load"]
+
+
+def load(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple[nn.Module, Any]:
+    """Load a model that can be patched, and its processor.
+
+    Args:
+        name: an embedded model (`scene-llava`, `scene-llava-next`: they come with the package), a folder, or an id on
+            the hub. Nothing is downloaded but for an id.
+        device: "cpu", "cuda", "cuda:N", or "auto", which is the GPU where there is one.
+        dtype: "float32", "bfloat16", "float16", or "auto", which is the checkpoint's own on a GPU and float32 on a CPU.
+
+    Returns:
+        (model in eval mode, processor).
+
+    Raises:
+        ValueError: no such model or device, or a model of a family that is not supported; the message says which.
+    """
+    from vlmprune.runtime import loading
+    from vlmprune.runtime.errors import UserError
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"unknown dtype {dtype!r}: auto, float32, bfloat16 or float16.")
+    try:
+        loaded = loading.load(loading.find_model(name), loading.pick_device(device), dtype)
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return loaded.model, loaded.processor

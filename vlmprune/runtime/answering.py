@@ -8,34 +8,16 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
 from vlmprune.runtime.loading import Loaded
 from vlmprune.runtime.status import quiet, status
 
 if TYPE_CHECKING:
     from vlmprune.api import Handle
+    from vlmprune.spec import Job
     from vlmprune.trace import Trace
 
-__all__ = ["Job", "Outcome", "answer", "check", "jobs", "run_job"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One method with its options."""
-
-    method: str
-    options: dict[str, Any]
-
-    @property
-    def budget(self) -> str:
-        """As a table shows it."""
-        return str(self.options.get("keep", self.options.get("average", "-")))
-
-    @property
-    def label(self) -> str:
-        """As a title names it: `fopru, keep 0.1`."""
-        given = [f"{word} {self.options[word]}" for word in ("keep", "average") if word in self.options]
-        return ", ".join([self.method, *given])
+__all__ = ["Outcome", "answer", "check", "guarded", "patch", "run_job"]
 
 
 @dataclass(frozen=True)
@@ -71,56 +53,6 @@ class Outcome:
         }
 
 
-def jobs(
-    methods: Sequence[str], budgets: Sequence[dict[str, Any]], options: dict[str, Any], asked: bool = True
-) -> list[Job]:
-    """One job for every method and budget; an option goes to all methods that have it.
-
-    Args:
-        methods: names.
-        budgets: `{"keep": 64}`, `{"average": 0.1}`, ...
-        options: all other options.
-        asked: whether the user named the budgets, so that a method without budgets is a mistake.
-
-    Raises:
-        UserError: an unknown method or option, or a bad value.
-    """
-    from vlmprune import registry
-    from vlmprune.errors import did_you_mean
-
-    classes = {}
-    for name in methods:
-        try:
-            classes[name] = registry.find(name)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        except Exception as error:  # a broken package that offers a method
-            raise UserError(f"method {name!r} cannot be loaded: {type(error).__name__}: {brief(error)}") from error
-    known = {name: set(registry.options(cls)) for name, cls in classes.items()}
-    for option in options:
-        if not any(option in has for has in known.values()):
-            every = sorted(set().union(*known.values()))
-            who = " and ".join(map(repr, methods))
-            raise UserError(
-                f"{who} has no option {option!r}.{did_you_mean(option, every)} Options: {', '.join(every)}."
-            )
-    made = []
-    for budget in budgets:
-        for name in methods:
-            if asked and not set(budget) <= known[name]:
-                why = " ".join(f": {classes[name].refuses[word]}" for word in budget if word in classes[name].refuses)
-                raise UserError(f"method {name!r} has no budget {', '.join(budget)}{why or '.'}")
-            mine = budget | options
-            job = Job(name, {option: value for option, value in mine.items() if option in known[name]})
-            try:
-                registry.build(name, job.options)
-            except (TypeError, ValueError, FileNotFoundError) as error:
-                raise UserError(f"{name}: {error}") from None
-            if job not in made:
-                made.append(job)
-    return made
-
-
 def patch(loaded: Loaded, job: Job) -> Handle:
     """Patch the model for a job.
 
@@ -128,11 +60,11 @@ def patch(loaded: Loaded, job: Job) -> Handle:
         UserError: the method does not fit the model.
     """
     import vlmprune
+    from vlmprune import spec
 
-    try:
-        return vlmprune.patch(loaded.model, job.method, **job.options)
-    except (TypeError, ValueError, vlmprune.UnsupportedError) as error:
-        raise UserError(f"{job.method} on {loaded.source.name}: {error}") from None
+    with user_mistakes(f"{job.method} on {loaded.source.name}: "):
+        methods = spec.build(job.method, job.options)
+        return vlmprune.patch(loaded.model, [made.told_by(loaded.processor) for made in methods])
 
 
 def check(loaded: Loaded, todo: Sequence[Job]) -> None:

@@ -1,4 +1,6 @@
-"""Pictures of what a method kept: kept patches clear, dropped ones pale and dark.
+"""Pictures of what a method kept: kept patches clear, dropped ones pale and dark, pooled ones in their mean colour.
+
+What the model never sees, since its image processor cuts it off, is striped: no method dropped it.
 
 Where a patch lies in the picture is asked of the image processor itself: a picture of its own coordinates goes through
 it, so crops, padding and squashing need no reimplementation. Only Pillow and numpy are used.
@@ -19,11 +21,12 @@ if TYPE_CHECKING:
     from vlmprune.parts.layout import ImageGrid
     from vlmprune.trace import Trace
 
-__all__ = ["Panel", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "sheet"]
+__all__ = ["Panel", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "seen_share", "sheet"]
 
 LONGEST = 384  # pixels of a panel's longer side: small pictures are scaled up by a whole number, large ones down
 GAP, TEXT, HEADING = 14, 15, 18
-DARK = 0.45  # brightness of what was dropped; what no patch covers is darker still
+DARK = 0.45  # brightness of what was dropped
+STRIPE = 10  # pixels from one stripe to the next on what no patch covers
 
 Box = tuple[float, float, float, float]
 
@@ -131,27 +134,80 @@ def scaled(image: Image.Image, longest: int = LONGEST) -> tuple[Image.Image, flo
     return image.resize(size, Image.Resampling.LANCZOS), factor
 
 
-def paint(image: Image.Image, boxes: Sequence[Box], kept: Sequence[float], longest: int = LONGEST) -> Image.Image:
-    """Leave kept boxes as they are, with a thin line around them, and dim everything else.
+def striped(pale: Image.Image) -> Image.Image:
+    """What no patch covers: washed out under diagonal stripes."""
+    x, y = np.arange(pale.width)[None, :], np.arange(pale.height)[:, None]
+    stripes = Image.fromarray(((x + y) % STRIPE < 2).astype(np.uint8) * 255)
+    washed = Image.blend(pale, Image.new("RGB", pale.size, "white"), 0.65)
+    return Image.composite(Image.new("RGB", pale.size, (150, 150, 150)), washed, stripes)
+
+
+def paint(
+    image: Image.Image, boxes: Sequence[Box], kept: Sequence[float], longest: int = LONGEST, averaged: bool = False
+) -> Image.Image:
+    """Leave kept boxes as they are, with a thin line around them, dim dropped ones, and stripe what no box covers.
 
     Args:
         kept: for every box the share of the cuts that it outlived: 1 stays clear, 0 is darkest.
+        averaged: fill every kept box with its mean colour.
     """
     base, factor = scaled(image, longest)
-    layers = {level: Image.new("L", base.size) for level in sorted({0.0, 1.0, *map(float, kept)})}
-    for box, level in zip(boxes, kept, strict=True):
-        left, top, right, bottom = (round(edge * factor) for edge in box)
-        if right > left and bottom > top:
-            layers[float(level)].paste(255, (left, top, right, bottom))
+    edges = [tuple(round(edge * factor) for edge in box) for box in boxes]
+    inside = [(max(a, 0), max(b, 0), min(c, base.width), min(d, base.height)) for a, b, c, d in edges]
+    shown = [(at, float(level)) for at, level in zip(inside, kept, strict=True) if at[2] > at[0] and at[3] > at[1]]
+    layers = {level: Image.new("L", base.size) for level in sorted({0.0, 1.0, *(level for _, level in shown)})}
+    for at, level in shown:
+        layers[level].paste(255, at)
+        if averaged and level:
+            base.paste(base.resize((1, 1), Image.Resampling.BOX, box=at).getpixel((0, 0)), at)
     pale = ImageEnhance.Color(base).enhance(0.3)
-    made = ImageEnhance.Brightness(pale).enhance(DARK * 0.35)  # what no patch covers
+    made = striped(pale)
     for level, mask in layers.items():
-        shown = ImageEnhance.Brightness(base if level else pale).enhance(DARK + (1 - DARK) * level)
-        made = Image.composite(shown, made, mask)
+        bright = ImageEnhance.Brightness(base if level else pale).enhance(DARK + (1 - DARK) * level)
+        made = Image.composite(bright, made, mask)
     # the line runs on what was dropped: what was kept stays untouched
     edge = ImageChops.subtract(layers[1.0].filter(ImageFilter.MaxFilter(3)), layers[1.0])
     made.paste((255, 255, 255), mask=edge)
+    if averaged:
+        canvas = ImageDraw.Draw(made)
+        for (left, top, right, bottom), level in shown:
+            if level:
+                canvas.rectangle((left, top, right - 1, bottom - 1), outline=(255, 255, 255))
     return made
+
+
+def seen_share(image_processor: Any, size: tuple[int, int], grid: ImageGrid) -> float:
+    """How much of a picture of `size` (width, height) any visual token covers: 1 unless the processor crops it."""
+    return covered(patch_boxes(image_processor, size, grid), size)
+
+
+def covered(boxes: Sequence[Box], size: tuple[int, int], fine: int = 512) -> float:
+    """The share of a picture's area that boxes cover, to one pixel in `fine`."""
+    mask = Image.new("1", (min(size[0], fine), min(size[1], fine)))
+    canvas, (wide, tall) = ImageDraw.Draw(mask), (mask.width / size[0], mask.height / size[1])
+    for left, top, right, bottom in boxes:
+        at = round(left * wide), round(top * tall), round(right * wide) - 1, round(bottom * tall) - 1
+        if at[2] >= at[0] and at[3] >= at[1]:
+            canvas.rectangle(at, fill=1)
+    return float(np.asarray(mask).mean())
+
+
+def pooled(trace: Trace, index: int) -> dict[int, list[int]]:
+    """For every token of image `index` that averages others, those that flow into it, itself included."""
+    cells: dict[int, list[int]] = {}
+    for cut in trace.cuts:
+        if cut.merge is not None and cut.merge.source is None:
+            into, weight = cut.merge.into[index].tolist(), cut.merge.weight[index].tolist()
+            for token in range(trace.grids[index].tokens):
+                if weight[token] > 0 and not trace.grids[index].newline[token]:
+                    cells.setdefault(into[token], []).append(token)
+    return cells
+
+
+def around(boxes: Sequence[Box]) -> Box:
+    """The smallest box around boxes."""
+    left, top, right, bottom = zip(*boxes, strict=True)
+    return min(left), min(top), max(right), max(bottom)
 
 
 def outlived(trace: Trace, index: int) -> list[float]:
@@ -165,15 +221,19 @@ def kept_pictures(
 ) -> list[Image.Image]:
     """The picture with what was kept of image `index`; of several cuts, what outlived more of them is brighter.
 
-    Of an image with crops: the canvas of crops first, then, smaller, the thumbnail.
+    What averages others is drawn as one box of their mean colour. Of an image with crops: the canvas of crops first,
+    then, smaller, the thumbnail.
     """
-    grid, kept = trace.grids[index], outlived(trace, index)
+    grid, kept, cells = trace.grids[index], outlived(trace, index), pooled(trace, index)
     boxes = patch_boxes(image_processor, image.size, grid)
+    inside = {token for members in cells.values() for token in members}
     planes = []
     for plane in range(len(grid.planes)):
         mine = [t for t in range(grid.tokens) if grid.plane[t] == plane and not grid.newline[t]]
         size = longest if len(grid.planes) == 1 or plane else longest // 2
-        planes.append(paint(image, [boxes[t] for t in mine], [kept[t] for t in mine], size))
+        shown = {t: boxes[t] for t in mine if t not in inside}
+        shown |= {t: around([boxes[m] for m in cells[t]]) for t in mine if t in cells}
+        planes.append(paint(image, list(shown.values()), [kept[t] for t in shown], size, bool(cells)))
     return planes[::-1]
 
 
@@ -201,6 +261,8 @@ def kept_panel(
         small = sum(int(grid.plane[t]) == 0 for t in kept)
         whole = grid.patches_per_view[0]
         about = [f"crops {len(kept) - small} of {grid.patches - whole}, thumbnail {small} of {whole}{merged}"]
+    if (share := seen_share(image_processor, image.size, grid)) < 0.99:
+        about.append(f"the model sees {share:.0%} of the picture (striped: cut off)")
     return Panel(title, about + list(lines), kept_pictures(image, trace, image_processor, index, longest))
 
 

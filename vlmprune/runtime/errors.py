@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["CommandError", "UserError", "brief", "printable"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from vlmprune.errors import UnsupportedError
+
+__all__ = ["CommandError", "UserError", "brief", "printable", "user_mistakes"]
 
 
 class CommandError(Exception):
@@ -15,6 +20,15 @@ class UserError(CommandError):
     """The user's mistake."""
 
     code = 2
+
+
+@contextmanager
+def user_mistakes(start: str = "") -> Iterator[None]:
+    """Around what reads options, makes methods or patches a model: what these raise is the user's mistake."""
+    try:
+        yield
+    except (TypeError, ValueError, FileNotFoundError, UnsupportedError) as error:
+        raise UserError(f"{start}{error}") from None
 
 
 def printable(name: object, limit: int = 300) -> str:

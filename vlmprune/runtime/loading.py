@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.runtime.errors import UserError, brief
+from vlmprune.runtime import interruption
+from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.runtime.prompts import check_text
 from vlmprune.runtime.status import note, quiet
+from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["Loaded", "find_model", "load", "model_inputs", "pick_device"]
 
+ADAPTER = "adapter_config.json"  # of PEFT
+
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: a folder (`local`) or an id on the hub; `embedded` models come with the package."""
+    """Where a model is: a folder (`local`) or an id on the hub; `embedded` models come with the package.
+
+    `adapter` is the folder of a PEFT adapter that goes onto it.
+    """
 
     name: str
     place: str
     local: bool
     embedded: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,8 @@ def find_model(name: str) -> Source:
             raise UserError(f"{brief(error)}; name another model with --model.") from None
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+            return with_adapter(name, folder)
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} has no config.json: it is not the folder of a model.")
         return Source(name, str(folder), local=True)
@@ -71,6 +83,35 @@ def find_model(name: str) -> Source:
             f"owner/name on the hub.{hint}"
         )
     return Source(name, name, local=False)
+
+
+def with_adapter(name: str, folder: Path) -> Source:
+    """The base model that the adapter in a folder names, with the adapter on it.
+
+    Raises:
+        UserError: peft is missing, or the base model cannot be found.
+    """
+    from importlib.util import find_spec
+
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise ValueError("base_model_name_or_path is empty")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is the folder of a PEFT adapter, and its {ADAPTER} does not say of which model "
+            f"(base_model_name_or_path): {brief(error)}."
+        ) from None
+    if find_spec("peft") is None:
+        raise UserError(
+            f"{folder} is the folder of a PEFT adapter for {base}, not of a whole model: pip install peft, and both "
+            "are loaded together; or merge them (merge_and_unload) and save the whole model."
+        )
+    try:
+        source = find_model(base)
+    except UserError as error:
+        raise UserError(f"{folder} is the folder of a PEFT adapter for {base}: {error}") from None
+    return replace(source, name=name, adapter=str(folder))
 
 
 def pick_device(wanted: str) -> str:
@@ -104,7 +145,9 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
 
     Raises:
         UserError: not there, not reachable, not complete, or of a family that is not supported.
+        CommandError: a release of transformers that is not supported.
     """
+    check_release()
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -129,17 +172,54 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
                 raise UserError(f"{source.name} has no processor for pictures (processor_config.json).")
             wanted = kind if kind == "auto" else getattr(torch, kind)
             model = AutoModelForImageTextToText.from_pretrained(source.place, dtype=wanted, **only, **options)
+            if source.adapter is not None:
+                model.load_adapter(source.adapter)
             family = family_of(model)
             family.facts(family.inner(model))
+            interruption.check()
         except UnsupportedError as error:
             raise UserError(f"{source.name}: {error}") from None
         except UserError:
             raise
         except Exception as error:  # transformers, the hub and safetensors raise nearly anything
+            interruption.check(error)
             way = "" if source.local else " (no such folder here, and the hub could not help)"
             raise UserError(f"cannot load {source.name}{way}: {brief(error)}") from error
+    fill_in(processor, family.processor_fields(family.inner(model)), source.name)
     placed = model if options.get("device_map") is not None else model.to(device)
     return Loaded(source, placed.eval(), processor)
+
+
+def fill_in(processor: Any, fields: dict[str, Any], name: str) -> None:
+    """Give the processor what its file lacks, or has wrong, of the model's own facts, and say so.
+
+    Processors of older checkpoints lack `patch_size` and the like; without them placeholders and features do not match.
+    A processor may leave out the [CLS] token on both sides (no additional token, and none dropped): that counts right.
+    """
+    added, strategy = "num_additional_image_tokens", "vision_feature_select_strategy"
+    has = {field: getattr(processor, field, None) for field in fields}
+    if added in fields and has[added] is not None and has[added] - (has[strategy] == "default") == 0:
+        fields = {field: value for field, value in fields.items() if field not in (added, strategy)}
+    changed = {field: value for field, value in fields.items() if has[field] != value}
+    for field, value in changed.items():
+        setattr(processor, field, value)
+    if changed:
+        told = ", ".join(f"{field}={value!r} (was {has[field]!r})" for field, value in changed.items())
+        note(f"{name}: the processor's file does not fit the model; from the model's config: {told}")
+
+
+def check_release() -> None:
+    """Refuse another transformers before it fails in words of its own.
+
+    Raises:
+        CommandError: with the way out.
+    """
+    from vlmprune._compat import check_transformers
+
+    try:
+        check_transformers()
+    except ImportError as error:
+        raise CommandError(str(error)) from None
 
 
 def refuse_original(source: Source) -> None:
@@ -199,6 +279,7 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
         UserError: placeholders and pictures do not match, or the processor cannot prepare them.
     """
     processor, model = loaded.processor, loaded.model
+    check_text(prompt, "the prompt")
     token = getattr(processor, "image_token", None) or "<image>"
     if token in prompt:
         text, made = prompt, f"the prompt has {prompt.count(token)} {token}"
@@ -209,7 +290,7 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
     else:
         text, made = token * len(images) + "\n" + prompt, ""
     if text.count(token) != len(images):
-        raise UserError(f"{made}, and there are {len(images)} pictures.")
+        raise UserError(f"{made}, and there {'is' if len(images) == 1 else 'are'} {counted(len(images), 'picture')}.")
     check_shapes(processor, images)
     # a template that writes the first token itself must not get a second one
     bos = getattr(processor.tokenizer, "bos_token", None)
@@ -218,7 +299,9 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
         # in a list of their own: LLaVA-OneVision prepares several pictures of one prompt differently
         inputs = processor(text=text, images=[list(images)], return_tensors="pt", **once)
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"the model's processor cannot prepare these pictures: {brief(error)}") from error
+        raise UserError(
+            f"the model's processor cannot prepare these pictures and this prompt: {brief(error)}"
+        ) from error
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return inputs
@@ -240,6 +323,21 @@ def check_shapes(processor: Any, images: Sequence[Image.Image]) -> None:
                 f"a picture of {image.width} x {image.height} pixels is too long and narrow: with its shorter side "
                 f"scaled to {edge}, as this model wants it, it would have {pixels:.2g} pixels. Cut it into pieces."
             )
+
+
+def strange_pictures(loaded: Loaded, images: Sequence[Image.Image]) -> int:
+    """How many pictures an embedded model was not made for: it knows the drawn scenes it was trained on."""
+    from vlmprune.eval.testbed.scenes import looks_drawn
+
+    return sum(not looks_drawn(image) for image in images) if loaded.source.embedded else 0
+
+
+def warn_of_photographs(name: str, count: int) -> None:
+    """Say that an embedded model's answers about `count` pictures mean nothing."""
+    if count:
+        look = "looks" if count == 1 else "look"
+        they = f"{counted(count, 'picture')} {look}"
+        note(f"{name} knows drawn scenes only, and {they} like none: its answers about photographs mean nothing")
 
 
 def unknown_words(loaded: Loaded, prompt: str) -> list[str]:

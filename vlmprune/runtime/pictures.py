@@ -9,11 +9,12 @@ import warnings
 from array import array
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
+from vlmprune.runtime import interruption
 from vlmprune.runtime.errors import CommandError, UserError, brief, printable
 
-__all__ = ["check_target", "read_picture", "to_rgb", "write_picture"]
+__all__ = ["check_target", "plainly_wrong", "read_picture", "to_rgb", "upright_rgb", "write_picture"]
 
 VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 
@@ -40,17 +41,44 @@ def read_picture(path: str | Path) -> Image.Image:
             warnings.simplefilter("ignore")  # of large pictures and odd metadata, which are read all the same
             with Image.open(path) as image:
                 image.load()
-                return to_rgb(ImageOps.exif_transpose(image))
+                return upright_rgb(image)
     except PermissionError:
         raise UserError(f"no permission to read {name}") from None
+    except Image.DecompressionBombError:
+        raise UserError(
+            f"{name} has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels and is not read: a small file may claim any "
+            "size. Models see a few thousand pixels a side at most, so shrink it first, for example by ImageMagick: "
+            "magick big.png -resize 8000x8000 small.png"
+        ) from None
     except Image.UnidentifiedImageError:
         if path.suffix.lower() in VIDEOS:
             raise UserError(
-                f"{name} is a video: this command takes pictures. Videos are pruned from Python (README, Videos)."
+                f"{name} is a video: this command takes pictures. Videos are pruned from Python (docs/support.md)."
             ) from None
         raise UserError(f"{name} is not a picture that Pillow can read.") from None
     except Exception as error:  # decoders raise nearly anything when a file is damaged
+        interruption.check(error)
         raise UserError(f"{name} cannot be read as a picture: {brief(error)}") from None
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A picture as a model is to see it: turned as its EXIF data say, and as RGB by `to_rgb`.
+
+    Raises:
+        ValueError: as `to_rgb`.
+    """
+    return to_rgb(ImageOps.exif_transpose(image))
+
+
+def plainly_wrong(image: Image.Image) -> str | None:
+    """What Pillow's plain `convert("RGB")` does wrong with a picture; None where it is the same as `upright_rgb`."""
+    if image.mode.startswith(("I", "F")):
+        return "more than 8 bits clipped"
+    if image.getexif().get(ExifTags.Base.Orientation, 1) not in (0, 1):
+        return "not turned upright"
+    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        return "transparent pixels shown"
+    return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -7,8 +7,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["note", "quiet", "status"]
+__all__ = ["note", "noted_warnings", "quiet", "status"]
 
 
 def status(text: str = "") -> None:
@@ -22,6 +23,26 @@ def note(text: str) -> None:
     """Print a line that stays."""
     status()
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def noted_warnings() -> Iterator[None]:
+    """Say our own warnings about budgets as notes, each once."""
+    from vlmprune.parts.budget import SmallBudgetWarning
+
+    with warnings.catch_warnings():
+        others, told = warnings.showwarning, set()
+
+        def show(message: Warning | str, category: type[Warning], *more: Any) -> None:
+            if not issubclass(category, SmallBudgetWarning):
+                others(message, category, *more)
+            elif str(message) not in told:
+                told.add(str(message))
+                note(f"note: {message}")
+
+        warnings.showwarning = show
+        warnings.simplefilter("always", SmallBudgetWarning)
+        yield
 
 
 @contextmanager

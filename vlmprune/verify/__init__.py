@@ -16,11 +16,11 @@ from vlmprune.parts.cuts import Pixels, Vision
 from vlmprune.patches import family_of
 from vlmprune.verify import checks, evidence
 from vlmprune.verify.about import about
-from vlmprune.verify.prompts import prompts_for
+from vlmprune.verify.prompts import check_placeholders, check_rotary, prompts_for
 from vlmprune.verify.runs import run
-from vlmprune.verify.verdict import CHECKS, Line, Report
+from vlmprune.verify.verdict import CHECKS, OPEN, Line, Report
 
-__all__ = ["CHECKS", "Line", "Report", "Subject", "check"]
+__all__ = ["CHECKS", "OPEN", "Line", "Report", "Subject", "check"]
 
 
 class Subject:
@@ -31,7 +31,7 @@ class Subject:
 
     Raises:
         UnsupportedError: a model of the original llava package, of no supported family, or not on one device.
-        ValueError: a patched model.
+        ValueError: a patched model, or one whose placeholders are no tokens of its vocabulary.
     """
 
     def __init__(self, model: nn.Module):
@@ -52,6 +52,7 @@ class Subject:
             )
         if left := checks.left_behind(self.model):
             raise ValueError(f"this model is patched ({left[0]}): unpatch it first, then check it.")
+        check_placeholders(self.family, self.model)
         self.plain: dict[bool, evidence.Plain] = {}
 
     def check(
@@ -68,6 +69,7 @@ class Subject:
 
         Raises:
             ValueError: also where the unpruned model computes NaN or infinite numbers.
+            UnsupportedError: also where rotary embeddings change with the length of what was read.
         """
         with torch.no_grad(), evaluating(self.model):
             handle = patch(self.model, method, **options)
@@ -80,6 +82,7 @@ class Subject:
             if videos not in self.plain:
                 step("the unpruned model")
                 prompts = prompts_for(self.family, self.model, videos)
+                check_rotary(self.family.language_model(self.family.inner(self.model)), prompts)
                 self.plain[videos] = evidence.plain_of(self.family, self.model, prompts)
             plain = self.plain[videos]
 

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.patches.language_models import attention_mask
+from vlmprune.patches.host import with_cache
+from vlmprune.patches.language_models import attention_mask, sliding_window
 from vlmprune.trace import CutTrace
 
 __all__ = ["Flow", "Stretch", "flow_of", "run_layers", "stretches"]
@@ -205,21 +206,22 @@ def run_layers(
         cache: is filled.
         decoded: tokens after the prompt, `hidden` included; 0 in the prefill.
     """
-    number = -1
+    number, masks = -1, {}
     for index, layer in enumerate(language_model.layers):
         if number + 1 < len(parts) and parts[number + 1].first == index:
             number += 1
-            part = parts[number]
+            part, masks = parts[number], {}
             if number and not decoded:
                 hidden = part.take(hidden)
-            mask = attention_mask(layer, index, hidden, part.longer(decoded), cache)
             rotary = language_model.rotary_emb(hidden, position_ids=positions[number])
+        if (window := sliding_window(layer.self_attn)) not in masks:  # full and sliding layers may take turns
+            masks[window] = attention_mask(layer, index, hidden, part.longer(decoded), cache)
         hidden = layer(
             hidden,
-            attention_mask=mask,
+            attention_mask=masks[window],
             position_embeddings=rotary,
             position_ids=positions[number],
-            past_key_values=cache,
             use_cache=True,
+            **with_cache(cache),
         )
     return language_model.norm(hidden)

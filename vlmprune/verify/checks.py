@@ -11,12 +11,12 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.verify.evidence import SIDES, Evidence, Plain, attempt, same_so_far, steps_of
-from vlmprune.verify.runs import FORCED, Hand, Run, masked
-from vlmprune.verify.verdict import Line, judge, largest, relative, tolerance, worst, worst_logits
+from vlmprune.verify.runs import FORCED, Hand, Run, by_hand, dropped_by, masked, of_images
+from vlmprune.verify.ties import CLOSE_CALL, differing
+from vlmprune.verify.verdict import Line, judge, largest, relative, worst, worst_logits
 
 __all__ = ["LINES", "judged", "left_behind", "raised", "restore_line", "syncs", "syncs_line"]
 
-CLOSE = 0.1  # the share of kept tokens that rounding may exchange where scores nearly tie
 UNPRUNED = "this budget prunes nothing"
 
 
@@ -35,10 +35,10 @@ def rows_line(e: Evidence) -> Line:
 
     def off(hand: Hand) -> float:
         columns = [c for c in hand.columns[-1] if c < length]
-        states = worst(e.pruned.run.hidden[0, columns], hand.hidden[: len(columns)])
+        states = worst(e.pruned.run.hidden[0, columns], hand.hidden)
         return max(states, worst_logits(e.pruned.run.logits[0, :1], hand.logits[:1]))
 
-    return judge("rows", off(e.hand), e.plain.noise, off(e.twin), e.dtype, e.behind)
+    return judge("rows", off(e.hand), e.plain.noise("rows"), off(e.twin), e.dtype, e.behind)
 
 
 def wrong_lengths(e: Evidence) -> str:
@@ -83,7 +83,7 @@ def cache_line(e: Evidence) -> Line:
     failed = f"layer {layer}, entry {int(by_entry.argmax())} of {len(by_entry)} is not the kept token's"
     lengths = sorted(set(e.pruned.run.lengths), reverse=True)
     told = f"{', '.join(map(str, lengths))} entries for {e.rows.ids.shape[1]} tokens"
-    return judge("cache", off, e.plain.noise, doubled(e), e.dtype, told, failed)
+    return judge("cache", off, e.plain.noise("cache"), doubled(e), e.dtype, told, failed)
 
 
 def positions_line(e: Evidence) -> Line:
@@ -98,73 +98,69 @@ def positions_line(e: Evidence) -> Line:
 
     found, layer = off(e.hand)
     told = ", ".join(dict.fromkeys(cut.positions for cut in e.pruned.trace.cuts))
-    return judge("positions", found, e.plain.noise, off(e.moved)[0], e.dtype, told, f"{told}; layer {layer}")
+    return judge(
+        "positions", found, e.plain.noise("positions"), off(e.moved)[0], e.dtype, told, f"{told}; layer {layer}"
+    )
 
 
 def decode_line(e: Evidence) -> Line:
-    """Logits of the forced tokens against the masked whole sequence."""
+    """Logits of the forced tokens against the masked whole sequence; the mistake is to decode at other positions."""
     if e.mistake is None:
         return Line("decode", "-", UNPRUNED)
-    asked = (e.rows, e.pruned.trace.cuts), e.mistake
-    right, twin = (masked(e.family, e.model, rows, cuts, e.pruned.forced) for rows, cuts in asked)
+    cuts, forced, wrong = e.pruned.trace.cuts, e.pruned.forced, dropped_by(e.pruned.trace)
+    right, twin = (masked(e.family, e.model, e.rows, cuts, forced, astray)[1:] for astray in (0, wrong))
     got = e.pruned.run.logits[0, 1:]
-    off, other = worst_logits(got, right[1:]), worst_logits(got, twin[1:])
-    return judge("decode", off, e.plain.noise, other, e.dtype, e.behind)
+    off, other = worst_logits(got, right), worst_logits(got, twin)
+    return judge("decode", off, e.plain.noise("decode"), other, e.dtype, e.behind)
 
 
 def generate_line(e: Evidence) -> Line:
-    """A greedy answer with a cache against one without, and with a static cache."""
+    """A greedy answer against that by hand, and with a static cache; the mistake is that of `decode_line`."""
     answer, static = settled(e.pruned.answer), settled(e.pruned.static)
     off = worst_logits(answer.logits, e.hand.logits)
-    if e.twin is None:
+    if e.astray is None:
         return Line("generate", "-", UNPRUNED)
-    twin = worst_logits(answer.logits, e.twin.logits)
+    twin = worst_logits(answer.logits, e.astray.logits)
     told = "no static cache" if static is None else ""
-    noise = e.plain.noise
     coarse = max(e.dtype, answer.logits.dtype, key=lambda kind: torch.finfo(kind).eps)  # `generate` has float32 logits
+    lines = [judge("generate", off, e.plain.noise("generate"), twin, coarse, told, "with and without a cache")]
     if static is not None:
         same = same_so_far(answer, static)
         apart = worst_logits(static.logits[:same], answer.logits[:same])
-        if not apart <= tolerance(noise, coarse):
-            return Line("generate", "FAIL", "a static cache gives another answer", apart, noise, twin)
-        off = max(off, apart)
-    return judge("generate", off, noise, twin, coarse, told, "with and without a cache")
+        failed = "a static cache gives another answer"
+        lines.append(judge("generate", apart, e.plain.noise("static"), twin, coarse, "", failed))
+    return severest(lines)
+
+
+def severest(lines: Sequence[Line]) -> Line:
+    """The line that says most against the model, and of several such the one that has something to tell."""
+    return max(lines, key=lambda line: (["pass", "?", "!", "FAIL"].index(line.outcome), bool(line.told), line.off or 0))
 
 
 def batch_line(e: Evidence) -> Line:
     """Every row of the padded batches against its prompt alone: the worst of them."""
-    singles = [settled(single) for single in e.pruned.singles]
-    twin = worst_logits(settled(e.pruned.intruded).logits, singles[0][0].logits)
     found = []
     for side in SIDES:
         ran, trace = settled(e.pruned.batches[side])
         steps = steps_of(e.family, e.model, side)
-        for row, (single, alone) in enumerate(singles):
-            where = f"row {row}, padded {side}"
+        for row, one in enumerate(e.pruned.singles):
+            single, alone = settled(one)
+            where, noise = f"row {row}, padded {side}", e.plain.noise(f"batch {row}")
+            twin = worst_logits(settled(e.pruned.intruded[row]).logits[0, :steps], single.logits[0, :steps])
             mine = [i for i, sample in enumerate(trace.sample) if sample == row]
-            cuts = [] if alone is None else alone.cuts
-            here = [cut.tokens(image) for cut in cuts for image in range(len(mine))]
-            there = [cut.tokens(image) for cut in trace.cuts for image in mine]
-            if here != there:
-                found.append(other_tokens(here, there, where))
-                continue
-            off = worst_logits(ran.logits[row, :steps], single.logits[0, :steps])
-            found.append(judge("batch", off, e.plain.noise, twin, e.dtype, "", where))
-    return max(found, key=lambda line: (["pass", "?", "FAIL"].index(line.outcome), line.off or 0.0))
-
-
-def other_tokens(here: list[list[int]], there: list[list[int]], where: str) -> Line:
-    """A row for which a method chose otherwise than for the prompt alone; where scores nearly tie, rounding may do it.
-
-    Args:
-        here, there: kept tokens alone and in the batch, by cut and image.
-    """
-    moved = sum(max(len({*a} - {*b}), len({*b} - {*a})) for a, b in zip(here, there, strict=True))
-    total = sum(map(len, here))
-    told = f"{where}: {moved} of {total} kept tokens are others than alone"
-    if 0 < moved <= max(1, CLOSE * total):
-        return Line("batch", "?", f"{told}; scores may be too close to call")
-    return Line("batch", "FAIL", told)
+            together = [of_images(cut, mine) for cut in trace.cuts] if mine else []
+            want, told = single.logits[0], ""
+            if other := differing([] if alone is None else alone.cuts, together, len(mine)):
+                told = f"{where}: {other.told}"
+                if not other.tie(noise, e.dtype) or e.behind:
+                    few = f"{told}; {CLOSE_CALL}"
+                    found.append(Line("batch", "?", few) if other.few else Line("batch", "FAIL", told))
+                    continue
+                told += f"; their scores tie but for rounding ({other.gap:.2g} apart)"
+                want = by_hand(e.family, e.model, e.rows_of(row), together, e.pruned.forced).logits
+            off = worst_logits(ran.logits[row, :steps], want[:steps])
+            found.append(judge("batch", off, noise, twin, e.dtype, told, where))
+    return severest(found)
 
 
 LINES: dict[str, Callable[[Evidence], Line]] = {

@@ -24,13 +24,14 @@ from vlmprune.verify.runs import (
     Run,
     by_hand,
     changes,
+    dropped_by,
     masked,
     other_positions,
     rows_of,
     run,
     wrong,
 )
-from vlmprune.verify.verdict import worst, worst_logits
+from vlmprune.verify.verdict import STRANGE, Noise, worst, worst_logits
 
 __all__ = [
     "SIDES",
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 SIDES = ("left", "right")
+INTRUDERS = 4  # columns of padding that a deliberate mistake lets through
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class Plain:
         prompts: as of `prompts_for`.
         rows: the first prompt.
         run: of the first prompt.
-        noise: the largest relative difference between any two of these ways.
+        noises: relative differences between two of these ways, by line of the check; `static` is a static cache against
+            a dynamic one, and `batch 0` and so on the rows of the padded batches.
         repeats: whether the same call gives the same bits.
         no_static: why the model cannot generate with a static cache, or "".
     """
@@ -100,9 +103,14 @@ class Plain:
     prompts: list[dict[str, Any]]
     rows: Rows
     run: Run
-    noise: float
+    noises: dict[str, float]
     repeats: bool
     no_static: str
+
+    def noise(self, name: str) -> Noise:
+        """How far apart the two ways of this name are, and any two that are the same but for rounding."""
+        rounding = [off for off in self.noises.values() if off <= STRANGE[self.run.hidden.dtype]]
+        return Noise(self.noises[name], max(rounding, default=0.0))
 
 
 def attempt(work: Callable[[], Any]) -> Any:
@@ -150,27 +158,30 @@ def plain_of(family: Family, model: nn.Module, prompts: list[dict[str, Any]]) ->
     again = run(family, model, prompts[0], forced)
     first, rows = ran[0], rows_of(family, model, prompts[0])
     hand = by_hand(family, model, rows, [], forced)
-    noise = [
-        worst(first.hidden[0], hand.hidden[: rows.ids.shape[1]]),
-        worst_logits(first.logits[0], hand.logits),
-        worst_logits(first.logits[0], masked(family, model, rows, [], forced)),
-        *(worst(a[0], b) for a, b in zip(first.values, hand.values, strict=True)),
-        *(worst(a[0], b) for a, b in zip(first.keys, hand.keys, strict=True)),
-    ]
+    dynamic, static = generated(model, prompts[0], False), attempt(lambda: generated(model, prompts[0], True))
+    noises = {
+        "rows": max(worst(first.hidden[0], hand.hidden), worst_logits(first.logits[0, :1], hand.logits[:1])),
+        "cache": max(worst(a[0], b) for a, b in zip(first.values, hand.values, strict=True)),
+        "positions": max(worst(a[0], b) for a, b in zip(first.keys, hand.keys, strict=True)),
+        "decode": worst_logits(first.logits[0], masked(family, model, rows, [], forced)),
+    }
+    tokens = dynamic.tokens[:FORCED].tolist()
+    noises["generate"] = worst_logits(dynamic.logits, by_hand(family, model, rows, [], tokens).logits)
     for side in SIDES:
         steps = steps_of(family, model, side)
         together = run(family, model, batch(prompts, side), forced).logits  # hidden states of padding may be anything
         demand_numbers([together[:, :steps]], f" in a batch padded {side}")
-        noise += [worst_logits(together[i, :steps], one.logits[0, :steps]) for i, one in enumerate(ran)]
-    dynamic, static = generated(model, prompts[0], False), attempt(lambda: generated(model, prompts[0], True))
+        for i, one in enumerate(ran):
+            off = worst_logits(together[i, :steps], one.logits[0, :steps])
+            noises[f"batch {i}"] = max(off, noises.get(f"batch {i}", 0.0))
     no_static = ""
     if isinstance(static, Answer):
         same = same_so_far(dynamic, static)
-        noise.append(worst_logits(static.logits[:same], dynamic.logits[:same]))
+        noises["static"] = worst_logits(static.logits[:same], dynamic.logits[:same])
     else:
         no_static = f"the plain model generates with no static cache ({type(static).__name__})"
     repeats = torch.equal(first.hidden, again.hidden) and torch.equal(first.logits, again.logits)
-    return Plain(prompts, rows, first, max(noise), repeats, no_static)
+    return Plain(prompts, rows, first, noises, repeats, no_static)
 
 
 @dataclass(frozen=True)
@@ -183,7 +194,7 @@ class Pruned:
         rows: the first prompt, its pictures seen by the patched tower.
         singles: a run and its trace for every prompt; text alone is not pruned and has no trace.
         batches: the same for the padded batches, by side.
-        intruded: the first prompt with one more token near its end.
+        intruded: the prompts with more tokens near their end.
     """
 
     answer: Answer | Exception
@@ -192,7 +203,7 @@ class Pruned:
     rows: Rows | Exception
     singles: list[tuple[Run, Trace | None] | Exception]
     batches: dict[str, tuple[Run, Trace] | Exception]
-    intruded: Run | Exception
+    intruded: list[Run | Exception]
 
     @property
     def run(self) -> Run | Exception:
@@ -207,11 +218,11 @@ class Pruned:
         return None if isinstance(first, Exception) else first[1]
 
 
-def one_token_more(prompt: dict[str, Any]) -> dict[str, Any]:
-    """A prompt as a batch would show it whose mask lets one column of padding through, near enough for any window."""
+def intruded(prompt: dict[str, Any]) -> dict[str, Any]:
+    """A prompt as a batch would show it whose mask lets padding through, near enough for any window."""
 
     def longer(row: torch.Tensor) -> torch.Tensor:
-        return torch.cat((row[:, :-2], row[:, -1:], row[:, -2:]), 1)
+        return torch.cat((row[:, :-2], row[:, -1:].expand(-1, INTRUDERS), row[:, -2:]), 1)
 
     return prompt | {name: longer(prompt[name]) for name in ("input_ids", "attention_mask")}
 
@@ -234,7 +245,7 @@ def pruned_of(family: Family, handle: Handle, plain: Plain) -> Pruned:
         attempt(lambda: rows_of(family, model, prompts[0])),
         [traced(prompt) for prompt in prompts],
         {side: traced(batch(prompts, side)) for side in SIDES},
-        attempt(lambda: run(family, model, one_token_more(prompts[0]), forced)),
+        [attempt(lambda prompt=prompt: run(family, model, intruded(prompt), forced)) for prompt in prompts],
     )
 
 
@@ -254,6 +265,7 @@ class Evidence:
         hand: what the first prompt comes to by hand.
         mistake: rows and cuts with a deliberate mistake, None where nothing is pruned.
         twin: what these come to.
+        astray: what the prompt comes to with its forced tokens at other positions, None where nothing is pruned.
         moved: what the prompt comes to under the other position policy, None where no cut took anything.
     """
 
@@ -266,11 +278,16 @@ class Evidence:
     hand: Hand
     mistake: tuple[Rows, list[CutTrace]] | None
     twin: Hand | None
+    astray: Hand | None
     moved: Hand | None
 
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
+
+    def rows_of(self, prompt: int) -> Rows:
+        """The embeddings of a prompt, its pictures seen by the unpatched tower."""
+        return rows_of(self.family, self.model, self.plain.prompts[prompt])
 
 
 def gathered(family: Family, model: nn.Module, plain: Plain, pruned: Pruned, in_tower: bool) -> Evidence:
@@ -285,8 +302,8 @@ def gathered(family: Family, model: nn.Module, plain: Plain, pruned: Pruned, in_
     changed = bool(changes(trace))
     mistake = (rows, wrong(trace)) if changed else (plain.rows, trace.cuts) if in_tower else None
 
-    def hand(rows: Rows, cuts: Sequence[CutTrace]) -> Hand:
-        return by_hand(family, model, rows, cuts, pruned.forced)
+    def hand(rows: Rows, cuts: Sequence[CutTrace], astray: int = 0) -> Hand:
+        return by_hand(family, model, rows, cuts, pruned.forced, astray)
 
     return Evidence(
         family,
@@ -298,5 +315,6 @@ def gathered(family: Family, model: nn.Module, plain: Plain, pruned: Pruned, in_
         hand(rows, trace.cuts),
         mistake,
         hand(*mistake) if mistake else None,
+        hand(rows, trace.cuts, dropped_by(trace)) if mistake else None,
         hand(rows, other_positions(trace)) if changed else None,
     )

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmprune.errors import UnsupportedError
 from vlmprune.patches import Family
 
-__all__ = ["batch", "make_prompt", "prompts_for", "random_pixels", "random_text"]
+__all__ = ["batch", "check_placeholders", "check_rotary", "make_prompt", "prompts_for", "random_pixels", "random_text"]
 
 FRAMES = 2  # of a video
+ROOM = 16  # positions beside those of a prompt: tokens that are decoded, columns that a mistake lets through
 
 
 def random_text(family: Family, inner: nn.Module, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
@@ -92,6 +94,49 @@ def prompts_for(family: Family, model: nn.Module, videos: bool) -> list[dict[str
         make_prompt(family, model, ["image", 12], [tall], 2),
         make_prompt(family, model, [11], [], 3),
     ]
+
+
+def check_placeholders(family: Family, model: nn.Module) -> None:
+    """Raise for a placeholder that the embeddings have no row for: no prompt with pictures could be made.
+
+    Raises:
+        ValueError: it names the token and the ways out.
+    """
+    inner, known = family.inner(model), model.get_input_embeddings().weight.shape[0]
+    for modality in family.modalities:
+        if not 0 <= (token := family.token(inner, modality)) < known:
+            what = "an image" if modality == "image" else f"a {modality}"
+            raise ValueError(
+                f"the placeholder of {what} is token {token}, and the model has embeddings for 0 to {known - 1}: "
+                f"set config.{modality}_token_id to the one that the processor writes, or, where that is it, make room "
+                f"for it with model.resize_token_embeddings({token + 1})."
+            )
+
+
+def check_rotary(language_model: nn.Module, prompts: Sequence[dict[str, Any]]) -> None:
+    """Raise where the prompts reach positions at which rotary embeddings depend on what was read before.
+
+    Dynamic NTK and longrope take other frequencies for a longer text, while the keys in the cache keep theirs: the
+    unpruned model computes something else with a cache than without, and cannot be a reference.
+
+    Raises:
+        UnsupportedError: it names the kind and the limit.
+    """
+    rotary, config = language_model.rotary_emb, language_model.config
+    given = getattr(rotary, "rope_type", None)
+    kinds = given.values() if isinstance(given, dict) else [given]
+    settings = getattr(config, "rope_parameters", None) or {}
+    limit = settings.get("original_max_position_embeddings") or config.max_position_embeddings
+    longest = max(prompt["input_ids"].shape[1] for prompt in prompts) + ROOM
+    for kind in kinds:
+        if kind in ("dynamic", "longrope") and longest > limit:
+            raise UnsupportedError(
+                f"this language model has rotary embeddings of rope_type {kind!r}, whose frequencies change behind "
+                f"position {limit}: unpruned, it computes something else with a cache than without, so there is "
+                f"nothing to compare with, and the prompts of this check take {longest} positions. What pruning does "
+                "to layers and cache does not depend on it: load the model with rope_type 'default' "
+                "(config.text_config.rope_parameters) and check that."
+            )
 
 
 def batch(prompts: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:

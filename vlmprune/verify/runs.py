@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from vlmprune.engine import hooks as engine
 from vlmprune.patches import Family
+from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.patches.language_models import sliding_window
 from vlmprune.trace import CutTrace, Trace
 from vlmprune.verify.byhand import flow_of, run_layers, stretches
@@ -24,7 +25,9 @@ __all__ = [
     "Run",
     "by_hand",
     "changes",
+    "dropped_by",
     "masked",
+    "of_images",
     "other_positions",
     "rows_of",
     "run",
@@ -64,21 +67,28 @@ def last_hidden(inner: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequence[int]) -> Run:
-    """Run a padded batch (or one prompt), patched or not."""
-    mask = inputs["attention_mask"]
+    """Run a padded batch (or one prompt), patched or not.
+
+    Without padding no mask is handed over (`generate` does the same): with one, attention may take another kernel than
+    by hand, which in half precision is seen.
+    """
+    mask, padded = inputs["attention_mask"], not bool(inputs["attention_mask"].all())
+    if not padded:
+        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     every = torch.arange(len(mask), device=mask.device)
     first = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": True, "logits_to_keep": 1}
     with last_hidden(family.inner(model)) as seen:
         out = model(**inputs, **first)
-    hidden, cache = seen[0], out.past_key_values
+    hidden, cache = seen[0], returned_cache(out)
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     logits = [model.get_output_embeddings()(hidden[every, last])]
     place = mask.sum(1, keepdim=True)
     for token in forced:
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         ids = mask.new_full((len(mask), 1), token)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True)
+        given = {"attention_mask": mask} if padded else {}
+        out = model(input_ids=ids, position_ids=place, use_cache=True, **given, **with_cache(cache))
         logits.append(out.logits[:, -1])
         place = place + 1
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
@@ -126,8 +136,8 @@ class Hand:
     """What one prompt and its forced tokens come to by hand.
 
     Attributes:
-        entered: `(entries, dim)` what the first layer reads.
-        hidden: `(entries, dim)` last hidden states of what is left.
+        entered: `(entries, dim)` what the first layer reads, forced tokens included.
+        hidden: `(entries, dim)` last hidden states of what is left of the prompt.
         columns: for every layer, the prompt column of each entry (forced tokens count on).
         logits, keys, values: as in `Run`, without the batch dimension.
     """
@@ -140,25 +150,37 @@ class Hand:
     values: list[torch.Tensor]
 
 
-def by_hand(family: Family, model: nn.Module, rows: Rows, cuts: Sequence[CutTrace], forced: Sequence[int]) -> Hand:
-    """Select the rows that `cuts` kept and run the model's layers on them, in one pass, the forced tokens included."""
-    language_model = family.language_model(family.inner(model))
-    hidden = extended(model, rows, forced)
-    parts = stretches(cuts, [0] * len(rows.images), rows.images, tuple(hidden.shape[:2]), hidden.device)
-    columns, of_part = list(range(hidden.shape[1])), []
+def by_hand(
+    family: Family, model: nn.Module, rows: Rows, cuts: Sequence[CutTrace], forced: Sequence[int], astray: int = 0
+) -> Hand:
+    """Select the rows that `cuts` kept and run the model's layers on them: the prompt, and then token by token.
+
+    Everything has the shape that it has in the pruned model, so that the same kernels give the same bits.
+
+    Args:
+        astray: positions by which the forced tokens stand wrong, on purpose.
+    """
+    language_model, length = family.language_model(family.inner(model)), rows.ids.shape[1]
+    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    parts = stretches(cuts, [0] * len(rows.images), rows.images, (1, length), rows.hidden.device)
+    cache = DynamicCache(config=language_model.config)
+    entered = parts[0].take(rows.hidden)
+    prompt = run_layers(language_model, entered, parts, [part.positions for part in parts], cache)
+    logits, tokens = [head(prompt[:, -1])], embed(rows.ids.new_tensor([list(forced)]))
+    for number in range(len(forced)):
+        places = [length + number + astray - part.shift for part in parts]
+        step = run_layers(language_model, tokens[:, number : number + 1], parts, places, cache, number + 1)
+        logits.append(head(step)[:, -1])
+    columns, of_part = list(range(length)), []
+    more = list(range(length, length + len(forced)))
     for part in parts:
         columns = [columns[entry] for entry in part.index[0].tolist()]
-        of_part.append((part.first, columns))
-    cache = DynamicCache(config=language_model.config)
-    places = [part.positions for part in parts]
-    entered = parts[0].take(hidden)
-    out = run_layers(language_model, entered, parts, places, cache)[0]
-    layers = range(len(language_model.layers))
+        of_part.append((part.first, columns + more))
     return Hand(
-        entered[0],
-        out,
-        [next(mine for first, mine in reversed(of_part) if first <= layer) for layer in layers],
-        model.get_output_embeddings()(out[-1 - len(forced) :]),
+        torch.cat((entered, tokens), 1)[0],
+        prompt[0],
+        [next(mine for first, mine in reversed(of_part) if first <= layer) for layer in range(len(cache.layers))],
+        torch.cat(logits),
         [layer.keys[0] for layer in cache.layers],
         [layer.values[0] for layer in cache.layers],
     )
@@ -178,11 +200,14 @@ def masks_allowed(language_model: nn.Module) -> Iterator[None]:
 
 
 def masked(
-    family: Family, model: nn.Module, rows: Rows, cuts: Sequence[CutTrace], forced: Sequence[int]
+    family: Family, model: nn.Module, rows: Rows, cuts: Sequence[CutTrace], forced: Sequence[int], astray: int = 0
 ) -> torch.Tensor:
     """The plain layers on the whole sequence, dropped columns hidden by a 4-D mask from the layers above their cut.
 
     Nothing is gathered, shortened or cached: every layer has every row.
+
+    Args:
+        astray: as of `by_hand`.
 
     Returns:
         Logits as in `Hand`.
@@ -192,6 +217,7 @@ def masked(
     length, device, dtype = hidden.shape[1], hidden.device, hidden.dtype
     number = torch.arange(length, device=device)
     alive, place = torch.ones(length, dtype=torch.bool, device=device), number.clone()
+    place[rows.ids.shape[1] :] += astray
     masks: dict[Any, torch.Tensor] = {}
     with masks_allowed(language_model):
         for index, layer in enumerate(language_model.layers):
@@ -260,6 +286,28 @@ def wrong(trace: Trace) -> list[CutTrace]:
     keep[image, dropped[image].nonzero()[-1]] = True
     made[at] = replace(made[at], keep=keep)
     return made
+
+
+def dropped_by(trace: Trace) -> int:
+    """Positions by which decoded tokens would be wrong under the other position policy (for `astray`).
+
+    Where nothing was dropped in the language model, as many as there are visual tokens.
+    """
+    lost = trace.prompt_length - min(trace.kv_lengths)
+    if not lost:
+        return -sum(grid.tokens for grid in trace.grids)
+    return lost if trace.cuts[-1].positions == "contiguous" else -lost
+
+
+def of_images(cut: CutTrace, images: Sequence[int]) -> CutTrace:
+    """What a cut did to some images of a batch."""
+    images = list(images)
+    merge = cut.merge
+    if merge is not None:
+        source = None if merge.source is None else merge.source[images]
+        merge = replace(merge, into=merge.into[images], weight=merge.weight[images], source=source)
+    scores = None if cut.scores is None else cut.scores[images]
+    return replace(cut, keep=cut.keep[images], merge=merge, scores=scores)
 
 
 def other_positions(trace: Trace) -> list[CutTrace]:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["CHECKS", "Line", "Report", "judge", "relative"]
+__all__ = ["CHECKS", "OPEN", "Line", "Noise", "Report", "judge", "relative", "tolerance"]
 
-Outcome = Literal["pass", "FAIL", "?", "-"]
+Outcome = Literal["pass", "FAIL", "?", "!", "-"]
 
 CHECKS = {
     "rows": "the pruned prefill equals the model's own layers run by hand on the kept rows",
@@ -21,11 +21,14 @@ CHECKS = {
     "positions": "the keys are turned by the positions that the policy says",
     "restore": "after unpatch the logits are bitwise those from before, and no hook is left",
     "syncs": "a pruned prefill waits for the device no more often than promised",
-    "generate": "the greedy answer with a cache is that without one, and a static cache changes nothing",
+    "generate": "`generate`'s greedy answer is that by hand, and a static cache changes nothing",
 }
 
 SLACK = 5.0  # a difference is one from so many times the noise on
 CLEAR = 1.5  # and what is wrong on purpose must lie so many times above that
+OPEN = 1  # so many lines may be inconclusive
+# what no rounding makes of the unpruned model, computed in two ways
+STRANGE = {torch.float64: 1e-2, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.25}
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,12 @@ class Line:
     Attributes:
         check: a key of `CHECKS`.
         outcome: "pass"; "FAIL"; "?" where a deliberate mistake could not be told from rounding, or the check could not
-            be judged otherwise; "-" where it does not apply.
+            be judged otherwise; "!" where the two ways that are compared differ for the unpruned model already, so that
+            nothing can be said about pruning; "-" where it does not apply.
         told: why, in words; empty for a plain pass.
         off: largest relative difference (Euclidean norm of a row of states over that of the reference's row).
-        noise: the same between ways of computing the unpruned model that should agree (alone and in a batch, with a
-            cache and without, layer by layer), the largest.
+        noise: the same between the two ways of computing the unpruned model that this line compares; where `off` is
+            above that, the largest between any two ways (alone and in a batch, with a cache and without, ...).
         twin: the same for the deliberate mistake.
     """
 
@@ -75,13 +79,27 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed ("?" and "-" are no failures)."""
-        return not self.failed
+        """Whether all is well: no "FAIL", no "!", and no more than one "?", for more of them tell too little."""
+        return not self.failed and not self.unknown and len(self.open) <= OPEN
 
     @property
     def failed(self) -> list[str]:
         """Names of the checks that failed."""
-        return [line.check for line in self.lines if line.outcome == "FAIL"]
+        return self.named("FAIL")
+
+    @property
+    def unknown(self) -> list[str]:
+        """Names of the checks that know nothing of this model: by hand, the unpruned model is another one."""
+        return self.named("!")
+
+    @property
+    def open(self) -> list[str]:
+        """Names of the checks that could not tell."""
+        return self.named("?")
+
+    def named(self, outcome: Outcome) -> list[str]:
+        """Names of the checks with this outcome."""
+        return [line.check for line in self.lines if line.outcome == outcome]
 
     def __getitem__(self, check: str) -> Line:
         return next(line for line in self.lines if line.check == check)
@@ -114,28 +132,56 @@ def worst_logits(got: torch.Tensor, want: torch.Tensor) -> float:
     return worst(got - got.mean(-1, keepdim=True), want - want.mean(-1, keepdim=True))
 
 
+@dataclass(frozen=True)
+class Noise:
+    """How far apart two ways of computing the unpruned model are.
+
+    Attributes:
+        mine: the two ways that a line compares.
+        most: any two ways.
+    """
+
+    mine: float
+    most: float
+
+    def limit(self, off: float, dtype: torch.dtype) -> tuple[float, float]:
+        """What may be rounding, and the noise behind it.
+
+        Ways that gave the same bits may take different kernels when pruned: what is above their noise, and not above
+        the largest, is no failure; but then the deliberate mistake must lie above that.
+        """
+        tight = tolerance(self.mine, dtype)
+        return (tight, self.mine) if off <= tight else (max(tight, tolerance(self.most, dtype)), self.most)
+
+
 def tolerance(noise: float, dtype: torch.dtype) -> float:
-    """What may be rounding."""
-    return SLACK * max(noise, torch.finfo(dtype).eps / 2)
+    """What may be rounding; with no noise at all, once."""
+    return max(SLACK * noise, torch.finfo(dtype).eps / 2)
 
 
 def judge(
-    check: str, off: float, noise: float, twin: float | None, dtype: torch.dtype, told: str = "", failed: str = ""
+    check: str, off: float, noise: Noise, twin: float | None, dtype: torch.dtype, told: str = "", failed: str = ""
 ) -> Line:
     """Pass, fail or inconclusive.
 
     Args:
-        off, noise, twin: of `Line`; no twin means that nothing could be made wrong.
+        off, twin: of `Line`; no twin means that nothing could be made wrong.
         told, failed: words for a pass, and for a failure.
     """
-    limit = tolerance(noise, dtype)
+    if not noise.mine <= STRANGE[dtype]:
+        words = (
+            f"unpruned, the two ways that this line compares differ by {noise.mine:.2g}, which is no rounding: the "
+            "check does not know this model, and nothing is said about pruning; please report it"
+        )
+        return Line(check, "!", words, off, noise.mine, twin)
+    limit, known = noise.limit(off, dtype)
     if not (math.isfinite(off) and off <= limit):  # NaN and other shapes are no rounding, whatever the noise
-        return Line(check, "FAIL", failed or told, off, noise, twin)
+        return Line(check, "FAIL", failed or told, off, known, twin)
     if twin is None or not twin > CLEAR * limit:
         rounding = "a deliberate mistake cannot be told from rounding"
         hint = "" if dtype in (torch.float32, torch.float64) else "; float32 may tell"
-        return Line(check, "?", f"{rounding} in {str(dtype).removeprefix('torch.')}{hint}", off, noise, twin)
-    return Line(check, "pass", told, off, noise, twin)
+        return Line(check, "?", f"{rounding} in {str(dtype).removeprefix('torch.')}{hint}", off, known, twin)
+    return Line(check, "pass", told, off, known, twin)
 
 
 def largest(found: Sequence[float]) -> tuple[float, int]:

@@ -25,7 +25,7 @@ def test_the_formula_is_what_the_counter_counts(work, kind, batch):
     here = work(batch, **kind)
     with torch.no_grad():
         counted = count(here, Plain(here).prefill)
-    assert counted["tower_tokens"] == [16 + (kind.get("tower") != "siglip")] * 6
+    assert counted["tower_tokens"] == [(16 + (kind.get("tower") != "siglip"),) * 2] * 6
     assert counted["flops"] == formula_flops(here, [here.length] * 4, counted["tower_tokens"])
 
 
@@ -39,14 +39,14 @@ def test_the_formula_follows_the_cut(work, method):
 
 
 def test_the_formula_follows_merging_inside_the_tower(work):
-    """What the counter sees beyond it are the cosines of ToMe's two halves of the patches, four times."""
+    """What the counter sees beyond it are the cosines of ToMe's two halves of the patches, five times."""
     here = work(2)
     with vlmprune.patch(here.model, "tome", keep=0.5) as handle, torch.no_grad():
         counted = count(here, Plain(here).prefill)
-    assert counted["tower_tokens"] == [17, 15, 13, 11, 9, 9]
+    assert counted["tower_tokens"] == [(17, 15), (15, 13), (13, 11), (11, 10), (10, 9), (9, 9)]
     by_formula = formula_flops(here, handle.trace.kv_lengths, counted["tower_tokens"])
     wide = here.model.config.vision_config.hidden_size // here.model.config.vision_config.num_attention_heads
-    cosines = sum((n // 2) ** 2 * wide for n in (16, 14, 12, 10))
+    cosines = sum((n // 2) * ((n + 1) // 2) * wide for n in (16, 14, 12, 10, 9))
     assert counted["flops"] - by_formula == 2 * here.batch * cosines
 
 

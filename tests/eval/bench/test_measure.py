@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
+from clocks import FakeClock
 from leftovers import ours
 
 import vlmprune
 from vlmprune.eval.bench import measure
+from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.measure import Effort, amdahl, measure_method, measure_unpruned
 from vlmprune.eval.bench.oracle import Oracle, Plain
 from vlmprune.eval.bench.stats import median_interval, ratio, spread
+from vlmprune.trace import Trace
 
 EFFORT = Effort(pairs=6, plain=2, stages=1, new_tokens=8)
 
@@ -140,8 +145,10 @@ def test_what_pruning_costs_is_compared_with_the_nearest_unpruned_run(cell, monk
 def test_amdahl_by_hand(work, monkeypatch):
     monkeypatch.setattr(measure, "language_flops", lambda work, tokens: sum(tokens))
     stages = {"total": {"median": 10.0}, "prefill": [{"median": 8.0}]}
-    found = amdahl(work(), stages, [23, 23, 0, 0])
-    assert found == {"bound": 10 / (10 - 8 / 2), "limit": 10 / 2}
+    found = amdahl(work(), stages, [23, 0, 0, 0])
+    assert found == {"bound": 10 / (2 + 8 / 4), "limit": 10 / 2}
+    stages["prefill"] = [{"median": 5.0}, {"median": 3.0}]
+    assert amdahl(work(), stages, [23, 23, 23, 0]) == {"bound": 10 / (2 + 8 * 3 / 4), "limit": 10 / 2}
 
 
 @pytest.mark.parametrize(("n", "rank"), [(3, 1), (5, 1), (6, 1), (9, 2), (15, 4), (25, 8)])
@@ -161,3 +168,179 @@ def test_ratios_are_paired():
     assert ratio([2, 8, 3], [1, 2, 3]) == {"median": 2, "low": 1, "high": 4, "pairs": 3}
     assert spread([0.003, 0.001, 0.002]) == {"median": 2, "low": 1.5, "high": 2.5, "runs": 3}
     assert spread([0.25]) == {"median": 250, "low": 250, "high": 250, "runs": 1}
+
+
+# What a cell says, from times that a script gives: every number of it by hand.
+
+#: Seconds of first tokens, one per pair; before them, what is run and must not be counted.
+FIRST = {"pruned": [999, 3, 5, 7, 11], "oracle": [888, 2, 13, 17, 19], "unpruned": [30, 70]}
+#: Seconds of decode steps, four per answer (beside pairs 1 and 3); the first of four warms up.
+STEP = {
+    "pruned": [777, 2, 3, 5, 666, 7, 11, 13],
+    "oracle": [555, 1, 4, 6, 444, 8, 9, 10],
+    "unpruned": [333, 40, 60, 80, 222, 90, 110, 160],
+}
+
+
+#: Stages of the unpruned model, and of a pruned one with two stretches.
+STAGES = {"taps": 0.0, "selection": 0.0, "gather": 0.0, "tower": 0.5, "projector": 0.25, "prefill": [1.0], "rest": 0.25,
+          "total": 2.0}  # fmt: skip
+PRUNED = {"taps": 1.0, "selection": 2.0, "gather": 3.0, "tower": 50.0, "projector": 60.0, "prefill": [70.0, 80.0],
+          "rest": 90.0, "total": 356.0}  # fmt: skip
+
+
+@pytest.fixture
+def scripted(cell, monkeypatch):
+    """A cell of a fake clock: FastV on two rows, four pairs, two answers of five tokens."""
+    time = FakeClock()
+    first, step = ({who: iter(times) for who, times in script.items()} for script in (FIRST, STEP))
+    counting, scale = [], iter((1, 10))  # the second pruned run takes ten times as long as the first
+
+    def who(run):
+        return "oracle" if isinstance(run, Oracle) else "pruned" if ours(run.work.model) else "unpruned"
+
+    def slow(cls, name, script):
+        real = getattr(cls, name)
+
+        def slowed(self, *args):
+            if not counting and cls is (Oracle if isinstance(self, Oracle) else Plain):
+                time.sleep(next(script[who(self)]))
+            return real(self, *args)
+
+        monkeypatch.setattr(cls, name, slowed)
+
+    for cls in (Plain, Oracle):
+        slow(cls, "prefill", first)
+        slow(cls, "step", step)
+
+    def count(work, prefill):
+        pruned = who(prefill.__self__) == "pruned"
+        if not pruned:  # the unpruned model's own figures; its times are those beside the pairs
+            counting.append(1)
+        prefill()
+        counting.clear()
+        return {"flops": 100 if pruned else 900, "peak_bytes": 10 if pruned else 90, "tower_tokens": [17] * 6}
+
+    def stage_seconds(work, clock, plan=None, parts=None):
+        if plan is None:
+            return STAGES
+        n = next(scale)
+        return {name: [n * t for t in took] if name == "prefill" else n * took for name, took in PRUNED.items()}
+
+    monkeypatch.setattr(measure, "Clock", lambda device: Clock(device, time))
+    monkeypatch.setattr(measure, "count", count)
+    monkeypatch.setattr(measure, "stage_seconds", stage_seconds)
+    monkeypatch.setattr(Trace, "entering", lambda self, image=0: (10, 16)[image])
+    monkeypatch.setattr(Trace, "layer_average", lambda self, image=0: (4, 9)[image])
+    found = cell("fastv", Effort(pairs=4, plain=2, stages=2, new_tokens=5), batch=2, keep=4)
+    assert not [*first["pruned"], *first["oracle"], *first["unpruned"], *step["pruned"], *step["oracle"]]
+    return found
+
+
+def times(*seconds):
+    """Median and quartiles in milliseconds, of few enough seconds to see it."""
+    low, _, high = statistics.quantiles(seconds, method="inclusive")
+    return {
+        "median": pytest.approx(1e3 * statistics.median(seconds)),
+        "low": pytest.approx(1e3 * low),
+        "high": pytest.approx(1e3 * high),
+        "runs": len(seconds),
+    }
+
+
+def ratios(*values):
+    """Up to five ratios: their interval is all of them."""
+    return {
+        "median": pytest.approx(statistics.median(values)),
+        "low": pytest.approx(min(values)),
+        "high": pytest.approx(max(values)),
+        "pairs": len(values),
+    }
+
+
+def test_first_tokens_by_hand(scripted):
+    _, _, found = scripted
+    assert found["first_token_ms"] == {
+        "unpruned": times(30, 70),
+        "pruned": times(3, 5, 7, 11),
+        "oracle": times(2, 13, 17, 19),
+    }
+    assert found["overhead"] == ratios(3 / 2, 5 / 13, 7 / 17, 11 / 19)
+    assert found["speedup"] == ratios(30 / 5, 70 / 11)  # beside pairs 1 and 3
+    assert found["oracle_speedup"] == ratios(30 / 13, 70 / 19)
+
+
+def test_decoding_by_hand(scripted):
+    _, _, found = scripted
+    assert found["decode_ms"] == {
+        "unpruned": times(40, 60, 80, 90, 110, 160),
+        "pruned": times(2, 3, 5, 7, 11, 13),
+        "oracle": times(1, 4, 6, 8, 9, 10),
+    }
+    assert found["decode_overhead"] == ratios(2, 3 / 4, 5 / 6, 7 / 8, 11 / 9, 13 / 10)
+    assert found["decode_speedup"] == ratios(40 / 2, 60 / 3, 80 / 5, 90 / 7, 110 / 11, 160 / 13)
+    # medians: first tokens 50, 6 and 15, steps 85, 6 and 7; four steps behind the first token
+    assert found["answer_speedup"] == pytest.approx((50 + 4 * 85) / (6 + 4 * 6))
+    assert measure.answer_speedup(found, 5, "oracle") == pytest.approx((50 + 4 * 85) / (15 + 4 * 7))
+    assert measure.answer_speedup(found, 1) == pytest.approx(50 / 6)
+
+
+def test_stages_and_their_share_by_hand(scripted):
+    _, base, found = scripted
+    stages = found["stages_ms"]
+    assert stages["taps"] == times(1, 10)
+    assert stages["prefill"] == [times(70, 700), times(80, 800)]
+    assert stages["total"] == times(356, 3560)
+    assert found["cost_share"] == ratios((1 + 2 + 3) / 30, 10 * (1 + 2 + 3) / 70)  # each with the run beside it
+    assert base["stages_ms"]["tower"] == times(0.5, 0.5)
+    assert base["stages_ms"]["prefill"] == [times(1, 1)]
+
+
+def test_tokens_and_memory_by_hand(scripted):
+    here, base, found = scripted
+    assert found["tokens"]["entering"] == 13
+    assert found["tokens"]["layer_average"] == 6.5
+    assert found["tokens"]["kv_lengths"] == [23, 23, 11, 11]
+    assert found["stretches"] == [
+        {"first_layer": 0, "layers": 2, "columns": 23},
+        {"first_layer": 2, "layers": 2, "columns": 11},
+    ]
+    assert (found["peak_bytes"], base["peak_bytes"]) == (10, 90)
+    assert (found["flops"]["counted"], base["flops"]["counted"]) == (100, 900)
+    lengths = ([23, 23, 11, 11], [23] * 4)
+    for one, tokens in zip((found, base), lengths, strict=True):
+        assert one["flops"]["formula"] == measure.formula_flops(here, tokens, [17] * 6)
+        assert one["kv_bytes"] == 2 * 2 * 2 * 8 * 4 * sum(tokens)  # rows, keys and values, heads, width, bytes
+    assert base["batch"] == 2
+    assert base["tokens"] == {"visual": 16, "patches": 16, "prompt": 23}
+    assert found["amdahl"] == amdahl(here, base["stages_ms"], [23, 23, 11, 11])
+
+
+def test_how_far_the_oracle_is_off(cell, monkeypatch):
+    """As a share of the largest logit."""
+    real = Oracle.prefill
+
+    def off(self):
+        token = real(self)
+        self.logits = 1.5 * self.logits
+        return token
+
+    monkeypatch.setattr(Oracle, "prefill", off)
+    assert cell(effort=Effort(1, 1, 1, 1), keep=4)[2]["same_as_oracle"] == pytest.approx(0.5, abs=1e-4)
+
+
+def test_contenders_take_turns_in_decoding(cell, monkeypatch):
+    order = []
+    real = measure.Contender.step
+    monkeypatch.setattr(measure.Contender, "step", lambda self, *a: order.append(id(self)) or real(self, *a))
+    cell(effort=Effort(1, 1, 1, 4), keep=4)
+    one, other, third = [order[i : i + 3] for i in (0, 3, 6)]
+    assert len({*one}) == 3
+    assert (other, third) == (one[::-1], one)
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(2, None), (3, 4), (4, 4), (6, 4)])
+def test_answers_are_decoded_until_there_are_as_many_steps_as_pairs(cell, tokens, steps):
+    """Beside the first unpruned run where that is enough, beside more where answers are short."""
+    found = cell(effort=Effort(4, 4, 1, tokens), keep=4)[2]
+    assert (found["decode_ms"]["pruned"]["runs"] if "decode_ms" in found else None) == steps

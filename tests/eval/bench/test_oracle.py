@@ -71,6 +71,14 @@ def test_it_computes_what_the_pruned_model_computes(work, which, family):
     assert difference < 1e-9
 
 
+@pytest.mark.parametrize("which", ["fopru", "fastv"])
+def test_full_and_sliding_layers_in_one_model(work, which):
+    method, options = METHODS[which]
+    here = work(2, dtype=torch.float64, text="qwen2", use_sliding_window=True, max_window_layers=1, sliding_window=6)
+    difference, _ = compare(here, vlmprune.patch(here.model, method, **options))
+    assert difference < 1e-9
+
+
 @pytest.mark.parametrize("layer", [0, 2])
 def test_rows_of_different_lengths(work, layer):
     here = work(2, dtype=torch.float64)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
+from clocks import FakeClock
 
 import vlmprune
 from vlmprune.eval.bench.clock import Clock
@@ -14,34 +13,27 @@ from vlmprune.eval.bench.stages import STAGES, stage_seconds
 from vlmprune.methods.transprune import Transition
 from vlmprune.parts import taps
 
-NAP = 0.25  # seconds; on a busy machine everything else may take tens of milliseconds
+NAP = 1000.0  # seconds of a clock that only stamps (a tick each) and naps move
 
 
-def stages(work, method=None, **options):
+def stages(work, method=None, time=None, **options):
+    clock = Clock("cpu", time or FakeClock(tick=1))
     if method is None:
         with torch.no_grad():
-            return stage_seconds(work, Clock("cpu"))
+            return stage_seconds(work, clock)
     handle = vlmprune.patch(work.model, method, **options)
     with torch.no_grad():
         Plain(work).prefill()
-        return stage_seconds(work, Clock("cpu"), handle._plan, stretches(handle.trace, work))
+        return stage_seconds(work, clock, handle._plan, stretches(handle.trace, work))
 
 
 def whole(value):
     return sum(value) if isinstance(value, list) else value
 
 
-def sleeper(call):
-    def slow(*args, **kwargs):
-        time.sleep(NAP)
-        return call(*args, **kwargs)
-
-    return slow
-
-
 def booked(took):
-    """The stage that took the nap."""
-    (name,) = [name for name in STAGES if whole(took[name]) > NAP]
+    """The stage that took the nap, or naps."""
+    (name,) = [name for name in STAGES if whole(took[name]) >= NAP]
     return name
 
 
@@ -81,8 +73,9 @@ def test_prefill_is_divided_at_the_cuts(work):
 )
 def test_measuring_is_booked_as_taps(work, monkeypatch, tap, method, options):
     here = work()
-    monkeypatch.setattr(tap, "measure", sleeper(tap.measure))
-    assert booked(stages(here, method, **options)) == "taps"
+    time = FakeClock(tick=1)
+    monkeypatch.setattr(tap, "measure", time.slow(tap.measure, NAP))
+    assert booked(stages(here, method, time, **options)) == "taps"
 
 
 @pytest.mark.parametrize("name", ["vlmprune.methods.fopru.FoPru.reduce", "vlmprune.methods.fastv.FastV.reduce"])
@@ -90,8 +83,9 @@ def test_deciding_is_booked_as_selection(work, monkeypatch, name):
     here = work()
     path, cls, _ = name.rsplit(".", 2)
     owner = getattr(__import__(path, fromlist=[cls]), cls)
-    monkeypatch.setattr(owner, "reduce", sleeper(owner.reduce))
-    assert booked(stages(here, path.rsplit(".", 1)[1], keep=5)) == "selection"
+    time = FakeClock(tick=1)
+    monkeypatch.setattr(owner, "reduce", time.slow(owner.reduce, NAP))
+    assert booked(stages(here, path.rsplit(".", 1)[1], time, keep=5)) == "selection"
 
 
 @pytest.mark.parametrize(
@@ -104,8 +98,9 @@ def test_shortening_and_bookkeeping_are_booked_as_gather(work, monkeypatch, name
     here = work()
     parts = name.split(".")
     owner = getattr(vlmprune, parts[0]) if len(parts) == 2 else getattr(getattr(vlmprune, parts[0]), parts[1])
-    monkeypatch.setattr(owner, parts[-1], sleeper(getattr(owner, parts[-1])))
-    assert booked(stages(here, "fopru", keep=5)) == "gather"
+    time = FakeClock(tick=1)
+    monkeypatch.setattr(owner, parts[-1], time.slow(getattr(owner, parts[-1]), NAP))
+    assert booked(stages(here, "fopru", time, keep=5)) == "gather"
 
 
 @pytest.mark.parametrize(
@@ -120,9 +115,10 @@ def test_shortening_and_bookkeeping_are_booked_as_gather(work, monkeypatch, name
 @pytest.mark.parametrize("method", [None, "fopru"])
 def test_the_models_own_work_is_booked_where_it_is_done(work, path, stage, method):
     here = work()
+    time = FakeClock(tick=1)
     handle = here.model.get_submodule(path).register_forward_pre_hook(lambda *_: time.sleep(NAP))
     try:
-        assert booked(stages(here, method, **({"keep": 5} if method else {}))) == stage
+        assert booked(stages(here, method, time, **({"keep": 5} if method else {}))) == stage
     finally:
         handle.remove()
 

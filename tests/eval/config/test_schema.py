@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from vlmprune import configs
 from vlmprune.eval.config.schema import Entry, Part, load_config
 from vlmprune.eval.config.tree import Mistakes
 
@@ -144,13 +147,33 @@ def test_suites(config, mistakes, tmp_path):
     assert "No such file" in what
 
 
+@pytest.mark.parametrize("name", ["suites/common.yaml", "configs/suites/common.yaml"])
+def test_suites_that_ship_are_found_from_anywhere(config, tmp_path, name):
+    (setting,) = config(GOOD.replace("[gqa]", name)).settings
+    assert {"gqa", "pope", "mme"} < set(setting.tasks)
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("tasks: [mine]\n")
+    assert config(GOOD.replace("[gqa]", name)).settings[0].tasks == ("mine",)  # the user's own comes first
+
+
+@pytest.mark.parametrize("name", ["demo", "demo.yaml", "configs/demo.yaml", "template"])
+def test_configs_that_ship_are_found_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = load_config(name)
+    assert made.path == configs.HERE / (name.removeprefix("configs/").removesuffix(".yaml") + ".yaml")
+    (tmp_path / "demo.yaml").write_text(GOOD)
+    assert load_config("demo.yaml").path == Path("demo.yaml")
+    with pytest.raises(Mistakes, match="Did you mean 'findings"):
+        load_config("findngs.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "line", "words"),
     [
         (GOOD + "metod: 3\n", 5, ["unknown key 'metod'", "Did you mean 'methods'?"]),
         (GOOD.replace("keep: 0.25", "keep: 1.5"), 4, ["keep=1.5 is out of range"]),
         (GOOD.replace("keep: 0.25", "keep: [0.5, 0]"), 4, ["keep=0 keeps nothing"]),
-        (GOOD.replace("keep: 0.25", "keep: half"), 4, ["'half' is not a number"]),
+        (GOOD.replace("keep: 0.25", "keep: half"), 4, ["keep='half' is neither a count (36) nor a fraction"]),
         (GOOD.replace("keep: 0.25", "keep: true"), 4, ["keep=True is not a number"]),
         (GOOD.replace("keep: 0.25", "average: -3"), 4, ["average=-3"]),
         (GOOD.replace("keep: 0.25", "keep: .nan"), 4, ["out of range"]),

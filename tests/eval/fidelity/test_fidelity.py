@@ -13,6 +13,7 @@ import torch
 
 import vlmprune
 from vlmprune.eval.fidelity import measure as fidelity
+from vlmprune.eval.fidelity import report as fidelity_report
 from vlmprune.eval.fidelity.measure import Compared, Entry, Row
 
 LONG = 6
@@ -215,6 +216,28 @@ def test_pictures_that_all_agree_prove_little():
     assert line.measures["answer_agrees"].low == 0
     (line,) = fidelity.summarise([entry()], [row("x"), row("x", prompt="q")])
     assert line.measures["answer_agrees"] == fidelity.Estimate(1.0, None, None)
+
+
+def test_equal_values_have_an_interval_too():
+    """Five pictures, half of each one's prompts changed: no draw differs from another, and yet little is known."""
+    rows = [row(name, prompt=str(i), agrees=i == 0, kl=0.5) for name in "vwxyz" for i in range(2)]
+    rows += [row(name, "random, keep 1", str(i), 0, agrees=False, kl=0.5) for name in "vwxyz" for i in range(2)]
+    line, _ = fidelity.summarise([entry(), entry("random", True, (0,))], rows)
+    found = line.measures["answer_agrees"]
+    assert found.value == 0.5
+    assert 0.05 < found.low < 0.2
+    assert 0.8 < found.high < 0.95
+    assert line.measures["kl_answer"] == fidelity.Estimate(0.5, None, None)  # nothing bounds it
+    assert line.over_random.value == 0.5
+    assert line.over_random.low < 0.5 < line.over_random.high
+    assert line.verdict == "noise"
+
+
+def test_few_pictures_are_said_beside_the_number():
+    lines = fidelity.summarise([entry()], [row(name) for name in "wxyz"])
+    assert "only 4 pictures" in fidelity_report.in_words(lines[0], 4)
+    assert "only 1 picture:" in fidelity_report.in_words(lines[0], 1)
+    assert "only" not in fidelity_report.in_words(lines[0], 20)
 
 
 def test_difference_to_random_is_paired_and_seeds_are_averaged():

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+
 import harness
+import numpy as np
 import pytest
 import torch
 from lmms_eval.api.instance import Instance
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmprune
 from vlmprune.eval.lmms.model import VlmPrune, cut_off, generation_arguments, produced
+from vlmprune.eval.lmms.pictures import Reader
 from vlmprune.runtime.errors import CommandError, UserError
 
 PRUNED = {"llava": {"method": "fopru", "keep": 5}, "llava_next": {"method": "globalcom2", "keep": 0.3}}
@@ -225,3 +231,62 @@ def test_loading_options_reach_the_model(folders, docs):
     plain = VlmPrune(folders["llava"], device="cpu", **PRUNED["llava"])
     assert answers(mapped, docs["llava"]) == answers(plain, docs["llava"])
     assert "device_map='cpu'" in repr(mapped)
+
+
+# Pictures that a plain conversion to RGB reads wrong
+
+
+def odd_pictures():
+    """By what a plain conversion does wrong: the picture, and what is to be seen of it at (0, 0)."""
+    turned = Image.new("RGB", (4, 2), "red")
+    turned.paste("blue", (0, 1, 4, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    turned.save(file, "PNG", exif=exif)
+    return {
+        "more than 8 bits clipped": (Image.fromarray(np.full((2, 2), 256 * 100, np.uint16)), (100, 100, 100)),
+        "not turned upright": (Image.open(io.BytesIO(file.getvalue())), (0, 0, 255)),
+        "transparent pixels shown": (Image.new("RGBA", (2, 2), (9, 9, 9, 0)), (255, 255, 255)),
+    }
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_one_reader_for_all_commands(plain):
+    read = Reader(plain)
+    for image, right in odd_pictures().values():
+        seen = read(image).getpixel((0, 0))
+        assert np.allclose(seen, right, atol=1) != plain
+    floats = Image.fromarray(np.full((2, 2), 0.5, np.float32))
+    assert (read(floats).getpixel((0, 0))[0] in (127, 128)) != plain
+    for same in (Image.new("RGB", (2, 2)), Image.new("L", (2, 2)), Image.new("RGBA", (2, 2), (1, 2, 3, 255))):
+        assert read(same).getpixel((0, 0)) == same.convert("RGB").getpixel((0, 0))
+    with pytest.warns(UserWarning, match="4 pictures") as told:
+        read.tell()
+    (message,) = {str(one.message) for one in told}
+    assert message.startswith("4 pictures converted plainly" if plain else "4 pictures read as they are to be seen")
+    assert "(2 more than 8 bits clipped, 1 not turned upright, 1 transparent pixels shown)" in message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read.tell()  # told once
+
+
+def test_the_reader_is_the_models(folders, docs, monkeypatch):
+    from vlmprune.eval.lmms import pictures
+
+    monkeypatch.setattr(pictures, "plainly_wrong", lambda image: "not turned upright")
+    monkeypatch.setattr(pictures, "upright_rgb", lambda image: Image.new("RGB", image.size, "red"))
+    right, plain = (VlmPrune(folders["llava"], device="cpu", batch_size=4, plain_pictures=p) for p in (False, "True"))
+    with pytest.warns(UserWarning, match="pictures read as they are to be seen"):
+        red = answers(right, docs["llava"])
+    with pytest.warns(UserWarning, match=r"10 pictures converted plainly.*\(10 not turned upright\)"):
+        assert answers(plain, docs["llava"]) != red
+    assert "plain_pictures=True" in repr(plain)
+    assert "plain_pictures" not in repr(right)
+    with pytest.raises(UserError, match="plain_pictures='maybe' is neither True nor False"):
+        VlmPrune(folders["llava"], device="cpu", plain_pictures="maybe")
+
+
+def test_numbers_that_are_no_colours():
+    with pytest.raises(UserError, match="NaN"):
+        Reader(False)(Image.fromarray(np.full((2, 2), np.nan, np.float32)))

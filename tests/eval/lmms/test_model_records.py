@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import time
-
 import harness
+import pytest
+from clocks import FakeClock
 
+from vlmprune.eval.lmms.measure import Stopwatch
 from vlmprune.eval.lmms.model import VlmPrune
 
 FOPRU = {"method": "fopru", "keep": 5}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """What requests are timed by."""
+    made = FakeClock()
+    monkeypatch.setattr(Stopwatch, "now", lambda self: made())
+    return made
 
 
 def test_records_are_of_the_requests_since_the_last_call(folders, docs):
@@ -27,14 +36,14 @@ def test_records_are_of_the_requests_since_the_last_call(folders, docs):
     assert all(r["tokens_before"] == r["tokens_after"] == r["layer_average"] for r in lm.take_records())
 
 
-def test_the_first_token_is_timed_without_another_forward(folders, docs):
+def test_the_first_token_is_timed_without_another_forward(folders, docs, clock):
     lm = VlmPrune(folders["llava"], **FOPRU, device="cpu")
     task = harness.task(docs["llava"], generation_kwargs={"max_new_tokens": 4})
     calls = []
 
     def slow(module, args, kwargs):
         calls.append(kwargs["inputs_embeds"].shape[1] if kwargs.get("inputs_embeds") is not None else 0)
-        time.sleep(0.2 if len(calls) % 4 == 1 else 0.05)
+        clock.sleep(0.25 if len(calls) == 1 else 0.5)
 
     (request,) = [r for r in harness.instances(lm, task) if r.doc_id == 1]
     lm.generate_until([request])
@@ -44,26 +53,26 @@ def test_the_first_token_is_timed_without_another_forward(folders, docs):
     hook.remove()
     (record,) = lm.take_records()
     assert len(calls) == record["output_tokens"] == 4
-    assert 0.2 <= record["ttft_s"] < 0.3
-    assert 5 < record["decode_tokens_per_s"] <= 3 / 0.15
+    assert record["ttft_s"] == 0.25
+    assert record["decode_tokens_per_s"] == 3 / (3 * 0.5)
     assert record["peak_memory_bytes"] is None or record["peak_memory_bytes"] > 2**20
 
 
-def test_what_loading_left_to_the_first_request_is_not_measured(folders, docs):
+def test_what_loading_left_to_the_first_request_is_not_measured(folders, docs, clock):
     lm = VlmPrune(folders["llava"], device="cpu")
     task = harness.task(docs["llava"], generation_kwargs={"max_new_tokens": 1})
     calls = []
 
     def slow(module, args, kwargs):
         calls.append(1)
-        time.sleep(1.0 if len(calls) == 1 else 0)
+        clock.sleep(1.0 if len(calls) == 1 else 0.25)
 
     hook = lm.loaded.model.model.language_model.register_forward_pre_hook(slow, with_kwargs=True)
     requests = harness.instances(lm, task)[:2]
     lm.generate_until(requests)
     records = lm.take_records()
     assert [record["doc"] for record in records] == [request.doc_id for request in requests]
-    assert all(record["ttft_s"] < 1 for record in records)
+    assert [record["ttft_s"] for record in records] == [0.25, 0.25]
     assert len(calls) == 3
     lm.use(**FOPRU)
     lm.generate_until(requests)

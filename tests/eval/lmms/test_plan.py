@@ -5,15 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import tiny_folders
 
+from vlmprune import spec
 from vlmprune.eval.config.schema import load_config
 from vlmprune.eval.config.tree import Mistakes
-from vlmprune.eval.lmms import fingerprints
+from vlmprune.eval.lmms import fingerprints, store
 from vlmprune.eval.lmms.plan import make_plan, published
+from vlmprune.eval.lmms.survey import survey
+from vlmprune.eval.lmms.taskindex import local_data
+from vlmprune.methods import ToDRE
 from vlmprune.parts.facts import ModelFacts
 
 pytest.importorskip("lmms_eval")
@@ -68,6 +73,41 @@ def mistakes(plan, tmp_path):
 
 def variants(plan, label=None):
     return [(c.label, c.budget, c.seed) for _, c in plan.cells if label in (None, c.label)]
+
+
+@pytest.mark.parametrize(
+    ("methods", "model", "words"),
+    [
+        (
+            "[[{name: tome, keep: 0.5}, {name: pitome, keep: 0.5}]]",
+            "llava",
+            "both merge tokens inside the vision tower",
+        ),
+        ("[[{name: tome, keep: 0.5}, {name: fopru, keep: 4}]]", "llava", "looks at that tower"),
+        ("[[{name: globalcom2, parity: released, keep: 0.5}, {name: random, keep: 4}]]", "next", "order of its own"),
+    ],
+)
+def test_methods_that_cannot_share_a_model(mistakes, methods, model, words):
+    """`patch` refuses them, and so does every command before it loads weights."""
+    ((_, what),) = mistakes(methods, "keep: 0.5", model=model)
+    assert words in what
+
+
+def test_null_is_a_value(plan):
+    """It was thrown away once, and full ToDRE was measured as its first stage."""
+    made = plan("[todre, {name: todre, tau: null, label: one}]", "keep: 4", "controls: false")
+    both, one = [cell for _, cell in made.cells]
+    assert spec.build(one.method, one.arguments) == [ToDRE(keep=4, tau=None)] != spec.build(both.method, both.arguments)
+    assert spec.build(both.method, both.arguments) == [ToDRE(keep=4)]
+    assert made.jobs[0].key(both) != made.jobs[0].key(one)
+
+
+def test_a_pattern_of_tasks_is_told(mistakes):
+    override = ["tasks=[vlmprune_scene_llava_sh*, vlmprune_scene_llava_shap]"]
+    (_, pattern), (_, word) = mistakes("[fopru]", "keep: 4", overrides=override)
+    assert "Patterns are not taken: name the tasks or a group (vlmprune_scene_llava_shape)" in pattern
+    assert "Did you mean" not in pattern
+    assert "Did you mean 'vlmprune_scene_llava_shape'" in word
 
 
 def test_everything_is_multiplied_out(plan):
@@ -155,6 +195,7 @@ def test_a_budget_that_one_method_cannot_meet_is_left_out(plan):
         ("[[fopru, none]]", "", "llava", "4", "cannot be combined"),
         ("[[todre, fastv]]", "keep: 4", "llava", "4", "todre needs keep="),
         ("[[{name: tome, keep: 4}, {name: fopru, keep: 4}]]", "", "llava", "4", "merges tokens inside"),
+        ("[[{name: tome, keep: 4}, {name: pitome, keep: 4}]]", "", "llava", "4", "both merge tokens inside"),
         ("[fopru]", "keep: 4", "scene-lava", "1", "Did you mean 'scene-llava'?"),
         ("[fopru]", "keep: 4", "/no/such/folder", "1", "no such folder"),
         ("[fopru]", "keep: 4\ntemplate: no.jinja", "llava", "6", "no file 'no.jinja'"),
@@ -264,9 +305,6 @@ def test_tasks_of_the_user(plan, tmp_path):
     job = plan("[]", overrides=overrides).jobs[0]
     before = job.key(job.cells[0])
     (tmp_path / "tasks" / "mine.yaml").write_text("task: my_task\ndataset_path: y\n")
-    from vlmprune.eval.lmms import taskindex
-
-    taskindex.folder_files.cache_clear()
     job = plan("[]", overrides=overrides).jobs[0]
     assert job.key(job.cells[0]) != before
 
@@ -321,6 +359,99 @@ def test_another_models_files_change_the_keys(plan, folders, tmp_path):
     assert keys(plan("[fopru]", "keep: 4", model=str(copy))) == old  # the same model elsewhere
     (copy / "model.safetensors").write_bytes(b"x")
     assert not set(keys(plan("[fopru]", "keep: 4", model=str(copy))).values()) & set(old.values())
+
+
+def told(plan, folder):
+    """Why cells are measured anew."""
+    return {*survey(plan, folder).reasons.values()}
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """`measured(plan)`: a folder with a result for every cell."""
+
+    def write(made):
+        sample = {"doc": 0, "cluster": "0", "score": 1.0, "target": "x"}
+        summary = dict.fromkeys(("tokens_before", "tokens_after", "layer_average"), 4.0)
+        summary |= dict.fromkeys(("ttft_s", "decode_tokens_per_s", "peak_memory_bytes"))
+        for job, cell in made.cells:
+            about = {"format": store.FORMAT, "cell": asdict(cell), "key": job.key(cell), "depends": job.depends(cell)}
+            metric = {"metrics": {"m": {"value": 1.0}}, "metric": "m", "samples": [sample], "summary": summary}
+            store.write_cell(tmp_path / "done", about | metric | {"elapsed_s": 1.0, "error": None})
+        return tmp_path / "done"
+
+    return write
+
+
+def test_results_are_kept_until_something_they_depend_on_has_another_content(plan, measured, tmp_path, monkeypatch):
+    """At the same path and the same version."""
+    template, tasks, data = tmp_path / "chat.jinja", tmp_path / "tasks", tmp_path / "data"
+    tasks.mkdir()
+    data.mkdir()
+    template.write_text("one")
+    (data / "docs.json").write_text("[]")
+    (data / "shared.yaml").write_text("output_type: generate_until\n")
+    (tasks / "mine.yaml").write_text(
+        f"include: {data}/shared.yaml\ntask: my_task\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}/*.json}}}}\n"
+    )
+    more = ("keep: 4", f"template: {template}")
+    make = lambda: plan("[fopru]", *more, overrides=["tasks=[my_task]", f"include_path={tasks}"])  # noqa: E731
+    folder = measured(make())
+    assert told(make(), folder) == set()
+    for path, what in (
+        (template, "the chat template"),
+        (data / "docs.json", "the task's data"),
+        (data / "more.json", "the task's data"),
+        (data / "shared.yaml", "the task's YAML"),
+    ):
+        old = path.read_text() if path.exists() else None
+        path.write_text("# two\noutput_type: generate_until_multi_round\n")
+        assert told(make(), folder) == {f"changed: {what}"}, path
+        path.unlink() if old is None else path.write_text(old)
+    assert told(make(), folder) == set()
+    (tasks / "utils.py").write_text("x = 1")
+    assert told(make(), folder) == {"changed: the task's files"}
+    (tasks / "utils.py").unlink()
+    monkeypatch.setattr(fingerprints, "library", lambda: "edited")
+    assert told(make(), folder) == {"changed: vlmprune's code"}
+
+
+def test_a_data_set_that_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.parquet").write_text("")
+    assert local_data({"dataset_path": "set"}) == [tmp_path / "set" / "a.parquet"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"dataset_path": ""},
+        {"dataset_path": "lmms-lab/GQA", "dataset_kwargs": {}},
+        {"dataset_path": "json", "dataset_kwargs": {"data_files": "https://host/set/a.parquet"}},
+    ],
+)
+def test_a_data_set_that_is_not_on_this_disk(config):
+    assert local_data(config) == []
+
+
+def test_a_template_at_home(plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "chat.jinja").write_text("one")
+    assert plan("[fopru]", "keep: 4", "template: ~/chat.jinja").jobs[0].shared["template"]
+
+
+def test_results_of_before_the_code_was_hashed_are_measured_anew(plan, measured):
+    made = plan("[fopru]", "keep: 4")
+    folder = measured(made)
+    for path in (folder / "cells").iterdir():
+        cell = json.loads(path.read_text())
+        del cell["depends"]["library"]
+        cell["key"] = "old"
+        path.write_text(json.dumps(cell))
+    assert told(made, folder) == {"changed: vlmprune's code"}
 
 
 def test_an_edited_method_changes_its_keys_only(plan, monkeypatch):

@@ -9,8 +9,11 @@ from lmms_eval.models import get_model
 
 from vlmprune.eval import testbed
 from vlmprune.eval.lmms.model import VlmPrune
-from vlmprune.eval.naming import methods_of, typed
+from vlmprune.methods import FoPru, ToDRE, TransPrune
+from vlmprune.parts.facts import ModelFacts
 from vlmprune.runtime.errors import UserError
+
+FACTS = ModelFacts("llava", 24, 22, True, decoder_layers=32, views=False, view_patches=576)
 
 
 def test_the_entry_point_leads_to_the_model():
@@ -59,7 +62,10 @@ def test_the_command_prunes_scores_and_measures(tmp_path):
         ("method=fopru", "fopru needs keep="),
         ("method=fopru,keep=4,average=4", "keep= or average=, not both"),
         ("method=fopru,keep=1.5", "out of range"),
-        ("method=fopru,keep=many", "is not a number"),
+        ("method=fopru,keep=many", "neither a count (36) nor a fraction"),
+        ("method=fopru,keep=None", "fopru needs keep="),
+        ("method=random,keep=9,seed=None", "seed=None"),
+        ("method=transprune,keep=9,prune_layers=[1,2", "is no list"),
         ("method=none,keep=4", "takes no options, and here is keep=4"),
         ("method=none+fopru,keep=4", "cannot be combined"),
         ("method=fopru+vtc_cls,keep=4", "write fopru.keep= or vtc_cls.keep="),
@@ -96,12 +102,24 @@ def test_text_becomes_values():
 
 def test_negative_numbers_are_whole_where_they_look_so():
     # lmms-eval reads -2 as -2.0
-    assert [typed(value) for value in (-2.0, "-2", -0.5, 2.0, "None", "row")] == [-2, -2, -0.5, 2.0, None, "row"]
-    assert isinstance(typed(-2.0), int)
+    made = VlmPrune.create_from_arg_string("pretrained=scene-llava,method=fopru,keep=26,layer=-2")
+    assert (made.options["layer"], type(made.options["layer"])) == (-2, int)
+
+
+@pytest.mark.parametrize(("tau", "value", "cuts"), [("None", None, 1), ("null", None, 1), ("0.1", 0.1, 2)])
+def test_none_is_a_value(tau, value, cuts):
+    """It was thrown away once, and full ToDRE ran under the name of its first stage."""
+    made = VlmPrune.create_from_arg_string(f"pretrained=scene-llava,method=todre,keep=64,tau={tau}")
+    assert made.options == {"keep": 64, "tau": value}
+    assert made.handle.methods == [ToDRE(keep=64, tau=value)]
+    assert len(made.handle.methods[0].cuts(FACTS)) == cuts
+    made.use("todre", keep=64, tau=0.1)
+    made.use("todre", keep=64, tau=None)
+    assert made.handle.methods == [ToDRE(keep=64, tau=None)]
+    assert "tau=None" in repr(made)  # the key of lmms-eval's response cache
 
 
 def test_methods_are_joined_and_share_options():
-    made = methods_of("globalcom2+transprune", {"globalcom2.keep": 0.5, "prune_layers": (2, 3, 4), "seed": None})
-    assert [type(method).name for method in made] == ["globalcom2", "transprune"]
-    assert (made[0].keep, made[1].prune_layers) == (0.5, (2, 3, 4))
-    assert methods_of("none", {"keep": None}) == []
+    args = "method=fopru+transprune,fopru.keep=50%,transprune.keep=26,prune_layers=[1,2,4]"
+    made = VlmPrune.create_from_arg_string(f"pretrained=scene-llava,{args}")
+    assert made.handle.methods == [FoPru(keep=0.5), TransPrune(keep=26, prune_layers=(1, 2, 4))]

@@ -7,9 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from clocks import PATIENCE
 
 pytest.importorskip("lmms_eval")
 
@@ -261,26 +261,40 @@ def contents(folder):
     return {path.name: (path.stat().st_mtime_ns, json.loads(path.read_text())) for path in folder.glob("*.json")}
 
 
+DIES = """
+import os, signal, sys
+from pathlib import Path
+from vlmprune.cli import main
+
+number, moment, *words = sys.argv[1:]
+real = os.replace
+
+def replace(old, new):
+    last = Path(new).parent.name == "cells" and len([*Path(new).parent.glob("*.json")]) == int(number)
+    if last and moment == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(old, new)
+    if last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = replace
+main(words)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [1, 3])
-def test_killed_at_any_moment(config, tmp_path, after):
-    more = ["--set", "controls=true", "--set", "keep=[0.5, 0.25]", "--set", "seeds=[0, 1, 2]"]
-    command = [sys.executable, "-P", "-m", "vlmprune", "eval", str(config), *more]
+@pytest.mark.parametrize(("number", "moment", "left"), [(1, "before", 1), (2, "behind", 3)])
+def test_killed_while_it_writes(config, tmp_path, number, moment, left):
+    """With so many results there, right before or behind the step that puts another one beside them."""
+    more = ["--set", "controls=true", "--set", "seeds=[0, 1, 2]"]
+    command = [sys.executable, "-P", "-c", DIES, str(number), moment, "eval", str(config), *more]
     cells = tmp_path / "out" / "cells"
-    with open(tmp_path / "err", "w") as err:
-        process = subprocess.Popen(command, cwd=tmp_path, env=environment(), stderr=err, stdout=subprocess.DEVNULL)
-        try:
-            end = time.monotonic() + 300
-            while len(list(cells.glob("*.json"))) < after and process.poll() is None and time.monotonic() < end:
-                time.sleep(0.01)
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-    assert process.returncode == -signal.SIGKILL, (tmp_path / "err").read_text()
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     there = contents(cells)  # which reads every file as JSON
-    assert after <= len(there) < 12
-    told = (tmp_path / "err").read_text().count("exact_match")
-    assert len(there) - told in (0, 1)
+    assert len(there) == left
+    assert len(list(cells.glob(".writing-*"))) == (moment == "before")
+    assert done.stderr.count("exact_match") == number
     assert main(["eval", str(config), *more]) == 0
     now = contents(cells)
     assert {name: now[name] for name in there} == there
@@ -308,7 +322,12 @@ def test_two_processes_give_the_results_of_one(config, tmp_path):
     launch += ["--main_process_port", "0", "-m", "vlmprune", "eval", str(config), *more]
     command = [*launch, "--set", f"output={tmp_path / 'two'}"]
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=300
+        command,
+        cwd=tmp_path,
+        env=environment(ACCELERATE_USE_CPU="true"),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert store.load_run(tmp_path / "two").info["processes"] == 2

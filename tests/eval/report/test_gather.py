@@ -8,7 +8,7 @@ import run_folders as made
 
 from vlmprune.eval import statistics
 from vlmprune.eval.lmms import store
-from vlmprune.eval.report import read, words
+from vlmprune.eval.report import read, summary, words
 from vlmprune.eval.report.gather import gather, together
 
 
@@ -72,8 +72,13 @@ def test_a_method_that_answers_like_the_full_model_is_equal_not_noise():
     fopru["samples"] = none["samples"]
     fopru["metrics"] = none["metrics"]
     mine = row(gathered([none, fopru]), "fopru keep 0.25", "pope")
-    assert (mine.full_difference, mine.full_low, mine.full_high, mine.full_verdict) == (0, 0, 0, "equal")
-    assert (mine.retention_low, mine.retention_high) == (1, 1)
+    assert (mine.full_difference, mine.full_verdict) == (0, "equal")
+    # no cluster differs, which says no more than that few do
+    assert -mine.full_low == mine.full_high == pytest.approx(1 - 0.025 ** (1 / mine.clusters))
+    assert mine.retention == 1
+    assert (mine.retention_low, mine.retention_high) == pytest.approx(
+        (1 + mine.full_low / mine.value, 1 + mine.full_high / mine.value)
+    )
 
 
 def test_each_budget_has_its_own_random():
@@ -260,3 +265,29 @@ def test_one_cluster_gives_no_interval():
 def test_a_folder_on_disk_reads_the_same(tmp_path):
     cells = made.grid_of()
     assert read(made.write(tmp_path, cells)).rows == gathered(cells).rows
+
+
+def test_a_score_that_all_clusters_share_has_an_interval():
+    """All right in every cluster: the bootstrap sees no spread, and Clopper and Pearson's interval stands in for it."""
+    cell = made.cell("none", None)
+    for sample in cell["samples"]:
+        sample["score"] = 1.0
+    cell["metrics"][cell["metric"]]["value"] = 1.0
+    mine = row(gathered([cell]), "none", "pope")
+    assert (mine.low, mine.high) == pytest.approx((0.025 ** (1 / mine.clusters), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [('{"format": 1', "not JSON: "), ("{}", "it lacks 'cell'"), ("\x00", "not JSON: "), ("[1]", "")],
+)
+def test_a_damaged_cell_is_named_with_its_file(tmp_path, text, told):
+    folder = made.write(tmp_path, made.grid_of())
+    file = folder / "cells" / "scene-llava--fopru--keep-0.1--pope.json"
+    file.write_text(text)
+    results = read(folder)
+    (problem,) = results.problems
+    assert (problem.cell, problem.state) == (file.stem, "damaged")
+    assert problem.why.startswith(f"{file}: {told}")
+    assert "1 damaged" in summary(folder, results)
+    assert f"Damaged:{file}" in "".join(summary(folder, results).split())

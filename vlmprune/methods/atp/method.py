@@ -133,6 +133,8 @@ class Atp(Method):
             if self.weights is None:
                 raise ValueError(f"atp needs trained modules: weights= a folder or hub id. Train them with: {TRAIN}")
             object.__setattr__(self, "thresholds", load(self.weights))
+        elif not isinstance(self.thresholds, Thresholds):
+            raise TypeError(f"thresholds={self.thresholds!r} must be modules: name their folder by weights=.")
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         config, mine = self.thresholds.config, asdict(facts)

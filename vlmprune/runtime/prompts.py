@@ -13,7 +13,7 @@ from typing import Any
 from vlmprune.errors import did_you_mean
 from vlmprune.runtime.errors import UserError, brief, printable
 
-__all__ = ["ENDINGS", "Pair", "find_pictures", "read_pairs"]
+__all__ = ["ENDINGS", "Pair", "check_text", "find_pictures", "read_pairs"]
 
 #: File names that count as pictures in a folder.
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".ppm")
@@ -88,6 +88,8 @@ def read_pairs(images: str, prompts: str, limit: int | None = None) -> list[Pair
         elif not mine and image is not None:
             if glob.has_magic(image) or not is_file(base / image):
                 hint = did_you_mean(image, named)
+                if glob.has_magic(image):
+                    hint = f" It fits none of the names there, such as {printable(next(iter(named)))!r}."
                 raise UserError(f"{prompts}, line {line}: no picture {printable(image)!r} in {base}.{hint}")
             mine = {image: base / image}
         for name, path in mine.items():
@@ -150,4 +152,19 @@ def parse_object(line: str, where: str) -> tuple[str | None, str]:
         raise UserError(f"{where}: the prompt must be a text that is not empty, and it is {prompt!r}.")
     if image is not None and (not isinstance(image, str) or not image):
         raise UserError(f"{where}: the image must be the name of a picture or a pattern, and it is {image!r}.")
+    check_text(prompt, f"{where}: the prompt")
     return image, prompt.strip()
+
+
+def check_text(text: str, what: str) -> None:
+    """Refuse text that no tokenizer takes: bytes of a command line that are not UTF-8, halves of a surrogate pair.
+
+    Raises:
+        UserError: it begins with `what` and says where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        found = f"byte 0x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else f"half a character (U+{code:04X})"
+        raise UserError(f"{what} is not valid UTF-8: {found} at character {error.start + 1}.") from None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from tiny_folders import PICTURES
 
-from vlmprune.cli.prompts import find_pictures, read_pairs
 from vlmprune.runtime.errors import UserError
+from vlmprune.runtime.prompts import find_pictures, read_pairs
 
 
 def write(path, *lines):
@@ -62,7 +62,8 @@ def test_prompts_of_json_lines(pictures, tmp_path):
     ("line", "words"),
     [
         ('{"image": "a.pgn", "prompt": "x"}', ["line 2", "no picture 'a.pgn'", "Did you mean 'a.png'?"]),
-        ('{"image": "*.pdf", "prompt": "x"}', ["line 2", "no picture '*.pdf'"]),
+        ('{"image": "*.pdf", "prompt": "x"}', ["line 2", "no picture '*.pdf'", "fits none of the names"]),
+        ('{"image": "a*.pgn", "prompt": "x"}', ["line 2", "no picture 'a*.pgn'", "fits none", "such as 'a.png'"]),
         ('{"image": "a.png", "promt": "x"}', ["line 2", "no 'prompt', only 'image', 'promt'"]),
         ('{"image": 3, "prompt": "x"}', ["line 2", "the image must be", "3"]),
         ('{"prompt": " "}', ["line 2", "not empty"]),
@@ -88,3 +89,9 @@ def test_bad_files(pictures, tmp_path):
         read_pairs(str(pictures), str(tmp_path / "latin.txt"))
     with pytest.raises(UserError, match="cannot read the prompts file"):
         read_pairs(str(pictures), str(tmp_path))
+
+
+def test_prompts_that_no_tokenizer_takes(pictures, tmp_path):
+    file = write(tmp_path / "p.jsonl", '{"prompt": "fine"}', '{"prompt": "half \\ud800 a character"}')
+    with pytest.raises(UserError, match=r"p.jsonl, line 2: the prompt is not valid UTF-8: half a char.* \(U\+D800\)"):
+        read_pairs(str(pictures), file)
