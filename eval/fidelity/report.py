@@ -46,7 +46,7 @@ DEFINITIONS = (
         "the same, averaged over the tokens of the unpruned answer, which both models read (teacher-forced): two "
         "models that read their own answers are soon asked different questions",
     ),
-    ("tokens", "visual tokens of a picture that enter the language model, newlines included"),
+    ("entering", "visual tokens of a picture that enter the language model, newlines included"),
     ("layer average", "visual tokens that a decoder layer sees, averaged over all layers"),
     ("answer - random", "difference to `random` at the same budget in percentage points, paired prompt by prompt"),
 )
@@ -146,7 +146,7 @@ def few_pictures(pictures: int) -> str:
 
 def table_of(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table of a study; columns that would be empty are left out."""
-    header = ["method", "budget", "tokens", "layer average", "first token", "answer", "KL first", "KL answer"]
+    header = ["method", "budget", "entering", "layer average", "first token", "answer", "KL first", "KL answer"]
     compared = any(line.over_random is not None for line in lines)
     rows = []
     for line in lines:

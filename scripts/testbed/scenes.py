@@ -66,23 +66,6 @@ class Scene:
         return Image.fromarray(self.pixels)
 
 
-def looks_drawn(image: Image.Image) -> bool:
-    """Whether a picture may be a scene: what is saturated in it has, by and large, the colours of the objects.
-
-    Of the shipped questions' pictures every one does (79 % of the saturated pixels at least), of photographs none seen
-    (36 % at most); a picture without saturated pixels has no objects.
-    """
-    small = image.convert("RGB")
-    small.thumbnail((512, 512))
-    pixels = np.asarray(small, np.float32).reshape(-1, 3)
-    pixels = pixels[np.ptp(pixels, axis=1) > 110]
-    if not len(pixels):
-        return False
-    palette = np.array(list(COLOURS.values()), np.float32)
-    near = np.square(pixels[:, None] - palette).sum(-1).min(1) < 55**2
-    return bool(near.mean() > 0.6)
-
-
 @functools.cache
 def handwriting() -> tuple[np.ndarray, np.ndarray]:
     """The UCI digits of scikit-learn: (1797, 8, 8) uint8 grey levels, and (1797,) labels."""

@@ -12,8 +12,8 @@ from PIL import Image
 from tiny_folders import answer, noise_picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vlmprune.embedded import looks_drawn
 from vlmprune.eval import testbed
-from vlmprune.eval.testbed.scenes import looks_drawn
 from vlmprune.runtime import loading
 from vlmprune.spec import read_budget, read_option
 

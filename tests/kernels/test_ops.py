@@ -12,11 +12,11 @@ from importlib import util
 from pathlib import Path
 
 import pytest
-import test_engine_syncs
 import tiny
 import torch
 from kernel_cases import gather_inputs, merge_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
+from waits import reads
 
 import vlmprune
 from vlmprune import kernels
@@ -60,7 +60,7 @@ def test_opcheck(name, grad):
 def test_implementations_read_nothing_back(monkeypatch, name):
     """A dispatch mode does not look inside a custom op, so the engine's own test cannot see this."""
     plain, args = getattr(reference, name.partition(",")[0]), samples()[name]
-    counted = test_engine_syncs.reads(lambda: plain(*args), monkeypatch)
+    counted = reads(lambda: plain(*args), monkeypatch)
     assert counted.total == 0, dict(counted.seen)
 
 

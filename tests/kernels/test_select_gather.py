@@ -55,18 +55,20 @@ def test_top_k_of_nothing_and_of_more_dimensions(implementation, device):
     assert kept[2, 0].tolist() == [False, False, True, True]
 
 
-def by_hand(kept, real, given, length, contiguous):
-    """What `select_gather` has to return, row by row; padding entries are left None."""
-    hidden, ids, cos, sin = given
-    samples = []
+def columns_of(ids, row):
+    """The ids of every column of a row, one per axis, as lists."""
+    return ids[..., row, :][None].flatten(0, -2).T.tolist()
+
+
+def by_hand(kept, real, ids, contiguous):
+    """Which columns `select_gather` has to return with which ids, and how many are gone, row by row."""
     for b, mine in enumerate(kept):
-        gone = [sum(real[b][j] and j not in mine for j in range(i + 1)) for i in range(len(real[b]))]
-        entries = [None] * (length - len(mine))
-        for i in mine:
-            position = [max(int(x) - contiguous * gone[i], 0) for x in ids[..., b, i].flatten()]
-            entries.append((i, hidden[b, i], position, cos[..., b, i, :], sin[..., b, i, :]))
-        samples.append((entries, gone[-1] if gone else 0))
-    return samples
+        left, gone, before = set(mine), 0, []
+        for i, is_real in enumerate(real[b]):
+            gone += is_real and i not in left
+            before.append(gone)
+        given = columns_of(ids, b)
+        yield [[max(x - contiguous * before[i], 0) for x in given[i]] for i in mine], gone
 
 
 def check(out, kept, real, given, length, contiguous):
@@ -74,22 +76,18 @@ def check(out, kept, real, given, length, contiguous):
     batch, columns = len(kept), len(real[0]) if real else 0
     assert hidden.shape == (batch, length, given[0].shape[-1])
     given = [x.cpu() for x in given]
-    for b, (entries, gone) in enumerate(by_hand(kept, real, given, length, contiguous)):
-        assert mask[b].tolist() == [entry is not None for entry in entries]
+    for b, (positions, gone) in enumerate(by_hand(kept, real, given[1], contiguous)):
+        padding = length - len(kept[b])
+        assert mask[b].tolist() == [False] * padding + [True] * len(kept[b])
         assert dropped[b] == gone
+        assert index[b].tolist()[padding:] == kept[b]
+        assert columns_of(ids, b)[padding:] == positions
         # whatever stands in for padding is nothing that is kept, and every entry is what its index says
-        assert not {*index[b].tolist()[: length - len(kept[b])]} & {*kept[b]}
+        assert not {*index[b].tolist()[:padding]} & {*kept[b]}
         assert len({*index[b].tolist()}) == length <= columns
         assert torch.equal(hidden[b], given[0][b, index[b]])
         assert torch.equal(cos[..., b, :, :], given[2][..., b, index[b], :])
-        for j, entry in enumerate(entries):
-            if entry is not None:
-                i, row, position, c, s = entry
-                assert index[b, j] == i
-                assert torch.equal(hidden[b, j], row)
-                assert ids[..., b, j].flatten().tolist() == position
-                assert torch.equal(cos[..., b, j, :], c)
-                assert torch.equal(sin[..., b, j, :], s)
+        assert torch.equal(sin[..., b, padding:, :], given[3][..., b, kept[b], :])
 
 
 @pytest.mark.parametrize("contiguous", [False, True])

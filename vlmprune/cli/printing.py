@@ -50,7 +50,7 @@ def as_text(asked: Asked) -> str:
     newlines, timed = first.total["newlines_before"], first.times is not None
     before = first.total["patches_before"]
     word = "average" if "average" in first.job.options else "keep"
-    columns = ["method", word, "patches", "newlines", "layer average", "prefill", "speed-up", "answer"]
+    columns = ["method", word, "patches left", "newlines left", "layer average", "prefill", "speed-up", "answer"]
     rows = [["full model", "-", str(before), str(newlines), f"{before + newlines:.1f}", "", "", line(asked.plain)]]
     for outcome in asked.outcomes:
         total, times = outcome.total, outcome.times
@@ -66,7 +66,7 @@ def as_text(asked: Asked) -> str:
                 line(outcome.answer),
             ]
         )
-    hidden = [*(["newlines"] if not newlines else []), *(["prefill", "speed-up"] if not timed else [])]
+    hidden = [*(["newlines left"] if not newlines else []), *(["prefill", "speed-up"] if not timed else [])]
     shown = [name for name in columns if name not in hidden]
     cells = [[row[columns.index(name)] for name in shown] for row in rows]
     pictures = ", ".join(

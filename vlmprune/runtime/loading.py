@@ -327,7 +327,7 @@ def check_shapes(processor: Any, images: Sequence[Image.Image]) -> None:
 
 def strange_pictures(loaded: Loaded, images: Sequence[Image.Image]) -> int:
     """How many pictures an embedded model was not made for: it knows the drawn scenes it was trained on."""
-    from vlmprune.eval.testbed.scenes import looks_drawn
+    from vlmprune.embedded import looks_drawn
 
     return sum(not looks_drawn(image) for image in images) if loaded.source.embedded else 0
 

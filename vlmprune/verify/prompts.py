@@ -134,8 +134,8 @@ def check_rotary(language_model: nn.Module, prompts: Sequence[dict[str, Any]]) -
                 f"this language model has rotary embeddings of rope_type {kind!r}, whose frequencies change behind "
                 f"position {limit}: unpruned, it computes something else with a cache than without, so there is "
                 f"nothing to compare with, and the prompts of this check take {longest} positions. What pruning does "
-                "to layers and cache does not depend on it: load the model with rope_type 'default' "
-                "(config.text_config.rope_parameters) and check that."
+                "to layers and cache does not depend on it: load the model with rope_type 'default' in "
+                "config.text_config.rope_parameters and check that."
             )
 
 
