@@ -25,7 +25,7 @@ BESIDE = {
 }
 #: What a floor may see besides those below it.
 ALSO = {
-    "engine": {"trace"},
+    "engine": {"trace", "methods"},  # of methods the base class alone
     "runtime": {"api", "registry", "spec", "trace", "verify", "methods"},
     "eval": {"api", "registry", "spec", "trace", "verify", "methods"},
     "cli": {"api", "registry", "spec", "trace", "verify", "methods"},
@@ -72,6 +72,8 @@ def test_arrows_go_one_way(module):
     wrong = sorted(target for target in seen if room(target) not in allowed(room(module)))
     if module.startswith("vlmprune.methods.atp.training"):  # which patches and runs a model
         wrong = [target for target in wrong if room(target) not in {"api", "patches", "trace"}]
+    if room(module) == "engine":
+        assert {target for target in seen if room(target) == "methods"} <= {"vlmprune.methods.base"}
     assert not wrong
 
 
