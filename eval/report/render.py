@@ -80,7 +80,7 @@ def inlined(content: bytes) -> str:
 def plain(text: str, brackets: str = r"\](?=[(\[])") -> str:
     """Text that Markdown shows as it is, on one line; of the brackets in it those that match are escaped."""
     text = " ".join(str(text).split())
-    return re.sub(rf"([\\`*|<~$]|&(?=[#\w])|{brackets}|(?<!\w)_|_(?!\w)|#(?=#*$))", r"\\\1", text)
+    return re.sub(rf"([\\`*|<~$]|&(?=[#\w])|{brackets}|(?<![^\W_])_|_(?![^\W_])|#(?=#*$))", r"\\\1", text)
 
 
 def paragraph(text: str) -> str:
