@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, replace
-from numbers import Real
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch.nn import functional
 
-from vlmprune.errors import UnsupportedError
-from vlmprune.methods.base import Budgeted, need_cls
-from vlmprune.parts.budget import HAIR, floored
-from vlmprune.parts.cuts import Cut, Decoder, Merge, Positions, Reduction
-from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.layout import ImageGrid, Layout, upload
-from vlmprune.parts.selection import Newlines, check_choice, keep_patches, top_k
-from vlmprune.parts.taps import ClsLogits, Distinctness, Tap
-from vlmprune.registry import register
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import (
+    HAIR,
+    ClsLogits,
+    Cut,
+    Decoder,
+    Distinctness,
+    ImageGrid,
+    Layout,
+    Merge,
+    ModelFacts,
+    Must,
+    Reduction,
+    Seen,
+    Tap,
+    UnsupportedError,
+    floored,
+    is_number,
+    keep_patches,
+    need_cls,
+    top_k,
+    upload,
+)
 
 __all__ = ["GlobalCom2", "crop_ratios", "guided"]
 
-Parity = Literal["released"]
+POSITIVE = Must("a number above 0", lambda tau: is_number(tau, 0, sys.float_info.max) and tau > 0)
 
 
 def crop_ratios(thumbnail: torch.Tensor, crops: tuple[int, int], ratio: float, tau: float) -> torch.Tensor:
@@ -67,7 +80,7 @@ def stretch(scores: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 @register("globalcom2")
 @dataclass(frozen=True)
-class GlobalCom2(Budgeted):
+class GlobalCom2(Pruner):
     """Let the thumbnail decide how much of every crop stays, and help to decide what.
 
     Scores are the last tower layer's [CLS] logits (before the softmax: with probabilities the budgets would be flat).
@@ -105,20 +118,9 @@ class GlobalCom2(Budgeted):
         "prompt), or take another method",
     }
 
-    tau: float = 10.0
+    tau: Annotated[float, POSITIVE] = 10.0
     score: Literal["cls", "distinct"] = "cls"
-    parity: Parity | None = None
-    positions: Positions = "contiguous"
-    newlines: Newlines = "all"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("score", self.score, Literal["cls", "distinct"])
-        check_choice("parity", self.parity, Literal["released", None])
-        check_choice("positions", self.positions, Positions)
-        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
-        if isinstance(self.tau, bool) or not isinstance(self.tau, Real) or not 0 < self.tau < math.inf:
-            raise ValueError(f"tau={self.tau!r} must be a number above 0.")
+    parity: Literal["released"] | None = None
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         if not facts.views:
@@ -132,7 +134,7 @@ class GlobalCom2(Budgeted):
             tap = Distinctness(facts.feature_layer + 1)
         return [Cut(Decoder(0), (tap,), self.reduce, self.positions, reorders=self.parity == "released")]
 
-    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` scores in, decision out."""
         if self.parity and any(grid.blend is not None for grid in layout.grids):
             raise UnsupportedError("parity='released' repeats code that knows no shrunken canvas: leave parity away.")
