@@ -158,9 +158,9 @@ class GlobalCom2(Pruner):
         """`(tokens,)` kept patches of one image, and the scores they were chosen by."""
         device = scores.device
         patch = ~upload(grid.newline, device)
-        if grid.views == 1 or self.ratio(grid) >= 1:
+        if (ratio := self.ratio(grid)) >= 1:
             return patch, scores
-        thumb, view, ratio = grid.side[0] * grid.side[1], upload(grid.view, device), self.ratio(grid)
+        thumb, view = grid.side[0] * grid.side[1], upload(grid.view, device)
         if len(grid.planes) == 1:  # a picture so thin that un-padding leaves no patch of its canvas
             return top_k(scores, max(1, floored(thumb * ratio)), (view == 0) & patch), scores
         rows, cols = grid.planes[1]
@@ -181,7 +181,7 @@ class GlobalCom2(Pruner):
         into, source, weight, counts = [], [], [], []
         most = layout.width + max(grid.side[0] * grid.crops[0] for grid in layout.grids)
         for i, grid in enumerate(layout.grids):
-            if grid.views == 1 or self.ratio(grid) >= 1:
+            if self.ratio(grid) >= 1:
                 order = torch.arange(grid.tokens, device=keep.device)
             else:
                 order = released_order(keep[i, : grid.tokens], scores[i, : grid.tokens], grid)
@@ -214,7 +214,7 @@ def released_order(keep: torch.Tensor, scores: torch.Tensor, grid: ImageGrid) ->
     token = (keep & (view > 0) & ~newline).nonzero().flatten()
     crop = view[token] - 1
     # the code's bug: a token's number among its crop's un-padded tokens is taken for its place in the tile
-    member = torch.nn.functional.one_hot(view, grid.views) * ~newline[:, None]
+    member = functional.one_hot(view, grid.views) * ~newline[:, None]
     place = (member.cumsum(0) - member)[token, view[token]]
     y, x = (crop // across) * rows + place // cols, (crop % across) * cols + place % cols
     width = across * cols + 1
