@@ -100,6 +100,13 @@ class ImageGrid:
         """Patches of every view that the packing left in."""
         return torch.bincount(self.view[~self.newline], minlength=self.views).tolist()
 
+    @cached_property
+    def present(self) -> torch.Tensor:
+        """`(views, patches)` bool, the patches of the tower that packing leaves in."""
+        mask = torch.zeros(self.encoded, dtype=torch.bool)
+        mask[self.source[~self.newline]] = True
+        return mask.view(self.views, -1)
+
     @property
     def patches(self) -> int:
         """Visual tokens without newlines."""
@@ -254,12 +261,7 @@ class Views:
     @cached_property
     def present(self) -> torch.Tensor:
         """`(views, patches)` bool, on the host: the patches that packing leaves in."""
-        rows = []
-        for grid in self.grids:
-            mask = torch.zeros(grid.encoded, dtype=torch.bool)
-            mask[grid.source[~grid.newline]] = True
-            rows.append(mask.view(grid.views, -1))
-        return torch.cat(rows)
+        return torch.cat([grid.present for grid in self.grids])
 
     @property
     def patches(self) -> list[int]:
