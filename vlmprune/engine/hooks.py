@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from vlmprune.engine.census import check_mask
-from vlmprune.engine.channels import FRAME, MADE_BY, NOTES, SEEN, SEGMENTS, SIZES
+from vlmprune.engine.channels import FRAME, NOTES, SEEN, SEGMENTS, SIZES
 from vlmprune.engine.decode import catch_up, held, length_of, resume, rolled_back
 from vlmprune.engine.placement import loaded
 from vlmprune.engine.plan import Hook, Plan
@@ -128,14 +128,14 @@ class Notes:
     def restore(self, copies: dict[str, Any] | None) -> None:
         """Put what was noted on the encoders' outputs on the ones that arrived."""
         for modality, output in self.outputs.items():
-            for name in (SEEN, SIZES, MADE_BY):
+            for name in (SEEN, SIZES):
                 if hasattr(output, name):
                     setattr(copies[modality], name, getattr(output, name))
 
 
 def without_notes(output: Any) -> Any:
     """An encoder's output as the host makes it: since transformers 5.24 the model returns it with its own."""
-    noted = [name for name in (SEEN, SIZES, MADE_BY) if hasattr(output, name)]
+    noted = [name for name in (SEEN, SIZES) if hasattr(output, name)]
     if not noted:
         return output
     plain = copy(output)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlmprune.engine.census import count_prompts
-from vlmprune.engine.channels import MADE_BY, SEEN, SEGMENTS
+from vlmprune.engine.channels import SEGMENTS, seen_on
 from vlmprune.engine.effect import tell_idle
 from vlmprune.engine.finite import WAY_OUT, cut_is_finite, demand
 from vlmprune.engine.placement import check_device, loaded
@@ -61,21 +61,20 @@ class Prefill:
         self.layout = prompt_layout(plan, inner, self.census, features)
         for method in plan.methods:
             method.check_inputs(self.layout)
-        seen = [getattr(output, SEEN, {}) for output in features.values()]
-        if missing := [tap for tap in plan.tower_taps if any(tap not in s for s in seen)]:
+        seen = [seen_on(output) for output in features.values()]
+        if missing := [tap for tap in plan.tower_taps if any(s is None or tap not in s.taps for s in seen)]:
             raise CutNotRunError(
                 f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model "
                 "or while the patch was disabled. Encode the images with the patched model."
             )
-        makers = [getattr(output, MADE_BY, None) for output in features.values()]
-        if (plan.tower_cuts or plan.pixel_cuts) and any(maker is not plan for maker in makers):
+        if (plan.tower_cuts or plan.pixel_cuts) and any(s is None or s.plan is not plan for s in seen):
             raise CutNotRunError(
                 "the image features came without what this patch does before the language model: they were computed "
                 "by an unpatched model, under another patch, or while this one was disabled. Encode the images with "
                 "the patched model."
             )
         self.seen: dict[Tap, torch.Tensor] = {
-            tap: self.layout.from_tower(torch.cat([s[tap].to(self.layout.device) for s in seen]))
+            tap: self.layout.from_tower(torch.cat([s.taps[tap].to(self.layout.device) for s in seen]))
             for tap in plan.tower_taps
         }
         self.pending = plan.decoder_cuts

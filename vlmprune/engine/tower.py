@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.engine.channels import FRAME, INSIDE, MADE_BY, OWNER, SEEN, SIZES
+from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, SIZES, Seen
 from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.watch import Watch
@@ -163,8 +163,7 @@ class TowerFrame:
             self.seen[ClusterOf()] = place[:, int(self.has_cls) :]
         # a host that hands on bare tensors takes the note instead of the output
         noted = output if self.note is None else self.note
-        setattr(noted, SEEN, self.seen)
-        setattr(noted, MADE_BY, self.plan)
+        setattr(noted, SEEN, Seen(self.plan, self.seen))
 
 
 def means(hidden: torch.Tensor, into: torch.Tensor, share: torch.Tensor, count: int) -> torch.Tensor:
