@@ -25,7 +25,7 @@ from torch import nn
 
 from vlmprune.engine.census import check_mask
 from vlmprune.engine.channels import FRAME, NOTES, SEEN, SEGMENTS, SIZES
-from vlmprune.engine.decode import catch_up, held, length_of, resume, rolled_back
+from vlmprune.engine.decode import held, length_of, resume, rolled_back
 from vlmprune.engine.placement import loaded
 from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.prefill import Prefill
@@ -41,12 +41,13 @@ from vlmprune.engine.tower import (
     check_fixed,
     encoder,
 )
+from vlmprune.engine.turn import catch_up
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
 from vlmprune.patches.host import cache_of, in_words_of
-from vlmprune.patches.language_models import decoder_layer
+from vlmprune.patches.language_models import counted, decoder_layer
 from vlmprune.patches.towers import tower_layer
 
 __all__ = ["Plan", "current", "install", "is_hook", "remove", "swap"]
@@ -102,7 +103,7 @@ class BeforeModel(Hook):
             kwargs = resume(self.plan, module, kwargs, segments, length)
         encoded = encode(module, kwargs, self.plan.family)
         kwargs["mm_encoder_outputs"] = {modality: without_notes(output) for modality, output in encoded.items()}
-        positions = kwargs.get("position_ids") if mask is None else None
+        positions = counted(kwargs.get("position_ids")) if mask is None else None
         frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions)
         return kwargs | {FRAME: frame}
 

@@ -90,36 +90,41 @@ class Prefill:
         """Do all that is to be done at the input of decoder layer `index`."""
         check_first_run(index, len(self.by_layer))
         check_device(layer, hidden)
-        before, past = self.sequence, self.past.get(index)
-        if before is None:
-            self.cache = cache_of(kwargs)
-            batch, length, _ = hidden.shape
-            self.sequence = Sequence(
-                prompt=length,
-                columns=torch.arange(length, device=hidden.device).expand(batch, -1),
-                mask=self.census.real,
-                lengths=self.prompt_lengths,
-                positions=kwargs["position_ids"].expand(batch, -1),
-                guesses=self.guesses,
-                rotary=tuple(x.expand(batch, -1, -1) for x in kwargs["position_embeddings"]),
-                shift=None if past is None else past.shift,
-                past=past,
-            )
-            # of a past that the host's own arguments fit nothing has to be noted
-            before = self.sequence if past is None or past.whole else None
+        past, rotary = self.past.get(index), kwargs["position_embeddings"]
+        # of a past that the host's own arguments fit nothing has to be noted
+        noted = past is None or (self.sequence is None and past.whole)
+        if self.sequence is None:
+            self.cache, self.sequence = cache_of(kwargs), self.whole(hidden, kwargs, past)
         elif past is not None:
             self.sequence = self.sequence.behind(past, hidden, self.rotary_emb)
+        before = self.sequence = self.sequence.handed(rotary, hidden, self.rotary_emb)
         here = [cut for _, cut in self.pending if cut.at.layer == index]
         self.measure(index, layer, hidden, [tap for cut in here for tap in cut.see])
         while self.pending and self.pending[0][1].at.layer == index:
             hidden = self.cut(*self.pending.pop(0), hidden)
-        if self.sequence is not before:
+        if not noted or self.sequence is not before:
             self.segments = [s for s in self.segments if s.first != index] + [self.sequence.segment(index)]
         self.measure(index, layer, hidden, [tap for _, cut in self.pending for tap in cut.see])
         self.by_layer.append(self.sequence)
         if self.sequence.cut:
-            kwargs = self.sequence.swap(layer, index, hidden, kwargs)
+            kwargs = self.sequence.swap(layer, index, hidden, kwargs, self.plan.family.layer_columns)
         return hidden, kwargs
+
+    def whole(self, hidden: torch.Tensor, kwargs: dict, past: Segment | None) -> Sequence:
+        """What the first layer gets `(batch, length, dim)` of, before any cut."""
+        batch, length, _ = hidden.shape
+        positions = kwargs.get("position_ids")
+        return Sequence(
+            prompt=length,
+            columns=torch.arange(length, device=hidden.device).expand(batch, -1),
+            mask=self.census.real,
+            lengths=self.prompt_lengths,
+            positions=None if positions is None or positions.ndim != 2 else positions.expand(batch, -1),
+            rotary=kwargs["position_embeddings"],
+            guesses=self.guesses,
+            shift=None if past is None else past.shift,
+            past=past,
+        )
 
     def measure(self, index: int, layer: nn.Module, hidden: torch.Tensor, taps: list[Tap]) -> None:
         """Measure the taps of this layer that nobody has measured yet."""
