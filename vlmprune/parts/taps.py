@@ -41,6 +41,8 @@ __all__ = [
     "Hidden",
     "Kept",
     "ReceivedAttention",
+    "Scene",
+    "Seen",
     "Tap",
     "TextAttention",
     "TowerLayer",
@@ -123,6 +125,10 @@ class Tap:
     def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
         """Why a cut at `at` cannot see this tap in a model, or None: asked before anything runs."""
         return "nothing would measure it: derive it from TowerTap, DecoderTap or BlockTap"
+
+
+#: What `reduce` sees: the values of the taps that its cut asked for, by tap.
+Seen = dict[Tap, torch.Tensor]
 
 
 def misplaced(at: Pixels | Vision | Projector | Decoder) -> str | None:
