@@ -13,7 +13,7 @@ from transformers import StaticCache
 
 from vlmprune import Cut, Decoder, Method, Reduction, UnsupportedError
 from vlmprune.engine import decode
-from vlmprune.engine import hooks as engine
+from vlmprune.engine import install as engine
 from vlmprune.engine.prefill import Prefill
 from vlmprune.engine.sequence import Sequence
 from vlmprune.trace import CutTrace
