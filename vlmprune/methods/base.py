@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.parts.budget import check_keep
-from vlmprune.parts.cuts import Cut, Positions
+from vlmprune.parts.cuts import AnyCut, Positions
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
 from vlmprune.parts.options import checked, hints
@@ -64,7 +64,7 @@ class Method:
                 value = check_keep(value, field.name)
             object.__setattr__(self, field.name, value)
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         """The cuts this method makes in a model.
 
         Raises:

@@ -15,7 +15,7 @@ from vlmprune.parts import (
     Layout,
     Merge,
     ModelFacts,
-    Pixels,
+    PixelCut,
     Reduction,
     Seed,
     Seen,
@@ -140,10 +140,10 @@ class Downsample(Budgeted):
     summary = "the picture shrunk and enlarged again, all tokens (control, saves nothing)"
     stage = "pixels"
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def cuts(self, facts: ModelFacts) -> list[PixelCut]:
         budget = self.budget
         share = budget if isinstance(budget, float) else min(1.0, budget / facts.view_patches)
-        return [] if share == 1 else [Cut(Pixels(), (), partial(self.shrink, share=share))]
+        return [] if share == 1 else [PixelCut(partial(self.shrink, share=share))]
 
     def shrink(self, pixels: torch.Tensor, share: float) -> torch.Tensor:
         """Pure: `(views, channels, height, width)` in and out, with `share` of the pixels' information."""

@@ -12,6 +12,7 @@ import torch
 
 from vlmprune.methods.base import Pruner, register
 from vlmprune.parts import (
+    AnyCut,
     BlockKeys,
     ClusterOf,
     Clusters,
@@ -23,6 +24,7 @@ from vlmprune.parts import (
     Must,
     Reduction,
     Seen,
+    TowerCut,
     UnsupportedError,
     Vision,
     count,
@@ -54,7 +56,7 @@ class EncoderMerge(Pruner):
 
     weigh: bool = False
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         if facts.views and isinstance(self.budget, int):
             raise UnsupportedError(
                 f"{self.name} merges all views alike, and images differ in their views: give a fraction as keep."
@@ -77,7 +79,7 @@ class EncoderMerge(Pruner):
         """Tokens to merge away in each layer, to get from `patches` to `target`."""
         return spread_evenly(patches - target, layers)
 
-    def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
+    def cut(self, layer: int, removed: int, facts: ModelFacts) -> TowerCut:
         """The cut in tower layer `layer`, or at its end."""
         raise NotImplementedError
 
@@ -114,10 +116,10 @@ class ToMe(EncoderMerge):
 
     place: Literal["inside", "behind"] = "inside"
 
-    def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
+    def cut(self, layer: int, removed: int, facts: ModelFacts) -> TowerCut:
         at = Vision(layer, inside=True) if self.place == "inside" else Vision(layer + 1)
         reduce = partial(self.match, removed=removed, has_cls=facts.has_cls)
-        return Cut(at, (BlockKeys(layer),), reduce, weigh=self.weigh)
+        return TowerCut(at, (BlockKeys(layer),), reduce, weigh=self.weigh)
 
     def match(self, seen: Seen, sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
         """Pure: `(views, tokens, dim)` keys in, clusters out."""
@@ -152,13 +154,13 @@ class PiToMe(EncoderMerge):
         sizes = [round(patches * (target / patches) ** (layer / layers)) for layer in range(layers + 1)]
         return [before - after for before, after in pairwise(sizes)]
 
-    def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
+    def cut(self, layer: int, removed: int, facts: ModelFacts) -> TowerCut:
         if layer >= round(self.energy_from * facts.tower_layers / 24):
             margin = 0.9 - 0.9 * layer / facts.tower_layers
             reduce = partial(self.by_energy, removed=removed, margin=margin, has_cls=facts.has_cls)
         else:
             reduce = partial(self.alternating, removed=removed, has_cls=facts.has_cls)
-        return Cut(Vision(layer + 1), (Hidden(),), reduce, weigh=self.weigh)
+        return TowerCut(Vision(layer + 1), (Hidden(),), reduce, weigh=self.weigh)
 
     def alternating(self, seen: Seen, sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
         """Pure: `(views, tokens, dim)` hidden states in, clusters out."""

@@ -9,6 +9,7 @@ import torch
 
 from vlmprune.methods.base import Pruner, register
 from vlmprune.parts import (
+    AnyCut,
     AnyNewlines,
     BlockKeys,
     Cut,
@@ -18,7 +19,7 @@ from vlmprune.parts import (
     Merge,
     ModelFacts,
     Pick,
-    Projector,
+    ProjectorCut,
     Reduction,
     Seen,
     Share,
@@ -90,10 +91,10 @@ class VisionZip(Pruner):
     contextual: Share = 5 / 32
     newlines: AnyNewlines = "all"
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         row = VisionAttention(facts.feature_layer, "cls" if facts.has_cls else "patches")
         return [
-            Cut(Projector(), (row, BlockKeys(facts.feature_layer)), self.merge, self.positions),
+            ProjectorCut((row, BlockKeys(facts.feature_layer)), self.merge),
             Cut(Decoder(0), (Kept(),), self.drop, self.positions),
         ]
 

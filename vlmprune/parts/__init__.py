@@ -7,8 +7,10 @@ so that what reads budgets or options alone does not wait for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_HOMES = ("errors", *(f"parts.{x}" for x in ("attention", "budget", "cells", "cuts", "diversity", "facts", "layout")))
-_HOMES += tuple(f"parts.{x}" for x in ("merging", "options", "scores", "selection", "taps", "templates"))
+_HOMES = ("errors", *(f"parts.{x}" for x in ("attention", "budget", "cells", "cuts", "diversity", "facts")))
+_HOMES += tuple(
+    f"parts.{x}" for x in ("layers", "layout", "merging", "options", "scores", "selection", "taps", "templates")
+)
 
 if TYPE_CHECKING:
     from vlmprune.errors import UnsupportedError
@@ -16,20 +18,23 @@ if TYPE_CHECKING:
     from vlmprune.parts.budget import HAIR, count, floored, share
     from vlmprune.parts.cells import image_cells
     from vlmprune.parts.cuts import (
+        AnyCut,
         Clusters,
         Cut,
         Decoder,
         Merge,
         Pick,
-        Pixels,
+        PixelCut,
         Positions,
-        Projector,
+        ProjectorCut,
         Reduction,
+        TowerCut,
         Vision,
         schedule_layers,
     )
     from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse
     from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, scale_tower_layer
+    from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
     from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
     from vlmprune.parts.merging import first_of_cluster, gather_to, match_alternating, match_energy, spread_evenly
     from vlmprune.parts.options import Must, Seed, Share, ascending, falling, is_number, is_whole
@@ -52,17 +57,14 @@ if TYPE_CHECKING:
         ClsLogits,
         ClusterOf,
         CrossShare,
-        DecoderLayer,
         DecoderTap,
         Distinctness,
         Hidden,
         Kept,
         ReceivedAttention,
-        Scene,
         Seen,
         Tap,
         TextAttention,
-        TowerLayer,
         TowerTap,
         VisionAttention,
     )
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HAIR",
+    "AnyCut",
     "AnyNewlines",
     "BlockKeys",
     "BlockTap",
@@ -92,9 +95,9 @@ __all__ = [
     "Must",
     "Newlines",
     "Pick",
-    "Pixels",
+    "PixelCut",
     "Positions",
-    "Projector",
+    "ProjectorCut",
     "ReceivedAttention",
     "Reduction",
     "Scene",
@@ -104,6 +107,7 @@ __all__ = [
     "Share",
     "Tap",
     "TextAttention",
+    "TowerCut",
     "TowerLayer",
     "TowerTap",
     "UnsupportedError",
