@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +240,7 @@ def variants(
         return []
     alone, stated = len(entry.parts) == 1, entry.budgets
     budgets: Sequence[Budget | None] = (stated or setting_budgets(setting, entry)) or (None,)
-    if stated is None and (not alone or entry.own_budget or not takes[0] & {"keep", "average"}):
+    if not stated and (not alone or entry.own_budget or not takes[0] & {"keep", "average"}):
         if alone and not entry.own_budget and entry.parts[0].name != "none" and budgets != (None,):
             draft.notes.append(f"{entry.label} takes no budget: it is run once.")
         budgets = (None,)
@@ -266,7 +266,7 @@ def variants(
             good.append(budget)
         else:
             refused.append((budget, why))
-    if refused and not entry.control and (stated is not None or not good):
+    if refused and not entry.control and (stated or not good):
         draft.mistakes += [(entry.where, f"{entry.label}: {why}") for why in dict.fromkeys(why for _, why in refused)]
         return []
     draft.skipped += [skip(setting, entry, budget, why) for budget, why in refused]
@@ -349,7 +349,7 @@ def check_published(
 
     Numbers of the unpruned model may stand there without it, since `controls` can be switched off.
     """
-    for entry in setting.published:
+    for i, entry in enumerate(setting.published):
         if entry.model is not None and entry.model not in names:
             hint, known = did_you_mean(entry.model, names), ", ".join(names)
             why = f"the published model {entry.model!r} is the name of no run.{hint} Here is {known}."
@@ -367,7 +367,7 @@ def check_published(
                 why = f"{entry.method} is published at {wanted}, and run at {', '.join(shown)}."
                 why += " To run it without the ledger: --set 'published=[]'."
         if why:
-            draft.mistakes.append((entry.where, why))
+            draft.mistakes.append((setting.where[f"published.{i}"], why))
 
 
 def is_about(method: str, cell: Cell) -> bool:
@@ -379,7 +379,6 @@ def published(setting: Setting) -> list[dict[str, Any]]:
     """The ledger as `run.json` holds it: an entry names its budget as the config does."""
     made = []
     for entry in setting.published:
-        about = asdict(replace(entry, model=entry.model or setting.name))
-        budget = dict([about.pop("budget")]) if entry.budget else {}
-        made.append({word: value for word, value in about.items() if word != "where"} | budget)
+        about = {word: value for word, value in asdict(entry).items() if word not in spec.BUDGETS}
+        made.append(about | {"model": entry.model or setting.name} | dict(entry.budgets))
     return made
