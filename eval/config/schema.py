@@ -89,6 +89,10 @@ class Entry(Budgeted):
     control: bool = False
     where: str = ""
 
+    @property
+    def alone(self) -> bool:
+        return len(self.parts) == 1
+
 
 def in_full(value: Any) -> dict[str, Any] | Entry:
     """`fopru`, `{name: todre, tau: null, label: todre-1}` or `[globalcom2, {name: transprune, keep: 64}]`."""
