@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlmprune import spec
 from vlmprune.engine.compile import compile_cuts
 from vlmprune.errors import UnsupportedError, did_you_mean
-from vlmprune.eval.config.schema import Budget, Config, Entry, Published, Setting, unique
+from vlmprune.eval.config.entries import Budget, Entry, unique
+from vlmprune.eval.config.schema import Config, Published, Setting
 from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import fingerprints
-from vlmprune.eval.lmms.taskindex import TaskIndex
+from vlmprune.eval.lmms.taskindex import TaskIndex, no_metric
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.runtime.errors import UserError
 from vlmprune.runtime.loading import pick_device
@@ -125,9 +126,7 @@ def make_plan(config: Config, *, look_at_model: bool = True, device: str | None 
     drafts = [Draft(setting) for setting in config.settings]
     names = [setting.name for setting in config.settings]
     jobs = tuple(job_of(draft, names, look(draft) if look_at_model else {}, device) for draft in drafts)
-    mistakes = [told for draft in drafts for told in draft.mistakes]
-    mistakes += shared_files([cell for job in jobs for cell in job.cells], config)
-    if mistakes:
+    if mistakes := [told for draft in drafts for told in draft.mistakes] + shared_files(jobs, config):
         raise Mistakes(mistakes)
     notes = dict.fromkeys(note for draft in drafts for note in draft.notes)
     return Plan(config, jobs, tuple(skipped for draft in drafts for skipped in draft.skipped), tuple(notes))
@@ -148,7 +147,7 @@ def job_of(draft: Draft, names: Sequence[str], model: dict[str, Any], device: st
         for task, group in tasks.items()
     )
     for i, one in enumerate(setting.published):
-        if why := unmatched(one, setting, names, tasks, index, cells):
+        if why := unmatched(one, setting.name, names, tasks, index, cells):
             draft.wrong(f"published.{i}", why)
     one_each = {cell.label: cell for cell in cells if not draft.mistakes}
     about = {label: fingerprints.method(cell.method, cell.arguments) for label, cell in one_each.items()}
@@ -221,14 +220,6 @@ def check_metrics(draft: Draft, index: TaskIndex, tasks: dict[str, str | None]) 
         named = task if task in metrics else group or task
         if named in metrics and (why := no_metric(index, task, metrics[named])):
             draft.wrong(f"metrics.{named}", why)
-
-
-def no_metric(index: TaskIndex, task: str, metric: str) -> str | None:
-    """Why a task has no such metric; None where it has, or does not say which it has."""
-    known = index.metrics(task)
-    if not known or metric.partition(" (")[0] in known:  # "exact_match (strict)" is that behind a second filter
-        return None
-    return f"{task} has no metric {metric!r}.{did_you_mean(metric, known)} It has {', '.join(known)}."
 
 
 def notes_on(draft: Draft) -> None:
@@ -366,32 +357,29 @@ def cell_of(
     )
 
 
-def shared_files(cells: Iterable[Cell], config: Config) -> Iterator[tuple[str, str]]:
+def shared_files(jobs: Iterable[Job], config: Config) -> list[tuple[str, str]]:
     """Two cells must not share a file, on file systems that ignore case too."""
     seen: dict[str, Cell] = {}
-    for cell in cells:
+    found = []
+    for cell in (cell for job in jobs for cell in job.cells):
         other = seen.setdefault(cell.id.casefold(), cell)
         if other is not cell:
             who = f"{cell.label!r} and {other.label!r} on {cell.task}"
-            yield str(config.path), f"{who} would share the file {cell.id}.json: change a label."
+            found.append((str(config.path), f"{who} would share the file {cell.id}.json: change a label."))
+    return found
 
 
 def unmatched(
-    entry: Published,
-    setting: Setting,
-    names: Sequence[str],
-    tasks: dict[str, str | None],
-    index: TaskIndex,
-    cells: Sequence[Cell],
+    entry: Published, name: str, names: Sequence[str], tasks: Collection[str], index: TaskIndex, cells: Sequence[Cell]
 ) -> str | None:
-    """Why a published number is about no cell of the plan: the ledger would have nothing to put beside it.
+    """Why a published number is about no cell of the model called `name`: the ledger has nothing to put beside it.
 
     Numbers of the unpruned model may stand there without it, since `controls` can be switched off.
     """
     if entry.model is not None and entry.model not in names:
         hint, known = did_you_mean(entry.model, names), ", ".join(names)
         return f"the published model {entry.model!r} is the name of no run.{hint} Here is {known}."
-    if entry.model not in (None, setting.name):
+    if entry.model not in (None, name):
         return None  # written at the top, for several runs
     if entry.task not in tasks:
         hint = did_you_mean(entry.task, tasks)
@@ -410,12 +398,3 @@ def unmatched(
 def is_about(method: str, cell: Cell) -> bool:
     """Whether a published number's `method` means this cell: the unpruned model goes by its method, others by label."""
     return cell.method == NONE if method == NONE else cell.label == method
-
-
-def published(setting: Setting) -> list[dict[str, Any]]:
-    """The ledger as `run.json` holds it: an entry names its budget as the config does."""
-    made = []
-    for entry in setting.published:
-        about = {word: value for word, value in asdict(entry).items() if word not in spec.BUDGETS}
-        made.append(about | {"model": entry.model or setting.name} | dict(entry.budgets))
-    return made

@@ -15,7 +15,8 @@ from vlmprune import spec
 from vlmprune.eval.config.schema import load_config
 from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import fingerprints, store
-from vlmprune.eval.lmms.plan import make_plan, published
+from vlmprune.eval.lmms.plan import make_plan
+from vlmprune.eval.lmms.run import ledger
 from vlmprune.eval.lmms.survey import survey
 from vlmprune.eval.lmms.taskindex import local_data
 from vlmprune.methods import ToDRE
@@ -505,7 +506,7 @@ def test_the_ledger(plan):
         "  - {method: fopru, keep: 0.5, task: vlmprune_scene_llava_shape, metric: exact_match, value: 3, source: s,",
         "     definition: d}",
     )
-    (entry,) = published(made.jobs[0].setting)
+    (entry,) = ledger(made.jobs[0].setting)
     assert entry == {
         "model": "tiny",
         "method": "fopru",
