@@ -293,6 +293,12 @@ def test_mistakes_stand_in_the_order_of_lines(mistakes):
             GOOD.replace("[fopru]", "\n  - name:\n    - fopru\n    - name: 3\n    seeds: [0]\n"),
             ["7: unknown key 'seeds' of several methods"],
         ),
+        (
+            GOOD.replace(
+                "[fopru]", "\n  - name:\n    - fopru\n    - name: todre\n      tau: {a: 1}\n    label: both\n"
+            ),
+            ["7: methods[0].name[1].tau must be a number"],
+        ),
         (  # what a model holds beside its keys is no key
             GOOD + "where: {}\npublished: [{where: a}]\nsuites: [a]\n",
             ["5: unknown key 'where'.", "7: unknown key 'suites'.", "6: unknown key 'where'."],
