@@ -29,14 +29,13 @@ def spills(tmp_path, ptxas, *arguments):
 
 def test_the_largest_do_not_spill(tmp_path, ptxas):
     """Attention in float32 at 128 numbers per head, with all masks; choosing and picking from 4096."""
-    found = spills(tmp_path, ptxas, "90", "fp32", "--few")
-    assert len(found) == 4
+    found = spills(tmp_path, ptxas, "86,89,90,100,120", "fp32", "--few")
+    assert len(found) == 5 * 4
     assert max(found.values()) <= SPILL, found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["80", "86", "89", "90", "100", "120"])
-def test_all_that_is_launched(tmp_path, ptxas, arch):
-    found = spills(tmp_path, ptxas, arch, "fp32", "fp16", "bf16")
-    assert len(found) == 3 * (16 + 5) + 3 * 4 + 2
+def test_all_that_is_launched(tmp_path, ptxas):
+    found = spills(tmp_path, ptxas, "80", "fp32", "fp16", "bf16")
+    assert len(found) == 3 * (12 + 5) + 3 * 4 + 2
     assert max(found.values()) <= SPILL, max(found.items(), key=lambda one: one[1])
