@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SPILL = 128  # bytes a thread; a kernel that is too large for its registers spills thousands
+SPILL = 160  # bytes a thread, some more or less by the version of ptxas; a kernel that is too large spills thousands
 
 
 def spills(tmp_path, ptxas, *arguments):
