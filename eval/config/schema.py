@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vlmprune import configs, spec
+from vlmprune import configs, registry, spec
 from vlmprune.errors import did_you_mean
 from vlmprune.eval.config import choices
 from vlmprune.eval.config.tree import Key, Mistakes, Reader, read_start, read_tree
@@ -381,8 +381,13 @@ def read_controls(reader: Reader, key: Key, value: Any, taken: set[str]) -> tupl
 
 
 def check_labels(reader: Reader, entries: Sequence[Entry]) -> None:
+    """Labels are unique, and none is the name of another method: fopru called `random` would pass for the control."""
+    taken = {spec.NONE, *registry.names()}
     seen: dict[str, str] = {}
     for entry in entries:
+        names = "+".join(part.name for part in entry.parts)
+        if entry.label != names and entry.label.casefold() in taken - {names}:
+            reader.found.append((entry.where, f"the label {entry.label!r} is another method's name: give another one."))
         if (folded := entry.label.casefold()) in seen:
             reader.found.append(
                 (entry.where, f"{entry.label!r} is the label of {seen[folded]} too: give one of them another `label`.")

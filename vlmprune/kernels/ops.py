@@ -5,9 +5,11 @@ Call them as `torch.ops.vlmprune.<name>`. None of them waits for the device, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import Library, infer_schema
 from torch.utils.flop_counter import register_flop_formula
 
 from vlmprune.kernels.choice import OPS, run
@@ -15,8 +17,26 @@ from vlmprune.kernels.reference import empty_gather, merge_weights
 
 __all__ = ["OPS"]
 
+library = Library("vlmprune", "DEF")
 
-@custom_op("vlmprune::top_k", mutates_args=())
+
+def define(function: Callable) -> Callable:
+    """Register an op that writes to none of its arguments, by its type hints.
+
+    As `torch.library.custom_op` does, whose layers of Python cost more at every call than the launch of a kernel.
+    """
+    name = function.__name__
+    library.define(name + infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, function, "CompositeExplicitAutograd")
+    return function
+
+
+def fake(name: str) -> Callable:
+    """Register what an op returns for tensors without values."""
+    return torch.library.register_fake(f"vlmprune::{name}", lib=library)
+
+
+@define
 def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     """Mark the `counts` best candidates of every row; ties go to the lower index, a NaN is above everything.
 
@@ -31,12 +51,12 @@ def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     return run("top_k", scores, counts, candidates)
 
 
-@top_k.register_fake
+@fake("top_k")
 def _(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     return torch.empty_like(candidates, memory_format=torch.contiguous_format)
 
 
-@custom_op("vlmprune::select_gather", mutates_args=())
+@define
 def select_gather(
     scores: Tensor,
     counts: Tensor | None,
@@ -73,7 +93,7 @@ def select_gather(
     return run("select_gather", scores, counts, real, hidden, ids, cos, sin, length, contiguous)
 
 
-@select_gather.register_fake
+@fake("select_gather")
 def _(scores, counts, real, hidden, ids, cos, sin, length, contiguous):
     return empty_gather(scores, hidden, ids, cos, sin, length)
 
@@ -100,10 +120,10 @@ def spread_gradients(ctx, hidden, ids, cos, sin, *rest):
     return None, None, None, back[0], None, back[1], back[2], None, None
 
 
-select_gather.register_autograd(spread_gradients, setup_context=keep_index)
+torch.library.register_autograd("vlmprune::select_gather", spread_gradients, setup_context=keep_index, lib=library)
 
 
-@custom_op("vlmprune::greedy", mutates_args=())
+@define
 def greedy(
     features: Tensor, first: Tensor, counts: Tensor, candidates: Tensor, objective: str, steps: int
 ) -> tuple[Tensor, Tensor]:
@@ -129,7 +149,7 @@ def greedy(
     return run("greedy", features, first, counts, candidates, objective, steps)
 
 
-@greedy.register_fake
+@fake("greedy")
 def _(features, first, counts, candidates, objective, steps):
     picked = torch.empty_like(candidates, memory_format=torch.contiguous_format)
     return picked, first.new_empty((features.shape[0], steps))
@@ -142,7 +162,7 @@ def greedy_flops(features, first, counts, candidates, objective, steps, *args, o
     return 2 * images * max(steps - 1, 0) * tokens * dim
 
 
-@custom_op("vlmprune::attention_mass", mutates_args=())
+@define
 def attention_mass(
     query: Tensor,
     key: Tensor,
@@ -171,10 +191,18 @@ def attention_mass(
     return run("attention_mass", query, key, scale, at, real, window, weight, bias)
 
 
-@attention_mass.register_fake
+@fake("attention_mass")
 def _(query, key, scale, at, real, window, weight, bias):
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     return key.new_empty((key.shape[0], key.shape[2]), dtype=wide)
+
+
+def no_gradient(ctx, grad):
+    """Torch's own fallback would leave the gradient out; outputs of `top_k` and `greedy` have none to leave out."""
+    raise RuntimeError("vlmprune.attention_mass has no gradient: call it under torch.no_grad(), or detach its result.")
+
+
+torch.library.register_autograd("vlmprune::attention_mass", no_gradient, lib=library)
 
 
 @register_flop_formula(torch.ops.vlmprune.attention_mass)
@@ -184,7 +212,7 @@ def attention_mass_flops(query, key, *args, out_shape=None, **kwargs) -> int:
     return 2 * batch * heads * rows * key[2] * dim
 
 
-@custom_op("vlmprune::merge", mutates_args=())
+@define
 def merge(
     hidden: Tensor, at: Tensor, alive: Tensor, keep: Tensor, into: Tensor, weight: Tensor, source: Tensor | None
 ) -> Tensor:
@@ -205,7 +233,7 @@ def merge(
     return run("merge", hidden, at, alive, keep, into, weight, source)
 
 
-@merge.register_fake
+@fake("merge")
 def _(hidden, at, alive, keep, into, weight, source):
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
@@ -231,4 +259,4 @@ def merge_gradients(ctx, grad):
     return own.view_as(hidden).to(hidden.dtype), None, None, None, None, by_weight, None
 
 
-merge.register_autograd(merge_gradients, setup_context=keep_merge)
+torch.library.register_autograd("vlmprune::merge", merge_gradients, setup_context=keep_merge, lib=library)
