@@ -108,7 +108,7 @@ $(REAL_VENV)/.installed: $(VENV)/.installed
 	@touch $@
 
 test-real: export HF_HUB_OFFLINE = 1
-test-real: $(REAL_VENV)/.installed ## run the tests on real weights (downloads 180 MB; about half an hour on one core)
+test-real: $(REAL_VENV)/.installed ## run the tests on real weights (downloads 180 MB; takes long)
 	VLMPRUNE_REAL="$(abspath $(REAL))" $(REAL_VENV)/bin/python -P -m pytest -rP $(PYTEST_ARGS) $(REAL_TESTS)
 
 # Whatever the tests claim works, and no more, stands in docs/support.md.

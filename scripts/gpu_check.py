@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from vlmprune.eval.bench.results import describe_machine
 from vlmprune.eval.bench.selection import compare_selection
 from vlmprune.eval.bench.shapes import build, find_shape
 from vlmprune.eval.bench.workload import make_workload
-from vlmprune.kernels import choice, reference
+from vlmprune.kernels import choice, reference, trial, triton_greedy
 
 ops = torch.ops.vlmprune
 FOUND = {"todre": 1}  # cuts whose counts a method finds out itself: every one is read
@@ -33,15 +35,17 @@ WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize
 def main() -> int:
     """Measure one part and write what it found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("kernels", "profile"))
+    parser.add_argument("part", choices=("trial", "no_toolkit", "sanitize", "kernels", "profile"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     found: dict[str, Any] = {"machine": describe_machine(args.device), "device": args.device}
-    parts = (agreement, gather, mass, greedy, syncs) if args.part == "kernels" else (profiles,)
+    kernel_parts = (agreement, gather, mass, greedy, greedy_parts, host, capture, syncs)
+    alone = {"trial": tried, "no_toolkit": no_toolkit, "sanitize": sanitize, "profile": profiles}
+    parts = kernel_parts if args.part == "kernels" else (alone[args.part],)
     for part in parts:
         found[part.__name__] = part(args.device)
-        found["replaced"] = sorted({f"{op} on {name}: {why}" for name, op, why in choice.told})
+        found["replaced"] = sorted({f"{op} on {name}: {why}" for name, op, _, why in choice.told})
         args.json.write_text(json.dumps(found, indent=1) + "\n")
         print(part.__name__, json.dumps(found[part.__name__]), flush=True)
     return 0
@@ -68,9 +72,34 @@ def seconds(call: Callable[[], Any], device: str, runs: int = 30) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
 
 
+def tried(device: str) -> dict[str, Any]:
+    """The trial of every implementation of every op, each in a process of its own; on a CPU nothing has to be tried."""
+    here, found = torch.device(device, 0), {}
+    for op in kernels.OPS:
+        for name in choice.ON_GPU[op] if device == "cuda" else ():
+            begin = time.perf_counter()
+            found[f"{op} [{name}]"] = trial.in_a_process(name, op, here) | {"s": time.perf_counter() - begin}
+    return found
+
+
+def no_toolkit(device: str) -> dict[str, Any]:
+    """CUDA C++ on a machine without nvcc and CUDA_HOME, as one is that has only wheels: by the driver alone."""
+    assert not os.environ.get("CUDA_HOME"), "gpu_check.sh runs this part without it"
+    found = {}
+    for op in ("top_k", "select_gather") if device == "cuda" else ():
+        found[op] = trial.examine("cuda", op, torch.device(device, 0))
+        assert found[op]["reason"] is None, found[op]
+    return found
+
+
+def sanitize(device: str) -> dict[str, Any]:
+    """All cases of the ops that are CUDA C++, for compute-sanitizer to watch."""
+    return no_toolkit(device)
+
+
 def names(op: str, device: str) -> list[str]:
     """Implementations that can run here."""
-    here = torch.device(device)
+    here = torch.device(device, 0) if device == "cuda" else torch.device(device)
     return ["torch"] + [n for n in ("triton", "cuda") if choice.why_not(n, op, here) is None]
 
 
@@ -93,8 +122,8 @@ def cases(device: str, seed: int) -> dict[str, tuple]:
     into = marked.long().argmax(1, keepdim=True).expand(-1, columns).contiguous()
     made = {
         "top_k": (scores.to(dtype), counts, real),
-        "select_gather": (marked, real, hidden, ids, cos, sin, keep, True),
-        "select_gather original": (marked, real, hidden, ids, cos, sin, keep, False),
+        "select_gather": (marked, None, real, hidden, ids, cos, sin, keep, True),
+        "select_gather ranked": (scores.to(dtype), counts, real, hidden, ids, cos, sin, keep, False),
         "attention_mass": (query, key[:, :2], 0.125, at, real, 0, real.float(), None),
         "merge": (hidden, token, real, marked, into, torch.rand(batch, columns, generator=g) / columns, None),
     }
@@ -113,10 +142,10 @@ def agreement(device: str) -> dict[str, Any]:
             home = [x.cpu() if isinstance(x, torch.Tensor) else x for x in args]
             expected = getattr(reference, op)(*home)
             for name in names(op, device):
-                with kernels.use(name):
-                    got = getattr(ops, op)(*args)
-                if (name, op) in choice.broken:
-                    continue  # the plain one answered
+                got = getattr(reference, op)(*args) if name == "torch" else choice.attempt(name, op, args)
+                if isinstance(got, str):  # it did not run, which is no agreement
+                    worst[f"{case} [{name}]: {got}"] = float("inf")
+                    continue
                 pairs = zip(*[(x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)], strict=True)
                 for i, (mine, theirs) in enumerate(pairs):
                     if op == "greedy" and i == 1:
@@ -141,6 +170,8 @@ def gather(device: str) -> dict[str, Any]:
     marked = torch.zeros(batch, columns, dtype=torch.bool, device=device)
     for row in range(batch):
         marked[row, torch.randperm(columns)[:keep].to(device)] = True
+    scores = torch.where(marked, 2.0, 1.0) + torch.rand(batch, columns, device=device) / 2
+    counts = torch.full((batch,), keep, device=device)
     moved = 2 * batch * keep * (dim + 2 * 128) * 2
     plain = [torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device) for _ in range(sets)]
     target = [torch.empty_like(x) for x in plain]
@@ -151,9 +182,9 @@ def gather(device: str) -> dict[str, Any]:
         i = next(turn) % sets
         target[i].copy_(plain[i])
 
-    def gathered() -> None:
+    def gathered(chosen: torch.Tensor, counts: torch.Tensor | None) -> None:
         i = next(turn) % sets
-        late.append(ops.select_gather(marked, None, hidden[i], ids, cos[i], cos[i], keep, False))
+        late.append(ops.select_gather(chosen, counts, None, hidden[i], ids, cos[i], cos[i], keep, False))
 
     copy = moved / seconds(copied, device)
     found: dict[str, Any] = {
@@ -163,30 +194,107 @@ def gather(device: str) -> dict[str, Any]:
     }
     for name in names("select_gather", device):
         with kernels.use(name):
-            rate = moved / seconds(gathered, device)
-            found[name] = {"gb_s": rate / 1e9, "of_copy": rate / copy}
+            for how, args in (("marked", (marked, None)), ("ranked", (scores, counts))):
+                rate = moved / seconds(partial(gathered, *args), device)
+                found[f"{name} {how}"] = {"gb_s": rate / 1e9, "of_copy": rate / copy}
     return found
 
 
 def mass(device: str) -> dict[str, Any]:
     """Milliseconds of FoPru's tap (all rows of a tower layer) and of ATP's (all rows of a decoder layer)."""
-    shapes = {"tower, 5 views": (5, 16, 577, 64), "decoder, causal": (1, 32, 2944, 128)}
+    shapes = {"tower, 5 views": (5, 16, 577, 64), "decoder, causal": (1, 32, 2944, 128), "one row": (1, 32, 2944, 128)}
     shapes = shapes if device == "cuda" else {"tower": (1, 2, 50, 16)}
     found = {}
     for what, (batch, heads, rows, dim) in shapes.items():
-        query, key = torch.randn(2, batch, heads, rows, dim, device=device).to(torch.bfloat16)
-        at = torch.arange(rows, device=device).expand(batch, -1) if "causal" in what else None
-        for name in names("attention_mass", device):
-            with kernels.use(name):
-                call = lambda at=at: ops.attention_mass(query, key, 0.1, at, None, 0, None, None)  # noqa: B023, E731
-                found[f"{what} [{name}]"] = 1e3 * seconds(call, device)
+        for dtype in (torch.bfloat16, torch.float32):
+            query, key = torch.randn(2, batch, heads, rows, dim, device=device).to(dtype)
+            at = torch.arange(rows, device=device).expand(batch, -1) if "causal" in what else None
+            query = query[:, :, -1:] if what == "one row" else query
+            for name in names("attention_mass", device):
+                with kernels.use(name):
+                    call = partial(ops.attention_mass, query, key, 0.1, at, None, 0, None, None)
+                    found[f"{what}, {dtype} [{name}]"] = 1e3 * seconds(call, device, 10)
     return found
 
 
 def greedy(device: str) -> Any:
-    """The whole greedy loop against the textbook one, on features of a model in bfloat16 and of one in float32."""
+    """The whole greedy loop against the published ones, on features of a model in bfloat16 and of one in float32."""
     size = (200, 20, 64, device, 3) if device == "cpu" else (2880, 320, 4096, device, 15)
     return [one for dtype in (torch.bfloat16, torch.float32) for one in compare_selection(*size, dtype=dtype)]
+
+
+def greedy_parts(device: str) -> dict[str, float]:
+    """Milliseconds of greedy selection: dot products and loop apart, by warps; log_det; a long video."""
+    if device == "cpu":
+        return {}
+    found, size, dim = {}, triton_greedy.greedy_size, 4096
+    for dtype in (torch.bfloat16, torch.float32):
+        features = torch.randn(1, 2880, dim, device=device).to(dtype)
+        every, first = (
+            torch.ones(1, 2880, dtype=torch.bool, device=device),
+            torch.zeros(1, dtype=torch.long, device=device),
+        )
+        args = (first, torch.tensor([320], device=device), every)
+        kind = str(dtype).removeprefix("torch.")
+        found[f"dot products, {kind}"] = 1e3 * seconds(partial(triton_greedy.products_of, features), device)
+        found[f"twins, {kind}"] = 1e3 * seconds(partial(triton_greedy.twins_of, features), device)
+        for warps in (8, 16, 32):
+            triton_greedy.greedy_size = lambda block, warps=warps: size(block) | {"num_warps": warps}
+            call = partial(triton_greedy.greedy, features, *args, "max_min", 320)
+            found[f"max_min, {kind}, {warps} warps"] = 1e3 * seconds(call, device, 10)
+        triton_greedy.greedy_size = size
+        for many, how in ((64, "a launch per pick"), (10**6, "one launch")):
+            triton_greedy.MANY_STEPS = many
+            call = partial(triton_greedy.greedy, features, *args, "log_det", 320)
+            found[f"log_det, {kind}, {how}"] = 1e3 * seconds(call, device, 5)
+        triton_greedy.MANY_STEPS = 64
+    for tokens in (12_544, 20_000):
+        features = torch.randn(1, tokens, 1024, device=device, dtype=torch.bfloat16)
+        args = (first, torch.tensor([1250], device=device), torch.ones(1, tokens, dtype=torch.bool, device=device))
+        call = partial(triton_greedy.greedy, features, *args, "max_min", 1250)
+        found[f"max_min {tokens} -> 1250"] = 1e3 * seconds(call, device, 3)
+    return found
+
+
+def host(device: str) -> dict[str, float]:
+    """Microseconds of the host per call of `select_gather` on a device that has nothing to do, and long sequences."""
+    found = {}
+    for columns, batch in ((2944, 1), (46_000, 1)) if device == "cuda" else ((200, 1),):
+        hidden = torch.randn(batch, columns, 1024, device=device, dtype=torch.bfloat16)
+        cos, ids = hidden[..., :128].contiguous(), torch.arange(columns, device=device).expand(batch, -1)
+        marked = torch.arange(columns, device=device).expand(batch, -1) % 8 == 0
+        length = -(-columns // 8)
+        for name in names("select_gather", device):
+            with kernels.use(name), torch.no_grad():
+                call = partial(ops.select_gather, marked, None, None, hidden, ids, cos, cos, length, False)
+                found[f"{columns} columns [{name}], ms"] = 1e3 * seconds(call, device)
+                times = []
+                for _ in range(50):
+                    if device == "cuda":
+                        torch.cuda.synchronize()
+                    begin = time.perf_counter()
+                    call()
+                    times.append(time.perf_counter() - begin)
+                found[f"{columns} columns [{name}], host us"] = 1e6 * statistics.median(times)
+    return found
+
+
+def capture(device: str) -> dict[str, Any]:
+    """Every op inside a CUDA graph, after one run outside, against itself without; and a first use inside one."""
+    found: dict[str, Any] = {}
+    for case, args in cases(device, 2).items() if device == "cuda" else ():
+        op = getattr(ops, case.partition(" ")[0])
+        before = len(choice.told)
+        expected = op(*args)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = op(*args)
+        graph.replay()
+        pairs = zip(*[(x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)], strict=True)
+        same = all(torch.equal(a, b) or case.startswith("greedy") for a, b in pairs)
+        found[case] = {"same": same, "replaced": len(choice.told) - before}
+    return found
 
 
 def syncs(device: str) -> dict[str, Any]:

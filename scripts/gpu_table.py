@@ -29,6 +29,16 @@ def table(folder: Path, steps: Path) -> int:
         add(f"step {name}", f"exit {status}, {took} s", "exit 0", status == "0")
     found = json.loads((folder / "kernels.json").read_text()) if (folder / "kernels.json").exists() else {}
     gpu = found.get("device") == "cuda"
+    for part in ("no_toolkit", "trial"):
+        path = folder / f"{part}.json"
+        one = json.loads(path.read_text()) if path.exists() else {}
+        for name, verdict in one.get(part if part == "no_toolkit" else "tried", {}).items():
+            add(f"{part}: {name}", verdict["reason"] or "passed", "passed", verdict["reason"] is None)
+    for case, one in found.get("capture", {}).items():
+        good = one["same"] and not one["replaced"]
+        add(f"in a CUDA graph: {case}", "the same" if good else str(one), "the same", good)
+    for what, number in (found.get("greedy_parts", {}) | found.get("host", {})).items():
+        add(f"{'gather' if 'columns' in what else 'greedy'}: {what}", f"{number:.3f}")
     for why in found.get("replaced", []):
         add("replaced by plain torch", why)
     for name, error in found.get("agreement", {}).items():
@@ -37,10 +47,10 @@ def table(folder: Path, steps: Path) -> int:
     if "gather" in found:
         add("device copy", f"{found['gather']['copy_gb_s']:.0f} GB/s")
         rates = {k: v for k, v in found["gather"].items() if isinstance(v, dict)}
-        default = next((name for name in found["gather"]["order"] if name in rates), "")
-        best = max((v["of_copy"] for v in rates.values()), default=0)
+        default = next((name for name in found["gather"]["order"] if f"{name} marked" in rates), "")
+        best = max((v["of_copy"] for k, v in rates.items() if k.endswith("marked")), default=0)
         for name, rate in rates.items():
-            judged = gpu and name == default
+            judged = gpu and name == f"{default} marked"
             add(f"gather at batch 8: {name}", f"{rate['gb_s']:.0f} GB/s, {rate['of_copy']:.0%} of a copy",
                 ">= 80 %, the fastest" if judged else "",
                 rate["of_copy"] >= max(0.8, 0.97 * best) if judged else None)  # fmt: skip
@@ -48,8 +58,8 @@ def table(folder: Path, steps: Path) -> int:
         add(f"attention mass: {name}", f"{ms:.3f} ms")
     for one in found.get("greedy", []):
         value, judged = one["speedup"]["median"], gpu and one["dtype"] == "bfloat16"  # what the shapes compute in
-        add(f"greedy {one['objective']} {one['tokens']} -> {one['keep']}, {one['dtype']}: textbook / ours",
-            f"{value:.1f}", ">= 30" if judged else "", value >= 30 if judged else None)  # fmt: skip
+        add(f"greedy {one['objective']} {one['tokens']} -> {one['keep']}, {one['dtype']}: published / ours",
+            f"{value:.1f}", ">= 2" if judged else "", value >= 2 if judged else None)  # fmt: skip
     plain = found.get("syncs", {}).get("plain", {}).get("waits", 0)
     for name, seen in found.get("syncs", {}).items():
         if name != "plain":

@@ -103,14 +103,14 @@ def selection(found: dict[str, Any]) -> str:
     rows = [
         [
             f"{one['objective']} {one['tokens']} -> {one['keep']}",
-            f"{one['textbook_ms']['median']:.0f}",
+            f"{one['published_ms']['median']:.0f}",
             f"{one['ours_ms']['median']:.1f}",
             interval(one["speedup"], 1),
             f"{one['same_picks']:.1%}",
         ]
         for one in found["selection"]
     ]
-    header = ["objective", "textbook ms", "vlmprune ms", "times faster", "same picks"]
+    header = ["objective", "published ms", "vlmprune ms", "times faster", "same picks"]
     return f"**Greedy selection alone** ({machine(found)})\n\n" + markdown(header, rows)
 
 

@@ -262,7 +262,7 @@ def language(gguf: Path) -> tuple[nn.Module, PreTrainedTokenizerFast]:
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokens = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokens.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    tokens.image_token, tokens.chat_template, tokens.padding_side = "<image>", TEMPLATE, "left"
+    tokens.image_token, tokens.chat_template = "<image>", TEMPLATE
     torch.manual_seed(0)  # rows without a token are drawn
     model.resize_token_embeddings(len(tokens), pad_to_multiple_of=64)
     return model.eval(), tokens

@@ -19,18 +19,18 @@ torch.set_num_threads(1)
 pytest_plugins = ["commands", "support"]
 
 
+@pytest.fixture(autouse=True)
+def unpatched() -> Iterator[None]:
+    """No test finds what another left on a shared model: leaving a block brings back what was there before."""
+    yield
+    if tiny.SHARED:
+        from vlmprune import unpatch
+
+        for made in tiny.SHARED:
+            unpatch(made)
+
+
 @pytest.fixture
-def tiny_model() -> Iterator[Callable[..., nn.Module]]:
+def tiny_model() -> Callable[..., nn.Module]:
     """`tiny_model(...)` as `tiny.model(...)`, built once a session; whatever a test did to it is undone."""
-    used = []
-
-    def get(**options: object) -> nn.Module:
-        made = tiny.shared(**options)
-        used.append(made)
-        return made
-
-    yield get
-    from vlmprune import unpatch
-
-    for made in used:
-        unpatch(made)
+    return tiny.shared

@@ -35,3 +35,27 @@ def merge_inputs(dtype, device="cpu", sparse=False, seed=0):
     weight = torch.rand(2, entries, generator=g)
     source = torch.randint(8, (2, entries), generator=g) if sparse else None
     return [x if x is None else x.to(device) for x in (hidden, at, alive, keep, into, weight, source)]
+
+
+def samples(grad=False):
+    """Arguments of every op."""
+    hidden, ids, cos, sin = gather_inputs(2, 7, 4, torch.float32, "cpu")
+    keep = torch.tensor([[1, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1]]).bool()
+    scores, counts = torch.randn(2, 7), torch.tensor([3, 2])
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    at = torch.randint(7, (2, 5))
+    merged = merge_inputs(torch.float32, sparse=True)
+    if grad:
+        hidden.requires_grad_()
+        merged[0] = merged[0].contiguous().requires_grad_()
+        merged[5].requires_grad_()
+    return {
+        "top_k": (scores, counts, keep),
+        "select_gather": (keep, None, None, hidden, ids, cos, sin, 3, True),
+        "select_gather, ranked": (scores, counts, ~keep, hidden, ids, cos, sin, 5, False),
+        "greedy": (torch.randn(2, 7, 4), torch.tensor([0, 6]), counts, torch.ones(2, 7) > 0, "max_min", 3),
+        "greedy, log_det": (torch.randn(2, 7, 4), torch.tensor([0, 6]), counts, keep, "log_det", 3),
+        "attention_mass": (query, key, 0.5, None, None, 0, None, None),
+        "attention_mass, masked": (query, key, 0.5, at, ~keep, 3, torch.rand(2, 5), torch.randn(2, 7)),
+        "merge": tuple(merged),
+    }

@@ -68,13 +68,15 @@ class Scene:
             return tiny.prompt(self.model, parts, [(40, 24)], videos=[3, 3])
         return tiny.prompt(self.model, [4, "image", 3, "image", 5], [LARGE[self.kind], (20, 70)])
 
-    def rows(self):
-        """Prompts that differ in all they can."""
+    def rows(self, name=None):
+        """Prompts that differ in all they can, of what a method takes: several images have one view each, to some."""
         if self.kind == "videos":
             parts = [([3, "video", 4], [], [3]), ([6], [], []), (["image", 2, "video", 9, "video"], [(20, 70)], [3, 3])]
         else:
             sizes = [LARGE[self.kind], (20, 70), (24, 24)]
             parts = [([3, "image", 4], sizes[:1], []), ([6], [], []), (["image", "image", 9], sizes[1:], [])]
+            if name and "single" in registry.find(name).refuses_inputs:
+                parts[2] = (["image", 9], sizes[1:2], [])
         return [
             tiny.prompt(self.model, p, sizes, seed=s, videos=videos, together=True)
             for s, (p, sizes, videos) in enumerate(parts)

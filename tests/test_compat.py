@@ -173,8 +173,8 @@ def test_tensor_code_runs_beside_any_transformers(tmp_path: Path, version: str |
     (tmp_path / "transformers" / "__init__.py").write_text("raise RuntimeError('imported')\n")
     code = """
         import torch, vlmprune
-        from vlmprune import budget, cuts, kernels, layout, methods, registry, selection, taps
-        made = registry.build("vtc_cls", {"keep": 3})[0]
+        from vlmprune import budget, cuts, kernels, layout, methods, registry, selection, spec, taps
+        made = spec.build("vtc_cls", {"keep": 3})[0]
         (cut,) = made.cuts(vlmprune.patches.ModelFacts("llava", 4, 2, True, 4, False, 16))
         grid = layout.trace_packing(lambda x, newline: x[0], 1, 4, 4, (1, 1))
         token = torch.arange(16)[None]

@@ -91,10 +91,14 @@ def model(family="llava", text="llama", tower="clip", dtype=torch.float32, seed=
     return made.to(dtype).eval()
 
 
+SHARED = []
+
+
 @lru_cache
 def shared(**options):
-    """`model`, built once a process; leave it as you found it."""
-    return model(**options)
+    """`model`, built once a process; what a test leaves on it is taken off (tests/conftest.py)."""
+    SHARED.append(model(**options))
+    return SHARED[-1]
 
 
 def modules(made, seed=0, train=False, biases=(-1.2, 1.0), **options):

@@ -73,7 +73,7 @@ def test_photographs_in_a_batch_are_answered_as_alone(real, load, method):
     ]
 
     def answers(images, texts):
-        inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
+        inputs = processor(images=images, text=texts, padding=True, padding_side="left", return_tensors="pt")
         out = model.generate(**inputs, max_new_tokens=8, min_new_tokens=8, do_sample=False)
         return out[:, inputs["input_ids"].shape[1] :].tolist()
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune import spec
+from vlmprune import kernels, spec
 from vlmprune._compat import check_transformers
 from vlmprune.engine import install as engine
 from vlmprune.engine.compile import compile_plan
@@ -117,6 +117,7 @@ def patch(
     method: str | Method | Iterable[str | Method],
     *,
     keep: int | float | None = None,
+    warmup: bool = True,
     **options: Any,
 ) -> Handle:
     """Make a LLaVA-style model read fewer visual tokens.
@@ -131,6 +132,8 @@ def patch(
             after the other.
         keep: patches per image (int), or a fraction of them (float), that enter the LLM or are left after the last cut;
             of a video, patches of all its frames together.
+        warmup: on a CUDA device load the kernels now (the first time on a machine they are tried too, which takes
+            minutes), so that the first prefill does not, and one that is captured into a CUDA graph need not.
         **options: the method's other options, such as `average=` or `positions=`.
 
     Returns:
@@ -151,6 +154,8 @@ def patch(
     engine.swap(model, plan)
     if before is not None and not before.entered:
         before.before = behind(before, lambda other: other.entered)  # no longer than blocks are open
+    if warmup:
+        kernels.warm_up({weight.device for weight in model.parameters()}, model.dtype)
     return Handle(model, plan)
 
 

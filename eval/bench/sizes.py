@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from vlmprune.engine.plan import Plan
-from vlmprune.errors import UnsupportedError
 from vlmprune.eval.bench.stats import spread
 from vlmprune.patches import family_of
 
@@ -35,12 +34,12 @@ def measure_sizes(model: nn.Module, count: int, clock: Callable[[], float] = tim
         others (None where there are none); "known_ms": of the same sizes again; "sizes", "layouts": how many there are.
 
     Raises:
-        UnsupportedError: a family whose pictures all have one layout.
+        ValueError: a family whose pictures all have one layout.
     """
     family = family_of(model)
     inner = family.inner(model)
     if not family.needs_sizes:
-        raise UnsupportedError(f"all pictures of {family.model_type} models have one layout: no size is ever new.")
+        raise ValueError(f"all pictures of {family.model_type} models have one layout: no size is ever new.")
     # what comes with the first picture of all (imports, caches of the host) is no cost of a size
     Plan(family, family.facts(inner), []).grid(inner, "image", (SIDES[0] - 1, SIDES[1] + 1))
     plan = Plan(family, family.facts(inner), [])

@@ -9,7 +9,7 @@ from typing import Any
 __all__ = ["PAIRS", "Verdict", "judge", "judge_selection"]
 
 PAIRS = 15  # fewer paired ratios prove nothing
-BEFORE_LLM, IN_DECODER, DROP, TOKEN, SELECTION = 1.05, 1.10, 0.03, 1.02, 10.0
+BEFORE_LLM, IN_DECODER, DROP, TOKEN, SELECTION = 1.05, 1.10, 0.03, 1.02, 2.0
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,4 @@ def judge_selection(found: list[dict[str, Any]]) -> Iterator[Verdict]:
     """The target of greedy selection alone."""
     for one in found:
         who = f"{one['objective']} {one['tokens']} -> {one['keep']}"
-        yield Verdict(who, "textbook loop / ours", SELECTION, one["speedup"], at_least=True)
+        yield Verdict(who, "published loop / ours", SELECTION, one["speedup"], at_least=True)

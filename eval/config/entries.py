@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationInfo
 from pydantic.dataclasses import dataclass
 
-from vlmprune import spec
+from vlmprune import registry, spec
 from vlmprune.eval.config.kinds import Average, Keep, Plain, Seeds, Switch, Text
 from vlmprune.eval.config.told import mistakes, must_be
 
@@ -136,13 +136,18 @@ def or_controls(value: Any, info: ValidationInfo) -> tuple[Any, ...]:
 
 
 def placed(entries: tuple[Entry, ...], info: ValidationInfo) -> tuple[Entry, ...]:
-    """The entries with their lines; labels differ, among methods and controls."""
+    """The entries with their lines; labels differ, among methods and controls, and none is another method's name: fopru
+    called `random` would pass for the control."""
     word = info.field_name or ""
     made = tuple(
         replace(entry, where=info.context.where(word, i), control=word == "controls") for i, entry in enumerate(entries)
     )
     seen: dict[str, str] = {}
+    taken = {spec.NONE, *registry.names()}
     for entry in (*(info.data.get("methods", ()) if word == "controls" else ()), *made):
+        names = "+".join(part.name for part in entry.parts)
+        if entry.label != names and entry.label.casefold() in taken - {names}:
+            raise mistakes((entry.where, f"the label {entry.label!r} is another method's name: give another one."))
         if other := seen.get(entry.label.casefold()):
             raise mistakes(
                 (entry.where, f"{entry.label!r} is the label of {other} too: give one of them another `label`.")

@@ -113,7 +113,7 @@ def test_an_oracle_that_computed_something_else_is_reported(bench, cli, tmp_path
         (("--model", "x/y", "--shape", "small"), "not allowed with"),
         (("--shape", "scene-llava", "--method", "foprru"), "fopru"),
         (("--shape", "scene-llava", "--method", "globalcom2"), "single view"),
-        (("--keep", "0"), "--keep 0"),
+        (("--keep", "0"), "keep=0"),
         (("--keep", ","), "--keep is empty"),
         (("--batch", "two"), "--batch 'two'"),
         (("--pairs", "0"), "--pairs must be at least 1"),
@@ -143,10 +143,10 @@ def test_selection_alone(cli, tmp_path, monkeypatch):
     from vlmprune.eval.bench import selection
 
     real = selection.compare_selection
-    small = lambda device, pairs: real(tokens=80, keep=10, dim=8, device=device, pairs=pairs)  # noqa: E731
+    small = lambda tokens, keep, device, pairs: real(80, 10, dim=8, device=device, pairs=pairs)  # noqa: E731
     monkeypatch.setattr(selection, "compare_selection", small)
     file = tmp_path / "s.json"
     code, out, _ = cli("bench", "--selection", "--pairs", 2, "--device", "cpu", "--json", file)
     assert code == 0
     assert "80 -> 10" in out
-    assert [one["objective"] for one in json.loads(file.read_text())["selection"]] == ["max_min", "max_sum"]
+    assert [one["objective"] for one in json.loads(file.read_text())["selection"]] == 2 * ["max_min", "log_det"]

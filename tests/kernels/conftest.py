@@ -10,7 +10,7 @@ import ctypes
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 
@@ -18,59 +18,44 @@ import pytest
 import torch
 
 from vlmprune import kernels
-from vlmprune.kernels import choice, cuda_ops
+from vlmprune.kernels import choice, cuda_ops, driver
 
 GPU = torch.cuda.is_available()
 
-NAMES = ("top_k", "select_gather")
-LAUNCHER = """
+SOURCE = """
 #include "{here}/cuda_on_cpu.h"
 #include "{sources}/select_gather.cu"
-"""
-ENTRY = """
-extern "C" void launch_{name}(unsigned x, unsigned y, unsigned threads, void** args) {{
-  fibers::launch(fibers::start<{name}>, x, y, threads, args);
-}}
+static bool added = fibers::add<top_k>("top_k") && fibers::add<choose>("choose") &&
+                    fibers::add<select_gather>("select_gather");
 """
 
 
 @pytest.fixture(scope="session")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """`launch` of `cuda_ops` for tensors on the CPU."""
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """A library with the CUDA driver's entry points, which runs the kernels of `csrc/` on the CPU."""
     if shutil.which("g++") is None:
         pytest.skip("needs a GPU, or g++ to run CUDA sources on the CPU")
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    text = LAUNCHER.format(here=Path(__file__).parent, sources=cuda_ops.SOURCES)
-    (folder / "all.cpp").write_text(text + "".join(ENTRY.format(name=name) for name in NAMES))
-    command = [
-        "g++",
-        "-std=c++17",
-        "-O1",
-        "-Wall",
-        "-Wno-unknown-pragmas",
-        "-shared",
-        "-fPIC",
-        "-o",
-        "all.so",
-        "all.cpp",
-    ]
+    (folder / "all.cpp").write_text(SOURCE.format(here=Path(__file__).parent, sources=cuda_ops.SOURCES))
+    command = "g++ -std=c++17 -O1 -Wall -Wno-unknown-pragmas -shared -fPIC -o all.so all.cpp".split()
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    library = ctypes.CDLL(str(folder / "all.so"))
+    return driver.typed(ctypes.CDLL(str(folder / "all.so")))
 
-    def launch(name: str, grid: tuple, args: list, device: torch.device) -> None:
-        held = []
-        for arg in args:
-            if isinstance(arg, torch.Tensor):
-                assert arg.device.type == "cpu"
-                held.append(ctypes.c_void_p(arg.data_ptr() if arg.numel() else None))
-            else:
-                assert -(2**31) <= arg < 2**31
-                held.append(ctypes.c_int(arg))
-        pointers = (ctypes.c_void_p * len(held))(*[ctypes.addressof(x) for x in held])
-        getattr(library, f"launch_{name}")(*grid, cuda_ops.THREADS, pointers)
 
-    return launch
+@pytest.fixture
+def cuda_on_cpu(fake_driver: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """The CUDA implementations run for tensors on the CPU; the fake driver, which has loaded nothing yet."""
+    monkeypatch.setattr(driver, "library", lambda: fake_driver)
+    monkeypatch.setattr(driver, "current_stream", lambda device: 0)
+    monkeypatch.setattr(driver, "modules", {})
+    monkeypatch.setattr(driver, "functions", {})
+    monkeypatch.setattr(cuda_ops, "processors", lambda device: 2)
+    monkeypatch.setattr(choice, "why_not", lambda name, op, device: choice.broken.get((name, op, str(device))))
+    monkeypatch.setattr(choice, "broken", {})
+    for counter in ("loads", "fails"):
+        ctypes.c_int.in_dll(fake_driver, counter).value = 0
+    return fake_driver
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -87,9 +72,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if name == "triton" and util.find_spec("triton") is None:
         pytest.skip("triton is not installed (the test extra of setup.cfg brings it where it exists)")
     if name == "cuda" and not GPU:
-        monkeypatch.setattr(cuda_ops, "launch", request.getfixturevalue("launcher"))
-        monkeypatch.setattr(cuda_ops, "processors", lambda device: 2)
-        monkeypatch.setattr(choice, "why_not", lambda *args: None)
+        request.getfixturevalue("cuda_on_cpu")
     with kernels.use(name), warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         monkeypatch.setattr(choice, "told", set())
@@ -100,3 +83,17 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
+
+
+@pytest.fixture
+def ptxas() -> str:
+    """The assembler that comes with Triton, or one on the PATH."""
+    found = shutil.which("ptxas")
+    if found is None and util.find_spec("triton") is not None:
+        import triton
+
+        bundled = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas-blackwell"
+        found = str(bundled) if bundled.exists() else None
+    if found is None:
+        pytest.skip("there is no ptxas")
+    return found

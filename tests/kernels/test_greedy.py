@@ -56,7 +56,7 @@ def test_picks_of_a_ragged_batch(implementation, device, objective, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("objective", ["max_sum", "max_min"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_equal_rows_are_picked_in_order(implementation, device, objective, dtype):
     """Padding patches are equal; products of equal rows may differ in the last bit by where they stand."""
     if dtype == torch.float64 and implementation != "torch":
@@ -123,6 +123,68 @@ def test_all_cosines_at_once_or_row_by_row(monkeypatch, objective):
     assert len(grams) == 1
     assert torch.equal(orders[0], orders[1])
     assert torch.equal(orders[0], orders[2])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["exact", "random", "duplicates", "NaN", "few candidates"])
+def test_a_cpu_picks_what_a_gpu_would(objective, kind):
+    """On a CPU most tokens are not looked at for most picks; the plain implementation for GPUs looks at all."""
+    from vlmprune.kernels import greedy_cpu, reference
+
+    g = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 400, 24, generator=g) + torch.randn(24, generator=g)
+    candidates, first, counts = torch.rand(2, 400, generator=g) < 0.9, torch.tensor([3, 399]), torch.tensor([60, 17])
+    if kind == "exact":
+        features = exact(2, 400, 64)
+    if kind == "duplicates":
+        features = features[:, torch.randint(100, (400,), generator=g)]
+        counts.clamp_(max=20)  # behind the 24th, rounding says which of them is worth most
+    if kind == "NaN":
+        features[0, 50] = torch.nan
+    if kind == "few candidates":
+        candidates &= torch.arange(400) < 40
+    args = (features.double() if kind == "random" else features, first, counts, candidates, objective, 60)
+    picked, order = greedy_cpu.greedy(*args)
+    expected, all_order = reference.greedy(*args)
+    assert torch.equal(picked, expected)
+    for i in range(2):
+        assert torch.equal(order[i, : counts[i]], all_order[i, : counts[i]])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("gram", [True, False])
+def test_one_launch_for_each_pick(monkeypatch, device, objective, gram):
+    """What Triton does where all dot products have no room, or where log_det has many steps."""
+    triton_greedy = pytest.importorskip("vlmprune.kernels.triton_greedy")
+    from vlmprune.kernels import reference
+
+    features = exact(2, 300, 64) if objective != "log_det" else torch.randn(2, 300, 24, generator=torch.manual_seed(0))
+    features[:, 5::7] = features[:, :1].clone()
+    args = [features, torch.tensor([7, 299]), torch.tensor([9, 4]), torch.rand(2, 300) < 0.8, objective, 9]
+    monkeypatch.setattr(triton_greedy, "MANY_STEPS", 0 if gram else 99)
+    if not gram:
+        monkeypatch.setattr(triton_greedy, "MOST_COLUMNS", 299)
+    elif objective != "log_det":
+        monkeypatch.setattr(
+            triton_greedy, "products_of", lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("no room"))
+        )
+    launched, step_by_step = [], triton_greedy.step_by_step
+    monkeypatch.setattr(triton_greedy, "step_by_step", lambda *a: launched.append(a[1]) or step_by_step(*a))
+    there = [x.to(device) if isinstance(x, torch.Tensor) else x for x in args]
+    picked, order = triton_greedy.greedy(*there)
+    expected, all_order = reference.greedy(*args)
+    assert launched == [gram and objective == "log_det"]
+    assert torch.equal(picked.cpu(), expected)
+    for i in range(2):
+        assert torch.equal(order[i, : args[2][i]].cpu(), all_order[i, : args[2][i]])
+
+
+def test_a_first_pick_that_is_no_token(device):
+    if device.type == "cuda":
+        pytest.skip("a GPU says so in a debug build (TRITON_DEBUG=1)")
+    for first in (-1, 5):
+        with pytest.raises(IndexError, match=f"the first pick {first} of image 0 is none of 5 tokens"):
+            greedy(torch.randn(1, 5, 4), torch.tensor([first]), torch.tensor([2]), torch.ones(1, 5) > 0, "max_min", 2)
 
 
 def test_unknown_objective():

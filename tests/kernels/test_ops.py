@@ -1,52 +1,22 @@
-"""What is true of all ops: they are good citizens of torch, the choice between implementations, the CUDA sources."""
+"""What is true of all ops: they are good citizens of torch, and the choice between implementations."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 import warnings
 from collections import Counter
-from importlib import util
-from pathlib import Path
 
 import pytest
+import test_engine_syncs
 import tiny
 import torch
-from kernel_cases import gather_inputs, merge_inputs
+from kernel_cases import samples
 from torch.utils._python_dispatch import TorchDispatchMode
-from waits import reads
 
 import vlmprune
 from vlmprune import kernels
-from vlmprune.kernels import choice, cuda_ops, reference
+from vlmprune.kernels import choice, reference
 
 ops = torch.ops.vlmprune
-
-
-def samples(grad=False):
-    """Arguments of every op."""
-    hidden, ids, cos, sin = gather_inputs(2, 7, 4, torch.float32, "cpu")
-    keep = torch.tensor([[1, 0, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 1]]).bool()
-    scores, counts = torch.randn(2, 7), torch.tensor([3, 2])
-    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
-    at = torch.randint(7, (2, 5))
-    merged = merge_inputs(torch.float32, sparse=True)
-    if grad:
-        hidden.requires_grad_()
-        merged[0] = merged[0].contiguous().requires_grad_()
-        merged[5].requires_grad_()
-    return {
-        "top_k": (scores, counts, keep),
-        "select_gather": (keep, None, hidden, ids, cos, sin, 3, True),
-        "select_gather, padded": (keep, ~keep, hidden, ids, cos, sin, 5, False),
-        "greedy": (torch.randn(2, 7, 4), torch.tensor([0, 6]), counts, torch.ones(2, 7) > 0, "max_min", 3),
-        "greedy, log_det": (torch.randn(2, 7, 4), torch.tensor([0, 6]), counts, keep, "log_det", 3),
-        "attention_mass": (query, key, 0.5, None, None, 0, None, None),
-        "attention_mass, masked": (query, key, 0.5, at, ~keep, 3, torch.rand(2, 5), torch.randn(2, 7)),
-        "merge": tuple(merged),
-    }
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -60,7 +30,7 @@ def test_opcheck(name, grad):
 def test_implementations_read_nothing_back(monkeypatch, name):
     """A dispatch mode does not look inside a custom op, so the engine's own test cannot see this."""
     plain, args = getattr(reference, name.partition(",")[0]), samples()[name]
-    counted = reads(lambda: plain(*args), monkeypatch)
+    counted = test_engine_syncs.reads(lambda: plain(*args), monkeypatch)
     assert counted.total == 0, dict(counted.seen)
 
 
@@ -74,6 +44,29 @@ def test_autocast_changes_nothing(name):
     for mine, theirs in zip(*[x if isinstance(x, list | tuple) else [x] for x in (found, expected)], strict=True):
         assert mine.dtype == theirs.dtype
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", samples())
+def test_no_gradient_goes_missing(name):
+    """An op without a formula would fall back to torch's, which leaves gradients out and only warns."""
+    op, args = getattr(ops, name.partition(",")[0]), list(samples()[name])
+    wanted = {"top_k": [], "select_gather": [3, 5, 6], "greedy": [], "attention_mass": None, "merge": [0, 5]}
+    floats = [i for i, x in enumerate(args) if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    for i in floats:
+        args[i] = args[i].clone().requires_grad_()
+    out = op(*args)
+    out = [x for x in (out if isinstance(out, tuple | list) else [out]) if x.requires_grad]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if wanted[op.__name__] is None:
+            with pytest.raises(RuntimeError, match="attention_mass has no gradient"):
+                out[0].sum().backward()
+            with torch.no_grad():
+                assert not op(*args).requires_grad
+            return
+        if out:
+            sum(x.sum() for x in out).backward()
+    assert [i for i in floats if args[i].grad is not None] == wanted[op.__name__]
 
 
 class Calls(TorchDispatchMode):
@@ -168,80 +161,6 @@ def test_a_fall_back_is_said_once_and_right(monkeypatch):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             ops.merge(*args)
-
-
-class OutOfResources(Exception):
-    """Triton's, by its name: this shape does not fit this GPU."""
-
-
-@pytest.mark.parametrize(("error", "tried"), [(RuntimeError("no compiler"), 1), (OutOfResources("shared memory"), 3)])
-def test_an_implementation_that_fails(monkeypatch, error, tried):
-    """One that does not build is not tried again; one that a shape is too large for may have the next one."""
-    monkeypatch.setattr(choice, "told", set())
-    monkeypatch.setattr(choice, "broken", {})
-    monkeypatch.setattr(choice, "why_not", lambda name, op, device: choice.broken.get((name, op)))
-    tries = []
-
-    def fails(*args):
-        tries.append(1)
-        raise error
-
-    monkeypatch.setattr(cuda_ops, "top_k", fails)
-    args = samples()["top_k"]
-    expected = reference.top_k(*args)
-    with kernels.use("cuda"):
-        with pytest.warns(RuntimeWarning, match=f"{type(error).__name__}: {error}"):
-            assert torch.equal(ops.top_k(*args), expected)
-        for _ in range(2):
-            assert torch.equal(ops.top_k(*args), expected)
-    assert len(tries) == tried
-
-
-def test_a_broken_device_is_no_broken_implementation(monkeypatch):
-    monkeypatch.setattr(choice, "why_not", lambda *args: None)
-    monkeypatch.setattr(choice, "broken", {})
-
-    def fails(*args):
-        raise torch.AcceleratorError("an illegal memory access", 700)
-
-    monkeypatch.setattr(cuda_ops, "top_k", fails)
-    with kernels.use("cuda"), pytest.raises(torch.AcceleratorError, match="illegal memory access"):
-        ops.top_k(*samples()["top_k"])
-    assert choice.broken == {}
-
-
-def test_float64_goes_to_the_plain_one(monkeypatch):
-    monkeypatch.setattr(choice, "told", set())
-    monkeypatch.setattr(choice, "why_not", lambda *args: None)
-    scores, counts, among = samples()["top_k"]
-    with kernels.use("cuda"), pytest.warns(RuntimeWarning, match=r"scores are torch\.float64"):
-        assert torch.equal(ops.top_k(scores.double(), counts, among), reference.top_k(scores, counts, among))
-    assert choice.broken == {}
-
-
-@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100])
-@pytest.mark.parametrize("source", sorted(cuda_ops.SOURCES.glob("*.cu")), ids=lambda path: path.name)
-def test_cuda_sources_compile(tmp_path, source, arch):
-    """For every supported architecture, without a warning."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on the PATH")
-    command = ["nvcc", "-cubin", f"-arch=sm_{arch}", "-Werror=all-warnings", "-Xptxas", "-v", "-o", "out.cubin", source]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out.cubin").stat().st_size > 1000
-
-
-@pytest.mark.slow
-def test_triton_kernels_compile_for_a_gpu(tmp_path):
-    """Down to machine code: what the interpreter takes is not always what the compiler takes."""
-    if util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    script = Path(__file__).parent / "compile_triton.py"
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-P", str(script), "90", "bf16"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count(" ok\n") == 11
 
 
 @pytest.mark.parametrize("method", ["fopru", "pool", "fastv"])

@@ -44,7 +44,7 @@ def test_what_the_trace_says_is_what_was_computed(scene, name, support):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_of_a_batch_is_the_sample_alone(scene, name, side, support):
     claim(support, scene, name, "batches" if side == "left" else "right padding")
-    model, prompts = scene.model, scene.rows()
+    model, prompts = scene.model, scene.rows(name)
     with torch.no_grad(), start(scene, name):
         together = with_cache(model, tiny.batch(prompts, side))
         # a sliding window counts columns: padding between prompt and answer takes its place in any layer it reaches

@@ -207,9 +207,8 @@ class Torn(Method):
 def test_a_tie_that_rounding_decides_in_a_batch_is_judged_by_its_gap():
     near = subject("llava").check(Torn(1e-6, 2e-6))
     passes(near)
-    # of the rows that say so, the one that is off most
-    told = r"row \d, padded (left|right): (1 of 10|2 of 20) kept tokens are others than alone; their scores tie"
-    assert re.match(told, near["batch"].told)
+    told = "kept tokens are others than alone; their scores tie but for rounding (9.5e-07 apart)"
+    assert told in near["batch"].told
     # scores that are off by more than rounding are no tie, however few tokens they exchange
     for gap, error in ((0.5, 1.0), (1e-6, 1.0)):
         line = subject("llava").check(Torn(gap, error))["batch"]

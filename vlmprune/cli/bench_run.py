@@ -113,7 +113,7 @@ class Replaced:
         """All of it, each printed once."""
         from vlmprune.runtime.status import note
 
-        for name, op, why in sorted(self.told):
+        for name, op, _, why in sorted(self.told):
             text = f"{op}: not on {name}, since {why}"
             if text not in self.said:
                 self.said.append(text)

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import importlib
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import util
@@ -13,9 +14,10 @@ from typing import Any
 
 import torch
 
-from vlmprune.kernels import reference
+from vlmprune.kernels import checks, greedy_cpu, reference, trial
+from vlmprune.kernels.driver import LoadError
 
-__all__ = ["IMPLEMENTATIONS", "OPS", "Refused", "broken", "named", "run", "use"]
+__all__ = ["IMPLEMENTATIONS", "OPS", "Refused", "broken", "capturing", "named", "run", "use"]
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
 OPS = ("top_k", "select_gather", "greedy", "attention_mass", "merge")
@@ -25,11 +27,14 @@ ON_GPU = {op: ("cuda", "triton") if op in ("top_k", "select_gather") else ("trit
 
 VARIABLE = "VLMPRUNE_KERNELS"
 forced: dict[str, str] = {}
-broken: dict[tuple[str, str], str] = {}  # (implementation, op) -> why it failed once in this process
+broken: dict[tuple[str, str, str], str] = {}  # (implementation, op, device) -> what its compiler or loader said
 
 
 class Refused(Exception):
-    """Raised by an implementation for arguments that it does not have; other arguments may still go to it."""
+    """Raised by an implementation for arguments that it does not have; other arguments may still go to it.
+
+    Says nothing that changes from call to call: each text is told once.
+    """
 
 
 class use:
@@ -86,73 +91,113 @@ def named(name: str | None) -> str:
 
 
 def why_not(name: str, op: str, device: torch.device) -> str | None:
-    """Why an implementation cannot run on `device`, or None."""
-    if (name, op) in broken:
-        return broken[name, op]
+    """Why an implementation cannot run on `device`, or None. Finds out about a device that is new (`trial.py`)."""
+    if (name, op, str(device)) in broken:
+        return broken[name, op, str(device)]
     if name == "cuda":
         if op not in ("top_k", "select_gather"):
             return "there is no CUDA C++ for it"
         if device.type != "cuda" or torch.version.hip:
             return "the tensors are not on an NVIDIA GPU"
-        return None if hasattr(torch.cuda, "_compile_kernel") else "this torch has no run-time compiler (2.9 has)"
-    if util.find_spec("triton") is None:
+    elif util.find_spec("triton") is None:
         return "triton is not installed"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    elif device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "the tensors are not on a GPU (TRITON_INTERPRET=1 interprets the kernels on a CPU)"
-    return None
+    return trial.verdict(name, op, device) if device.type == "cuda" else None
 
 
 def run(op: str, *args: Any) -> Any:
-    """Run an op on the implementation that `use` asks for or that is the default for where the first tensor lives."""
+    """Run an op on the implementation that `use` asks for or that is the default for where the first tensor lives.
+
+    Raises:
+        ValueError: tensors of shapes or kinds that the op does not have, or on several devices.
+    """
+    checks.check(op, args)
     device, name = args[0].device, wanted(op)
-    plain: Callable = getattr(reference, op)
-    names = (ON_GPU[op] if device.type == "cuda" else ()) if name == "auto" else (name,)
+    names = (ON_GPU[op] if device.type == "cuda" else ()) if name == "auto" else () if name == "torch" else (name,)
     with at_home(device):
         for name in names:
-            if name == "torch":
-                break
             reason = why_not(name, op, device)
             if reason is None:
-                reason = attempt(name, op, args)
-                if not isinstance(reason, str):
-                    return reason
-            tell(name, op, reason)
-        return plain(*args)
+                result = attempt(name, op, args)
+                if not isinstance(result, str):
+                    return result
+                reason = result
+            tell(name, op, device, reason)
+        return plain(op, device)(*args)
+
+
+def plain(op: str, device: torch.device) -> Callable:
+    """The plain torch of an op. Picking reads what it has picked where that costs nothing."""
+    return greedy_cpu.greedy if op == "greedy" and device.type == "cpu" else getattr(reference, op)
 
 
 @contextlib.contextmanager
 def at_home(device: torch.device) -> Iterator[None]:
     """Launch on the tensors' own GPU, whichever is the current one, and in the dtypes that an op asks for."""
+    away = device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device()
+    cast = torch.is_autocast_enabled(device.type)
+    if not away and not cast:
+        yield
+        return
     with contextlib.ExitStack() as stack:
-        if device.type == "cuda":
+        if away:
             stack.enter_context(torch.cuda.device(device))
-        if torch.is_autocast_enabled(device.type):
+        if cast:
             stack.enter_context(torch.autocast(device.type, enabled=False))
         yield
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether work on `device` is being captured into a CUDA graph instead of run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def attempt(name: str, op: str, args: tuple) -> Any:
-    """The op's result, or a string that says why there is none."""
+    """The op's result, or a string that says why there is none.
+
+    What neither the arguments nor a compiler explains is raised: it is a fault that a fall back would hide.
+    """
+    device = args[0].device
     try:
         module = importlib.import_module(f"vlmprune.kernels.{name}_ops")
         return getattr(module, op)(*args)
     except Refused as refused:
         return str(refused)
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # the device's own trouble, which nothing else escapes
-        raise
-    except Exception as error:  # compilers raise a dozen kinds; a kernel that does not build must not end a run
+    except Exception as error:
+        if not of_building(error):
+            raise
         first = (str(error).strip().splitlines() or [""])[0]
         reason = f"it failed here ({type(error).__name__}: {first})"
-        if type(error).__name__ != "OutOfResources":  # Triton's, for one shape on this GPU: others may fit
-            broken[name, op] = reason
+        # for one shape on this GPU, or at this moment: others may fit
+        if type(error).__name__ != "OutOfResources" and "out of memory" not in first:
+            broken[name, op, str(device)] = reason
         return reason
 
 
-told: set[tuple[str, str, str]] = set()
+# where Triton compiles and loads; its launches are elsewhere (triton.runtime.jit, triton.backends.*.driver)
+BUILDERS = ("triton.compiler", "triton.runtime.build", "triton.runtime.driver", "triton.runtime.autotuner",
+            "triton.backends.nvidia.compiler", "triton.backends.amd.compiler")  # fmt: skip
 
 
-def tell(name: str, op: str, reason: str) -> None:
+def of_building(error: BaseException) -> bool:
+    """Whether an exception says that a kernel could not be compiled or loaded, which another call would not change."""
+    kind = type(error)
+    if isinstance(error, LoadError | ImportError) or kind.__name__ == "OutOfResources":
+        return True
+    if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+        return False
+    if kind.__module__.startswith("triton."):
+        return True
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith(BUILDERS) for name in frames)
+
+
+told: set[tuple[str, str, str, str]] = set()
+
+
+def tell(name: str, op: str, device: torch.device, reason: str) -> None:
     """Say once that an implementation was replaced."""
-    if (name, op, reason) not in told:
-        told.add((name, op, reason))
+    if (name, op, str(device), reason) not in told:
+        told.add((name, op, str(device), reason))
         warnings.warn(f"vlmprune.{op}: not on {name}, since {reason}.", RuntimeWarning, stacklevel=4)

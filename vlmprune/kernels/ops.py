@@ -5,9 +5,11 @@ Call them as `torch.ops.vlmprune.<name>`. None of them waits for the device, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.library import custom_op
+from torch.library import Library, infer_schema
 from torch.utils.flop_counter import register_flop_formula
 
 from vlmprune.kernels.choice import OPS, run
@@ -15,8 +17,26 @@ from vlmprune.kernels.reference import empty_gather, merge_weights
 
 __all__ = ["OPS"]
 
+library = Library("vlmprune", "DEF")
 
-@custom_op("vlmprune::top_k", mutates_args=())
+
+def define(function: Callable) -> Callable:
+    """Register an op that writes to none of its arguments, by its type hints.
+
+    As `torch.library.custom_op` does, whose layers of Python cost more at every call than the launch of a kernel.
+    """
+    name = function.__name__
+    library.define(name + infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, function, "CompositeExplicitAutograd")
+    return function
+
+
+def fake(name: str) -> Callable:
+    """Register what an op returns for tensors without values."""
+    return torch.library.register_fake(f"vlmprune::{name}", lib=library)
+
+
+@define
 def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     """Mark the `counts` best candidates of every row; ties go to the lower index, a NaN is above everything.
 
@@ -31,14 +51,15 @@ def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     return run("top_k", scores, counts, candidates)
 
 
-@top_k.register_fake
+@fake("top_k")
 def _(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     return torch.empty_like(candidates, memory_format=torch.contiguous_format)
 
 
-@custom_op("vlmprune::select_gather", mutates_args=())
+@define
 def select_gather(
-    keep: Tensor,
+    scores: Tensor,
+    counts: Tensor | None,
     real: Tensor | None,
     hidden: Tensor,
     ids: Tensor,
@@ -47,15 +68,17 @@ def select_gather(
     length: int,
     contiguous: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gather the columns of every sample that stay, and all that belongs to them, into a left-padded shorter batch.
+    """Choose columns of every sample and gather all that belongs to them into a left-padded shorter batch.
 
     Args:
-        keep: `(batch, columns)` bool.
+        scores: `(batch, columns)`; float with `counts`, or bool that marks the columns to keep.
+        counts: `(batch,)` long, how many of the best-scored columns stay (order as in `top_k`; give text an infinite
+            score to keep it). None for bool scores.
         real: `(batch, columns)` bool, columns that are no padding; None if all are.
         hidden: `(batch, columns, dim)`.
         ids: `(batch, columns)` or `(axes, batch, columns)` position ids.
         cos, sin: `(batch, columns, n)` or `(axes, batch, columns, n)`; n may be 0.
-        length: columns of the result, at most those of `keep` and at least as many as any sample keeps.
+        length: columns of the result, at most those of `scores` and at least as many as any sample keeps.
         contiguous: lower every position id by the number of real columns dropped before it.
 
     Returns:
@@ -63,20 +86,20 @@ def select_gather(
         column that every entry comes from (a padding entry comes from a column that is not kept); `(batch, length)`
         bool of entries that are no padding; `(batch,)` long number of real columns dropped.
     """
-    if not 0 <= length <= keep.shape[1]:
-        raise ValueError(f"length={length} must be between 0 and the {keep.shape[1]} columns there are.")
-    if keep.dtype != torch.bool:
-        raise ValueError(f"keep is {keep.dtype}, and must be bool.")
-    return run("select_gather", keep, real, hidden, ids, cos, sin, length, contiguous)
+    if not 0 <= length <= scores.shape[1]:
+        raise ValueError(f"length={length} must be between 0 and the {scores.shape[1]} columns there are.")
+    if (counts is None) != (scores.dtype == torch.bool):
+        raise ValueError(f"scores are {scores.dtype}: float scores need counts, bool ones mark what stays without any.")
+    return run("select_gather", scores, counts, real, hidden, ids, cos, sin, length, contiguous)
 
 
-@select_gather.register_fake
-def _(keep, real, hidden, ids, cos, sin, length, contiguous):
-    return empty_gather(keep, hidden, ids, cos, sin, length)
+@fake("select_gather")
+def _(scores, counts, real, hidden, ids, cos, sin, length, contiguous):
+    return empty_gather(scores, hidden, ids, cos, sin, length)
 
 
 def keep_index(ctx, inputs, output) -> None:
-    _, _, hidden, _, cos, sin, _, _ = inputs
+    _, _, _, hidden, _, cos, sin, _, _ = inputs
     ctx.save_for_backward(output[4])
     ctx.shapes = [x.shape for x in (hidden, cos, sin)]
 
@@ -94,13 +117,13 @@ def spread_gradients(ctx, hidden, ids, cos, sin, *rest):
         else:
             moved = grad.new_zeros((*shape[1:3], shape[0], shape[3])).index_put((row, index), grad.movedim(0, 2))
             back.append(moved.movedim(2, 0))
-    return None, None, back[0], None, back[1], back[2], None, None
+    return None, None, None, back[0], None, back[1], back[2], None, None
 
 
-select_gather.register_autograd(spread_gradients, setup_context=keep_index)
+torch.library.register_autograd("vlmprune::select_gather", spread_gradients, setup_context=keep_index, lib=library)
 
 
-@custom_op("vlmprune::greedy", mutates_args=())
+@define
 def greedy(
     features: Tensor, first: Tensor, counts: Tensor, candidates: Tensor, objective: str, steps: int
 ) -> tuple[Tensor, Tensor]:
@@ -126,7 +149,7 @@ def greedy(
     return run("greedy", features, first, counts, candidates, objective, steps)
 
 
-@greedy.register_fake
+@fake("greedy")
 def _(features, first, counts, candidates, objective, steps):
     picked = torch.empty_like(candidates, memory_format=torch.contiguous_format)
     return picked, first.new_empty((features.shape[0], steps))
@@ -139,7 +162,7 @@ def greedy_flops(features, first, counts, candidates, objective, steps, *args, o
     return 2 * images * max(steps - 1, 0) * tokens * dim
 
 
-@custom_op("vlmprune::attention_mass", mutates_args=())
+@define
 def attention_mass(
     query: Tensor,
     key: Tensor,
@@ -168,10 +191,18 @@ def attention_mass(
     return run("attention_mass", query, key, scale, at, real, window, weight, bias)
 
 
-@attention_mass.register_fake
+@fake("attention_mass")
 def _(query, key, scale, at, real, window, weight, bias):
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     return key.new_empty((key.shape[0], key.shape[2]), dtype=wide)
+
+
+def no_gradient(ctx, grad):
+    """Torch's own fallback would leave the gradient out; outputs of `top_k` and `greedy` have none to leave out."""
+    raise RuntimeError("vlmprune.attention_mass has no gradient: call it under torch.no_grad(), or detach its result.")
+
+
+torch.library.register_autograd("vlmprune::attention_mass", no_gradient, lib=library)
 
 
 @register_flop_formula(torch.ops.vlmprune.attention_mass)
@@ -181,7 +212,7 @@ def attention_mass_flops(query, key, *args, out_shape=None, **kwargs) -> int:
     return 2 * batch * heads * rows * key[2] * dim
 
 
-@custom_op("vlmprune::merge", mutates_args=())
+@define
 def merge(
     hidden: Tensor, at: Tensor, alive: Tensor, keep: Tensor, into: Tensor, weight: Tensor, source: Tensor | None
 ) -> Tensor:
@@ -202,7 +233,7 @@ def merge(
     return run("merge", hidden, at, alive, keep, into, weight, source)
 
 
-@merge.register_fake
+@fake("merge")
 def _(hidden, at, alive, keep, into, weight, source):
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
@@ -228,4 +259,4 @@ def merge_gradients(ctx, grad):
     return own.view_as(hidden).to(hidden.dtype), None, None, None, None, by_weight, None
 
 
-merge.register_autograd(merge_gradients, setup_context=keep_merge)
+torch.library.register_autograd("vlmprune::merge", merge_gradients, setup_context=keep_merge, lib=library)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from vlmprune.kernels.precision import product
+
 __all__ = [
     "attention_mass",
     "empty_gather",
@@ -41,7 +43,8 @@ def top_k(scores: torch.Tensor, counts: torch.Tensor, candidates: torch.Tensor) 
 
 
 def select_gather(
-    keep: torch.Tensor,
+    scores: torch.Tensor,
+    counts: torch.Tensor | None,
     real: torch.Tensor | None,
     hidden: torch.Tensor,
     ids: torch.Tensor,
@@ -50,8 +53,8 @@ def select_gather(
     length: int,
     contiguous: bool,
 ) -> tuple[torch.Tensor, ...]:
-    among = torch.ones_like(keep) if real is None else real
-    kept = keep & among
+    among = torch.ones_like(scores, dtype=torch.bool) if real is None else real
+    kept = scores & among if counts is None else top_k(scores, counts, among)
     batch, columns = kept.shape
     rank, total = kept.cumsum(1), kept.sum(1, keepdim=True)
     column = torch.arange(columns, device=kept.device)
@@ -70,12 +73,12 @@ def select_gather(
 
 
 def empty_gather(
-    keep: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, length: int
+    scores: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, ...]:
     """Uninitialised results of `select_gather`."""
     hidden, cos, sin = (x.new_empty((*x.shape[:-2], length, x.shape[-1])) for x in (hidden, cos, sin))
-    index = keep.new_empty((keep.shape[0], length), dtype=torch.long)
-    dropped = keep.new_empty((keep.shape[0],), dtype=torch.long)
+    index = scores.new_empty((scores.shape[0], length), dtype=torch.long)
+    dropped = scores.new_empty((scores.shape[0],), dtype=torch.long)
     return hidden, ids.new_empty((*ids.shape[:-1], length)), cos, sin, index, \
         torch.empty_like(index, dtype=torch.bool), dropped  # fmt: skip
 
@@ -109,14 +112,14 @@ def greedy(
     pick = order[:, 0] = first
     for i in range(1, steps):
         like = twin[row, pick]
-        cosine = (x @ x[row, like, :, None]).squeeze(-1) if cosines is None else cosines[row, like]
+        cosine = product(x, x[row, like, :, None]).squeeze(-1) if cosines is None else cosines[row, like]
         cosine = cosine.gather(1, twin)
         if objective == "max_sum":
             value.sub_(cosine)
         elif objective == "max_min":
             value = torch.minimum(value, 1 - cosine)
         else:
-            value = value - project(cosine, basis[:, : i - 1], pick, value, basis[:, i - 1])
+            value = value - project(cosine, basis[:, : i - 1], pick, value, twin, basis[:, i - 1])
             value = torch.where((value > -torch.inf) & (value < floor(x.dtype)), 0, value)
         value.scatter_(1, pick[:, None], -torch.inf)
         pick = order[:, i] = value.argmax(1)
@@ -136,6 +139,7 @@ def first_of_equal(x: torch.Tensor) -> torch.Tensor:
     if x.dtype == torch.float32:  # two values make a word
         x = functional.pad(x, (0, x.shape[-1] % 2))
     words = x.view(torch.int64)
+    words = words ^ (words >> 29)  # round numbers differ in their highest bits alone, which a product would push out
     weight = torch.arange(1, words.shape[-1] + 1, device=x.device) * 0x9E3779B97F4A7C1
     key, index = (words * (weight ^ (weight >> 23) | 1)).sum(-1).sort(dim=-1, stable=True)
     place = torch.arange(x.shape[1], device=x.device).expand_as(index)
@@ -148,7 +152,7 @@ def gram(x: torch.Tensor, block: int = 256) -> torch.Tensor:
     """All cosines of `(images, tokens, dim)` unit vectors; symmetric, so the lower half is a copy."""
     out = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
     for start in range(0, x.shape[1], block):
-        part = x[:, start : start + block] @ x[:, start:].transpose(1, 2)
+        part = product(x[:, start : start + block], x[:, start:].transpose(1, 2))
         out[:, start : start + block, start:] = part
         out[:, start:, start : start + block] = part.transpose(1, 2)
     return out
@@ -160,7 +164,12 @@ def floor(dtype: torch.dtype) -> float:
 
 
 def project(
-    cosine: torch.Tensor, basis: torch.Tensor, pick: torch.Tensor, value: torch.Tensor, out: torch.Tensor
+    cosine: torch.Tensor,
+    basis: torch.Tensor,
+    pick: torch.Tensor,
+    value: torch.Tensor,
+    twin: torch.Tensor,
+    out: torch.Tensor,
 ) -> torch.Tensor:
     """One step of the incremental Cholesky factorisation: what the last pick takes from every squared distance.
 
@@ -168,6 +177,7 @@ def project(
         cosine: `(images, tokens)` to the pick.
         basis: `(images, i, tokens)` components along the picks before it.
         pick: `(images,)`; value: `(images, tokens)` squared distances from their span.
+        twin: `(images, tokens)` first of equal tokens, whose sums may be rounded apart by where they stand.
         out: `(images, tokens)`, gets the components along this pick.
     """
     own = basis.gather(2, pick[:, None, None].expand(-1, basis.shape[1], 1))
@@ -175,8 +185,8 @@ def project(
     # a first pick may be no candidate; its distance is that of a unit vector
     left = torch.where(left == -torch.inf, 1, left)
     component = (cosine - (basis * own).sum(1)) * torch.where(left > floor(value.dtype), left, torch.inf).rsqrt()
-    out.copy_(component)
-    return component.square()
+    out.copy_(component.gather(1, twin))
+    return out.square()
 
 
 def visible_keys(at: torch.Tensor | None, real: torch.Tensor | None, window: int, keys: int) -> torch.Tensor | None:
@@ -215,7 +225,7 @@ def attention_mass(
     mass = query.new_zeros(batch, keys)
     for start in range(0, rows, CHUNK):
         part = slice(start, start + CHUNK)
-        logits = query[:, :, :, part] @ key * scale
+        logits = product(query[:, :, :, part], key) * scale
         if bias is not None:
             logits = logits + bias[:, None, None, None].to(logits.dtype)
         visible = visible_keys(None if at is None else at[:, part], real, window, keys)

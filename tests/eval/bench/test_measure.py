@@ -219,7 +219,7 @@ def scripted(cell, monkeypatch):
             counting.append(1)
         prefill()
         counting.clear()
-        return {"flops": 100 if pruned else 900, "peak_bytes": 10 if pruned else 90, "tower_tokens": [17] * 6}
+        return {"flops": 100 if pruned else 900, "peak_bytes": 10 if pruned else 90, "tower_tokens": [(17, 17)] * 6}
 
     def stage_seconds(work, clock, plan=None, parts=None):
         if plan is None:
@@ -309,7 +309,7 @@ def test_tokens_and_memory_by_hand(scripted):
     assert (found["flops"]["counted"], base["flops"]["counted"]) == (100, 900)
     lengths = ([23, 23, 11, 11], [23] * 4)
     for one, tokens in zip((found, base), lengths, strict=True):
-        assert one["flops"]["formula"] == measure.formula_flops(here, tokens, [17] * 6)
+        assert one["flops"]["formula"] == measure.formula_flops(here, tokens, [(17, 17)] * 6)
         assert one["kv_bytes"] == 2 * 2 * 2 * 8 * 4 * sum(tokens)  # rows, keys and values, heads, width, bytes
     assert base["batch"] == 2
     assert base["tokens"] == {"visual": 16, "patches": 16, "prompt": 23}

@@ -192,19 +192,41 @@ def test_nothing_to_draw(found, tmp_path):
         plot(found | {"cells": []}, tmp_path / "r.png")
 
 
-@pytest.mark.parametrize("objective", ["max_min", "max_sum"])
-def test_the_textbook_loop_picks_what_the_library_picks(objective):
+@pytest.mark.parametrize("objective", selection.PUBLISHED)
+def test_the_published_loops_pick_what_the_library_picks(objective):
     from vlmprune.parts.diversity import greedy_diversity
 
-    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(1))
-    everyone = torch.ones(1, 60, dtype=torch.bool)
-    _, order = greedy_diversity(x[None], torch.tensor([7]), [20], everyone, objective)
-    assert selection.textbook(x, 7, 20, objective) == order[0].tolist()
+    for tokens, count in ((60, 20), (576, 64)):
+        x = selection.features_like(tokens, 64, seed=1)
+        everyone = torch.ones(1, tokens, dtype=torch.bool)
+        _, order = greedy_diversity(x[None], torch.tensor([7]), [count], everyone, objective)
+        assert selection.PUBLISHED[objective](x, 7, count) == order[0].tolist()
+
+
+def test_the_loop_in_our_words_is_the_published_one():
+    """DivPrune's own picks, first one included (tests/goldens)."""
+    import json
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    folder = Path(__file__).parents[2] / "goldens"
+    if not (folder / "baselines.json").exists():
+        pytest.skip("the goldens of baselines are not here")
+    tensors = load_file(folder / "baselines.safetensors")
+    cases = [
+        case for case in json.loads((folder / "baselines.json").read_text())["cases"] if case["method"] == "divprune"
+    ]
+    assert cases
+    for case in cases:
+        find = lambda what: next(v for k, v in tensors.items() if k.startswith(case["name"]) and k.endswith(what))  # noqa: B023, E731
+        picks = find("picks_in_order").tolist()
+        assert selection.published_max_min(find("features"), None, len(picks)) == picks
 
 
 def test_selection_is_timed_in_pairs():
-    both = selection.compare_selection(tokens=300, keep=60, dim=16, pairs=3)
-    assert [one["objective"] for one in both] == ["max_min", "max_sum"]
+    both = selection.compare_selection(tokens=300, keep=12, dim=64, pairs=3)
+    assert [one["objective"] for one in both] == ["max_min", "log_det"]
     for one in both:
         assert one["speedup"]["pairs"] == 3
         assert one["same_picks"] > 0.9

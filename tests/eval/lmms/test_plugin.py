@@ -111,11 +111,11 @@ def test_none_is_a_value(tau, value, cuts):
     """It was thrown away once, and full ToDRE ran under the name of its first stage."""
     made = VlmPrune.create_from_arg_string(f"pretrained=scene-llava,method=todre,keep=64,tau={tau}")
     assert made.options == {"keep": 64, "tau": value}
-    assert made.handle.methods == [ToDRE(keep=64, tau=value)]
+    assert made.handle.methods == [ToDRE(keep=64, tau=value, system=2)]  # the processor tells the prefix
     assert len(made.handle.methods[0].cuts(FACTS)) == cuts
     made.use("todre", keep=64, tau=0.1)
     made.use("todre", keep=64, tau=None)
-    assert made.handle.methods == [ToDRE(keep=64, tau=None)]
+    assert made.handle.methods == [ToDRE(keep=64, tau=None, system=2)]
     assert "tau=None" in repr(made)  # the key of lmms-eval's response cache
 
 

@@ -1,0 +1,45 @@
+"""Triton's kernels down to machine code: what the interpreter takes is not always what the compiler takes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+
+SPILL = 128  # bytes a thread; a kernel that is too large for its registers spills thousands
+
+
+def spills(tmp_path, ptxas, *arguments):
+    """Bytes that every kernel spills, by its line."""
+    if util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    script = Path(__file__).parent / "compile_triton.py"
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-P", script, ptxas, *arguments], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {line: int(n) for line, n in re.findall(r"^(spills (\d+) .*)$", done.stdout, re.MULTILINE)}
+
+
+def test_the_largest_do_not_spill(tmp_path, ptxas):
+    """Attention in float32 at 128 numbers per head, with all masks; choosing and picking from 4096."""
+    found = spills(tmp_path, ptxas, "90", "fp32", "--few")
+    assert len(found) == 4
+    assert max(found.values()) <= SPILL, found
+
+
+@pytest.mark.skipif(
+    os.environ.get("VLMPRUNE_ALL_KERNELS") != "1",
+    reason="minutes an architecture: VLMPRUNE_ALL_KERNELS=1 make test TESTS=tests/kernels/test_compile.py",
+)
+@pytest.mark.parametrize("arch", ["80", "86", "89", "90", "100", "120"])
+def test_all_that_is_launched(tmp_path, ptxas, arch):
+    found = spills(tmp_path, ptxas, arch, "fp32", "fp16", "bf16")
+    assert len(found) == 3 * (16 + 5) + 3 * 4 + 2
+    assert max(found.values()) <= SPILL, max(found.items(), key=lambda one: one[1])
