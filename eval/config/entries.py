@@ -145,13 +145,13 @@ def placed(entries: tuple[Entry, ...], info: ValidationInfo) -> tuple[Entry, ...
     seen: dict[str, str] = {}
     taken = {spec.NONE, *registry.names()}
     for entry in (*(info.data.get("methods", ()) if word == "controls" else ()), *made):
-        names = "+".join(part.name for part in entry.parts)
-        if entry.label != names and entry.label.casefold() in taken - {names}:
-            raise mistakes((entry.where, f"the label {entry.label!r} is another method's name: give another one."))
         if other := seen.get(entry.label.casefold()):
             raise mistakes(
                 (entry.where, f"{entry.label!r} is the label of {other} too: give one of them another `label`.")
             )
+        names = "+".join(part.name for part in entry.parts)
+        if entry.label != names and entry.label.casefold() in taken - {names}:
+            raise mistakes((entry.where, f"the label {entry.label!r} is another method's name: give another one."))
         seen[entry.label.casefold()] = entry.where
     if word == "controls" and not seen and "methods" in info.data:
         raise mistakes((info.context.where(), "there is nothing to run: `methods` is empty and `controls` are off."))
