@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,6 +21,7 @@ from packaging.specifiers import SpecifierSet
 
 import vlmprune
 from vlmprune import _compat
+from vlmprune.eval import testbed
 
 IN_RANGE = ["5.20.0", "5.20.2", "5.23.0", "5.24.9", "5.21.0.dev0", "5.24.0rc1"]
 TOO_OLD = ["4.36.2", "4.57.6", "5.0.0", "5.2.0", "5.19.9", "unreadable"]
@@ -97,6 +99,26 @@ def test_other_transformers_are_refused(monkeypatch: pytest.MonkeyPatch, version
         assert part in str(raised.value)
     for part in ("newer than any release it was tested with", "or a newer vlmprune"):
         assert (part in str(raised.value)) is (version in TOO_NEW)
+
+
+@pytest.mark.parametrize(
+    "verb", ["check", "run --image a.png --prompt b", "fidelity --images . --prompts b.txt", "demo"]
+)
+def test_the_command_refuses_another_release_in_one_line(tmp_path: Path, verb: str) -> None:
+    distribution(tmp_path, "transformers", "5.25.0")
+    (tmp_path / "b.txt").write_text("what is this ?")
+    shutil.copy(testbed.pictures()[0]["file"], tmp_path / "a.png")
+    ran = python(f"from vlmprune.cli import main; raise SystemExit(main({verb.split()}))", tmp_path, cwd=tmp_path)
+    assert ran.returncode == 1
+    said = next(line for line in ran.stderr.splitlines() if "loading" not in line)
+    assert said.startswith(f"vlmprune: {SUPPORTED}")
+    assert "Traceback" not in ran.stderr
+
+
+def test_load_refuses_another_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_compat, "_transformers_version", lambda: "5.25.0")
+    with pytest.raises(ImportError, match=r"found 5\.25\.0\. That is newer"):
+        vlmprune.load("scene-llava")
 
 
 def test_patch_refuses_another_release(monkeypatch: pytest.MonkeyPatch, tiny_model: Callable) -> None:

@@ -141,6 +141,9 @@ def test_wheel_is_light_and_describes_itself(described: Message) -> None:
     assert described["Version"] == vlmprune.__version__ == __version__
     assert described["Requires-Python"] == ">=3.11"
     assert described["License-Expression"] == "Apache-2.0"
+    where = dict(line.split(", ", 1) for line in described.get_all("Project-URL", []))
+    assert where.keys() >= {"Homepage", "Documentation", "Changelog", "Issues"}
+    assert all(url.startswith("https://github.com/vlmprune/vlmprune") for url in where.values())
     assert described.get_payload().strip() == (ROOT / "README.md").read_text().strip()
 
 

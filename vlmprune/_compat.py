@@ -20,7 +20,7 @@ from pathlib import Path
 
 from vlmprune._version import __version__
 
-__all__ = ["SUPPORTED_TRANSFORMERS", "check_torchvision", "check_transformers"]
+__all__ = ["SUPPORTED_TRANSFORMERS", "VersionError", "check_torchvision", "check_transformers"]
 
 #: The range of tested releases, as pip understands it and the package's metadata declares it.
 SUPPORTED_TRANSFORMERS = next(
@@ -30,8 +30,12 @@ SUPPORTED_TRANSFORMERS = next(
 )
 
 
+class VersionError(ImportError):
+    """The transformers of this environment is none that vlmprune was tested with."""
+
+
 def check_transformers() -> None:
-    """Raise ``ImportError`` unless the transformers of this environment is one that vlmprune was tested with.
+    """Raise ``VersionError`` unless the transformers of this environment is one that vlmprune was tested with.
 
     The message says what was found, what is supported and how to get it. transformers itself is imported only where it
     has no metadata to read (a source folder on the path).
@@ -44,7 +48,7 @@ def check_transformers() -> None:
     why = (
         " That is newer than any release it was tested with, and a release may change what hooks see." if newer else ""
     )
-    raise ImportError(
+    raise VersionError(
         f"vlmprune {__version__} supports transformers {SUPPORTED_TRANSFORMERS}, and found {found or 'none'}.{why} "
         f"To fix it: pip install 'transformers{SUPPORTED_TRANSFORMERS}'" + (", or a newer vlmprune" if newer else "")
     )

@@ -86,8 +86,15 @@ def read_budget(given: Any, word: str = "keep") -> int | float:
 
 
 def read_given(key: str, value: Any) -> Any:
-    """The value of an option given as text: a budget's, `fopru.keep` too, may be in per cent."""
-    value = read_value(value)
+    """The value of an option given as text: a budget's, `fopru.keep` too, may be in per cent.
+
+    Raises:
+        ValueError: as `read_value` and `read_budget`; the option is named.
+    """
+    try:
+        value = read_value(value)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
     return read_budget(value, key) if key.rpartition(".")[2] in BUDGETS and isinstance(value, str) else value
 
 

@@ -65,7 +65,7 @@ def test_the_command_itself_works(run):
         ({"option": "keep=3"}, ["--keep"]),
         ({"option": "average=3"}, ["--average"]),
         ({"method": "todre", "option": "tau=none"}, ["tau='none'", "or None"]),
-        ({"method": "transprune", "option": "prune_layers=[2,3"}, ["'[2,3' is no list"]),
+        ({"method": "transprune", "option": "prune_layers=[2,3"}, ["prune_layers: '[2,3' is no list"]),
         ({"method": "fopru+fastv"}, ["keep= could mean any of", "fopru.keep="]),
         ({"method": "tome+pitome", "option": "tome.keep=0.5"}, ["pitome", "needs keep="]),
         ({"method": "none"}, ["'none' is the whole model"]),

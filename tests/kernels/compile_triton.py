@@ -1,12 +1,13 @@
 """Compile every Triton kernel, as it is launched, for a GPU that need not be there; print what spills.
 
-compile_triton.py PTXAS 90 fp32 bf16 [--few]
+compile_triton.py PTXAS 80,90 fp32 bf16 [--few]
 """
 
 import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -55,15 +56,20 @@ def compile_for(ptxas, arch, kernel, rows, constants, out="*fp32"):
 
 
 def main() -> None:
-    ptxas, arch, floats, few = (
+    ptxas, archs, floats, few = (
         sys.argv[1],
-        int(sys.argv[2]),
+        sys.argv[2].split(","),
         [a for a in sys.argv[3:] if a in DTYPES],
         "--few" in sys.argv,
     )
-    go = lambda *args, **kwargs: compile_for(ptxas, arch, *args, **kwargs)  # noqa: E731
+    for arch in archs:
+        everything(partial(compile_for, ptxas, int(arch)), floats, few)
+
+
+def everything(go, floats, few):
+    """Compile all, or with `few` the largest."""
     for kind in floats:
-        for dim in (128,) if few else (64, 72, 128, 256):
+        for dim in (128,) if few else (64, 128, 256):  # 72 is padded to 128
             for masks in (True,) if few else (False, True):
                 size = triton_attention.tiles(100, dim, DTYPES[kind])
                 size |= {"CAUSAL": masks, "REAL": masks, "BIAS": masks, "WIDE": False}

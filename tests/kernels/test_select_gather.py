@@ -97,7 +97,9 @@ def test_select_gather(implementation, device, axes, twisted, ranked_by, contigu
     """Ragged counts from nothing to everything, padding on both sides, the first and the last column among the kept."""
     g = torch.Generator().manual_seed(3)
     cases = [((1, 1), 8, torch.float32), ((3, 20), 1, torch.float16), ((2, 33), 5, torch.bfloat16)]
-    cases += [] if implementation == "triton" and device.type == "cpu" else [
+    interpreted = implementation == "triton" and device.type == "cpu"  # which takes its time
+    cases = cases[1 + contiguous :][:1] if interpreted else [
+        *cases,
         ((3, 280), 24, torch.bfloat16), ((2, 270), 7, torch.float32), ((2, 600), 8, torch.float16),
     ]  # fmt: skip
     for shape, dim, dtype in cases:
@@ -117,7 +119,7 @@ def test_select_gather(implementation, device, axes, twisted, ranked_by, contigu
             kept = [ranked(s.tolist(), int(n), r.tolist()) for s, n, r in zip(scores, counts, real, strict=True)]
         longest = max(map(len, kept))
         wide = scores.new_zeros(batch, 2 * columns)[:, ::2].copy_(scores) if twisted else scores
-        for length in {longest, columns}:
+        for length in {longest if contiguous else columns} if interpreted else {longest, columns}:
             out = select_gather(
                 wide.to(device),
                 None if counts is None else counts.to(device),

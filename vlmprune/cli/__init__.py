@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 
+from vlmprune._compat import VersionError
 from vlmprune._version import __version__
 from vlmprune.cli import bench, check, demo, eval, fidelity, init, ls, report, run, validate
 from vlmprune.runtime.errors import CommandError, brief
@@ -96,6 +97,9 @@ def run_verb(argv: Sequence[str] | None) -> int:
         check_interruption(error)
         print(f"vlmprune: {error}", file=sys.stderr)
         return error.code
+    except VersionError as error:
+        print(f"vlmprune: {error}", file=sys.stderr)
+        return CommandError.code
     except BrokenPipeError:  # `vlmprune ls methods | head`: nobody reads on
         flush_nothing()
         return 0

@@ -3,7 +3,8 @@
 What a token is worth only falls: its nearest pick comes nearer, its distance from the picks' span shrinks. So a share
 of the tokens, the best ones, is kept up to date, and as long as the best of them is worth more than any other token was
 when last looked at, it is the next pick. When it is not, the others catch up with all picks that they missed, in one
-matrix product, and the best are chosen anew. Picks are those of the loop that looks at everything.
+matrix product, and the best are chosen anew. Picks are those of the loop that looks at everything, which runs where
+tokens are few: it is sooner there.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vlmprune.kernels.precision import product
+from vlmprune.kernels.precision import product, relaxed
 from vlmprune.kernels.reference import first_of_equal, floor, upcast
 
 __all__ = ["greedy"]
 
-SHARE, LEAST = 8, 64  # one token in so many is kept up to date, and at least so many
+SHARE = 8  # one token in so many is kept up to date
+# from so many tokens on that pays: catching up costs log_det more, and what max_sum sums up may grow
+LATE = {"max_min": 512, "log_det": 1152}
 
 
 def greedy(
@@ -66,6 +69,15 @@ class Worth:
     ):
         self.x, self.value, self.basis, self.objective, self.twins = x, value, basis, objective, twins
         self.low = value.dtype.type(floor(x.dtype))
+        self.relaxed, self.out = relaxed(x), x.new_empty(len(x))
+        self.row = array(self.out)
+
+    def cosines(self, token: int) -> np.ndarray:
+        """Those to one token, until the next call."""
+        if self.relaxed:
+            return array(product(self.x, self.x[token]))
+        torch.mv(self.x, self.x[token], out=self.out)
+        return self.row
 
     def account(self, done: int, picks: list[int]) -> None:
         """Account for picks, before which `done` others were."""
@@ -73,9 +85,9 @@ class Worth:
         # products of equal rows may be rounded apart by where they stand
         like = picks if self.twins is None else self.twins[picks]
         if len(picks) == 1:
-            rows, done = array(product(self.x, self.x[int(like[0]), :, None])).T, 0
+            rows, done = self.cosines(int(like[0]))[None], 0
         else:
-            rows = array(product(self.x, self.x[like].T)).T
+            rows = array(product(self.x[like], self.x.T))
             if self.objective == "log_det" and done:
                 rows = rows - self.basis[:done, picks].T @ self.basis[:done]
         rows = rows if self.twins is None else rows[:, self.twins]
@@ -98,10 +110,23 @@ class Worth:
         if self.twins is not None:
             along[:] = along[self.twins]
         self.value -= along * along
-        np.putmask(self.value, (self.value < self.low) & (self.value > -np.inf), 0)
+
+    def settle(self) -> None:
+        """What is all but inside the picks' span is worth nothing to log_det."""
+        if self.objective == "log_det":
+            np.putmask(self.value, (self.value < self.low) & (self.value > -np.inf), 0)
+
+    def top(self) -> int:
+        """The first of the tokens that are worth most."""
+        place = int(self.value.argmax())
+        if self.objective == "log_det" and not self.value[place] > self.low:  # until then nothing so small matters
+            self.settle()
+            place = int(self.value.argmax())
+        return place
 
     def best(self, many: int, done: int) -> tuple[Worth, np.ndarray, float]:
         """The best tokens by themselves, which tokens they are, and what the best of the others is worth."""
+        self.settle()
         columns = np.sort(np.argpartition(self.value, len(self.value) - many)[len(self.value) - many :])
         basis = np.empty((len(self.basis), many), self.basis.dtype)
         basis[:done] = self.basis[:done, columns]
@@ -120,21 +145,21 @@ def pick(
     start = {"max_sum": 0.0, "max_min": np.inf, "log_det": 1.0}[objective]
     basis = np.empty((count - 1 if objective == "log_det" else 0, len(x)), kind)
     every = Worth(x, np.where(candidates, kind(start), kind(-np.inf)), basis, objective, twins)
-    many = max(LEAST, len(x) // SHARE)
-    falls = objective != "max_sum" and twins is None and many < len(x) and bool(np.isfinite(array(x.sum())))
+    many = len(x) // SHARE
+    falls = len(x) >= LATE.get(objective, np.inf) and twins is None and bool(np.isfinite(array(x.sum())))
     picks, done, some = [first], 0, None
     place, bound, columns = 0, np.inf, np.empty(0, int)
     with np.errstate(invalid="ignore"):
         while len(picks) < count:
             if some is not None:
                 some.account(len(picks) - 1, [place])
-                place = int(some.value.argmax())
+                place = some.top()
                 if some.value[place] > bound:
                     picks.append(int(columns[place]))
                     continue
             every.account(done, picks[done:])
             done = len(picks)
-            picks.append(int(every.value.argmax()))
+            picks.append(every.top())
             if falls:
                 some, columns, bound = every.best(many, done)
                 place = int(np.searchsorted(columns, picks[-1]))

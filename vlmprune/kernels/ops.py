@@ -146,7 +146,7 @@ def greedy(
     """
     if objective not in ("max_sum", "max_min", "log_det"):
         raise ValueError(f"objective={objective!r} is not one of 'max_sum', 'max_min', 'log_det'.")
-    return run("greedy", features, first, counts, candidates, objective, steps)
+    return run("greedy", features.detach(), first, counts, candidates, objective, steps)
 
 
 @fake("greedy")

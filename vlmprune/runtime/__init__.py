@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from vlmprune._compat import check_transformers
+
 __all__ = ["load"]
 
 
@@ -23,7 +25,9 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple[nn.Mo
 
     Raises:
         ValueError: no such model or device, or a model of a family that is not supported; the message says which.
+        ImportError: another transformers than vlmprune was tested with.
     """
+    check_transformers()
     from vlmprune.runtime import loading
     from vlmprune.runtime.errors import UserError
 

@@ -65,7 +65,7 @@ def test_the_command_prunes_scores_and_measures(tmp_path):
         ("method=fopru,keep=many", "neither a count (36) nor a fraction"),
         ("method=fopru,keep=None", "fopru needs keep="),
         ("method=random,keep=9,seed=None", "seed=None"),
-        ("method=transprune,keep=9,prune_layers=[1,2", "is no list"),
+        ("method=transprune,keep=9,prune_layers=[1,2", "prune_layers: '[1,2' is no list"),
         ("method=none,keep=4", "takes no options, and here is keep=4"),
         ("method=none+fopru,keep=4", "cannot be combined"),
         ("method=fopru+vtc_cls,keep=4", "write fopru.keep= or vtc_cls.keep="),
