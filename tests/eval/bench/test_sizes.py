@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from vlmprune import UnsupportedError
-from vlmprune.cli.bench_report import sizes_text
+from vlmprune.eval.bench.report import sizes_text
 from vlmprune.engine.plan import Plan
 from vlmprune.eval.bench import sizes
 from vlmprune.patches import family_of
