@@ -25,10 +25,9 @@ HASHED = 256 * 2**20
 PACKAGES = ("transformers", "torch", "lmms-eval")
 CODE = {".py", ".cu", ".cuh", ".cpp", ".h"}
 #: Folders of the package that change no answer, or are hashed file by file.
-APART = {"methods", "eval", "patches", "cli", "selftest", "__pycache__"}
-#: Files of eval/ that change no answer: they plan, store and describe.
-ABOUT = {"config", "fidelity", "fidelity_report", "files", "fingerprints", "plan", "plugin", "statistics", "store",
-         "survey", "taskindex", "tree"}  # fmt: skip
+APART = {"methods", "eval", "patches", "cli", "runtime", "verify", "__pycache__"}
+#: Files of this folder that change no answer: they plan, store and describe.
+ABOUT = {"fingerprints", "plan", "plugin", "store", "survey", "taskindex"}
 
 
 @cache
@@ -141,7 +140,7 @@ def library() -> str:
     found = [path for path in root.rglob("*") if not APART & {*path.relative_to(root).parts}]
     found += [path for path in patches.rglob("*") if "__pycache__" not in path.parts]
     found += [path for path in mine.glob("*.py") if path.stem not in ABOUT]
-    found += [root / "cli" / "loading.py", root / "cli" / "answering.py"]
+    found += [root / "runtime" / f"{name}.py" for name in ("answering", "loading", "pictures")]
     code = sorted((path for path in found if path.suffix in CODE), key=lambda path: (path.parent.name, path.name))
     return hashlib.sha256("".join(f"{path.name} {code_of(str(path))}\n" for path in code).encode()).hexdigest()
 

@@ -40,9 +40,9 @@ def edited(monkeypatch):
 
 @pytest.mark.parametrize(
     "file",
-    ["/selection.py", "/taps.py", "/kernels/ops.py", "/kernels/triton_ops.py", "/kernels/csrc/select_gather.cu",
-     "/engine.py", "/budget.py", "/registry.py", "/patches/llava.py", "/patches/base.py", "/eval/model.py",
-     "/eval/outcome.py", "/eval/measure.py", "/cli/loading.py", "/cli/answering.py"],
+    ["/parts/selection.py", "/parts/taps.py", "/kernels/ops.py", "/kernels/triton_ops.py", "/kernels/csrc/select_gather.cu",
+     "/engine/hooks.py", "/parts/budget.py", "/registry.py", "/patches/llava.py", "/patches/base.py", "/eval/lmms/model.py",
+     "/eval/lmms/outcome.py", "/eval/lmms/measure.py", "/runtime/loading.py", "/runtime/answering.py"],
 )  # fmt: skip
 def test_an_edit_of_what_every_result_depends_on(edited, file):
     before = fingerprints.library()
@@ -52,7 +52,7 @@ def test_an_edit_of_what_every_result_depends_on(edited, file):
 
 
 @pytest.mark.parametrize(
-    "file", ["/methods/fopru.py", "/cli/ls.py", "/eval/report/tables.py", "/eval/plan.py", "/selftest/checks.py"]
+    "file", ["/methods/fopru.py", "/cli/ls.py", "/eval/report/tables.py", "/eval/lmms/plan.py", "/verify/checks.py"]
 )
 def test_an_edit_of_what_no_result_or_one_method_depends_on(edited, file):
     before = fingerprints.library()
