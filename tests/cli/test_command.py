@@ -37,6 +37,14 @@ print("heavy", sorted({{"torch", "transformers", "numpy", "PIL"}} & set(sys.modu
     assert "examples:" in done.stdout
 
 
+def test_the_list_of_methods_imports_no_models_and_no_compiler():
+    heavy = (
+        "{name for name in ('transformers', 'torch._dynamo', 'torchvision', 'vlmprune.patches') if name in sys.modules}"
+    )
+    done = start(code=f"import sys\nfrom vlmprune.cli import main\nprint(main(['ls', 'methods', '--json']), {heavy})")
+    assert done.stdout.endswith("]\n0 set()\n"), done.stderr
+
+
 def test_streams(folders, picture):
     done = start(
         "run", "--image", picture, "--prompt", "what is it ?", "--model", folders["llava"], "--method", "fastv",

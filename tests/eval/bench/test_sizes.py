@@ -6,9 +6,9 @@ import pytest
 import tiny
 
 from vlmprune import UnsupportedError
-from vlmprune.eval.bench.report import sizes_text
 from vlmprune.engine.plan import Plan
 from vlmprune.eval.bench import sizes
+from vlmprune.eval.bench.report import sizes_text
 from vlmprune.patches import family_of
 
 
