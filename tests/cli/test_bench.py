@@ -113,7 +113,7 @@ def test_an_oracle_that_computed_something_else_is_reported(bench, cli, tmp_path
         (("--model", "x/y", "--shape", "small"), "not allowed with"),
         (("--shape", "scene-llava", "--method", "foprru"), "fopru"),
         (("--shape", "scene-llava", "--method", "globalcom2"), "single view"),
-        (("--keep", "0"), "--keep 0"),
+        (("--keep", "0"), "keep=0"),
         (("--keep", ","), "--keep is empty"),
         (("--batch", "two"), "--batch 'two'"),
         (("--pairs", "0"), "--pairs must be at least 1"),
