@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -50,6 +50,9 @@ class Family:
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
+    # keyword arguments of decoder layers, besides mask, positions and rotary embedding, that hold something for every
+    # column of a call, and along which axis (that of its rows is the one before): a cut takes of them what it leaves
+    layer_columns: ClassVar[Mapping[str, int]] = {}
 
     def inner(self, model: nn.Module) -> nn.Module:
         """The module that joins tower, projector and language model (`LlavaModel`): itself, or inside `model`."""

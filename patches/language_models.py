@@ -17,7 +17,15 @@ from torch import nn
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.attention import split_heads
 
-__all__ = ["LANGUAGE_MODELS", "RotaryLayer", "attention_mask", "decoder_layer", "sliding_window", "window_of"]
+__all__ = [
+    "LANGUAGE_MODELS",
+    "RotaryLayer",
+    "attention_mask",
+    "counted",
+    "decoder_layer",
+    "sliding_window",
+    "window_of",
+]
 
 #: `model_type` of the language models whose taps were compared with their own eager attention.
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
@@ -107,6 +115,17 @@ def attention_mask(
     make = create_causal_mask if sliding_window(attention) is None else create_sliding_window_causal_mask
     # asking whether the padding mask could be skipped would wait for the device
     return make(attention.config, hidden, mask, cache, layer_idx=index, allow_is_causal_skip=mask is None)
+
+
+def counted(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """The `(batch, length)` position ids that count columns, or None where there are none.
+
+    Where the rotary embedding has three axes, `(3, batch, length)` says where a token stands in a picture; in
+    `(4, batch, length)` the first row counts.
+    """
+    if position_ids is None or position_ids.ndim == 2:
+        return position_ids
+    return position_ids[0] if len(position_ids) == 4 else None
 
 
 def window_of(layer: nn.Module) -> int | None:

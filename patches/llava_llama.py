@@ -12,7 +12,7 @@ import copy
 import inspect
 import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -211,8 +211,7 @@ class Prompt:
     rows: list[list[tuple]]
     tokens: list[list[int]]
     unread: list[bool] | None
-    vlmprune_seen: dict[Any, torch.Tensor] = field(default_factory=dict)  # the engine's channel SEEN
-    vlmprune_made_by: Any = None  # and MADE_BY
+    vlmprune_seen: Any = None  # the engine's channel SEEN
     grids: list[ImageGrid] = field(default_factory=list)
 
     def for_rows(self, embeds: torch.Tensor) -> dict[str, Any]:
@@ -226,15 +225,15 @@ class Prompt:
             )
         beams = rows // batch
         seen = self.vlmprune_seen
-        if self.unread is not None:
+        if self.unread is not None and seen is not None:
             read = [view for view, unread in enumerate(self.unread) if not unread]
-            seen = {tap: values[upload(read, values.device)] for tap, values in seen.items()}
+            taps = {tap: values[upload(read, values.device)] for tap, values in seen.taps.items()}
+            seen = replace(seen, taps=taps)
         features = Features(
             [range(n) for row in self.tokens for _ in range(beams) for n in row],
             embeds,
             vlmprune_sizes=[size for row in self.rows for size in row],
             vlmprune_seen=seen,
-            vlmprune_made_by=self.vlmprune_made_by,
         )
         ids = torch.where(self.visual, IMAGE, 0).repeat_interleave(beams, 0)
         return {"input_ids": ids, "mm_encoder_outputs": {"image": features}}
@@ -246,9 +245,8 @@ class Features:
 
     pooler_output: list[range]
     embeds: torch.Tensor
-    vlmprune_sizes: list[tuple]  # the engine's channels SIZES,
-    vlmprune_seen: dict[Any, torch.Tensor]  # SEEN
-    vlmprune_made_by: Any  # and MADE_BY
+    vlmprune_sizes: list[tuple]  # the engine's channels SIZES
+    vlmprune_seen: Any  # and SEEN
     last_hidden_state: None = None
 
 

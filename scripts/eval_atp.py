@@ -29,11 +29,7 @@ from vlmprune.eval import testbed
 from vlmprune.methods.atp import training as atp_training
 from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method
-from vlmprune.methods.controls import random_scores
-from vlmprune.parts.cuts import Cut, Decoder, Reduction
-from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.layout import Layout
-from vlmprune.parts.selection import select
+from vlmprune.parts import Cut, Decoder, Layout, ModelFacts, Reduction, random_scores, select
 
 ABLATIONS = ("redundancy", "spatial", "fixed")
 

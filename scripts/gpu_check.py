@@ -10,7 +10,6 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +93,8 @@ def cases(device: str, seed: int) -> dict[str, tuple]:
     into = marked.long().argmax(1, keepdim=True).expand(-1, columns).contiguous()
     made = {
         "top_k": (scores.to(dtype), counts, real),
-        "select_gather": (marked, None, real, hidden, ids, cos, sin, keep, True),
-        "select_gather ranked": (scores.to(dtype), counts, real, hidden, ids, cos, sin, keep, False),
+        "select_gather": (marked, real, hidden, ids, cos, sin, keep, True),
+        "select_gather original": (marked, real, hidden, ids, cos, sin, keep, False),
         "attention_mass": (query, key[:, :2], 0.125, at, real, 0, real.float(), None),
         "merge": (hidden, token, real, marked, into, torch.rand(batch, columns, generator=g) / columns, None),
     }
@@ -142,8 +141,6 @@ def gather(device: str) -> dict[str, Any]:
     marked = torch.zeros(batch, columns, dtype=torch.bool, device=device)
     for row in range(batch):
         marked[row, torch.randperm(columns)[:keep].to(device)] = True
-    scores = torch.where(marked, 2.0, 1.0) + torch.rand(batch, columns, device=device) / 2
-    counts = torch.full((batch,), keep, device=device)
     moved = 2 * batch * keep * (dim + 2 * 128) * 2
     plain = [torch.randint(0, 255, (moved // 2,), dtype=torch.uint8, device=device) for _ in range(sets)]
     target = [torch.empty_like(x) for x in plain]
@@ -154,9 +151,9 @@ def gather(device: str) -> dict[str, Any]:
         i = next(turn) % sets
         target[i].copy_(plain[i])
 
-    def gathered(chosen: torch.Tensor, counts: torch.Tensor | None) -> None:
+    def gathered() -> None:
         i = next(turn) % sets
-        late.append(ops.select_gather(chosen, counts, None, hidden[i], ids, cos[i], cos[i], keep, False))
+        late.append(ops.select_gather(marked, None, hidden[i], ids, cos[i], cos[i], keep, False))
 
     copy = moved / seconds(copied, device)
     found: dict[str, Any] = {
@@ -166,9 +163,8 @@ def gather(device: str) -> dict[str, Any]:
     }
     for name in names("select_gather", device):
         with kernels.use(name):
-            for how, args in (("marked", (marked, None)), ("ranked", (scores, counts))):
-                rate = moved / seconds(partial(gathered, *args), device)
-                found[f"{name} {how}"] = {"gb_s": rate / 1e9, "of_copy": rate / copy}
+            rate = moved / seconds(gathered, device)
+            found[name] = {"gb_s": rate / 1e9, "of_copy": rate / copy}
     return found
 
 

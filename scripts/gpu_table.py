@@ -37,10 +37,10 @@ def table(folder: Path, steps: Path) -> int:
     if "gather" in found:
         add("device copy", f"{found['gather']['copy_gb_s']:.0f} GB/s")
         rates = {k: v for k, v in found["gather"].items() if isinstance(v, dict)}
-        default = next((name for name in found["gather"]["order"] if f"{name} marked" in rates), "")
-        best = max((v["of_copy"] for k, v in rates.items() if k.endswith("marked")), default=0)
+        default = next((name for name in found["gather"]["order"] if name in rates), "")
+        best = max((v["of_copy"] for v in rates.values()), default=0)
         for name, rate in rates.items():
-            judged = gpu and name == f"{default} marked"
+            judged = gpu and name == default
             add(f"gather at batch 8: {name}", f"{rate['gb_s']:.0f} GB/s, {rate['of_copy']:.0%} of a copy",
                 ">= 80 %, the fastest" if judged else "",
                 rate["of_copy"] >= max(0.8, 0.97 * best) if judged else None)  # fmt: skip

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from vlmprune.engine.hooks import AfterModel, is_hook
+from vlmprune.engine.hooks import AfterModel
+from vlmprune.engine.install import is_hook
 from vlmprune.engine.plan import Hook
 from vlmprune.patches.base import Bound
 

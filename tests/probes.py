@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.generation import BaseStreamer
 
 from vlmprune import Cut, Decoder, Layout, Merge, Method, Reduction
-from vlmprune.parts.layout import trace_packing
+from vlmprune.parts.tracing import trace_packing
 from vlmprune.patches import family_of
 
 

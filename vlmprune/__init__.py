@@ -18,7 +18,7 @@ check_torchvision()
 if TYPE_CHECKING:
     from vlmprune.api import Handle, patch, unpatch
     from vlmprune.errors import CutNotRunError, UnsupportedError
-    from vlmprune.methods import Method
+    from vlmprune.methods.base import Method, Pruner
     from vlmprune.parts.cuts import Cut, Decoder, Merge, Reduction
     from vlmprune.parts.layout import Layout
     from vlmprune.registry import register
@@ -34,6 +34,7 @@ __all__ = [
     "Layout",
     "Merge",
     "Method",
+    "Pruner",
     "Reduction",
     "Trace",
     "UnsupportedError",
@@ -53,7 +54,7 @@ _HOMES = {
     "parts.cuts": ("Cut", "Decoder", "Merge", "Reduction"),
     "errors": ("CutNotRunError", "UnsupportedError"),
     "parts.layout": ("Layout",),
-    "methods": ("Method",),
+    "methods.base": ("Method", "Pruner"),
     "registry": ("register",),
     "runtime": ("load",),
     "verify": ("check",),

@@ -10,7 +10,7 @@ from torch import nn
 
 from vlmprune import spec
 from vlmprune._compat import check_transformers
-from vlmprune.engine import hooks as engine
+from vlmprune.engine import install as engine
 from vlmprune.engine.compile import compile_plan
 from vlmprune.engine.plan import Plan
 from vlmprune.methods.base import Method

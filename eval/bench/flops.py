@@ -1,10 +1,10 @@
-"""Published FLOP formulas, so that published totals can be recomputed. They differ; each says what it leaves out."""
+"""The FLOP formula of publications, so that published totals can be recomputed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["decode_flops", "prefill_flops"]
+__all__ = ["prefill_flops"]
 
 
 def prefill_flops(
@@ -22,13 +22,3 @@ def prefill_flops(
     """
     projections = 2 * hidden * (hidden + (hidden if kv_hidden is None else kv_hidden))
     return sum(n * projections + 2 * n**2 * hidden + ffn_matrices * n * hidden * ffn for n in tokens)
-
-
-def decode_flops(prompt: int, output: int, layers: int, hidden: int, ffn: int, ffn_matrices: int = 2) -> int:
-    """Multiply-adds of decoding `output` tokens after `prompt` (ToDRE, arXiv 2505.18757):
-    L (4 R d² + f R d m + d R (2 n + R - 1)).
-    """
-    one_layer = (
-        4 * output * hidden**2 + ffn_matrices * output * hidden * ffn + hidden * output * (2 * prompt + output - 1)
-    )
-    return layers * one_layer

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from vlmprune.api import Handle
-from vlmprune.engine import hooks as engine
+from vlmprune.engine.install import install, remove
+from vlmprune.engine.plan import Plan
 from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.counting import count, formula_flops, kv_bytes, language_flops
 from vlmprune.eval.bench.oracle import Oracle, Plain
@@ -51,15 +52,15 @@ class Contender:
 
     run: Plain
     clock: Clock
-    plan: engine.Plan | None = None
+    plan: Plan | None = None
     first: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
 
     def ready(self) -> None:
         """Put this contender's hooks on the model, and no others; never inside a timed path."""
-        engine.remove(self.run.work.model)
+        remove(self.run.work.model)
         if self.plan is not None:
-            engine.install(self.run.work.model, self.plan)
+            install(self.run.work.model, self.plan)
 
     def prefill(self) -> torch.Tensor:
         self.ready()
@@ -99,7 +100,7 @@ def stage_spreads(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def measure_unpruned(work: Workload, effort: Effort, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Stages, memory, cache and FLOPs of the unpruned model; its end-to-end times come with every method's."""
     clock, run = Clock(work.model.device), Plain(work)
-    engine.remove(work.model)
+    remove(work.model)
     tell("unpruned: counting")
     with torch.no_grad():
         counted = count(work, run.prefill)  # warms up too
@@ -138,12 +139,12 @@ def measure_method(
         with torch.no_grad():
             return run_method(work, plan, clock, unpruned, effort, tell)
     finally:
-        engine.remove(work.model)
+        remove(work.model)
 
 
 def run_method(
     work: Workload,
-    plan: engine.Plan,
+    plan: Plan,
     clock: Clock,
     unpruned: dict[str, Any],
     effort: Effort,

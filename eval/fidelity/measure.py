@@ -19,7 +19,7 @@ last token must see the prompt that they would see in use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,36 +28,20 @@ import torch
 
 from vlmprune.api import Handle
 from vlmprune.eval import statistics
+from vlmprune.eval.statistics import Estimate
 from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.spec import budget_text, budgets_in
 
-__all__ = ["MEASURES", "Compared", "Entry", "Estimate", "Line", "Reference", "Row", "collate", "compare", "reference"]
+__all__ = ["MEASURES", "Compared", "Entry", "Line", "Reference", "Row", "collate", "compare", "reference"]
 __all__ += ["summarise", "worst"]
 
-#: An interval from draws of the mean, the mean itself and the number of pictures.
-Spread = Callable[[np.ndarray, float, int], tuple[float, float]]
-
-
-def share(draws: np.ndarray, mean: float, pictures: int) -> tuple[float, float]:
-    """The interval of a share."""
-    return statistics.bounded_interval(draws, mean, pictures, 0.0, 1.0)
-
-
-def amount(draws: np.ndarray, mean: float, pictures: int) -> tuple[float, float]:
-    """The interval of what has no upper bound."""
-    return statistics.interval(draws)
-
-
-def gap_of_shares(draws: np.ndarray, mean: float, pictures: int) -> tuple[float, float]:
-    """The interval of a difference of two shares."""
-    return statistics.difference_interval(draws, mean, pictures, 1.0)
-
-
-#: The measures, and how their intervals are made.
-SPREADS: dict[str, Spread] = {"first_agrees": share, "answer_agrees": share, "kl_first": amount, "kl_answer": amount}
-MEASURES = tuple(SPREADS)
+#: The measures, and what they cannot go beyond, none being below 0.
+TOPS: dict[str, float | None] = {"first_agrees": 1.0, "answer_agrees": 1.0, "kl_first": None, "kl_answer": None}
+MEASURES = tuple(TOPS)
 
 Inputs = dict[str, torch.Tensor]
+#: What was measured, in the order of `MEASURES`, by picture and prompt.
+Values = dict[tuple[str, str], list[float]]
 
 
 @dataclass(frozen=True)
@@ -262,18 +246,6 @@ def compare(handle: Handle, inputs: Inputs, full: Reference, max_new_tokens: int
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts with its 95 % interval over pictures.
-
-    There is none (None) with a single picture, nor where a measure without bounds (KL) is the same for all pictures.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
 class Line:
     """One entry in sum.
 
@@ -306,23 +278,11 @@ def summarise(entries: Sequence[Entry], rows: Iterable[Row]) -> list[Line]:
     values = {label: {pair: mean_of(some, MEASURES) for pair, some in by.items()} for label, by in by_entry.items()}
     lines = []
     for entry in (entry for entry in entries if entry.label in by_entry):
-        mine = values[entry.label]
-        found = estimates([picture for picture, _ in mine], np.array(list(mine.values())), list(SPREADS.values()))
-        measures = dict(zip(SPREADS, found, strict=True))
         every = [row for some in by_entry[entry.label].values() for row in some]
-        before, after, average = mean_of(every, ("tokens_before", "tokens_after", "layer_average"))
-        line = Line(entry, before, after, average, measures)
-        control = values.get(Entry("random", entry.options).label)
-        if control is not None and entry.method != "random":
-            pairs = [pair for pair in mine if pair in control]
-            which = MEASURES.index("answer_agrees")
-            gap = np.array([[mine[pair][which] - control[pair][which]] for pair in pairs])
-            (over,) = estimates([picture for picture, _ in pairs], gap, [gap_of_shares])
-            verdict = None if over.low is None else statistics.verdict(over.low, over.high)
-            if verdict is not None and not gap.any():
-                verdict = "equal"  # in every prompt that there was; the interval says what others may do
-            line = Line(entry, before, after, average, measures, over, verdict)
-        lines.append(line)
+        tokens = mean_of(every, ("tokens_before", "tokens_after", "layer_average"))
+        mine, control = values[entry.label], values.get(Entry("random", entry.options).label)
+        beside = (None, None) if control is None or entry.method == "random" else over(mine, control)
+        lines.append(Line(entry, *tokens, estimates(mine), *beside))
     return lines
 
 
@@ -331,17 +291,27 @@ def mean_of(rows: Sequence[Row], names: Sequence[str]) -> list[float]:
     return [float(np.mean([getattr(row.compared, name) for row in rows])) for name in names]
 
 
-def estimates(pictures: Sequence[str], values: np.ndarray, spreads: Sequence[Spread]) -> list[Estimate]:
-    """Means of the columns of `(prompts, columns)` values with their intervals over pictures, by `spreads`."""
-    means, count = values.mean(0).tolist(), len(set(pictures))
-    if count < 2:
-        return [Estimate(mean, None, None) for mean in means]
-    draws = statistics.Resampler(pictures).means(pictures, values)
-    found = []
-    for mean, column, spread in zip(means, draws.T, spreads, strict=True):
-        low, high = spread(column, mean, count)
-        found.append(Estimate(mean, low, high) if low < high else Estimate(mean, None, None))
-    return found
+def estimates(values: Values) -> dict[str, Estimate]:
+    """Means over prompts with their intervals over pictures, by the names of `MEASURES`."""
+    pictures, table = [picture for picture, _ in values], np.array(list(values.values()))
+    draws, means, count = drawn(pictures, table), table.mean(0).tolist(), len(set(pictures))
+    return {name: statistics.mean(draws[i], means[i], count, top) for i, (name, top) in enumerate(TOPS.items())}
+
+
+def over(mine: Values, control: Values) -> tuple[Estimate, str | None]:
+    """`answer_agrees` minus the control's on the same prompts, and in a word."""
+    pairs, which = [pair for pair in mine if pair in control], MEASURES.index("answer_agrees")
+    pictures = [picture for picture, _ in pairs]
+    gap = np.array([[mine[pair][which] - control[pair][which]] for pair in pairs])
+    (draws,), count = drawn(pictures, gap), len(set(pictures))
+    return statistics.difference(draws, float(gap.mean()), count, TOPS["answer_agrees"], same=not gap.any())
+
+
+def drawn(pictures: Sequence[str], values: np.ndarray) -> Sequence[np.ndarray | None]:
+    """Bootstrap values of the means of the columns of `(prompts, columns)` values; a single picture gives none."""
+    if len(set(pictures)) < 2:
+        return [None] * values.shape[1]
+    return list(statistics.Resampler(pictures).means(pictures, values).T)
 
 
 def worst(rows: Iterable[Row], count: int) -> list[Row]:

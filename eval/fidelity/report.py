@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +15,10 @@ from typing import Any
 from PIL import Image
 
 from vlmprune.eval import statistics
-from vlmprune.eval.fidelity.measure import Entry, Estimate, Line, Row, summarise
+from vlmprune.eval.fidelity.measure import Entry, Line, Row, summarise
+from vlmprune.eval.report import render
+from vlmprune.eval.report.document import Block, Captioned, Cards, Heading, Items, Table, Text, repeat
+from vlmprune.eval.statistics import Estimate
 from vlmprune.runtime import draw
 from vlmprune.runtime.files import write_whole
 from vlmprune.runtime.tables import counted
@@ -28,7 +29,6 @@ SIDE = 256  # pixels of a picture's longer side on a card
 GAP = 6
 WRAP = 30  # characters of a line on a sheet
 SAID = 3  # lines of an answer on a sheet; the page has all of it
-ESCAPED = "backslashreplace"  # file names may hold bytes that are no text
 
 DEFINITIONS = (
     ("first token", "how often the likeliest first token is that of the unpruned model, in per cent"),
@@ -51,25 +51,14 @@ DEFINITIONS = (
     ("answer - random", "difference to `random` at the same budget in percentage points, paired prompt by prompt"),
 )
 INTERVALS = (
-    "In brackets: 95 % intervals, from drawing whole pictures with replacement (2000 times), since prompts about one "
-    "picture are not independent. Where all pictures have the same share the interval is the exact one of Clopper and "
-    "Pearson, and where all have the same KL there is none."
+    f"In brackets: 95 % intervals, from drawing whole pictures with replacement ({statistics.DRAWS} times), since "
+    "prompts about one picture are not independent. Where all pictures have the same share the interval is the exact "
+    "one of Clopper and Pearson, and where all have the same KL there is none."
 )
 CAVEAT = (
     "Agreement says what pruning changes, not whether the unpruned model was right: a changed answer may be a better "
     "one. It is worth what it is worth beside the controls, which look at nothing."
 )
-STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1c1c1c;background:#fff;max-width:72rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
-th,td{padding:.3rem .8rem;border-bottom:1px solid #ddd;text-align:left;white-space:nowrap}
-th{border-bottom:2px solid #888}tr.control{color:#666;background:#f6f6f6}
-dt{font-weight:600}dd{margin:0 0 .4rem 1.5rem}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(34rem,1fr));gap:1rem}
-.card{border:1px solid #ddd;border-radius:6px;padding:.8rem;overflow-wrap:anywhere}
-.card img{max-width:100%;height:auto}.card p{margin:.2rem 0}.card .same{color:#666}
-.note{color:#555}
-"""
 
 
 @dataclass(frozen=True)
@@ -187,111 +176,77 @@ def in_words(line: Line, pictures: int) -> str:
     return f"{told}, {verdicts[line.verdict]}{few}."
 
 
-# One page in two languages
+# The page
 
 
-class Page:
-    """Collects blocks as Markdown and as HTML."""
-
-    def __init__(self) -> None:
-        self.markdown: list[str] = []
-        self.html: list[str] = []
-
-    def heading(self, text: str, level: int = 2) -> None:
-        """A heading."""
-        self.markdown.append(f"{'#' * level} {plain(text)}")
-        self.html.append(f"<h{level}>{html.escape(text)}</h{level}>")
-
-    def paragraph(self, text: str) -> None:
-        """A paragraph."""
-        self.markdown.append(plain(text))
-        self.html.append(f"<p>{html.escape(text)}</p>")
-
-    def bullets(self, items: Iterable[str]) -> None:
-        """A list."""
-        items = list(items)
-        self.markdown.append("\n".join(f"- {plain(item)}" for item in items))
-        self.html.append("<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in items) + "</ul>")
-
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], pale: Sequence[bool] = ()) -> None:
-        """A table; rows that are `pale` stand back in HTML."""
-        lines = [header, ["---"] * len(header), *rows]
-        self.markdown.append("\n".join("| " + " | ".join(plain(cell) for cell in row) + " |" for row in lines))
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body = ""
-        for row, back in zip(rows, pale or [False] * len(rows), strict=True):
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-            body += f"<tr{' class=control' if back else ''}>{cells}</tr>\n"
-        self.html.append(f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>")
+def title(study: Study) -> str:
+    """The page's title."""
+    return f"Fidelity of {study.about['model']}"
 
 
-def plain(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([|*_`\\])", r"\\\1", text)
-
-
-def as_page(study: Study, sheets: dict[str, str]) -> Page:
-    """The whole report; `sheets` are the file names of the pictures by label."""
-    page, about = Page(), study.about
-    lines = study.lines
-    page.heading(f"Fidelity of {about['model']}", 1)
-    page.paragraph(
-        f"{study.asked}; the reference is the unpruned model's own greedy "
-        f"answer (at most {about['max_new_tokens']} tokens). Nothing was labelled."
-    )
-    if left := study.planned - about["prompts_skipped"] - study.prompts:
-        page.paragraph(
-            f"Interrupted: {left} of {counted(study.planned, 'prompt')} {'was' if left == 1 else 'were'} not measured."
-        )
-    if study.pictures < statistics.FEW_CLUSTERS:
-        page.paragraph(few_pictures(study.pictures))
-    header, rows = table_of(lines)
-    page.table(header, rows, [line.entry.control for line in lines])
-    page.bullets(in_words(line, study.pictures) for line in lines if not line.entry.control)
-    page.paragraph(INTERVALS)
-    page.paragraph(CAVEAT)
-    page.heading("What the columns are")
-    shown = [(name, text) for name, text in DEFINITIONS if name in header]
-    page.bullets(f"{name}: {text}" for name, text in shown)
+def build(study: Study, sheets: Mapping[str, Path]) -> list[Block]:
+    """The whole report; `sheets` are the files of the worst pictures by label."""
+    lines, (header, rows) = study.lines, table_of(study.lines)
+    kinds = ["control" if line.entry.control else "" for line in lines]
+    blocks: list[Block] = [
+        Heading(title(study), 1),
+        Text(
+            f"{study.asked}; the reference is the unpruned model's own greedy answer (at most "
+            f"{study.about['max_new_tokens']} tokens). Nothing was labelled."
+        ),
+        *troubles(study),
+        Table(header, rows, range(2), kinds),
+        Items([in_words(line, study.pictures) for line in lines if not line.entry.control]),
+        Text(INTERVALS),
+        Text(CAVEAT),
+        Heading("What the columns are"),
+        Items([f"{name}: {text}" for name, text in DEFINITIONS if name in header]),
+    ]
     for entry in study.entries:
         if not entry.control:
-            worst_pictures(page, entry.label, study.cards.get(entry.label, []), sheets.get(entry.label))
+            blocks += [Heading(f"Worst pictures: {entry.label}"), *worst_pictures(study, entry.label, sheets)]
     if study.skipped:
-        page.heading(f"Left out: {counted(len(study.skipped), 'picture')}")
-        page.bullets(f"{name}: {why}" for name, why in study.skipped)
-    page.heading("To repeat it")
-    page.table(["what", "value"], [[name, str(value)] for name, value in about.items()])
-    return page
+        blocks.append(Heading(f"Left out: {counted(len(study.skipped), 'picture')}"))
+        blocks.append(Items([f"{name}: {why}" for name, why in study.skipped]))
+    facts = {name: value for name, value in study.about.items() if name != "command"}
+    return blocks + repeat(facts, study.about["command"])
 
 
-def worst_pictures(page: Page, label: str, cards: Sequence[Card], sheet: str | None) -> None:
-    """The section of one entry."""
-    page.heading(f"Worst pictures: {label}")
-    if not cards:
-        page.paragraph("Every picture got the same answer and the same distributions.")
-        return
-    page.paragraph(
+def troubles(study: Study) -> list[Block]:
+    """What a reader must know before the numbers."""
+    said = []
+    if left := study.planned - study.about["prompts_skipped"] - study.prompts:
+        were = "was" if left == 1 else "were"
+        said.append(f"Interrupted: {left} of {counted(study.planned, 'prompt')} {were} not measured.")
+    if study.pictures < statistics.FEW_CLUSTERS:
+        said.append(few_pictures(study.pictures))
+    return [Text(text, warning=True) for text in said]
+
+
+def worst_pictures(study: Study, label: str, sheets: Mapping[str, Path]) -> list[Block]:
+    """What the section of one entry holds."""
+    if not study.cards.get(label):
+        return [Text("Every picture got the same answer and the same distributions.")]
+    told = (
         "Changed answers first, then by KL answer; of a picture with several prompts the worst one is shown. Dark is "
         "what was dropped."
     )
-    page.markdown.append(f"![{plain(label)}]({sheet})")
-    rows = [
-        [str(i), c.row.picture, c.row.prompt, shown(c.row.unpruned), shown(c.row.pruned), kl(c.row)]
-        for i, c in enumerate(cards, 1)
-    ]
-    header = ["", "picture", "prompt", "unpruned", "pruned", "KL answer"]
-    page.markdown.append(table_markdown(header, rows))
-    page.html.append(
-        '<div class="cards">' + "\n".join(card_html(i, card) for i, card in enumerate(cards, 1)) + "</div>"
-    )
+    return [Text(told), Cards([captioned(card) for card in study.cards[label]], sheets[label], label)]
 
 
-def table_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for Markdown alone."""
-    page = Page()
-    page.table(header, rows)
-    return page.markdown[0]
+def captioned(card: Card) -> Captioned:
+    """One of the worst pictures with its text beside it."""
+    row, made = card.row, io.BytesIO()
+    side_by_side([*card.plain.pictures, *card.kept.pictures]).save(made, "JPEG", quality=90, subsampling=0)
+    facts = {
+        "prompt": row.prompt,
+        "unpruned": shown(row.unpruned),
+        "pruned": pruned(row),
+        "KL answer": kl(row),
+    }
+    seed = [] if row.seed is None else [f"seed {row.seed}"]
+    note = ", ".join([f"KL first {row.compared.kl_first:.3f}", *card.kept.lines, *seed])
+    return Captioned(row.picture, made.getvalue(), f"{row.picture} and what was kept of it", facts, note)
 
 
 def kl(row: Row) -> str:
@@ -304,25 +259,9 @@ def shown(answer: str) -> str:
     return answer or "(empty)"
 
 
-def card_html(number: int, card: Card) -> str:
-    """One of the worst pictures with its text beside it."""
-    row = card.row
-    made = io.BytesIO()
-    side_by_side([*card.plain.pictures, *card.kept.pictures]).save(made, "JPEG", quality=90, subsampling=0)
-    data = base64.b64encode(made.getvalue()).decode()
-    seed = "" if row.seed is None else f", seed {row.seed}"
-    said = html.escape(shown(row.pruned))
-    texts = [
-        f"<b>{number}. {html.escape(row.picture)}</b>",
-        f"<b>prompt:</b> {html.escape(row.prompt)}",
-        f"<b>unpruned:</b> {html.escape(shown(row.unpruned))}",
-        f"<b>pruned:</b> {said}{' <span class=same>(the same)</span>' if row.compared.answer_agrees else ''}",
-        f'<span class="note">KL answer {kl(row)}, KL first {row.compared.kl_first:.3f} nats; '
-        f"{html.escape(', '.join(card.kept.lines))}{seed}</span>",
-    ]
-    alt = html.escape(f"{row.picture} and what was kept of it", quote=True)
-    image = f'<img alt="{alt}" src="data:image/jpeg;base64,{data}">'
-    return f'<div class="card">{image}' + "".join(f"<p>{text}</p>" for text in texts) + "</div>"
+def pruned(row: Row) -> str:
+    """The pruned model's answer, and whether it is the unpruned one's."""
+    return shown(row.pruned) + (" (the same)" if row.compared.answer_agrees else "")
 
 
 def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -341,8 +280,7 @@ def sheet_of(label: str, cards: Sequence[Card], across: int = 2) -> Image.Image:
     for number, card in enumerate(cards, 1):
         row = card.row
         asked = wrapped("prompt: ", row.prompt) + wrapped("unpruned: ", shown(row.unpruned))
-        mark = " (the same)" if row.compared.answer_agrees else ""
-        said = [*card.kept.lines, *wrapped("pruned: ", shown(row.pruned) + mark)]
+        said = [*card.kept.lines, *wrapped("pruned: ", pruned(row))]
         panels.append(draw.Panel(f"{number}. {row.picture}", asked, card.plain.pictures))
         panels.append(draw.Panel(f"KL answer {kl(row)} nats", said, card.kept.pictures))
     rows = [panels[i : i + 2 * across] for i in range(0, len(panels), 2 * across)]
@@ -385,24 +323,18 @@ def write(folder: Path, study: Study) -> list[Path]:
     Raises:
         OSError: no room or no permission.
     """
-    sheets = {label: f"worst-{re.sub(r'[^A-Za-z0-9.]+', '-', label)}.png" for label, c in study.cards.items() if c}
-    page = as_page(study, sheets)
-    title = html.escape(f"Fidelity of {study.about['model']}")
-    document = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>\n'
-        + "\n".join(page.html)
-        + "\n</body></html>\n"
-    )
-    files = {
-        "report.html": document.encode(errors=ESCAPED),
-        "report.md": ("\n\n".join(page.markdown) + "\n").encode(errors=ESCAPED),
-        "results.json": (json.dumps(as_json(study), indent=1, ensure_ascii=False) + "\n").encode(errors=ESCAPED),
+    sheets = {
+        label: folder / f"worst-{re.sub(r'[^A-Za-z0-9.]+', '-', label)}.png"
+        for label, cards in study.cards.items()
+        if cards
     }
-    for label, name in sheets.items():
+    files = render.pages(build(study, sheets), title(study), folder)
+    told = json.dumps(as_json(study), indent=1, ensure_ascii=False) + "\n"
+    files["results.json"] = told.encode(errors=render.ESCAPED)
+    for label, path in sheets.items():
         made = io.BytesIO()
         sheet_of(label, study.cards[label]).save(made, "PNG")
-        files[name] = made.getvalue()
+        files[path.name] = made.getvalue()
     for name, content in files.items():
         write_whole(folder / name, content)
     for old in folder.glob("worst-*.png"):

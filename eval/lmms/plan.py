@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vlmprune import spec
 from vlmprune.engine.compile import compile_cuts
 from vlmprune.errors import UnsupportedError, did_you_mean
-from vlmprune.eval.config.schema import Budget, Config, Entry, Setting, unique
+from vlmprune.eval.config.entries import Budget, Entry, unique
+from vlmprune.eval.config.schema import Config, Published, Setting
 from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import fingerprints
-from vlmprune.eval.lmms.taskindex import TaskIndex
+from vlmprune.eval.lmms.taskindex import TaskIndex, no_metric
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.runtime.errors import UserError
 from vlmprune.runtime.loading import pick_device
@@ -91,11 +92,22 @@ class Plan:
 
 @dataclass
 class Draft:
-    """What is collected while a plan is made."""
+    """What is collected while one model is planned; without facts, the model was not looked at."""
 
+    setting: Setting
+    facts: ModelFacts | None = None
     mistakes: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def wrong(self, what: str, why: str) -> None:
+        """Note a mistake in the line of a key, task, metric or published number."""
+        self.mistakes.append((self.setting.where[what], why))
+
+    def skip(self, entry: Entry, budget: Budget | None, why: str) -> None:
+        """Note what the report says about something that was left out."""
+        about = {"model": self.setting.name, "label": entry.label, "budget": dict([budget]) if budget else None}
+        self.skipped.append(about | {"reason": why})
 
 
 def make_plan(config: Config, *, look_at_model: bool = True, device: str | None = None) -> Plan:
@@ -111,70 +123,79 @@ def make_plan(config: Config, *, look_at_model: bool = True, device: str | None 
         Mistakes: everything that cannot be, with lines.
         UserError: lmms-eval is installed and cannot be imported.
     """
-    draft, jobs = Draft(), []
-    for setting in config.settings:
-        facts, model = look(setting, draft) if look_at_model else (None, {})
-        index = TaskIndex(setting.include_path)
-        tasks = leaves(setting, index, draft)
-        check_limit(setting, tasks, draft)
-        check_metrics(setting, index, tasks, draft)
-        notes_on(setting, draft)
-        cells: list[Cell] = []
-        for entry in order(setting):
-            for budget, seed in variants(setting, entry, facts, draft):
-                cells += [cell_of(setting, entry, budget, seed, task, group) for task, group in tasks.items()]
-        check_published(setting, [other.name for other in config.settings], tasks, index, cells, draft)
-        one_each = {cell.label: cell for cell in cells if not draft.mistakes}
-        about = {label: fingerprints.method(cell.method, cell.arguments) for label, cell in one_each.items()}
-        shared = {
-            "versions": fingerprints.versions(),
-            "library": fingerprints.library(),
-            "model": model,
-            "device": fingerprints.device(setting.device) if device is None else device,
-            **{word: getattr(setting, word) for word in ("dtype", "attn_implementation", "device_map", "batch_size")},
-            **{word: getattr(setting, word) for word in ("limit", "generation")},
-            "template": template_of(setting, draft),
-        }
-        named = {
-            task: {"name": task, "metric": metric_of(setting, task, group), **index.fingerprint(task)}
-            for task, group in tasks.items()
-        }
-        jobs.append(Job(setting, tuple(cells), shared, named, about))
-    check_ids([cell for job in jobs for cell in job.cells], config, draft)
-    if draft.mistakes:
-        raise Mistakes(list(dict.fromkeys(draft.mistakes)))
-    return Plan(config, tuple(jobs), tuple(draft.skipped), tuple(dict.fromkeys(draft.notes)))
+    drafts = [Draft(setting) for setting in config.settings]
+    names = [setting.name for setting in config.settings]
+    jobs = tuple(job_of(draft, names, look(draft) if look_at_model else {}, device) for draft in drafts)
+    if mistakes := [told for draft in drafts for told in draft.mistakes] + shared_files(jobs, config):
+        raise Mistakes(mistakes)
+    notes = dict.fromkeys(note for draft in drafts for note in draft.notes)
+    return Plan(config, jobs, tuple(skipped for draft in drafts for skipped in draft.skipped), tuple(notes))
 
 
-def look(setting: Setting, draft: Draft) -> tuple[ModelFacts | None, dict[str, Any]]:
-    """A model's facts and fingerprint, from its config.json and files."""
+def job_of(draft: Draft, names: Sequence[str], model: dict[str, Any], device: str | None) -> Job:
+    """One model's cells, and what they depend on; `names` are those of all models."""
+    setting = draft.setting
+    index = TaskIndex(setting.include_path)
+    tasks = leaves(draft, index)
+    check_limit(draft, tasks)
+    check_metrics(draft, index, tasks)
+    notes_on(draft)
+    cells = tuple(
+        cell_of(setting, entry, budget, seed, task, group)
+        for entry in order(setting)
+        for budget, seed in variants(draft, entry)
+        for task, group in tasks.items()
+    )
+    for i, one in enumerate(setting.published):
+        if why := unmatched(one, setting.name, names, tasks, index, cells):
+            draft.wrong(f"published.{i}", why)
+    one_each = {cell.label: cell for cell in cells if not draft.mistakes}
+    about = {label: fingerprints.method(cell.method, cell.arguments) for label, cell in one_each.items()}
+    shared = {
+        "versions": fingerprints.versions(),
+        "library": fingerprints.library(),
+        "model": model,
+        "device": fingerprints.device(setting.device) if device is None else device,
+        **{word: getattr(setting, word) for word in ("dtype", "attn_implementation", "device_map", "batch_size")},
+        **{word: getattr(setting, word) for word in ("limit", "generation")},
+        "template": template_of(draft),
+    }
+    named = {
+        task: {"name": task, "metric": metric_of(setting, task, group), **index.fingerprint(task)}
+        for task, group in tasks.items()
+    }
+    return Job(setting, cells, shared, named, about)
+
+
+def look(draft: Draft) -> dict[str, Any]:
+    """A model's fingerprint, from its config.json and files; its facts are noted."""
     try:
-        return fingerprints.model(setting.model)
+        draft.facts, model = fingerprints.model(draft.setting.model)
     except (ValueError, OSError, UnsupportedError) as error:
-        draft.mistakes.append((setting.where["model"], str(error)))
-        return None, {}
+        draft.wrong("model", str(error))
+        return {}
+    return model
 
 
-def template_of(setting: Setting, draft: Draft) -> str | None:
+def template_of(draft: Draft) -> str | None:
     """Fingerprint of the chat template that the config names."""
-    if setting.template is None:
-        return None
+    named = draft.setting.template
     try:
-        return fingerprints.code_of(str(Path(setting.template).expanduser()))
+        return None if named is None else fingerprints.code_of(str(Path(named).expanduser()))
     except OSError:
-        draft.mistakes.append((setting.where["template"], f"template: no file {setting.template!r} that can be read."))
+        draft.wrong("template", f"template: no file {named!r} that can be read.")
         return None
 
 
-def leaves(setting: Setting, index: TaskIndex, draft: Draft) -> dict[str, str | None]:
+def leaves(draft: Draft, index: TaskIndex) -> dict[str, str | None]:
     """The tasks to run, each with the group it was named by: a group or tag stands for its tasks."""
     found: dict[str, str | None] = {}
-    for name in setting.tasks:
+    for name in draft.setting.tasks:
         try:
             for task in index.expand(name):
                 found.setdefault(task, None if task == name else name)
         except ValueError as error:
-            draft.mistakes.append((setting.where[f"tasks.{name}"], str(error)))
+            draft.wrong(f"tasks.{name}", str(error))
     if index.unchecked:
         draft.notes.append(index.unchecked)
     return found
@@ -185,31 +206,25 @@ def metric_of(setting: Setting, task: str, group: str | None) -> str | None:
     return setting.metrics.get(task, setting.metrics.get(group or task))
 
 
-def check_limit(setting: Setting, tasks: Iterable[str], draft: Draft) -> None:
+def check_limit(draft: Draft, tasks: Iterable[str]) -> None:
     """MME's score counts pairs of neighbouring questions."""
-    if setting.limit is not None and setting.limit % 2 and "mme" in tasks:
-        why = f"limit is {setting.limit}: mme scores pairs of questions, so it must be even."
-        draft.mistakes.append((setting.where["limit"], why))
+    limit = draft.setting.limit
+    if limit is not None and limit % 2 and "mme" in tasks:
+        draft.wrong("limit", f"limit is {limit}: mme scores pairs of questions, so it must be even.")
 
 
-def check_metrics(setting: Setting, index: TaskIndex, tasks: dict[str, str | None], draft: Draft) -> None:
+def check_metrics(draft: Draft, index: TaskIndex, tasks: dict[str, str | None]) -> None:
     """A metric that the config names must be one of its task: it would be missed when all is answered."""
+    metrics = draft.setting.metrics
     for task, group in tasks.items():
-        named = task if task in setting.metrics else group or task
-        if named in setting.metrics and (why := no_metric(index, task, setting.metrics[named])):
-            draft.mistakes.append((setting.where[f"metrics.{named}"], why))
+        named = task if task in metrics else group or task
+        if named in metrics and (why := no_metric(index, task, metrics[named])):
+            draft.wrong(f"metrics.{named}", why)
 
 
-def no_metric(index: TaskIndex, task: str, metric: str) -> str | None:
-    """Why a task has no such metric; None where it has, or does not say which it has."""
-    known = index.metrics(task)
-    if not known or metric.partition(" (")[0] in known:  # "exact_match (strict)" is that behind a second filter
-        return None
-    return f"{task} has no metric {metric!r}.{did_you_mean(metric, known)} It has {', '.join(known)}."
-
-
-def notes_on(setting: Setting, draft: Draft) -> None:
+def notes_on(draft: Draft) -> None:
     """What is allowed, and may not be meant."""
+    setting = draft.setting
     if not setting.methods:
         labels = ", ".join(entry.label for entry in setting.controls)
         draft.notes.append(f"{setting.name}: no methods are given, so only the controls are run: {labels}.")
@@ -221,13 +236,11 @@ def notes_on(setting: Setting, draft: Draft) -> None:
 
 def order(setting: Setting) -> list[Entry]:
     """The unpruned model first, then methods, then the other controls."""
-    full = [entry for entry in setting.controls if entry.parts[0].name == "none"]
+    full = [entry for entry in setting.controls if entry.parts[0].name == NONE]
     return [*full, *setting.methods, *(entry for entry in setting.controls if entry not in full)]
 
 
-def variants(
-    setting: Setting, entry: Entry, facts: ModelFacts | None, draft: Draft
-) -> list[tuple[Budget | None, int | None]]:
+def variants(draft: Draft, entry: Entry) -> list[tuple[Budget | None, int | None]]:
     """The budgets and seeds that an entry is run with.
 
     A budget that the entry states itself must be possible. One of the setting's list is left out with its reason where
@@ -238,39 +251,62 @@ def variants(
     except ValueError as error:
         draft.mistakes.append((entry.where, str(error)))
         return []
-    alone, stated = len(entry.parts) == 1, entry.budgets
-    budgets: Sequence[Budget | None] = (stated or setting_budgets(setting, entry)) or (None,)
-    if stated is None and (not alone or entry.own_budget or not takes[0] & {"keep", "average"}):
-        if alone and not entry.own_budget and entry.parts[0].name != "none" and budgets != (None,):
+    mine = takes[0] if entry.alone else set()
+    budgets = budgets_of(draft, entry, mine)
+    seeds = seeds_of(draft, entry, mine) if budgets else ()
+    return [(budget, seed) for budget in possible(draft, entry, budgets, seeds) for seed in seeds]
+
+
+def budgets_of(draft: Draft, entry: Entry, takes: set[str]) -> Sequence[Budget | None]:
+    """What to try an entry at: (None,) runs it once, as it is; nothing where a control would need a budget."""
+    if entry.budgets:
+        return entry.budgets
+    budgets: Sequence[Budget | None] = setting_budgets(draft.setting, entry) or (None,)
+    if not entry.alone or entry.own_budget:
+        budgets = (None,)
+    elif not takes & set(spec.BUDGETS):
+        if entry.parts[0].name != NONE and budgets != (None,):
             draft.notes.append(f"{entry.label} takes no budget: it is run once.")
         budgets = (None,)
-    if entry.control and budgets == (None,) and alone and "keep" in takes[0]:
-        draft.skipped.append(skip(setting, entry, None, "there is no budget (keep or average) to run it at"))
-        return []
-    seeds: Sequence[int | None] = (None,)
-    if entry.seeds is not None:
-        if not alone or "seed" not in takes[0]:
-            draft.mistakes.append((entry.where, f"{entry.label} takes no seed, so `seeds` means nothing to it."))
-            return []
-        seeds = entry.seeds
-    elif alone and entry.parts[0].name == "random" and "seed" not in entry.parts[0].options:
-        seeds = setting.seeds
-    if "seed" in entry.parts[0].options and entry.seeds is not None:
+    if entry.control and budgets == (None,) and "keep" in takes:
+        draft.skip(entry, None, "there is no budget (keep or average) to run it at")
+        return ()
+    return budgets
+
+
+def seeds_of(draft: Draft, entry: Entry, takes: set[str]) -> Sequence[int | None]:
+    """The seeds of an entry: (None,) where it has none; nothing where they are a mistake."""
+    fixed = "seed" in entry.parts[0].options
+    if entry.seeds is None:
+        by_chance = entry.alone and entry.parts[0].name == "random" and not fixed
+        return draft.setting.seeds if by_chance else (None,)
+    if "seed" not in takes:
+        draft.mistakes.append((entry.where, f"{entry.label} takes no seed, so `seeds` means nothing to it."))
+        return ()
+    if fixed:
         draft.mistakes.append((entry.where, "give `seeds` or the option seed, not both."))
-        return []
+        return ()
+    return entry.seeds
+
+
+def possible(
+    draft: Draft, entry: Entry, budgets: Sequence[Budget | None], seeds: Sequence[int | None]
+) -> list[Budget | None]:
+    """The budgets that an entry can be run at; the others are skipped, or a mistake."""
     good: list[Budget | None] = []
     refused: list[tuple[Budget | None, str]] = []
-    for budget in budgets:
-        why = impossible(cell_of(setting, entry, budget, seeds[0], "-", None), facts)
+    for budget in budgets if seeds else ():
+        why = impossible(cell_of(draft.setting, entry, budget, seeds[0], "-", None), draft.facts)
         if why is None:
             good.append(budget)
         else:
             refused.append((budget, why))
-    if refused and not entry.control and (stated is not None or not good):
-        draft.mistakes += [(entry.where, f"{entry.label}: {why}") for why in dict.fromkeys(why for _, why in refused)]
+    if refused and not entry.control and (entry.budgets or not good):
+        draft.mistakes += [(entry.where, f"{entry.label}: {why}") for _, why in refused]
         return []
-    draft.skipped += [skip(setting, entry, budget, why) for budget, why in refused]
-    return [(budget, seed) for budget in good for seed in seeds]
+    for budget, why in refused:
+        draft.skip(entry, budget, why)
+    return good
 
 
 def setting_budgets(setting: Setting, entry: Entry) -> tuple[Budget, ...]:
@@ -292,22 +328,16 @@ def impossible(cell: Cell, facts: ModelFacts | None) -> str | None:
     return None
 
 
-def skip(setting: Setting, entry: Entry, budget: Budget | None, why: str) -> dict[str, Any]:
-    """What the report says about something that was left out."""
-    return {"model": setting.name, "label": entry.label, "budget": dict([budget]) if budget else None, "reason": why}
-
-
 def cell_of(
     setting: Setting, entry: Entry, budget: Budget | None, seed: int | None, task: str, group: str | None
 ) -> Cell:
     """One cell, with its readable name."""
-    alone = len(entry.parts) == 1
     options = {
-        option if alone else f"{part.name}.{option}": value
+        option if entry.alone else f"{part.name}.{option}": value
         for part in entry.parts
         for option, value in part.options.items()
     }
-    amount = "-".join(map(str, budget)) if budget else "full" if entry.parts[0].name == "none" else "own"
+    amount = "-".join(map(str, budget)) if budget else "full" if entry.parts[0].name == NONE else "own"
     words = [setting.name, entry.label, amount, task, *([] if seed is None else [f"seed-{seed}"])]
     words += [] if setting.limit is None else [f"limit-{setting.limit}"]  # a first try must not replace what took long
     name = "--".join(re.sub(r"[^\w.+-]+", "_", word) for word in words)
@@ -327,59 +357,44 @@ def cell_of(
     )
 
 
-def check_ids(cells: Iterable[Cell], config: Config, draft: Draft) -> None:
+def shared_files(jobs: Iterable[Job], config: Config) -> list[tuple[str, str]]:
     """Two cells must not share a file, on file systems that ignore case too."""
     seen: dict[str, Cell] = {}
-    for cell in cells:
+    found = []
+    for cell in (cell for job in jobs for cell in job.cells):
         other = seen.setdefault(cell.id.casefold(), cell)
         if other is not cell:
             who = f"{cell.label!r} and {other.label!r} on {cell.task}"
-            draft.mistakes.append((str(config.path), f"{who} would share the file {cell.id}.json: change a label."))
+            found.append((str(config.path), f"{who} would share the file {cell.id}.json: change a label."))
+    return found
 
 
-def check_published(
-    setting: Setting,
-    names: Sequence[str],
-    tasks: dict[str, str | None],
-    index: TaskIndex,
-    cells: Sequence[Cell],
-    draft: Draft,
-) -> None:
-    """A published number must be about a cell of the plan, or the ledger has nothing to put beside it.
+def unmatched(
+    entry: Published, name: str, names: Sequence[str], tasks: Collection[str], index: TaskIndex, cells: Sequence[Cell]
+) -> str | None:
+    """Why a published number is about no cell of the model called `name`: the ledger has nothing to put beside it.
 
     Numbers of the unpruned model may stand there without it, since `controls` can be switched off.
     """
-    for entry in setting.published:
-        if entry.model is not None and entry.model not in names:
-            hint, known = did_you_mean(entry.model, names), ", ".join(names)
-            why = f"the published model {entry.model!r} is the name of no run.{hint} Here is {known}."
-        elif entry.model not in (None, setting.name):
-            continue  # written at the top, for several runs
-        elif entry.task not in tasks:
-            hint = did_you_mean(entry.task, tasks)
-            why = f"the published task {entry.task!r} is not run here.{hint}" if tasks else None
-        elif not (why := no_metric(index, entry.task, entry.metric)):
-            budget = dict([entry.budget]) if entry.budget else None
-            mine = [c for c in cells if c.task == entry.task and is_about(entry.method, c)]
-            run = {str(c.budget): c.budget for c in mine}
-            if run and str(budget) not in run:
-                wanted, *shown = [budget_text(one) or "no budget" for one in (budget, *run.values())]
-                why = f"{entry.method} is published at {wanted}, and run at {', '.join(shown)}."
-                why += " To run it without the ledger: --set 'published=[]'."
-        if why:
-            draft.mistakes.append((entry.where, why))
+    if entry.model is not None and entry.model not in names:
+        hint, known = did_you_mean(entry.model, names), ", ".join(names)
+        return f"the published model {entry.model!r} is the name of no run.{hint} Here is {known}."
+    if entry.model not in (None, name):
+        return None  # written at the top, for several runs
+    if entry.task not in tasks:
+        hint = did_you_mean(entry.task, tasks)
+        return f"the published task {entry.task!r} is not run here.{hint}" if tasks else None
+    if why := no_metric(index, entry.task, entry.metric):
+        return why
+    budget = dict(entry.budgets) or None
+    run = {str(cell.budget): cell.budget for cell in cells if cell.task == entry.task and is_about(entry.method, cell)}
+    if not run or str(budget) in run:
+        return None
+    wanted, *shown = [budget_text(one) or "no budget" for one in (budget, *run.values())]
+    way = "To run it without the ledger: --set 'published=[]'."
+    return f"{entry.method} is published at {wanted}, and run at {', '.join(shown)}. {way}"
 
 
 def is_about(method: str, cell: Cell) -> bool:
     """Whether a published number's `method` means this cell: the unpruned model goes by its method, others by label."""
     return cell.method == NONE if method == NONE else cell.label == method
-
-
-def published(setting: Setting) -> list[dict[str, Any]]:
-    """The ledger as `run.json` holds it: an entry names its budget as the config does."""
-    made = []
-    for entry in setting.published:
-        about = asdict(replace(entry, model=entry.model or setting.name))
-        budget = dict([about.pop("budget")]) if entry.budget else {}
-        made.append({word: value for word, value in about.items() if word != "where"} | budget)
-    return made

@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vlmprune import spec
+from vlmprune.eval.config.schema import Setting
 from vlmprune.eval.lmms import fingerprints, outcome, store
 from vlmprune.eval.lmms import plan as plans
 from vlmprune.eval.lmms.plan import Cell, Job, Plan
@@ -286,10 +288,19 @@ def quietly(folder: Path) -> Iterator[Callable[[str, BaseException], None]]:
                 logger.remove(sink)
 
 
+def ledger(setting: Setting) -> list[dict[str, Any]]:
+    """The ledger as `run.json` holds it: an entry names its budget as the config does."""
+    made = []
+    for entry in setting.published:
+        about = {word: value for word, value in asdict(entry).items() if word not in spec.BUDGETS}
+        made.append(about | {"model": entry.model or setting.name} | dict(entry.budgets))
+    return made
+
+
 def about_run(plan: Plan, command: list[str] | None) -> dict[str, Any]:
     """What `run.json` says."""
     config, published = plan.config, []
-    for entry in (entry for job in plan.jobs for entry in plans.published(job.setting)):
+    for entry in (entry for job in plan.jobs for entry in ledger(job.setting)):
         if entry not in published:  # written at the top, it is in every run
             published.append(entry)
     return {

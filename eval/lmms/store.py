@@ -147,18 +147,22 @@ def whole_cell(cell: Any, name: str) -> bool:
     good &= isinstance(cell["key"], str) and isinstance(cell["depends"], dict)
     if cell["error"] is not None or not good:
         return good and isinstance(cell["error"], str)
-    values = [entry["value"] for entry in cell["metrics"].values()]
-    samples, summary = cell["samples"], cell["summary"]
+    return cell["metric"] in cell["metrics"] and whole_samples(cell["samples"]) and all_numbers(cell)
+
+
+def whole_samples(samples: Any) -> bool:
+    """Whether there are samples, and each says what it is of and how it scored."""
+    good = len(samples) > 0 and all({"doc", "cluster", "target"} <= {*sample} for sample in samples)
+    return good and all(sample["score"] is None or is_number(sample["score"]) for sample in samples)
+
+
+def all_numbers(cell: Any) -> bool:
+    """Whether what was measured are numbers; what a machine may not tell is None."""
+    summary = cell["summary"]
     measured = [*(summary[word] for word in TOKENS), cell["elapsed_s"]]
-    optional = [*values, *(summary[word] for word in ("ttft_s", "decode_tokens_per_s", "peak_memory_bytes"))]
-    optional += [sample["score"] for sample in samples]
-    return (
-        cell["metric"] in cell["metrics"]
-        and len(samples) > 0
-        and all({"doc", "cluster", "target"} <= {*sample} for sample in samples)
-        and all(map(is_number, measured))
-        and all(value is None or is_number(value) for value in optional)
-    )
+    optional = [summary[word] for word in ("ttft_s", "decode_tokens_per_s", "peak_memory_bytes")]
+    optional += [entry["value"] for entry in cell["metrics"].values()]
+    return all(map(is_number, measured)) and all(value is None or is_number(value) for value in optional)
 
 
 def is_number(value: Any) -> bool:

@@ -136,6 +136,14 @@ class TaskIndex:
         return made
 
 
+def no_metric(index: TaskIndex, task: str, metric: str) -> str | None:
+    """Why a task has no such metric; None where it has, or does not say which it has."""
+    known = index.metrics(task)
+    if not known or metric.partition(" (")[0] in known:  # "exact_match (strict)" is that behind a second filter
+        return None
+    return f"{task} has no metric {metric!r}.{did_you_mean(metric, known)} It has {', '.join(known)}."
+
+
 def local_data(config: Mapping[str, Any]) -> list[Path]:
     """The files of a data set on this disk: `data_files`, and those of the folder that is its `dataset_path`."""
 

@@ -203,10 +203,9 @@ def compare(pooled: Sequence[Pooled]) -> None:
     rows, top = [p.row for p in pooled], top_of(scored)
     for row in rows:
         if row.name in draws:
-            drawn = draws[row.name]
-            found = statistics.bounded_interval(drawn, row.value, row.clusters, 0.0, top) if top else spread_of(drawn)
-            row.low, row.high = found
-    contrast(rows, draws, top)
+            found = statistics.mean(draws[row.name], row.value, row.clusters, top)
+            row.low, row.high = found.low, found.high
+    contrast(rows, draws, {p.row.name: p.scores for p in scored}, top)
     full = next((row for row in rows if row.full and row.value is not None), None)
     for row in rows if full is not None else []:
         if row.value is None:
@@ -218,37 +217,29 @@ def compare(pooled: Sequence[Pooled]) -> None:
         row.retention = ratio
         if row.name in draws and full.name in draws:
             ratios = statistics.retention(draws[row.name], draws[full.name], row.higher_is_better)
-            row.retention_low, row.retention_high = (1.0, 1.0) if row.full else spread_of(ratios)
+            row.retention_low, row.retention_high = (1.0, 1.0) if row.full else statistics.free_interval(ratios)
             if row.retention_low is None and row.full_low is not None and row.higher_is_better:
                 ends = [(full.value + end) / full.value for end in (row.full_low, row.full_high)]
                 row.retention_low, row.retention_high = ends
 
 
-def spread_of(draws: np.ndarray) -> tuple[float | None, float | None]:
-    """95 % interval of a mean whose bounds are not known: none where the draws show no spread."""
-    low, high = statistics.interval(draws)
-    return (low, high) if high - low > statistics.ROUND_OFF else (None, None)
-
-
-def contrast(rows: Sequence[Row], draws: Draws, top: float | None = None) -> None:
-    """Fill in every row's differences to the full model and to `random`; scores lie between 0 and `top`, if known."""
+def contrast(rows: Sequence[Row], draws: Draws, scores: Mapping[str, np.ndarray], top: float | None = None) -> None:
+    """Fill in every row's differences to the full model and to `random`; `scores` are those of the samples by row name,
+    and lie between 0 and `top`, if known."""
     for row in rows:
         if row.value is None:
             continue
         for name, base in bases(rows, row).items():
             if base.value is None:
                 continue
-            setattr(row, f"{name}_difference", row.value - base.value)
-            if row.name in draws and base.name in draws:
+            far, both = row.value - base.value, (row.name, base.name)
+            gap, same = None, False
+            if all(one in draws for one in both):
                 gap = draws[row.name] - draws[base.name]
-                far = row.value - base.value
-                low, high = statistics.difference_interval(gap, far, row.clusters, top) if top else spread_of(gap)
-                setattr(row, f"{name}_low", low)
-                setattr(row, f"{name}_high", high)
-                if not np.nan_to_num(np.abs(gap)).max() > statistics.ROUND_OFF:
-                    setattr(row, f"{name}_verdict", "equal")  # in every cluster; the interval is about others
-                elif low is not None:
-                    setattr(row, f"{name}_verdict", statistics.verdict(low, high, row.higher_is_better))
+                same = bool(np.abs(scores[row.name] - scores[base.name]).max() <= statistics.ROUND_OFF)
+            found, word = statistics.difference(gap, far, row.clusters, top, same, row.higher_is_better)
+            for part, value in {"difference": far, "low": found.low, "high": found.high, "verdict": word}.items():
+                setattr(row, f"{name}_{part}", value)
 
 
 def bases(rows: Iterable[Row], row: Row) -> dict[str, Row]:
@@ -304,14 +295,15 @@ def overall(blank: Sequence[Row], found: Mapping[str, Mapping[str, Pooled]]) -> 
         row.value = row.retention = float(np.mean([r.retention for r in mine]))
         row.spread = retention_spread(pooled, [found[task][blank[0].name].row for task in found])
         if row.name in draws:
-            ends = (1.0, 1.0) if row.full else spread_of(draws[row.name])
+            ends = (1.0, 1.0) if row.full else statistics.free_interval(draws[row.name])
             if ends[0] is None and all(r.retention_low is not None for r in mine):  # the tasks' own, which are exact
                 ends = tuple(float(np.mean([getattr(r, f"retention_{end}") for r in mine])) for end in ("low", "high"))
             row.low, row.high = row.retention_low, row.retention_high = ends
         else:
             without = ", ".join(p.row.task for p in pooled if p.scores is None)
             row.note = f"no interval: no scores per sample in {without}" if without else "no interval"
-    contrast(blank, draws)
+    scores = {name: np.concatenate([found[task][name].scores for task in found]) for name in draws}
+    contrast(blank, draws, scores)
     return list(blank)
 
 

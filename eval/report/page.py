@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmprune.eval import statistics, testbed
-from vlmprune.eval.report import ledger, tables, words
+from vlmprune.eval.report import document, ledger, tables, words
 from vlmprune.eval.report.document import Block, Code, Heading, Items, Picture, Table, Text
 from vlmprune.eval.report.rows import DAMAGED, MISSING, OK, Results
 from vlmprune.runtime.tables import counted
@@ -156,11 +156,7 @@ def repeat(results: Results) -> list[Block]:
         "evaluation time": f"{sum(cell.get('elapsed_s') or 0 for cell in results.cells):.0f} s in cells",
     }
     command = info.get("command") or []
-    blocks: list[Block] = [
-        Heading("Repeat it"),
-        Table(["what", "value"], [[k, str(v)] for k, v in facts.items()], range(2)),
-    ]
-    blocks += [Text("Command:"), Code(shlex.join(map(str, command)) if not isinstance(command, str) else command)]
+    blocks = document.repeat(facts, command if isinstance(command, str) else shlex.join(map(str, command)))
     if info.get("config_text"):
         blocks += [Text("Config, as given:"), Code(info["config_text"])]
     blocks += [Text("Config, as resolved:"), Code(json.dumps(info.get("config"), indent=1, ensure_ascii=False))]

@@ -14,7 +14,7 @@ from leftovers import Forgetful
 from transformers import AutoModelForImageTextToText
 
 from vlmprune.cli.check import METHODS, without_paths
-from vlmprune.engine import hooks as engine
+from vlmprune.engine import install as engine
 from vlmprune.verify import CHECKS, Subject, evidence
 from vlmprune.verify.runs import masked
 

@@ -16,7 +16,7 @@ from tiny import tokens_per_image
 import vlmprune
 from vlmprune import Cut, Decoder, Method, Reduction, UnsupportedError, registry
 from vlmprune.engine.compile import compile_cuts
-from vlmprune.parts.cuts import Pixels, Vision
+from vlmprune.parts.cuts import PixelCut, Projector, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.taps import (
     BlockKeys,
@@ -26,6 +26,7 @@ from vlmprune.parts.taps import (
     CrossShare,
     Distinctness,
     Hidden,
+    Kept,
     ReceivedAttention,
     Tap,
     TextAttention,
@@ -34,7 +35,6 @@ from vlmprune.parts.taps import (
 
 FACTS = ModelFacts("llava", 6, 4, True, 4, views=False, view_patches=16)
 IN_TOWER = "a cut in the tower sees Hidden() and BlockKeys(layer) alone"
-NO_PIXELS = "there is nothing to see before the tower has run"
 
 
 def keep_all(seen, layout):
@@ -52,7 +52,7 @@ class Asks(Method):
 
 
 def cut(at, *see, **options):
-    return Cut(at, see, keep_all, **options)
+    return (TowerCut if isinstance(at, Vision) else Cut)(at, see, keep_all, **options)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Stray(Tap):
         *[(cut(Vision(2), tap), f"tower layer 2 cannot see {tap}: {IN_TOWER}")
           for tap in (VisionAttention(1), ClsLogits(1), Distinctness(1), ClusterOf(), TextAttention(0),
                       ReceivedAttention(0), CrossShare(0), BlockTap(0))],
-        *[(cut(Pixels(), tap), f"the cut of pixels cannot see {tap}: ")
-          for tap in (VisionAttention(1), Hidden(), TextAttention(0), BlockKeys(0), BlockTap(0))],
+        *[(ProjectorCut((tap,), keep_all), f"the cut in front of the projector cannot see {tap}: ")
+          for tap in (VisionAttention(6), BlockKeys(6), Kept(), TextAttention(0), BlockTap(0))],
         (cut(Vision(2), BlockKeys(0)), "BlockKeys(layer=0): this cut sees the keys of the layer before it, 1"),
         (cut(Vision(2), BlockKeys(2)), "the keys of the layer before it, 1"),
         (cut(Decoder(1), BlockKeys(0)), "decoder layer 1 cannot see BlockKeys(layer=0): only cuts in the tower"),
@@ -90,14 +90,16 @@ class Stray(Tap):
         (Cut(Decoder(0), Hidden(), keep_all), "must be a tuple of taps"),
         (cut(Decoder(0), positions="contigous"), "positions='contigous' is not one of 'original', 'contiguous'. "
          "Did you mean 'contiguous'?"),
-        (cut(Decoder(0), weigh=True), "weigh=True is for cuts in the tower"),
-        (cut(Vision(1), reorders=True), "reorders=True is for cuts of the sequence"),
         (Cut(Decoder(0), (), None), "reduce=None cannot be called"),
         (cut(Decoder(4)), "cuts at decoder layer 4, and this model allows 0..3"),
         (cut(Decoder(-1)), "this model allows 0..3"),
         (cut(Decoder(1.5)), "layer 1.5, which is no whole number"),
         (cut(Vision(0)), "cuts at tower layer 0, and this model allows 1..6"),
-        (cut(3), "is at none of Pixels(), Vision(layer) and Decoder(layer)"),
+        (cut(3), "Asks: Cut(at=3) is not at Decoder(layer). Tokens are cut at Decoder(layer) by Cut"),
+        (Cut(Vision(2), (), keep_all), "Cut(at=Vision(layer=2, inside=False)) is not at Decoder(layer)"),
+        (Cut(Projector(), (), keep_all), "Cut(at=Projector()) is not at Decoder(layer)"),
+        (TowerCut(Decoder(2), (), keep_all), "TowerCut(at=Decoder(layer=2)) is not at Vision(layer)"),
+        (PixelCut(None), "the cut of pixels: reduce=None cannot be called"),
         ("cut", "Asks.cuts must return a list of Cut"),
     ],
 )  # fmt: skip
@@ -110,6 +112,19 @@ def test_what_cannot_be_is_refused_by_name(wrong, told):
     with pytest.raises(type(raised.value), match=re.escape(told)):
         vlmprune.patch(model, method)
     assert not ours(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "places", "words"),
+    [(Cut, (Decoder(0), ()), ("weigh",)), (TowerCut, (Vision(1), ()), ("positions", "reorders")),
+     (ProjectorCut, ((),), ("at", "positions", "weigh", "reorders")),
+     (PixelCut, (), ("at", "see", "positions", "weigh", "reorders"))],
+)  # fmt: skip
+def test_a_kind_of_cut_has_no_field_that_means_nothing_there(kind, places, words):
+    kind(*places, reduce=keep_all)
+    for word in words:
+        with pytest.raises(TypeError, match=word):
+            kind(*places, reduce=keep_all, **{word: True})
 
 
 def test_a_tower_without_cls_has_no_cls_rows():
@@ -132,9 +147,9 @@ def test_what_can_be_seen_is_let_through():
         cut(Decoder(3), TextAttention(3, "all"), TextAttention(0), BlockTap(2), Hidden(), Distinctness(6),
             VisionAttention(5), positions="original"),
         cut(Decoder(0), CrossShare(0)),
-        cut(Pixels()),
+        PixelCut(keep_all),
     ))  # fmt: skip
-    assert [c.at for _, c in compile_cuts([good], FACTS)] == [Pixels(), Decoder(0), Decoder(3)]
+    assert [c.at for _, c in compile_cuts([good], FACTS)] == [None, Decoder(0), Decoder(3)]
     assert [c.at for _, c in compile_cuts([Asks((cut(Vision(2), BlockKeys(1), Hidden()),))], FACTS)] == [Vision(2)]
 
 

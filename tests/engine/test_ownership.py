@@ -15,7 +15,7 @@ from probes import far
 
 import vlmprune
 from vlmprune import CutNotRunError
-from vlmprune.engine import hooks as engine
+from vlmprune.engine import install as engine
 
 
 def prompt_of(model):

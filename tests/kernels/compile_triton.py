@@ -41,16 +41,10 @@ def main() -> None:
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     for floats in sys.argv[2:]:
         compile_for(target, triton_ops.top_k_kernel, ["scores"], {"BLOCK": 4096}, floats)
-        for ranked in (True, False):
-            flags = {"RANK": ranked, "REAL": ranked, "CONTIGUOUS": not ranked, "ROWS": 4}
-            flags |= {"BLOCK": 4096, "WIDE": 2048, "NARROW": 128}
+        for real in (True, False):
+            flags = {"REAL": real, "CONTIGUOUS": not real, "ROWS": 4, "BLOCK": 4096, "WIDE": 2048, "NARROW": 128}
             rows = ["hidden", "cos", "sin", "hidden_out", "cos_out", "sin_out"]
-            if ranked:
-                compile_for(target, triton_ops.select_gather_kernel, ["scores", *rows], flags, floats)
-            else:
-                BYTES.append("scores")
-                compile_for(target, triton_ops.select_gather_kernel, rows, flags, floats)
-                BYTES.remove("scores")
+            compile_for(target, triton_ops.select_gather_kernel, rows, flags, floats)
         flags = {"CAUSAL": True, "REAL": True, "BIAS": True, "WIDE": False, "DIM": 128, "ROWS": 64, "KEYS": 64}
         fp32 = ["bias", "weight", "top", "total", "out"]
         for kernel in (triton_ops.softmax_kernel, triton_ops.mass_kernel):

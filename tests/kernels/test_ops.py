@@ -39,8 +39,8 @@ def samples(grad=False):
         merged[5].requires_grad_()
     return {
         "top_k": (scores, counts, keep),
-        "select_gather": (keep, None, None, hidden, ids, cos, sin, 3, True),
-        "select_gather, ranked": (scores, counts, ~keep, hidden, ids, cos, sin, 5, False),
+        "select_gather": (keep, None, hidden, ids, cos, sin, 3, True),
+        "select_gather, padded": (keep, ~keep, hidden, ids, cos, sin, 5, False),
         "greedy": (torch.randn(2, 7, 4), torch.tensor([0, 6]), counts, torch.ones(2, 7) > 0, "max_min", 3),
         "greedy, log_det": (torch.randn(2, 7, 4), torch.tensor([0, 6]), counts, keep, "log_det", 3),
         "attention_mass": (query, key, 0.5, None, None, 0, None, None),

@@ -91,9 +91,8 @@ def check(out, kept, real, given, length, contiguous):
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
-@pytest.mark.parametrize("ranked_by", ["bool", *map(str, SCORES)])
 @pytest.mark.parametrize(("axes", "twisted"), [(0, False), (3, True)])
-def test_select_gather(implementation, device, axes, twisted, ranked_by, contiguous):
+def test_select_gather(implementation, device, axes, twisted, contiguous):
     """Ragged counts from nothing to everything, padding on both sides, the first and the last column among the kept."""
     g = torch.Generator().manual_seed(3)
     cases = [((1, 1), 8, torch.float32), ((3, 20), 1, torch.float16), ((2, 33), 5, torch.bfloat16)]
@@ -106,21 +105,15 @@ def test_select_gather(implementation, device, axes, twisted, ranked_by, contigu
         real = torch.rand(shape, generator=g) < 0.8
         if batch > 1:
             real[0] = True
-        counts = torch.randint(0, columns + 1, (batch,), generator=g)
-        counts[-1] = columns  # as many as there are
-        if ranked_by == "bool":
-            scores, counts = torch.rand(shape, generator=g) < 0.5, None
-            scores[0, [0, -1]] = True
-            kept = [(s & r).nonzero().flatten().tolist() for s, r in zip(scores, real, strict=True)]
-        else:
-            scores = scores_of(*shape, next(d for d in SCORES if str(d) == ranked_by))
-            kept = [ranked(s.tolist(), int(n), r.tolist()) for s, n, r in zip(scores, counts, real, strict=True)]
+        keep = torch.rand(shape, generator=g) < torch.rand(batch, 1, generator=g)
+        keep[-1] = True  # all that there are
+        keep[0, [0, -1]] = True
+        kept = [(k & r).nonzero().flatten().tolist() for k, r in zip(keep, real, strict=True)]
         longest = max(map(len, kept))
-        wide = scores.new_zeros(batch, 2 * columns)[:, ::2].copy_(scores) if twisted else scores
+        wide = keep.new_zeros(batch, 2 * columns)[:, ::2].copy_(keep) if twisted else keep
         for length in {longest, columns}:
             out = select_gather(
                 wide.to(device),
-                None if counts is None else counts.to(device),
                 real.to(device),
                 *given,
                 length,
@@ -132,7 +125,7 @@ def test_select_gather(implementation, device, axes, twisted, ranked_by, contigu
 def test_a_mask_of_none_is_all_real(implementation, device):
     given = gather_inputs(2, 9, 4, torch.float32, device)
     keep = torch.tensor([[1, 0, 1, 1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0]], device=device).bool()
-    out = select_gather(keep, None, None, *given, 4, True)
+    out = select_gather(keep, None, *given, 4, True)
     check(out, [[0, 2, 3, 8], []], [[True] * 9] * 2, given, 4, True)
 
 
@@ -140,7 +133,7 @@ def test_nothing_at_all(implementation, device):
     for batch, columns, length in ((0, 5, 2), (2, 5, 0), (2, 0, 0)):
         given = gather_inputs(batch, columns, 4, torch.float32, device)
         keep = torch.zeros(batch, columns, dtype=torch.bool, device=device)
-        out = select_gather(keep, None, None, *given, length, True)
+        out = select_gather(keep, None, *given, length, True)
         assert [x.shape for x in out[:1] + out[4:]] == [(batch, length, 4), (batch, length), (batch, length), (batch,)]
         assert (out[6] == columns).all()
 
@@ -148,9 +141,9 @@ def test_nothing_at_all(implementation, device):
 def test_refusals():
     given = gather_inputs(1, 4, 2, torch.float32, "cpu")
     with pytest.raises(ValueError, match="between 0 and the 4 columns"):
-        select_gather(torch.ones(1, 4).bool(), None, None, *given, 5, False)
-    with pytest.raises(ValueError, match="float scores need counts"):
-        select_gather(torch.ones(1, 4), None, None, *given, 2, False)
+        select_gather(torch.ones(1, 4).bool(), None, *given, 5, False)
+    with pytest.raises(ValueError, match=r"keep is torch\.float32, and must be bool"):
+        select_gather(torch.ones(1, 4), None, *given, 2, False)
 
 
 def test_gradients_go_back_where_rows_came_from():
@@ -159,7 +152,7 @@ def test_gradients_go_back_where_rows_came_from():
     hidden, cos, sin = (given[i].requires_grad_() for i in (0, 2, 3))
 
     def run(hidden, cos, sin):
-        out = select_gather(keep, None, None, hidden, given[1], cos, sin, 3, False)
+        out = select_gather(keep, None, hidden, given[1], cos, sin, 3, False)
         return out[0], out[2], out[3]
 
     assert torch.autograd.gradcheck(run, (hidden, cos, sin))

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmprune.methods import GlobalCom2, ToMe, TransPrune
-from vlmprune.methods.controls import grid_shape
 from vlmprune.parts.budget import check_keep, count, share
+from vlmprune.parts.cells import grid_shape
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 import vlmprune
-from vlmprune.parts.layout import Layout, trace_packing
+from vlmprune.parts.layout import Layout
+from vlmprune.parts.tracing import trace_packing
 from vlmprune.patches import family_of
 
 sizes = st.tuples(st.integers(1, 400), st.integers(1, 400))

@@ -13,8 +13,8 @@ import torch
 
 import vlmprune
 from vlmprune.engine.plan import Plan
-from vlmprune.parts.layout import trace_packing
 from vlmprune.parts.packing import Layouts, Packing
+from vlmprune.parts.tracing import trace_packing
 from vlmprune.patches import family_of
 
 FIELDS = ("source", "view", "plane", "row", "col", "newline", "centre")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.engine.channels import SEEN
+from vlmprune.engine.channels import seen_on
 from vlmprune.engine.finite import WAY_OUT, each_finite
 from vlmprune.engine.plan import Plan
 from vlmprune.engine.sequence import real_tokens
@@ -163,7 +163,8 @@ def numbers(encoded: dict[str, Any]) -> list[tuple[str, Any, torch.Tensor]]:
                 found.append((f"the features of {modality}", i, features))
         if (embeds := getattr(output, "embeds", None)) is not None:
             found.append(("the prompt's embeddings, which hold features of its", f"{modality}s", embeds))
-        for tap, values in getattr(output, SEEN, {}).items():
+        seen = seen_on(output)
+        for tap, values in ({} if seen is None else seen.taps).items():
             if values.is_floating_point():
                 found.append((f"what is seen of the vision tower's {modality}s,", tap, values))
     return found

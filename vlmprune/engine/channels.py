@@ -7,18 +7,41 @@ thread, or methods bound on an instance. A new way is a line here, and a reason 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-__all__ = ["CHANNELS", "FRAME", "INSIDE", "MADE_BY", "NOTES", "OWNER", "SEEN", "SEGMENTS", "SIZES", "Channel"]
+if TYPE_CHECKING:
+    import torch
+
+    from vlmprune.engine.plan import Plan
+    from vlmprune.parts.taps import Tap
+
+__all__ = ["CHANNELS", "FRAME", "INSIDE", "NOTES", "OWNER", "SEEN", "SEGMENTS", "SIZES", "Channel", "Seen", "seen_on"]
 
 FRAME = "vlmprune_frame"
 INSIDE = "vlmprune_inside"
 OWNER = "vlmprune_owner"
 NOTES = "vlmprune_notes"
 SEEN = "vlmprune_seen"
-MADE_BY = "vlmprune_made_by"
 SIZES = "vlmprune_sizes"
 SEGMENTS = "vlmprune_segments"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What rides under SEEN.
+
+    Attributes:
+        plan: under which the tower's output was computed.
+        taps: what was measured in the tower, by tap, `(views, patches, ...)`.
+    """
+
+    plan: Plan
+    taps: dict[Tap, torch.Tensor]
+
+
+def seen_on(output: Any) -> Seen | None:
+    """What was seen where an encoder's output was computed; None where nobody looked."""
+    return getattr(output, SEEN, None)
 
 
 @dataclass(frozen=True)
@@ -78,18 +101,10 @@ CHANNELS: tuple[Channel, ...] = (
     Channel(
         SEEN,
         "attribute",
-        "measured tower taps, by tap, on the tower's output object (on the note of a tag where a host returns tensors)",
+        "Seen: measured tower taps and under which plan, on the tower's output (or a tag's note: see Tagged)",
         "tower.AfterTower",
         "prefill.Prefill, census.count_prompts, patches.llava_llama.Prompt",
-        "the output object is what comes back with the features, from generate too",
-    ),
-    Channel(
-        MADE_BY,
-        "attribute",
-        "the plan under which a tower's output was computed, on that output",
-        "tower.AfterTower",
-        "prefill.Prefill",
-        "features may be computed under one patch and used under another",
+        "the output comes back with the features, from generate too; these may be used under another patch",
     ),
     Channel(
         SIZES,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 from vlmprune.engine.plan import Plan
 from vlmprune.errors import UnsupportedError, did_you_mean
-from vlmprune.parts.cuts import Cut, Decoder, Pixels, Positions, Projector, Vision
+from vlmprune.parts.cuts import AnyCut, Cut, Decoder, PixelCut, Positions, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Tap, TowerTap
 from vlmprune.patches import Family
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_cuts", "compile_plan"]
 
-STAGES = (Pixels, Vision, Projector, Decoder)
+STAGES = (PixelCut, TowerCut, ProjectorCut, Cut)
 
 
 def compile_plan(methods: Sequence[Method], family: Family, facts: ModelFacts) -> Plan:
@@ -25,7 +25,7 @@ def compile_plan(methods: Sequence[Method], family: Family, facts: ModelFacts) -
     return Plan(family, facts, compile_cuts(methods, facts), tuple(methods))
 
 
-def compile_cuts(methods: Sequence[Method], facts: ModelFacts) -> list[tuple[str, Cut]]:
+def compile_cuts(methods: Sequence[Method], facts: ModelFacts) -> list[tuple[str, AnyCut]]:
     """All cuts of some methods in the order they run, each with the name of its method.
 
     Raises:
@@ -43,47 +43,41 @@ def compile_cuts(methods: Sequence[Method], facts: ModelFacts) -> list[tuple[str
     check_methods(by_method)
     cuts = [(name, cut) for name, made in by_method for cut in made]
     check_merged_tower(cuts)
-    return sorted(cuts, key=lambda entry: (STAGES.index(type(entry[1].at)), entry[1].at))
+    return sorted(cuts, key=lambda entry: (STAGES.index(type(entry[1])), entry[1].at))
 
 
-def cuts_of(method: Method, facts: ModelFacts) -> list[Cut]:
+def cuts_of(method: Method, facts: ModelFacts) -> list[AnyCut]:
     """What a method asks for."""
     cuts = method.cuts(facts)
-    if not isinstance(cuts, list | tuple) or not all(isinstance(cut, Cut) for cut in cuts):
+    if not isinstance(cuts, list | tuple) or not all(type(cut) in STAGES for cut in cuts):
         raise TypeError(f"{method.known_as}.cuts must return a list of Cut, not {cuts!r}.")
     return list(cuts)
 
 
-def place(cut: Cut) -> str:
+def place(cut: AnyCut) -> str:
     """Where a cut is, in words."""
-    if isinstance(cut.at, Pixels):
-        return "the cut of pixels"
-    if isinstance(cut.at, Projector):
-        return "the cut in front of the projector"
-    if isinstance(cut.at, Decoder):
-        return f"the cut at decoder layer {cut.at.layer}"
-    return f"the cut {'inside' if cut.at.inside else 'at'} tower layer {cut.at.layer}"
+    match cut:
+        case PixelCut():
+            return "the cut of pixels"
+        case ProjectorCut():
+            return "the cut in front of the projector"
+        case TowerCut():
+            return f"the cut {'inside' if cut.at.inside else 'at'} tower layer {cut.at.layer}"
+    return f"the cut at decoder layer {cut.at.layer}"
 
 
-def check_cut(name: str, cut: Cut, facts: ModelFacts) -> None:
+def check_cut(name: str, cut: AnyCut, facts: ModelFacts) -> None:
     """Refuse a cut that is nowhere in the model, says what means nothing there, or asks to see what it cannot."""
-    if type(cut.at) not in STAGES:
-        raise TypeError(
-            f"{name}: Cut(at={cut.at!r}) is at none of Pixels(), Vision(layer), Projector() and Decoder(layer)."
-        )
-    check_layer(name, cut, facts)
+    if isinstance(cut, Cut | TowerCut):
+        check_layer(name, cut, facts)
     where, positions = f"{name}, {place(cut)}", get_args(Positions)
-    if cut.positions not in positions:
+    if isinstance(cut, Cut) and cut.positions not in positions:
         raise ValueError(
             f"{where}: positions={cut.positions!r} is not one of {', '.join(map(repr, positions))}."
             + did_you_mean(cut.positions, positions)
         )
     if not callable(cut.reduce):
         raise TypeError(f"{where}: reduce={cut.reduce!r} cannot be called.")
-    if cut.weigh and not isinstance(cut.at, Vision):
-        raise ValueError(f"{where}: weigh=True is for cuts in the tower, Vision(layer).")
-    if cut.reorders and not isinstance(cut.at, Decoder):
-        raise ValueError(f"{where}: reorders=True is for cuts of the sequence, Decoder(layer).")
     if not isinstance(cut.see, list | tuple):
         raise TypeError(f"{where}: see={cut.see!r} must be a tuple of taps.")
     for tap in cut.see:
@@ -95,11 +89,15 @@ def check_cut(name: str, cut: Cut, facts: ModelFacts) -> None:
             raise ValueError(f"{where} cannot see {tap}: {why}.")
 
 
-def check_layer(name: str, cut: Cut, facts: ModelFacts) -> None:
-    """Refuse a layer that the model has not."""
-    if isinstance(cut.at, Pixels | Projector):
-        return
-    if isinstance(cut.at, Decoder):
+def check_layer(name: str, cut: Cut | TowerCut, facts: ModelFacts) -> None:
+    """Refuse a place of another kind of cut, and a layer that the model has not."""
+    meant = Decoder if isinstance(cut, Cut) else Vision
+    if not isinstance(cut.at, meant):
+        raise TypeError(
+            f"{name}: {type(cut).__name__}(at={cut.at!r}) is not at {meant.__name__}(layer). Tokens are cut at "
+            "Decoder(layer) by Cut, and merged at Vision(layer) by TowerCut; ProjectorCut and PixelCut have one place."
+        )
+    if isinstance(cut, Cut):
         where, first, last = "decoder layer", 0, facts.decoder_layers - 1
     elif cut.at.inside:
         where, first, last = "the inside of tower layer", 0, facts.tower_layers - 1
@@ -111,7 +109,7 @@ def check_layer(name: str, cut: Cut, facts: ModelFacts) -> None:
         raise ValueError(f"{name} cuts at {where} {cut.at.layer}, and this model allows {first}..{last}.")
 
 
-def check_keys(name: str, cuts: list[Cut]) -> None:
+def check_keys(name: str, cuts: list[AnyCut]) -> None:
     """Refuse a second look at a tower layer's keys: the first cut has merged their tokens."""
     seen: set[BlockKeys] = set()
     for cut in cuts:
@@ -124,17 +122,17 @@ def check_keys(name: str, cuts: list[Cut]) -> None:
                 seen.add(tap)
 
 
-def check_methods(methods: list[tuple[str, list[Cut]]]) -> None:
+def check_methods(methods: list[tuple[str, list[AnyCut]]]) -> None:
     """Refuse methods that cannot share a model: their cuts would not mean what they say."""
-    merging = [name for name, cuts in methods if any(isinstance(cut.at, Vision | Projector) for cut in cuts)]
+    merging = [name for name, cuts in methods if any(isinstance(cut, TowerCut | ProjectorCut) for cut in cuts)]
     if len(merging) > 1:
         raise UnsupportedError(
             f"{merging[0]!r} and {merging[1]!r} both merge tokens in or behind the vision tower, and each counts on "
             "all of them: take one of the two."
         )
-    cutting = [name for name, cuts in methods if any(isinstance(cut.at, Decoder) for cut in cuts)]
+    cutting = [name for name, cuts in methods if any(isinstance(cut, Cut) for cut in cuts)]
     for name, cuts in methods:
-        if len(cutting) > 1 and any(cut.reorders for cut in cuts):
+        if len(cutting) > 1 and any(isinstance(cut, Cut) and cut.reorders for cut in cuts):
             other = next(n for n in [*cutting, name] if n != name)
             raise UnsupportedError(
                 f"{name!r} writes its tokens in an order of its own and cannot be combined with {other!r}, which reads "
@@ -142,12 +140,12 @@ def check_methods(methods: list[tuple[str, list[Cut]]]) -> None:
             )
 
 
-def check_merged_tower(cuts: list[tuple[str, Cut]]) -> None:
+def check_merged_tower(cuts: list[tuple[str, AnyCut]]) -> None:
     """Refuse to look at a tower in which tokens are merged."""
-    merging = next((name for name, cut in cuts if isinstance(cut.at, Vision)), None)
+    merging = next((name for name, cut in cuts if isinstance(cut, TowerCut)), None)
     for name, cut in cuts:
         for tap in cut.see:
-            if merging and isinstance(cut.at, Decoder) and isinstance(tap, TowerTap) and not isinstance(tap, ClusterOf):
+            if merging and isinstance(cut, Cut) and isinstance(tap, TowerTap) and not isinstance(tap, ClusterOf):
                 raise UnsupportedError(
                     f"{merging!r} merges tokens inside the vision tower and {name!r} looks at that tower ({tap}): "
                     "combine it with a method that needs no tower tap."

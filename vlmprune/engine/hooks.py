@@ -15,7 +15,6 @@ ambient: threads and interleaved generations cannot mix.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -24,32 +23,25 @@ import torch
 from torch import nn
 
 from vlmprune.engine.census import check_mask
-from vlmprune.engine.channels import FRAME, MADE_BY, NOTES, SEEN, SEGMENTS, SIZES
-from vlmprune.engine.decode import catch_up, held, length_of, resume, rolled_back
+from vlmprune.engine.channels import FRAME, NOTES, SEEN, SEGMENTS, SIZES
+from vlmprune.engine.decode import held, length_of, resume, rolled_back
 from vlmprune.engine.placement import loaded
-from vlmprune.engine.plan import Hook, Plan
+from vlmprune.engine.plan import Hook
 from vlmprune.engine.prefill import Prefill
 from vlmprune.engine.sequence import Segment
 from vlmprune.engine.tower import (
-    AfterKeys,
-    AfterTower,
-    AfterTowerAttention,
-    BeforeTower,
-    BeforeTowerAttention,
-    BeforeTowerLayer,
     Encode,
     check_fixed,
     encoder,
 )
+from vlmprune.engine.turn import catch_up
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
-from vlmprune.patches.base import Bound
 from vlmprune.patches.host import cache_of, in_words_of
-from vlmprune.patches.language_models import decoder_layer
-from vlmprune.patches.towers import tower_layer
+from vlmprune.patches.language_models import counted
 
-__all__ = ["Plan", "current", "install", "is_hook", "remove", "swap"]
+__all__ = ["AfterBlock", "AfterLanguageModel", "AfterModel", "BeforeHead", "BeforeLayer", "BeforeModel"]
 
 
 @dataclass
@@ -102,7 +94,7 @@ class BeforeModel(Hook):
             kwargs = resume(self.plan, module, kwargs, segments, length)
         encoded = encode(module, kwargs, self.plan.family)
         kwargs["mm_encoder_outputs"] = {modality: without_notes(output) for modality, output in encoded.items()}
-        positions = kwargs.get("position_ids") if mask is None else None
+        positions = counted(kwargs.get("position_ids")) if mask is None else None
         frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions)
         return kwargs | {FRAME: frame}
 
@@ -128,14 +120,14 @@ class Notes:
     def restore(self, copies: dict[str, Any] | None) -> None:
         """Put what was noted on the encoders' outputs on the ones that arrived."""
         for modality, output in self.outputs.items():
-            for name in (SEEN, SIZES, MADE_BY):
+            for name in (SEEN, SIZES):
                 if hasattr(output, name):
                     setattr(copies[modality], name, getattr(output, name))
 
 
 def without_notes(output: Any) -> Any:
     """An encoder's output as the host makes it: since transformers 5.24 the model returns it with its own."""
-    noted = [name for name in (SEEN, SIZES, MADE_BY) if hasattr(output, name)]
+    noted = [name for name in (SEEN, SIZES) if hasattr(output, name)]
     if not noted:
         return output
     plain = copy(output)
@@ -231,6 +223,8 @@ def demand_plain(cache: Any) -> None:
 
 @dataclass
 class AfterLanguageModel(Hook):
+    """Hook of the language model: ends a prefill."""
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if isinstance(frame := kwargs.get(FRAME), Prefill) and frame.plan is self.plan:
             frame.finish(output)
@@ -288,132 +282,3 @@ def guessed(kwargs: dict) -> int:
 
 
 PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}
-
-
-def is_hook(hook: Callable) -> bool:
-    """Whether a hook found on a module is one of ours, on copies of patched models too."""
-    return isinstance(hook, Hook)
-
-
-def swap(model: nn.Module, plan: Plan | None) -> None:
-    """Put a plan on a model in the place of the one that is there, or take that off; if this fails, it is back.
-
-    Raises:
-        RuntimeError: the model is the inner part of a patched one.
-    """
-    before = current(model)
-    try:
-        remove(model)
-        if plan is not None:
-            install(model, plan)
-    except BaseException:
-        if before is not None:
-            take_off(model, [before])
-            install(model, before)
-        raise
-
-
-def install(model: nn.Module, plan: Plan) -> None:
-    """Put the hooks of `plan` on a model and nothing else, but for `Bound` attributes; all of it, or nothing.
-
-    A plan that was on the inner model alone goes back there.
-    """
-    inner = plan.family.inner(model)
-    if plan.head == "":
-        model = inner
-    try:
-        if plan.in_tower:
-            hook_towers(inner, plan)
-        for modality in plan.family.modalities:
-            if Encode.wanted(plan, modality) and hasattr(inner, encoder(modality)):
-                setattr(inner, encoder(modality), Encode(inner, plan, modality))
-        plan.family.bind(model, plan)
-        hook_language_model(inner, plan)
-        plan.head = "" if model is inner else type(model).__name__
-        if model is not inner:
-            model.register_forward_pre_hook(BeforeHead(plan), with_kwargs=True)
-    except BaseException:
-        take_off(model, [plan])
-        raise
-
-
-def hook_towers(inner: nn.Module, plan: Plan) -> None:
-    """Put the hooks of `plan` on the vision towers and their layers."""
-    for tower in plan.family.towers(inner):
-        tower.register_forward_pre_hook(BeforeTower(plan), with_kwargs=True)
-        for index, layer in enumerate(plan.family.tower_layers(tower)):
-            watching = Watch() if index in plan.key_layers else None
-            layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching), with_kwargs=True)
-            if watching is not None:
-                kind = tower_layer(layer)
-                kind.key_projection.register_forward_hook(AfterKeys(plan, index, watching, kind.attention.num_heads))
-            if index in plan.inside_layers:
-                between, attention = Watch(), tower_layer(layer).attention
-                attention.register_forward_pre_hook(BeforeTowerAttention(plan, between), with_kwargs=True)
-                attention.register_forward_hook(AfterTowerAttention(plan, between))
-        tower.register_forward_hook(AfterTower(plan), with_kwargs=True)
-
-
-def hook_language_model(inner: nn.Module, plan: Plan) -> None:
-    """Put the hooks of `plan` on the inner model, its language model and decoder layers."""
-    inner.register_forward_pre_hook(BeforeModel(plan), with_kwargs=True)
-    for index, layer in enumerate(plan.family.decoder_layers(inner)):
-        watching = Watch() if index in plan.block_layers else None
-        layer.register_forward_pre_hook(BeforeLayer(plan, index, watching), with_kwargs=True)
-        if watching is not None:
-            kind = decoder_layer(layer)
-            for block, last in ((kind.attention, False), (kind.feed_forward, True)):
-                block.register_forward_hook(AfterBlock(plan, index, watching, last), with_kwargs=True)
-    # in this order: inner and language model may be one module
-    plan.family.language_model(inner).register_forward_hook(AfterLanguageModel(plan), with_kwargs=True)
-    inner.register_forward_hook(AfterModel(plan), with_kwargs=True)
-
-
-def owned(model: nn.Module) -> list[Plan]:
-    """The plans that are installed on a model, or on models inside a container.
-
-    What a module shares with another, patched model is that one's.
-
-    Raises:
-        RuntimeError: the model is, or has, the inner part of a patched one.
-    """
-    found, heads = [], []
-    for module in model.modules():
-        hooks = module._forward_pre_hooks.values()
-        found += [(module, hook.plan) for hook in hooks if isinstance(hook, BeforeModel)]
-        heads += [hook.plan for hook in hooks if isinstance(hook, BeforeHead)]
-    for module, plan in found:
-        if plan.head and not any(head is plan for head in heads):
-            raise RuntimeError(
-                f"this {type(module).__name__} is the inner part of a {plan.head} that is patched: patch and unpatch "
-                f"that {plan.head}."
-            )
-    return [plan for _, plan in found]
-
-
-def current(model: nn.Module) -> Plan | None:
-    """The plan that is installed on a model, or None."""
-    return next(iter(owned(model)), None)
-
-
-def remove(model: nn.Module) -> None:
-    """Take every hook of its own patch off a model; nothing happens where there is none."""
-    take_off(model, owned(model))
-
-
-def take_off(model: nn.Module, plans: list[Plan]) -> None:
-    """Take every hook and attribute of some plans off a model."""
-
-    def mine(thing: Any) -> bool:
-        return isinstance(thing, Hook | Bound) and any(thing.plan is plan for plan in plans)
-
-    for module in model.modules():
-        for hooks, flags in (
-            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-            (module._forward_hooks, module._forward_hooks_with_kwargs),
-        ):
-            for key in [k for k, hook in hooks.items() if mine(hook)]:
-                del hooks[key]
-                flags.pop(key, None)
-        for name in [name for name, value in vars(module).items() if mine(value)]:
-            delattr(module, name)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vlmprune.parts.cuts import Cut, Decoder, Pixels, Projector, Vision
+from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, ProjectorCut, TowerCut
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Layouts
@@ -42,7 +42,7 @@ class Plan:
 
     family: Family
     facts: ModelFacts
-    cuts: list[tuple[str, Cut]]
+    cuts: list[tuple[str, AnyCut]]
     methods: Sequence[Method] = ()
     plain: dict[int, int] = field(default_factory=dict, repr=False)
     trace: Trace | None = None
@@ -85,19 +85,19 @@ class Plan:
                 del self.plain[me]
 
     @property
-    def pixel_cuts(self) -> list[Cut]:
+    def pixel_cuts(self) -> list[PixelCut]:
         """What happens to the picture before the tower sees it."""
-        return [cut for _, cut in self.cuts if isinstance(cut.at, Pixels)]
+        return [cut for _, cut in self.cuts if isinstance(cut, PixelCut)]
 
     @property
-    def tower_cuts(self) -> list[Cut]:
+    def tower_cuts(self) -> list[TowerCut]:
         """Cuts inside the vision tower."""
-        return [cut for _, cut in self.cuts if isinstance(cut.at, Vision)]
+        return [cut for _, cut in self.cuts if isinstance(cut, TowerCut)]
 
     @property
-    def projector_cuts(self) -> list[Cut]:
+    def projector_cuts(self) -> list[ProjectorCut]:
         """Cuts between tower and projector."""
-        return [cut for _, cut in self.cuts if isinstance(cut.at, Projector)]
+        return [cut for _, cut in self.cuts if isinstance(cut, ProjectorCut)]
 
     @property
     def measured(self) -> list[TowerTap]:
@@ -109,7 +109,7 @@ class Plan:
     @property
     def decoder_cuts(self) -> list[tuple[str, Cut]]:
         """Cuts in the language model, with the names of their methods."""
-        return [(name, cut) for name, cut in self.cuts if isinstance(cut.at, Decoder)]
+        return [(name, cut) for name, cut in self.cuts if isinstance(cut, Cut)]
 
     @property
     def key_layers(self) -> set[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlmprune.engine.census import count_prompts
-from vlmprune.engine.channels import MADE_BY, SEEN, SEGMENTS
+from vlmprune.engine.channels import SEGMENTS, seen_on
 from vlmprune.engine.effect import tell_idle
 from vlmprune.engine.finite import WAY_OUT, cut_is_finite, demand
 from vlmprune.engine.placement import check_device, loaded
@@ -18,8 +18,9 @@ from vlmprune.engine.prompt import prompt_layout
 from vlmprune.engine.sequence import Segment, Sequence
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Cut, Reduction
+from vlmprune.parts.layers import DecoderLayer
 from vlmprune.parts.layout import Layout, download, upload
-from vlmprune.parts.taps import BlockTap, DecoderLayer, DecoderTap, Hidden, Tap, TowerTap
+from vlmprune.parts.taps import BlockTap, DecoderTap, Hidden, Tap, TowerTap
 from vlmprune.patches.host import cache_of, returned_cache
 from vlmprune.patches.language_models import decoder_layer
 from vlmprune.trace import CutTrace, Trace
@@ -61,21 +62,20 @@ class Prefill:
         self.layout = prompt_layout(plan, inner, self.census, features)
         for method in plan.methods:
             method.check_inputs(self.layout)
-        seen = [getattr(output, SEEN, {}) for output in features.values()]
-        if missing := [tap for tap in plan.tower_taps if any(tap not in s for s in seen)]:
+        seen = [seen_on(output) for output in features.values()]
+        if missing := [tap for tap in plan.tower_taps if any(s is None or tap not in s.taps for s in seen)]:
             raise CutNotRunError(
                 f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model "
                 "or while the patch was disabled. Encode the images with the patched model."
             )
-        makers = [getattr(output, MADE_BY, None) for output in features.values()]
-        if (plan.tower_cuts or plan.pixel_cuts) and any(maker is not plan for maker in makers):
+        if (plan.tower_cuts or plan.pixel_cuts) and any(s is None or s.plan is not plan for s in seen):
             raise CutNotRunError(
                 "the image features came without what this patch does before the language model: they were computed "
                 "by an unpatched model, under another patch, or while this one was disabled. Encode the images with "
                 "the patched model."
             )
         self.seen: dict[Tap, torch.Tensor] = {
-            tap: self.layout.from_tower(torch.cat([s[tap].to(self.layout.device) for s in seen]))
+            tap: self.layout.from_tower(torch.cat([s.taps[tap].to(self.layout.device) for s in seen]))
             for tap in plan.tower_taps
         }
         self.pending = plan.decoder_cuts
@@ -91,36 +91,41 @@ class Prefill:
         """Do all that is to be done at the input of decoder layer `index`."""
         check_first_run(index, len(self.by_layer))
         check_device(layer, hidden)
-        before, past = self.sequence, self.past.get(index)
-        if before is None:
-            self.cache = cache_of(kwargs)
-            batch, length, _ = hidden.shape
-            self.sequence = Sequence(
-                prompt=length,
-                columns=torch.arange(length, device=hidden.device).expand(batch, -1),
-                mask=self.census.real,
-                lengths=self.prompt_lengths,
-                positions=kwargs["position_ids"].expand(batch, -1),
-                guesses=self.guesses,
-                rotary=tuple(x.expand(batch, -1, -1) for x in kwargs["position_embeddings"]),
-                shift=None if past is None else past.shift,
-                past=past,
-            )
-            # of a past that the host's own arguments fit nothing has to be noted
-            before = self.sequence if past is None or past.whole else None
+        past, rotary = self.past.get(index), kwargs["position_embeddings"]
+        # of a past that the host's own arguments fit nothing has to be noted
+        noted = past is None or (self.sequence is None and past.whole)
+        if self.sequence is None:
+            self.cache, self.sequence = cache_of(kwargs), self.whole(hidden, kwargs, past)
         elif past is not None:
             self.sequence = self.sequence.behind(past, hidden, self.rotary_emb)
+        before = self.sequence = self.sequence.handed(rotary, hidden, self.rotary_emb)
         here = [cut for _, cut in self.pending if cut.at.layer == index]
         self.measure(index, layer, hidden, [tap for cut in here for tap in cut.see])
         while self.pending and self.pending[0][1].at.layer == index:
             hidden = self.cut(*self.pending.pop(0), hidden)
-        if self.sequence is not before:
+        if not noted or self.sequence is not before:
             self.segments = [s for s in self.segments if s.first != index] + [self.sequence.segment(index)]
         self.measure(index, layer, hidden, [tap for _, cut in self.pending for tap in cut.see])
         self.by_layer.append(self.sequence)
         if self.sequence.cut:
-            kwargs = self.sequence.swap(layer, index, hidden, kwargs)
+            kwargs = self.sequence.swap(layer, index, hidden, kwargs, self.plan.family.layer_columns)
         return hidden, kwargs
+
+    def whole(self, hidden: torch.Tensor, kwargs: dict, past: Segment | None) -> Sequence:
+        """What the first layer gets `(batch, length, dim)` of, before any cut."""
+        batch, length, _ = hidden.shape
+        positions = kwargs.get("position_ids")
+        return Sequence(
+            prompt=length,
+            columns=torch.arange(length, device=hidden.device).expand(batch, -1),
+            mask=self.census.real,
+            lengths=self.prompt_lengths,
+            positions=None if positions is None or positions.ndim != 2 else positions.expand(batch, -1),
+            rotary=kwargs["position_embeddings"],
+            guesses=self.guesses,
+            shift=None if past is None else past.shift,
+            past=past,
+        )
 
     def measure(self, index: int, layer: nn.Module, hidden: torch.Tensor, taps: list[Tap]) -> None:
         """Measure the taps of this layer that nobody has measured yet."""
@@ -165,23 +170,54 @@ class Prefill:
         return self.sequence.index_of(self.layout) + sample[:, None] * self.sequence.length
 
     def cut(self, name: str, cut: Cut, hidden: torch.Tensor) -> torch.Tensor:
-        layout, sequence = self.layout, self.sequence
-        at = self.flat_index()
-        if missing := [tap for tap in cut.see if tap not in self.seen and not isinstance(tap, Hidden)]:
-            raise CutNotRunError(
-                f"the cut of {name!r} at decoder layer {cut.at.layer} did not get to see {missing[0]}."
-            )
-        seen = {
-            tap: hidden.detach().flatten(0, 1)[at] if isinstance(tap, Hidden) else self.seen[tap] for tap in cut.see
-        }
-        reduction: Reduction = cut.reduce(seen, layout)
+        """Do one cut on `(batch, length, dim)`."""
+        layout, at = self.layout, self.flat_index()
+        seen = self.seen_by(name, cut, hidden, at)
+        reduction = cut.reduce(seen, layout)
         if reduction.soft is not None:
             self.soften(name, cut, reduction, at)
             return hidden
         keep = reduction.keep & layout.alive
         # the tower's were looked at with the placeholders
         taps = [values for tap, values in seen.items() if not isinstance(tap, TowerTap)]
-        sound = cut_is_finite(taps, reduction.scores, layout.alive)
+        counts, patches = self.count(name, cut, reduction, keep, cut_is_finite(taps, reduction.scores, layout.alive))
+        self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, keep, reduction.merge, reduction.scores))
+        self.first.setdefault(name, layout)
+        self.last[name] = counts
+        if counts == layout.alive_counts and not cut.reorders:
+            return hidden  # a budget of all tokens is the exact identity
+        if reduction.merge is not None:
+            flow = reduction.merge
+            hidden = torch.ops.vlmprune.merge(hidden, at, layout.alive, keep, flow.into, flow.weight, flow.source)
+        hidden = self.drop(cut, hidden, layout.alive & ~keep, counts, at)
+        self.layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=patches)
+        if cut.at.layer == 0:
+            self.layout = replace(self.layout, entered=counts, entered_patches=patches)
+        return hidden
+
+    def seen_by(self, name: str, cut: Cut, hidden: torch.Tensor, at: torch.Tensor) -> dict[Tap, torch.Tensor]:
+        """What a cut asked to see, in its order."""
+        if missing := [tap for tap in cut.see if tap not in self.seen and not isinstance(tap, Hidden)]:
+            raise CutNotRunError(
+                f"the cut of {name!r} at decoder layer {cut.at.layer} did not get to see {missing[0]}."
+            )
+        return {
+            tap: hidden.detach().flatten(0, 1)[at] if isinstance(tap, Hidden) else self.seen[tap] for tap in cut.see
+        }
+
+    def count(
+        self, name: str, cut: Cut, reduction: Reduction, keep: torch.Tensor, sound: torch.Tensor
+    ) -> tuple[list[int], list[int] | None]:
+        """Tokens of every image that stay, and patches alone where that is known, by one read or by none.
+
+        Args:
+            keep: `(images, tokens)` bool.
+            sound: `()` bool, whether all numbers are finite.
+
+        Raises:
+            ValueError: they are not.
+        """
+        layout = self.layout
         strange = (
             f"the cut of {name!r} at decoder layer {cut.at.layer} sees NaN or infinite numbers or makes NaN scores, "
             f"and cannot tell tokens apart. {WAY_OUT}."
@@ -204,25 +240,27 @@ class Prefill:
         # checked where the tensor is, so that nothing waits for it
         told = f"method {name!r} promised {counts} kept tokens per image and kept other numbers."
         torch._assert_async((keep.sum(1) == upload(counts, keep.device)).all(), told)
-        self.cuts.append(CutTrace(cut.at.layer, name, cut.positions, keep, reduction.merge, reduction.scores))
-        self.first.setdefault(name, layout)
-        self.last[name] = counts
-        if counts == layout.alive_counts and not cut.reorders:
-            return hidden  # a budget of all tokens is the exact identity
-        if reduction.merge is not None:
-            flow = reduction.merge
-            hidden = torch.ops.vlmprune.merge(hidden, at, layout.alive, keep, flow.into, flow.weight, flow.source)
-        dropped = [0] * len(sequence.lengths)
+        return counts, patches
+
+    def drop(
+        self, cut: Cut, hidden: torch.Tensor, dropped: torch.Tensor, counts: list[int], at: torch.Tensor
+    ) -> torch.Tensor:
+        """Shorten the sequence, and `(batch, length, dim)` with it.
+
+        Args:
+            dropped: `(images, tokens)` bool.
+            counts: tokens of every image that stay.
+            at: of `flat_index`.
+        """
+        layout, sequence = self.layout, self.sequence
+        lost = [0] * len(sequence.lengths)
         for row, before, after in zip(layout.sample, layout.alive_counts, counts, strict=True):
-            dropped[row] += before - after
+            lost[row] += before - after
         # padding entries of the layout point at column 0 or repeat a column: add, don't overwrite
-        gone = (layout.alive & ~keep).long()
-        drop = gone.new_zeros(sequence.columns.numel()).scatter_add(0, at.flatten(), gone.flatten())
-        drop = drop.view_as(sequence.columns) > 0
-        hidden, self.sequence = sequence.shorten(hidden, drop, dropped, cut.positions, self.rotary_emb)
-        self.layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=patches)
-        if cut.at.layer == 0:
-            self.layout = replace(self.layout, entered=counts, entered_patches=patches)
+        gone = dropped.long()
+        gone = gone.new_zeros(sequence.columns.numel()).scatter_add(0, at.flatten(), gone.flatten())
+        gone = gone.view_as(sequence.columns) > 0
+        hidden, self.sequence = sequence.shorten(hidden, gone, lost, cut.positions, self.rotary_emb)
         return hidden
 
     def soften(self, name: str, cut: Cut, reduction: Reduction, at: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from vlmprune.parts.layout import Layout, upload
 from vlmprune.patches.host import cache_of
 from vlmprune.patches.language_models import attention_mask, window_of
 
-__all__ = ["Segment", "Sequence", "real_tokens"]
+__all__ = ["Segment", "Sequence", "by_columns", "real_tokens"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,22 @@ def beside(left: torch.Tensor | None, columns: int, right: torch.Tensor | None, 
     left = rows.new_ones(len(rows), columns, dtype=torch.bool) if left is None else left
     right = rows.new_ones(len(rows), more, dtype=torch.bool) if right is None else right
     return torch.cat((left.bool(), right.bool()), 1)
+
+
+def by_columns(handed: Any, columns: torch.Tensor, axis: int = 1) -> Any:
+    """What is left of something that has a value for every column: the one rule for all that a host hands on.
+
+    Args:
+        handed: a tensor with columns along `axis` and rows, `batch` or one for all, along the axis before; or several.
+        columns: `(batch, length)` long, those to take.
+    """
+    if isinstance(handed, tuple):
+        return tuple(by_columns(each, columns, axis) for each in handed)
+    axis %= handed.ndim
+    first = handed.movedim((axis - 1, axis), (0, 1))
+    first = first.expand(len(columns), *first.shape[1:])
+    index = columns.view(*columns.shape, *[1] * (first.ndim - 2)).expand(-1, -1, *first.shape[2:])
+    return first.gather(1, index).movedim((0, 1), (axis - 1, axis))
 
 
 def add_bias(mask: Any, bias: torch.Tensor) -> torch.Tensor:
@@ -118,8 +135,10 @@ class Sequence:
         columns: `(batch, length)` prompt column of every entry.
         mask: `(batch, length)` bool of real entries, or None if all are.
         lengths: real entries of every row, on the host (upper bounds inside a compiled graph).
-        positions: `(batch, length)` position ids.
-        rotary: (cos, sin) of `positions`, each `(batch, length, dim)`.
+        positions: `(batch, length)` position ids; None where the host tells layers none, or on several axes.
+        rotary: (cos, sin) of every entry, each `(batch, length, dim)`.
+        source: cos of the prompt's columns that `rotary` was taken of, as the host handed it; None before a layer.
+        moved: whether `positions` are no longer those that the host's columns have.
         shift: `(batch, 1)` positions by which decoded tokens move down, or None.
         cut: whether it is no longer what the host's own arguments say.
         past: what the cache holds in front of it, up to its first column; None if nothing.
@@ -131,13 +150,15 @@ class Sequence:
     columns: torch.Tensor
     mask: torch.Tensor | None
     lengths: list[int]
-    positions: torch.Tensor
+    positions: torch.Tensor | None
     rotary: tuple[torch.Tensor, torch.Tensor]
     shift: torch.Tensor | None = None
     cut: bool = False
     bias: torch.Tensor | None = None
     guesses: int = 0
     past: Segment | None = None
+    source: torch.Tensor | None = None
+    moved: bool = False
     masks: dict[Any, torch.Tensor | None] = field(default_factory=dict, compare=False)
 
     @property
@@ -172,31 +193,56 @@ class Sequence:
             drop: `(batch, length)` bool, entries to drop (real ones only).
             dropped: their number per row, on the host.
             positions: what happens to the position ids of the rest.
+
+        Raises:
+            UnsupportedError: contiguous positions where positions do not count.
         """
+        close = positions == "contiguous"
+        if close and self.positions is None:
+            raise UnsupportedError(
+                "positions='contiguous' closes the gaps that a cut makes in position ids, and those of this model lie "
+                "on several axes, where there is nothing to close: use positions='original'."
+            )
         lengths = [n - d for n, d in zip(self.lengths, dropped, strict=True)]
         new = max(lengths)
         empty = hidden.new_empty(*hidden.shape[:2], 0)
         # contiguous ids have another rotary embedding than the prompt's, and it is not gathered
-        cos, sin = (empty, empty) if positions == "contiguous" else self.rotary
+        cos, sin = (empty, empty) if close else self.rotary
         hidden, ids, cos, sin, index, mask, lost = torch.ops.vlmprune.select_gather(
-            ~drop, None, self.mask, hidden, self.positions, cos, sin, new, positions == "contiguous"
+            ~drop, self.mask, hidden, self.columns if self.positions is None else self.positions, cos, sin, new, close
         )
         # what an op gathers beside hidden states that need gradients counts as needing them too; nothing is learned
         # through positions, and re-entrant checkpointing cannot have layers share a graph
         cos, sin = cos.detach(), sin.detach()
         shift = self.shift
-        if positions == "contiguous":
+        if close:
             shift = lost[:, None] if shift is None else shift + lost[:, None]
             cos, sin = rotary_emb(hidden, position_ids=ids)
         # inside a compiled graph lengths are upper bounds, and cannot tell that no padding is left
         known = self.mask is None or not torch.compiler.is_compiling()
         mask = None if known and all(n == new for n in lengths) else mask
-        columns = self.columns.gather(1, index)
-        bias = None if self.bias is None else self.bias.gather(1, index)
+        columns = by_columns(self.columns, index)
+        bias = None if self.bias is None else by_columns(self.bias, index)
+        ids = None if self.positions is None else ids
         return hidden, replace(
             self, columns=columns, mask=mask, lengths=lengths, positions=ids, rotary=(cos, sin), shift=shift, cut=True,
-            bias=bias, masks={},
+            moved=self.moved or close, bias=bias, masks={},
         )  # fmt: skip
+
+    def handed(self, rotary: tuple[torch.Tensor, ...], hidden: torch.Tensor, rotary_emb: nn.Module) -> Sequence:
+        """The same entries in a layer that the host hands `rotary`: cos and sin of the prompt's columns.
+
+        They are `(rows, prompt, dim)`. A host makes one pair for all its layers, or one for every kind of layer.
+        """
+        if rotary[0] is self.source:
+            return self
+        if self.moved:
+            left = rotary_emb(hidden, position_ids=self.positions)
+        elif self.cut:
+            left = by_columns(rotary, self.columns)
+        else:
+            left = tuple(x.expand(len(self.columns), -1, -1) for x in rotary)
+        return replace(self, rotary=left, source=rotary[0])
 
     def behind(self, past: Segment, hidden: torch.Tensor, rotary_emb: nn.Module) -> Sequence:
         """The same entries in layers that hold another past of the same conversation.
@@ -204,12 +250,13 @@ class Sequence:
         Its tokens stand `past.shift` lower, and what comes behind them moves with them.
         """
         moved = replace(self, past=past, cut=True, masks={})
-        if past.shift is None:
+        if past.shift is None or past.shift is self.past.shift:
             return moved
         down = past.shift if self.past.shift is None else past.shift - self.past.shift
         positions = self.positions - down
         shift = down if self.shift is None else self.shift + down
-        return replace(moved, positions=positions, shift=shift, rotary=rotary_emb(hidden, position_ids=positions))
+        rotary = rotary_emb(hidden, position_ids=positions)
+        return replace(moved, positions=positions, shift=shift, rotary=rotary, moved=True)
 
     def with_past(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """A mask of these entries behind that of the past."""
@@ -221,8 +268,14 @@ class Sequence:
         mask, soft = self.with_past(self.mask), self.bias is not None
         return Segment(first, before + self.prompt, held + self.length, mask, self.shift, soft)
 
-    def swap(self, layer: nn.Module, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A decoder layer's keyword arguments with everything that depends on the sequence exchanged."""
+    def swap(
+        self, layer: nn.Module, index: int, hidden: torch.Tensor, kwargs: dict[str, Any], axes: Mapping[str, int]
+    ) -> dict[str, Any]:
+        """A decoder layer's keyword arguments with everything that depends on the sequence exchanged.
+
+        Args:
+            axes: arguments of this host's layers that hold something for every column, and along which axis.
+        """
         kind = window_of(layer)
         if kind not in self.masks:
             if kind is not None and self.past is not None and self.mask is not None:
@@ -237,11 +290,16 @@ class Sequence:
             self.masks[kind] = mask if self.bias is None else add_bias(mask, self.bias.to(hidden.dtype))
         # the rotary embedding carries the positions; gaps in the ids would be read as packed sequences
         ids = torch.arange(self.length, device=hidden.device)[None]
-        return kwargs | {
-            "attention_mask": self.masks[kind],
-            "position_embeddings": self.rotary,
-            "position_ids": ids,
-        }
+        given = {name: axis for name, axis in axes.items() if kwargs.get(name) is not None}
+        return (
+            kwargs
+            | {name: by_columns(kwargs[name], self.columns, axis) for name, axis in given.items()}
+            | {
+                "attention_mask": self.masks[kind],
+                "position_embeddings": self.rotary,
+                "position_ids": ids,
+            }
+        )
 
     def expand(self, hidden: torch.Tensor) -> torch.Tensor:
         """Bring `(batch, length, dim)` back to the prompt's length.

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmprune.engine.channels import FRAME, INSIDE, MADE_BY, OWNER, SEEN, SIZES
+from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, SIZES, Seen
 from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
-from vlmprune.parts.cuts import Cut, Merge, Pick, Vision
+from vlmprune.parts.cuts import Merge, Pick, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.layout import ImageGrid, Views
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap
 from vlmprune.patches import Family
@@ -102,7 +102,7 @@ class TowerFrame:
                 hidden = self.inputs[at.layer] = means(hidden, *self.decide(cut, hidden))
         return hidden
 
-    def decide(self, cut: Cut, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def decide(self, cut: TowerCut, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """What a cut merges of `(views, tokens, dim)`: the arguments of `means`."""
         views, tokens, _ = hidden.shape
         with torch.no_grad():
@@ -118,7 +118,7 @@ class TowerFrame:
             self.sizes, self.weigh, self.place = sizes, cut.weigh, into.gather(1, self.place)
         return into, share, clusters.count
 
-    def pick(self, cut: Cut, output: Any) -> None:
+    def pick(self, cut: ProjectorCut, output: Any) -> None:
         """Run a cut between tower and projector: exchange what its anchors stand for in the feature layers."""
         features = output.hidden_states[self.plan.facts.feature_layer + 1].detach()
         seen = dict(self.seen)
@@ -163,8 +163,7 @@ class TowerFrame:
             self.seen[ClusterOf()] = place[:, int(self.has_cls) :]
         # a host that hands on bare tensors takes the note instead of the output
         noted = output if self.note is None else self.note
-        setattr(noted, SEEN, self.seen)
-        setattr(noted, MADE_BY, self.plan)
+        setattr(noted, SEEN, Seen(self.plan, self.seen))
 
 
 def means(hidden: torch.Tensor, into: torch.Tensor, share: torch.Tensor, count: int) -> torch.Tensor:
@@ -188,7 +187,7 @@ class Inside:
     Where the layer runs again for its gradients, the decision of the first run stands.
     """
 
-    def __init__(self, frame: TowerFrame, cut: Cut, layer: nn.Module, rest: tuple, kwargs: dict):
+    def __init__(self, frame: TowerFrame, cut: TowerCut, layer: nn.Module, rest: tuple, kwargs: dict):
         self.frame, self.cut, self.norm = frame, cut, tower_layer(layer).normed
         self.kwargs = dict(kwargs)
         self.mask = rest[0] if rest else self.kwargs.pop("attention_mask", None)

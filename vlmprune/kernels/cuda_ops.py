@@ -16,7 +16,7 @@ __all__ = ["SOURCES", "select_gather", "top_k"]
 
 SOURCES = Path(__file__).parent / "csrc"
 THREADS, ROWS = 256, 32  # as in select_gather.cu
-KINDS = {torch.bool: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+KINDS = {torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 MOST_COLUMNS, MOST_STEP = 2**21 - 1, 2**31 - 1
 
 
@@ -40,19 +40,17 @@ def launch(name: str, grid: tuple[int, int], args: list[Tensor | int], device: t
         kernel(name, index)(grid=(*grid, 1), block=(THREADS, 1, 1), args=args)
 
 
-def check(scores: Tensor, columns: int) -> None:
-    """Raise Refused for scores that the kernels do not have."""
-    if scores.dtype not in KINDS:
-        raise Refused(f"scores are {scores.dtype}")
+def check(columns: int) -> None:
+    """Raise Refused for more columns than the kernels can count."""
     if columns > MOST_COLUMNS:
         raise Refused(f"there are {columns} columns, and {MOST_COLUMNS} are the most")
 
 
 def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     columns = scores.shape[-1]
-    if scores.dtype == torch.bool:
-        raise Refused("scores are bool")
-    check(scores, columns)
+    if scores.dtype not in KINDS:
+        raise Refused(f"scores are {scores.dtype}")
+    check(columns)
     out = torch.empty_like(candidates, memory_format=torch.contiguous_format)
     if out.numel():
         rows = out.numel() // columns
@@ -72,8 +70,7 @@ def row_steps(x: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def select_gather(
-    scores: Tensor,
-    counts: Tensor | None,
+    keep: Tensor,
     real: Tensor | None,
     hidden: Tensor,
     ids: Tensor,
@@ -82,18 +79,18 @@ def select_gather(
     length: int,
     contiguous: bool,
 ) -> tuple[Tensor, ...]:
-    batch, columns = scores.shape
-    check(scores, columns)
+    batch, columns = keep.shape
+    check(columns)
     rotary, rotary_bytes = cos.shape[-1], cos.shape[-1] * cos.element_size()
     if any(x.element_size() % 2 for x in (hidden, cos, sin)) or ids.dtype != torch.long or cos.dtype != sin.dtype:
         raise Refused(f"hidden is {hidden.dtype}, cos {cos.dtype}, sin {sin.dtype} and ids {ids.dtype}")
-    outs = empty_gather(scores, hidden, ids, cos, sin, length)
+    outs = empty_gather(keep, hidden, ids, cos, sin, length)
     if batch == 0:
         return outs
     (hidden, step), (cos, cos_step), (sin, sin_step) = map(row_steps, (hidden, cos, sin))
     id_step = [0] * (3 - ids.ndim) + list(ids.stride())
     numbers = [
-        *scores.stride(), *((0, 0) if real is None else real.stride()), *step[1:],
+        *keep.stride(), *((0, 0) if real is None else real.stride()), *step[1:],
         hidden.shape[-1] * hidden.element_size(), 1 if ids.ndim == 2 else ids.shape[0], *id_step,
         1 if cos.ndim == 3 else cos.shape[0], rotary_bytes, *cos_step, *sin_step,
     ]  # fmt: skip
@@ -105,10 +102,9 @@ def select_gather(
     # a block is needed even for a length of 0: it counts what was dropped
     grid = (max(1, -(-length // rows)), batch)
     nothing = hidden.new_empty(0)
-    args = [scores, nothing if counts is None else counts.long().contiguous(), nothing if real is None else real]
+    args = [keep, nothing if real is None else real]
     args += [hidden, ids, cos if rotary else nothing, sin if rotary else nothing, *outs]
-    launch("select_gather", grid, [*args, KINDS[scores.dtype], columns, length, rows, int(contiguous), *numbers],
-           hidden.device)  # fmt: skip
+    launch("select_gather", grid, [*args, columns, length, rows, int(contiguous), *numbers], hidden.device)
     return outs
 
 

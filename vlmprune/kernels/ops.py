@@ -38,8 +38,7 @@ def _(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
 
 @custom_op("vlmprune::select_gather", mutates_args=())
 def select_gather(
-    scores: Tensor,
-    counts: Tensor | None,
+    keep: Tensor,
     real: Tensor | None,
     hidden: Tensor,
     ids: Tensor,
@@ -48,17 +47,15 @@ def select_gather(
     length: int,
     contiguous: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Choose columns of every sample and gather all that belongs to them into a left-padded shorter batch.
+    """Gather the columns of every sample that stay, and all that belongs to them, into a left-padded shorter batch.
 
     Args:
-        scores: `(batch, columns)`; float with `counts`, or bool that marks the columns to keep.
-        counts: `(batch,)` long, how many of the best-scored columns stay (order as in `top_k`; give text an infinite
-            score to keep it). None for bool scores.
+        keep: `(batch, columns)` bool.
         real: `(batch, columns)` bool, columns that are no padding; None if all are.
         hidden: `(batch, columns, dim)`.
         ids: `(batch, columns)` or `(axes, batch, columns)` position ids.
         cos, sin: `(batch, columns, n)` or `(axes, batch, columns, n)`; n may be 0.
-        length: columns of the result, at most those of `scores` and at least as many as any sample keeps.
+        length: columns of the result, at most those of `keep` and at least as many as any sample keeps.
         contiguous: lower every position id by the number of real columns dropped before it.
 
     Returns:
@@ -66,20 +63,20 @@ def select_gather(
         column that every entry comes from (a padding entry comes from a column that is not kept); `(batch, length)`
         bool of entries that are no padding; `(batch,)` long number of real columns dropped.
     """
-    if not 0 <= length <= scores.shape[1]:
-        raise ValueError(f"length={length} must be between 0 and the {scores.shape[1]} columns there are.")
-    if (counts is None) != (scores.dtype == torch.bool):
-        raise ValueError(f"scores are {scores.dtype}: float scores need counts, bool ones mark what stays without any.")
-    return run("select_gather", scores, counts, real, hidden, ids, cos, sin, length, contiguous)
+    if not 0 <= length <= keep.shape[1]:
+        raise ValueError(f"length={length} must be between 0 and the {keep.shape[1]} columns there are.")
+    if keep.dtype != torch.bool:
+        raise ValueError(f"keep is {keep.dtype}, and must be bool.")
+    return run("select_gather", keep, real, hidden, ids, cos, sin, length, contiguous)
 
 
 @select_gather.register_fake
-def _(scores, counts, real, hidden, ids, cos, sin, length, contiguous):
-    return empty_gather(scores, hidden, ids, cos, sin, length)
+def _(keep, real, hidden, ids, cos, sin, length, contiguous):
+    return empty_gather(keep, hidden, ids, cos, sin, length)
 
 
 def keep_index(ctx, inputs, output) -> None:
-    _, _, _, hidden, _, cos, sin, _, _ = inputs
+    _, _, hidden, _, cos, sin, _, _ = inputs
     ctx.save_for_backward(output[4])
     ctx.shapes = [x.shape for x in (hidden, cos, sin)]
 
@@ -97,7 +94,7 @@ def spread_gradients(ctx, hidden, ids, cos, sin, *rest):
         else:
             moved = grad.new_zeros((*shape[1:3], shape[0], shape[3])).index_put((row, index), grad.movedim(0, 2))
             back.append(moved.movedim(2, 0))
-    return None, None, None, back[0], None, back[1], back[2], None, None
+    return None, None, back[0], None, back[1], back[2], None, None
 
 
 select_gather.register_autograd(spread_gradients, setup_context=keep_index)

@@ -41,8 +41,7 @@ def top_k(scores: torch.Tensor, counts: torch.Tensor, candidates: torch.Tensor) 
 
 
 def select_gather(
-    scores: torch.Tensor,
-    counts: torch.Tensor | None,
+    keep: torch.Tensor,
     real: torch.Tensor | None,
     hidden: torch.Tensor,
     ids: torch.Tensor,
@@ -51,8 +50,8 @@ def select_gather(
     length: int,
     contiguous: bool,
 ) -> tuple[torch.Tensor, ...]:
-    among = torch.ones_like(scores, dtype=torch.bool) if real is None else real
-    kept = scores & among if counts is None else top_k(scores, counts, among)
+    among = torch.ones_like(keep) if real is None else real
+    kept = keep & among
     batch, columns = kept.shape
     rank, total = kept.cumsum(1), kept.sum(1, keepdim=True)
     column = torch.arange(columns, device=kept.device)
@@ -71,12 +70,12 @@ def select_gather(
 
 
 def empty_gather(
-    scores: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, length: int
+    keep: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, ...]:
     """Uninitialised results of `select_gather`."""
     hidden, cos, sin = (x.new_empty((*x.shape[:-2], length, x.shape[-1])) for x in (hidden, cos, sin))
-    index = scores.new_empty((scores.shape[0], length), dtype=torch.long)
-    dropped = scores.new_empty((scores.shape[0],), dtype=torch.long)
+    index = keep.new_empty((keep.shape[0], length), dtype=torch.long)
+    dropped = keep.new_empty((keep.shape[0],), dtype=torch.long)
     return hidden, ids.new_empty((*ids.shape[:-1], length)), cos, sin, index, \
         torch.empty_like(index, dtype=torch.bool), dropped  # fmt: skip
 

@@ -84,22 +84,19 @@ def copy_row(source, to, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def select_gather_kernel(
-    scores, counts, real, hidden, ids, cos, sin, hidden_out, ids_out, cos_out, sin_out, index_out, mask_out,
-    dropped_out, columns, length, dim, rotary, axes, rotary_axes, score_sample, score_step, real_sample, real_step,
+    keep, real, hidden, ids, cos, sin, hidden_out, ids_out, cos_out, sin_out, index_out, mask_out,
+    dropped_out, columns, length, dim, rotary, axes, rotary_axes, keep_sample, keep_step, real_sample, real_step,
     hidden_sample, hidden_step, ids_axis, ids_sample, ids_step, cos_axis, cos_sample, cos_step, sin_axis, sin_sample,
-    sin_step, RANK: tl.constexpr, REAL: tl.constexpr, CONTIGUOUS: tl.constexpr, ROWS: tl.constexpr,
+    sin_step, REAL: tl.constexpr, CONTIGUOUS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
 ):  # fmt: skip
     first, sample, batch = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     column = tl.arange(0, BLOCK)
     among = column < columns
-    score = tl.load(scores + sample * score_sample + column * score_step, mask=among, other=0)
+    marked = tl.load(keep + sample * keep_sample + column * keep_step, mask=among, other=0) != 0
     if REAL:
         among = (tl.load(real + sample * real_sample + column * real_step, mask=among, other=0) != 0) & among
-    if RANK:  # noqa: SIM108 - decided while compiling
-        kept = best(score.to(tl.float32), among, tl.load(counts + sample))
-    else:
-        kept = (score != 0) & among
+    kept = marked & among
     rank = tl.cumsum(kept.to(tl.int32), 0)
     total = tl.sum(kept.to(tl.int32), 0)
     gone = tl.cumsum((among & (kept == 0)).to(tl.int32), 0)
@@ -133,8 +130,7 @@ def rows_of(x: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def select_gather(
-    scores: Tensor,
-    counts: Tensor | None,
+    keep: Tensor,
     real: Tensor | None,
     hidden: Tensor,
     ids: Tensor,
@@ -143,9 +139,8 @@ def select_gather(
     length: int,
     contiguous: bool,
 ) -> tuple[Tensor, ...]:
-    single(scores)
-    (batch, columns), rotary = scores.shape, cos.shape[-1]
-    outs = empty_gather(scores, hidden, ids, cos, sin, length)
+    (batch, columns), rotary = keep.shape, cos.shape[-1]
+    outs = empty_gather(keep, hidden, ids, cos, sin, length)
     if batch == 0:
         return outs
     (hidden, step), (cos, cos_step), (sin, sin_step) = map(rows_of, (hidden, cos, sin))
@@ -155,12 +150,12 @@ def select_gather(
     byte = lambda x: x.view(torch.uint8) if x.dtype == torch.bool else x  # noqa: E731
     none = hidden.new_empty(0, dtype=torch.long)
     select_gather_kernel[(max(1, triton.cdiv(length, rows)), batch)](
-        byte(scores), none if counts is None else counts.long().contiguous(), none if real is None else byte(real),
-        hidden, ids, cos, sin, *outs[:5], byte(outs[5]), outs[6], columns, length, hidden.shape[-1], rotary,
+        byte(keep), none if real is None else byte(real), hidden, ids, cos, sin, *outs[:5], byte(outs[5]), outs[6],
+        columns, length, hidden.shape[-1], rotary,
         1 if ids.ndim == 2 else ids.shape[0], (1 if cos.ndim == 3 else cos.shape[0]) if rotary else 0,
-        *scores.stride(), *((0, 0) if real is None else real.stride()), *step[1:],
+        *keep.stride(), *((0, 0) if real is None else real.stride()), *step[1:],
         *[0] * (3 - ids.ndim), *ids.stride(), *cos_step, *sin_step,
-        RANK=counts is not None, REAL=real is not None, CONTIGUOUS=contiguous, ROWS=rows, BLOCK=block,
+        REAL=real is not None, CONTIGUOUS=contiguous, ROWS=rows, BLOCK=block,
         WIDE=min(2048, triton.next_power_of_2(max(hidden.shape[-1], 16))),
         NARROW=min(1024, triton.next_power_of_2(max(rotary, 16))), num_warps=warps(block),
     )  # fmt: skip

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from vlmprune.methods.base import Budgeted
-from vlmprune.parts.budget import count
-from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction
-from vlmprune.parts.diversity import greedy_diversity, most_apart
-from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.layout import Layout
-from vlmprune.parts.selection import Newlines, candidates, capped, check_choice, keep_patches
-from vlmprune.parts.taps import Hidden, Tap
-from vlmprune.registry import register
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import AnyNewlines, Cut, Decoder, Hidden, Layout, ModelFacts, Reduction, Seen, select_diverse
 
 __all__ = ["DivPrune"]
 
 
 @register("divprune")
 @dataclass(frozen=True)
-class DivPrune(Budgeted):
+class DivPrune(Pruner):
     """Keep the patches whose nearest kept neighbour is farthest: max-min diversity of the projected features.
 
     The first pick is the patch whose nearest other patch is farthest; each later one is farthest from all picks, by
@@ -39,21 +30,11 @@ class DivPrune(Budgeted):
     paper = "arXiv 2503.02175"
     needs = "features"
 
-    positions: Positions = "contiguous"
-    newlines: Newlines = "all"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("positions", self.positions, Positions)
-        check_choice("newlines", self.newlines, Newlines)
+    newlines: AnyNewlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         return [Cut(Decoder(0), (Hidden(),), self.reduce, self.positions)]
 
-    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: features in, decision out."""
-        features = seen[Hidden()]
-        among, totals, available = candidates(layout, self.newlines)
-        counts = [count(self.budget, total) for total in totals]
-        keep, _ = greedy_diversity(features, most_apart(features, among), counts, among, "max_min")
-        return keep_patches(keep & among, layout, capped(counts, available), self.newlines)
+        return select_diverse(seen[Hidden()], None, self.budget, layout, self.newlines, "max_min")

@@ -7,14 +7,30 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune.methods.base import Budgeted, check_share
-from vlmprune.parts.cuts import Cut, Decoder, Merge, Pick, Positions, Projector, Reduction
-from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.layout import Layout, Views, upload
-from vlmprune.parts.merging import gather_to
-from vlmprune.parts.selection import Newlines, check_choice, keep_patches, stride, top_k
-from vlmprune.parts.taps import BlockKeys, Kept, Tap, VisionAttention
-from vlmprune.registry import register
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import (
+    AnyCut,
+    AnyNewlines,
+    BlockKeys,
+    Cut,
+    Decoder,
+    Kept,
+    Layout,
+    Merge,
+    ModelFacts,
+    Pick,
+    ProjectorCut,
+    Reduction,
+    Seen,
+    Share,
+    Views,
+    VisionAttention,
+    gather_to,
+    keep_patches,
+    stride,
+    top_k,
+    upload,
+)
 
 __all__ = ["VisionZip", "zip_view"]
 
@@ -44,7 +60,7 @@ def zip_view(
 
 @register("visionzip")
 @dataclass(frozen=True)
-class VisionZip(Budgeted):
+class VisionZip(Pruner):
     """Keep the patches that the tower's [CLS] token looks at, and a few into which all others are merged by their keys.
 
     Per view: the dominant tokens are the [CLS] token itself and the patches it looks at most, in the layer whose output
@@ -72,24 +88,17 @@ class VisionZip(Budgeted):
         "shrunk": "merges patches, and tokens that blend several of them belong to no single cluster"
     }
 
-    contextual: float = 5 / 32
-    positions: Positions = "contiguous"
-    newlines: Newlines = "all"
+    contextual: Share = 5 / 32
+    newlines: AnyNewlines = "all"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_share("contextual", self.contextual)
-        check_choice("positions", self.positions, Positions)
-        check_choice("newlines", self.newlines, Newlines)
-
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         row = VisionAttention(facts.feature_layer, "cls" if facts.has_cls else "patches")
         return [
-            Cut(Projector(), (row, BlockKeys(facts.feature_layer)), self.merge, self.positions),
+            ProjectorCut((row, BlockKeys(facts.feature_layer)), self.merge),
             Cut(Decoder(0), (Kept(),), self.drop, self.positions),
         ]
 
-    def merge(self, seen: dict[Tap, torch.Tensor], views: Views) -> Pick:
+    def merge(self, seen: Seen, views: Views) -> Pick:
         """Pure: one attention row and the keys of every view in, what anchors become out."""
         row, keys = seen.values()
         cls = keys.shape[1] - row.shape[1]
@@ -113,7 +122,7 @@ class VisionZip(Budgeted):
             into, weight = torch.cat((place, into), 1), torch.cat((here.to(weight), weight), 1)
         return Pick(keep, Merge(into + cls, weight))
 
-    def drop(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+    def drop(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: keep what was kept behind the tower."""
         self.check_inputs(layout)
         (kept,) = seen.values()

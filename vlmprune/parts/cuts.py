@@ -1,26 +1,35 @@
-"""What a method asks for: where it cuts, what it wants to see, and what it decides there."""
+"""What a method asks for: where it cuts, what it wants to see, and what it decides there.
+
+There are four places with a contract of their own each: `PixelCut`, `TowerCut`, `ProjectorCut`, and `Cut` in the
+language model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import torch
 
+    from vlmprune.parts.layout import Layout, Views
     from vlmprune.parts.taps import Tap
 
 __all__ = [
+    "AnyCut",
     "Clusters",
     "Cut",
     "Decoder",
     "Merge",
     "Pick",
-    "Pixels",
+    "PixelCut",
+    "Place",
     "Positions",
     "Projector",
+    "ProjectorCut",
     "Reduction",
+    "TowerCut",
     "Vision",
     "schedule_layers",
 ]
@@ -33,13 +42,6 @@ class Decoder:
     """A cut at the input of decoder layer `layer` (0-based); `Decoder(0)` is "before the LLM"."""
 
     layer: int
-
-
-@dataclass(frozen=True, order=True)
-class Pixels:
-    """In front of the tower: no token goes, the picture loses detail."""
-
-    layer: int = 0
 
 
 @dataclass(frozen=True, order=True)
@@ -56,9 +58,10 @@ class Vision:
 
 @dataclass(frozen=True, order=True)
 class Projector:
-    """Between tower and projector: what a patch stands for changes. A cut before the LLM, which sees `Kept`, drops."""
+    """Between tower and projector, the place of every `ProjectorCut`."""
 
-    layer: int = 0
+
+Place = Vision | Projector | Decoder
 
 
 @dataclass(frozen=True)
@@ -130,29 +133,70 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Cut:
-    """One place where tokens go.
+    """Where tokens leave the language model's sequence.
 
     Attributes:
         at: the layer at whose input the sequence gets shorter.
         see: taps handed to `reduce`, keyed by themselves.
-        reduce: pure function `(seen, layout) -> Reduction`, at `Vision(l)` `(seen, sizes) -> Clusters`, where sizes
-            `(views, tokens)` says how many patches a token stands for, at `Projector()` `(seen, views) -> Pick` with
-            the `Views` of the batch, at `Pixels()` `pixel_values -> pixel_values`;
-            picklable (a bound method of the method object).
-        positions: "original" leaves the position ids of what is kept, "contiguous" closes the gaps that this cut makes
-            (decoder only).
-        weigh: at `Vision(l)`: whether attention from there on counts a token as often as its size (adds log size to
-            the scores).
+        reduce: pure function `(seen, layout) -> Reduction`; picklable (a bound method of the method object).
+        positions: "original" leaves the position ids of what is kept, "contiguous" closes the gaps that this cut makes.
         reorders: whether the reduction writes tokens in an order of its own (`Merge.source`). The layout does not
             follow that, so no other method may cut the sequence.
     """
 
-    at: Pixels | Vision | Projector | Decoder
+    at: Decoder
     see: tuple[Tap, ...]
-    reduce: Callable[[dict[Tap, Any], Any], Reduction | Clusters | Pick]
+    reduce: Callable[[dict[Tap, Any], Layout], Reduction]
     positions: Positions = "contiguous"
-    weigh: bool = False
     reorders: bool = False
+
+
+@dataclass(frozen=True)
+class TowerCut:
+    """Where tokens are merged inside the vision tower.
+
+    Attributes:
+        at: the place.
+        see: taps handed to `reduce`: `Hidden()` and `BlockKeys(layer)` alone.
+        reduce: pure function `(seen, sizes) -> Clusters`, where sizes `(views, tokens)` float says how many patches a
+            token stands for; picklable.
+        weigh: whether attention from there on counts a token as often as its size (adds log size to the scores).
+    """
+
+    at: Vision
+    see: tuple[Tap, ...]
+    reduce: Callable[[dict[Tap, Any], torch.Tensor], Clusters]
+    weigh: bool = False
+
+
+@dataclass(frozen=True)
+class ProjectorCut:
+    """Between tower and projector, where what a patch stands for changes; a `Cut` that sees `Kept` drops the others.
+
+    Attributes:
+        see: taps handed to `reduce`: of the tower, and `Hidden()`.
+        reduce: pure function `(seen, views) -> Pick` with the `Views` of the batch; picklable.
+    """
+
+    at: ClassVar[Projector] = Projector()
+    see: tuple[Tap, ...]
+    reduce: Callable[[dict[Tap, Any], Views], Pick]
+
+
+@dataclass(frozen=True)
+class PixelCut:
+    """In front of the tower, where there is nothing to see: no token goes, the picture loses detail.
+
+    Attributes:
+        reduce: pure function `pixel_values -> pixel_values`; picklable.
+    """
+
+    at: ClassVar[None] = None
+    see: ClassVar[tuple[Tap, ...]] = ()
+    reduce: Callable[[torch.Tensor], torch.Tensor]
+
+
+AnyCut = PixelCut | TowerCut | ProjectorCut | Cut
 
 
 def schedule_layers(layers: tuple[int, ...], depth: int) -> list[int]:

@@ -8,9 +8,12 @@ import torch
 
 import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
 from vlmprune.parts.attention import upcast
-from vlmprune.parts.layout import upload
+from vlmprune.parts.budget import count
+from vlmprune.parts.cuts import Reduction
+from vlmprune.parts.layout import Layout, upload
+from vlmprune.parts.selection import AnyNewlines, candidates, capped, keep_patches
 
-__all__ = ["Objective", "greedy_diversity", "most_apart"]
+__all__ = ["Objective", "greedy_diversity", "most_apart", "select_diverse"]
 
 CHUNK = 256  # rows of a cosine matrix that exist at one time
 
@@ -58,3 +61,25 @@ def most_apart(features: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor
         others = candidates[:, None] & (rows[:, None] != number)
         nearest.append(cosine.masked_fill(~others, -torch.inf).amax(-1))
     return torch.cat(nearest, 1).masked_fill(~candidates, torch.inf).argmin(1)
+
+
+def select_diverse(
+    features: torch.Tensor,
+    first: torch.Tensor | None,
+    keep: int | float,
+    layout: Layout,
+    newlines: AnyNewlines,
+    objective: Objective,
+) -> Reduction:
+    """Keep mutually dissimilar tokens of every image (`greedy_diversity`).
+
+    Args:
+        features: `(images, tokens, dim)`.
+        first: `(images,)` long, the first pick of every image; None starts from the candidate that is `most_apart`.
+        keep: budget in patches per image or video (tokens for `newlines="candidates"`).
+    """
+    among, totals, available = candidates(layout, newlines)
+    counts = [count(keep, total) for total in totals]
+    first = most_apart(features, among) if first is None else first
+    picked, _ = greedy_diversity(features, first, counts, among, objective)
+    return keep_patches(picked & among, layout, capped(counts, available), newlines)

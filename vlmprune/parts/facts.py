@@ -1,10 +1,12 @@
-"""What methods know of a model: numbers, and no module."""
+"""What methods know of a model: numbers, and no module. And how a user's layer numbers fit them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ModelFacts"]
+from vlmprune.errors import UnsupportedError
+
+__all__ = ["ModelFacts", "check_layer", "need_cls", "scale_tower_layer"]
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,31 @@ class ModelFacts:
     decoder_layers: int
     views: bool
     view_patches: int
+
+
+def scale_tower_layer(layer: int, facts: ModelFacts) -> int:
+    """Scale tower layer `layer` of a 24-layer tower to this tower: round(layer * L / 24), at most L - 2."""
+    return max(0, min(round(layer * facts.tower_layers / 24), facts.tower_layers - 2))
+
+
+def check_layer(name: str, layer: int, layers: int, lowest: int = 0) -> int:
+    """Check a user's layer number (negative counts from the end) and return it as an index.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: out of range.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"{name}={layer!r} must be an int.")
+    index = layer + layers if layer < 0 else layer
+    if not lowest <= index < layers:
+        raise ValueError(f"{name}={layer} is out of range: this model allows {lowest}..{layers - 1}.")
+    return index
+
+
+def need_cls(method: str, facts: ModelFacts, way_out: str) -> None:
+    """Raise UnsupportedError if the tower has no [CLS] token; `way_out` names the documented fallback."""
+    if not facts.has_cls:
+        raise UnsupportedError(
+            f"{method} reads the attention of the tower's [CLS] token, and this tower has none; {way_out}."
+        )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.nn import functional
 
 from vlmprune.parts.attention import upcast
 from vlmprune.parts.cuts import Clusters
+from vlmprune.parts.layout import Layout
 
-__all__ = ["energy", "gather_to", "match_alternating", "match_energy", "spread_evenly"]
+__all__ = ["energy", "first_of_cluster", "gather_to", "match_alternating", "match_energy", "spread_evenly"]
 
 CHUNK = 256  # rows of a cosine matrix that exist at one time
 
@@ -130,3 +133,23 @@ def gather_to(keys: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) 
     ]
     flows = sources & targets.any(1, keepdim=True)
     return torch.where(flows, torch.cat(best, 1), own), flows
+
+
+def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Mark the first patch of every cluster of every view; all patches of a cluster carry the same token.
+
+    Args:
+        cluster: `(images, tokens)` long, the cluster's number within the token's view.
+
+    Returns:
+        `(images, tokens)` bool.
+    """
+    patches = layout.patches
+    # newlines and padding get a key of their own
+    most = max(math.prod(grid.side) for grid in layout.grids) + 1
+    last = max(grid.views for grid in layout.grids) * most
+    key = torch.where(patches, layout.view * most + cluster, last)
+    token = torch.arange(layout.width, device=key.device).expand_as(key)
+    first = torch.full((len(layout), last + 1), layout.width, device=key.device)
+    first = first.scatter_reduce(1, key, token, "amin")
+    return patches & (first.gather(1, key) == token)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from vlmprune.parts.layout import ImageGrid, noise, trace_packing
+from vlmprune.parts.layout import ImageGrid
+from vlmprune.parts.tracing import noise, trace_packing
 
 __all__ = ["Layouts", "Packing"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -11,17 +12,23 @@ from vlmprune.parts.budget import count, share
 from vlmprune.parts.cuts import Reduction
 from vlmprune.parts.layout import Layout, upload
 
-__all__ = ["Newlines", "Scope", "candidates", "capped", "check_choice", "keep_patches", "select", "stride", "top_k"]
+__all__ = [
+    "AnyNewlines",
+    "Newlines",
+    "Scope",
+    "candidates",
+    "capped",
+    "keep_patches",
+    "select",
+    "select_rows",
+    "stride",
+    "top_k",
+]
 
-Newlines = Literal["all", "row", "none", "candidates"]
+Newlines = Literal["all", "row", "none"]
+#: Of methods that let newlines compete with patches: they count on `candidates` for who competes.
+AnyNewlines = Literal["all", "row", "none", "candidates"]
 Scope = Literal["view", "image"]
-
-
-def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise ValueError unless `value` is one of a Literal's values."""
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}.")
 
 
 def top_k(scores: torch.Tensor, counts: list[int] | torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
@@ -55,7 +62,7 @@ def stride(candidates: torch.Tensor, counts: list[int]) -> torch.Tensor:
     return candidates & (number % step == 0) & (number // step < wanted)
 
 
-def keep_newlines(keep: torch.Tensor, layout: Layout, policy: Newlines) -> torch.Tensor:
+def keep_newlines(keep: torch.Tensor, layout: Layout, policy: AnyNewlines) -> torch.Tensor:
     """Add the newlines that `policy` keeps to `(images, tokens)` kept patches."""
     if policy in ("none", "candidates"):
         return keep
@@ -71,7 +78,11 @@ def keep_newlines(keep: torch.Tensor, layout: Layout, policy: Newlines) -> torch
 
 
 def keep_patches(
-    keep: torch.Tensor, layout: Layout, counts: list[int] | None, newlines: Newlines, scores: torch.Tensor | None = None
+    keep: torch.Tensor,
+    layout: Layout,
+    counts: list[int] | None,
+    newlines: AnyNewlines,
+    scores: torch.Tensor | None = None,
 ) -> Reduction:
     """Turn `(images, tokens)` kept patches into a reduction, adding newlines by policy.
 
@@ -94,13 +105,18 @@ def keep_patches(
 
 
 def select(
-    scores: torch.Tensor, keep: int | float, layout: Layout, newlines: Newlines = "all", scope: Scope = "image"
+    scores: torch.Tensor,
+    keep: int | float | Callable[[int], int],
+    layout: Layout,
+    newlines: AnyNewlines = "all",
+    scope: Scope = "image",
 ) -> Reduction:
     """Keep every image's best-scored tokens.
 
     Args:
         scores: `(images, tokens)`; higher is better.
-        keep: budget in patches per image or video (tokens for `newlines="candidates"`, which lets newlines compete).
+        keep: budget in patches per image or video (tokens for `newlines="candidates"`, which lets newlines compete), or
+            what says how many stay of so many that entered the LLM (for `scope="image"`).
         scope: "image" ranks all patches of an image or video together, "view" gives each view (thumbnail, crop, frame)
             its share of the budget.
     """
@@ -112,16 +128,51 @@ def select(
         rows = (among[:, None] & by_view) if views > 1 else among[:, None]
         untouched = available == [grid.patches for grid in layout.grids]
         if not untouched and isinstance(keep, float):  # of what an earlier cut has left of each view
-            table = [count(keep, total) for total in range(layout.view_size * views + 1)]
+            table = [count(keep, total) for total in range(layout.width + 1)]
             shares = upload(table, layout.device)[rows.sum(-1)]
         mask = top_k(scores[:, None].expand_as(rows), shares, rows).any(1)
         return keep_patches(mask, layout, [sum(s) for s in shares] if untouched else None, newlines, scores)
-    counts = [count(keep, total) for total in totals]
+    counts = [keep(total) if callable(keep) else count(keep, total) for total in totals]
     mask = top_k(scores, counts, among)
     return keep_patches(mask, layout, capped(counts, available), newlines, scores)
 
 
-def candidates(layout: Layout, newlines: Newlines) -> tuple[torch.Tensor, list[int], list[int] | None]:
+def select_rows(scores: torch.Tensor, keep: int | float, layout: Layout, newlines: Newlines = "all") -> Reduction:
+    """Keep the rows of every plane (the thumbnail, the canvas of crops, a frame) whose mean score is best.
+
+    Args:
+        scores: `(images, tokens)`; higher is better.
+        keep: budget in patches per image or video, of which as many whole rows stay as it pays for: at least one per
+            plane of a fraction, one in all of a count.
+    """
+    planes = max(len(grid.planes) for grid in layout.grids)
+    tallest = max(rows for grid in layout.grids for rows, _ in grid.planes)
+    paid = [rows_per_plane(keep, grid.planes) for grid in layout.grids]
+    line = layout.plane * tallest + layout.row
+    zeros, patches = scores.new_zeros(len(layout), planes * tallest), layout.patches.to(scores.dtype)
+    mass = zeros.scatter_add(1, line, scores * patches).unflatten(1, (planes, tallest))
+    size = zeros.scatter_add(1, line, patches).unflatten(1, (planes, tallest))
+    counts = [rows + [0] * (planes - len(rows)) for rows in paid]
+    best = top_k(mass / size.clamp(min=1), counts, size > 0).flatten(1)
+    total = [
+        sum(n * cols for n, (_, cols) in zip(rows, grid.planes, strict=True))
+        for rows, grid in zip(paid, layout.grids, strict=True)
+    ]
+    whole = layout.alive_patches == [grid.patches for grid in layout.grids]
+    keep_line = best.gather(1, line) & layout.patches
+    return keep_patches(keep_line, layout, total if whole else None, newlines, scores)
+
+
+def rows_per_plane(keep: int | float, planes: tuple[tuple[int, int], ...]) -> list[int]:
+    """Whole rows of every plane that a budget pays for: at least one per plane of a fraction, one in all of a count."""
+    if isinstance(keep, float):
+        return [count(keep, rows) for rows, _ in planes]
+    shares = share(keep, [rows * cols for rows, cols in planes])
+    counts = [min(rows, part // cols) for part, (rows, cols) in zip(shares, planes, strict=True)]
+    return counts if any(counts) else [1] + [0] * (len(planes) - 1)
+
+
+def candidates(layout: Layout, newlines: AnyNewlines) -> tuple[torch.Tensor, list[int], list[int] | None]:
     """Who competes: `(images, tokens)` bool, their number when they entered the LLM, and now (None if unknown)."""
     if newlines == "candidates":
         return layout.alive, layout.entered, layout.alive_counts

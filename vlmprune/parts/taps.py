@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 
@@ -22,12 +22,12 @@ from vlmprune.parts.attention import (
     mean_weight,
     take_rows,
 )
-from vlmprune.parts.cuts import Decoder, Pixels, Projector, Vision
+from vlmprune.parts.cuts import Decoder, Place, Projector, Vision
+from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
 from vlmprune.parts.layout import upload
 
 if TYPE_CHECKING:
     from vlmprune.parts.facts import ModelFacts
-    from vlmprune.parts.layout import Layout
 
 __all__ = [
     "BlockKeys",
@@ -35,15 +35,14 @@ __all__ = [
     "ClsLogits",
     "ClusterOf",
     "CrossShare",
-    "DecoderLayer",
     "DecoderTap",
     "Distinctness",
     "Hidden",
     "Kept",
     "ReceivedAttention",
+    "Seen",
     "Tap",
     "TextAttention",
-    "TowerLayer",
     "TowerTap",
     "VisionAttention",
 ]
@@ -52,83 +51,21 @@ __all__ = [
 NO_CLS = "this tower has no [CLS] token"
 
 
-class TowerLayer(Protocol):
-    """A layer of a vision tower, as far as taps ask: what attention is computed from, by the layer's own modules."""
-
-    scale: float
-
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the attention reads of the layer's input `(views, tokens, dim)`."""
-
-    def queries(self, rows: torch.Tensor) -> torch.Tensor:
-        """`(views, heads, rows, head dim)` of normed rows `(views, rows, dim)`."""
-
-    def keys(self, rows: torch.Tensor) -> torch.Tensor:
-        """`(views, key heads, rows, head dim)` of normed rows `(views, rows, dim)`."""
-
-
-class DecoderLayer(Protocol):
-    """A layer of a language model, as far as taps ask; `window` is its sliding window in tokens, or None."""
-
-    index: int
-    scale: float
-    window: int | None
-
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What the attention reads of the layer's input `(batch, length, dim)`."""
-
-    def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """`(batch, heads, rows, head dim)` of normed rows and their rotary embedding `(batch, rows, head dim)`."""
-
-    def keys(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """`(batch, key heads, rows, head dim)`, as the cache holds them."""
-
-
-class Remaining(Protocol):
-    """What is left of a prompt batch where a tap measures; `bias` `(batch, length)` is of soft masks, or None."""
-
-    rotary: tuple[torch.Tensor, torch.Tensor]
-    bias: torch.Tensor | None
-
-    def asked(self) -> torch.Tensor:
-        """`(batch, length)` bool of the entries that methods may look at."""
-
-    def index_of(self, layout: Layout) -> torch.Tensor:
-        """`(images, tokens)` entry of every visual token."""
-
-
-class Scene(Protocol):
-    """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are.
-
-    `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most;
-    `text_before` is the most that any row has in front of its first one.
-    """
-
-    sequence: Remaining
-    layout: Layout
-    text_after: tuple[torch.Tensor, int]
-    text_before: int
-
-    def past_keys(self, layer: DecoderLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The keys that a decoder layer holds in front of the sequence, or None, and which keys of both are real."""
-
-    def flat_index(self) -> torch.Tensor:
-        """`(images, tokens)` index of every visual token into the flattened `(batch * length)` sequence."""
-
-
 @dataclass(frozen=True)
 class Tap:
     """Base of all taps; a tap is its own key in what `reduce` sees."""
 
-    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         """Why a cut at `at` cannot see this tap in a model, or None: asked before anything runs."""
         return "nothing would measure it: derive it from TowerTap, DecoderTap or BlockTap"
 
 
-def misplaced(at: Pixels | Vision | Projector | Decoder) -> str | None:
+#: What `reduce` sees: the values of the taps that its cut asked for, by tap.
+Seen = dict[Tap, torch.Tensor]
+
+
+def misplaced(at: Place) -> str | None:
     """Why a cut cannot see what is known when the tower is done, or None."""
-    if isinstance(at, Pixels):
-        return "there is nothing to see before the tower has run"
     return "a cut in the tower sees Hidden() and BlockKeys(layer) alone" if isinstance(at, Vision) else None
 
 
@@ -153,7 +90,7 @@ class TowerTap(Tap):
 
     behind_last: ClassVar[bool] = False  # whether it can be measured behind the last layer, `measure(None, ...)`
 
-    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         most = facts.tower_layers - (not self.behind_last)
         return misplaced(at) or outside(self.layer, most, "this tower has layers")
 
@@ -168,7 +105,7 @@ class DecoderTap(Tap):
 
     layer: int
 
-    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         if isinstance(at, Projector):
             return "no decoder layer has run before this cut"
         return misplaced(at) or outside(self.layer, at.layer, "its layer must not lie behind the cut, so be one of")
@@ -185,8 +122,8 @@ class Hidden(Tap):
     At `Vision(l)` and `Projector()` the tower's, `(views, tokens, dim)`, the [CLS] token's included.
     """
 
-    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
-        return misplaced(at) if isinstance(at, Pixels) else None
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -199,7 +136,7 @@ class VisionAttention(TowerTap):
 
     rows: Literal["cls", "patches"] = "cls"
 
-    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         no_cls = NO_CLS if self.rows == "cls" and not facts.has_cls else None
         return super().misfit(at, facts) or unknown("rows", self.rows, Literal["cls", "patches"]) or no_cls
 
@@ -213,7 +150,7 @@ class VisionAttention(TowerTap):
 class ClsLogits(TowerTap):
     """The [CLS] query's scaled scores over patch keys in a tower layer before the softmax: signed, head mean."""
 
-    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         return super().misfit(at, facts) or (None if facts.has_cls else NO_CLS)
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
@@ -238,7 +175,7 @@ class BlockKeys(TowerTap):
     Taken from the layer's own key projection as it runs.
     """
 
-    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         if isinstance(at, Projector):
             return outside(self.layer, facts.tower_layers - 1, "this tower has layers")
         if not isinstance(at, Vision):
@@ -253,7 +190,7 @@ class ClusterOf(TowerTap):
 
     layer: int = -1  # known when the tower is done
 
-    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         return misplaced(at)
 
 
@@ -263,7 +200,7 @@ class Kept(TowerTap):
 
     layer: int = -1  # known when the tower is done
 
-    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         return None if isinstance(at, Decoder) else "only cuts in the language model come behind the one that keeps"
 
 
@@ -278,7 +215,7 @@ class TextAttention(DecoderTap):
 
     rows: Literal["last", "instruction", "all"] = "last"
 
-    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         return super().misfit(at, facts) or unknown("rows", self.rows, Literal["last", "instruction", "all"])
 
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
@@ -377,7 +314,7 @@ class BlockTap(Tap):
 
     layer: int
 
-    def misfit(self, at: Pixels | Vision | Projector | Decoder, facts: ModelFacts) -> str | None:
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         if isinstance(at, Projector) or (isinstance(at, Decoder) and at.layer == 0):
             return "no decoder layer has run before this cut"
         return misplaced(at) or outside(self.layer, at.layer - 1, "its layer must have run before the cut, one of")

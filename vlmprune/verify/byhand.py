@@ -124,70 +124,91 @@ def stretches(
         ValueError: soft masks, which remove nothing.
     """
     batch, width = shape
-    columns = [list(range(width)) for _ in range(batch)]
-    positions, shift = [list(row) for row in columns], [0] * batch
-
-    def state() -> tuple[list[list[int]], list[list[int]], list[int]]:
-        return [list(row) for row in columns], [list(row) for row in positions], list(shift)
-
-    seen, flows = {0: state()}, {}
-    rows: list[list[int]] = [list(row) for row in columns]  # in front of the layer whose cuts are under way
-    layer = 0
+    left = Left.whole(batch, width)
+    seen, flows, entered, layer = {0: left.copy()}, {}, left.copy(), 0  # entered: in front of the layer under way
     for cut in cuts:
         if cut.soft is not None:
             raise ValueError("soft masks remove nothing: there is no oracle for them.")
         if cut.layer != layer:
-            rows, layer = [list(row) for row in columns], cut.layer
+            entered, layer = left.copy(), cut.layer
         for image, (row, mine) in enumerate(zip(sample, images, strict=True)):
+            there = set(left.columns[row])
             keep = cut.keep[image, : len(mine)].tolist()
-            left = set(columns[row])
-            gone = {column for column, stays in zip(mine, keep, strict=True) if not stays} & left
+            gone = {column for column, stays in zip(mine, keep, strict=True) if not stays} & there
             if cut.merge is not None and (gone or cut.merge.source is not None):
-                here = {column: entry for entry, column in enumerate(rows[row]) if column in left}
+                here = {column: entry for entry, column in enumerate(entered.columns[row]) if column in there}
                 flows.setdefault(cut.layer, []).append(flow_of(cut, image, row, here, mine))
-            if cut.positions == "contiguous":
-                lost, moved = 0, []
-                for column, position in zip(columns[row], positions[row], strict=True):
-                    lost += column in gone
-                    moved.append(position - lost)
-                positions[row] = moved
-                shift[row] += lost
-            stay = [i for i, column in enumerate(columns[row]) if column not in gone]
-            columns[row] = [columns[row][i] for i in stay]
-            positions[row] = [positions[row][i] for i in stay]
-        seen[cut.layer] = state()
-
-    made: list[Stretch] = []
-    before = ([list(range(width))] * batch, width)
-    for first, (cols, ids, moved) in sorted(seen.items()):
-        if made and cols == before[0] and first not in flows:
+            left.drop(row, gone, close=cut.positions == "contiguous")
+        seen[cut.layer] = left.copy()
+    made, before = [], Left.whole(batch, width)
+    for first, now in sorted(seen.items()):
+        if made and now.columns == before.columns and first not in flows:
             continue  # a cut that took nothing
-        earlier, room = before
-        length = max(map(len, cols))
-        index, padded, mask = [], [], []
-        for row, mine, position in zip(earlier, cols, ids, strict=True):
-            entry = {column: room - len(row) + i for i, column in enumerate(row)}
-            fill = length - len(mine)
-            index.append([0] * fill + [entry[column] for column in mine])
-            padded.append([0] * fill + position)
-            mask.append([False] * fill + [True] * len(mine))
-        ragged = any(len(mine) != length for mine in cols)
-
-        def upload(values: list, dtype: torch.dtype = torch.long) -> torch.Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        made.append(
-            Stretch(
-                first,
-                upload(index),
-                upload(padded),
-                upload(mask, torch.bool) if ragged else None,
-                upload([[m] for m in moved]),
-                tuple(flows.get(first, ())),
-            )
-        )
-        before = (cols, length)
+        made.append(stretch_of(first, before, now, flows.get(first, ()), device))
+        before = now
     return made
+
+
+@dataclass
+class Left:
+    """What is left of every row of a batch.
+
+    Attributes:
+        columns: prompt columns; positions: their position ids.
+        shift: positions by which decoded tokens move down.
+    """
+
+    columns: list[list[int]]
+    positions: list[list[int]]
+    shift: list[int]
+
+    @classmethod
+    def whole(cls, batch: int, width: int) -> Left:
+        """All of a prompt batch."""
+        return cls([list(range(width)) for _ in range(batch)], [list(range(width)) for _ in range(batch)], [0] * batch)
+
+    def copy(self) -> Left:
+        """As it is now."""
+        return Left(list(map(list, self.columns)), list(map(list, self.positions)), list(self.shift))
+
+    @property
+    def length(self) -> int:
+        """Columns of the longest row."""
+        return max(map(len, self.columns))
+
+    def drop(self, row: int, gone: set[int], close: bool) -> None:
+        """Take columns out of a row, and close the gaps that they leave in its position ids or not."""
+        lost, columns, positions = 0, [], []
+        for column, position in zip(self.columns[row], self.positions[row], strict=True):
+            lost += close and column in gone
+            if column not in gone:
+                columns.append(column)
+                positions.append(position - lost)
+        self.columns[row], self.positions[row] = columns, positions
+        self.shift[row] += lost
+
+
+def stretch_of(first: int, before: Left, now: Left, flows: Sequence[Flow], device: torch.device) -> Stretch:
+    """The layers from `first` on, by what the stretch before them had; rows are left-padded to the longest."""
+    index, padded, mask = [], [], []
+    for row, mine, position in zip(before.columns, now.columns, now.positions, strict=True):
+        entry = {column: before.length - len(row) + i for i, column in enumerate(row)}
+        fill = now.length - len(mine)
+        index.append([0] * fill + [entry[column] for column in mine])
+        padded.append([0] * fill + position)
+        mask.append([False] * fill + [True] * len(mine))
+
+    def upload(values: list, dtype: torch.dtype = torch.long) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return Stretch(
+        first,
+        upload(index),
+        upload(padded),
+        None if all(map(all, mask)) else upload(mask, torch.bool),
+        upload([[down] for down in now.shift]),
+        tuple(flows),
+    )
 
 
 def run_layers(

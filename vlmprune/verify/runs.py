@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from vlmprune.engine import hooks as engine
+from vlmprune.engine.hooks import encode
 from vlmprune.patches import Family
 from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.patches.language_models import sliding_window
@@ -118,7 +118,7 @@ def rows_of(family: Family, model: nn.Module, prompt: dict[str, Any]) -> Rows:
     inner, ids = family.inner(model), prompt["input_ids"]
     hidden, images = model.get_input_embeddings()(ids).clone(), []
     given = {name: value for name, value in prompt.items() if name not in ("input_ids", "attention_mask")}
-    for modality, encoded in engine.encode(inner, given, family).items():
+    for modality, encoded in encode(inner, given, family).items():
         columns = (ids[0] == family.token(inner, modality)).nonzero().flatten()
         hidden[0, columns] = torch.cat(list(encoded.pooler_output)).to(hidden.dtype)
         images += [part.tolist() for part in columns.split([len(f) for f in encoded.pooler_output])]

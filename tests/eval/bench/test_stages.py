@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from clocks import FakeClock
@@ -90,16 +92,21 @@ def test_deciding_is_booked_as_selection(work, monkeypatch, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["sequence.Sequence.shorten", "sequence.Sequence.expand", "prefill.prompt_layout", "layout.Layout.from_tower"],
+    [
+        "engine.sequence.Sequence.shorten",
+        "engine.sequence.Sequence.expand",
+        "engine.prefill.prompt_layout",
+        "parts.layout.Layout.from_tower",
+    ],
 )
 def test_shortening_and_bookkeeping_are_booked_as_gather(work, monkeypatch, name):
-    import vlmprune.engine.prefill
-
     here = work()
-    parts = name.split(".")
-    owner = getattr(vlmprune, parts[0]) if len(parts) == 2 else getattr(getattr(vlmprune, parts[0]), parts[1])
+    room, file, *owners, last = name.split(".")
+    owner = import_module(f"vlmprune.{room}.{file}")
+    for part in owners:
+        owner = getattr(owner, part)
     time = FakeClock(tick=1)
-    monkeypatch.setattr(owner, parts[-1], time.slow(getattr(owner, parts[-1]), NAP))
+    monkeypatch.setattr(owner, last, time.slow(getattr(owner, last), NAP))
     assert booked(stages(here, "fopru", time, keep=5)) == "gather"
 
 

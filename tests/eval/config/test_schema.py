@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from vlmprune import configs
-from vlmprune.eval.config.schema import Entry, Part, load_config
+from vlmprune.eval.config.entries import Entry, Part
+from vlmprune.eval.config.schema import load_config
 from vlmprune.eval.config.tree import Mistakes
 
 GOOD = """\
@@ -253,6 +256,81 @@ def test_mistakes(mistakes, text, line, words):
 def test_all_mistakes_are_told_at_once(mistakes):
     found = mistakes("model: 3\ntasks: []\nmethods: [fopru]\nkeep: 7.5\nlimit: x\nwhat: 1\n")
     assert sorted(where for where, _ in found) == [f"my.yaml:{line}" for line in (1, 2, 4, 5, 6)]
+
+
+def test_mistakes_stand_in_the_order_of_lines(mistakes):
+    found = mistakes("runs: 3\nlimit: x\noutput: 3\n")
+    assert [where for where, _ in found] == ["my.yaml:1", "my.yaml:3"]  # without models, nothing is said of them
+    text = GOOD + "\n" * 6 + "limit: x\nseeds: -1\noutput: 3\nbatch_size: 0\nwhat: 1\n"
+    found = mistakes(text.replace("keep: 0.25", "keep: 7.5"), "device=tpu", "dtype=3")
+    lines = [f"my.yaml:{line}" for line in (4, 11, 12, 13, 14, 15)]
+    assert [where for where, _ in found] == ["--set device=tpu", "--set dtype=3", *lines]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (  # a mistake in what others lean on is told alone
+            GOOD.replace("[gqa]", "[3]") + "metrics: {gqa: exact_match}\n",
+            ["2: tasks[0] must be text, not 3."],
+        ),
+        (
+            GOOD.replace("[fopru]", "3") + "controls: false\npublished:\n  - {method: fopru, task: gqa, metric: m, "
+            "value: 1, source: s, definition: d}\n",
+            ["3: methods must be a list, not 3."],
+        ),
+        (GOOD.replace("scene-llava", "3") + "runs: [{}, {limit: 3}]\n", ["1: model must be text, not 3."]),
+        (  # each in its own line, through all the short forms
+            GOOD.replace(
+                "[fopru]", "\n  - name: todre\n    tau: {a: 1}\n  - - fopru\n    - name: fastv\n      layer: None"
+            ),
+            [
+                "5: methods[0].tau must be a number, text, true, false or null, or a list of them, not a mapping.",
+                "8: methods[1][1].layer is the text 'None' in YAML: write null for no value.",
+            ],
+        ),
+        (
+            GOOD.replace("[fopru]", "\n  - name:\n    - fopru\n    - name: 3\n    seeds: [0]\n"),
+            ["7: unknown key 'seeds' of several methods"],
+        ),
+        (
+            GOOD.replace(
+                "[fopru]", "\n  - name:\n    - fopru\n    - name: todre\n      tau: {a: 1}\n    label: both\n"
+            ),
+            ["7: methods[0].name[1].tau must be a number"],
+        ),
+        (  # what a model holds beside its keys is no key
+            GOOD + "where: {}\npublished: [{where: a}]\nsuites: [a]\n",
+            ["5: unknown key 'where'.", "7: unknown key 'suites'.", "6: unknown key 'where'."],
+        ),
+        (
+            GOOD + "runs:\n  - {name: a, output: x}\n  - limt: 4\n",
+            ["6: unknown key 'output'.", "7: unknown key 'limt'."],
+        ),
+        ("{}\n", ["1: model is missing", "1: tasks is missing"]),
+        (GOOD + "generation: {do_sample: null, pad_token_id: null}\n", ["5: generation.pad_token_id is given by"]),
+    ],
+)
+def test_where_and_nothing_else(mistakes, text, told):
+    found = [f"{where.removeprefix('my.yaml:')}: {what}" for where, what in mistakes(text)]
+    needs = [one for one in found if "a published number needs" in one]
+    rest = [one for one in found if one not in needs]
+    assert len(rest) == len(told), found
+    assert all(any(one.startswith(words) for one in rest) for words in told), found
+
+
+def test_values_stay_what_they_were_written_as(config):
+    """Keys of results hash them: 1 and 1.0, true and 1 are different."""
+    (setting,) = config(GOOD + "generation: {temperature: 1, top_p: 1.0, until: a, max_time: null}\n").settings
+    assert repr(setting.generation) == "{'temperature': 1, 'top_p': 1.0, 'until': 'a', 'max_time': None}"
+    (setting,) = config(GOOD.replace("[fopru]", "[{name: todre, a: true, b: 1, c: 1.0, d: [1, x]}]")).settings
+    assert repr(setting.methods[0].parts[0].options) == "{'a': True, 'b': 1, 'c': 1.0, 'd': [1, 'x']}"
+
+
+def test_the_command_imports_pydantic_with_the_first_config():
+    code = "import sys, vlmprune.cli; assert 'pydantic' not in sys.modules; import vlmprune.eval.config.schema"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_aliases_work_and_cannot_explode(config, mistakes):

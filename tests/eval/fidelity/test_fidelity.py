@@ -15,6 +15,7 @@ import vlmprune
 from vlmprune.eval.fidelity import measure as fidelity
 from vlmprune.eval.fidelity import report as fidelity_report
 from vlmprune.eval.fidelity.measure import Compared, Entry, Row
+from vlmprune.eval.statistics import Estimate
 
 LONG = 6
 SIZES = {"llava": [(24, 24)] * 3, "llava_next": [(24, 48), (24, 24), (48, 48)]}
@@ -215,7 +216,7 @@ def test_pictures_that_all_agree_prove_little():
     assert (1 - line.measures["answer_agrees"].high) ** 4 == pytest.approx(0.025)
     assert line.measures["answer_agrees"].low == 0
     (line,) = fidelity.summarise([entry()], [row("x"), row("x", prompt="q")])
-    assert line.measures["answer_agrees"] == fidelity.Estimate(1.0, None, None)
+    assert line.measures["answer_agrees"] == Estimate(1.0, None, None)
 
 
 def test_equal_values_have_an_interval_too():
@@ -227,7 +228,7 @@ def test_equal_values_have_an_interval_too():
     assert found.value == 0.5
     assert 0.05 < found.low < 0.2
     assert 0.8 < found.high < 0.95
-    assert line.measures["kl_answer"] == fidelity.Estimate(0.5, None, None)  # nothing bounds it
+    assert line.measures["kl_answer"] == Estimate(0.5, None, None)  # nothing bounds it
     assert line.over_random.value == 0.5
     assert line.over_random.low < 0.5 < line.over_random.high
     assert line.verdict == "noise"

@@ -15,7 +15,8 @@ from vlmprune import spec
 from vlmprune.eval.config.schema import load_config
 from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import fingerprints, store
-from vlmprune.eval.lmms.plan import make_plan, published
+from vlmprune.eval.lmms.plan import make_plan
+from vlmprune.eval.lmms.run import ledger
 from vlmprune.eval.lmms.survey import survey
 from vlmprune.eval.lmms.taskindex import local_data
 from vlmprune.methods import ToDRE
@@ -81,7 +82,7 @@ def variants(plan, label=None):
         (
             "[[{name: tome, keep: 0.5}, {name: pitome, keep: 0.5}]]",
             "llava",
-            "both merge tokens inside the vision tower",
+            "both merge tokens in or behind the vision tower",
         ),
         ("[[{name: tome, keep: 0.5}, {name: fopru, keep: 4}]]", "llava", "looks at that tower"),
         ("[[{name: globalcom2, parity: released, keep: 0.5}, {name: random, keep: 4}]]", "next", "order of its own"),
@@ -195,7 +196,7 @@ def test_a_budget_that_one_method_cannot_meet_is_left_out(plan):
         ("[[fopru, none]]", "", "llava", "4", "cannot be combined"),
         ("[[todre, fastv]]", "keep: 4", "llava", "4", "todre needs keep="),
         ("[[{name: tome, keep: 4}, {name: fopru, keep: 4}]]", "", "llava", "4", "merges tokens inside"),
-        ("[[{name: tome, keep: 4}, {name: pitome, keep: 4}]]", "", "llava", "4", "both merge tokens inside"),
+        ("[[{name: tome, keep: 4}, {name: pitome, keep: 4}]]", "", "llava", "4", "both merge tokens in or"),
         ("[fopru]", "keep: 4", "scene-lava", "1", "Did you mean 'scene-llava'?"),
         ("[fopru]", "keep: 4", "/no/such/folder", "1", "no such folder"),
         ("[fopru]", "keep: 4\ntemplate: no.jinja", "llava", "6", "no file 'no.jinja'"),
@@ -505,7 +506,7 @@ def test_the_ledger(plan):
         "  - {method: fopru, keep: 0.5, task: vlmprune_scene_llava_shape, metric: exact_match, value: 3, source: s,",
         "     definition: d}",
     )
-    (entry,) = published(made.jobs[0].setting)
+    (entry,) = ledger(made.jobs[0].setting)
     assert entry == {
         "model": "tiny",
         "method": "fopru",

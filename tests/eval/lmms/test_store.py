@@ -144,7 +144,7 @@ def test_files_have_the_usual_permissions(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    code = "import sys; from pathlib import Path; from vlmprune.eval import store\n"
+    code = "import sys; from pathlib import Path; from vlmprune.eval.lmms import store\n"
     code += "with store.locked(Path(sys.argv[1])): pass"
 
     def other():

@@ -255,6 +255,19 @@ def test_a_full_model_without_a_right_answer_gives_no_ratio():
     assert "no ratio" in mine.note
 
 
+@pytest.mark.parametrize("task", ["pope", None])
+def test_answers_that_differ_are_not_equal_where_every_picture_has_as_many(task):
+    """The first of a picture's two questions right, or the second: no draw differs, and every sample does."""
+    cells = [made.cell("none", None, per_picture=2), made.cell("fopru", 0.25, per_picture=2)]
+    for which, cell in enumerate(cells):
+        for i, sample in enumerate(cell["samples"]):
+            sample["score"] = float(i % 2 == which)
+        cell["metrics"]["accuracy"]["value"] = 0.5
+    mine = row(gathered(cells), "fopru keep 0.25", task)
+    assert mine.full_difference == 0
+    assert mine.full_verdict == ("noise" if task else None)  # nothing bounds a ratio
+
+
 def test_one_cluster_gives_no_interval():
     results = gathered(made.grid_of(per_picture=60))
     fopru = row(results, "fopru keep 0.1", "pope")

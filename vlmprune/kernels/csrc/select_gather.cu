@@ -1,12 +1,11 @@
-// Choosing columns by score and gathering all that belongs to them, in one launch; and the choosing alone.
+// Choosing columns by score; and gathering all that belongs to the columns that stay, in one launch.
 //
-// Compiled at run time (NVRTC) without any header. Every block of `select_gather` works out for itself which columns of
+// Compiled at run time (NVRTC) without any header. Every block of `select_gather` counts for itself which columns of
 // its sample stay (some thousand bytes, which come from the L2 cache) and then moves its share of the rows in accesses
 // of up to 16 bytes, four in flight per thread.
 //
-// Order of scores: as unsigned keys, NaN above everything, -0 equal to 0, columns that are no candidates 0. With a kind
-// of 0 the scores are bool and mark what stays. Counts of a sample (kept, tied, real) travel packed in one 64-bit word,
-// 21 bits each, so a sample has less than 2^21 columns.
+// Order of scores: as unsigned keys, NaN above everything, -0 equal to 0, columns that are no candidates 0. Counts of a
+// sample (kept, tied, real) travel packed in one 64-bit word, 21 bits each, so a sample has less than 2^21 columns.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -20,7 +19,7 @@ typedef long long i64;
 #define ONE_REAL (1ull << 42)
 #define FIELD(word, one) ((int)(((word) / (one)) & 0x1fffffull))
 
-enum Kind { BOOL = 0, FLOAT32 = 1, FLOAT16 = 2, BFLOAT16 = 3 };
+enum Kind { FLOAT32 = 1, FLOAT16 = 2, BFLOAT16 = 3 };
 
 __device__ __forceinline__ u32 key_of(const void* scores, i64 at, int kind) {
   if (kind == FLOAT32) {
@@ -67,12 +66,11 @@ __device__ __forceinline__ u64 block_before(u64 value, u64* warp_sums) {
 
 struct Sample {
   const void* scores;
-  const unsigned char* real;  // null: all are
-  i64 score_step, real_step;
+  const unsigned char* real;
   int kind, columns;
 
-  __device__ __forceinline__ bool is_real(int column) const { return !real || real[column * real_step]; }
-  __device__ __forceinline__ u32 key(int column) const { return key_of(scores, column * score_step, kind); }
+  __device__ __forceinline__ bool is_real(int column) const { return real[column]; }
+  __device__ __forceinline__ u32 key(int column) const { return key_of(scores, column, kind); }
 };
 
 // The key that the last column to stay has, and how many of the columns with that very key stay, by radix selection:
@@ -117,7 +115,6 @@ __device__ void threshold(const Sample& s, i64 wanted, u32* histogram, u64* warp
 // One column's packed counts: kept for sure, tied with the last one to stay, real.
 __device__ __forceinline__ u64 counts_of(const Sample& s, int column, u32 key) {
   if (!s.is_real(column)) return 0;
-  if (s.kind == BOOL) return ONE_REAL + (((const unsigned char*)s.scores)[column * s.score_step] ? ONE_KEPT : 0);
   const u32 mine = s.key(column);
   return ONE_REAL + (mine > key ? ONE_KEPT : mine == key ? ONE_TIED : 0);
 }
@@ -138,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __shared__ u64 warp_sums[WARPS];
   const i64 first = (i64)blockIdx.x * columns;
   const int width = kind == FLOAT32 ? 4 : 2;
-  const Sample s = {(const char*)scores + first * width, candidates + first, 1, 1, kind, columns};
+  const Sample s = {(const char*)scores + first * width, candidates + first, kind, columns};
   u32 key;
   int need;
   threshold(s, counts[blockIdx.x], histogram, warp_sums, &key, &need);
@@ -185,38 +182,44 @@ __device__ __forceinline__ void copy_rows(const char* from, char* to, i64 step, 
     copy_rows<unsigned short>(from, to, step, bytes, source, rows);
 }
 
-// Grid: (blocks per sample, batch). Steps are in elements for scores, real and ids, in bytes for rows.
+// The columns of a sample that are marked, and those that are real (null: all are).
+struct Marks {
+  const unsigned char *keep, *real;
+  i64 keep_step, real_step;
+
+  // One column's packed counts: kept, real.
+  __device__ __forceinline__ u64 counts(int column) const {
+    if (real && !real[column * real_step]) return 0;
+    return ONE_REAL + (keep[column * keep_step] ? ONE_KEPT : 0);
+  }
+};
+
+// Grid: (blocks per sample, batch). Steps are in elements for keep, real and ids, in bytes for rows.
 extern "C" __global__ void __launch_bounds__(THREADS) select_gather(
-    const void* scores, const i64* counts, const unsigned char* real, const char* hidden, const i64* ids,
+    const unsigned char* keep, const unsigned char* real, const char* hidden, const i64* ids,
     const char* cos, const char* sin, char* hidden_out, i64* ids_out, char* cos_out, char* sin_out, i64* index_out,
-    unsigned char* mask_out, i64* dropped_out, int kind, int columns, int length, int rows_per_block, int contiguous,
-    int score_sample, int score_step, int real_sample, int real_step, int hidden_sample, int hidden_step,
+    unsigned char* mask_out, i64* dropped_out, int columns, int length, int rows_per_block, int contiguous,
+    int keep_sample, int keep_step, int real_sample, int real_step, int hidden_sample, int hidden_step,
     int hidden_bytes, int id_axes, int ids_axis, int ids_sample, int ids_step, int rotary_axes, int rotary_bytes,
     int cos_axis, int cos_sample, int cos_step, int sin_axis, int sin_sample, int sin_step) {
-  __shared__ u32 histogram[256];
   __shared__ u64 warp_sums[WARPS];
   __shared__ int source[ROWS];
   __shared__ int gone[ROWS];  // real columns dropped up to the source, itself included
   const i64 sample = blockIdx.y, batch = gridDim.y;
-  const int width = kind == FLOAT32 ? 4 : kind == BOOL ? 1 : 2;
-  const Sample s = {(const char*)scores + sample * score_sample * width,
-                    real ? real + sample * real_sample : real, score_step, real_step, kind, columns};
-  u32 key = 0;
-  int need = 0;
-  if (kind != BOOL) threshold(s, counts[sample], histogram, warp_sums, &key, &need);
+  const Marks marks = {keep + sample * keep_sample, real ? real + sample * real_sample : real, keep_step, real_step};
 
   const int run = run_length(columns), start = min((int)threadIdx.x * run, columns), end = min(start + run, columns);
   u64 mine = 0;
-  for (int column = start; column < end; column++) mine += counts_of(s, column, key);
+  for (int column = start; column < end; column++) mine += marks.counts(column);
   const u64 all = block_sum(mine, warp_sums);
   u64 before = block_before(mine, warp_sums);
-  const int kept = kept_of(all, need), first = blockIdx.x * rows_per_block;
+  const int kept = FIELD(all, ONE_KEPT), first = blockIdx.x * rows_per_block;
   const int rows = min(rows_per_block, length - first);
   for (int column = start; column < end; column++) {
-    const u64 now = before + counts_of(s, column, key);
-    const int rank = kept_of(now, need);
+    const u64 now = before + marks.counts(column);
+    const int rank = FIELD(now, ONE_KEPT);
     // kept columns fill the right end in order, the last of the others the padding before them
-    const int slot = (rank > kept_of(before, need) ? length - kept + rank - 1 : column - rank - (columns - length)) - first;
+    const int slot = (rank > FIELD(before, ONE_KEPT) ? length - kept + rank - 1 : column - rank - (columns - length)) - first;
     if (slot >= 0 && slot < rows) {
       source[slot] = column;
       gone[slot] = FIELD(now, ONE_REAL) - rank;

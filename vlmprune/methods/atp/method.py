@@ -10,13 +10,18 @@ from typing import ClassVar, Literal
 import torch
 
 from vlmprune.methods.atp.modules import TRAIN, Norm, Thresholds, load
-from vlmprune.methods.base import Method
-from vlmprune.parts.cuts import Cut, Decoder, Positions, Reduction
-from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.layout import Layout
-from vlmprune.parts.selection import check_choice, keep_patches
-from vlmprune.parts.taps import ReceivedAttention, Tap
-from vlmprune.registry import register
+from vlmprune.methods.base import Method, register
+from vlmprune.parts import (
+    Cut,
+    Decoder,
+    Layout,
+    ModelFacts,
+    Positions,
+    ReceivedAttention,
+    Reduction,
+    Seen,
+    keep_patches,
+)
 
 __all__ = ["Atp", "hard_keep", "min_max", "redundancy", "soft_masks", "spatial_scores"]
 
@@ -126,9 +131,7 @@ class Atp(Method):
     thresholds: Thresholds | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_choice("use", self.use, Literal["both", "redundancy", "spatial"])
-        check_choice("newlines", self.newlines, Literal["all", "none"])
-        check_choice("positions", self.positions, Positions)
+        super().__post_init__()
         if self.thresholds is None:
             if self.weights is None:
                 raise ValueError(f"atp needs trained modules: weights= a folder or hub id. Train them with: {TRAIN}")
@@ -148,7 +151,7 @@ class Atp(Method):
             for stage, p in enumerate(config.layers)
         ]
 
-    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, stage: int) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout, stage: int) -> Reduction:
         """Pure but for the modules' weights: `(images, tokens, 2)` attention in, decision out."""
         (received,) = seen.values()
         config, module = self.thresholds.config, self.thresholds.cuts[stage].to(received.device)

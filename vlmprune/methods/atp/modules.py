@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import pairwise
-from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from vlmprune import embedded
 from vlmprune.parts.budget import check_keep
 from vlmprune.parts.cuts import schedule_layers
 from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.selection import check_choice
+from vlmprune.parts.options import Must, checked, hints, is_number, is_whole
 
 __all__ = ["TRAIN", "AtpConfig", "Norm", "Threshold", "Thresholds", "load", "pool_scores", "save"]
 
@@ -25,10 +26,7 @@ FORMAT = 1
 TRAIN = "python scripts/train_atp.py --model MODEL --data QUESTIONS.jsonl --average 0.25 --out FOLDER"
 
 Norm = Literal["minmax", "none", "logits"]
-
-
-def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+POSITIVE = Must("a whole number of at least 1", partial(is_whole, least=1))
 
 
 def pool_scores(scores: torch.Tensor, among: torch.Tensor, bins: int) -> torch.Tensor:
@@ -61,27 +59,23 @@ class AtpConfig:
     average: int | float
     layers: tuple[int, ...]
     form: Literal["pooled", "means"] = "pooled"
-    hidden: int = 256
-    pool: int = 64
+    hidden: Annotated[int, POSITIVE] = 256
+    pool: Annotated[int, POSITIVE] = 64
     score_norm: Norm = "minmax"
     strides: tuple[int, ...] = (2, 3, 4, 6, 8, 12, 24)
-    lambda_sample: float = 3.0
+    lambda_sample: Annotated[float, Must("a number", lambda x: is_number(x, -math.inf, math.inf))] = 3.0
     mean_over: Literal["layers", "modules"] = "layers"
 
     def __post_init__(self) -> None:
         for name in ("layers", "strides"):
             given = getattr(self, name)
-            if not isinstance(given, tuple | list) or not all(is_int(x) for x in given):
+            if not isinstance(given, tuple | list) or not all(is_whole(x, -math.inf) for x in given):
                 raise ValueError(f"{name}={given!r} must be whole numbers.")
-            object.__setattr__(self, name, tuple(given))
         object.__setattr__(self, "average", check_keep(self.average, "average"))
-        if not isinstance(self.model, dict) or not is_int(self.model.get("decoder_layers")):
+        if not isinstance(self.model, dict) or not is_whole(self.model.get("decoder_layers")):
             raise ValueError(f"model={self.model!r} must be the facts of a model, decoder_layers among them.")
-        if isinstance(self.lambda_sample, bool) or not isinstance(self.lambda_sample, Real):
-            raise ValueError(f"lambda_sample={self.lambda_sample!r} must be a number.")
-        check_choice("form", self.form, Literal["pooled", "means"])
-        check_choice("score_norm", self.score_norm, Norm)
-        check_choice("mean_over", self.mean_over, Literal["layers", "modules"])
+        for name, hint in hints(AtpConfig).items():
+            object.__setattr__(self, name, checked(name, hint, getattr(self, name)))
         depth = self.model["decoder_layers"]
         if not self.layers or list(self.layers) != sorted({*self.layers}) or self.layers[0] < 1:
             raise ValueError(f"layers={self.layers} must be ascending layer numbers from 1.")
@@ -89,9 +83,6 @@ class AtpConfig:
             raise ValueError(f"layers={self.layers}: a model of {depth} layers allows 1..{depth - 1}.")
         if not self.strides or min(self.strides) < 1:
             raise ValueError(f"strides={self.strides} must be positive numbers of patches.")
-        for name in ("hidden", "pool"):
-            if not is_int(getattr(self, name)) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number of at least 1.")
 
     @classmethod
     def of(
