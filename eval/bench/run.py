@@ -13,11 +13,11 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.eval.bench import measure, results, shapes
 from vlmprune.eval.bench.compare import differing_settings
 from vlmprune.eval.bench.measure import Effort
-from vlmprune.eval.bench.sizes import measure_sizes
+from vlmprune.eval.bench.sizes import check_sizes, measure_sizes
 from vlmprune.eval.bench.workload import Workload, make_workload
 from vlmprune.kernels import choice
 from vlmprune.runtime import answering, loading
-from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
 from vlmprune.runtime.files import has_content
 from vlmprune.runtime.status import Bar, note, quiet, status
 
@@ -47,6 +47,9 @@ def measured(
         check_same(there, found, json)
     loaded = subject(asked, device)
     answering.check(loaded, [job for job, _ in pairs])
+    if sizes is not None:
+        with user_mistakes():
+            check_sizes(loaded.model)
     effort = Effort(asked["pairs"], asked["plain_runs"], asked["stage_runs"], asked["new_tokens"])
     works = {
         batch: answering.guarded(make_workload, loaded.model, batch, asked["prompt_tokens"])
