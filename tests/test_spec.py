@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import vlmprune
 from vlmprune import Method, UnsupportedError, registry, spec
-from vlmprune.cli import bench_settings, flags
+from vlmprune.cli import bench, flags
 from vlmprune.eval.config import schema as config
 from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import plan
@@ -85,7 +85,7 @@ def by_flags(method, options):
 def by_bench_again(method, options):
     """The options of an old result, turned to text and read again."""
     asked = {"asked": {}, "cells": [{"method": method, "options": options, "batch": 1}]}
-    again = bench_settings.asked_in(asked)
+    again = bench.asked_in(asked)
     (job,) = spec.jobs(
         [again["method"]], [{"keep": spec.read_budget(again["keep"])}], flags.options_of(again["option"])
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from vlmprune.runtime.errors import CommandError, UserError
 from vlmprune.runtime.loading import model_inputs, strange_pictures, warn_of_photographs
 from vlmprune.runtime.pictures import read_picture
 from vlmprune.runtime.prompts import Pair
-from vlmprune.runtime.status import note, status
+from vlmprune.runtime.status import Bar, note, status
 from vlmprune.runtime.tables import counted
 from vlmprune.spec import Job
 
@@ -57,34 +57,44 @@ def measure(loaded: Loaded, todo: Todo, batch: int, longest: int, skipped: dict[
     Returns:
         Whether the user interrupted.
     """
-    waiting: list[tuple[Pair, dict[str, torch.Tensor]]] = []
     left = todo.left()
     if len(left) < len(todo.pairs):
         note(f"{counted(len(todo.pairs) - len(left), 'prompt')} of {len(todo.pairs)} measured before")
-    ready, progress = prepared(loaded, left, skipped), Progress(len(left), 1 + len(todo.steps))
-    try:
-        while True:
-            while len(waiting) < batch and (next_one := next(ready, None)):
-                waiting.append(next_one)
-            if not waiting:
-                break
-            lost = sum(pair.picture in skipped for pair in left)
-            try:
-                guarded(one_batch, loaded, todo, waiting[:batch], longest, progress.at(lost))
-            except CommandError as error:
-                if batch == 1 or not isinstance(error.__context__, torch.OutOfMemoryError | MemoryError):
-                    raise
-                batch = max(1, min(batch, len(waiting)) // 2)
-                note(f"out of memory: going on with {counted(batch, 'prompt')} at a time")
-                continue
-            progress.done += len(waiting[:batch])
-            waiting = waiting[batch:]
-    except KeyboardInterrupt:
-        note("interrupted: reporting on what is finished (--resume goes on)")
-        return True
-    finally:
-        status()
+    with Bar(len(left)) as bar:
+        try:
+            in_batches(loaded, todo, left, batch, longest, skipped, bar)
+        except KeyboardInterrupt:
+            note("interrupted: reporting on what is finished (--resume goes on)")
+            return True
     return False
+
+
+def in_batches(
+    loaded: Loaded, todo: Todo, left: list[Pair], batch: int, longest: int, skipped: dict[str, str], bar: Bar
+) -> None:
+    """`measure`, of prompts that lack a row."""
+    ready, waiting = prepared(loaded, left, skipped), []
+    while True:
+        waiting += islice(ready, max(0, batch - len(waiting)))
+        if not waiting:
+            return
+        some, done = waiting[:batch], bar.done
+
+        def tell(step: int, label: str, some: Sequence = some, done: float = done) -> None:
+            status(f"step {step + 1} of {1 + len(todo.steps)}: {label}")
+            bar.at(done + len(some) * step / (1 + len(todo.steps)), sum(pair.picture not in skipped for pair in left))
+
+        try:
+            guarded(one_batch, loaded, todo, some, longest, tell)
+        except CommandError as error:
+            bar.at(done)
+            if batch == 1 or not isinstance(error.__context__, torch.OutOfMemoryError | MemoryError):
+                raise
+            batch = max(1, len(some) // 2)
+            note(f"out of memory: going on with {counted(batch, 'prompt')} at a time")
+            continue
+        bar.at(done + len(some))
+        del waiting[: len(some)]
 
 
 def prepared(loaded: Loaded, pairs: Sequence[Pair], skipped: dict[str, str]) -> Iterator[tuple[Pair, dict[str, Any]]]:
@@ -129,25 +139,3 @@ def one_batch(
             said = text(full.answer(i)), text(one.tokens)
             made[mine[step]] = fidelity.Row(pair.picture, pair.prompt, entry.label, seed, *said, one)
         journal.add({key: row for key, row in made.items() if key not in journal.rows})
-
-
-class Progress:
-    """A bar over prompts, and how long it will take."""
-
-    def __init__(self, total: int, steps: int):
-        self.total, self.steps, self.done, self.start = total, steps, 0, time.monotonic()
-
-    def at(self, lost: int) -> Callable[[int, str], None]:
-        """What shows step `step` of the next batch, `lost` prompts having been left out."""
-        total = max(1, self.total - lost)
-
-        def tell(step: int, label: str) -> None:
-            share = min(1.0, self.done / total)
-            bar = "#" * round(20 * share)
-            left = ""
-            if self.done:
-                minutes = (time.monotonic() - self.start) / self.done * (total - self.done) / 60
-                left = f", {minutes:.0f} min left" if minutes >= 1 else f", {60 * minutes:.0f} s left"
-            status(f"[{bar:.<20}] {self.done}/{total} prompts{left} (step {step + 1} of {self.steps}: {label})")
-
-        return tell

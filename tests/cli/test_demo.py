@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from tiny_folders import noise_picture
 
+from vlmprune import embedded
 from vlmprune.cli import demo
 from vlmprune.eval import testbed
 from vlmprune.runtime import loading
@@ -20,7 +21,8 @@ def shipped(monkeypatch, tmp_path, folders):
         file = tmp_path / f"p{i}.png"
         noise_picture(*size, seed=i).save(file)
         rows.append({"file": file, "model": model, "question": "what is it ?", "answer": f"word{i}"})
-    monkeypatch.setattr(testbed, "path", places.__getitem__)
+    for module in (embedded, testbed):
+        monkeypatch.setattr(module, "path", places.__getitem__)
     monkeypatch.setattr(testbed, "pictures", lambda: rows)
     return rows
 

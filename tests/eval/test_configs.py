@@ -94,6 +94,4 @@ def test_the_demo_has_the_six_methods_and_three_budgets():
 
 def test_the_template_names_every_key():
     text = (CONFIGS / "template.yaml").read_text()
-    assert [
-        word for word in (*KEYS, "output", "runs") if f"\n{word}:" not in text and f"\n# {word}:" not in text
-    ] == []
+    assert [word for word in (*KEYS, "output", "runs") if f"\n{word}:" not in text and f"\n# {word}:" not in text] == []

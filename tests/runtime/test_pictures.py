@@ -84,8 +84,15 @@ def test_a_table_fits_the_terminal(monkeypatch):
     assert max(map(len, whole.splitlines())) == 32
     narrow = table(header, rows, ["n"], 24)
     assert narrow.splitlines() == [
-        "method: fopru", "  n: 12", "  answer: a rather long", "    answer", "", "method: grid", "  n: 3",
+        "method   n  answer", "------  --  ------------", "fopru   12  a rather", "            long answer", "",
+        "grid     3",
     ]  # fmt: skip
+    # no word is broken while there is another way
+    assert table(header, rows, ["n"], 17).splitlines() == [
+        "method:   fopru", "  n:      12", "  answer: a rather", "          long", "          answer", "",
+        "method: grid", "  n:    3",
+    ]  # fmt: skip
+    assert table(["n"], [["[bold]x[/bold] :smile:"]]).splitlines()[2] == "[bold]x[/bold] :smile:"
     assert table(header, rows, ["n"], 32) == whole
     # the limit is that of the terminal, and a file has none
     monkeypatch.setenv("COLUMNS", "24")

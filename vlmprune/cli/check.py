@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from vlmprune.cli.flags import add_budget, add_device, budgets_of, options_of, words_of
+from typer import Option
+
+from vlmprune.cli import flags
 from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from vlmprune.spec import Job
     from vlmprune.verify import Line, Report
 
-__all__ = ["add_to"]
+__all__ = ["verb"]
 
 KEEP = "0.25"
 WORDS = {"pass": "pass", "FAIL": "fail", "!": "unknown model", "?": "inconclusive", "-": "not applicable"}
@@ -38,87 +39,69 @@ exit codes: 0 nothing failed and at most one line is inconclusive, 1 anything el
 """
 
 
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "check",
-        help="prove on your model and machine that pruning computes what it says",
-        description="Check methods on a model: pruned equals by hand, cache, batches, decoding, positions, unpatching.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = made.add_argument
-    add(
-        "--model", default="scene-llava", metavar="NAME", help="embedded model, folder or hub id (default: %(default)s)"
-    )
-    add(
-        "--method",
-        metavar="NAME[,NAME]",
-        help=f"methods; a+b runs one after the other (default: those of {METHODS} that the model can run)",
-    )
-    add_budget(
-        made,
-        keep=f"patches per image (64), or a fraction (0.1 or 10%%); in a+b, a keeps twice that (default: {KEEP})",
-        option="an option of the methods that have it (`vlmprune ls methods NAME`); may be repeated",
-        metavar="N",
-    )
-    add_device(made)
-    add("--report", action="store_true", help="end with a block for a bug report though nothing failed")
-    add("--json", action="store_true", help="print JSON")
-    made.set_defaults(verb=run)
+def verb(
+    model: flags.Model = "scene-llava",
+    method: flags.SomeMethods = None,
+    keep: flags.Keep = None,
+    average: flags.Average = None,
+    option: flags.Options = [],  # noqa: B006
+    device: flags.Device = "auto",
+    dtype: flags.DType = "auto",
+    report: Annotated[bool, Option("--report", help="end with a block for a bug report though nothing failed")] = False,
+    as_json: flags.Json = False,
+) -> None:
+    """Prove on your model and machine that pruning computes what it says.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Check everything that can be checked early, load the model, check the methods, print."""
-    asked = words_of(args.method if args.method is not None else METHODS, "--method")
-    budgets, named = budgets_of(args, KEEP)
+    Pruned equals by hand, cache, batches, decoding, positions, unpatching. Without --method: those of
+    fopru,fastv,transprune,todre,pool,tome,fopru+fastv that the model can run. One budget (default: a quarter of the
+    patches); in a+b, a keeps twice that.
+    """
+    asked = flags.words_of(METHODS if method is None else method, "--method")
+    budgets, named = flags.budgets_of(keep, average, KEEP)
     if len(budgets) > 1:
         raise UserError("check takes one budget.")
-    options = options_of(args.option)
+    options = flags.options_of(option)
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune import spec
     from vlmprune.errors import UnsupportedError
     from vlmprune.runtime import answering, loading
-    from vlmprune.runtime.status import status
+    from vlmprune.runtime.status import Bar, show, status
     from vlmprune.verify import Subject
 
     with user_mistakes():
         parts = dict.fromkeys(part for name in asked for part in spec.names_of(name))
-        jobs = spec.jobs(list(parts), budgets, options, named=named and args.method is not None)
+        jobs = spec.jobs(list(parts), budgets, options, named=named and method is not None)
         todo = {name: staggered(name, {job.method: job.options for job in jobs}).build() for name in asked}
-    device = loading.pick_device(args.device)
-    loaded = loading.load(loading.find_model(args.model), device, args.dtype)
+    loaded = loading.load(loading.find_model(model), loading.pick_device(device), dtype)
     try:
         subject = Subject(loaded.model)
     except (UnsupportedError, ValueError) as error:
         raise UserError(brief(error, 600)) from None
     skipped = {name: why for name, methods in todo.items() if (why := refusal(loaded, name, methods))}
-    if skipped and args.method is not None:
+    if skipped and method is not None:
         name, why = next(iter(skipped.items()))
         raise UserError(f"{name} on {loaded.source.name}: {why}")
     if len(skipped) == len(todo):
         raise UserError(f"{loaded.source.name} can run none of {', '.join(skipped)}: name others with --method.")
     reports: dict[str, Report] = {}
     names = [name for name in todo if name not in skipped]
-    for name in names:
-        methods = todo[name]
-        reports[name] = answering.guarded(
-            lambda methods=methods, name=name: subject.check(methods, step=lambda text: status(f"{name}: {text}"))
-        )
-        status()
-        if not args.json:  # as they come, into a file or a pipe too
-            print(beginning(loaded, names) * (len(reports) == 1) + row_of(name, reports[name], names), flush=True)
+    with Bar(len(names)) as bar:
+        for name in names:
+            step = lambda text, name=name: status(f"{name}: {text}")  # noqa: E731
+            reports[name] = answering.guarded(lambda name=name, step=step: subject.check(todo[name], step=step))
+            if not as_json:  # as they come, into a file or a pipe too
+                show(beginning(loaded, names) * (len(reports) == 1) + row_of(name, reports[name], names))
+            bar.step()
     wrong = verdict(reports)
-    if args.json:
-        print(json.dumps(as_json(loaded, reports, skipped), indent=2))
+    if as_json:
+        print(json.dumps(in_json(loaded, reports, skipped), indent=2))
     else:
-        print(as_text(reports, skipped))
-        if wrong or args.report:
+        print(in_text(reports, skipped))
+        if wrong or report:
             print("\n" + block(loaded, reports, skipped))
     if wrong:
-        raise CommandError(wrong + ("" if args.json else " (block for a bug report above)"))
+        raise CommandError(wrong + ("" if as_json else " (block for a bug report above)"))
 
 
 def verdict(reports: dict[str, Report]) -> str:
@@ -178,7 +161,7 @@ def row_of(name: str, report: Report, names: list[str]) -> str:
     return line_of([name, *(line.outcome for line in report.lines)], names)[-1]
 
 
-def as_text(reports: dict[str, Report], skipped: dict[str, str]) -> str:
+def in_text(reports: dict[str, Report], skipped: dict[str, str]) -> str:
     """What stands below the rows: what the checks are, and a line for all that is no plain pass."""
     from vlmprune.verify import CHECKS
 
@@ -201,7 +184,7 @@ def details(line: Line) -> str:
     return f": {said}" if said else ""
 
 
-def as_json(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> dict[str, Any]:
+def in_json(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> dict[str, Any]:
     """The same for a program."""
     return {
         "model": model_name(loaded),

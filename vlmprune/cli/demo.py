@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
 
 from vlmprune.runtime.errors import CommandError, UserError, brief
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from vlmprune.runtime.answering import Outcome
     from vlmprune.runtime.loading import Loaded
 
-__all__ = ["add_to"]
+__all__ = ["verb"]
 
 #: The controls stand beside the methods, as everywhere.
 METHODS = ("fopru", "vtc_cls", "fastv", "random", "grid", "pool")
@@ -35,21 +36,6 @@ class Asked:
     picture: dict[str, Any]
     plain: str
     outcomes: list[Outcome]
-
-
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "demo",
-        help="the embedded models with a quarter and a tenth of their visual tokens",
-        description=(
-            "Ask the embedded models about shipped pictures: the full model, and several methods with a quarter and a "
-            "tenth of the visual tokens. Prints one table and draws what was kept."
-        ),
-        allow_abbrev=False,
-    )
-    made.add_argument("--out", default="demo-out", metavar="FOLDER", help="folder for the pictures (%(default)s)")
-    made.set_defaults(verb=run)
 
 
 def shipped() -> list[dict[str, Any]]:
@@ -74,9 +60,12 @@ def shipped() -> list[dict[str, Any]]:
     return there
 
 
-def run(args: argparse.Namespace) -> None:
-    """Load every model once, ask, print the table, draw."""
-    folder = Path(args.out).expanduser()
+def verb(out: Annotated[str, Option(metavar="FOLDER", help="folder for the pictures")] = "demo-out") -> None:
+    """Ask the embedded models, with a quarter and a tenth of their visual tokens.
+
+    Asks about shipped pictures: the full model, and several methods. Prints one table and draws what was kept.
+    """
+    folder = Path(out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,23 +74,30 @@ def run(args: argparse.Namespace) -> None:
     from vlmprune import spec
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.pictures import read_picture
+    from vlmprune.runtime.status import Bar, show, status
 
     todo = spec.jobs(METHODS, [{"keep": keep} for keep in KEEPS], {})
     asked: list[Asked] = []
     drawn: list[Path] = []
     loaded: Loaded | None = None
-    for number, picture in enumerate(shipped(), 1):
-        if loaded is None or loaded.source.name != picture["model"]:
-            loaded = loading.load(loading.find_model(picture["model"]))
-        image = read_picture(picture["file"])
-        inputs = loading.model_inputs(loaded, [image], picture["question"])
-        plain = answering.answer(loaded, inputs, LONGEST)
-        outcomes = [answering.run_job(loaded, job, inputs, LONGEST) for job in todo]
-        asked.append(Asked(picture, plain, outcomes))
-        drawn.append(folder / f"{number}-{Path(picture['file']).stem}.png")
-        save(drawn[-1], loaded, asked[-1], image)
+    pictures = shipped()
+    with Bar(len(pictures) * (1 + len(todo))) as bar:
+        for number, picture in enumerate(pictures, 1):
+            if loaded is None or loaded.source.name != picture["model"]:
+                loaded = loading.load(loading.find_model(picture["model"]))
+            image = read_picture(picture["file"])
+            inputs = loading.model_inputs(loaded, [image], picture["question"])
+            status(f"{Path(picture['file']).name}: full model")
+            plain, outcomes = answering.answer(loaded, inputs, LONGEST), []
+            for job in todo:
+                bar.step()
+                outcomes.append(answering.run_job(loaded, job, inputs, LONGEST))
+            bar.step()
+            asked.append(Asked(picture, plain, outcomes))
+            drawn.append(folder / f"{number}-{Path(picture['file']).stem}.png")
+            save(drawn[-1], loaded, asked[-1], image)
 
-    print(as_table(asked))
+    show(as_table(asked))
     print(f"\n{CLOSING}\n\nWhat was kept:")
     for path in drawn:
         print(f"  {path}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
 
-from vlmprune.cli.flags import add_budget, add_device, add_model, budgets_of, options_of, words_of
+from typer import Option
+
+from vlmprune.cli import flags
 from vlmprune.runtime.errors import CommandError, UserError, brief, printable, user_mistakes
 from vlmprune.runtime.prompts import Pair, read_pairs
 
@@ -19,10 +21,9 @@ if TYPE_CHECKING:
     from vlmprune.eval.fidelity.report import Card, Study
     from vlmprune.runtime.loading import Loaded
 
-__all__ = ["add_to"]
+__all__ = ["verb"]
 
 KEEP = "0.25"
-CONTROLS = "random,grid,pool"
 EXAMPLES = """\
 examples:
   vlmprune fidelity --images photos --prompts prompts.txt --model llava-hf/llava-1.5-7b-hf --method fopru,todre \\
@@ -42,68 +43,44 @@ mean is told there. Every result is kept in rows.jsonl as it comes: Ctrl-C stops
 """
 
 
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "fidelity",
-        help="what pruning changes on your own pictures, no labels needed",
-        description=(
-            "Ask the full model and pruned ones about your own pictures, and measure how often the first token and the "
-            "greedy answer stay the same and how far the next-token distributions drift apart (KL), with intervals, "
-            "beside controls that look at nothing. The pictures that suffer most are shown."
-        ),
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = made.add_argument
-    add("--images", required=True, metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")
-    add("--prompts", required=True, metavar="FILE", help="one prompt a line, or JSON lines (see below)")
-    add_model(made)
-    add_budget(
-        made,
-        keep=f"patches per picture (64), or a fraction (0.1 or 10%%) (default: {KEEP})",
-        option="an option of the methods (`vlmprune ls methods NAME`), not of the controls; may be repeated",
-    )
-    add(
-        "--controls",
-        default=CONTROLS,
-        metavar="NAME[,NAME]",
-        help="what methods are measured against at the same budgets, or none (default: %(default)s)",
-    )
-    add("--seeds", type=int, default=3, metavar="N", help="seeds of `random`, averaged (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="only the first N pictures by name")
-    add(
-        "--worst", type=int, default=10, metavar="N", help="pictures shown per method and budget (default: %(default)s)"
-    )
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: %(default)s)")
-    add(
-        "--batch",
-        type=int,
-        default=4,
-        metavar="N",
-        help="prompts at a time; halved by itself where memory is short (default: %(default)s)",
-    )
-    add("--out", default="fidelity-out", metavar="FOLDER", help="folder for the report (default: %(default)s)")
-    add("--resume", action="store_true", help="go on with the run in that folder; what is there is not measured again")
-    add_device(made)
-    add("--json", action="store_true", help="print the sums and every row as JSON instead of the table")
-    made.set_defaults(verb=run)
+def verb(
+    images: Annotated[str, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")],
+    prompts: Annotated[str, Option(metavar="FILE", help="one prompt a line, or JSON lines (see below)")],
+    model: flags.Model = "scene-llava",
+    method: flags.Methods = "fopru",
+    keep: flags.Keep = None,
+    average: flags.Average = None,
+    option: flags.Options = [],  # noqa: B006
+    controls: Annotated[
+        str, Option(metavar="NAME[,NAME]", help="what methods are measured against at the same budgets, or none")
+    ] = "random,grid,pool",
+    seeds: Annotated[int, Option(metavar="N", help="seeds of `random`, averaged")] = 3,
+    limit: Annotated[int | None, Option(metavar="N", help="only the first N pictures by name")] = None,
+    worst: Annotated[int, Option(metavar="N", help="pictures shown per method and budget")] = 10,
+    max_new_tokens: flags.Longest = 64,
+    batch: Annotated[int, Option(metavar="N", help="prompts at a time; halved by itself where memory is short")] = 4,
+    out: Annotated[str, Option(metavar="FOLDER", help="folder for the report")] = "fidelity-out",
+    resume: Annotated[
+        bool, Option("--resume", help="go on with the run in that folder; what is there is not measured again")
+    ] = False,
+    device: flags.Device = "auto",
+    dtype: flags.DType = "auto",
+    as_json: flags.Json = False,
+) -> None:
+    """Tell what pruning changes on your own pictures, no labels needed.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Hold the folder, and write into it.
-
-    Raises:
-        UserError: another run is in it, or its rows are, and nobody said --resume.
+    Asks the full model and pruned ones about your own pictures, and measures how often the first token and the greedy
+    answer stay the same and how far the next-token distributions drift apart (KL), with intervals, beside controls that
+    look at nothing. The pictures that suffer most are shown. Without --keep and --average: a quarter of the patches.
     """
+    args = SimpleNamespace(**locals())
     from vlmprune.eval.fidelity.journal import JournalError, refuse_second
     from vlmprune.eval.lmms.store import StoreError, locked
 
-    folder = output_folder(args.out)
+    folder = output_folder(out)
     try:
         with locked(folder, "fidelity", "--out FOLDER"):
-            refuse_second(folder, args.resume)
+            refuse_second(folder, resume)
             study(args, folder)
     except (StoreError, JournalError) as error:
         raise UserError(str(error)) from None
@@ -111,16 +88,14 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(f"cannot write into {folder}: {brief(error)}") from None
 
 
-def study(args: argparse.Namespace, folder: Path) -> None:
+def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
-    for flag, least in (("max_new_tokens", 1), ("batch", 1), ("seeds", 1), ("limit", 1), ("worst", 0)):
-        given = getattr(args, flag)
-        if given is not None and given < least:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {given}.")
-    methods = words_of(args.method, "--method")
-    controls = [] if args.controls.strip() == "none" else words_of(args.controls, "--controls")
-    budgets, named = budgets_of(args, KEEP)
-    options = options_of(args.option)
+    flags.least(1, max_new_tokens=args.max_new_tokens, batch=args.batch, seeds=args.seeds, limit=args.limit)
+    flags.least(0, worst=args.worst)
+    methods = flags.words_of(args.method, "--method")
+    controls = [] if args.controls.strip() == "none" else flags.words_of(args.controls, "--controls")
+    budgets, named = flags.budgets_of(args.keep, args.average, KEEP)
+    options = flags.options_of(args.option)
     pairs = read_pairs(args.images, args.prompts, args.limit)
 
     # from here on it takes seconds: torch and transformers are imported
@@ -158,7 +133,7 @@ def study(args: argparse.Namespace, folder: Path) -> None:
     cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst) for entry in entries if not entry.control}
     about = about_run(loaded, args, sum(pair.picture in skipped for pair in pairs))
     told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs))
-    show(told, fidelity_report.write(folder, told), args.json)
+    show(told, fidelity_report.write(folder, told), args.as_json)
     if skipped:
         few = ", ".join(map(printable, list(skipped)[:5])) + (", ..." if len(skipped) > 5 else "")
         note(f"{counted(len(skipped), 'picture')} could not be read, and left out: {few}")
@@ -229,9 +204,8 @@ def worst_cards(loaded: Loaded, entry: Entry, rows: Sequence[Row], pairs: Sequen
     return cards
 
 
-def setting_of(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
     """What every result hangs on, beside picture, prompt and method."""
-    from vlmprune.cli import versions
     from vlmprune.eval.lmms import fingerprints
 
     source, model = loaded.source, loaded.model
@@ -242,20 +216,19 @@ def setting_of(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_new_tokens": args.max_new_tokens,
-        "versions": versions(),
+        "versions": flags.versions(),
     }
 
 
-def about_run(loaded: Loaded, args: argparse.Namespace, prompts_skipped: int) -> dict[str, Any]:
+def about_run(loaded: Loaded, args: SimpleNamespace, prompts_skipped: int) -> dict[str, Any]:
     """What somebody else needs to repeat it."""
-    from vlmprune.cli import versions
 
     return {
         "model": loaded.source.name,
         "family": loaded.model.config.model_type,
         "device": str(loaded.model.device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "versions": versions(),
+        "versions": flags.versions(),
         "command": "vlmprune " + " ".join(quoted(args)),
         "max_new_tokens": args.max_new_tokens,
         "batch": args.batch,
@@ -263,13 +236,13 @@ def about_run(loaded: Loaded, args: argparse.Namespace, prompts_skipped: int) ->
     }
 
 
-def quoted(args: argparse.Namespace) -> Iterator[str]:
+def quoted(args: SimpleNamespace) -> Iterator[str]:
     """The command line that means these arguments."""
     import shlex
 
     yield "fidelity"
     for name, value in vars(args).items():
-        if name in ("verb", "version", "json", "out", "resume") or value is None:
+        if name in ("as_json", "out", "resume") or value is None:
             continue
         for one in value if isinstance(value, list) else [value]:
             yield f"--{name.replace('_', '-')} {shlex.quote(str(one))}"

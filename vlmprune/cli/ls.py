@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 from dataclasses import MISSING, fields
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from typer import Argument
+
+from vlmprune.cli import flags
 from vlmprune.runtime.errors import UserError, brief
 
 if TYPE_CHECKING:
     from vlmprune.patches import Family
 
-__all__ = ["add_to"]
+__all__ = ["verb"]
 
 EXAMPLES = """\
 examples:
@@ -24,34 +26,22 @@ examples:
 """
 
 
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "ls",
-        help="list the methods or models there are",
-        description="List the methods (with those of other packages), or the models that can be pruned.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    made.add_argument("what", choices=("methods", "models"))
-    made.add_argument("name", nargs="?", help="only this method, in full")
-    made.add_argument("--json", action="store_true", help="print JSON")
-    made.set_defaults(verb=run)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Print one of the lists."""
-    if args.name is not None and args.what != "methods":
-        raise UserError(f"ls {args.what} takes no name.")
-    if args.what == "methods":
+def verb(
+    what: Annotated[Literal["methods", "models"], Argument(help="which list")],
+    name: Annotated[str | None, Argument(help="only this method, in full")] = None,
+    as_json: flags.Json = False,
+) -> None:
+    """List the methods (with those of other packages), or the models that can be pruned."""
+    if name is not None and what != "methods":
+        raise UserError(f"ls {what} takes no name.")
+    if what == "methods":
         found = methods()
-        if args.name is not None:
-            found = [pick(found, args.name)]
-        print(json.dumps(found, indent=2) if args.json else methods_text(found, full=args.name is not None))
+        if name is not None:
+            found = [pick(found, name)]
+        print(json.dumps(found, indent=2) if as_json else methods_text(found, full=name is not None))
     else:
         about = models()
-        print(json.dumps(about, indent=2) if args.json else models_text(about))
+        print(json.dumps(about, indent=2) if as_json else models_text(about))
 
 
 def pick(found: list[dict[str, Any]], name: str) -> dict[str, Any]:

@@ -209,7 +209,15 @@ class Sequence:
         # contiguous ids have another rotary embedding than the prompt's, and it is not gathered
         cos, sin = (empty, empty) if close else self.rotary
         hidden, ids, cos, sin, index, mask, lost = torch.ops.vlmprune.select_gather(
-            ~drop, None, self.mask, hidden, self.columns if self.positions is None else self.positions, cos, sin, new, close
+            ~drop,
+            None,
+            self.mask,
+            hidden,
+            self.columns if self.positions is None else self.positions,
+            cos,
+            sin,
+            new,
+            close,
         )
         # what an op gathers beside hidden states that need gradients counts as needing them too; nothing is learned
         # through positions, and re-entrant checkpointing cannot have layers share a graph

@@ -20,12 +20,14 @@ def ensemble_scores(rows: list[torch.Tensor], ensemble: Ensemble = "sum") -> tor
     return getattr(stack, {"max": "amax", "min": "amin"}.get(ensemble, ensemble))(0)
 
 
-@torch._dynamo.assume_constant_result
 def noise(seed: int, ordinal: int, tokens: int) -> torch.Tensor:
     """`(tokens,)` uniform scores, the same on every device and for every batch row."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + ordinal) % 2**63)
     return torch.rand(tokens, generator=generator)
 
+
+#: What torch.compiler.assume_constant_result does to a function, without importing the compiler, which takes a second.
+noise._dynamo_marked_constant = True
 
 cached_noise = lru_cache(maxsize=256)(noise)
 

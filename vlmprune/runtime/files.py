@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["PREFIX", "write_whole"]
+__all__ = ["PREFIX", "has_content", "write_whole"]
 
 PREFIX = ".writing-"  # of files that are being written; what a killed process left behind
 
@@ -36,6 +36,12 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def has_content(path: str) -> bool:
+    """Whether there is a file with something in it."""
+    target = Path(path).expanduser()
+    return target.is_file() and target.stat().st_size > 0
 
 
 def umask() -> int:

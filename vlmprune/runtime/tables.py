@@ -1,22 +1,23 @@
-"""Plain text tables, and how values are written in them."""
+"""Tables of plain text, laid out by Rich, and how values are written in them."""
 
 from __future__ import annotations
 
+import io
 import shutil
 import sys
-import textwrap
-import unicodedata
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 __all__ = ["OVERHEAD", "change", "columns", "counted", "room", "short", "table"]
 
+WIDE = 10_000  # columns, where there is no terminal
+
 #: What is said beside the times of models that are too small.
 OVERHEAD = "On models as small as the embedded ones times are bound by overhead: they say nothing about a real model."
-
-
-def width(text: str) -> int:
-    """Columns that `text` takes in a terminal."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
 
 
 def room() -> int | None:
@@ -29,40 +30,60 @@ def table(
 ) -> str:
     """Columns two spaces apart under a header; those named in `right` are flush right, the last one is not padded.
 
-    A row without cells is an empty line. What is wider than `limit` (None: the terminal, if there is one) is written
-    row by row instead, one cell a line.
+    A row without cells is an empty line. Cells wrap where it is wider than `limit` (None: the terminal, if there is
+    one); where not even their words fit, it is written row by row, one cell a line.
     """
-    made = columns(header, rows, right)
+    from rich.measure import Measurement
+
     limit = room() if limit is None else limit
-    return made if limit is None or max(map(width, made.split("\n"))) <= limit else blocks(header, rows, limit)
+    if limit is None:
+        return columns(header, rows, right)
+    made, console = grid(header, rows, right), paper(limit)
+    if Measurement.get(console, console.options.update(max_width=WIDE), made).minimum <= limit:
+        return printed(made, limit)
+    return "\n\n".join(printed(block(header, row), max(limit, 20)) for row in rows if row)
 
 
-def blocks(header: Sequence[str], rows: Sequence[Sequence[str]], limit: int) -> str:
-    """Every row as a block of `name: cell` lines, without those that are empty."""
-    made = []
-    for row in filter(None, rows):
-        lines = [f"{name}: {cell}" for name, cell in zip(header, row, strict=True) if cell]
-        wrapped = [
-            textwrap.wrap(line, max(limit, 20), initial_indent="  " * (i > 0), subsequent_indent="    ")
-            for i, line in enumerate(lines)
-        ]
-        made.append("\n".join(part for parts in wrapped for part in parts))
-    return "\n\n".join(made)
+def block(header: Sequence[str], row: Sequence[str]) -> Table:
+    """A row as lines of `name: cell`, without those that are empty."""
+    lines = [(f"{name}:", cell) for name, cell in zip(header, row, strict=True) if cell]
+    return grid((), [(f"{'  ' * (i > 0)}{name}", cell) for i, (name, cell) in enumerate(lines)], (), gap=1)
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> str:
     """`table` without a limit."""
-    wide = [max(width(row[i]) for row in (header, *rows) if row) for i in range(len(header))]
+    return printed(grid(header, rows, right), WIDE)
 
-    def line(row: Sequence[str]) -> str:
-        cells = []
-        for name, cell, room in zip(header, row, wide, strict=True):
-            pad = " " * (room - width(cell))
-            cells.append(pad + cell if name in right else cell + pad)
-        return "  ".join(cells).rstrip()
 
-    rule = ["-" * room for room in wide]
-    return "\n".join(line(row) if row else "" for row in (header, rule, *rows))
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], gap: int = 2) -> Table:
+    """Rich's table: no box, a rule under the header, every cell as it is written."""
+    from rich.rule import Rule
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table.grid(padding=(0, gap, 0, 0))
+    for name in header or rows[0]:
+        made.add_column(justify="right" if name in right else "left", overflow="fold")
+    if header:
+        made.add_row(*map(Text, header))
+        made.add_row(*(Rule(characters="-", style="") for _ in header))
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
+def paper(wide: int) -> Console:
+    """Where Rich writes without colours."""
+    from rich.console import Console
+
+    return Console(file=io.StringIO(), width=wide, color_system=None, legacy_windows=False)
+
+
+def printed(made: Table, wide: int) -> str:
+    """A table's lines, without spaces at their ends."""
+    console = paper(wide)
+    console.print(made)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def change(before: int, after: int) -> str:
