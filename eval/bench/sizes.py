@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from vlmprune.engine.plan import Plan
+from vlmprune.errors import UnsupportedError
 from vlmprune.eval.bench.stats import spread
 from vlmprune.patches import family_of
 
-__all__ = ["draw", "measure_sizes"]
+__all__ = ["check_sizes", "draw", "measure_sizes"]
 
 SIDES = (200, 1600)  # pixels
 

@@ -40,9 +40,10 @@ def edited(monkeypatch):
 
 @pytest.mark.parametrize(
     "file",
-    ["/parts/selection.py", "/parts/taps.py", "/kernels/ops.py", "/kernels/triton_ops.py", "/kernels/csrc/select_gather.cu",
-     "/engine/hooks.py", "/parts/budget.py", "/registry.py", "/patches/llava.py", "/patches/base.py", "/eval/lmms/model.py",
-     "/eval/lmms/outcome.py", "/eval/lmms/measure.py", "/runtime/loading.py", "/runtime/answering.py"],
+    ["/parts/selection.py", "/parts/taps.py", "/kernels/ops.py", "/kernels/triton_ops.py",
+     "/kernels/csrc/select_gather.cu", "/engine/hooks.py", "/parts/budget.py", "/registry.py", "/patches/llava.py",
+     "/patches/base.py", "/eval/lmms/model.py", "/eval/lmms/outcome.py", "/eval/lmms/measure.py",
+     "/runtime/loading.py", "/runtime/answering.py"],
 )  # fmt: skip
 def test_an_edit_of_what_every_result_depends_on(edited, file):
     before = fingerprints.library()
