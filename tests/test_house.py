@@ -20,7 +20,7 @@ BESIDE = {
     "methods": {"parts", "registry", "kernels"},
     "registry": {"methods"},  # for the base class alone
     "spec": {"methods", "registry", "parts"},
-    "api": {"engine", "methods", "parts", "patches", "registry", "spec", "trace"},
+    "api": {"engine", "kernels", "methods", "parts", "patches", "registry", "spec", "trace"},
     # a host of its own: what hooks into transformers is not for it
     "serving": {"engine", "methods", "parts", "patches", "registry", "spec", "trace", "kernels"},
     "vllm": {"serving"},
@@ -33,6 +33,8 @@ ALSO = {
     "eval": {"api", "registry", "spec", "trace", "verify", "methods"},
     "cli": {"api", "registry", "serving", "spec", "trace", "verify", "methods"},
 }
+#: Who may name what rides beside the calls: through transformers, through vLLM, and the help that tells of the latter.
+DECLARE = {"vlmprune.engine.channels", "vlmprune.serving.settings", "vlmprune.cli.serve"}
 #: Of the engine, what serving may use: checks and plans, which need no supported transformers.
 PLANS = {"vlmprune.engine.compile", "vlmprune.engine.plan"}
 
@@ -113,7 +115,7 @@ def test_only_channels_names_what_rides_beside_the_calls():
     named = {getattr(channels, name) for name in channels.__all__ if isinstance(getattr(channels, name), str)}
     assert named <= {channel.name for channel in channels.CHANNELS}
     for module, path in KNOWN.items():
-        if module not in ("vlmprune.engine.channels", "vlmprune.serving.settings"):  # what rides through vLLM
+        if module not in DECLARE:
             assert not re.search(r"""["']_?vlmprune_(?!scene)""", path.read_text(encoding="utf-8")), (
                 module
             )  # but for tasks

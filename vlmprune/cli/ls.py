@@ -89,9 +89,19 @@ def describe(name: str, cls: type) -> dict[str, Any]:
         "positions": options.get("positions", {}).get("default", "-"),
         "syncs": cls.syncs,
         "training": cls.training,
+        "vllm": served(cls),
         "options": json.loads(json.dumps(options, default=str)),
         "doc": inspect.getdoc(cls) or "",
     }
+
+
+def served(cls: type) -> str:
+    """Whether vLLM can be given a method: "yes", "with tau=None", or why not."""
+    from vlmprune.serving.choice import refusal
+
+    if why := refusal(cls):
+        return f"no: {why.removesuffix('.')}"
+    return f"with {', '.join(f'{key}={value}' for key, value in cls.served_with.items())}" if cls.served_with else "yes"
 
 
 def methods_text(found: list[dict[str, Any]], full: bool) -> str:
@@ -106,6 +116,7 @@ def methods_text(found: list[dict[str, Any]], full: bool) -> str:
         lines.append(f"{method['name']}: {method['summary']}{paper}{ours}")
         facts = ("needs", "stage", "positions", "syncs", "training")
         lines.append("    " + "; ".join(f"{fact} {method[fact]}" for fact in facts))
+        lines.append(f"    vLLM: {method['vllm']}")
         if full:
             given = [f"{o}={v['default']!r}" if "default" in v else o for o, v in method["options"].items()]
             lines += [f"    options: {', '.join(given)}", "", method["doc"]]
@@ -113,7 +124,8 @@ def methods_text(found: list[dict[str, Any]], full: bool) -> str:
         lines += [
             "",
             "stage: where tokens go; positions: default position ids after the cut; syncs: device syncs per cut beyond",
-            "one read of the placeholder counts. Options of one method: vlmprune ls methods NAME",
+            "one read of the placeholder counts; vLLM: whether it can be served. Options of one method:",
+            "vlmprune ls methods NAME",
         ]
     return "\n".join(lines)
 

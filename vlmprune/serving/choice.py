@@ -22,9 +22,10 @@ from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, Layout, upload
 from vlmprune.parts.taps import Hidden, Tap, TowerTap
 from vlmprune.parts.tracing import trace_packing
-from vlmprune.patches import Family
+from vlmprune.patches import FAMILIES, Family
+from vlmprune.registry import options, required
 
-__all__ = ["Choice", "Picture", "why_not"]
+__all__ = ["Choice", "Picture", "refusal", "why_not"]
 
 DIM = 8  # of the noise that stands for features where only the count is asked for
 
@@ -182,3 +183,16 @@ def layout_of(pictures: Sequence[Picture], device: torch.device) -> Layout:
         entered=tokens,
         entered_patches=patches,
     )
+
+
+def refusal(cls: type[Method]) -> str | None:
+    """Why vLLM cannot be given a method whatever its options (but for `served_with`), or None."""
+    given = {"keep": 0.5} if "keep" in options(cls) else {}
+    if set(required(cls)) - set(given) or cls.training != "none":
+        return f"{cls.name} cannot be asked without more options; it acts at: {cls.stage}"
+    facts = ModelFacts("llava_next", 24, 22, True, decoder_layers=32, views=True, view_patches=576)
+    try:
+        Choice([cls(**given, **cls.served_with)], FAMILIES[facts.family], facts).check()
+    except (UnsupportedError, ValueError) as error:
+        return str(error)
+    return None

@@ -31,9 +31,7 @@ def refuse(model_config: Any, lora_config: Any = None) -> None:
             "server without pruning for them."
         )
     if KEEP in (multimodal.mm_processor_kwargs or {}):
-        raise ValueError(
-            f"{KEEP} is for single requests; an engine's own budget is keep, among its vlmprune settings."
-        )
+        raise ValueError(f"{KEEP} is for single requests; an engine's own budget is keep, among its vlmprune settings.")
     if lora_config is not None and lora_config.enable_tower_connector_lora:
         raise ValueError("enable_tower_connector_lora counts the tower's tokens by those that stay: leave it away.")
 
