@@ -20,6 +20,7 @@ from vlmprune.methods.base import Method
 from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, ProjectorCut, TowerCut
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, Layout, upload
+from vlmprune.parts.scores import STRIDE
 from vlmprune.parts.taps import Hidden, Tap, TowerTap
 from vlmprune.parts.tracing import trace_packing
 from vlmprune.patches import FAMILIES, Family
@@ -36,7 +37,8 @@ class Picture:
 
     Attributes:
         grid: its layout.
-        number: what takes the place of its number in the prompt, which vLLM does not tell and caches do not keep.
+        number: of its content, added to the seed of methods that have one: vLLM tells nobody the picture's place in
+            its prompt, and what it caches goes into other places.
     """
 
     grid: ImageGrid
@@ -174,7 +176,7 @@ def layout_of(pictures: Sequence[Picture], device: torch.device) -> Layout:
     return Layout(
         grids=grids,
         sample=list(range(len(grids))),
-        ordinal=[picture.number for picture in pictures],
+        ordinal=[picture.number * STRIDE for picture in pictures],
         start=starts[:-1],
         position=place,
         alive=place < upload(tokens, device)[:, None],

@@ -103,7 +103,7 @@ class PrunedProcessor:
         number = 0
         if self.info.served.choice(keep).by_content:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-            number = int(host.MultiModalHasher.hash_kwargs(algorithm, image=images.get(index))[:12], 16)
+            number = int(host.MultiModalHasher.hash_kwargs(algorithm, image=images.get(index))[:10], 16)
         return Request(keep, self.placeholders(images, index, keep), number)
 
     def placeholders(self, images: Any, index: int, keep: int | float | None) -> int:

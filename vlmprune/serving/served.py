@@ -58,7 +58,7 @@ class Request:
     Attributes:
         keep: the request's own budget, or None for the engine's.
         placeholders: how many the prompt got for it.
-        number: what tells its content from others', below 2**48; 0 where no method asks.
+        number: of its content, below 2**40; 0 where no method has a seed.
     """
 
     keep: int | float | None

@@ -1,0 +1,58 @@
+"""Random models with heads that vLLM's attention takes, as folders."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import tiny
+import tiny_folders
+from serving_engine import Prompt
+
+LANGUAGE = {
+    "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
+}  # fmt: skip
+MODELS = {
+    "onevision": ("llava_onevision", "siglip", "qwen2"),
+    "llava-siglip-mistral": ("llava", "siglip", "mistral"),
+    "next-mistral": ("llava_next", "clip", "mistral"),
+}
+SIZES = [(24, 24), (70, 30), (30, 70), (96, 96), (90, 50), (20, 96), (48, 48)]
+
+
+def save(folder: Path, name: str) -> str:
+    """Write model and processor; returns the folder."""
+    family, tower, text = MODELS[name]
+    tiny.model(family, text=text, tower=tower, **LANGUAGE).save_pretrained(folder)
+    if family == "llava_onevision":
+        onevision_processor().save_pretrained(folder)
+    else:
+        tiny_folders.processor(family, tower).save_pretrained(folder)
+    return str(folder)
+
+
+def onevision_processor():
+    """The whole one, with its part for videos, which vLLM asks for."""
+    from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+
+    tokenizer = tiny_folders.tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": {"image_token": "<image>", "video_token": "assistant:"}})
+    return LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=tiny_folders.CROP, image_grid_pinpoints=tiny.ONEVISION),
+        tokenizer,
+        LlavaOnevisionVideoProcessor(size=tiny_folders.CROP),
+        num_image_tokens=tiny.SIDE**2,
+        vision_feature_select_strategy="full",
+        chat_template=tiny_folders.TEMPLATE,
+        video_token="assistant:",
+    )
+
+
+def prompts(count: int, pictures: int = 1) -> list[Prompt]:
+    """Prompts about pictures of noise, of many shapes."""
+    rng, made = random.Random(0), []
+    for i in range(count):
+        images = [tiny_folders.noise_picture(*rng.choice(SIZES), seed=7 * i + j) for j in range(pictures)]
+        question = " ".join(f"word{rng.randrange(40)}" for _ in range(rng.randrange(2, 9)))
+        made.append(Prompt(tuple(images), question))
+    return made
