@@ -10,7 +10,7 @@ import tiny_folders
 from serving_engine import Prompt
 
 LANGUAGE = {
-    "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
+    "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 4096,
 }  # fmt: skip
 MODELS = {
     "onevision": ("llava_onevision", "siglip", "qwen2"),
@@ -35,16 +35,14 @@ def onevision_processor():
     """The whole one, with its part for videos, which vLLM asks for."""
     from transformers import LlavaOnevisionImageProcessor, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
 
-    tokenizer = tiny_folders.tokenizer()
-    tokenizer.add_special_tokens({"extra_special_tokens": {"image_token": "<image>", "video_token": "assistant:"}})
     return LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessor(size=tiny_folders.CROP, image_grid_pinpoints=tiny.ONEVISION),
-        tokenizer,
+        tiny_folders.tokenizer(),
         LlavaOnevisionVideoProcessor(size=tiny_folders.CROP),
         num_image_tokens=tiny.SIDE**2,
         vision_feature_select_strategy="full",
-        chat_template=tiny_folders.TEMPLATE,
-        video_token="assistant:",
+        chat_template=tiny_folders.TEMPLATE.replace("user: ", ""),
+        video_token="user:",  # the word of the model's video_token_id
     )
 
 

@@ -146,7 +146,10 @@ class VlmpruneLlavaNextForConditionalGeneration(Pruned, host.LlavaNextForConditi
 
 
 class OnevisionInfo(PrunedInfo, host.LlavaOnevisionProcessingInfo):
-    """Of `llava_onevision`."""
+    """Of `llava_onevision`; prompts with videos are refused by vLLM, which counts those that a model takes."""
+
+    def get_supported_mm_limits(self) -> dict[str, int | None]:
+        return {"image": None}
 
 
 class OnevisionProcessor(PrunedProcessor, host.LlavaOnevisionMultiModalProcessor):
