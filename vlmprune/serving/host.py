@@ -13,6 +13,7 @@ from vlmprune.serving.settings import check_version
 
 check_version(vllm.__version__)
 
+from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce  # noqa: E402
 from vllm.model_executor.layers.attention import MMEncoderAttention  # noqa: E402
 from vllm.model_executor.models.clip import CLIPEncoderLayer  # noqa: E402
@@ -41,6 +42,7 @@ from vllm.multimodal.parse import ImageProcessorItems, ImageSize  # noqa: E402
 from vllm.multimodal.processing import PromptReplacement  # noqa: E402
 
 __all__ = [
+    "LLM",
     "MULTIMODAL_REGISTRY",
     "NAMES",
     "CLIPEncoderLayer",
@@ -61,6 +63,7 @@ __all__ = [
     "MultiModalFieldConfig",
     "MultiModalHasher",
     "PromptReplacement",
+    "SamplingParams",
     "mean_over_ranks",
     "stand_in",
 ]

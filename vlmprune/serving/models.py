@@ -67,6 +67,11 @@ class Pruned:
                 raise RuntimeError(f"{len(rows)} tokens stay of a picture with {request.placeholders} placeholders.")
         return made
 
+    def note(self, keep: int | float | None, size: Any, count: int) -> torch.Tensor:
+        """What the front end would send of some pictures of a size, to run `embed_multimodal` without it."""
+        one = Request(keep, self.served.kept(size, keep), 0)
+        return torch.tensor([one.row()] * count, dtype=torch.float64)
+
     def sizes(self, given: Any, count: int) -> list[tuple[int, int] | None]:
         """What the packing of every picture depends on."""
         if not self.served.family.needs_sizes:
