@@ -79,15 +79,18 @@ def token_ids(model, prompt):
     return tokenizer(written(model, prompt), add_special_tokens=False)["input_ids"]
 
 
-def expected(model, prompts, method=None, **options):
-    """Answers of vlmprune on transformers, one prompt at a time; prompts without a method are not pruned."""
-    return [answer(model, prompt, method, options) for prompt in prompts]
+def expected(model, prompts, method=None, nested=True, **options):
+    """Answers of vlmprune on transformers, one prompt at a time; prompts without a method are not pruned.
+
+    `nested` says that the pictures of a prompt go to the processor in a list of their own.
+    """
+    return [answer(model, prompt, method, options, nested) for prompt in prompts]
 
 
 @torch.no_grad()
-def answer(model, prompt, method, options):
+def answer(model, prompt, method, options, nested):
     host, processor = reference(model)
-    given = {"images": [list(prompt.images)]} if prompt.images else {}
+    given = {"images": [list(prompt.images)] if nested else list(prompt.images)} if prompt.images else {}
     inputs = processor(text=written(model, prompt), **given, return_tensors="pt", add_special_tokens=False)
     length = inputs["input_ids"].shape[1]
     made = dict(options) if prompt.keep is None else options | {"keep": prompt.keep}

@@ -30,7 +30,7 @@ BESIDE = {
 ALSO = {
     "engine": {"trace", "methods"},  # of methods the base class alone
     "runtime": {"api", "registry", "spec", "trace", "verify", "methods"},
-    "eval": {"api", "registry", "spec", "trace", "verify", "methods"},
+    "eval": {"api", "registry", "serving", "spec", "trace", "verify", "methods"},
     "cli": {"api", "registry", "serving", "spec", "trace", "verify", "methods"},
 }
 #: Who may name what rides beside the calls: through transformers, through vLLM, and the help that tells of the latter.

@@ -21,6 +21,8 @@ SETTINGS = [
     ("grid", {"keep": 25}),
     ("pool", {"keep": 64}),
     ("pool", {"keep": 25}),
+    ("visionzip", {"keep": 64}),
+    ("visionzip", {"keep": 0.1}),
     ("vtc_cls+divprune", {"vtc_cls.keep": 128, "divprune.keep": 0.5}),
 ]
 

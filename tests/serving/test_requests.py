@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import serving_models
 import torch
 from serving_engine import Prompt, agree, expected, questions, several
 
@@ -11,20 +12,30 @@ pytestmark = pytest.mark.vllm
 MODELS = {"scene-llava": ({"keep": 64}, 25, 0.5), "scene-llava-next": ({"keep": 128}, 0.1, 400)}
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_everything_mixed_in_one_engine(engines, model):
+@pytest.mark.parametrize(
+    ("model", "method"), [("scene-llava", "vtc_cls"), ("scene-llava-next", "vtc_cls"), ("scene-llava", "visionzip")]
+)
+def test_everything_mixed_in_one_engine(engines, model, method):
     options, second, third = MODELS[model]
-    engine = engines(model, "vtc_cls", **options)
-    one, two = questions(model, 24), several(model, 9)
-    prompts = [prompt.at(keep) for prompt, keep in zip(one, [None, second, third, 1.0] * 6, strict=True)]
-    prompts += [prompt.at(keep) for prompt, keep in zip(two, [None, second, 1.0] * 3, strict=True)]
-    prompts += [Prompt((), prompt.question) for prompt in one[:6]]
-    wanted = expected(model, prompts, "vtc_cls", **options)
+    engine = engines(model, method, **options)
+    one, two = questions(model, 40), several(model, 12)
+    prompts = [prompt.at(keep) for prompt, keep in zip(one, [None, second, third, 1.0] * 10, strict=True)]
+    prompts += [prompt.at(keep) for prompt, keep in zip(two, [None, second, 1.0] * 4, strict=True)]
+    prompts += [Prompt((), prompt.question) for prompt in one[:8]]
+    wanted = expected(model, prompts, method, **options)
     agree(engine.ask(prompts), wanted)
     # again, from the caches, and in another order beside other pictures
     agree(engine.ask(prompts[::-1]), wanted[::-1])
     asked_anew = [Prompt(prompt.images, "is there a red circle ?", prompt.keep) for prompt in prompts]
-    agree(engine.ask(asked_anew), expected(model, asked_anew, "vtc_cls", **options))
+    agree(engine.ask(asked_anew), expected(model, asked_anew, method, **options))
+
+
+def test_several_pictures_of_onevision_have_crops_each(engines, tmp_path):
+    # as vLLM packs them, and transformers where they are not in a list of their own
+    folder = serving_models.save(tmp_path / "onevision", "onevision")
+    prompts = serving_models.prompts(60, pictures=2)
+    found = engines(folder, "fopru", keep=20).ask(prompts)
+    agree(found, expected(folder, prompts, "fopru", nested=False, keep=20))
 
 
 def test_the_picture_decides_what_random_keeps(engines):

@@ -44,7 +44,6 @@ def test_overrides_name_our_architecture_and_the_settings(folder):
         ("transprune", {"keep": 4}, "cuts inside the language model"),
         ("fopru", {"keep": 4, "positions": "original"}, "use positions='contiguous'"),
         ("tome", {"keep": 4}, "merges tokens inside the vision tower"),
-        ("visionzip", {"keep": 4}, "between tower and projector"),
         ("downsample", {"keep": 0.5}, "leaves all its tokens"),
         ("globalcom2", {"keep": 0.5}, "have a single view"),
     ],

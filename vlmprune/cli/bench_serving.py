@@ -25,8 +25,8 @@ ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"
 NOTE = """\
 In flight: requests at a time, each with a picture and a text of its own; a new one follows where one ends. Unpruned:
 vLLM's own class. Ceiling: the same, fed embeddings of as many rows as are kept, without tower and choice. All take
-turns round by round; speed-up: median over rounds, in brackets its 95 % interval (below six rounds the range). First token:
-median and 95th percentile of what a request waits. Blocks: of keys and values that a request holds."""
+turns, round by round; speed-up is the median over rounds, in brackets its 95 % interval (below six rounds the range).
+First token: median and 95th percentile of what a request waits. Blocks: of keys and values that a request holds."""
 
 
 def time_serving(args: SimpleNamespace) -> None:

@@ -19,8 +19,9 @@ from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
-from vlmprune.parts.cuts import Merge, Pick, ProjectorCut, TowerCut, Vision
+from vlmprune.parts.cuts import Pick, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.layout import ImageGrid, Views
+from vlmprune.parts.merging import flow
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap
 from vlmprune.patches import Family
 from vlmprune.patches.base import Bound
@@ -210,18 +211,6 @@ class Inside:
 def spread(hidden: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
     """`(views, clusters, dim)` back to `(views, original tokens, dim)`."""
     return hidden if place is None else hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
-def flow(hidden: torch.Tensor, merge: Merge) -> torch.Tensor:
-    """`(views, tokens, dim)` with every anchor that `merge` names replaced by the weighted sum of its sources."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    source = (
-        hidden if merge.source is None else hidden.gather(1, merge.source[..., None].expand(-1, -1, hidden.shape[-1]))
-    )
-    parts = source.to(wide) * merge.weight[..., None].to(wide)
-    summed = parts.new_zeros(hidden.shape).scatter_add(1, merge.into[..., None].expand_as(parts), parts)
-    named = merge.weight.new_zeros(hidden.shape[:2]).scatter_add(1, merge.into, (merge.weight != 0).to(merge.weight))
-    return torch.where(named[..., None] > 0, summed.to(hidden.dtype), hidden)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
 from vlmprune.engine.compile import compile_plan
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
-from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, ProjectorCut, TowerCut
+from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, TowerCut
 from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.layout import ImageGrid, Layout, upload
+from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
+from vlmprune.parts.merging import flow
 from vlmprune.parts.scores import STRIDE
-from vlmprune.parts.taps import Hidden, Tap, TowerTap
+from vlmprune.parts.taps import BlockKeys, Hidden, Kept, Tap, TowerTap
 from vlmprune.parts.tracing import trace_packing
 from vlmprune.patches import FAMILIES, Family
 from vlmprune.registry import options, required
@@ -52,8 +53,6 @@ def why_not(name: str, cut: AnyCut) -> str | None:
             return f"{name} changes the picture and leaves all its tokens: there is nothing to serve faster"
         case TowerCut():
             return f"{name} merges tokens inside the vision tower, which is vLLM's own"
-        case ProjectorCut():
-            return f"{name} merges tokens between tower and projector, which are vLLM's own"
         case Cut() if cut.at.layer > 0:
             return (
                 f"{name} cuts inside the language model (decoder layer {cut.at.layer}), and vLLM keeps as many keys in "
@@ -63,7 +62,7 @@ def why_not(name: str, cut: AnyCut) -> str | None:
             return f"{name} has positions='original', and vLLM counts positions through: use positions='contiguous'"
         case Cut() if cut.reorders:
             return f"{name} writes its tokens in an order of its own: leave parity='released' away"
-    strange = next((tap for tap in cut.see if not isinstance(tap, Hidden | TowerTap)), None)
+    strange = next((tap for tap in cut.see if not isinstance(tap, Hidden | TowerTap)), None)  # of the language model
     return None if strange is None else f"{name} looks at {strange}, which is not known before the language model"
 
 
@@ -106,11 +105,34 @@ class Choice:
         """
         if grid not in self.counts:
             generator = torch.Generator().manual_seed(0)
-            views = (grid.views, grid.encoded // grid.views)
-            seen = {tap: torch.rand(views, generator=generator) for tap in self.plan.measured}
+            views, patches = grid.views, grid.encoded // grid.views
+            tokens = patches + self.plan.facts.has_cls  # of the tower
+            seen = {tap: torch.rand(views, patches, generator=generator) for tap in self.plan.measured}
+            for layer in self.plan.key_layers:
+                seen[BlockKeys(layer)] = torch.rand(views, tokens, DIM, generator=generator)
+            seen |= self.pick(torch.rand(views, tokens, DIM, generator=generator), seen, [grid])[1]
             hidden = torch.rand(1, grid.tokens, DIM, generator=generator)
             self.counts[grid] = self.decide([Picture(grid)], seen, hidden)[1].alive_counts[0]
         return self.counts[grid]
+
+    def pick(
+        self, features: torch.Tensor, seen: dict[Tap, torch.Tensor], grids: Sequence[ImageGrid]
+    ) -> tuple[torch.Tensor, dict[Tap, torch.Tensor]]:
+        """Run the cuts between tower and projector.
+
+        Args:
+            features: `(views, tokens, dim)` of the tower, the [CLS] token's included.
+            seen: tower taps of these views.
+
+        Returns:
+            the features with merges done, and what later cuts see of these.
+        """
+        kept: dict[Tap, torch.Tensor] = {}
+        for cut in self.plan.projector_cuts:
+            picked = cut.reduce({tap: seen.get(tap, features) for tap in cut.see}, Views(grids))
+            features = features if picked.merge is None else flow(features, picked.merge)
+            kept[Kept()] = picked.keep
+        return features, kept
 
     def rows(
         self, pictures: Sequence[Picture], seen: dict[Tap, torch.Tensor], features: Sequence[torch.Tensor]

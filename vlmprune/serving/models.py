@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from vlmprune.parts.taps import BlockKeys
 from vlmprune.serving import host
 from vlmprune.serving.choice import Picture
 from vlmprune.serving.front import PrunedInfo, PrunedNextInfo, PrunedProcessor, refuse
@@ -32,8 +33,9 @@ class Pruned:
 
     def watch(self, vllm_config: Any, prefix: str) -> Watcher:
         """Look at what the methods want to see; budgets of requests do not change that."""
-        layers, facts = self.vision_tower.vision_model.encoder.layers, self.served.facts
-        taps = self.served.choice().plan.measured
+        encoder, facts, plan = self.vision_tower.vision_model.encoder, self.served.facts, self.served.choice().plan
+        taps = [*plan.measured, *map(BlockKeys, sorted(plan.key_layers))]
+        taps, layers = [tap for tap in taps if tap.layer >= 0], encoder.layers  # `Kept` is no layer's
         kind = type(layers[0])
         for index in range(len(layers), built_for(taps, facts, len(layers))):
             layers.append(
@@ -44,7 +46,10 @@ class Pruned:
                     attn_cls=host.MMEncoderAttention,
                 )
             )
-        return Watcher(layers, taps, facts, host.mean_over_ranks)
+        watcher = Watcher(layers, taps, facts, host.mean_over_ranks)
+        if plan.projector_cuts:
+            encoder.register_forward_hook(watcher.before_projector)
+        return watcher
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
         """`(count, dim)` of every picture; vLLM hands over pictures of several requests at once, in any order.
@@ -93,31 +98,56 @@ class Pruned:
         return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
 
     def encode(self, requests: list[Request], sizes: list, pixels: Any) -> list[torch.Tensor]:
-        """What stays of some pictures, of one or several budgets."""
-        grids = [self.served.grid(size) for size in sizes]
+        """What stays of some pictures: all are encoded together, and those of one budget are cut together.
+
+        Where something is merged between tower and projector, those of one budget are encoded together.
+        """
+        budgets: dict[tuple, list[int]] = {}
+        for i, request in enumerate(requests):
+            budgets.setdefault((request.keep, isinstance(request.keep, int)), []).append(i)
+        pictures = [
+            Picture(self.served.grid(size), request.number) for size, request in zip(sizes, requests, strict=True)
+        ]
+        made: list[torch.Tensor | None] = [None] * len(pictures)
+        apart = bool(self.served.choice().plan.projector_cuts)
+        if not apart:
+            features, seen = self.see(pictures, sizes, pixels)
+        for (keep, _), mine in budgets.items():
+            choice, some = self.served.choice(keep), [pictures[i] for i in mine]
+            if apart:
+                self.watcher.change = lambda x, taps, c=choice, some=some: c.pick(x, taps, [one.grid for one in some])
+                try:
+                    rows, share = self.see(some, [sizes[i] for i in mine], [pixels[i] for i in mine])
+                finally:
+                    self.watcher.change = None
+            else:
+                rows, share = [features[i] for i in mine], share_of(seen, pictures, mine)
+            for i, one in zip(mine, choice.rows(some, share, rows), strict=True):
+                made[i] = one
+        return made
+
+    def see(self, pictures: list[Picture], sizes: list, pixels: Any) -> tuple[Any, dict]:
+        """Unpruned features of pictures, and what was measured meanwhile."""
         self.watcher.take()  # of a run that failed
         if self.served.family.needs_sizes:
             # pictures of one request are padded to the same number of views: their own are enough
-            pixels = [views[: grid.views] for views, grid in zip(pixels, grids, strict=True)]
-            features = super().embed_multimodal(pixel_values=pixels, image_sizes=torch.tensor(sizes))
+            views = [views[: picture.grid.views] for views, picture in zip(pixels, pictures, strict=True)]
+            features = super().embed_multimodal(pixel_values=views, image_sizes=torch.tensor(sizes))
         else:
+            pixels = pixels if isinstance(pixels, torch.Tensor) else torch.stack(pixels)
             features = super().embed_multimodal(pixel_values=pixels)
-        seen, starts = self.watcher.take(), [0]
-        for grid in grids:
-            starts.append(starts[-1] + grid.views)
-        made: list[torch.Tensor | None] = [None] * len(grids)
-        for key in dict.fromkeys((request.keep, isinstance(request.keep, int)) for request in requests):
-            mine = [i for i, r in enumerate(requests) if (r.keep, isinstance(r.keep, int)) == key]
-            if len(mine) < len(grids):
-                views = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in mine])
-                share = {tap: values[views.to(values.device)] for tap, values in seen.items()}
-            else:
-                share = seen
-            pictures = [Picture(grids[i], requests[i].number) for i in mine]
-            rows = self.served.choice(key[0]).rows(pictures, share, [features[i] for i in mine])
-            for i, one in zip(mine, rows, strict=True):
-                made[i] = one
-        return made
+        return features, self.watcher.take()
+
+
+def share_of(seen: dict, pictures: list[Picture], mine: list[int]) -> dict:
+    """Taps of the views of some pictures alone."""
+    if len(mine) == len(pictures):
+        return seen
+    starts = [0]
+    for picture in pictures:
+        starts.append(starts[-1] + picture.grid.views)
+    views = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in mine])
+    return {tap: values[views.to(values.device)] for tap, values in seen.items()}
 
 
 class LlavaInfo(PrunedInfo, host.LlavaProcessingInfo):
