@@ -23,6 +23,9 @@ SETTINGS = [
     ("pool", {"keep": 25}),
     ("visionzip", {"keep": 64}),
     ("visionzip", {"keep": 0.1}),
+    ("tome", {"keep": 64}),
+    ("tome", {"keep": 128, "place": "behind"}),
+    ("pitome", {"keep": 64}),
     ("vtc_cls+divprune", {"vtc_cls.keep": 128, "divprune.keep": 0.5}),
 ]
 

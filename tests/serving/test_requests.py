@@ -12,11 +12,19 @@ pytestmark = pytest.mark.vllm
 MODELS = {"scene-llava": ({"keep": 64}, 25, 0.5), "scene-llava-next": ({"keep": 128}, 0.1, 400)}
 
 
-@pytest.mark.parametrize(
-    ("model", "method"), [("scene-llava", "vtc_cls"), ("scene-llava-next", "vtc_cls"), ("scene-llava", "visionzip")]
-)
+MIXED = [
+    ("scene-llava", "vtc_cls"),
+    ("scene-llava-next", "vtc_cls"),
+    ("scene-llava", "visionzip"),
+    ("scene-llava", "tome"),
+]
+
+
+@pytest.mark.parametrize(("model", "method"), MIXED)
 def test_everything_mixed_in_one_engine(engines, model, method):
     options, second, third = MODELS[model]
+    if method == "tome":  # at most half of the tokens can go in each of four layers
+        second = 96
     engine = engines(model, method, **options)
     one, two = questions(model, 40), several(model, 12)
     prompts = [prompt.at(keep) for prompt, keep in zip(one, [None, second, third, 1.0] * 10, strict=True)]

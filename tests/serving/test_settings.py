@@ -43,7 +43,7 @@ def test_overrides_name_our_architecture_and_the_settings(folder):
         ("todre", {"keep": 4}, "cuts inside the language model"),
         ("transprune", {"keep": 4}, "cuts inside the language model"),
         ("fopru", {"keep": 4, "positions": "original"}, "use positions='contiguous'"),
-        ("tome", {"keep": 4}, "merges tokens inside the vision tower"),
+        ("tome", {"keep": 6, "weigh": True}, "vLLM's takes no weights"),
         ("downsample", {"keep": 0.5}, "leaves all its tokens"),
         ("globalcom2", {"keep": 0.5}, "have a single view"),
     ],
@@ -58,6 +58,7 @@ def test_what_cannot_be_served_is_refused_by_name(folder, method, options, words
     [
         ("fopru", {"keep": 4, "newlines": "row"}, "is not known before it has seen the picture"),
         ("globalcom2", {"keep": 0.5}, "is not known before it has seen the picture"),
+        ("tome", {"keep": 0.5}, "how much un-padding leaves"),
         ("globalcom2", {"keep": 0.5, "parity": "released"}, "leave parity='released' away"),
     ],
 )

@@ -96,12 +96,17 @@ def describe(name: str, cls: type) -> dict[str, Any]:
 
 
 def served(cls: type) -> str:
-    """Whether vLLM can be given a method: "yes", "with tau=None", or why not."""
-    from vlmprune.serving.choice import refusal
+    """Whether vLLM can be given a method: "yes", "with tau=None", "on llava, ..." or why not."""
+    from vlmprune.serving.choice import SERVED, refusals
 
-    if why := refusal(cls):
-        return f"no: {why.removesuffix('.')}"
-    return f"with {', '.join(f'{key}={value}' for key, value in cls.served_with.items())}" if cls.served_with else "yes"
+    why = refusals(cls)
+    if len(why) == len(SERVED):
+        return f"no: {why[SERVED[-1]]}"
+    given = ", ".join(f"{key}={value}" for key, value in cls.served_with.items())
+    if why:
+        kept = ", ".join(name for name in SERVED if name not in why)
+        return f"on {kept}{f' with {given}' if given else ''} (on others not: {next(iter(why.values()))})"
+    return f"with {given}" if given else "yes"
 
 
 def methods_text(found: list[dict[str, Any]], full: bool) -> str:

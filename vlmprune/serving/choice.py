@@ -22,13 +22,16 @@ from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
 from vlmprune.parts.merging import flow
 from vlmprune.parts.scores import STRIDE
-from vlmprune.parts.taps import BlockKeys, Hidden, Kept, Tap, TowerTap
+from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
 from vlmprune.parts.tracing import trace_packing
 from vlmprune.patches import FAMILIES, Family
 from vlmprune.registry import options, required
+from vlmprune.serving.plugin import ARCHITECTURES
 
-__all__ = ["Choice", "Picture", "refusal", "why_not"]
+__all__ = ["Choice", "Picture", "refusals", "why_not"]
 
+#: Families that are served.
+SERVED = tuple(ARCHITECTURES)
 DIM = 8  # of the noise that stands for features where only the count is asked for
 
 
@@ -46,13 +49,15 @@ class Picture:
     number: int = 0
 
 
-def why_not(name: str, cut: AnyCut) -> str | None:
-    """Why vLLM cannot be given what a method asks for, or None."""
+def why_not(name: str, cut: AnyCut, facts: ModelFacts) -> str | None:
+    """Why vLLM cannot be given what a method asks for on a model, or None."""
     match cut:
         case PixelCut():
             return f"{name} changes the picture and leaves all its tokens: there is nothing to serve faster"
-        case TowerCut():
-            return f"{name} merges tokens inside the vision tower, which is vLLM's own"
+        case TowerCut() if cut.weigh:
+            return f"{name} with weigh=True weighs the tower's attention, and vLLM's takes no weights"
+        case TowerCut() if facts.views:
+            return f"{name} merges views whole, and how much un-padding leaves of that is not known beforehand"
         case Cut() if cut.at.layer > 0:
             return (
                 f"{name} cuts inside the language model (decoder layer {cut.at.layer}), and vLLM keeps as many keys in "
@@ -76,9 +81,14 @@ class Choice:
     def __init__(self, methods: Sequence[Method], family: Family, facts: ModelFacts):
         self.plan = compile_plan(methods, family, facts)
         for name, cut in self.plan.cuts:
-            if why := why_not(name, cut):
+            if why := why_not(name, cut, facts):
                 raise UnsupportedError(f"{why}.")
         self.counts: WeakKeyDictionary[ImageGrid, int] = WeakKeyDictionary()
+
+    @property
+    def merges(self) -> bool:
+        """Whether the tower's own output is changed, so that pictures of other budgets cannot be encoded beside."""
+        return bool(self.plan.tower_cuts or self.plan.projector_cuts or ClusterOf() in self.plan.tower_taps)
 
     @property
     def by_content(self) -> bool:
@@ -108,6 +118,8 @@ class Choice:
             views, patches = grid.views, grid.encoded // grid.views
             tokens = patches + self.plan.facts.has_cls  # of the tower
             seen = {tap: torch.rand(views, patches, generator=generator) for tap in self.plan.measured}
+            if ClusterOf() in seen:
+                seen[ClusterOf()] = torch.zeros(views, patches, dtype=torch.long)
             for layer in self.plan.key_layers:
                 seen[BlockKeys(layer)] = torch.rand(views, tokens, DIM, generator=generator)
             seen |= self.pick(torch.rand(views, tokens, DIM, generator=generator), seen, [grid])[1]
@@ -209,14 +221,17 @@ def layout_of(pictures: Sequence[Picture], device: torch.device) -> Layout:
     )
 
 
-def refusal(cls: type[Method]) -> str | None:
-    """Why vLLM cannot be given a method whatever its options (but for `served_with`), or None."""
+def refusals(cls: type[Method]) -> dict[str, str]:
+    """Why vLLM cannot be given a method (with `served_with`), by the family where it cannot."""
     given = {"keep": 0.5} if "keep" in options(cls) else {}
     if set(required(cls)) - set(given) or cls.training != "none":
-        return f"{cls.name} cannot be asked without more options; it acts at: {cls.stage}"
-    facts = ModelFacts("llava_next", 24, 22, True, decoder_layers=32, views=True, view_patches=576)
-    try:
-        Choice([cls(**given, **cls.served_with)], FAMILIES[facts.family], facts).check()
-    except (UnsupportedError, ValueError) as error:
-        return str(error)
-    return None
+        return dict.fromkeys(SERVED, f"{cls.name} cannot be asked without more options; it acts at: {cls.stage}")
+    found = {}
+    for name in SERVED:
+        family = FAMILIES[name]
+        facts = ModelFacts(name, 24, 22, True, decoder_layers=32, views=family.views, view_patches=576)
+        try:
+            Choice([cls(**given, **cls.served_with)], family, facts).check()
+        except (UnsupportedError, ValueError) as error:
+            found[name] = str(error).removesuffix(".")
+    return found

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 
-from vlmprune.parts.taps import BlockKeys
+from vlmprune.parts.taps import ClusterOf
 from vlmprune.serving import host
 from vlmprune.serving.choice import Picture
 from vlmprune.serving.front import PrunedInfo, PrunedNextInfo, PrunedProcessor, refuse
+from vlmprune.serving.merge import Tower, install
 from vlmprune.serving.served import Request, Served
 from vlmprune.serving.settings import KEEP
 from vlmprune.serving.watch import Watcher, built_for, look_only
@@ -34,8 +35,10 @@ class Pruned:
     def watch(self, vllm_config: Any, prefix: str) -> Watcher:
         """Look at what the methods want to see; budgets of requests do not change that."""
         encoder, facts, plan = self.vision_tower.vision_model.encoder, self.served.facts, self.served.choice().plan
-        taps = [*plan.measured, *map(BlockKeys, sorted(plan.key_layers))]
-        taps, layers = [tap for tap in taps if tap.layer >= 0], encoder.layers  # `Kept` is no layer's
+        layers, merges = encoder.layers, self.served.choice().merges
+        taps = [tap for tap in plan.measured if tap.layer >= 0]  # others are told by what merges
+        # where something merges in the tower, another budget may do so in other layers
+        keys = range(len(layers)) if ClusterOf() in plan.tower_taps else plan.key_layers
         kind = type(layers[0])
         for index in range(len(layers), built_for(taps, facts, len(layers))):
             layers.append(
@@ -46,9 +49,9 @@ class Pruned:
                     attn_cls=host.MMEncoderAttention,
                 )
             )
-        watcher = Watcher(layers, taps, facts, host.mean_over_ranks)
-        if plan.projector_cuts:
-            encoder.register_forward_hook(watcher.before_projector)
+        watcher = Watcher(layers, taps, keys, facts, host.mean_over_ranks)
+        if merges:
+            install(encoder, watcher)
         return watcher
 
     def embed_multimodal(self, **kwargs: Any) -> list[torch.Tensor]:
@@ -100,7 +103,7 @@ class Pruned:
     def encode(self, requests: list[Request], sizes: list, pixels: Any) -> list[torch.Tensor]:
         """What stays of some pictures: all are encoded together, and those of one budget are cut together.
 
-        Where something is merged between tower and projector, those of one budget are encoded together.
+        Where something is merged in the tower or behind it, those of one budget are encoded together.
         """
         budgets: dict[tuple, list[int]] = {}
         for i, request in enumerate(requests):
@@ -109,17 +112,17 @@ class Pruned:
             Picture(self.served.grid(size), request.number) for size, request in zip(sizes, requests, strict=True)
         ]
         made: list[torch.Tensor | None] = [None] * len(pictures)
-        apart = bool(self.served.choice().plan.projector_cuts)
+        apart = self.served.choice().merges
         if not apart:
             features, seen = self.see(pictures, sizes, pixels)
         for (keep, _), mine in budgets.items():
             choice, some = self.served.choice(keep), [pictures[i] for i in mine]
             if apart:
-                self.watcher.change = lambda x, taps, c=choice, some=some: c.pick(x, taps, [one.grid for one in some])
+                self.watcher.tower = Tower(choice, [one.grid for one in some])
                 try:
                     rows, share = self.see(some, [sizes[i] for i in mine], [pixels[i] for i in mine])
                 finally:
-                    self.watcher.change = None
+                    self.watcher.tower = None
             else:
                 rows, share = [features[i] for i in mine], share_of(seen, pictures, mine)
             for i, one in zip(mine, choice.rows(some, share, rows), strict=True):

@@ -7,9 +7,9 @@ averaged over the ranks; all of them then choose alike.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,12 +17,14 @@ from torch import nn
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.attention import split_heads
 from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.taps import BlockKeys, Tap, TowerTap
+from vlmprune.parts.taps import Tap, TowerTap
+
+if TYPE_CHECKING:
+    from vlmprune.serving.merge import Tower
 
 __all__ = ["Watcher", "built_for", "look_only"]
 
 Mean = Callable[[torch.Tensor], torch.Tensor]
-Change = Callable[[torch.Tensor, dict[Tap, torch.Tensor]], tuple[torch.Tensor, dict[Tap, torch.Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -50,31 +52,26 @@ class Watcher:
     Args:
         layers: of the tower, as many as vLLM built.
         taps: to be measured, each once.
+        keys: layers whose keys somebody wants.
         mean: averages a tensor over the ranks that share a layer's heads.
 
     Attributes:
-        change: what becomes of the tower's output `(views, tokens, dim)` given all taps, and what is seen of it then.
+        tower: who changes tokens in this call, if somebody does (`serving.merge`): keys are for them.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], taps: Sequence[TowerTap], facts: ModelFacts, mean: Mean):
+    def __init__(
+        self, layers: Sequence[nn.Module], taps: Sequence[TowerTap], keys: Iterable[int], facts: ModelFacts, mean: Mean
+    ):
         self.taps, self.has_cls, self.mean = taps, facts.has_cls, mean
         self.seen: dict[Tap, list[torch.Tensor]] = {}
-        self.change: Change | None = None
+        self.tower: Tower | None = None
         self.hidden: torch.Tensor | None = None
-        for index in sorted({tap.layer for tap in taps}):
+        for index in sorted({*(tap.layer for tap in taps), *keys}):
             if index < len(layers):
                 layers[index].register_forward_pre_hook(self.before)
                 layers[index].self_attn.qkv_proj.register_forward_hook(self.projected(index, layers[index].self_attn))
             else:  # behind the last one
                 layers[-1].register_forward_hook(self.behind(index))
-
-    def before_projector(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """Hook of the whole stack of layers: lets a cut between tower and projector change what comes out."""
-        if self.change is None:
-            return None
-        output, kept = self.change(output, self.take())
-        self.seen = {tap: [value] for tap, value in kept.items()}
-        return output
 
     def before(self, module: nn.Module, args: tuple) -> None:
         """Pre-hook of a layer: its input, for taps that look at it."""
@@ -87,13 +84,17 @@ class Watcher:
             layer = Projected(output[0], attention.head_dim, attention.scale)
             for tap in self.taps:
                 if tap.layer == index:
-                    keys = isinstance(tap, BlockKeys)  # which an engine takes as they are made
-                    value = layer.keys(output[0]).mean(1) if keys else tap.measure(layer, self.hidden, self.has_cls)
-                    # vLLM's reduction on a CPU works in place and does not heed strides: never hand it a view
-                    self.note(tap, self.mean(value.contiguous()) if attention.tp_size > 1 else value)
+                    self.note(tap, self.over_ranks(tap.measure(layer, self.hidden, self.has_cls), attention))
+            if self.tower is not None and index in self.tower.plan.key_layers:
+                self.tower.keys[index] = self.over_ranks(layer.keys(output[0]).mean(1), attention)
             self.hidden = None
 
         return hook
+
+    def over_ranks(self, value: torch.Tensor, attention: nn.Module) -> torch.Tensor:
+        """The mean of what the ranks see, each of its own heads."""
+        # vLLM's reduction on a CPU works in place and does not heed strides: never hand it a view
+        return self.mean(value.contiguous()) if attention.tp_size > 1 else value
 
     def behind(self, index: int) -> Callable[..., None]:
         """Hook of the last layer, for taps behind it."""
