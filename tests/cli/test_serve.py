@@ -67,3 +67,13 @@ def test_without_vllm_it_says_how_to_get_it(cli, started, monkeypatch):
     assert (code, started) == (2, [])
     assert "found none" in err
     assert "pip install" in err
+
+
+def test_where_vllms_own_command_works_it_is_taken(cli, started, monkeypatch):
+    from vlmprune.cli import serve
+
+    monkeypatch.setattr(serve.metadata, "version", lambda name: "0.33.0")
+    monkeypatch.setattr(serve.shutil, "which", lambda name, path: f"{path}/{name}")
+    assert cli("serve", "--model", "scene-llava", "--method", "fopru", "--keep", "9")[0] == 0
+    ((command, verb, place, *_),) = started
+    assert (command.rpartition("/")[2], verb, place) == ("vllm", "serve", str(embedded.path("scene-llava")))

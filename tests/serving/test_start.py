@@ -45,10 +45,16 @@ def test_a_tower_adapter_is_refused():
 
     from vlmprune.serving.front import refuse
 
-    model = SimpleNamespace(multimodal_config=SimpleNamespace(enable_mm_embeds=False, mm_processor_kwargs=None))
+    limits = {"enable_mm_embeds": False, "mm_processor_kwargs": None, "get_limit_per_prompt": lambda modality: 2}
+    model = SimpleNamespace(multimodal_config=SimpleNamespace(**limits))
     refuse(model, SimpleNamespace(enable_tower_connector_lora=False))
     with pytest.raises(ValueError, match="enable_tower_connector_lora"):
         refuse(model, SimpleNamespace(enable_tower_connector_lora=True))
+
+
+def test_no_pictures_are_refused(engines):
+    with pytest.raises(Exception, match="allows no pictures"):
+        engines("scene-llava", "vtc_cls", engine={"limit_mm_per_prompt": {"image": 0}}, keep=64)
 
 
 def test_a_plugin_that_is_not_loaded_does_not_start():

@@ -30,6 +30,10 @@ def refuse(model_config: Any, lora_config: Any = None) -> None:
             "enable_mm_embeds lets requests bring embeddings instead of pictures, which nothing would prune: start a "
             "server without pruning for them."
         )
+    if multimodal.get_limit_per_prompt("image") == 0:
+        raise ValueError(
+            "limit_mm_per_prompt allows no pictures, so there is nothing to prune: start vLLM's own class."
+        )
     if KEEP in (multimodal.mm_processor_kwargs or {}):
         raise ValueError(f"{KEEP} is for single requests; an engine's own budget is keep, among its vlmprune settings.")
     if lora_config is not None and lora_config.enable_tower_connector_lora:
