@@ -20,7 +20,7 @@ BESIDE = {
     "methods": {"parts", "registry", "kernels"},
     "registry": {"methods"},  # for the base class alone
     "spec": {"methods", "registry", "parts"},
-    "api": {"engine", "methods", "parts", "patches", "registry", "spec", "trace"},
+    "api": {"engine", "kernels", "methods", "parts", "patches", "registry", "spec", "trace"},
     "verify": {"api", "engine", "methods", "parts", "patches", "registry", "spec", "trace", "kernels"},
 }
 #: What a floor may see besides those below it.
