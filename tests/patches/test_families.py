@@ -28,7 +28,7 @@ def test_facts(family, tower, text):
     feature = 5 if family == "llava_onevision" else 4
     assert (facts.tower_layers, facts.feature_layer, facts.decoder_layers) == (6, feature, 4)
     assert facts.has_cls == (tower == "clip")
-    assert facts.views == (family not in ("llava", "vipllava"))
+    assert facts.views == (family not in tiny.SINGLE)
     assert found.inner(model) is found.inner(model.model) is model.model
     assert found.side(model.model) == (tiny.SIDE, tiny.SIDE)
     assert len(found.tower_layers(*found.towers(model.model))) == 6
