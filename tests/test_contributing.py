@@ -98,7 +98,7 @@ def example(monkeypatch):
 
 
 def test_its_method_keeps_the_longest(example, monkeypatch):
-    monkeypatch.setattr("vlmprune.registry._methods", dict(registry._methods))
+    monkeypatch.setattr("vlmprune.methods.base.REGISTERED", dict(registry.registered()))
     longest = example("Longest(Pruner)").Longest
     model = tiny.shared(dtype=torch.float64)
     prompt = tiny.prompt(model, [2, "image", 3], [(24, 24)])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.kernels import driver
-from vlmprune.kernels.choice import Refused, capturing
+from vlmprune.kernels.checks import Refused
+from vlmprune.kernels.choice import capturing
 from vlmprune.kernels.reference import empty_gather
 
 __all__ = ["PTX_OPTIONS", "SOURCES", "ptx_head", "select_gather", "top_k"]
