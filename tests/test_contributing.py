@@ -69,6 +69,8 @@ def test_files_that_other_pages_and_scripts_name_are_there(file):
         r"(?<![\w/.~-])((?:tests|scripts|vlmprune|patches|eval)/[\w/]+\.(?:py|sh|md|yaml))", file.read_text()
     )
     assert [name for name in named if not any((ROOT / base / name).exists() for base in ("", "vlmprune"))] == []
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", file.read_text()) if file.suffix == ".md" else []
+    assert [link for link in links if not (file.parent / link).exists()] == []
 
 
 def test_every_method_has_its_line_among_the_pages():
