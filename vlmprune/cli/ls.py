@@ -122,7 +122,8 @@ def models() -> dict[str, Any]:
     """Families, towers and language models that are supported, and the embedded models."""
     from vlmprune.eval import testbed
     from vlmprune.patches import FAMILIES
-    from vlmprune.patches.base import LANGUAGE_MODELS, TOWERS
+    from vlmprune.patches.language_models import LANGUAGE_MODELS
+    from vlmprune.patches.towers import TOWERS
 
     embedded = []
     for name in testbed.NAMES:
