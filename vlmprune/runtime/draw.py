@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlmprune.parts.layout import ImageGrid
     from vlmprune.trace import Trace
 
-__all__ = ["Panel", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "seen_share", "sheet"]
+__all__ = ["Panel", "answer_panels", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "seen_share", "sheet"]
 
 LONGEST = 384  # pixels of a panel's longer side: small pictures are scaled up by a whole number, large ones down
 GAP, TEXT, HEADING = 14, 15, 18
@@ -264,6 +264,25 @@ def kept_panel(
     if (share := seen_share(image_processor, image.size, grid)) < 0.99:
         about.append(f"the model sees {share:.0%} of the picture (striped: cut off)")
     return Panel(title, about + list(lines), kept_pictures(image, trace, image_processor, index, longest))
+
+
+def answer_panels(
+    image: Image.Image,
+    image_processor: Any,
+    plain: str,
+    answers: Sequence[tuple[str, Trace, str]],
+    index: int = 0,
+    longest: int = LONGEST,
+) -> list[Panel]:
+    """The picture under the full model's answer, then what was kept of it for every (title, trace, answer)."""
+    first = plain_panel(image, "full model", [f"answer: {plain}"], longest)
+    return [
+        first,
+        *(
+            kept_panel(image, trace, image_processor, index, title, [f"answer: {said}"], longest)
+            for title, trace, said in answers
+        ),
+    ]
 
 
 def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
