@@ -153,19 +153,25 @@ def whole_run(info: dict[str, Any]) -> bool:
 
 def whole_cell(cell: Any, name: str) -> bool:
     """Whether a cell has the shape that it was written with; what is read from it may raise where it has not."""
-    good = cell["format"] == FORMAT and whole_about(cell["cell"], name)
-    good = good and isinstance(cell["key"], str) and isinstance(cell["depends"], dict)
+    good = all(  # a list: whatever is lacking is told
+        [
+            whole_about(cell["cell"], name),
+            cell["format"] == FORMAT,
+            isinstance(cell["key"], str),
+            isinstance(cell["depends"], dict),
+        ]
+    )
     if cell["error"] is not None or not good:
         return good and isinstance(cell["error"], str)
     return cell["metric"] in cell["metrics"] and whole_samples(cell["samples"]) and all_numbers(cell)
 
 
 def whole_about(about: Any, name: str) -> bool:
-    """Whether a cell says whose it is."""
+    """Whether a cell says whose it is; as of `whole_cell`."""
     budget = about["budget"]
-    words = {*about} >= ABOUT and all(isinstance(about[word], str) for word in ("model", "method", "label", "task"))
+    texts = all(isinstance(about[word], str) for word in ("model", "method", "label", "task"))
     amounts = budget is None or (isinstance(budget, dict) and all(map(is_number, budget.values())))
-    return words and amounts and about["id"] == name
+    return texts and amounts and {*about} >= ABOUT and about["id"] == name
 
 
 def whole_samples(samples: Any) -> bool:

@@ -20,23 +20,29 @@ Found = Mapping[str, Mapping[str, Pooled]]
 def overall(blank: Sequence[Row], found: Found) -> list[Row]:
     """Fill in the rows over all tasks."""
     draws = retention_draws(blank, found)
+    full = [pooled[blank[0].name].row for pooled in found.values()]
     for row in blank:
-        pooled = [found[task][row.name] for task in found]
+        pooled = [mine[row.name] for mine in found.values()]
         add_up(row, [p.row for p in pooled])
-        if any(p.row.retention is None for p in pooled):
+        if all(p.row.retention is not None for p in pooled):
+            average(row, pooled, full, draws)
+        else:
             leave_open(row, [p.row for p in pooled])
             draws.pop(row.name, None)
-            continue
-        row.value = row.retention = float(np.mean([p.row.retention for p in pooled]))
-        row.spread = retention_spread(pooled, [found[task][blank[0].name].row for task in found])
-        if row.name in draws:
-            row.low, row.high = row.retention_low, row.retention_high = ends(row, draws, [p.row for p in pooled])
-        else:
-            without = ", ".join(p.row.task for p in pooled if p.scores is None)
-            row.note = f"no interval: no scores per sample in {without}" if without else "no interval"
-    scores = {name: np.concatenate([found[task][name].scores for task in found]) for name in draws}
+    scores = {name: np.concatenate([pooled[name].scores for pooled in found.values()]) for name in draws}
     contrast(blank, draws, scores)
     return list(blank)
+
+
+def average(row: Row, pooled: Sequence[Pooled], full: Sequence[Row], draws: Draws) -> None:
+    """Write the mean of the tasks' retention into a row; `full` are the unpruned model's rows."""
+    row.value = row.retention = float(np.mean([p.row.retention for p in pooled]))
+    row.spread = retention_spread(pooled, full)
+    if row.name in draws:
+        row.low, row.high = row.retention_low, row.retention_high = ends(row, draws, [p.row for p in pooled])
+        return
+    without = ", ".join(p.row.task for p in pooled if p.scores is None)
+    row.note = f"no interval: no scores per sample in {without}" if without else "no interval"
 
 
 def add_up(row: Row, mine: Sequence[Row]) -> None:

@@ -261,6 +261,13 @@ def heat(results: Results, model: str) -> Any:
     low = min(float(np.nanmin(grid)), 95.0)
     image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=max(100.0, float(np.nanmax(grid))), aspect="auto")
     write_cells(panel, grid, columns, image.norm)
+    write_names(panel, columns, rows)
+    figure.colorbar(image, ax=panel, label="retention, %", shrink=min(1.0, 9 / max(len(rows), 1)), pad=0.03)
+    return figure
+
+
+def write_names(panel: Any, columns: Sequence[str | None], rows: Sequence[Row]) -> None:
+    """Write what columns and rows are, with white lines between budgets and before what is over all tasks."""
     names = ["all tasks" if task is None else task for task in columns]
     panel.set_xticks(range(len(columns)), names, rotation=35, ha="left", rotation_mode="anchor", fontsize=9)
     panel.xaxis.tick_top()
@@ -271,8 +278,6 @@ def heat(results: Results, model: str) -> Any:
             panel.axhline(i + 0.5, color="white", lw=3)
     if len(columns) > 1:
         panel.axvline(len(columns) - 1.5, color="white", lw=3)
-    figure.colorbar(image, ax=panel, label="retention, %", shrink=min(1.0, 9 / max(len(rows), 1)), pad=0.03)
-    return figure
 
 
 def write_cells(panel: Any, grid: np.ndarray, columns: Sequence[str | None], shade: Callable[[float], float]) -> None:

@@ -272,9 +272,7 @@ def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | N
         UserError: an unknown method or option, or a bad value.
     """
     if old is not None and old["cells"] and not set(CELLS) & set(given_by(args)):
-        again = [(one_job(cell), cell["batch"]) for cell in old["cells"]]
-        order = list(dict.fromkeys(batch for _, batch in again))
-        return sorted(again, key=lambda pair: order.index(pair[1]))
+        return again(old["cells"])
     word = word_of(asked)
     methods = flags.words_of(asked["method"], "--method")
     budgets = [budget_of(text, word) for text in flags.words_of(asked[word], f"--{word}")]
@@ -286,6 +284,12 @@ def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | N
         if getattr(args, word) is not None and not taken:
             todo = spec.jobs(methods, budgets, options)  # says whose budget this cannot be
     return [(job, batch) for batch in batches for job in todo]
+
+
+def again(cells: list[dict[str, Any]]) -> list[tuple[Job, int]]:
+    """The jobs that made cells, those of one batch together."""
+    order = list(dict.fromkeys(cell["batch"] for cell in cells))
+    return [(one_job(cell), batch) for batch in order for cell in cells if cell["batch"] == batch]
 
 
 def one_job(cell: dict[str, Any]) -> Job:

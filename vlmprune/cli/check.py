@@ -64,13 +64,9 @@ def verb(
     options = flags.options_of(option)
 
     # from here on it takes seconds: torch and transformers are imported
-    from vlmprune import spec
     from vlmprune.runtime import loading
 
-    with user_mistakes():
-        parts = dict.fromkeys(part for name in asked for part in spec.names_of(name))
-        jobs = spec.jobs(list(parts), budgets, options, named=named and method is not None)
-        todo = {name: staggered(name, {job.method: job.options for job in jobs}).build() for name in asked}
+    todo = methods_of(asked, budgets, options, named and method is not None)
     loaded = loading.load(loading.find_model(model), loading.pick_device(device), dtype)
     subject = subject_of(loaded)
     skipped = {name: why for name, methods in todo.items() if (why := refusal(loaded, name, methods))}
@@ -80,11 +76,21 @@ def verb(
     if as_json:
         print(json.dumps(in_json(loaded, reports, skipped), indent=2))
     else:
-        print(in_text(reports, skipped))
-        if wrong or report:
-            print("\n" + block(loaded, reports, skipped))
+        print(in_text(reports, skipped), *(["", block(loaded, reports, skipped)] if wrong or report else []), sep="\n")
     if wrong:
         raise CommandError(wrong + ("" if as_json else " (block for a bug report above)"))
+
+
+def methods_of(
+    asked: list[str], budgets: list[dict[str, Any]], options: dict[str, Any], named: bool
+) -> dict[str, list[Method]]:
+    """What every name on the command line stands for; `named` as of `spec.jobs`."""
+    from vlmprune import spec
+
+    with user_mistakes():
+        parts = dict.fromkeys(part for name in asked for part in spec.names_of(name))
+        own = {job.method: job.options for job in spec.jobs(list(parts), budgets, options, named=named)}
+        return {name: staggered(name, own).build() for name in asked}
 
 
 def subject_of(loaded: Loaded) -> Subject:
