@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from vlmprune import kernels
 from vlmprune.engine.hooks import AfterBlock, AfterLanguageModel, AfterModel, BeforeHead, BeforeLayer, BeforeModel
 from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.tower import (
@@ -24,7 +25,12 @@ from vlmprune.patches.base import Bound
 from vlmprune.patches.language_models import decoder_layer
 from vlmprune.patches.towers import tower_layer
 
-__all__ = ["current", "install", "is_hook", "remove", "swap"]
+__all__ = ["current", "install", "is_hook", "remove", "swap", "warm_up"]
+
+
+def warm_up(model: nn.Module) -> None:
+    """Load the kernels now (see `kernels.warm_up`) on the devices that hold the model's weights."""
+    kernels.warm_up({weight.device for weight in model.parameters()}, model.dtype)
 
 
 def is_hook(hook: Callable) -> bool:
