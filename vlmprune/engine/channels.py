@@ -31,17 +31,17 @@ class Seen:
     """What rides under SEEN.
 
     Attributes:
-        plan: under which the tower's output was computed.
+        plan: under which the tower's output was computed; None where nobody looked.
         taps: what was measured in the tower, by tap, `(views, patches, ...)`.
     """
 
-    plan: Plan
+    plan: Plan | None
     taps: dict[Tap, torch.Tensor]
 
 
-def seen_on(output: Any) -> Seen | None:
-    """What was seen where an encoder's output was computed; None where nobody looked."""
-    return getattr(output, SEEN, None)
+def seen_on(output: Any) -> Seen:
+    """What was seen where an encoder's output was computed."""
+    return getattr(output, SEEN, Seen(None, {}))
 
 
 @dataclass(frozen=True)

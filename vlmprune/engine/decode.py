@@ -65,11 +65,7 @@ def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], 
     batch, queries = tokens.shape[:2]
     check_rows(segments, batch)
     new = mask[:, prompt:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-    positions = kwargs.get("position_ids")
-    if positions is None:
-        start = (cache.get_seq_length() if length is None else length) + missing(segments)
-        positions = torch.arange(queries, device=tokens.device)[None] + start
-    positions = positions.expand(*positions.shape[:-2], batch, -1)
+    positions = unpruned_positions(kwargs, segments, length)
     rotary_emb, shift = plan.family.language_model(inner).rotary_emb, first.shift if first.first == 0 else None
     # it also shows the layers that this call was recognised
     kwargs[FRAME] = Decode(plan, segments, rotary_emb, positions, new, shift)
@@ -77,6 +73,15 @@ def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], 
         kwargs["attention_mask"] = decode_mask(first, cache, 0, batch, queries, new, tokens.device)
     kwargs["position_ids"] = positions if shift is None else positions - shift
     return kwargs
+
+
+def unpruned_positions(kwargs: dict, segments: list[Segment], length: int | None) -> torch.Tensor:
+    """`(..., batch, queries)` position ids of a call's tokens in the unpruned conversation."""
+    tokens, positions = given_tokens(kwargs), kwargs.get("position_ids")
+    if positions is None:
+        start = (cache_of(kwargs).get_seq_length() if length is None else length) + missing(segments)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + start
+    return positions.expand(*positions.shape[:-2], len(tokens), -1)
 
 
 def check_rows(segments: list[Segment], batch: int) -> None:

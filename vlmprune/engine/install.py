@@ -67,9 +67,7 @@ def install(model: nn.Module, plan: Plan) -> None:
     try:
         if plan.in_tower:
             hook_towers(inner, plan)
-        for modality in plan.family.modalities:
-            if Encode.wanted(plan, modality) and hasattr(inner, encoder(modality)):
-                setattr(inner, encoder(modality), Encode(inner, plan, modality))
+        bind_encoders(inner, plan)
         plan.family.bind(model, plan)
         hook_language_model(inner, plan)
         plan.head = "" if model is inner else type(model).__name__
@@ -78,6 +76,13 @@ def install(model: nn.Module, plan: Plan) -> None:
     except BaseException:
         take_off(model, [plan])
         raise
+
+
+def bind_encoders(inner: nn.Module, plan: Plan) -> None:
+    """Put `Encode` before the encoders of an inner model that have something to be told or noted."""
+    for modality in plan.family.modalities:
+        if Encode.wanted(plan, modality) and hasattr(inner, encoder(modality)):
+            setattr(inner, encoder(modality), Encode(inner, plan, modality))
 
 
 def hook_towers(inner: nn.Module, plan: Plan) -> None:
@@ -120,18 +125,20 @@ def owned(model: nn.Module) -> list[Plan]:
     Raises:
         RuntimeError: the model is, or has, the inner part of a patched one.
     """
-    found, heads = [], []
-    for module in model.modules():
-        hooks = module._forward_pre_hooks.values()
-        found += [(module, hook.plan) for hook in hooks if isinstance(hook, BeforeModel)]
-        heads += [hook.plan for hook in hooks if isinstance(hook, BeforeHead)]
+    found, heads = starts(model, BeforeModel), {id(plan) for _, plan in starts(model, BeforeHead)}
     for module, plan in found:
-        if plan.head and not any(head is plan for head in heads):
+        if plan.head and id(plan) not in heads:
             raise RuntimeError(
                 f"this {type(module).__name__} is the inner part of a {plan.head} that is patched: patch and unpatch "
                 f"that {plan.head}."
             )
     return [plan for _, plan in found]
+
+
+def starts(model: nn.Module, kind: type[Hook]) -> list[tuple[nn.Module, Plan]]:
+    """The modules of a model that have a pre-hook of a kind, and its plan."""
+    hooks = [(module, hook) for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return [(module, hook.plan) for module, hook in hooks if isinstance(hook, kind)]
 
 
 def current(model: nn.Module) -> Plan | None:

@@ -10,7 +10,7 @@ import torch
 
 from vlmprune.engine.channels import SEGMENTS
 from vlmprune.engine.decode import given_tokens, missing
-from vlmprune.engine.sequence import Segment
+from vlmprune.engine.sequence import Segment, visible
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.layout import download
 from vlmprune.patches.host import cache_of
@@ -161,15 +161,10 @@ def conversation(
         UnsupportedError: there may be padding, and the masks do not tell where.
     """
     seen = last_row(mask, columns)
-    ends = None if positions is None else positions[:, -1] + 1
     if seen is None:
-        # the positions of one row tell whether it has padding, not where
-        end = int(ends[0]) if ends is not None and len(ends) == 1 else None
-        if end not in (columns, columns + pruned):
-            refuse_untold(columns)
-        return None, end
+        return None, end_of_one(positions, columns, pruned)
     counts = seen.sum(1)
-    ends = counts if ends is None else ends.expand(len(seen))
+    ends = counts if positions is None else (positions[:, -1] + 1).expand(len(seen))
     padding, ends = download(torch.stack((columns - counts, ends + columns - counts)))
     seen = seen if any(padding) else None
     if positions is None:
@@ -178,19 +173,22 @@ def conversation(
     return seen, columns if columns in ends else max(ends)
 
 
+def end_of_one(positions: torch.Tensor | None, columns: int, pruned: int) -> int:
+    """Where the conversation of a row without padding ends, by its positions; they cannot tell where padding is."""
+    end = int(positions[0, -1]) + 1 if positions is not None and len(positions) == 1 else None
+    if end not in (columns, columns + pruned):
+        raise UnsupportedError(
+            "continuing a batch or a padded row on a static cache with a sliding window, or on one with less columns "
+            f"than the conversation ({columns}), is not supported: its masks do not tell the padding. Call `generate` "
+            "with a dynamic cache, or continue the rows one by one and without padding."
+        )
+    return end
+
+
 def last_row(mask: Any, columns: int) -> torch.Tensor | None:
     """The `(batch, columns)` bool mask of what the last query of a ready 4-D mask sees; None if it does not see all."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if mask is None or mask.ndim != 4 or mask.shape[-1] < columns:
         return None
-    mask = mask[:, 0, -1, :columns]
-    return mask if mask.dtype == torch.bool else mask == 0
-
-
-def refuse_untold(columns: int) -> NoReturn:
-    raise UnsupportedError(
-        "continuing a batch or a padded row on a static cache with a sliding window, or on one with less columns than "
-        f"the conversation ({columns}), is not supported: its masks do not tell the padding. Call `generate` with a "
-        "dynamic cache, or continue the rows one by one and without padding."
-    )
+    return visible(mask[:, 0, -1, :columns])

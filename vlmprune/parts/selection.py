@@ -94,7 +94,7 @@ def keep_patches(
     if newlines == "candidates":
         patches = None
     elif newlines == "row":
-        total = None if any(grid.newlines for grid in layout.grids) else counts
+        total = None if layout.newlines else counts
     elif newlines == "all" and counts is not None:
         if layout.alive_patches is None:
             total = None

@@ -77,14 +77,9 @@ class Subject:
             in_tower = any(isinstance(cut, PixelCut | TowerCut) for _, cut in handle._plan.cuts)
             handle.unpatch()
             videos = "video" in self.family.modalities and not any(
-                kind in made.refuses_inputs for made in methods for kind in ("video", "shrunk")
+                {"video", "shrunk"} & made.refuses_inputs.keys() for made in methods
             )
-            if videos not in self.plain:
-                step("the unpruned model")
-                prompts = prompts_for(self.family, self.model, videos)
-                check_rotary(self.family.language_model(self.family.inner(self.model)), prompts)
-                self.plain[videos] = evidence.plain_of(self.family, self.model, prompts)
-            plain = self.plain[videos]
+            plain = self.unpruned(videos, step)
 
             def waits() -> int | Exception | None:
                 return evidence.attempt(lambda: checks.syncs(self.model, plain.prompts[0]))
@@ -98,16 +93,20 @@ class Subject:
             again = evidence.attempt(
                 lambda: run(self.family, self.model, plain.prompts[0], evidence.forced_tokens(plain.prompts[0]))
             )
-            lines = {}
-            if isinstance(again, Exception):
-                lines["restore"] = checks.raised("restore", again)
-            else:
-                lines["restore"] = checks.restore_line(plain, again, pruned.run, left)
             step("by hand")
-            lines |= self.compared(plain, pruned, in_tower)
-            promised = 1 + sum(made.syncs for made in methods)
-            lines["syncs"] = checks.syncs_line(before, after, promised)
+            lines = self.compared(plain, pruned, in_tower)
+            lines["restore"] = checks.restore_line(plain, again, pruned.run, left)
+            lines["syncs"] = checks.syncs_line(before, after, 1 + sum(made.syncs for made in methods))
         return Report(names, list(map(repr, methods)), [lines[name] for name in CHECKS], about(self.model))
+
+    def unpruned(self, videos: bool, step: Callable[[str], None]) -> evidence.Plain:
+        """What the plain model does, with videos among the prompts or not."""
+        if videos not in self.plain:
+            step("the unpruned model")
+            prompts = prompts_for(self.family, self.model, videos)
+            check_rotary(self.family.language_model(self.family.inner(self.model)), prompts)
+            self.plain[videos] = evidence.plain_of(self.family, self.model, prompts)
+        return self.plain[videos]
 
     def compared(self, plain: evidence.Plain, pruned: evidence.Pruned, in_tower: bool) -> dict[str, Line]:
         """The lines that need a run by hand."""

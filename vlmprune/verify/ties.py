@@ -76,10 +76,10 @@ class Differing:
 def differing(alone: Sequence[CutTrace], together: Sequence[CutTrace], images: int) -> Differing | None:
     """Where a prompt's cuts first differ from what they do in a batch; None if they keep the same."""
     pairs = list(zip(alone, together, strict=True))
-    kept = [[(a.tokens(i), b.tokens(i)) for i in range(images)] for a, b in pairs]
-    first = next((i for i, cut in enumerate(kept) if any(a != b for a, b in cut)), None)
+    kept = [[[cut.tokens(image) for image in range(images)] for cut in pair] for pair in pairs]
+    first = next((number for number, (mine, others) in enumerate(kept) if mine != others), None)
     if first is None:
         return None
-    flat = [pair for cut in kept for pair in cut]
+    flat = [pair for mine, others in kept for pair in zip(mine, others, strict=True)]
     moved = sum(max(len({*a} - {*b}), len({*b} - {*a})) for a, b in flat)
     return Differing(*pairs[first], moved, sum(len(a) for a, _ in flat))
