@@ -150,7 +150,7 @@ def names_of(method: str) -> list[str]:
         ValueError: one of them twice, or `none` among others.
     """
     names = [name.strip() for name in method.split("+")]
-    if len(set(names)) < len(names):
+    if named_twice(names) is not None:
         raise ValueError(f"method {method!r} names a method twice.")
     if NONE in names and len(names) > 1:
         raise ValueError(f"method {method!r}: 'none' is the whole model and cannot be combined.")
@@ -207,10 +207,14 @@ def parts_of(method: Any) -> list[str | Method]:
     parts = [part for one in (method if several else [method]) for part in parts_in(one)]
     if not parts:
         raise ValueError("the list of methods is empty.")
-    names = [part for part in parts if isinstance(part, str)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if (twice := named_twice([part for part in parts if isinstance(part, str)])) is not None:
         raise ValueError(f"method {twice!r} is named twice: pass method objects.")
     return parts
+
+
+def named_twice(names: list[str]) -> str | None:
+    """The first name that stands there again."""
+    return next((name for name in names if names.count(name) > 1), None)
 
 
 def parts_in(one: Any) -> list[str | Method]:

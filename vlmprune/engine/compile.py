@@ -33,21 +33,19 @@ def compile_cuts(methods: Sequence[Method], facts: ModelFacts) -> list[tuple[str
         ValueError: a cut at a layer that the model has not, a tap that cannot be seen there, a word that means nothing.
         UnsupportedError: the model lacks something, or methods that cannot share a model.
     """
-    for method in methods:
-        method.check_refusals()
     by_method = [(method.known_as, cuts_of(method, facts)) for method in methods]
-    for name, cuts in by_method:
-        for cut in cuts:
-            check_cut(name, cut, facts)
-        check_keys(name, cuts)
-    check_methods(by_method)
     cuts = [(name, cut) for name, made in by_method for cut in made]
+    for name, cut in cuts:
+        check_cut(name, cut, facts)
+    check_methods(by_method)
+    check_keys(cuts)
     check_merged_tower(cuts)
     return sorted(cuts, key=lambda entry: (STAGES.index(type(entry[1])), entry[1].at))
 
 
 def cuts_of(method: Method, facts: ModelFacts) -> list[AnyCut]:
     """What a method asks for."""
+    method.check_refusals()
     cuts = method.cuts(facts)
     if not isinstance(cuts, list | tuple) or not all(type(cut) in STAGES for cut in cuts):
         raise TypeError(f"{method.known_as}.cuts must return a list of Cut, not {cuts!r}.")
@@ -122,12 +120,18 @@ def layers_for(cut: Cut | TowerCut, facts: ModelFacts) -> tuple[str, range]:
     return "tower layer", range(1, facts.tower_layers + 1)  # behind the last one too
 
 
-def check_keys(name: str, cuts: list[AnyCut]) -> None:
+def looks(cuts: list[tuple[str, AnyCut]], kind: type[Tap]) -> list[tuple[str, AnyCut, Tap]]:
+    """Who looks where at what: the method, its cut and the tap, for all taps of a kind."""
+    return [(name, cut, tap) for name, cut in cuts for tap in cut.see if isinstance(tap, kind)]
+
+
+def check_keys(cuts: list[tuple[str, AnyCut]]) -> None:
     """Refuse a second look at a tower layer's keys: the first cut has merged their tokens."""
-    looks = [(cut, tap) for cut in cuts for tap in cut.see if isinstance(tap, BlockKeys)]
-    for number, (cut, tap) in enumerate(looks):
-        if tap in (earlier for _, earlier in looks[:number]):
+    seen: set[Tap] = set()
+    for name, cut, tap in looks(cuts, BlockKeys):
+        if tap in seen:
             raise ValueError(f"{name}, {place(cut)} cannot see {tap}: an earlier cut there has merged these tokens.")
+        seen.add(tap)
 
 
 def check_methods(methods: list[tuple[str, list[AnyCut]]]) -> None:
@@ -155,15 +159,11 @@ def makers(methods: list[tuple[str, list[AnyCut]]], kind: Any) -> list[str]:
 def check_merged_tower(cuts: list[tuple[str, AnyCut]]) -> None:
     """Refuse to look at a tower in which tokens are merged."""
     merging = next((name for name, cut in cuts if isinstance(cut, TowerCut)), None)
-    looking = [(name, tap) for name, cut in cuts if isinstance(cut, Cut) for tap in cut.see if of_tower(tap)]
-    if merging and looking:
-        name, tap = looking[0]
-        raise UnsupportedError(
-            f"{merging!r} merges tokens inside the vision tower and {name!r} looks at that tower ({tap}): "
-            "combine it with a method that needs no tower tap."
-        )
-
-
-def of_tower(tap: Tap) -> bool:
-    """Whether a tap looks at the tower's tokens themselves."""
-    return isinstance(tap, TowerTap) and not isinstance(tap, ClusterOf)
+    if merging is None:
+        return
+    for name, cut, tap in looks(cuts, TowerTap):
+        if isinstance(cut, Cut) and not isinstance(tap, ClusterOf):
+            raise UnsupportedError(
+                f"{merging!r} merges tokens inside the vision tower and {name!r} looks at that tower ({tap}): "
+                "combine it with a method that needs no tower tap."
+            )

@@ -15,7 +15,6 @@ ambient: threads and interleaved generations cannot mix.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +25,10 @@ from torch import nn
 from vlmprune.engine.census import check_mask
 from vlmprune.engine.channels import FRAME, NOTES, SEEN, SEGMENTS, SIZES
 from vlmprune.engine.decode import held, length_of, resume, rolled_back
-from vlmprune.engine.placement import loaded
-from vlmprune.engine.plan import Hook
+from vlmprune.engine.encode import PIXELS, check_fixed, encode, given_pixels, ready_outputs
+from vlmprune.engine.plan import Hook, handed
 from vlmprune.engine.prefill import Prefill
 from vlmprune.engine.sequence import Segment
-from vlmprune.engine.tower import (
-    Encode,
-    check_fixed,
-    encoder,
-)
 from vlmprune.engine.turn import catch_up
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError
@@ -102,11 +96,6 @@ def check_call(family: Family, module: nn.Module, kwargs: dict) -> None:
     check_mask(kwargs.get("attention_mask"), cache_of(kwargs))
 
 
-def ready_outputs(kwargs: dict) -> dict[str, Any]:
-    """The encoders' outputs that a call brings, by modality: of pictures that were encoded before it."""
-    return {m: output for m, output in (kwargs.get("mm_encoder_outputs") or {}).items() if output is not None}
-
-
 def brings_pictures(kwargs: dict) -> bool:
     """Whether a call brings pictures, encoded or not."""
     return bool(ready_outputs(kwargs)) or any(given_pixels(kwargs, modality) for modality in PIXELS)
@@ -147,49 +136,6 @@ def without_notes(output: Any) -> Any:
     return plain
 
 
-def given_pixels(kwargs: dict, modality: str) -> bool:
-    """Whether a call brings pictures of one kind."""
-    return any(kwargs.get(name) is not None and len(kwargs[name]) > 0 for name in PIXELS[modality])
-
-
-def encode(module: nn.Module, kwargs: dict, family: Family) -> dict[str, Any]:
-    """Run the model's own encoders on what a call brings, as `generate` does; takes their arguments out of `kwargs`.
-
-    Returns:
-        The encoders' outputs by modality, those that the call brought ready included.
-    """
-    ready, pictured = ready_outputs(kwargs), [m for m in family.modalities if given_pixels(kwargs, m)]
-    kwargs.pop("mm_encoder_outputs", None)
-    check_kinds(family, ready, pictured)
-    used: set[str] = set()
-    for modality in pictured:
-        run = own_encoder(module, modality)
-        known = (inspect.signature(run).parameters.keys() & kwargs.keys()) - {"kwargs"}
-        with loaded(module):
-            ready[modality] = run(
-                **{name: kwargs[name] for name in known if kwargs[name] is not None}, return_dict=True
-            )
-        used |= known
-    for name in used:
-        del kwargs[name]
-    return ready
-
-
-def check_kinds(family: Family, ready: dict[str, Any], pictured: list[str]) -> None:
-    """Refuse pictures of a kind that a family has not, and pixels beside their encoder's output."""
-    if strange := [m for m in ready if m not in family.modalities]:
-        raise UnsupportedError(f"{strange[0]} input of {family.model_type} models is not supported.")
-    if twice := [m for m in pictured if m in ready]:
-        raise ValueError(f"give pixels or mm_encoder_outputs for input of kind {twice[0]!r}, not both.")
-
-
-def own_encoder(module: nn.Module, modality: str) -> Callable[..., Any]:
-    """What encodes pictures of one kind; a replica has the original's `Encode`, and gets one of its own."""
-    run = getattr(module, encoder(modality))
-    copied = isinstance(run, Encode) and run.module is not module
-    return Encode(module, run.plan, modality) if copied else run
-
-
 @dataclass
 class AfterBlock(Hook):
     """Hook of an attention or feed-forward block that a tap watches; the second of the two ends the watch."""
@@ -200,7 +146,7 @@ class AfterBlock(Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if (frame := self.watching.frame(self.last)) is not None:
-            before = args[0] if args else kwargs["hidden_states"]
+            before, *_ = handed(args, kwargs)
             frame.watch(self.index, before, output[0] if isinstance(output, tuple) else output)
 
 
@@ -219,11 +165,11 @@ class BeforeLayer(Hook):
                 check_plain(module, kwargs)
             return None
         frame = kwargs.pop(FRAME)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
+        hidden, rest, kwargs = handed(args, kwargs)
         hidden, kwargs = frame.enter(self.index, module, hidden, kwargs)
         if self.watching is not None and isinstance(frame, Prefill):
             self.watching.begin(frame)
-        return (hidden, *args[1:]), kwargs
+        return (hidden, *rest), kwargs
 
 
 def alone(layer: nn.Module) -> bool:
@@ -300,6 +246,3 @@ def guessed(kwargs: dict) -> int:
     if not isinstance(wanted, int) or cache_of(kwargs) is None or not ready_outputs(kwargs):
         return 0
     return max(wanted - 1, 0)
-
-
-PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vlmprune import kernels
+from vlmprune.engine.encode import Encode, encoder
 from vlmprune.engine.hooks import AfterBlock, AfterLanguageModel, AfterModel, BeforeHead, BeforeLayer, BeforeModel
 from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.tower import (
@@ -17,8 +18,6 @@ from vlmprune.engine.tower import (
     BeforeTower,
     BeforeTowerAttention,
     BeforeTowerLayer,
-    Encode,
-    encoder,
 )
 from vlmprune.engine.watch import Watch
 from vlmprune.patches.base import Bound
@@ -151,19 +150,20 @@ def remove(model: nn.Module) -> None:
     take_off(model, owned(model))
 
 
+def made_for(plans: list[Plan], thing: Any) -> bool:
+    """Whether something on a module is a hook or an attribute of ours, and of one of these plans."""
+    return isinstance(thing, Hook | Bound) and any(thing.plan is plan for plan in plans)
+
+
 def take_off(model: nn.Module, plans: list[Plan]) -> None:
     """Take every hook and attribute of some plans off a model."""
-
-    def mine(thing: Any) -> bool:
-        return isinstance(thing, Hook | Bound) and any(thing.plan is plan for plan in plans)
-
     for module in model.modules():
         for hooks, flags in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
         ):
-            for key in [k for k, hook in hooks.items() if mine(hook)]:
+            for key in [k for k, hook in hooks.items() if made_for(plans, hook)]:
                 del hooks[key]
                 flags.pop(key, None)
-        for name in [name for name, value in vars(module).items() if mine(value)]:
+        for name in [name for name, value in vars(module).items() if made_for(plans, value)]:
             delattr(module, name)

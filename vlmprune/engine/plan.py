@@ -21,7 +21,7 @@ from vlmprune.trace import Trace
 if TYPE_CHECKING:
     from vlmprune.methods.base import Method
 
-__all__ = ["Hook", "Plan"]
+__all__ = ["Hook", "Plan", "handed"]
 
 
 @dataclass
@@ -133,6 +133,13 @@ class Plan:
 def wanted_taps(cuts: Iterable[AnyCut], kind: type[Tap]) -> list[Any]:
     """The taps of a kind that some cuts want to see, each once."""
     return list(dict.fromkeys(tap for cut in cuts for tap in cut.see if isinstance(tap, kind)))
+
+
+def handed(args: tuple, kwargs: dict[str, Any], name: str = "hidden_states") -> tuple[Any, tuple, dict[str, Any]]:
+    """What a module is handed first, by its place or by its name, and the other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
 @dataclass

@@ -16,7 +16,7 @@ from vlmprune.parts.layout import Layout, upload
 from vlmprune.patches.host import cache_of
 from vlmprune.patches.language_models import attention_mask, window_of
 
-__all__ = ["Segment", "Sequence", "by_columns", "real_tokens", "visible"]
+__all__ = ["Segment", "Sequence", "beside", "by_columns", "real_tokens", "visible"]
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,14 @@ class Segment:
 
 def beside(left: torch.Tensor | None, columns: int, right: torch.Tensor | None, more: int) -> torch.Tensor | None:
     """Two masks of so many columns side by side, where None is a mask of ones."""
-    if left is None and right is None:
-        return None
-    rows = right if left is None else left
-    left = rows.new_ones(len(rows), columns, dtype=torch.bool) if left is None else left
-    right = rows.new_ones(len(rows), more, dtype=torch.bool) if right is None else right
-    return torch.cat((left.bool(), right.bool()), 1)
+    if left is None:
+        return None if right is None else torch.cat((ones_like(right, columns), right.bool()), 1)
+    return torch.cat((left.bool(), ones_like(left, more) if right is None else right.bool()), 1)
+
+
+def ones_like(mask: torch.Tensor, columns: int) -> torch.Tensor:
+    """`(batch, columns)` bool ones for the rows of a mask."""
+    return mask.new_ones(len(mask), columns, dtype=torch.bool)
 
 
 def by_columns(handed: Any, columns: torch.Tensor, axis: int = 1) -> Any:

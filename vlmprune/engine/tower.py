@@ -6,24 +6,20 @@ out and measures, `AfterTower` leaves what was seen on the output object, which 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, SIZES, Seen
+from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, Seen
 from vlmprune.engine.placement import check_device, loaded
-from vlmprune.engine.plan import Hook, Plan
+from vlmprune.engine.plan import Hook, Plan, handed
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Merge, Pick, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.layout import ImageGrid, Views
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap
-from vlmprune.patches import Family
-from vlmprune.patches.base import Bound
 from vlmprune.patches.tagged import untag
 from vlmprune.patches.towers import tower_layer
 
@@ -34,9 +30,6 @@ __all__ = [
     "BeforeTower",
     "BeforeTowerAttention",
     "BeforeTowerLayer",
-    "Encode",
-    "check_fixed",
-    "encoder",
 ]
 
 
@@ -231,32 +224,20 @@ def flow(hidden: torch.Tensor, merge: Merge) -> torch.Tensor:
     return torch.where(named[..., None] > 0, summed.to(hidden.dtype), hidden)
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a tower, which other models may share, is told of the call it is in.
-
-    Attributes:
-        plan: of the model whose call it is.
-        grids: layouts of what it encodes, where a cut behind the tower wants them.
-    """
-
-    plan: Plan
-    grids: list[ImageGrid] | None = None
-
-
 @dataclass
 class BeforeTower(Hook):
     """Pre-hook of the tower: starts a frame in the calls of its own model, which says so."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        pixels, note = untag(args[0] if args else kwargs["pixel_values"])
+        pixels, rest, kwargs = handed(args, kwargs, "pixel_values")
+        pixels, note = untag(pixels)
         call = kwargs.get(OWNER) if note is None else note
         if not self.owns(call):
             return None
-        kwargs = {name: value for name, value in kwargs.items() if name not in (OWNER, "pixel_values")}
+        kwargs.pop(OWNER, None)
         for cut in self.plan.pixel_cuts:
             pixels = cut.reduce(pixels)
-        return (pixels, *args[1:]), kwargs | {FRAME: TowerFrame(self.plan, note, call.grids)}
+        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note, call.grids)}
 
 
 @dataclass
@@ -272,8 +253,7 @@ class BeforeTowerLayer(Hook):
         if not self.owns(kwargs.get(FRAME)):
             return None
         frame = kwargs.pop(FRAME)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        changed = frame.enter(self.index, module, hidden, args[1:], kwargs)
+        changed = frame.enter(self.index, module, *handed(args, kwargs))
         if self.watching is not None:
             self.check_keys(module)
             self.watching.begin(frame)
@@ -339,62 +319,3 @@ class AfterTower(Hook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.owns(frame := kwargs.get(FRAME)):
             frame.finish(output)
-
-
-class Encode(Bound):
-    """Stands before `get_image_features` or `get_video_features` on one instance.
-
-    It tells the tower, which other models may share, whose call it is in, and notes the sizes of what is encoded, which
-    `generate` throws away. A bound attribute of the instance and not a hook, because no module is called with them.
-    """
-
-    def __init__(self, module: nn.Module, plan: Plan, modality: str):
-        self.module, self.plan, self.modality = module, plan, modality
-        self.__signature__ = inspect.signature(self.encode().__get__(module))
-
-    @staticmethod
-    def wanted(plan: Plan, modality: str) -> bool:
-        """Whether there is anything to tell or to note."""
-        return plan.in_tower or plan.family.sized(modality)
-
-    def encode(self) -> Callable[..., Any]:
-        """The method of the model's class; torch.compile would look a bound one up on the instance, where this is."""
-        return getattr(type(self.module), encoder(self.modality))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        plan, known = self.plan, self.plan.family.sized(self.modality)
-        if plan.in_tower and plan.enabled:
-            kwargs[OWNER] = Call(plan)
-        if not known and not plan.projector_cuts:
-            return self.encode()(self.module, *args, **kwargs)
-        given = self.named(args, kwargs)
-        sizes = plan.family.sizes(self.modality, given) if known else [None] * len(given["pixel_values"])
-        if plan.projector_cuts and plan.enabled:
-            given[OWNER] = Call(plan, [plan.grid(self.module, self.modality, size) for size in sizes])
-        output = self.encode()(self.module, **given)
-        if known and not isinstance(output, tuple):
-            setattr(output, SIZES, sizes)
-        return output
-
-    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments of a call by name, sizes on the host."""
-        given = dict(self.__signature__.bind(*args, **kwargs).arguments)
-        given |= given.pop("kwargs", {})
-        # the host only computes with these on the host: one read here spares it one per image
-        for name in ("image_sizes", "batch_num_images"):
-            if given.get(name) is not None:
-                given[name] = torch.as_tensor(given[name]).cpu()
-        check_fixed(self.plan.family, self.module.config, given)
-        return given
-
-
-def encoder(modality: str) -> str:
-    """Name of a model's method that encodes images or videos."""
-    return f"get_{modality}_features"
-
-
-def check_fixed(family: Family, config: Any, given: dict[str, Any]) -> None:
-    """Refuse arguments of a call that contradict the config, by which layouts and taps are traced."""
-    for name in family.fixed:
-        if given.get(name) is not None and given[name] != getattr(config, name, given[name]):
-            raise UnsupportedError(f"{name}={given[name]!r} per call is not supported: set it in the model's config.")

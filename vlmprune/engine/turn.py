@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -83,16 +83,9 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
     if given_tokens(kwargs).shape[1] == 1 or not length:
         return kwargs  # a step brings a new token
     turn = read_turn(kwargs, segments, length)
-    match turn.brings:
-        case Brings.WHOLE | Brings.ELSEWHERE:
-            refuse(turn)
-        case Brings.OVERLAP:
-            kwargs = without_old(kwargs, turn)
-        case Brings.NEW if turn.pruned and turn.real is not None:
-            raise UnsupportedError(
-                "new tokens alone, behind padding on a static cache that is pruned, are not supported: give `generate` "
-                "the input_ids of the whole conversation, or call it with a dynamic cache."
-            )
+    check_turn(turn)
+    if turn.brings is Brings.OVERLAP:
+        kwargs = without_old(kwargs, turn)
     if not turn.ready:
         return kwargs
     if turn.real is not None and segments:
@@ -128,19 +121,26 @@ def without_old(kwargs: dict, turn: Turn) -> dict:
     return kwargs | {name: kwargs[name].narrow(axis, turn.pruned, new) for name, axis in given.items()}
 
 
-def refuse(turn: Turn) -> NoReturn:
-    """Raise for a call whose tokens do not go on where the cache ends."""
-    if turn.brings is Brings.WHOLE:
-        raise UnsupportedError(
-            f"the whole conversation ({turn.brought} tokens) comes again to a cache that stands for {turn.stands_for} "
-            "of it: `generate` does so in a later turn with prompt_lookup_num_tokens or assistant_model, and would "
-            "cache it twice, pruned or not. Leave these out in later turns."
-        )
-    raise ValueError(
-        f"the {turn.told} at column {turn.end}; the cache stands for {turn.stands_for} columns of the conversation "
-        f"(those that were pruned included), and this call brings {turn.brought}: give an attention_mask of "
-        f"{turn.stands_for + turn.brought} columns, or position_ids that go on behind them."
-    )
+def check_turn(turn: Turn) -> None:
+    """Refuse a call whose tokens do not go on where the cache ends, or of which nothing tells where."""
+    match turn.brings:
+        case Brings.WHOLE:
+            raise UnsupportedError(
+                f"the whole conversation ({turn.brought} tokens) comes again to a cache that stands for "
+                f"{turn.stands_for} of it: `generate` does so in a later turn with prompt_lookup_num_tokens or "
+                "assistant_model, and would cache it twice, pruned or not. Leave these out in later turns."
+            )
+        case Brings.ELSEWHERE:
+            raise ValueError(
+                f"the {turn.told} at column {turn.end}; the cache stands for {turn.stands_for} columns of the "
+                f"conversation (those that were pruned included), and this call brings {turn.brought}: give an "
+                f"attention_mask of {turn.stands_for + turn.brought} columns, or position_ids that go on behind them."
+            )
+        case Brings.NEW if turn.pruned and turn.real is not None:
+            raise UnsupportedError(
+                "new tokens alone, behind padding on a static cache that is pruned, are not supported: give `generate` "
+                "the input_ids of the whole conversation, or call it with a dynamic cache."
+            )
 
 
 def conversation(

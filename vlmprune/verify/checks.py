@@ -227,12 +227,14 @@ def ours(thing: object) -> bool:
 
 def left_behind(model: nn.Module) -> list[str]:
     """Every hook and instance attribute of this package that is on a model, by its own search."""
-    found = []
-    for name, module in model.named_modules():
-        hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
-        found += [f"{name or 'model'}: {type(hook).__name__}" for hook in filter(ours, hooks)]
-        found += [f"{name or 'model'}.{attribute}" for attribute, value in vars(module).items() if ours(value)]
-    return found
+    return [found for name, module in model.named_modules() for found in ours_on(name or "model", module)]
+
+
+def ours_on(name: str, module: nn.Module) -> list[str]:
+    """`left_behind` of one module."""
+    hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
+    found = [f"{name}: {type(hook).__name__}" for hook in filter(ours, hooks)]
+    return found + [f"{name}.{attribute}" for attribute, value in vars(module).items() if ours(value)]
 
 
 def restore_line(plain: Plain, again: Run | Exception, pruned: Run | Exception, left: Sequence[str]) -> Line:

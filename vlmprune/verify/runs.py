@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from vlmprune.engine.hooks import encode
+from vlmprune.engine.encode import encode
 from vlmprune.patches import Family
 from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.patches.language_models import sliding_window
