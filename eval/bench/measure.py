@@ -160,7 +160,7 @@ def run_method(
     oracle = Contender(Oracle(work, trace), clock)
     plain = Contender(Plain(work), clock)
     oracle.prefill()
-    merged = any(cut.merged for cut in trace.cuts) or bool(plan.tower_cuts) or bool(plan.pixel_cuts)
+    merged = plan.in_vision or any(cut.merged for cut in trace.cuts)
     difference = float((logits - oracle.run.logits).abs().max() / logits.abs().max())
     oracle.first.clear()
 
