@@ -164,6 +164,15 @@ def test_constraints_pin_what_setup_cfg_asks_for(described: Message) -> None:
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 
+@pytest.mark.parametrize("extra", ["eval", "test"])
+def test_what_brings_lmms_eval_bounds_what_that_breaks_on(described: Message, extra: str) -> None:
+    """lmms-eval 0.7.3 imports `filelock._api`, which filelock 4.3 has no more, and asks for no release of it."""
+    asked = [Requirement(line) for line in described.get_all("Requires-Dist", []) if f'extra == "{extra}"' in line]
+    (filelock,) = [requirement for requirement in asked if requirement.name == "filelock"]
+    assert filelock.specifier.contains("4.2.12")
+    assert not filelock.specifier.contains("4.3.1")
+
+
 def test_every_user_extra_is_in_the_developers_environment() -> None:
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")

@@ -209,7 +209,7 @@ def run_method(
         raise RuntimeError("the patched model ran and left no trace.")
     oracle = Contender(Oracle(work, trace), clock)
     oracle.prefill()
-    merged = any(cut.merged for cut in trace.cuts) or bool(plan.tower_cuts) or bool(plan.pixel_cuts)
+    merged = plan.in_vision or any(cut.merged for cut in trace.cuts)
     difference = float((logits - oracle.run.logits).abs().max() / logits.abs().max())
     oracle.first.clear()
 

@@ -100,6 +100,11 @@ class Plan:
         return [cut for _, cut in self.cuts if isinstance(cut, ProjectorCut)]
 
     @property
+    def in_vision(self) -> bool:
+        """Whether a cut changes what tower and projector make of a picture."""
+        return any(not isinstance(cut, Cut) for _, cut in self.cuts)
+
+    @property
     def measured(self) -> list[TowerTap]:
         """What is to be measured in the tower, each once: for cuts behind it and in the language model."""
         behind = wanted_taps(self.projector_cuts, TowerTap)

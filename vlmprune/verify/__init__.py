@@ -12,7 +12,6 @@ from torch import nn
 from vlmprune.api import patch, unwrap
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
-from vlmprune.parts.cuts import PixelCut, ProjectorCut, TowerCut
 from vlmprune.patches import family_of
 from vlmprune.verify import checks, evidence
 from vlmprune.verify.about import about
@@ -74,7 +73,7 @@ class Subject:
         with torch.no_grad(), evaluating(self.model):
             handle = patch(self.model, method, **options)
             names, methods = "+".join(m.name or type(m).__name__ for m in handle.methods), handle.methods
-            in_tower = any(isinstance(cut, PixelCut | TowerCut | ProjectorCut) for _, cut in handle._plan.cuts)
+            in_tower = handle._plan.in_vision
             handle.unpatch()
             videos = "video" in self.family.modalities and not any(
                 {"video", "shrunk"} & made.refuses_inputs.keys() for made in methods
