@@ -136,7 +136,7 @@ def test_source_archive_builds_the_same_wheel_and_brings_the_tests(source: Path,
 def test_wheel_is_light_and_describes_itself(described: Message) -> None:
     required = [Requirement(line) for line in described.get_all("Requires-Dist", [])]
     plain = sorted(r.name for r in required if r.marker is None)
-    assert plain == ["jinja2", "pillow", "pyyaml", "torch", "transformers"]
+    assert plain == ["jinja2", "pillow", "pydantic", "pyyaml", "rich", "torch", "transformers", "typer"]
     assert set(described.get_all("Provides-Extra", [])) == {"eval", "plot", "train", "test", "dev"}
     assert described["Version"] == vlmprune.__version__ == __version__
     assert described["Requires-Python"] == ">=3.11"
