@@ -49,11 +49,13 @@ CLASSES = {
 }
 
 
-def model(family="llava", text="llama", tower="clip", dtype=torch.float32, seed=0, attn="sdpa", **text_options):
+def model(
+    family="llava", text="llama", tower="clip", dtype=torch.float32, seed=0, attn="sdpa", tower_layers=6, **text_options
+):
     """A random model whose outputs depend strongly on its picture."""
     torch.manual_seed(seed)
     vision = {
-        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 3,
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": tower_layers, "num_attention_heads": 3,
         "image_size": TILE, "patch_size": PATCH,
     }  # fmt: skip
     if tower == "clip":

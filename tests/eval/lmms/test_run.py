@@ -293,7 +293,6 @@ main(words)
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "moment", "left"), [(1, "before", 1), (2, "behind", 3)])
 def test_killed_while_it_writes(config, tmp_path, number, moment, left):
     """With so many results there, right before or behind the step that puts another one beside them."""
@@ -325,7 +324,6 @@ def answers(folder):
     }
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_results_of_one(config, tmp_path):
     more = ["--set", "limit=5"]
     assert main(["eval", str(config), *more]) == 0
