@@ -90,7 +90,7 @@ test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported 
 
 # What a release may change without a word: the answers of trained models, cached and uncached, in several turns, on static
 # caches, and the self-test. A tiny random model may hide what these show.
-# The oldest and the newest run all tests anyway.
+# The newest runs all tests, the oldest all that depends on it.
 BETWEEN ?= $(filter-out $(firstword $(VERSIONS)) $(lastword $(VERSIONS)),$(VERSIONS))
 test-versions: $(BETWEEN:%=.venv-%/.installed) ## run a short set of tests on every minor release of transformers between the oldest and the newest
 	@for version in $(BETWEEN); do \
