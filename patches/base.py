@@ -155,6 +155,10 @@ class Family:
             return [frames] * batch
         return [tuple(size) for size in given["image_sizes"].tolist()]
 
+    def sized(self, modality: str) -> bool:
+        """Whether the packing of an image or video depends on more than the model, which `sizes` tells."""
+        return self.needs_sizes or modality == "video"
+
     def bind(self, model: nn.Module, plan: Any) -> None:
         """Set `Bound` attributes where no hook reaches what the engine has to know."""
 

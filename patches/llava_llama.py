@@ -224,19 +224,22 @@ class Prompt:
                 "concatenation). To go on with a cache, call the model itself with the new tokens and images alone."
             )
         beams = rows // batch
-        seen = self.vlmprune_seen
-        if self.unread is not None and seen is not None:
-            read = [view for view, unread in enumerate(self.unread) if not unread]
-            taps = {tap: values[upload(read, values.device)] for tap, values in seen.taps.items()}
-            seen = replace(seen, taps=taps)
         features = Features(
             [range(n) for row in self.tokens for _ in range(beams) for n in row],
             embeds,
             vlmprune_sizes=[size for row in self.rows for size in row],
-            vlmprune_seen=seen,
+            vlmprune_seen=self.seen_of_read(),
         )
         ids = torch.where(self.visual, IMAGE, 0).repeat_interleave(beams, 0)
         return {"input_ids": ids, "mm_encoder_outputs": {"image": features}}
+
+    def seen_of_read(self) -> Any:
+        """What was seen of the views that a prompt reads."""
+        seen = self.vlmprune_seen
+        if self.unread is None or seen is None:
+            return seen
+        read = [view for view, unread in enumerate(self.unread) if not unread]
+        return replace(seen, taps={tap: values[upload(read, values.device)] for tap, values in seen.taps.items()})
 
 
 @dataclass
@@ -276,10 +279,7 @@ class ExpandPrompt(Bound):
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         counts = ((ids == IMAGE) & real).sum(1).tolist()
         prompt = Prompt(self.plan, torch.empty(0), *self.assign(counts, sizes))
-        if self.plan.enabled and self.plan.in_tower:
-            inner = self.plan.family.inner(self.model)
-            prompt.grids = [self.plan.grid(inner, "image", size) for size in sizes]
-            given["images"] = [tag(x, prompt) for x in images] if isinstance(images, list) else tag(images, prompt)
+        given["images"] = self.announced(images, prompt, sizes)
         columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         given |= {"attention_mask": real if mask is None else mask, "labels": columns}
         none, positions, padded, cache, embeds, source = self.expand()(**given)
@@ -289,6 +289,14 @@ class ExpandPrompt(Bound):
         if any(counts):
             embeds = tag(embeds, prompt)
         return none, positions, None if mask is None else padded, cache, embeds, labels
+
+    def announced(self, images: Any, prompt: Prompt, sizes: list[tuple]) -> Any:
+        """The images, which tell the tower whose they are where it has something to do."""
+        if not (self.plan.enabled and self.plan.in_tower):
+            return images
+        inner = self.plan.family.inner(self.model)
+        prompt.grids = [self.plan.grid(inner, "image", size) for size in sizes]
+        return [tag(x, prompt) for x in images] if isinstance(images, list) else tag(images, prompt)
 
     def sizes(self, images: Any, shapes: Any) -> list[tuple]:
         """What the packing of every image depends on: whether it is in a list, its views, its (width, height)."""

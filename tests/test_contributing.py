@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -9,12 +11,19 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import scenes
 import tiny
+import tiny_folders
 import torch
 
 import vlmprune
-from vlmprune import Cut, Decoder, Method
-from vlmprune.parts.selection import select
+import vlmprune.cli as command
+from vlmprune import Cut, Decoder, Method, methods, registry
+from vlmprune.cli.flags import Verb
+from vlmprune.methods.fastv import FastV
+from vlmprune.methods.fopru import FoPru
+from vlmprune.parts import select
+from vlmprune.patches import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -49,21 +58,100 @@ def test_the_map_shows_every_file_once():
     assert sorted(set(named) - files) == [], "the map has these, which are gone"
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:[\w]+/)+[\w.]+(?:\.py|\.md|/))`", TEXT))))
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:[\w]+/)+[\w.]+(?:\.py|\.md|\.sh|/))`", TEXT))))
 def test_what_it_names_is_there(path):
     assert any((ROOT / base / path).exists() or "longest" in path for base in ("", "vlmprune"))
 
 
+@pytest.mark.parametrize("file", [*ROOT.glob("docs/**/*.md"), *ROOT.glob("scripts/*.sh"), ROOT / "README.md"])
+def test_files_that_other_pages_and_scripts_name_are_there(file):
+    named = re.findall(
+        r"(?<![\w/.~-])((?:tests|scripts|vlmprune|patches|eval)/[\w/]+\.(?:py|sh|md|yaml))", file.read_text()
+    )
+    assert [name for name in named if not any((ROOT / base / name).exists() for base in ("", "vlmprune"))] == []
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", file.read_text()) if file.suffix == ".md" else []
+    assert [link for link in links if not (file.parent / link).exists()] == []
+
+
+def test_every_method_has_its_line_among_the_pages():
+    index = (ROOT / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
+    lines = "".join(line for line in index.splitlines(keepends=True) if line.startswith("| ["))
+    assert set(re.findall(r"`(\w+)`", lines)) == ours()
+    for page in re.findall(r"\]\((\w+\.md)\)", lines):
+        assert (ROOT / "docs" / "methods" / page).is_file()
+
+
+def ours() -> set[str]:
+    """The methods of this package, not of others that happen to be installed."""
+    return {cls.name for cls in map(methods.__dict__.get, methods.__all__) if cls.name}
+
+
 @pytest.fixture
-def taps(monkeypatch):
-    (code,) = (block for block in BLOCKS if "KeyLength" in block)
-    monkeypatch.setitem(sys.modules, "example", module := ModuleType("example"))
-    exec(compile(code, "CONTRIBUTING.md", "exec"), module.__dict__)
-    return module
+def example(monkeypatch):
+    """`example(word)`: the module that the one example with this word is."""
+
+    def made(word: str) -> ModuleType:
+        (code,) = (block for block in BLOCKS if word in block)
+        monkeypatch.setitem(sys.modules, "example", module := ModuleType("example"))
+        exec(compile(code, "CONTRIBUTING.md", "exec"), module.__dict__)
+        return module
+
+    return made
 
 
-def test_its_taps_measure_what_they_say(taps):
-    seen_by = {}
+def test_its_method_keeps_the_longest(example, monkeypatch):
+    monkeypatch.setattr("vlmprune.methods.base.REGISTERED", dict(registry.registered()))
+    longest = example("Longest(Pruner)").Longest
+    model = tiny.shared(dtype=torch.float64)
+    prompt = tiny.prompt(model, [2, "image", 3], [(24, 24)])
+    with torch.no_grad():
+        (features,) = model.model.get_image_features(prompt["pixel_values"], return_dict=True).pooler_output
+        for norm, order in (("l2", 2), ("l1", 1)):
+            with vlmprune.patch(model, longest(keep=5, norm=norm)) as handle:
+                model(**prompt)
+            want = features.norm(order, dim=-1).topk(5).indices.sort().values
+            assert handle.trace.kept(0) == want.tolist()
+    with pytest.raises(ValueError, match="l3"):
+        longest(keep=5, norm="l3")
+
+
+def test_its_family_is_computed_as_its_trace_says(example, monkeypatch):
+    host = pytest.importorskip("transformers.models.video_llava.modeling_video_llava")
+    if "pixel_values" not in inspect.signature(host.VideoLlavaModel.get_image_features).parameters:
+        pytest.skip("the Video-LLaVA of this release calls its pictures otherwise")
+    family = example("class VideoLlava").VideoLlava()
+    monkeypatch.setitem(FAMILIES, "video_llava", family)
+    monkeypatch.setitem(tiny.CLASSES, "video_llava", (host.VideoLlavaForConditionalGeneration, host.VideoLlavaConfig))
+    monkeypatch.setattr(tiny, "SINGLE", (*tiny.SINGLE, "video_llava"))
+    model = tiny.model("video_llava", dtype=torch.float64)
+    prompt = tiny.prompt(model, [4, "image", 3, "image", 5], [(24, 24), (24, 24)])
+    with torch.no_grad(), vlmprune.patch(model, [FoPru(keep=9), FastV(keep=5, layer=1)]) as handle:
+        got = scenes.with_cache(model, prompt)[:, 0]
+        features = tuple(model.model.get_image_features(prompt["pixel_values"], return_dict=True).pooler_output)
+    with torch.no_grad():
+        want, cut = scenes.replay(model, prompt, (features, ()), handle.trace)
+        wrong, _ = scenes.replay(model, prompt, (features, ()), handle.trace, wrong=True)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert cut
+    assert (got - wrong).abs().max() > 1e-7
+
+
+def test_its_verb_prints_facts(example, cli, monkeypatch, tmp_path):
+    module = example("vlmprune facts")
+    command.app.command("facts", cls=Verb, epilog=module.EXAMPLES)(module.verb)
+    try:
+        code, out, err = cli("facts", "--model", tiny_folders.save(tmp_path), "--json")
+        told = json.loads(out)
+        assert (code, told["tower_layers"], told["decoder_layers"]) == (0, 6, 4), err
+        code, out, _ = cli("facts", "--help")
+        assert (code, module.EXAMPLES in out) == (0, True)
+        assert cli("facts", "--model", "nowhere")[0] == 2
+    finally:
+        command.app.registered_commands.pop()
+
+
+def test_its_taps_measure_what_they_say(example):
+    taps, seen_by = example("KeyLength"), {}
 
     @dataclass(frozen=True)
     class Looking(Method):

@@ -17,8 +17,8 @@ GROUND = {"_compat", "_version", "embedded", "errors"}
 #: Rooms beside the floors, and what each may see besides the ground.
 BESIDE = {
     "trace": {"parts"},
-    "methods": {"parts", "registry", "kernels"},
-    "registry": {"methods"},  # for the base class alone
+    "methods": {"parts"},
+    "registry": {"methods"},
     "spec": {"methods", "registry", "parts"},
     "api": {"engine", "kernels", "methods", "parts", "patches", "registry", "spec", "trace"},
     # a host of its own: what hooks into transformers is not for it
@@ -30,8 +30,8 @@ BESIDE = {
 ALSO = {
     "engine": {"trace", "methods"},  # of methods the base class alone
     "runtime": {"api", "registry", "spec", "trace", "verify", "methods"},
-    "eval": {"api", "registry", "serving", "spec", "trace", "verify", "methods"},
-    "cli": {"api", "registry", "serving", "spec", "trace", "verify", "methods"},
+    "eval": {"api", "registry", "serving", "spec", "vllm", "trace", "verify", "methods"},
+    "cli": {"api", "registry", "serving", "spec", "vllm", "trace", "verify", "methods"},
 }
 #: Who may name what rides beside the calls: through transformers, through vLLM, and the help that tells of the latter.
 DECLARE = {"vlmprune.engine.channels", "vlmprune.serving.settings", "vlmprune.cli.serve"}
@@ -52,10 +52,22 @@ def room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def imports(module: str, path: Path, known: dict[str, Path]) -> Iterator[str]:
-    """Modules of ours that a module imports, at its top or inside a function, for types too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
+def nodes_of(path: Path, types: bool) -> Iterator[ast.AST]:
+    """All nodes of a module, or those that run: without what is imported for types alone."""
+    left: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while left:
+        node = left.pop()
+        yield node
+        if types or not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            left += ast.iter_child_nodes(node)
+
+
+def imports(module: str, path: Path, known: dict[str, Path], types: bool = True) -> Iterator[str]:
+    """Modules of ours that a module imports, at its top or inside a function; by default for types too."""
+    for node in nodes_of(path, types):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and arg.value in known)
+        elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "vlmprune")
         elif isinstance(node, ast.ImportFrom):
             home = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
@@ -99,6 +111,33 @@ def test_only_one_file_takes_anything_from_vllm():
 def test_the_ground_sees_nothing(module):
     seen = set(imports(f"vlmprune.{module}", KNOWN[f"vlmprune.{module}"], KNOWN))
     assert {room(target) for target in seen} <= GROUND
+
+
+def circles(seen: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, or look into one."""
+    left = dict(seen)
+    while done := [module for module, targets in left.items() if not targets & set(left)]:
+        for module in done:
+            del left[module]
+    return sorted(left)
+
+
+def test_no_import_hides_a_circle():
+    """Nor does one inside a function or by name: none would be needed to break a circle."""
+    seen = {name: set(imports(name, path, KNOWN, types=False)) - {name, "vlmprune"} for name, path in KNOWN.items()}
+    assert sum(map(len, seen.values())) > 400
+    assert circles(seen) == []
+
+
+def test_a_circle_would_be_seen(tmp_path):
+    path = tmp_path / "lazy.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from vlmprune.cli import run\n"
+        "def f():\n    import_module('vlmprune.parts')\n    from vlmprune.parts import cuts\n"
+    )
+    found = set(imports("vlmprune.parts.lazy", path, KNOWN, types=False))
+    assert found == {"vlmprune.parts", "vlmprune.parts.cuts"}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
 
 
 def test_a_wrong_arrow_would_be_seen(tmp_path):

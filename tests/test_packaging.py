@@ -136,7 +136,7 @@ def test_source_archive_builds_the_same_wheel_and_brings_the_tests(source: Path,
 def test_wheel_is_light_and_describes_itself(described: Message) -> None:
     required = [Requirement(line) for line in described.get_all("Requires-Dist", [])]
     plain = sorted(r.name for r in required if r.marker is None)
-    assert plain == ["jinja2", "pillow", "pyyaml", "torch", "transformers"]
+    assert plain == ["jinja2", "pillow", "pydantic", "pyyaml", "rich", "torch", "transformers", "typer"]
     assert set(described.get_all("Provides-Extra", [])) == {"eval", "plot", "train", "test", "dev"}
     assert described["Version"] == vlmprune.__version__ == __version__
     assert described["Requires-Python"] == ">=3.11"
@@ -162,6 +162,15 @@ def test_constraints_pin_what_setup_cfg_asks_for(described: Message) -> None:
     for requirement in map(Requirement, described.get_all("Requires-Dist", [])):
         if requirement.name != "vlmprune" and "eval" not in str(requirement.marker):
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+@pytest.mark.parametrize("extra", ["eval", "test"])
+def test_what_brings_lmms_eval_bounds_what_that_breaks_on(described: Message, extra: str) -> None:
+    """lmms-eval 0.7.3 imports `filelock._api`, which filelock 4.3 has no more, and asks for no release of it."""
+    asked = [Requirement(line) for line in described.get_all("Requires-Dist", []) if f'extra == "{extra}"' in line]
+    (filelock,) = [requirement for requirement in asked if requirement.name == "filelock"]
+    assert filelock.specifier.contains("4.2.12")
+    assert not filelock.specifier.contains("4.3.1")
 
 
 def test_every_user_extra_is_in_the_developers_environment() -> None:

@@ -251,7 +251,7 @@ def test_the_example_of_a_method_runs_as_printed(file, monkeypatch):
         for block in re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)
         if "Longest" in block
     )
-    known = dict(registry._methods)
+    known = dict(registry.registered())
     try:
         monkeypatch.setitem(sys.modules, "example", module := ModuleType("example"))
         exec(compile(code, file, "exec"), module.__dict__)
@@ -263,8 +263,8 @@ def test_the_example_of_a_method_runs_as_printed(file, monkeypatch):
             with pytest.raises((TypeError, ValueError), match="keep"):
                 module.Longest(keep=bad)
     finally:
-        registry._methods.clear()
-        registry._methods.update(known)
+        registry.registered().clear()
+        registry.registered().update(known)
 
 
 # Files

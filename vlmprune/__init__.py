@@ -18,10 +18,9 @@ check_torchvision()
 if TYPE_CHECKING:
     from vlmprune.api import Handle, patch, unpatch
     from vlmprune.errors import CutNotRunError, UnsupportedError
-    from vlmprune.methods.base import Method, Pruner
+    from vlmprune.methods.base import Method, Pruner, register
     from vlmprune.parts.cuts import Cut, Decoder, Merge, Reduction
     from vlmprune.parts.layout import Layout
-    from vlmprune.registry import register
     from vlmprune.runtime import load
     from vlmprune.trace import Trace
     from vlmprune.verify import check
@@ -54,8 +53,7 @@ _HOMES = {
     "parts.cuts": ("Cut", "Decoder", "Merge", "Reduction"),
     "errors": ("CutNotRunError", "UnsupportedError"),
     "parts.layout": ("Layout",),
-    "methods.base": ("Method", "Pruner"),
-    "registry": ("register",),
+    "methods.base": ("Method", "Pruner", "register"),
     "runtime": ("load",),
     "verify": ("check",),
     "trace": ("Trace",),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune import kernels, spec
+from vlmprune import spec
 from vlmprune._compat import check_transformers
 from vlmprune.engine import install as engine
 from vlmprune.engine.compile import compile_plan
@@ -155,7 +155,7 @@ def patch(
     if before is not None and not before.entered:
         before.before = behind(before, lambda other: other.entered)  # no longer than blocks are open
     if warmup:
-        kernels.warm_up({weight.device for weight in model.parameters()}, model.dtype)
+        engine.warm_up(model)
     return Handle(model, plan)
 
 

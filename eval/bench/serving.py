@@ -21,7 +21,8 @@ from PIL import Image
 
 from vlmprune.eval.bench.stats import ratio
 from vlmprune.runtime.status import status
-from vlmprune.serving.settings import KEEP, overrides
+from vlmprune.serving.settings import KEEP
+from vlmprune.vllm import overrides
 
 __all__ = ["Engines", "Runner", "Timed", "compare", "embedding", "rival_size"]
 

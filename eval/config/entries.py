@@ -95,28 +95,33 @@ class Entry(Budgeted):
         return len(self.parts) == 1
 
 
-def in_full(value: Any) -> dict[str, Any] | Entry:
+def in_full(value: Any) -> dict[str, Any]:
     """`fopru`, `{name: todre, tau: null, label: todre-1}` or `[globalcom2, {name: transprune, keep: 64}]`."""
     given = value if isinstance(value, dict) else {"name": value}
     if "name" not in given:
         raise mistakes(((), "an entry needs a name (`vlmprune ls methods`)."))
     name = given["name"]
-    joined = isinstance(name, str) and "+" in name
-    if not joined and not isinstance(name, list):
-        options = {word: inner for word, inner in given.items() if word not in ENTRY}
-        parts = [{"name": name, "options": options}]
-        own = {word: given[word] for word in ENTRY[2:] if word in given}
-    else:
-        way = "of several methods, known: name, label. Write options with each: name: [{name: fopru, keep: 64}, ...]"
-        if more := [((word,), f"unknown key {word!r} {way}.") for word in given if word not in ("name", "label")]:
-            raise mistakes(*more)
-        parts = [in_part(part) for part in (name.split("+") if joined else name)]
-        own = {}
-        if len(parts) < 2:
-            way = "a list stands for several methods that run one after the other: name at least two."
-            raise mistakes(((), way))
+    names = name.split("+") if isinstance(name, str) and "+" in name else name
+    made = in_row(given, names) if isinstance(names, list) else one_part(given)
     label = given.get("label")
-    return {"parts": parts, "label": "+".join(str(p["name"]) for p in parts) if label is None else label, **own}
+    return made | {"label": "+".join(str(part["name"]) for part in made["parts"]) if label is None else label}
+
+
+def one_part(given: dict[str, Any]) -> dict[str, Any]:
+    """An entry of one method: what it says besides `ENTRY` are the method's options."""
+    options = {word: inner for word, inner in given.items() if word not in ENTRY}
+    own = {word: given[word] for word in ENTRY[2:] if word in given}
+    return {"parts": [{"name": given["name"], "options": options}], **own}
+
+
+def in_row(given: dict[str, Any], names: list[Any]) -> dict[str, Any]:
+    """An entry of several methods, each of which has its own options."""
+    way = "of several methods, known: name, label. Write options with each: name: [{name: fopru, keep: 64}, ...]"
+    if more := [((word,), f"unknown key {word!r} {way}.") for word in given if word not in ("name", "label")]:
+        raise mistakes(*more)
+    if len(names) < 2:
+        raise mistakes(((), "a list stands for several methods that run one after the other: name at least two."))
+    return {"parts": [in_part(part) for part in names]}
 
 
 def in_part(value: Any) -> dict[str, Any]:
@@ -138,24 +143,30 @@ def or_controls(value: Any, info: ValidationInfo) -> tuple[Any, ...]:
 def placed(entries: tuple[Entry, ...], info: ValidationInfo) -> tuple[Entry, ...]:
     """The entries with their lines; labels differ, among methods and controls, and none is another method's name: fopru
     called `random` would pass for the control."""
-    word = info.field_name or ""
+    word, methods = info.field_name or "", info.data.get("methods", ())
     made = tuple(
         replace(entry, where=info.context.where(word, i), control=word == "controls") for i, entry in enumerate(entries)
     )
-    seen: dict[str, str] = {}
+    differ(made, methods if word == "controls" else ())
+    if word == "controls" and not (methods or made) and "methods" in info.data:
+        raise mistakes((info.context.where(), "there is nothing to run: `methods` is empty and `controls` are off."))
+    return made
+
+
+def differ(entries: tuple[Entry, ...], before: tuple[Entry, ...]) -> None:
+    """Refuse a label that stands twice, or is another method's name."""
     taken = {spec.NONE, *registry.names()}
-    for entry in (*(info.data.get("methods", ()) if word == "controls" else ()), *made):
-        if other := seen.get(entry.label.casefold()):
+    seen = {entry.label.casefold(): entry.where for entry in before}
+    for entry in entries:
+        label = entry.label.casefold()
+        if other := seen.get(label):
             raise mistakes(
                 (entry.where, f"{entry.label!r} is the label of {other} too: give one of them another `label`.")
             )
         names = "+".join(part.name for part in entry.parts)
-        if entry.label != names and entry.label.casefold() in taken - {names}:
+        if entry.label != names and label in taken - {names}:
             raise mistakes((entry.where, f"the label {entry.label!r} is another method's name: give another one."))
-        seen[entry.label.casefold()] = entry.where
-    if word == "controls" and not seen and "methods" in info.data:
-        raise mistakes((info.context.where(), "there is nothing to run: `methods` is empty and `controls` are off."))
-    return made
+        seen[label] = entry.where
 
 
 Entries = Annotated[tuple[Annotated[Entry, BeforeValidator(in_full)], ...], AfterValidator(placed)]

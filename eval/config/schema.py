@@ -92,7 +92,7 @@ def suite(name: str, info: ValidationInfo) -> tuple[str, ...]:
     except Mistakes as error:
         raise mistakes(*error.found) from None
     tasks = value.get("tasks") if isinstance(value, dict) else None
-    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) for task in tasks):
+    if not (isinstance(tasks, list) and tasks and all(isinstance(task, str) for task in tasks)):
         raise mistakes(((), f"the suite {path} has no list of task names called `tasks`."))
     return tuple(tasks)
 
@@ -231,17 +231,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     found: list[tuple[str, str]] = []
     head = validated(HEAD, tree.value, Source(tree), found)
     settings = [validated(SETTING, given, source, found) for given, source in models(tree)]
-    names = [setting.name if setting else "" for setting in settings]
-    for i, name in enumerate(names):
-        if name and name in names[:i]:
-            where = tree.where(("runs", i))
-            found.append((where, f"two runs are called {name!r}: give one of them another `name`."))
+    found += named_twice(tree, [setting and setting.name for setting in settings])
     if found:
         for given, source in models(tree):
             validated(SETTING, given, replace(source, thorough=True), found)
         raise Mistakes(found)
     output = Path(head.output or Path("runs") / path.stem).expanduser()
     return Config(path, output, tuple(settings), text, tree.value)
+
+
+def named_twice(tree: Tree, names: Sequence[str | None]) -> list[tuple[str, str]]:
+    """Runs with the name of an earlier one."""
+    return [
+        (tree.where(("runs", i)), f"two runs are called {name!r}: give one of them another `name`.")
+        for i, name in enumerate(names)
+        if name and name in names[:i]
+    ]
 
 
 def read_text(path: Path) -> str:

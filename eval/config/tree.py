@@ -13,6 +13,8 @@ __all__ = ["Key", "Mistakes", "Tree", "read_start", "read_tree"]
 
 LARGEST, NODES, DEPTH = 1_000_000, 20_000, 30  # characters, values after aliases are expanded, nested levels
 TOO_DEEP = f"nested too deeply: more than {DEPTH} levels of nesting."
+NO_PLAIN = "no plain value: write lists, mappings, text and numbers only."
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
 PLAIN = ("str", "int", "float", "bool", "null")
 #: Numbers of YAML 1.1 that hardly anybody means: 010 is 8, and 1:30 is 90.
 UNUSUAL = re.compile(r"[-+]?0[0-7_]+|.*:.*")
@@ -65,21 +67,29 @@ class Tree:
         steps = [part.strip() for part in path.split(".")]
         if not equals or not all(steps):
             raise Mistakes([(where, "write KEY=VALUE, such as limit=20 or runs.0.batch_size=8.")])
-        holder = self.value = {} if self.value is None else self.value
-        key: Key = ()
-        for i, step in enumerate(steps):
-            try:
-                part = place(holder, steps, i)
-            except ValueError as error:
-                only = f" The file is about one model: write {'.'.join(steps[2:])}={text}."
-                raise Mistakes([(where, f"{error}{only if not key and step == 'runs' else ''}")]) from None
-            key += (part,)
-            if i < len(steps) - 1:
-                holder = holder.setdefault(part, {}) if isinstance(holder, dict) else holder[part]
-        if key[-1] == len(holder) and isinstance(holder, list):
+        self.value = {} if self.value is None else self.value
+        try:
+            holder, key = self.find(steps)
+        except ValueError as error:
+            only = f" The file is about one model: write {'.'.join(steps[2:])}={text}."
+            alone = steps[0] == "runs" and not (isinstance(self.value, dict) and "runs" in self.value)
+            raise Mistakes([(where, f"{error}{only if alone else ''}")]) from None
+        if isinstance(holder, list) and key[-1] == len(holder):
             holder.append(None)
         holder[key[-1]] = read_tree(text, where).value
         self.origin = {at: told for at, told in self.origin.items() if at[: len(key)] != key} | {key: where}
+
+    def find(self, steps: list[str]) -> tuple[Any, Key]:
+        """The dict or list that the last step is in, with the whole key; those on the way are made.
+
+        Raises:
+            ValueError: there is no such place.
+        """
+        holder, key = self.value, ()
+        for i in range(len(steps) - 1):
+            part = place(holder, steps, i)
+            key, holder = (*key, part), holder.setdefault(part, {}) if isinstance(holder, dict) else holder[part]
+        return holder, (*key, place(holder, steps, len(steps) - 1))
 
 
 def place(holder: Any, steps: list[str], i: int) -> str | int:
@@ -184,8 +194,12 @@ class Builder:
             return self.scalar(node)
         if isinstance(node, yaml.SequenceNode) and node.tag.endswith(":seq"):
             return [self.build(item, (*key, i), inside) for i, item in enumerate(node.value)]
-        if not (isinstance(node, yaml.MappingNode) and node.tag.endswith(":map")):
-            raise self.at(node, f"{node.tag!r} is no plain value: write lists, mappings, text and numbers only.")
+        if isinstance(node, yaml.MappingNode) and node.tag.endswith(":map"):
+            return self.mapping(node, key, inside)
+        raise self.at(node, f"{node.tag!r} is {NO_PLAIN}")
+
+    def mapping(self, node: yaml.MappingNode, key: Key, inside: tuple[yaml.Node, ...]) -> dict[str, Any]:
+        """The values of a mapping; each stands in the line of its key."""
         made: dict[str, Any] = {}
         for name, value in node.value:
             word = self.word(name)
@@ -208,18 +222,22 @@ class Builder:
     def scalar(self, node: yaml.ScalarNode) -> Any:
         """Text, a number, true, false or null."""
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if kind == "timestamp":
-            raise self.at(node, f"{node.value!r} is read as a date ({kind!r}): put it in quotes for text.")
-        if kind not in PLAIN:
-            raise self.at(node, f"{kind!r} is no plain value: write lists, mappings, text and numbers only.")
-        if kind in ("int", "float") and UNUSUAL.fullmatch(node.value):
-            meant = "base 60" if ":" in node.value else "octal"
-            raise self.at(
-                node, f"{node.value!r} would be a number in {meant}: write it plainly, or in quotes for text."
-            )
-        if bad := next((c for c in node.value if c == "\0" or "\ud800" <= c <= "\udfff"), None):
-            raise self.at(node, f"the character #x{ord(bad):04x} is no text.")
+        if what := self.unclear(kind, node.value):
+            raise self.at(node, what)
         try:
             return yaml.constructor.SafeConstructor().construct_object(node)
         except ValueError:
             raise self.at(node, f"{node.value[:40]!r} is no number that can be read.") from None
+
+    @staticmethod
+    def unclear(kind: str, text: str) -> str | None:
+        """Why a scalar of such a kind is refused; None where it is plain."""
+        if kind == "timestamp":
+            return f"{text!r} is read as a date ({kind!r}): put it in quotes for text."
+        if kind not in PLAIN:
+            return f"{kind!r} is {NO_PLAIN}"
+        if kind in ("int", "float") and UNUSUAL.fullmatch(text):
+            meant = "base 60" if ":" in text else "octal"
+            return f"{text!r} would be a number in {meant}: write it plainly, or in quotes for text."
+        bad = NO_TEXT.search(text)
+        return f"the character #x{ord(bad[0]):04x} is no text." if bad else None

@@ -165,15 +165,20 @@ def sources(classes: list[type]) -> list[str]:
     found: dict[str, str] = {}
     while todo:
         name = todo.pop(0)
-        file = getattr(sys.modules.get(name), "__file__", None)
-        if name in found or file is None or not file.endswith(".py") or name in sys.builtin_module_names:
-            continue
-        if name.partition(".")[0] in sys.stdlib_module_names:
+        file = source_of(name)
+        if name in found or file is None:
             continue
         found[name] = file
         near = "vlmprune.methods." if name.startswith("vlmprune.") else name.partition(".")[0]
         todo += [other for other in imports(file, name) if other.startswith(near)]
     return list(dict.fromkeys(found.values()))
+
+
+def source_of(name: str) -> str | None:
+    """The file of a module; None of one that is not loaded, is Python's own, or has no source."""
+    own = name in sys.builtin_module_names or name.partition(".")[0] in sys.stdlib_module_names
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return None if own or file is None or not file.endswith(".py") else file
 
 
 def imports(file: str, name: str) -> list[str]:

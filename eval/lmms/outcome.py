@@ -60,15 +60,7 @@ def cell_of_results(
     if not results or name not in results.get("results", {}):
         raise Incomplete("lmms-eval returned no results")
     metrics, filters = metrics_of(results["results"][name], results["higher_is_better"].get(name, {}))
-    named = {key.partition(",")[0] for key in results["results"][name]}
-    if wanted is not None and wanted.partition(" (")[0] not in named:
-        raise NoMetric(f"this task has no metric {wanted!r}; it has {', '.join(metrics) or 'none that is a number'}")
-    if not metrics:
-        raise Incomplete("no metric of this task is a number (does it only write a file to submit?)")
-    listed = [entry["metric"] for entry in task.config.metric_list or () if entry.get("metric") in metrics]
-    main = wanted or next(iter([*listed, *metrics]))
-    if main not in metrics:
-        raise Incomplete(f"{main} is not a number here; this task has {', '.join(metrics)}")
+    main = main_metric(results["results"][name], metrics, task, wanted)
     costs: dict[int, Mapping[str, Any]] = {}
     for record in records:
         costs.setdefault(record["doc"], record)
@@ -86,6 +78,28 @@ def cell_of_results(
         "elapsed_s": elapsed_s,
         "error": None,
     }
+
+
+def main_metric(found: Mapping[str, Any], metrics: Mapping[str, Any], task: Any, wanted: str | None) -> str:
+    """The metric that a cell is about: the one that is wanted, or the first of the task's list.
+
+    Args:
+        found: all that lmms-eval computed.
+        metrics: those of it that are numbers.
+
+    Raises:
+        NoMetric, Incomplete: as of `cell_of_results`.
+    """
+    named = {key.partition(",")[0] for key in found}
+    if wanted is not None and wanted.partition(" (")[0] not in named:
+        raise NoMetric(f"this task has no metric {wanted!r}; it has {', '.join(metrics) or 'none that is a number'}")
+    if not metrics:
+        raise Incomplete("no metric of this task is a number (does it only write a file to submit?)")
+    listed = [entry["metric"] for entry in task.config.metric_list or () if entry.get("metric") in metrics]
+    main = wanted or next(iter([*listed, *metrics]))
+    if main not in metrics:
+        raise Incomplete(f"{main} is not a number here; this task has {', '.join(metrics)}")
+    return main
 
 
 def metrics_of(found: Mapping[str, Any], higher: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -161,8 +175,8 @@ def score_of(value: Any) -> float | None:
 
 def summary_of(samples: Sequence[Mapping[str, Any]], costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean token counts, median times, the largest peak memory."""
-    speeds = [s["decode_tokens_per_s"] for s in samples if s["decode_tokens_per_s"] is not None]
-    peaks = [c["peak_memory_bytes"] for c in costs if c["peak_memory_bytes"] is not None]
+    speeds = [speed for s in samples if (speed := s["decode_tokens_per_s"]) is not None]
+    peaks = [peak for c in costs if (peak := c["peak_memory_bytes"]) is not None]
     return {
         **{word: fmean(s[word] for s in samples) for word in ("tokens_before", "tokens_after", "layer_average")},
         "ttft_s": median(s["ttft_s"] for s in samples),

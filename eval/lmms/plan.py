@@ -151,20 +151,25 @@ def job_of(draft: Draft, names: Sequence[str], model: dict[str, Any], device: st
             draft.wrong(f"published.{i}", why)
     one_each = {cell.label: cell for cell in cells if not draft.mistakes}
     about = {label: fingerprints.method(cell.method, cell.arguments) for label, cell in one_each.items()}
-    shared = {
-        "versions": fingerprints.versions(),
-        "library": fingerprints.library(),
-        "model": model,
-        "device": fingerprints.device(setting.device) if device is None else device,
-        **{word: getattr(setting, word) for word in ("dtype", "attn_implementation", "device_map", "batch_size")},
-        **{word: getattr(setting, word) for word in ("limit", "generation")},
-        "template": template_of(draft),
-    }
+    shared = shared_by_all(draft, model, fingerprints.device(setting.device) if device is None else device)
     named = {
         task: {"name": task, "metric": metric_of(setting, task, group), **index.fingerprint(task)}
         for task, group in tasks.items()
     }
     return Job(setting, cells, shared, named, about)
+
+
+def shared_by_all(draft: Draft, model: dict[str, Any], device: str) -> dict[str, Any]:
+    """What all results of a model depend on."""
+    words = ("dtype", "attn_implementation", "device_map", "batch_size", "limit", "generation")
+    return {
+        "versions": fingerprints.versions(),
+        "library": fingerprints.library(),
+        "model": model,
+        "device": device,
+        **{word: getattr(draft.setting, word) for word in words},
+        "template": template_of(draft),
+    }
 
 
 def look(draft: Draft) -> dict[str, Any]:
@@ -262,11 +267,10 @@ def budgets_of(draft: Draft, entry: Entry, takes: set[str]) -> Sequence[Budget |
     if entry.budgets:
         return entry.budgets
     budgets: Sequence[Budget | None] = setting_budgets(draft.setting, entry) or (None,)
-    if not entry.alone or entry.own_budget:
-        budgets = (None,)
-    elif not takes & set(spec.BUDGETS):
-        if entry.parts[0].name != NONE and budgets != (None,):
-            draft.notes.append(f"{entry.label} takes no budget: it is run once.")
+    free = entry.alone and not entry.own_budget and entry.parts[0].name != NONE
+    if free and budgets != (None,) and not takes & set(spec.BUDGETS):
+        draft.notes.append(f"{entry.label} takes no budget: it is run once.")
+    if not free or not takes & set(spec.BUDGETS):
         budgets = (None,)
     if entry.control and budgets == (None,) and "keep" in takes:
         draft.skip(entry, None, "there is no budget (keep or average) to run it at")
@@ -337,14 +341,8 @@ def cell_of(
         for part in entry.parts
         for option, value in part.options.items()
     }
-    amount = "-".join(map(str, budget)) if budget else "full" if entry.parts[0].name == NONE else "own"
-    words = [setting.name, entry.label, amount, task, *([] if seed is None else [f"seed-{seed}"])]
-    words += [] if setting.limit is None else [f"limit-{setting.limit}"]  # a first try must not replace what took long
-    name = "--".join(re.sub(r"[^\w.+-]+", "_", word) for word in words)
-    if len(name) > 200:  # file systems allow 255
-        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return Cell(
-        id=name,
+        id=id_of(setting, entry, budget, seed, task),
         model=setting.name,
         method="+".join(part.name for part in entry.parts),
         label=entry.label,
@@ -355,6 +353,17 @@ def cell_of(
         control=entry.control,
         group=group,
     )
+
+
+def id_of(setting: Setting, entry: Entry, budget: Budget | None, seed: int | None, task: str) -> str:
+    """The name of a cell's file."""
+    amount = "-".join(map(str, budget)) if budget else "full" if entry.parts[0].name == NONE else "own"
+    words = [setting.name, entry.label, amount, task, *([] if seed is None else [f"seed-{seed}"])]
+    words += [] if setting.limit is None else [f"limit-{setting.limit}"]  # a first try must not replace what took long
+    name = "--".join(re.sub(r"[^\w.+-]+", "_", word) for word in words)
+    if len(name) > 200:  # file systems allow 255
+        name = f"{name[:180]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
 
 
 def shared_files(jobs: Iterable[Job], config: Config) -> list[tuple[str, str]]:
@@ -384,10 +393,14 @@ def unmatched(
     if entry.task not in tasks:
         hint = did_you_mean(entry.task, tasks)
         return f"the published task {entry.task!r} is not run here.{hint}" if tasks else None
-    if why := no_metric(index, entry.task, entry.metric):
-        return why
+    mine = [cell for cell in cells if cell.task == entry.task and is_about(entry.method, cell)]
+    return no_metric(index, entry.task, entry.metric) or at_no_budget(entry, mine)
+
+
+def at_no_budget(entry: Published, cells: Sequence[Cell]) -> str | None:
+    """Why a published number is about none of the cells of its method and task, if there are any."""
     budget = dict(entry.budgets) or None
-    run = {str(cell.budget): cell.budget for cell in cells if cell.task == entry.task and is_about(entry.method, cell)}
+    run = {str(cell.budget): cell.budget for cell in cells}
     if not run or str(budget) in run:
         return None
     wanted, *shown = [budget_text(one) or "no budget" for one in (budget, *run.values())]

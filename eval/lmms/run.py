@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vlmprune.eval.lmms.plan import Cell, Job, Plan
 from vlmprune.eval.lmms.survey import Survey, survey
 from vlmprune.eval.lmms.taskindex import imported
 from vlmprune.runtime import interruption
-from vlmprune.runtime.errors import CommandError, brief
+from vlmprune.runtime.errors import CommandError, UserError, brief
 
 __all__ = ["Done", "rank", "run_plan"]
 
@@ -68,7 +69,8 @@ def run_plan(plan: Plan, watcher: Watcher | None = None, command: list[str] | No
 
     Raises:
         StoreError: the folder is in use, or cannot be written.
-        CommandError: lmms-eval or a model that cannot be loaded; with several processes, a cell that failed.
+        CommandError: a model that cannot be loaded; with several processes, a cell that failed.
+        UserError: lmms-eval, or what it needs, cannot be imported.
     """
     watcher = watcher or Watcher()
     folder = plan.config.output
@@ -113,6 +115,7 @@ def run_job(job: Job, cells: list[Cell], folder: Path, watcher: Watcher) -> Done
         with imported():
             from vlmprune.eval.lmms.model import VlmPrune
 
+            share_locks()
         setting = job.setting
         lm = VlmPrune(
             setting.model,
@@ -207,13 +210,28 @@ def open_task(job: Job, name: str, tasks: dict[str, Any]) -> Any:
     return tasks[name]
 
 
+def share_locks() -> None:
+    """Let data sets open data sets, which would wait for themselves; `simple_evaluate` does so for tasks it opens.
+
+    Raises:
+        UserError: lmms-eval reaches into filelock for that, and this release of filelock looks otherwise inside.
+    """
+    from lmms_eval import evaluator
+
+    try:
+        getattr(evaluator, "_enable_reentrant_filelocks", lambda: None)()
+    except (ImportError, AttributeError) as error:
+        found = {name: version(name) for name in ("lmms-eval", "filelock")}
+        raise UserError(
+            f"lmms-eval {found['lmms-eval']} cannot work with filelock {found['filelock']}: {brief(error)}. "
+            "Take an older one: pip install 'filelock<4.3'"
+        ) from error
+
+
 def load_task(job: Job, name: str) -> Any:
     """Open a task's data set; the first process does it alone, so that the others find it in the cache."""
-    from lmms_eval import evaluator
     from lmms_eval.tasks import get_task_dict
 
-    # data sets that open data sets would wait for themselves; `simple_evaluate` does this for tasks it opens
-    getattr(evaluator, "_enable_reentrant_filelocks", lambda: None)()
     manager = job_index(job).manager(name)
     if processes() > 1:
         import torch

@@ -21,6 +21,7 @@ FORMAT = 1
 CELLS, RUN, LOCK = "cells", "run.json", ".lock"
 #: What a cell is told apart by, and what every sample of a good cell has measured.
 ABOUT = {"id", "model", "method", "label", "options", "budget", "seed", "task", "control"}
+PARTS = {"config": dict, "versions": dict, "published": list, "skipped": list, "notes": list}  # of run.json, if there
 TOKENS = ("tokens_before", "tokens_after", "layer_average")
 
 
@@ -54,9 +55,29 @@ def load_run(folder: str | Path) -> Run:
         StoreError: no run in this folder, a damaged `run.json`, or one of another format.
     """
     folder = Path(folder)
+    info = open_run(folder)
+    good, damaged = {}, {}
+    for name in info["cells"]:
+        try:
+            cell = open_cell(folder, name)
+        except StoreError as error:
+            damaged[name] = str(error)
+            continue
+        if cell is not None and cell["key"] == info["keys"][name]:
+            good[name] = cell
+    return Run(folder, info, list(good.values()), [name for name in info["cells"] if name not in good], damaged)
+
+
+def open_run(folder: Path) -> dict[str, Any]:
+    """What `run.json` says.
+
+    Raises:
+        StoreError: as of `load_run`.
+    """
     try:
         info = json.loads((folder / RUN).read_text(), parse_constant=no_number)
-        ids, keys = info["cells"], info["keys"]
+        for word in ("cells", "keys"):
+            _ = info[word]  # whatever the format
         if info.get("format") == FORMAT and not whole_run(info):
             raise ValueError("not as it was written")
     except (FileNotFoundError, NotADirectoryError):
@@ -72,16 +93,7 @@ def load_run(folder: str | Path) -> Run:
             f"{folder / RUN} is of format {info.get('format')!r}, and this version reads {FORMAT}: "
             "run `vlmprune eval` again, or read it with the version that wrote it."
         )
-    good, damaged = {}, {}
-    for name in ids:
-        try:
-            cell = open_cell(folder, name)
-        except StoreError as error:
-            damaged[name] = str(error)
-            continue
-        if cell is not None and cell["key"] == keys[name]:
-            good[name] = cell
-    return Run(folder, info, list(good.values()), [name for name in ids if name not in good], damaged)
+    return info
 
 
 def read_cell(folder: Path, name: str) -> dict[str, Any] | None:
@@ -131,23 +143,35 @@ def no_number(text: str) -> None:
 
 def whole_run(info: dict[str, Any]) -> bool:
     """Whether `run.json` has the shape that it was written with, as far as it is read."""
-    ids, keys, lists = info["cells"], info["keys"], [info.get(word) or [] for word in ("published", "skipped", "notes")]
-    named = isinstance(ids, list) and all(isinstance(name, str) and isinstance(keys[name], str) for name in ids)
-    kinds = (info.get("config") or {}, dict), (info.get("versions") or {}, dict), *((one, list) for one in lists)
-    entries = all(isinstance(one, dict) for some in lists[:2] if isinstance(some, list) for one in some)
-    return named and entries and all(isinstance(value, kind) for value, kind in kinds)
+    ids, keys = info["cells"], info["keys"]
+    if not isinstance(ids, list) or not all(isinstance(name, str) and isinstance(keys[name], str) for name in ids):
+        return False
+    if not all(isinstance(info.get(word) or kind(), kind) for word, kind in PARTS.items()):
+        return False
+    return all(isinstance(one, dict) for word in ("published", "skipped") for one in info.get(word) or ())
 
 
 def whole_cell(cell: Any, name: str) -> bool:
     """Whether a cell has the shape that it was written with; what is read from it may raise where it has not."""
-    about, budget = cell["cell"], cell["cell"]["budget"]
-    good = cell["format"] == FORMAT and {*about} >= ABOUT and about["id"] == name
-    good &= all(isinstance(about[word], str) for word in ("model", "method", "label", "task"))
-    good &= budget is None or (isinstance(budget, dict) and all(map(is_number, budget.values())))
-    good &= isinstance(cell["key"], str) and isinstance(cell["depends"], dict)
+    good = all(  # a list: whatever is lacking is told
+        [
+            whole_about(cell["cell"], name),
+            cell["format"] == FORMAT,
+            isinstance(cell["key"], str),
+            isinstance(cell["depends"], dict),
+        ]
+    )
     if cell["error"] is not None or not good:
         return good and isinstance(cell["error"], str)
     return cell["metric"] in cell["metrics"] and whole_samples(cell["samples"]) and all_numbers(cell)
+
+
+def whole_about(about: Any, name: str) -> bool:
+    """Whether a cell says whose it is; as of `whole_cell`."""
+    budget = about["budget"]
+    texts = all(isinstance(about[word], str) for word in ("model", "method", "label", "task"))
+    amounts = budget is None or (isinstance(budget, dict) and all(map(is_number, budget.values())))
+    return texts and amounts and {*about} >= ABOUT and about["id"] == name
 
 
 def whole_samples(samples: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from vlmprune.eval.lmms import store, taskindex
-from vlmprune.eval.lmms.plan import Job, Plan
+from vlmprune.eval.lmms.plan import Cell, Job, Plan
 
 __all__ = ["Estimate", "Survey", "estimate", "survey"]
 
@@ -100,29 +100,29 @@ def estimate(plan: Plan, found: Survey, folder: Path) -> Estimate:
     A cell takes as long per sample as others of its model, method and task did, with whatever limit; failing that, as
     others of its model and task, or of its model. Cells of a model that nothing was measured of stay unknown.
     """
-    rates: dict[tuple[str, ...], list[float]] = {}
+    planned = {group for _, cell in plan.cells for group in groups(asdict(cell))}
+    rates: dict[tuple[str, ...], list[float]] = defaultdict(list)
     sizes: dict[str, int] = {}
     measured = 0
-    planned = {group for _, cell in plan.cells for group in groups(asdict(cell))}
     for old in store.all_cells(folder):
-        known = [group for group in groups(old["cell"]) if group in planned]
-        if old["error"] is not None or not known:
-            continue
-        measured += 1
-        sizes[old["cell"]["task"]] = old.get("documents") or len(old["samples"])
-        for group in known:
-            rates.setdefault(group, []).append(old["elapsed_s"] / len(old["samples"]))
-    seconds, unknown, todo = 0.0, 0, set(found.todo)
-    for job, cell in plan.cells:
-        if cell.id not in todo:
-            continue
-        rate = next((fmean(rates[group]) for group in groups(asdict(cell)) if group in rates), None)
-        size = samples_of(job, sizes.get(cell.task))
-        if rate is None or size is None:
-            unknown += 1
-        else:
-            seconds += rate * size
-    return Estimate(seconds, measured, unknown)
+        if old["error"] is None and planned & {*groups(old["cell"])}:
+            measured += 1
+            sizes[old["cell"]["task"]] = old.get("documents") or len(old["samples"])
+            for group in groups(old["cell"]):
+                rates[group].append(old["elapsed_s"] / len(old["samples"]))
+    todo = set(found.todo)
+    told = [seconds_of(job, cell, rates, sizes) for job, cell in plan.cells if cell.id in todo]
+    known = [seconds for seconds in told if seconds is not None]
+    return Estimate(sum(known), measured, len(told) - len(known))
+
+
+def seconds_of(
+    job: Job, cell: Cell, rates: Mapping[tuple[str, ...], list[float]], sizes: Mapping[str, int]
+) -> float | None:
+    """How long a cell may take, of seconds per sample and of the sizes of tasks; None where nothing is known."""
+    rate = next((fmean(rates[group]) for group in groups(asdict(cell)) if group in rates), None)
+    size = samples_of(job, sizes.get(cell.task))
+    return None if rate is None or size is None else rate * size
 
 
 def groups(cell: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:

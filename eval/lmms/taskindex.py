@@ -6,7 +6,7 @@ import fnmatch
 import glob
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -81,20 +81,11 @@ class TaskIndex:
             return [name]
         manager = self.manager(name)
         if name not in manager.all_tasks:
-            hint = did_you_mean(name, manager.all_tasks)
-            if glob.has_magic(name):
-                fits = fnmatch.filter(manager.all_tasks, name)
-                few = ", ".join(fits[:5]) + (", ..." if len(fits) > 5 else "")
-                hint = f" Patterns are not taken: name the tasks or a group{f' ({few})' if fits else ''}."
-            raise ValueError(f"unknown task {name!r}.{hint} `lmms-eval tasks list` lists lmms-eval's own.")
+            raise ValueError(unknown_task(name, manager.all_tasks))
         about = manager.task_index[name]
         if about["type"] in ("task", "python_task"):
             return [name]
-        members = about["task"]
-        if members == -1:
-            from lmms_eval.utils import load_yaml_config
-
-            members = load_yaml_config(about["yaml_path"], mode="simple")["task"]
+        members = about["task"] if about["task"] != -1 else config_of(about["yaml_path"])["task"]
         if not all(isinstance(member, str) for member in members):
             raise ValueError(f"the group {name!r} changes its tasks' settings: name the tasks that you want instead.")
         return list(dict.fromkeys(task for member in members for task in self.expand(member)))
@@ -104,12 +95,8 @@ class TaskIndex:
         if not have_lmms_eval():
             return []
         about = self.manager(name).task_index[name]
-        if about["type"] != "task":
-            return []
-        from lmms_eval.utils import load_yaml_config
-
-        listed = load_yaml_config(about["yaml_path"], mode="simple").get("metric_list") or ()
-        return [str(entry["metric"]) for entry in listed if isinstance(entry, dict) and "metric" in entry]
+        listed = config_of(about["yaml_path"]).get("metric_list") if about["type"] == "task" else None
+        return [str(entry["metric"]) for entry in listed or () if isinstance(entry, dict) and "metric" in entry]
 
     def fingerprint(self, name: str) -> dict[str, Any]:
         """What a task depends on beyond lmms-eval's version, where its YAML is not lmms-eval's own: the files beside
@@ -126,14 +113,29 @@ class TaskIndex:
         made = {"files": self._hashes[folder]}
         if about["type"] != "task":
             return made
-        from lmms_eval.utils import load_yaml_config
-
-        config = load_yaml_config(str(yaml_path), mode="simple")
+        config = config_of(yaml_path)
         said = json.dumps(config, sort_keys=True, default=str)
         made["yaml"] = hashlib.sha256(said.encode()).hexdigest()
         if elsewhere := [path for path in local_data(config) if not path.is_relative_to(folder)]:
             made["data"] = fingerprints.of_files(folder, elsewhere)
         return made
+
+
+def config_of(path: str | Path) -> dict[str, Any]:
+    """What the YAML file of a task or group says, with what it includes."""
+    from lmms_eval.utils import load_yaml_config
+
+    return load_yaml_config(str(path), mode="simple")
+
+
+def unknown_task(name: str, known: Collection[str]) -> str:
+    """What to say of a name that is no task's; a pattern gets what it would fit."""
+    hint = did_you_mean(name, known)
+    if glob.has_magic(name):
+        fits = fnmatch.filter(known, name)
+        few = ", ".join(fits[:5]) + (", ..." if len(fits) > 5 else "")
+        hint = f" Patterns are not taken: name the tasks or a group{f' ({few})' if fits else ''}."
+    return f"unknown task {name!r}.{hint} `lmms-eval tasks list` lists lmms-eval's own."
 
 
 def no_metric(index: TaskIndex, task: str, metric: str) -> str | None:

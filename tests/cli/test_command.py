@@ -45,6 +45,11 @@ def test_the_list_of_methods_imports_no_models_and_no_compiler():
     assert done.stdout.endswith("]\n0 set()\n"), done.stderr
 
 
+def test_importing_the_package_imports_none_of_its_rooms():
+    code = "import sys, vlmprune\nprint(sorted(name for name in sys.modules if name.startswith('vlmprune.')))"
+    assert start(code=code).stdout.strip() == "['vlmprune._compat', 'vlmprune._version']"
+
+
 def test_the_shell_is_told_what_could_come_next():
     env = {"_VLMPRUNE_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
     assert start(env=env | {"COMP_WORDS": "vlmprune be"}).stdout.split() == ["bench"]

@@ -8,7 +8,8 @@ import pytest
 from vlmprune import registry
 from vlmprune.eval import testbed
 from vlmprune.patches import FAMILIES
-from vlmprune.patches.base import LANGUAGE_MODELS, TOWERS
+from vlmprune.patches.language_models import LANGUAGE_MODELS
+from vlmprune.patches.towers import TOWERS
 
 
 class Point:

@@ -43,7 +43,7 @@ def test_another_kind_of_layer_has_another_rotary_embedding():
     """Its own is taken by columns where positions are the host's, and made anew where they are not."""
     length, hidden = 6, torch.zeros(2, 6, 1)
     ids = torch.arange(length).expand(2, -1)
-    full, sliding = ((ids[:1, :, None] * k, ids[:1, :, None] * k + 1) for k in (10, 100))
+    full, sliding = ((ids[:1, :, None] * k, ids[:1, :, None] * k + 1) for k in (10.0, 100.0))
     whole = sequence_of(length, ids, full).handed(full, hidden, Doubles())
     assert whole.handed(full, hidden, Doubles()) is whole
     assert torch.equal(whole.handed(sliding, hidden, Doubles()).rotary[0], sliding[0].expand(2, -1, -1))

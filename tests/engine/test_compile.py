@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 
 import probes
 import pytest
@@ -17,6 +18,9 @@ METHODS = {
     "random": {}, "pool": {}, "fopru": {}, "vtc_cls": {}, "todre": {"tau": None}, "fastv": {},
     "transprune": {}, "tome": {}, "pitome": {},
 }  # fmt: skip
+
+
+SMALL = {"tower_layers": 3, "num_hidden_layers": 3}  # tracing takes as long as there are layers
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +52,7 @@ def explain(model, prompt):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pruned_prefill_is_one_graph(tiny_model, method):
     """The plain model's only break is a value that it reads to check its placeholders; captured, there is none."""
-    model = tiny_model()
+    model = tiny_model(tower_layers=3)
     prompt = prompt_of(model)
     with torch.no_grad(), vlmprune.patch(model, method, keep=5, **METHODS[method]) as handle:
         eager = model(**prompt).logits
@@ -66,13 +70,17 @@ def test_a_pruned_prefill_is_one_graph(tiny_model, method):
     ],
 )
 def test_no_more_graph_breaks_than_the_plain_model(tiny_model, method, options):
-    model = tiny_model(**options)
+    model = tiny_model(**SMALL, **options)
     prompt = probes.step_inputs(tiny.prompt(model, [4, "image", 6], [(24, 24)], together=True))
     plain, graphs = explain(model, prompt)
     assert plain
     with vlmprune.patch(model, method, keep=5):
         pruned, more = explain(model, prompt)
-    assert sorted(pruned) == sorted(plain)
+    # the sizes of pictures are read once, in front of the host, which finds numbers then
+    ours = [line for line in pruned if "patches/base.py" in line and line.endswith("in sizes>")]
+    assert len(pruned) <= len(plain)
+    assert len(ours) <= (model.config.model_type == "llava_next")
+    assert not Counter(line for line in pruned if line not in ours) - Counter(plain)
     # where the plain forward breaks, the hook in front of it ends up in a graph of its own
     assert more <= graphs + 1
 
@@ -80,7 +88,7 @@ def test_no_more_graph_breaks_than_the_plain_model(tiny_model, method, options):
 @captured
 def test_counts_that_a_method_finds_out_break_the_graph_and_nothing_else(tiny_model):
     """Also where numbers are captured as symbols, which say nothing about shapes."""
-    model = tiny_model()
+    model = tiny_model(**SMALL)
     prompt = prompt_of(model)
     with torch.no_grad(), vlmprune.patch(model, "todre", keep=5, tau=1.0) as handle:
         eager = model(**prompt).logits
@@ -94,7 +102,7 @@ def test_counts_that_a_method_finds_out_break_the_graph_and_nothing_else(tiny_mo
 @captured
 def test_a_compiled_padded_batch(tiny_model):
     """Inside a graph padding is not counted: the sequence stays longer than it must be, and the answers the same."""
-    model = tiny_model()
+    model = tiny_model(**SMALL)
     prompt = prompt_of(model, rows=3)
     assert not prompt["attention_mask"].all()
     for method in ("fopru", "fastv"):
@@ -108,7 +116,7 @@ def test_a_compiled_padded_batch(tiny_model):
 @captured
 def test_a_wrong_prompt_fails_on_the_device(tiny_model):
     """One image each is taken for granted inside a graph, and checked there."""
-    model = tiny_model()
+    model = tiny_model(**SMALL)
     prompt = prompt_of(model, rows=2)
     ids = prompt["input_ids"]
     swapped = prompt | {"input_ids": ids.masked_fill(ids == tiny.IMAGE, 7)}
@@ -125,7 +133,7 @@ def test_a_wrong_prompt_fails_on_the_device(tiny_model):
 @pytest.mark.parametrize(("method", "rows"), [(None, 1), ("random", 2), ("fastv", 2), ("todre", 1)])
 def test_decoding_on_a_static_cache_compiles(tiny_model, method, rows):
     """`generate` compiles its decode steps itself where it can; here it is told to, without a single break."""
-    model = tiny_model()
+    model = tiny_model(**SMALL)
     prompt, forced = prompt_of(model, rows), probes.random_tokens(rows, 3)
     prompt.pop("position_ids")
     config = CompileConfig(backend="eager", mode=None, fullgraph=True)

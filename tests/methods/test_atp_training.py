@@ -123,7 +123,6 @@ def test_the_script_has_the_defaults_of_the_modules(monkeypatch):
         assert told == getattr(AtpConfig, name), name
 
 
-@pytest.mark.slow
 def test_two_processes_train_what_one_does(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", command(folder, tmp_path / "one"))
     runpy.run_path(sys.argv[0], run_name="__main__")

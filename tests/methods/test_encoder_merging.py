@@ -14,7 +14,7 @@ from torch.nn.functional import elu, normalize
 import vlmprune
 from vlmprune import CutNotRunError, UnsupportedError
 from vlmprune.engine.channels import OWNER
-from vlmprune.engine.tower import Call
+from vlmprune.engine.encode import Call
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.parts.merging import match_alternating, match_energy, spread_evenly
 

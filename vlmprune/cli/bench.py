@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import tempfile
@@ -53,7 +54,9 @@ DEFAULTS: dict[str, Any] = {
 }
 QUICK = {"pairs": 5, "plain_runs": 5, "stage_runs": 1, "new_tokens": 16}
 LEAST = ("new_tokens", "pairs", "plain_runs", "stage_runs")  # one of each at least
+EITHER = (("model", "shape"), ("shape", "model"), ("keep", "average"), ("average", "keep"))  # one takes the other off
 CELLS = ("method", "keep", "average", "option", "batch")  # the flags that say which cells there are
+WRITTEN = ("json", "csv", "plot")
 #: Flags that say that no model is measured, what happens instead, and the flags that count then.
 INSTEAD = {
     "selection": ("times greedy selection alone", {"json", "device", "pairs", "quick", "kernels"}),
@@ -173,14 +176,9 @@ def time_selection(args: SimpleNamespace) -> None:
     device, kernels = loading.pick_device(args.device or "auto"), effective_kernels(args.kernels)
     status("timing selection")
     replaced = run.Replaced()
+    one_size = functools.partial(selection.compare_selection, device=device, pairs=pairs)
     with ops.use(kernels):
-        found = answering.guarded(
-            lambda: [
-                one
-                for size in selection.SIZES
-                for one in selection.compare_selection(*size, device=device, pairs=pairs)
-            ]
-        )
+        found = answering.guarded(lambda: [one for size in selection.SIZES for one in one_size(*size)])
     show(report.selection_text(found))
     document = {"selection": found, "machine": results.describe_machine(device), "kernels": kernels}
     document["replaced"] = replaced.tell()
@@ -231,19 +229,19 @@ def settings_of(args: SimpleNamespace, old: dict[str, Any] | None) -> dict[str, 
         UserError: a number out of range.
     """
     settings = DEFAULTS | {"shape": "small", "model": None, "average": None, "option": [], "kernels": None}
-    if old is not None:
-        settings |= {name: value for name, value in asked_in(old, args.method).items() if name in settings}
+    settings |= known(asked_in(old, args.method), settings) if old is not None else {}
     settings |= QUICK if args.quick else {}
-    given = {name: value for name, value in given_by(args).items() if name in settings}
-    for one, other in (("model", "shape"), ("shape", "model"), ("keep", "average"), ("average", "keep")):
-        if one in given:
-            settings[other] = None
-    settings |= given
+    given = known(given_by(args), settings)
+    settings |= {other: None for one, other in EITHER if one in given} | given
     flags.least(2, prompt_tokens=settings["prompt_tokens"])
     flags.least(1, **{name: settings[name] for name in LEAST}, sizes=args.sizes)
-    for name in ("plain_runs", "stage_runs"):  # they stand beside pairs
-        settings[name] = min(settings[name], settings["pairs"])
-    return settings | {"kernels": effective_kernels(settings["kernels"])}
+    beside = {name: min(settings[name], settings["pairs"]) for name in ("plain_runs", "stage_runs")}
+    return settings | beside | {"kernels": effective_kernels(settings["kernels"])}
+
+
+def known(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the given that are settings."""
+    return {name: value for name, value in given.items() if name in settings}
 
 
 def asked_in(old: dict[str, Any], methods: str | None = None) -> dict[str, Any]:
@@ -253,18 +251,27 @@ def asked_in(old: dict[str, Any], methods: str | None = None) -> dict[str, Any]:
         old: results.
         methods: the value of --method, if only the budgets, options and batches of these are meant.
     """
-    mine = [cell for cell in old["cells"] if methods is None or cell["method"] in flags.words_of(methods, "--method")]
-    cells, word = mine or old["cells"], "keep" if old["asked"].get("average") is None else "average"
-    options = [
-        f"{k}={spec.write_value(v)}" for cell in mine for k, v in cell["options"].items() if k not in spec.BUDGETS
-    ]
+    named = None if methods is None else flags.words_of(methods, "--method")
+    mine = [cell for cell in old["cells"] if named is None or cell["method"] in named]
+    cells, word = mine or old["cells"], word_of(old["asked"])
     found = {
         "method": [cell["method"] for cell in cells],
         word: [str(cell["options"][word]) for cell in cells if word in cell["options"]],
         "batch": [str(cell["batch"]) for cell in cells],
     }
     union = {name: ",".join(dict.fromkeys(values)) for name, values in found.items() if values}
-    return old["asked"] | union | {"option": list(dict.fromkeys(options))}
+    options = dict.fromkeys(text for cell in mine for text in option_texts(cell["options"]))
+    return old["asked"] | union | {"option": list(options)}
+
+
+def word_of(asked: dict[str, Any]) -> str:
+    """Which kind of budget was asked for."""
+    return "keep" if asked.get("average") is None else "average"
+
+
+def option_texts(options: dict[str, Any]) -> list[str]:
+    """Options as --option takes them; budgets have flags of their own."""
+    return [f"{name}={spec.write_value(value)}" for name, value in options.items() if name not in spec.BUDGETS]
 
 
 def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | None) -> list[tuple[Job, int]]:
@@ -276,19 +283,24 @@ def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | N
         UserError: an unknown method or option, or a bad value.
     """
     if old is not None and old["cells"] and not set(CELLS) & set(given_by(args)):
-        again = [(one_job(cell), cell["batch"]) for cell in old["cells"]]
-        order = list(dict.fromkeys(batch for _, batch in again))
-        return sorted(again, key=lambda pair: order.index(pair[1]))
-    word = "keep" if asked["average"] is None else "average"
+        return again(old["cells"])
+    word = word_of(asked)
     methods = flags.words_of(asked["method"], "--method")
     budgets = [budget_of(text, word) for text in flags.words_of(asked[word], f"--{word}")]
     options = flags.options_of(asked["option"])
     batches = [batch_size(text) for text in flags.words_of(asked["batch"], "--batch")]
     with user_mistakes():
         todo = spec.jobs(methods, budgets, options, named=False)
-        if getattr(args, word) is not None and not any(word in job.options for job in todo) and any(budgets):
+        taken = any(word in job.options for job in todo) or not any(budgets)
+        if getattr(args, word) is not None and not taken:
             todo = spec.jobs(methods, budgets, options)  # says whose budget this cannot be
     return [(job, batch) for batch in batches for job in todo]
+
+
+def again(cells: list[dict[str, Any]]) -> list[tuple[Job, int]]:
+    """The jobs that made cells, those of one batch together."""
+    order = list(dict.fromkeys(cell["batch"] for cell in cells))
+    return [(one_job(cell), batch) for batch in order for cell in cells if cell["batch"] == batch]
 
 
 def one_job(cell: dict[str, Any]) -> Job:
@@ -317,17 +329,15 @@ def check_paths(args: SimpleNamespace) -> None:
         UserError: they cannot, or results are there already and nobody said --resume.
     """
     taken: dict[str, str] = {}
-    for name, flag in (("source", "--from"), ("compare", "--compare")):
-        if (path := getattr(args, name)) is not None:
-            taken[os.path.realpath(Path(path).expanduser())] = flag
-    for name in ("json", "csv", "plot"):
-        if (path := getattr(args, name)) is None:
+    for name in ("source", "compare", "json", "csv", "plot"):
+        path, word = getattr(args, name), flags.flag(name)
+        if path is None:
             continue
-        check_writable(path, f"--{name}")
-        real = os.path.realpath(Path(path).expanduser())
-        if real in taken:
-            raise UserError(f"{taken[real]} and --{name} name the same file, {path}.")
-        taken[real] = f"--{name}"
+        if name in WRITTEN:
+            check_writable(path, word)
+        other = taken.setdefault(os.path.realpath(Path(path).expanduser()), word)
+        if other != word and name in WRITTEN:
+            raise UserError(f"{other} and {word} name the same file, {path}.")
     if args.json and not args.resume and has_content(args.json):
         way = "" if args.selection else "--resume goes on with it, or "
         raise UserError(f"{args.json} exists, and nothing is overwritten: {way}name another file.")
@@ -341,18 +351,22 @@ def check_writable(path: str, flag: str) -> None:
     if not target.parent.is_dir():
         raise UserError(f"there is no folder {target.parent} to write {target.name} in.")
     try:
-        if target.exists() and not target.is_file():  # /dev/stdout, a pipe
-            if not os.access(target, os.W_OK):
-                raise PermissionError("no permission")
-        else:  # files are written beside their place and renamed: permission bits do not tell whether that works
+        if not target.exists() or target.is_file():
+            # files are written beside their place and renamed: permission bits do not tell whether that works
             tempfile.TemporaryFile(dir=Path(os.path.realpath(target)).parent).close()
+        elif not os.access(target, os.W_OK):  # /dev/stdout, a pipe
+            raise PermissionError("no permission")
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be written: {brief(error)}") from None
     if flag == "--plot":
-        try:
-            from matplotlib.backend_bases import FigureCanvasBase
-        except ImportError:
-            raise UserError("--plot needs matplotlib: pip install 'vlmprune[plot]'.") from None
-        endings = FigureCanvasBase.get_supported_filetypes()
-        if target.suffix.lstrip(".").lower() not in endings:
-            raise UserError(f"--plot {path}: name it .png, .svg or .pdf.")
+        check_plot(target, path)
+
+
+def check_plot(target: Path, path: str) -> None:
+    """Refuse a file that no plot can be written into."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'vlmprune[plot]'.") from None
+    if target.suffix.lstrip(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f"--plot {path}: name it .png, .svg or .pdf.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from vlmprune.methods.base import Method
     from vlmprune.runtime.loading import Loaded
     from vlmprune.spec import Job
-    from vlmprune.verify import Line, Report
+    from vlmprune.verify import Line, Report, Subject
 
 __all__ = ["verb"]
 
@@ -63,45 +64,69 @@ def verb(
     options = flags.options_of(option)
 
     # from here on it takes seconds: torch and transformers are imported
-    from vlmprune import spec
-    from vlmprune.errors import UnsupportedError
-    from vlmprune.runtime import answering, loading
-    from vlmprune.runtime.status import Bar, show, status
-    from vlmprune.verify import Subject
+    from vlmprune.runtime import loading
 
-    with user_mistakes():
-        parts = dict.fromkeys(part for name in asked for part in spec.names_of(name))
-        jobs = spec.jobs(list(parts), budgets, options, named=named and method is not None)
-        todo = {name: staggered(name, {job.method: job.options for job in jobs}).build() for name in asked}
+    todo = methods_of(asked, budgets, options, named and method is not None)
     loaded = loading.load(loading.find_model(model), loading.pick_device(device), dtype)
-    try:
-        subject = Subject(loaded.model)
-    except (UnsupportedError, ValueError) as error:
-        raise UserError(brief(error, 600)) from None
+    subject = subject_of(loaded)
     skipped = {name: why for name, methods in todo.items() if (why := refusal(loaded, name, methods))}
-    if skipped and method is not None:
-        name, why = next(iter(skipped.items()))
-        raise UserError(f"{name} on {loaded.source.name}: {why}")
-    if len(skipped) == len(todo):
-        raise UserError(f"{loaded.source.name} can run none of {', '.join(skipped)}: name others with --method.")
-    reports: dict[str, Report] = {}
-    names = [name for name in todo if name not in skipped]
-    with Bar(len(names)) as bar:
-        for name in names:
-            step = lambda text, name=name: status(f"{name}: {text}")  # noqa: E731
-            reports[name] = answering.guarded(lambda name=name, step=step: subject.check(todo[name], step=step))
-            if not as_json:  # as they come, into a file or a pipe too
-                show(beginning(loaded, names) * (len(reports) == 1) + row_of(name, reports[name], names))
-            bar.step()
+    refuse_skipped(loaded, skipped, len(todo), named=method is not None)
+    reports = run_checks(loaded, subject, {name: todo[name] for name in todo if name not in skipped}, not as_json)
     wrong = verdict(reports)
     if as_json:
         print(json.dumps(in_json(loaded, reports, skipped), indent=2))
     else:
-        print(in_text(reports, skipped))
-        if wrong or report:
-            print("\n" + block(loaded, reports, skipped))
+        print(in_text(reports, skipped), *(["", block(loaded, reports, skipped)] if wrong or report else []), sep="\n")
     if wrong:
         raise CommandError(wrong + ("" if as_json else " (block for a bug report above)"))
+
+
+def methods_of(
+    asked: list[str], budgets: list[dict[str, Any]], options: dict[str, Any], named: bool
+) -> dict[str, list[Method]]:
+    """What every name on the command line stands for; `named` as of `spec.jobs`."""
+    from vlmprune import spec
+
+    with user_mistakes():
+        parts = dict.fromkeys(part for name in asked for part in spec.names_of(name))
+        own = {job.method: job.options for job in spec.jobs(list(parts), budgets, options, named=named)}
+        return {name: staggered(name, own).build() for name in asked}
+
+
+def subject_of(loaded: Loaded) -> Subject:
+    """The model as the checks take it."""
+    from vlmprune.errors import UnsupportedError
+    from vlmprune.verify import Subject
+
+    try:
+        return Subject(loaded.model)
+    except (UnsupportedError, ValueError) as error:
+        raise UserError(brief(error, 600)) from None
+
+
+def refuse_skipped(loaded: Loaded, skipped: dict[str, str], count: int, named: bool) -> None:
+    """Give up where a method was named that cannot run, or none of all `count` can."""
+    if skipped and named:
+        name, why = next(iter(skipped.items()))
+        raise UserError(f"{name} on {loaded.source.name}: {why}")
+    if len(skipped) == count:
+        raise UserError(f"{loaded.source.name} can run none of {', '.join(skipped)}: name others with --method.")
+
+
+def run_checks(loaded: Loaded, subject: Subject, todo: dict[str, list[Method]], told: bool) -> dict[str, Report]:
+    """Check the methods one by one; if `told`, the rows are printed as they come, into a file or a pipe too."""
+    from vlmprune.runtime.answering import guarded
+    from vlmprune.runtime.status import Bar, show, status
+
+    reports: dict[str, Report] = {}
+    with Bar(len(todo)) as bar:
+        for name, methods in todo.items():
+            step = lambda text, name=name: status(f"{name}: {text}")  # noqa: E731
+            reports[name] = guarded(lambda methods=methods, step=step: subject.check(methods, step=step))
+            if told:
+                show(beginning(loaded, todo) * (len(reports) == 1) + row_of(name, reports[name], todo))
+            bar.step()
+    return reports
 
 
 def verdict(reports: dict[str, Report]) -> str:
@@ -110,10 +135,12 @@ def verdict(reports: dict[str, Report]) -> str:
 
     failed, unknown = ([name for name, r in reports.items() if getattr(r, what)] for what in ("failed", "unknown"))
     still_open = sum(len(report.open) for report in reports.values())
-    said = [f"failed: {', '.join(failed)}"] if failed else []
-    said += [f"by hand, the unpruned model is not reproduced: {', '.join(unknown)}"] if unknown else []
-    said += [f"inconclusive: {still_open} lines, too many to call it a proof"] if still_open > OPEN else []
-    return "; ".join(said)
+    said = {
+        f"failed: {', '.join(failed)}": failed,
+        f"by hand, the unpruned model is not reproduced: {', '.join(unknown)}": unknown,
+        f"inconclusive: {still_open} lines, too many to call it a proof": still_open > OPEN,
+    }
+    return "; ".join(text for text, holds in said.items() if holds)
 
 
 def staggered(name: str, options: dict[str, dict[str, Any]]) -> Job:
@@ -140,7 +167,7 @@ def refusal(loaded: Loaded, name: str, methods: list[Method]) -> str:
     return ""
 
 
-def line_of(cells: list[str], names: list[str]) -> list[str]:
+def line_of(cells: list[str], names: Collection[str]) -> list[str]:
     """The lines of a table of checks with one row, its first column as wide as the longest of `names`."""
     from vlmprune.runtime.tables import table
     from vlmprune.verify import CHECKS
@@ -149,14 +176,14 @@ def line_of(cells: list[str], names: list[str]) -> list[str]:
     return table(["method".ljust(wide), *CHECKS], [[cells[0].ljust(wide), *cells[1:]]]).splitlines()
 
 
-def beginning(loaded: Loaded, names: list[str]) -> str:
+def beginning(loaded: Loaded, names: Collection[str]) -> str:
     """What stands above the rows."""
     from vlmprune.verify import CHECKS
 
     return "\n".join([loaded.description, "", *line_of(["", *("" for _ in CHECKS)], names)[:2], ""])
 
 
-def row_of(name: str, report: Report, names: list[str]) -> str:
+def row_of(name: str, report: Report, names: Collection[str]) -> str:
     """A method's row."""
     return line_of([name, *(line.outcome for line in report.lines)], names)[-1]
 
@@ -167,15 +194,19 @@ def in_text(reports: dict[str, Report], skipped: dict[str, str]) -> str:
 
     lines = ["", *(f"{check:{max(map(len, CHECKS))}}  {what}" for check, what in CHECKS.items())]
     for outcome, word in WORDS.items():
-        told = [
-            f"{word}: {name}, {line.check}{details(line)}" if outcome != "-" else f"{word}: {line.check}{details(line)}"
-            for name, report in reports.items()
-            for line in report.lines
+        told = dict.fromkeys(
+            f"{word}: {'' if outcome == '-' else f'{name}, '}{line.check}{details(line)}"
+            for name, line in every_line(reports)
             if line.outcome == outcome != "pass"
-        ]
-        lines += ["", *dict.fromkeys(told)] if told else []
+        )
+        lines += ["", *told] if told else []
     lines += ["", *(f"skipped: {name}: {why}" for name, why in skipped.items())] if skipped else []
     return "\n".join(lines)
+
+
+def every_line(reports: dict[str, Report]) -> Iterator[tuple[str, Line]]:
+    """The lines of all reports, with their methods."""
+    return ((name, line) for name, report in reports.items() for line in report.lines)
 
 
 def details(line: Line) -> str:
@@ -188,7 +219,7 @@ def in_json(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str])
     """The same for a program."""
     return {
         "model": model_name(loaded),
-        "about": next((report.about for report in reports.values()), {}),
+        "about": about(reports),
         "reports": [
             {
                 "method": name,
@@ -208,6 +239,11 @@ def in_json(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str])
     }  # fmt: skip
 
 
+def about(reports: dict[str, Report]) -> dict[str, Any]:
+    """What all reports say of model and machine."""
+    return next((report.about for report in reports.values()), {})
+
+
 def model_name(loaded: Loaded) -> str:
     """As it may be shown to others: a folder's path is the user's own."""
     return "a local folder" if loaded.source.local and not loaded.source.embedded else loaded.source.name
@@ -220,13 +256,12 @@ def without_paths(text: str) -> str:
 
 def block(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> str:
     """What to paste into a bug report."""
-    about = next((report.about for report in reports.values()), {})
-    lines = ["```", f"vlmprune check, model: {model_name(loaded)}"]
-    for name, value in about.items():
+    lines = [f"vlmprune check, model: {model_name(loaded)}"]
+    for name, value in about(reports).items():
         said = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         lines.append(f"{name}: {said}")
     for name, report in reports.items():
-        lines += [f"{name}: {', '.join(report.options)}"]
+        lines.append(f"{name}: {', '.join(report.options)}")
         lines += [f"  {line.check:9} {line.outcome:4}{details(line)}" for line in report.lines]
     lines += [f"skipped {name}: {why}" for name, why in skipped.items()]
-    return without_paths("\n".join([*lines, "```"]))
+    return without_paths("\n".join(["```", *lines, "```"]))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.cli import flags
+from vlmprune.runtime.errors import CommandError, brief
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -37,6 +38,33 @@ class Asked:
     plain: str
     outcomes: list[Outcome]
 
+    @property
+    def expected(self) -> str:
+        return self.picture["answer"]
+
+    def right(self, said: str) -> bool:
+        """Whether an answer is the expected one, capitals and a final full stop aside."""
+        return said.strip().rstrip(".").lower() == self.expected.strip().lower()
+
+    def cell(self, said: str, tokens: int) -> str:
+        """An answer, whether it is right, and from how many tokens it came."""
+        from vlmprune.runtime.tables import short
+
+        yes, no = ("\u2713", "\u2717") if "utf" in (sys.stdout.encoding or "").lower() else ("ok", "wrong")
+        return f"{short(said, 14) or '(empty)'} {yes if self.right(said) else no} ({tokens})"
+
+    def of(self, method: str) -> list[Outcome]:
+        """A method's outcomes, budget by budget."""
+        return [outcome for outcome in self.outcomes if outcome.job.method == method]
+
+    def cells(self, method: str) -> list[str]:
+        """A method's answers, budget by budget."""
+        return [self.cell(o.answer, o.total["patches_after"] + o.total["newlines_after"]) for o in self.of(method)]
+
+    def rights(self, method: str) -> list[bool]:
+        """Whether a method's answers are right, budget by budget."""
+        return [self.right(outcome.answer) for outcome in self.of(method)]
+
 
 def shipped() -> list[dict[str, Any]]:
     """The shipped pictures whose model is there too."""
@@ -46,18 +74,27 @@ def shipped() -> list[dict[str, Any]]:
         pictures = testbed.pictures()
     except FileNotFoundError as error:
         raise CommandError(f"the demo's pictures are missing from this installation: {brief(error)}") from None
-    there, missing = [], set()
-    for name in testbed.NAMES:
-        try:
-            testbed.path(name)
-            there += [picture for picture in pictures if picture["model"] == name]
-        except FileNotFoundError as error:
-            missing.add(brief(error))
+    missing = {name: why for name in testbed.NAMES if (why := lack_of(name))}
+    there = [
+        picture for name in testbed.NAMES if name not in missing for picture in pictures if picture["model"] == name
+    ]
+    reasons = sorted(set(missing.values()))
     if not there:
-        raise CommandError(f"nothing to show: {'; '.join(sorted(missing)) or 'no pictures'}")
-    for reason in sorted(missing):
+        raise CommandError(f"nothing to show: {'; '.join(reasons) or 'no pictures'}")
+    for reason in reasons:
         print(f"left out: {reason}", file=sys.stderr)
     return there
+
+
+def lack_of(name: str) -> str:
+    """Why an embedded model is not there; empty if it is."""
+    from vlmprune.eval import testbed
+
+    try:
+        testbed.path(name)
+    except FileNotFoundError as error:
+        return brief(error)
+    return ""
 
 
 def verb(out: Annotated[str, Option(metavar="FOLDER", help="folder for the pictures")] = "demo-out") -> None:
@@ -65,11 +102,7 @@ def verb(out: Annotated[str, Option(metavar="FOLDER", help="folder for the pictu
 
     Asks about shipped pictures: the full model, and several methods. Prints one table and draws what was kept.
     """
-    folder = Path(out).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {brief(error)}") from None
+    folder = flags.folder(out)
 
     from vlmprune import spec
     from vlmprune.runtime import answering, loading
@@ -88,12 +121,7 @@ def verb(out: Annotated[str, Option(metavar="FOLDER", help="folder for the pictu
             image = read_picture(picture["file"])
             inputs = loading.model_inputs(loaded, [image], picture["question"])
             status(f"{Path(picture['file']).name}: full model")
-            plain, outcomes = answering.answer(loaded, inputs, LONGEST), []
-            for job in todo:
-                bar.step()
-                outcomes.append(answering.run_job(loaded, job, inputs, LONGEST))
-            bar.step()
-            asked.append(Asked(picture, plain, outcomes))
+            asked.append(Asked(picture, *answering.run_jobs(loaded, todo, inputs, LONGEST, bar)))
             drawn.append(folder / f"{number}-{Path(picture['file']).stem}.png")
             save(drawn[-1], loaded, asked[-1], image)
 
@@ -103,41 +131,26 @@ def verb(out: Annotated[str, Option(metavar="FOLDER", help="folder for the pictu
         print(f"  {path}")
 
 
-def correct(said: str, expected: str) -> bool:
-    """Whether an answer is the expected one, capitals and a final full stop aside."""
-    return said.strip().rstrip(".").lower() == expected.strip().lower()
-
-
 def as_table(asked: list[Asked]) -> str:
     """One block of rows per picture, one row per method, and how many answers were right."""
-    from vlmprune.runtime.tables import short, table
-
-    yes, no = ("\u2713", "\u2717") if "utf" in (sys.stdout.encoding or "").lower() else ("ok", "wrong")
-
-    def cell(said: str, expected: str, tokens: int) -> str:
-        return f"{short(said, 14) or '(empty)'} {yes if correct(said, expected) else no} ({tokens})"
+    from vlmprune.runtime.tables import table
 
     header = ["picture", "question", "expected", "full model", "method", *(f"{keep:.0%} kept" for keep in KEEPS)]
     rows: list[list[str]] = []
     for one in asked:
-        expected = one.picture["answer"]
-        whole = sum(one.outcomes[0].total[f"{kind}_before"] for kind in ("patches", "newlines"))
-        start = [Path(one.picture["file"]).name, one.picture["question"], expected, cell(one.plain, expected, whole)]
-        for method in METHODS:
-            mine = [outcome for outcome in one.outcomes if outcome.job.method == method]
-            left = [outcome.total["patches_after"] + outcome.total["newlines_after"] for outcome in mine]
-            cells = [cell(outcome.answer, expected, n) for outcome, n in zip(mine, left, strict=True)]
-            rows.append([*(start if method == METHODS[0] else [""] * 4), method, *cells])
-        rows.append([])
-    full = sum(correct(one.plain, one.picture["answer"]) for one in asked)
-    start = ["right answers", f"of {len(asked)}", "", str(full)]
-    for i, method in enumerate(METHODS):
-        counts = [
-            sum(correct(o.answer, one.picture["answer"]) for one in asked for o in one.outcomes if o.job == job)
-            for job in (o.job for o in asked[0].outcomes if o.job.method == method)
-        ]
-        rows.append([*(start if i == 0 else [""] * 4), method, *map(str, counts)])
+        before = one.outcomes[0].total
+        whole = one.cell(one.plain, before["patches_before"] + before["newlines_before"])
+        start = [Path(one.picture["file"]).name, one.picture["question"], one.expected, whole]
+        rows += [*block(start, {method: one.cells(method) for method in METHODS}), []]
+    start = ["right answers", f"of {len(asked)}", "", str(sum(one.right(one.plain) for one in asked))]
+    right = {method: [one.rights(method) for one in asked] for method in METHODS}
+    rows += block(start, {method: [str(sum(each)) for each in zip(*of, strict=True)] for method, of in right.items()})
     return table(header, rows) + "\n\nIn brackets: visual tokens left after the last cut, newlines included."
+
+
+def block(start: list[str], cells: dict[str, list[str]]) -> list[list[str]]:
+    """A row per method, the first of them with what holds for all."""
+    return [[*(start if i == 0 else [""] * len(start)), name, *mine] for i, (name, mine) in enumerate(cells.items())]
 
 
 def save(target: Path, loaded: Loaded, asked: Asked, image: Image.Image) -> None:
@@ -145,14 +158,9 @@ def save(target: Path, loaded: Loaded, asked: Asked, image: Image.Image) -> None
     from vlmprune.runtime import draw
     from vlmprune.runtime.pictures import write_picture
 
-    expected, image_processor = asked.picture["answer"], loaded.processor.image_processor
     rows = []
     for keep in KEEPS:
-        row = [draw.plain_panel(image, "full model", [f"answer: {asked.plain}"], LARGEST)]
-        for outcome in asked.outcomes:
-            if outcome.job.options["keep"] == keep:
-                wrong = "" if correct(outcome.answer, expected) else " (wrong)"
-                title, more = outcome.job.label, [f"answer: {outcome.answer}{wrong}"]
-                row.append(draw.kept_panel(image, outcome.trace, image_processor, 0, title, more, LARGEST))
-        rows.append(row)
-    write_picture(draw.sheet(rows, heading=f"{asked.picture['question']}   ({expected})"), target)
+        mine = [outcome for outcome in asked.outcomes if outcome.job.options["keep"] == keep]
+        said = [(o.job.label, o.trace, o.answer + ("" if asked.right(o.answer) else " (wrong)")) for o in mine]
+        rows.append(draw.answer_panels(image, loaded.processor.image_processor, asked.plain, said, longest=LARGEST))
+    write_picture(draw.sheet(rows, heading=f"{asked.picture['question']}   ({asked.expected})"), target)

@@ -16,7 +16,7 @@ from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
     from vlmprune.eval.lmms.plan import Cell, Job, Plan
-    from vlmprune.eval.lmms.survey import Survey
+    from vlmprune.eval.lmms.survey import Estimate, Survey
 
 __all__ = ["about", "planned", "verb"]
 
@@ -90,25 +90,34 @@ def about(plan: Plan) -> list[str]:
     """What is going to be run, and what not."""
     from vlmprune.spec import budget_text
 
-    made = []
-    for job in plan.jobs:
-        labels = list(dict.fromkeys(cell.label for cell in job.cells))
-        budgets = [word for cell in job.cells for word in [budget_text(cell.budget)] if word]
-        groups: dict[str, set[str]] = {}
-        for cell in job.cells:
-            groups.setdefault(cell.group or cell.task, set()).add(cell.task)
-        tasks = [
-            name if found == {name} else f"{name} ({counted(len(found), 'task')})" for name, found in groups.items()
-        ]
-        limit = "" if job.setting.limit is None else f", the first {counted(job.setting.limit, 'sample')} of each"
-        made.append(f"{job.setting.name}: {counted(len(job.cells), 'cell')}")
-        made.append(f"  methods  {', '.join(labels)}")
-        made.append(f"  budgets  {', '.join(dict.fromkeys(budgets)) or '-'}")
-        made.append(f"  tasks    {', '.join(tasks)}{limit}")
+    made = [line for job in plan.jobs for line in about_job(job)]
     for left in plan.skipped:
         who = f"{left['model']}: {left['label']} {budget_text(left['budget'])}".rstrip()
         made.append(f"left out: {who}: {left['reason']}")
     return [*made, *(f"note: {note}" for note in plan.notes)]
+
+
+def about_job(job: Job) -> list[str]:
+    """One model with what is run on it."""
+    from vlmprune.spec import budget_text
+
+    labels = dict.fromkeys(cell.label for cell in job.cells)
+    budgets = dict.fromkeys(filter(None, (budget_text(cell.budget) for cell in job.cells)))
+    limit = "" if job.setting.limit is None else f", the first {counted(job.setting.limit, 'sample')} of each"
+    return [
+        f"{job.setting.name}: {counted(len(job.cells), 'cell')}",
+        f"  methods  {', '.join(labels)}",
+        f"  budgets  {', '.join(budgets) or '-'}",
+        f"  tasks    {', '.join(tasks_of(job))}{limit}",
+    ]
+
+
+def tasks_of(job: Job) -> list[str]:
+    """The names of its tasks, those of a group by the group's."""
+    groups: dict[str, set[str]] = {}
+    for cell in job.cells:
+        groups.setdefault(cell.group or cell.task, set()).add(cell.task)
+    return [name if found == {name} else f"{name} ({counted(len(found), 'task')})" for name, found in groups.items()]
 
 
 def dry(plan: Plan, found: Survey) -> str:
@@ -116,21 +125,22 @@ def dry(plan: Plan, found: Survey) -> str:
     from vlmprune.eval.lmms.survey import estimate
 
     rows = [f"  {cell.id}  {found.reasons.get(cell.id, 'measured')}" for _, cell in plan.cells]
-    about_time = estimate(plan, found, plan.config.output)
-    if not found.todo:
-        end = "Nothing is left to measure."
-    elif about_time.unknown == len(found.todo):
-        end = (
+    end = how_long(len(found.todo), estimate(plan, found, plan.config.output))
+    return "\n".join([f"cells, in {plan.config.output}:", *rows, *found.told(), end])
+
+
+def how_long(todo: int, estimate: Estimate) -> str:
+    """How long so many cells may take, in a sentence."""
+    if not todo:
+        return "Nothing is left to measure."
+    if estimate.unknown == todo:
+        return (
             "How long this takes is unknown: nothing like it was measured in this folder yet. To find out, run it with "
             "--set limit=4, then ask again."
         )
-    else:
-        end = (
-            f"About {clock(about_time.seconds)}, by the {counted(about_time.measured, 'cell')} measured in this folder"
-        )
-        more = f", and {counted(about_time.unknown, 'cell')} that nothing is known about" if about_time.unknown else ""
-        end += f" (loading models not counted){more}."
-    return "\n".join([f"cells, in {plan.config.output}:", *rows, *found.told(), end])
+    more = f", and {counted(estimate.unknown, 'cell')} that nothing is known about" if estimate.unknown else ""
+    by = f"by the {counted(estimate.measured, 'cell')} measured in this folder"
+    return f"About {clock(estimate.seconds)}, {by} (loading models not counted){more}."
 
 
 def clock(seconds: float) -> str:
@@ -163,12 +173,9 @@ def report(plan: Plan, failed: dict[str, str]) -> None:
         ) from error
     if failed:
         shown = [f"  {name}: {why}" for name, why in list(failed.items())[:10]]
-        more = [f"  and {len(failed) - 10} more"] if len(failed) > 10 else []
-        told = "\n".join([*shown, *more])
-        raise CommandError(
-            f"{len(failed)} of {len(plan.cells)} cells failed ({folder / LOG} has the details; the next run tries "
-            f"them again):\n{told}"
-        )
+        shown += [f"  and {len(failed) - 10} more"] if len(failed) > 10 else []
+        told = f"{folder / LOG} has the details; the next run tries them again"
+        raise CommandError("\n".join([f"{len(failed)} of {len(plan.cells)} cells failed ({told}):", *shown]))
 
 
 class Show(Bar):

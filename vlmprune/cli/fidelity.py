@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +15,7 @@ from typer import Option
 from vlmprune.cli import flags
 from vlmprune.runtime.errors import CommandError, UserError, brief, printable, user_mistakes
 from vlmprune.runtime.prompts import Pair, read_pairs
+from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
     from vlmprune.eval.fidelity.measure import Entry, Row
@@ -77,7 +78,7 @@ def verb(
     from vlmprune.eval.fidelity.journal import JournalError, refuse_second
     from vlmprune.eval.lmms.store import StoreError, locked
 
-    folder = output_folder(out)
+    folder = flags.folder(out)
     try:
         with locked(folder, "fidelity", "--out FOLDER"):
             refuse_second(folder, resume)
@@ -105,14 +106,12 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     from vlmprune.eval.fidelity.journal import Journal
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import note
-    from vlmprune.runtime.tables import counted
 
     with user_mistakes():
         todo = spec.jobs(methods, budgets, options, named)
         beside = spec.jobs([name for name in controls if name not in methods], budgets, {})
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
-    device = loading.pick_device(args.device)
-    loaded = loading.load(loading.find_model(args.model), device, args.dtype)
+    loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
     answering.check(loaded, [*todo, *beside])
     check_prompts(loaded, pairs, args.prompts)
 
@@ -123,13 +122,8 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     skipped: dict[str, str] = {}
     interrupted = fidelity_run.measure(loaded, plan, args.batch, args.max_new_tokens, skipped)
     rows = plan.rows()
-    if not rows and interrupted:
-        raise KeyboardInterrupt
     if not rows:
-        name, why = next(iter(skipped.items()))
-        raise UserError(
-            f"none of the {counted(len(skipped), 'picture')} could be read, the first of them {name}: {why}"
-        )
+        refuse_nothing(skipped, interrupted)
     cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst) for entry in entries if not entry.control}
     about = about_run(loaded, args, sum(pair.picture in skipped for pair in pairs))
     told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs))
@@ -141,16 +135,12 @@ def study(args: SimpleNamespace, folder: Path) -> None:
         raise KeyboardInterrupt
 
 
-def output_folder(name: str) -> Path:
-    """Make the folder for the report, before the work is done."""
-    folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {brief(error)}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"no permission to write into {folder}")
-    return folder
+def refuse_nothing(skipped: dict[str, str], interrupted: bool) -> None:
+    """End where no picture was measured."""
+    if interrupted:
+        raise KeyboardInterrupt
+    name, why = next(iter(skipped.items()))
+    raise UserError(f"none of the {counted(len(skipped), 'picture')} could be read, the first of them {name}: {why}")
 
 
 def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[Entry]:
@@ -222,7 +212,6 @@ def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
 
 def about_run(loaded: Loaded, args: SimpleNamespace, prompts_skipped: int) -> dict[str, Any]:
     """What somebody else needs to repeat it."""
-
     return {
         "model": loaded.source.name,
         "family": loaded.model.config.model_type,
@@ -238,8 +227,6 @@ def about_run(loaded: Loaded, args: SimpleNamespace, prompts_skipped: int) -> di
 
 def quoted(args: SimpleNamespace) -> Iterator[str]:
     """The command line that means these arguments."""
-    import shlex
-
     yield "fidelity"
     for name, value in vars(args).items():
         if name in ("as_json", "out", "resume") or value is None:

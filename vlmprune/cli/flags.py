@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
 from vlmprune._version import __version__
-from vlmprune.runtime.errors import UserError, user_mistakes
+from vlmprune.runtime.errors import UserError, brief, user_mistakes
 from vlmprune.runtime.status import noted_warnings
 
-__all__ = ["Group", "Verb", "budgets_of", "flag", "least", "one_of", "options_of", "versions", "words_of"]
+__all__ = ["Group", "Verb", "budgets_of", "flag", "folder", "least", "one_of", "options_of", "versions", "words_of"]
 
 MODEL = Option(metavar="NAME", help="embedded model, folder or hub id")
 METHOD = Option("--method", metavar="NAME[,NAME]", help="methods (`vlmprune ls methods`; a+b: one after the other)")
@@ -112,6 +114,22 @@ def least(lowest: int, **given: int | None) -> None:
     for name, value in given.items():
         if value is not None and value < lowest:
             raise UserError(f"{flag(name)} must be at least {lowest}, not {value}.")
+
+
+def folder(name: str) -> Path:
+    """Make the folder for what comes out, before the work is done.
+
+    Raises:
+        UserError: it cannot be made, or written into.
+    """
+    made = Path(name).expanduser()
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {made}: {brief(error)}") from None
+    if not os.access(made, os.W_OK):
+        raise UserError(f"no permission to write into {made}")
+    return made
 
 
 def words_of(text: str, flag: str) -> list[str]:

@@ -41,6 +41,7 @@ blue 3 ? / how many red objects are there ? / which digit is in the picture ? / 
 
 
 AVERAGE = "Layer average: visual tokens a decoder layer sees, newlines included, averaged over all layers."
+TIMED = "Prefill: through the first token, full model -> pruned; medians of {pairs} interleaved pairs."
 CROPPED = "{name}: the model sees {share:.0%} of it; its image processor cuts off the rest, before any method."
 
 
@@ -111,11 +112,7 @@ def verb(
     loading.warn_of_photographs(loaded.source.name, loading.strange_pictures(loaded, images))
     with Bar(1 + len(todo)) as bar:
         status("full model: answering")
-        plain = answering.answer(loaded, inputs, max_new_tokens)
-        outcomes = []
-        for job in todo:
-            bar.step()
-            outcomes.append(answering.run_job(loaded, job, inputs, max_new_tokens, repeats))
+        plain, outcomes = answering.run_jobs(loaded, todo, inputs, max_new_tokens, bar, repeats)
 
     asked = Asked(loaded, prompt, image, images, plain, outcomes)
     show(json.dumps(in_json(asked), indent=2) if as_json else in_text(asked))
@@ -135,6 +132,10 @@ class Asked:
     plain: str
     outcomes: Sequence[Outcome]
 
+    @property
+    def timed(self) -> bool:
+        return self.outcomes[0].times is not None
+
     @cached_property
     def seen(self) -> list[float]:
         """How much of every picture the model sees at all."""
@@ -144,44 +145,37 @@ class Asked:
         return [seen_share(image_processor, i.size, grid) for i, grid in zip(self.images, grids, strict=True)]
 
 
+def columns(asked: Asked) -> dict[str, list[str]]:
+    """The table's columns: the full model's cell, then one per outcome; left out where nothing is to be said."""
+    outcomes, total = asked.outcomes, asked.outcomes[0].total
+    patches, newlines = total["patches_before"], total["newlines_before"]
+    made = {
+        "method": ["full model", *(o.job.method for o in outcomes)],
+        "average" if "average" in outcomes[0].job.options else "keep": ["-", *(o.job.budget for o in outcomes)],
+        "patches left": [str(patches), *(change(patches, o.total["patches_after"]) for o in outcomes)],
+    }
+    if newlines:
+        made["newlines left"] = [str(newlines), *(change(newlines, o.total["newlines_after"]) for o in outcomes)]
+    made["layer average"] = [f"{patches + newlines:.1f}", *(f"{o.layer_average:.1f}" for o in outcomes)]
+    if asked.timed:
+        times = [outcome.times for outcome in outcomes]
+        made["prefill"] = ["", *(f"{t['plain_ms']:.1f} -> {t['pruned_ms']:.1f} ms" for t in times)]
+        made["speed-up"] = ["", *(f"{t['ratio']:.2f}x" for t in times)]
+    return made | {"answer": [line(asked.plain), *(line(o.answer) for o in outcomes)]}
+
+
 def in_text(asked: Asked) -> str:
     """What a person reads."""
-    first = asked.outcomes[0]
-    newlines, timed = first.total["newlines_before"], first.times is not None
-    before = first.total["patches_before"]
-    word = "average" if "average" in first.job.options else "keep"
-    columns = ["method", word, "patches left", "newlines left", "layer average", "prefill", "speed-up", "answer"]
-    rows = [["full model", "-", str(before), str(newlines), f"{before + newlines:.1f}", "", "", line(asked.plain)]]
-    for outcome in asked.outcomes:
-        total, times = outcome.total, outcome.times
-        rows.append(
-            [
-                outcome.job.method,
-                outcome.job.budget,
-                change(before, total["patches_after"]),
-                change(newlines, total["newlines_after"]),
-                f"{outcome.layer_average:.1f}",
-                f"{times['plain_ms']:.1f} -> {times['pruned_ms']:.1f} ms" if times else "",
-                f"{times['ratio']:.2f}x" if times else "",
-                line(outcome.answer),
-            ]
-        )
-    hidden = [*(["newlines left"] if not newlines else []), *(["prefill", "speed-up"] if not timed else [])]
-    shown = [name for name in columns if name not in hidden]
-    cells = [[row[columns.index(name)] for name in shown] for row in rows]
-    pictures = ", ".join(
-        f"{printable(f)} ({i.width} x {i.height})" for f, i in zip(asked.files, asked.images, strict=True)
-    )
-    lines = [asked.loaded.description, f"{pictures}: {line(asked.prompt)}", "", table(shown, cells, shown[1:-1]), ""]
-    lines += [
-        CROPPED.format(name=printable(f), share=s) for f, s in zip(asked.files, asked.seen, strict=True) if s < 0.99
-    ]
+    made, files = columns(asked), [printable(file) for file in asked.files]
+    shown, rows = list(made), [list(row) for row in zip(*made.values(), strict=True)]
+    sizes = [f"{file} ({i.width} x {i.height})" for file, i in zip(files, asked.images, strict=True)]
+    lines = [asked.loaded.description, f"{', '.join(sizes)}: {line(asked.prompt)}", ""]
+    lines += [table(shown, rows, shown[1:-1]), ""]
+    lines += [CROPPED.format(name=f, share=s) for f, s in zip(files, asked.seen, strict=True) if s < 0.99]
     lines.append(AVERAGE)
-    if timed:
-        pairs = first.times["pairs"]
-        lines.append(f"Prefill: through the first token, full model -> pruned; medians of {pairs} interleaved pairs.")
-        if asked.loaded.source.embedded:
-            lines.append(OVERHEAD)
+    if asked.timed:
+        lines.append(TIMED.format(**asked.outcomes[0].times))
+        lines += [OVERHEAD] if asked.loaded.source.embedded else []
     return "\n".join(lines)
 
 
@@ -227,11 +221,7 @@ def draw_kept(target: Path, asked: Asked) -> None:
     from vlmprune.runtime import draw
     from vlmprune.runtime.pictures import write_picture
 
-    image_processor, rows = asked.loaded.processor.image_processor, []
-    for i, image in enumerate(asked.images):
-        row = [draw.plain_panel(image, "full model", [f"answer: {line(asked.plain)}"])]
-        for outcome in asked.outcomes:
-            more = [f"answer: {line(outcome.answer)}"]
-            row.append(draw.kept_panel(image, outcome.trace, image_processor, i, outcome.job.label, more))
-        rows.append(row)
+    image_processor, plain = asked.loaded.processor.image_processor, line(asked.plain)
+    said = [(o.job.label, o.trace, line(o.answer)) for o in asked.outcomes]
+    rows = [draw.answer_panels(image, image_processor, plain, said, i) for i, image in enumerate(asked.images)]
     write_picture(draw.sheet(rows, heading=asked.prompt), target)

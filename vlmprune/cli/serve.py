@@ -69,7 +69,8 @@ def command_for(model: str, method: str, options: dict, rest: Sequence[str]) -> 
         UserError: there is no vLLM, something that cannot be served, or a flag that is ours to set.
     """
     from vlmprune import embedded
-    from vlmprune.serving.settings import check_version, overrides
+    from vlmprune.serving.settings import check_version
+    from vlmprune.vllm import overrides
 
     for flag in ("--hf-overrides", "--model"):
         if has(flag, rest):

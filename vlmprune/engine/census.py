@@ -76,27 +76,33 @@ def count_prompts(
     finite = each_finite([values for _, _, values in given], input_ids.device)
     # without a mask the host takes a jump in the positions for the start of another prompt
     one = finite.new_ones(()) if positions is None else (positions.diff(dim=-1) == 1).all()
-    images = [len(image) for image in encoded["image"].pooler_output] if list(encoded) == ["image"] else []
-    if torch.compiler.is_compiling() and images and len(input_ids) in (1, len(images)):
-        # reading would break the graph: one prompt has all images and several have one each, or an error on the device;
+    rows = len(input_ids)
+    if promised := placeholders_in_a_graph(encoded, rows):
+        demand_on_device(placeholder, everything, promised, finite.all() & one)
+        most = length - min(promised)
         # padding is not counted, so it stays where it is, masked
-        placeholders = images if len(input_ids) > 1 else [sum(images)]
-        demand_on_device(placeholder, everything, placeholders, finite.all() & one)
-        lengths, wanted, most_after = [length] * len(input_ids), [placeholders], length - min(placeholders)
-        most_before = most_after
-    else:
-        counts = torch.stack([everything, *holes.values(), placeholder & ~everything]).sum(-1)
-        read = download(
-            torch.cat((counts.flatten(), text_after, finite.long(), torch.stack((text_before, one.long()))))
-        )
-        rows = len(input_ids)
-        lengths, *wanted, unseen, counts_after = [read[at * rows :][:rows] for at in range(len(counts) + 1)]
-        *good, most_before, single = read[(len(counts) + 1) * rows :]
-        demand_sound(plan, bool(single), [part[:2] for part, ok in zip(given, good, strict=True) if not ok], unseen)
-        most_after = max(counts_after)
-        if all(n == length for n in lengths):
-            real = None
-    return Census(holes, dict(zip(encoded, wanted, strict=True)), real, lengths, (text_after, most_after), most_before)
+        return Census(holes, {"image": promised}, real, [length] * rows, (text_after, most), most)
+    counts = torch.stack([everything, *holes.values(), placeholder & ~everything]).sum(-1)
+    read = download(torch.cat((counts.flatten(), text_after, finite.long(), torch.stack((text_before, one.long())))))
+    lengths, *wanted, unseen, counts_after = [read[at * rows :][:rows] for at in range(len(counts) + 1)]
+    *good, most_before, single = read[(len(counts) + 1) * rows :]
+    demand_sound(plan, bool(single), [part[:2] for part, ok in zip(given, good, strict=True) if not ok], unseen)
+    real = None if min(lengths) == length else real
+    wanted = dict(zip(encoded, wanted, strict=True))
+    return Census(holes, wanted, real, lengths, (text_after, max(counts_after)), most_before)
+
+
+def placeholders_in_a_graph(encoded: dict[str, Any], rows: int) -> list[int]:
+    """How many placeholders every row must have inside a compiled graph, which reading would break; else nothing.
+
+    One prompt has all images and several have one each, or there is an error on the device.
+    """
+    if not torch.compiler.is_compiling() or list(encoded) != ["image"]:
+        return []
+    images = [len(image) for image in encoded["image"].pooler_output]
+    if rows == 1:
+        return [sum(images)] if images else []
+    return images if len(images) == rows else []
 
 
 def check_mask(mask: Any, cache: Any) -> None:
@@ -163,8 +169,7 @@ def numbers(encoded: dict[str, Any]) -> list[tuple[str, Any, torch.Tensor]]:
                 found.append((f"the features of {modality}", i, features))
         if (embeds := getattr(output, "embeds", None)) is not None:
             found.append(("the prompt's embeddings, which hold features of its", f"{modality}s", embeds))
-        seen = seen_on(output)
-        for tap, values in ({} if seen is None else seen.taps).items():
+        for tap, values in seen_on(output).taps.items():
             if values.is_floating_point():
                 found.append((f"what is seen of the vision tower's {modality}s,", tap, values))
     return found

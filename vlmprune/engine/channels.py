@@ -31,17 +31,17 @@ class Seen:
     """What rides under SEEN.
 
     Attributes:
-        plan: under which the tower's output was computed.
+        plan: under which the tower's output was computed; None where nobody looked.
         taps: what was measured in the tower, by tap, `(views, patches, ...)`.
     """
 
-    plan: Plan
+    plan: Plan | None
     taps: dict[Tap, torch.Tensor]
 
 
-def seen_on(output: Any) -> Seen | None:
-    """What was seen where an encoder's output was computed; None where nobody looked."""
-    return getattr(output, SEEN, None)
+def seen_on(output: Any) -> Seen:
+    """What was seen where an encoder's output was computed."""
+    return getattr(output, SEEN, None) or Seen(None, {})
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ CHANNELS: tuple[Channel, ...] = (
     Channel(
         OWNER,
         "keyword",
-        "tower.Call: whose call a tower is in, and the layouts of what it encodes",
-        "tower.Encode",
+        "encode.Call: whose call a tower is in, and the layouts of what it encodes",
+        "encode.Encode",
         "tower.BeforeTower",
         "several models may share a tower, and its pixels say neither whose they are nor which views are one picture",
     ),
@@ -110,7 +110,7 @@ CHANNELS: tuple[Channel, ...] = (
         SIZES,
         "attribute",
         "what the packing of every image or video depends on, on the output of get_image_features",
-        "tower.Encode, patches.llava_llama.Prompt",
+        "encode.Encode, patches.llava_llama.Prompt",
         "prompt.prompt_layout",
         "generate throws image sizes away before any module is called",
     ),

@@ -9,7 +9,7 @@ from torch import nn
 
 from vlmprune.engine.channels import FRAME, SEGMENTS
 from vlmprune.engine.plan import Plan
-from vlmprune.engine.sequence import Segment
+from vlmprune.engine.sequence import Segment, beside
 from vlmprune.errors import UnsupportedError
 from vlmprune.patches.host import cache_of
 from vlmprune.patches.language_models import attention_mask, window_of
@@ -55,21 +55,12 @@ def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], 
         length: of `length_of`.
     """
     cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
-    if any(segment.soft for segment in segments):
-        raise UnsupportedError(
-            "this cache was filled under soft masks, which are for training alone: call .eval() on the method's "
-            "modules before generating."
-        )
     kwargs, first, prompt = dict(kwargs), segments[0], segments[0].prompt
     tokens = given_tokens(kwargs)
     batch, queries = tokens.shape[:2]
-    check_rows(segments, batch)
+    check_cache(segments, batch)
     new = mask[:, prompt:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-    positions = kwargs.get("position_ids")
-    if positions is None:
-        start = (cache.get_seq_length() if length is None else length) + missing(segments)
-        positions = torch.arange(queries, device=tokens.device)[None] + start
-    positions = positions.expand(*positions.shape[:-2], batch, -1)
+    positions = unpruned_positions(kwargs, segments, length)
     rotary_emb, shift = plan.family.language_model(inner).rotary_emb, first.shift if first.first == 0 else None
     # it also shows the layers that this call was recognised
     kwargs[FRAME] = Decode(plan, segments, rotary_emb, positions, new, shift)
@@ -79,8 +70,22 @@ def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], 
     return kwargs
 
 
-def check_rows(segments: list[Segment], batch: int) -> None:
-    """Refuse a call of other rows than those that filled the cache."""
+def unpruned_positions(kwargs: dict, segments: list[Segment], length: int | None) -> torch.Tensor:
+    """`(..., batch, queries)` position ids of a call's tokens in the unpruned conversation."""
+    tokens, positions = given_tokens(kwargs), kwargs.get("position_ids")
+    if positions is None:
+        start = (cache_of(kwargs).get_seq_length() if length is None else length) + missing(segments)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + start
+    return positions.expand(*positions.shape[:-2], len(tokens), -1)
+
+
+def check_cache(segments: list[Segment], batch: int) -> None:
+    """Refuse a cache that was filled in training, and a call of other rows than those that filled it."""
+    if any(segment.soft for segment in segments):
+        raise UnsupportedError(
+            "this cache was filled under soft masks, which are for training alone: call .eval() on the method's "
+            "modules before generating."
+        )
     noted = [x for segment in segments for x in (segment.mask, segment.shift) if x is not None]
     if noted and len(noted[0]) != batch:
         raise UnsupportedError(
@@ -144,13 +149,10 @@ def decode_mask(
         return None
     length, offset = cache.get_mask_sizes(queries, index)
     rest = int(length) + int(offset) - segment.length
-    kept = segment.mask
-    if kept is None:
-        kept = torch.ones(batch, segment.length, dtype=torch.bool, device=device)
     tail = torch.ones(batch, rest, dtype=torch.bool, device=device)
     if new is not None:
         tail[:, : new.shape[1]] = new.bool()
-    return torch.cat((kept, tail), 1)
+    return beside(segment.mask, segment.length, tail, rest)
 
 
 def given_tokens(kwargs: dict) -> torch.Tensor:

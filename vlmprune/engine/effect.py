@@ -20,18 +20,21 @@ def tell_idle(plan: Plan, first: dict[str, Layout], last: dict[str, list[int]]) 
         last: by method, the tokens of every image behind its last cut.
     """
     for method in plan.methods:
-        budget = method.budget if isinstance(method, Budgeted) else None
-        if budget is None or method.known_as in plan.told or method.known_as not in first:
+        name, budget = method.known_as, method.budget if isinstance(method, Budgeted) else None
+        if budget is None or name in plan.told or name not in first:
             continue
-        layout = first[method.known_as]
-        entered = layout.entered_patches or [grid.patches for grid in layout.grids]
-        there = layout.alive_patches or entered
-        for image, (before, after) in enumerate(zip(layout.alive_counts, last[method.known_as], strict=True)):
-            if before == after and count(budget, entered[image]) < there[image]:
-                plan.told.add(method.known_as)
-                warnings.warn(
-                    f"{method.known_as} dropped nothing of image {image} although its budget, {budget}, is below the "
-                    f"{there[image]} patches there: on an image like this the method has no effect.",
-                    stacklevel=2,
-                )
-                break
+        for image, patches in whole_images(first[name], last[name], budget)[:1]:
+            plan.told.add(name)
+            warnings.warn(
+                f"{name} dropped nothing of image {image} although its budget, {budget}, is below the "
+                f"{patches} patches there: on an image like this the method has no effect.",
+                stacklevel=2,
+            )
+
+
+def whole_images(layout: Layout, left: list[int], budget: int | float) -> list[tuple[int, int]]:
+    """The images that lost nothing although a budget is below their patches, and how many these are."""
+    entered = layout.entered_patches or [grid.patches for grid in layout.grids]
+    there = layout.alive_patches or entered
+    kept = [before == after for before, after in zip(layout.alive_counts, left, strict=True)]
+    return [(i, there[i]) for i, whole in enumerate(kept) if whole and count(budget, entered[i]) < there[i]]

@@ -25,15 +25,10 @@ from torch import nn
 from vlmprune.engine.census import check_mask
 from vlmprune.engine.channels import FRAME, NOTES, SEEN, SEGMENTS, SIZES
 from vlmprune.engine.decode import held, length_of, resume, rolled_back
-from vlmprune.engine.placement import loaded
-from vlmprune.engine.plan import Hook
+from vlmprune.engine.encode import PIXELS, check_fixed, encode, given_pixels, ready_outputs
+from vlmprune.engine.plan import Hook, handed
 from vlmprune.engine.prefill import Prefill
 from vlmprune.engine.sequence import Segment
-from vlmprune.engine.tower import (
-    Encode,
-    check_fixed,
-    encoder,
-)
 from vlmprune.engine.turn import catch_up
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError
@@ -51,19 +46,17 @@ class BeforeModel(Hook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         kwargs, family = dict(zip(names, args, strict=False)) | kwargs, self.plan.family
-        if (notes := kwargs.pop(NOTES, None)) is not None:
-            notes.restore(kwargs.get("mm_encoder_outputs"))
+        notes = kwargs.pop(NOTES, Notes({}, 0))
+        notes.restore(kwargs.get("mm_encoder_outputs"))
         opened = family.open(kwargs)
-        changed = self.arrive(module, opened, 0 if notes is None else notes.guesses)
+        changed = self.arrive(module, opened, notes.guesses)
         if changed is None and opened is kwargs:
             return None
         return (), family.close(opened if changed is None else changed)
 
     def arrive(self, module: nn.Module, kwargs: dict, guesses: int) -> dict | None:
         """The arguments to run with instead, or None to leave the call alone."""
-        pictured = self.plan.enabled and (
-            brings_features(kwargs) or any(given_pixels(kwargs, modality) for modality in PIXELS)
-        )
+        pictured = self.plan.enabled and brings_pictures(kwargs)
         cache = cache_of(kwargs)
         segments = getattr(cache, SEGMENTS, None) or []
         if not pictured and not segments:
@@ -74,20 +67,11 @@ class BeforeModel(Hook):
             return self.prefill(module, kwargs, guesses, segments, length)
         if not segments:
             return None
-        kwargs = catch_up(kwargs, segments, length)
-        return resume(self.plan, module, kwargs, segments, length)
+        return resume(self.plan, module, catch_up(kwargs, segments, length), segments, length)
 
     def prefill(self, module: nn.Module, kwargs: dict, guesses: int, segments: list[Segment], length: int) -> dict:
-        check_fixed(self.plan.family, module.config, kwargs)
-        if kwargs.get("input_ids") is None:
-            raise UnsupportedError("a pruned call with images needs input_ids (inputs_embeds hide the placeholders).")
-        language_model = self.plan.family.language_model(module)
-        if kwargs.get("output_attentions", language_model.config.output_attentions):
-            raise UnsupportedError(
-                "output_attentions of a pruned forward is not supported: layers see different sequences. "
-                "Use `with handle.disabled():` for the plain model's attentions."
-            )
-        check_mask(kwargs.get("attention_mask"), cache_of(kwargs))
+        """The arguments of a call with pictures, its frame among them."""
+        check_call(self.plan.family, module, kwargs)
         kwargs = catch_up(kwargs, segments, length)
         past, mask = held(kwargs, segments, length), kwargs.get("attention_mask")
         if segments:
@@ -99,9 +83,22 @@ class BeforeModel(Hook):
         return kwargs | {FRAME: frame}
 
 
-def brings_features(kwargs: dict) -> bool:
-    """Whether a call brings pictures that were encoded before it."""
-    return any(output is not None for output in (kwargs.get("mm_encoder_outputs") or {}).values())
+def check_call(family: Family, module: nn.Module, kwargs: dict) -> None:
+    """Refuse a call with pictures that cannot be pruned."""
+    check_fixed(family, module.config, kwargs)
+    if kwargs.get("input_ids") is None:
+        raise UnsupportedError("a pruned call with images needs input_ids (inputs_embeds hide the placeholders).")
+    if kwargs.get("output_attentions", family.language_model(module).config.output_attentions):
+        raise UnsupportedError(
+            "output_attentions of a pruned forward is not supported: layers see different sequences. "
+            "Use `with handle.disabled():` for the plain model's attentions."
+        )
+    check_mask(kwargs.get("attention_mask"), cache_of(kwargs))
+
+
+def brings_pictures(kwargs: dict) -> bool:
+    """Whether a call brings pictures, encoded or not."""
+    return bool(ready_outputs(kwargs)) or any(given_pixels(kwargs, modality) for modality in PIXELS)
 
 
 @dataclass
@@ -120,52 +117,23 @@ class Notes:
     def restore(self, copies: dict[str, Any] | None) -> None:
         """Put what was noted on the encoders' outputs on the ones that arrived."""
         for modality, output in self.outputs.items():
-            for name in (SEEN, SIZES):
-                if hasattr(output, name):
-                    setattr(copies[modality], name, getattr(output, name))
+            for name, value in noted(output).items():
+                setattr(copies[modality], name, value)
+
+
+def noted(output: Any) -> dict[str, Any]:
+    """What was noted on an encoder's output, by attribute."""
+    return {name: getattr(output, name) for name in (SEEN, SIZES) if hasattr(output, name)}
 
 
 def without_notes(output: Any) -> Any:
     """An encoder's output as the host makes it: since transformers 5.24 the model returns it with its own."""
-    noted = [name for name in (SEEN, SIZES) if hasattr(output, name)]
-    if not noted:
+    if not (notes := noted(output)):
         return output
     plain = copy(output)
-    for name in noted:
+    for name in notes:
         vars(plain).pop(name, None)
     return plain
-
-
-def given_pixels(kwargs: dict, modality: str) -> bool:
-    """Whether a call brings pictures of one kind."""
-    return any(kwargs.get(name) is not None and len(kwargs[name]) > 0 for name in PIXELS[modality])
-
-
-def encode(module: nn.Module, kwargs: dict, family: Family) -> dict[str, Any]:
-    """Run the model's own encoders on what a call brings, as `generate` does; takes their arguments out of `kwargs`.
-
-    Returns:
-        The encoders' outputs by modality, those that the call brought ready included.
-    """
-    ready = {m: output for m, output in (kwargs.pop("mm_encoder_outputs", None) or {}).items() if output is not None}
-    if strange := [m for m in ready if m not in family.modalities]:
-        raise UnsupportedError(f"{strange[0]} input of {family.model_type} models is not supported.")
-    used: set[str] = set()
-    for modality in family.modalities:
-        if given_pixels(kwargs, modality):
-            if modality in ready:
-                raise ValueError(f"give pixels or mm_encoder_outputs for input of kind {modality!r}, not both.")
-            run = getattr(module, encoder(modality))
-            if isinstance(run, Encode) and run.module is not module:  # a replica has the original's
-                run = Encode(module, run.plan, modality)
-            wanted = [name for name in inspect.signature(run).parameters if name in kwargs and name != "kwargs"]
-            inputs = {name: kwargs[name] for name in wanted if kwargs[name] is not None}
-            with loaded(module):
-                ready[modality] = run(**inputs, return_dict=True)
-            used.update(wanted)
-    for name in used:
-        del kwargs[name]
-    return ready
 
 
 @dataclass
@@ -178,7 +146,7 @@ class AfterBlock(Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if (frame := self.watching.frame(self.last)) is not None:
-            before = args[0] if args else kwargs["hidden_states"]
+            before, *_ = handed(args, kwargs)
             frame.watch(self.index, before, output[0] if isinstance(output, tuple) else output)
 
 
@@ -192,16 +160,16 @@ class BeforeLayer(Hook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.watching is not None:
             self.watching.end()
-        if FRAME not in kwargs or kwargs[FRAME].plan is not self.plan:
-            if self.index == 0 and FRAME not in kwargs and alone(module):
-                demand_plain(cache_of(kwargs))
+        if not self.owns(kwargs.get(FRAME)):
+            if self.index == 0:
+                check_plain(module, kwargs)
             return None
         frame = kwargs.pop(FRAME)
-        hidden = args[0] if args else kwargs.pop("hidden_states")
+        hidden, rest, kwargs = handed(args, kwargs)
         hidden, kwargs = frame.enter(self.index, module, hidden, kwargs)
         if self.watching is not None and isinstance(frame, Prefill):
             self.watching.begin(frame)
-        return (hidden, *args[1:]), kwargs
+        return (hidden, *rest), kwargs
 
 
 def alone(layer: nn.Module) -> bool:
@@ -211,9 +179,9 @@ def alone(layer: nn.Module) -> bool:
     return sum(isinstance(hook, BeforeLayer) for hook in layer._forward_pre_hooks.values()) == 1
 
 
-def demand_plain(cache: Any) -> None:
+def check_plain(layer: nn.Module, kwargs: dict) -> None:
     """Refuse a pruned cache in a call that did not come by `BeforeModel`: its positions and masks would be wrong."""
-    if getattr(cache, SEGMENTS, None):
+    if FRAME not in kwargs and alone(layer) and getattr(cache_of(kwargs), SEGMENTS, None):
         raise UnsupportedError(
             "a pruned cache reached the decoder layers by a call that the patch did not see, and positions counted by "
             "it are wrong: call the patched model itself, not its language model, and let what is around it hand on "
@@ -226,7 +194,7 @@ class AfterLanguageModel(Hook):
     """Hook of the language model: ends a prefill."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if isinstance(frame := kwargs.get(FRAME), Prefill) and frame.plan is self.plan:
+        if isinstance(frame := kwargs.get(FRAME), Prefill) and self.owns(frame):
             frame.finish(output)
 
 
@@ -255,8 +223,7 @@ class BeforeHead(Hook):
     def extra(self, module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
         """What is to be handed on to the inner model."""
         self.check_labels(module, kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None))
-        copied = brings_features(kwargs) and hasattr(module, "_hf_hook")
-        outputs = {m: x for m, x in kwargs["mm_encoder_outputs"].items() if x is not None} if copied else {}
+        outputs = ready_outputs(kwargs) if hasattr(module, "_hf_hook") else {}
         guesses = guessed(kwargs)
         return {NOTES: Notes(outputs, guesses)} if outputs or guesses else {}
 
@@ -276,9 +243,6 @@ def guessed(kwargs: dict) -> int:
     `generate` encodes pictures first, brings its cache, and asks for the logits of every guess and of the token before.
     """
     wanted = kwargs.get("logits_to_keep")
-    if not isinstance(wanted, int) or cache_of(kwargs) is None or not brings_features(kwargs):
+    if not isinstance(wanted, int) or cache_of(kwargs) is None or not ready_outputs(kwargs):
         return 0
     return max(wanted - 1, 0)
-
-
-PIXELS = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}

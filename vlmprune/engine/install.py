@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from vlmprune import kernels
+from vlmprune.engine.encode import Encode, encoder
 from vlmprune.engine.hooks import AfterBlock, AfterLanguageModel, AfterModel, BeforeHead, BeforeLayer, BeforeModel
 from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.tower import (
@@ -16,15 +18,18 @@ from vlmprune.engine.tower import (
     BeforeTower,
     BeforeTowerAttention,
     BeforeTowerLayer,
-    Encode,
-    encoder,
 )
 from vlmprune.engine.watch import Watch
 from vlmprune.patches.base import Bound
 from vlmprune.patches.language_models import decoder_layer
 from vlmprune.patches.towers import tower_layer
 
-__all__ = ["current", "install", "is_hook", "remove", "swap"]
+__all__ = ["current", "install", "is_hook", "remove", "swap", "warm_up"]
+
+
+def warm_up(model: nn.Module) -> None:
+    """Load the kernels now (see `kernels.warm_up`) on the devices that hold the model's weights."""
+    kernels.warm_up({weight.device for weight in model.parameters()}, model.dtype)
 
 
 def is_hook(hook: Callable) -> bool:
@@ -61,9 +66,7 @@ def install(model: nn.Module, plan: Plan) -> None:
     try:
         if plan.in_tower:
             hook_towers(inner, plan)
-        for modality in plan.family.modalities:
-            if Encode.wanted(plan, modality) and hasattr(inner, encoder(modality)):
-                setattr(inner, encoder(modality), Encode(inner, plan, modality))
+        bind_encoders(inner, plan)
         plan.family.bind(model, plan)
         hook_language_model(inner, plan)
         plan.head = "" if model is inner else type(model).__name__
@@ -72,6 +75,13 @@ def install(model: nn.Module, plan: Plan) -> None:
     except BaseException:
         take_off(model, [plan])
         raise
+
+
+def bind_encoders(inner: nn.Module, plan: Plan) -> None:
+    """Put `Encode` before the encoders of an inner model that have something to be told or noted."""
+    for modality in plan.family.modalities:
+        if Encode.wanted(plan, modality) and hasattr(inner, encoder(modality)):
+            setattr(inner, encoder(modality), Encode(inner, plan, modality))
 
 
 def hook_towers(inner: nn.Module, plan: Plan) -> None:
@@ -114,18 +124,20 @@ def owned(model: nn.Module) -> list[Plan]:
     Raises:
         RuntimeError: the model is, or has, the inner part of a patched one.
     """
-    found, heads = [], []
-    for module in model.modules():
-        hooks = module._forward_pre_hooks.values()
-        found += [(module, hook.plan) for hook in hooks if isinstance(hook, BeforeModel)]
-        heads += [hook.plan for hook in hooks if isinstance(hook, BeforeHead)]
+    found, heads = starts(model, BeforeModel), {id(plan) for _, plan in starts(model, BeforeHead)}
     for module, plan in found:
-        if plan.head and not any(head is plan for head in heads):
+        if plan.head and id(plan) not in heads:
             raise RuntimeError(
                 f"this {type(module).__name__} is the inner part of a {plan.head} that is patched: patch and unpatch "
                 f"that {plan.head}."
             )
     return [plan for _, plan in found]
+
+
+def starts(model: nn.Module, kind: type[Hook]) -> list[tuple[nn.Module, Plan]]:
+    """The modules of a model that have a pre-hook of a kind, and its plan."""
+    hooks = [(module, hook) for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return [(module, hook.plan) for module, hook in hooks if isinstance(hook, kind)]
 
 
 def current(model: nn.Module) -> Plan | None:
@@ -138,19 +150,20 @@ def remove(model: nn.Module) -> None:
     take_off(model, owned(model))
 
 
+def made_for(plans: list[Plan], thing: Any) -> bool:
+    """Whether something on a module is a hook or an attribute of ours, and of one of these plans."""
+    return isinstance(thing, Hook | Bound) and any(thing.plan is plan for plan in plans)
+
+
 def take_off(model: nn.Module, plans: list[Plan]) -> None:
     """Take every hook and attribute of some plans off a model."""
-
-    def mine(thing: Any) -> bool:
-        return isinstance(thing, Hook | Bound) and any(thing.plan is plan for plan in plans)
-
     for module in model.modules():
         for hooks, flags in (
             (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
             (module._forward_hooks, module._forward_hooks_with_kwargs),
         ):
-            for key in [k for k, hook in hooks.items() if mine(hook)]:
+            for key in [k for k, hook in hooks.items() if made_for(plans, hook)]:
                 del hooks[key]
                 flags.pop(key, None)
-        for name in [name for name, value in vars(module).items() if mine(value)]:
+        for name in [name for name, value in vars(module).items() if made_for(plans, value)]:
             delattr(module, name)

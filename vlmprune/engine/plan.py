@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
@@ -14,14 +14,14 @@ from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, ProjectorCut, TowerCut
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Layouts
-from vlmprune.parts.taps import BlockKeys, BlockTap, TowerTap
+from vlmprune.parts.taps import BlockKeys, BlockTap, Tap, TowerTap
 from vlmprune.patches import Family
 from vlmprune.trace import Trace
 
 if TYPE_CHECKING:
     from vlmprune.methods.base import Method
 
-__all__ = ["Hook", "Plan"]
+__all__ = ["Hook", "Plan", "handed"]
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Plan:
     @property
     def tower_taps(self) -> list[TowerTap]:
         """What the cuts in the language model want to see of the vision tower, each once."""
-        return list(dict.fromkeys(t for _, cut in self.decoder_cuts for t in cut.see if isinstance(t, TowerTap)))
+        return wanted_taps((cut for _, cut in self.decoder_cuts), TowerTap)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy of the model is no part of the blocks that this one may be in
@@ -100,11 +100,15 @@ class Plan:
         return [cut for _, cut in self.cuts if isinstance(cut, ProjectorCut)]
 
     @property
+    def in_vision(self) -> bool:
+        """Whether a cut changes what tower and projector make of a picture."""
+        return any(not isinstance(cut, Cut) for _, cut in self.cuts)
+
+    @property
     def measured(self) -> list[TowerTap]:
         """What is to be measured in the tower, each once: for cuts behind it and in the language model."""
-        behind = (tap for cut in self.projector_cuts for tap in cut.see)
-        wanted = (tap for tap in (*self.tower_taps, *behind) if isinstance(tap, TowerTap))
-        return list(dict.fromkeys(tap for tap in wanted if not isinstance(tap, BlockKeys)))
+        behind = wanted_taps(self.projector_cuts, TowerTap)
+        return [tap for tap in dict.fromkeys((*self.tower_taps, *behind)) if not isinstance(tap, BlockKeys)]
 
     @property
     def decoder_cuts(self) -> list[tuple[str, Cut]]:
@@ -114,12 +118,7 @@ class Plan:
     @property
     def key_layers(self) -> set[int]:
         """Tower layers whose keys a cut in or behind the tower wants."""
-        return {
-            tap.layer
-            for cut in (*self.tower_cuts, *self.projector_cuts)
-            for tap in cut.see
-            if isinstance(tap, BlockKeys)
-        }
+        return {tap.layer for tap in wanted_taps((*self.tower_cuts, *self.projector_cuts), BlockKeys)}
 
     @property
     def inside_layers(self) -> set[int]:
@@ -129,11 +128,23 @@ class Plan:
     @property
     def block_layers(self) -> set[int]:
         """Decoder layers whose two blocks a tap watches."""
-        return {tap.layer for _, cut in self.cuts for tap in cut.see if isinstance(tap, BlockTap)}
+        return {tap.layer for tap in wanted_taps((cut for _, cut in self.cuts), BlockTap)}
 
     def grid(self, inner: nn.Module, modality: str, size: Any) -> ImageGrid:
         """The layout of an image or video of a size (of `Family.sizes`)."""
         return self.layouts.find((modality, size), lambda: self.family.packing(inner, modality, size))
+
+
+def wanted_taps(cuts: Iterable[AnyCut], kind: type[Tap]) -> list[Any]:
+    """The taps of a kind that some cuts want to see, each once."""
+    return list(dict.fromkeys(tap for cut in cuts for tap in cut.see if isinstance(tap, kind)))
+
+
+def handed(args: tuple, kwargs: dict[str, Any], name: str = "hidden_states") -> tuple[Any, tuple, dict[str, Any]]:
+    """What a module is handed first, by its place or by its name, and the other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    return kwargs[name], (), {key: value for key, value in kwargs.items() if key != name}
 
 
 @dataclass
@@ -144,3 +155,7 @@ class Hook:
     """
 
     plan: Plan
+
+    def owns(self, thing: Any) -> bool:
+        """Whether a frame, a call or a hook (or None) is of this hook's plan."""
+        return thing is not None and thing.plan is self.plan

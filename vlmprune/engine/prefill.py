@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlmprune.engine.census import count_prompts
-from vlmprune.engine.channels import SEGMENTS, seen_on
+from vlmprune.engine.channels import SEGMENTS, Seen, seen_on
 from vlmprune.engine.effect import tell_idle
 from vlmprune.engine.finite import WAY_OUT, cut_is_finite, demand
 from vlmprune.engine.placement import check_device, loaded
@@ -62,22 +62,7 @@ class Prefill:
         self.layout = prompt_layout(plan, inner, self.census, features)
         for method in plan.methods:
             method.check_inputs(self.layout)
-        seen = [seen_on(output) for output in features.values()]
-        if missing := [tap for tap in plan.tower_taps if any(s is None or tap not in s.taps for s in seen)]:
-            raise CutNotRunError(
-                f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model "
-                "or while the patch was disabled. Encode the images with the patched model."
-            )
-        if (plan.tower_cuts or plan.pixel_cuts) and any(s is None or s.plan is not plan for s in seen):
-            raise CutNotRunError(
-                "the image features came without what this patch does before the language model: they were computed "
-                "by an unpatched model, under another patch, or while this one was disabled. Encode the images with "
-                "the patched model."
-            )
-        self.seen: dict[Tap, torch.Tensor] = {
-            tap: self.layout.from_tower(torch.cat([s.taps[tap].to(self.layout.device) for s in seen]))
-            for tap in plan.tower_taps
-        }
+        self.seen = seen_in_tower(plan, features, self.layout)
         self.pending = plan.decoder_cuts
         self.sequence: Sequence | None = None
         self.by_layer: list[Sequence] = []
@@ -91,25 +76,33 @@ class Prefill:
         """Do all that is to be done at the input of decoder layer `index`."""
         check_first_run(index, len(self.by_layer))
         check_device(layer, hidden)
-        past, rotary = self.past.get(index), kwargs["position_embeddings"]
-        # of a past that the host's own arguments fit nothing has to be noted
+        noted = self.go_on(index, hidden, kwargs)
+        before, here = self.sequence, [entry for entry in self.pending if entry[1].at.layer == index]
+        self.measure(index, layer, hidden, here)
+        while self.pending and self.pending[0][1].at.layer == index:
+            hidden = self.cut(*self.pending.pop(0), hidden)
+        if not noted or self.sequence is not before:
+            self.segments.append(self.sequence.segment(index))
+        self.measure(index, layer, hidden, self.pending)
+        self.by_layer.append(self.sequence)
+        if self.sequence.cut:
+            kwargs = self.sequence.swap(layer, index, hidden, kwargs, self.plan.family.layer_columns)
+        return hidden, kwargs
+
+    def go_on(self, index: int, hidden: torch.Tensor, kwargs: dict) -> bool:
+        """Make the sequence that of layer `index`, before any cut there.
+
+        Returns:
+            Whether the cache needs no note of it: the host's own arguments fit it, or the layer before has noted it.
+        """
+        past = self.past.get(index)
         noted = past is None or (self.sequence is None and past.whole)
         if self.sequence is None:
             self.cache, self.sequence = cache_of(kwargs), self.whole(hidden, kwargs, past)
         elif past is not None:
             self.sequence = self.sequence.behind(past, hidden, self.rotary_emb)
-        before = self.sequence = self.sequence.handed(rotary, hidden, self.rotary_emb)
-        here = [cut for _, cut in self.pending if cut.at.layer == index]
-        self.measure(index, layer, hidden, [tap for cut in here for tap in cut.see])
-        while self.pending and self.pending[0][1].at.layer == index:
-            hidden = self.cut(*self.pending.pop(0), hidden)
-        if not noted or self.sequence is not before:
-            self.segments = [s for s in self.segments if s.first != index] + [self.sequence.segment(index)]
-        self.measure(index, layer, hidden, [tap for _, cut in self.pending for tap in cut.see])
-        self.by_layer.append(self.sequence)
-        if self.sequence.cut:
-            kwargs = self.sequence.swap(layer, index, hidden, kwargs, self.plan.family.layer_columns)
-        return hidden, kwargs
+        self.sequence = self.sequence.handed(kwargs["position_embeddings"], hidden, self.rotary_emb)
+        return noted
 
     def whole(self, hidden: torch.Tensor, kwargs: dict, past: Segment | None) -> Sequence:
         """What the first layer gets `(batch, length, dim)` of, before any cut."""
@@ -127,21 +120,20 @@ class Prefill:
             past=past,
         )
 
-    def measure(self, index: int, layer: nn.Module, hidden: torch.Tensor, taps: list[Tap]) -> None:
-        """Measure the taps of this layer that nobody has measured yet."""
-        for tap in taps:
-            if isinstance(tap, DecoderTap) and tap.layer == index and tap not in self.seen:
+    def measure(self, index: int, layer: nn.Module, hidden: torch.Tensor, cuts: list[tuple[str, Cut]]) -> None:
+        """Measure the taps of this layer that some cuts want to see and nobody has measured yet."""
+        for tap in taps_at(index, cuts, DecoderTap):
+            if tap not in self.seen:
                 # no_grad not as a decorator: a compiled graph can hold the one and not the other
                 with torch.no_grad(), loaded(layer):
                     self.seen[tap] = tap.measure(decoder_layer(layer), hidden.detach(), self)
 
     def watch(self, index: int, before: torch.Tensor, after: torch.Tensor) -> None:
         """Let the block taps of layer `index` see what one of its two blocks read and wrote."""
-        for tap in dict.fromkeys(tap for _, cut in self.pending for tap in cut.see):
-            if isinstance(tap, BlockTap) and tap.layer == index:
-                with torch.no_grad():
-                    value = tap.measure(before.detach(), after.detach(), self)
-                    self.seen[tap] = self.seen[tap] + value if tap in self.seen else value
+        for tap in taps_at(index, self.pending, BlockTap):
+            with torch.no_grad():
+                value = tap.measure(before.detach(), after.detach(), self)
+                self.seen[tap] = self.seen[tap] + value if tap in self.seen else value
 
     def past_keys(self, layer: DecoderLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The keys that a decoder layer holds in front of the sequence, and which keys of both are real.
@@ -222,7 +214,6 @@ class Prefill:
             f"the cut of {name!r} at decoder layer {cut.at.layer} sees NaN or infinite numbers or makes NaN scores, "
             f"and cannot tell tokens apart. {WAY_OUT}."
         )
-        patches = reduction.patches
         if reduction.counts is None:
             # one read for all: later budgets are shares of the patches that entered
             found = torch.cat((keep.sum(1), (keep & ~layout.newline).sum(1), sound[None].long()))
@@ -231,16 +222,21 @@ class Prefill:
             if not good:
                 raise ValueError(strange)
         else:
-            counts = reduction.counts
             demand(sound, strange)
-        if patches is None and not any(grid.newlines for grid in layout.grids):
-            patches = counts
-        elif patches is None and cut.at.layer == 0 and self.pending:  # newlines that competed with patches
-            patches = download((keep & ~layout.newline).sum(1))
+            counts, patches = reduction.counts, self.patches(cut, reduction, keep)
         # checked where the tensor is, so that nothing waits for it
         told = f"method {name!r} promised {counts} kept tokens per image and kept other numbers."
         torch._assert_async((keep.sum(1) == upload(counts, keep.device)).all(), told)
         return counts, patches
+
+    def patches(self, cut: Cut, reduction: Reduction, keep: torch.Tensor) -> list[int] | None:
+        """Patches of every image that stay where the tokens that do are known beforehand; None if nobody will ask."""
+        if reduction.patches is not None:
+            return reduction.patches
+        if not self.layout.newlines:
+            return reduction.counts
+        asked = cut.at.layer == 0 and self.pending  # newlines competed with patches
+        return download((keep & ~self.layout.newline).sum(1)) if asked else None
 
     def drop(
         self, cut: Cut, hidden: torch.Tensor, dropped: torch.Tensor, counts: list[int], at: torch.Tensor
@@ -292,19 +288,10 @@ class Prefill:
         output.last_hidden_state = self.sequence.expand(output.last_hidden_state)
         if output.hidden_states is not None:
             # entry 0 is the input of layer 0 as that layer got it, entry i the output of layer i - 1
-            made_by = [self.by_layer[0], *self.by_layer[:-1]]
-            states = [
-                h if h is None else sequence.expand(h)
-                for h, sequence in zip(output.hidden_states, made_by, strict=False)
-            ]
-            output.hidden_states = (*states, output.last_hidden_state)
+            made_by = zip(output.hidden_states, [self.by_layer[0], *self.by_layer[:-1]], strict=False)
+            output.hidden_states = (*[left.expand(h) for h, left in made_by], output.last_hidden_state)
         if (cache := returned_cache(output)) is not None:
-            if cache is not self.cache and int(cache.get_seq_length()):
-                raise UnsupportedError(
-                    "this call handed back a filled cache that its first decoder layer did not get, so later calls on "
-                    "it would decode at wrong positions: use the model classes of a supported release of transformers."
-                )
-            setattr(cache, SEGMENTS, self.segments)
+            self.leave_on(cache)
         self.plan.trace = Trace(
             grids=list(self.layout.grids),
             sample=self.layout.sample,
@@ -314,3 +301,41 @@ class Prefill:
             kv_lengths=[s.length for s in self.by_layer],
             row_lengths=[s.lengths for s in self.by_layer],
         )
+
+    def leave_on(self, cache: Any) -> None:
+        """Leave the decode state on the cache that a call handed back."""
+        if cache is not self.cache and int(cache.get_seq_length()):
+            raise UnsupportedError(
+                "this call handed back a filled cache that its first decoder layer did not get, so later calls on "
+                "it would decode at wrong positions: use the model classes of a supported release of transformers."
+            )
+        setattr(cache, SEGMENTS, self.segments)
+
+
+def seen_in_tower(plan: Plan, features: dict[str, Any], layout: Layout) -> dict[Tap, torch.Tensor]:
+    """The tower's taps, `(images, tokens, ...)`, off the encoders' outputs."""
+    seen = [seen_on(output) for output in features.values()]
+    check_seen(plan, seen)
+    views = {tap: torch.cat([one.taps[tap].to(layout.device) for one in seen]) for tap in plan.tower_taps}
+    return {tap: layout.from_tower(values) for tap, values in views.items()}
+
+
+def check_seen(plan: Plan, seen: list[Seen]) -> None:
+    """Raise for encoders' outputs that were computed without this patch."""
+    if missing := [tap for tap in plan.tower_taps if any(tap not in one.taps for one in seen)]:
+        raise CutNotRunError(
+            f"the image features came without the tower's {missing[0]}: they were computed by an unpatched model "
+            "or while the patch was disabled. Encode the images with the patched model."
+        )
+    if (plan.tower_cuts or plan.pixel_cuts) and any(one.plan is not plan for one in seen):
+        raise CutNotRunError(
+            "the image features came without what this patch does before the language model: they were computed "
+            "by an unpatched model, under another patch, or while this one was disabled. Encode the images with "
+            "the patched model."
+        )
+
+
+def taps_at(index: int, cuts: list[tuple[str, Cut]], kind: type[Tap]) -> list[Any]:
+    """The taps of a kind that some cuts want to see of decoder layer `index`, each once."""
+    looks = [tap for _, cut in cuts for tap in cut.see if isinstance(tap, kind)]
+    return list(dict.fromkeys([tap for tap in looks if tap.layer == index]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -37,6 +38,21 @@ class Items:
     sizes: list[int]
     patches: int
 
+    def then(self, others: Items) -> Items:
+        """These, and others of the same batch behind them."""
+        width = max(*self.sizes, *others.sizes)
+        position = torch.cat([pad(each, (0, width - each.shape[1])) for each in (self.position, others.position)])
+        before = [self.sample.count(row) for row in others.sample]
+        return Items(
+            grids=self.grids + others.grids,
+            sample=self.sample + others.sample,
+            ordinal=self.ordinal + [n + number for n, number in zip(before, others.ordinal, strict=True)],
+            start=self.start + [self.patches + first for first in others.start],
+            position=position,
+            sizes=self.sizes + others.sizes,
+            patches=self.patches + others.patches,
+        )
+
 
 def prompt_layout(plan: Plan, inner: nn.Module, census: Census, encoded: dict[str, Any]) -> Layout:
     """Find every visual token of a batch, images before videos.
@@ -52,26 +68,20 @@ def prompt_layout(plan: Plan, inner: nn.Module, census: Census, encoded: dict[st
         find_items(plan, inner, modality, holes, census.placeholders[modality], encoded[modality])
         for modality, holes in census.holes.items()
     ]
-    sample, ordinal, start, seen, before = [], [], [], [0] * len(census.lengths), 0
-    for items in found:
-        sample += items.sample
-        ordinal += [seen[row] + number for row, number in zip(items.sample, items.ordinal, strict=True)]
-        start += [before + first for first in items.start]
-        seen = [n + items.sample.count(row) for row, n in enumerate(seen)]
-        before += items.patches
-    grids, sizes = [g for items in found for g in items.grids], [n for items in found for n in items.sizes]
-    width, device = max(sizes), found[0].position.device
+    items = reduce(Items.then, found)
+    patches = [grid.patches for grid in items.grids]
+    width, device = items.position.shape[1], items.position.device
     return Layout(
-        grids=grids,
-        sample=sample,
-        ordinal=ordinal,
-        start=start,
-        position=torch.cat([pad(items.position, (0, width - items.position.shape[1])) for items in found]),
-        alive=torch.arange(width, device=device) < upload(sizes, device)[:, None],
-        alive_counts=sizes,
-        alive_patches=[grid.patches for grid in grids],
-        entered=sizes,
-        entered_patches=[grid.patches for grid in grids],
+        grids=items.grids,
+        sample=items.sample,
+        ordinal=items.ordinal,
+        start=items.start,
+        position=items.position,
+        alive=torch.arange(width, device=device) < upload(items.sizes, device)[:, None],
+        alive_counts=items.sizes,
+        alive_patches=patches,
+        entered=items.sizes,
+        entered_patches=patches,
     )
 
 
@@ -84,23 +94,11 @@ def find_items(
         sample, ordinal, offset = assign_images(placeholders, sizes, modality)
     except ValueError as error:
         raise ValueError(f"{error} {processor_needs(plan, inner)}") from None
-    known = getattr(features, SIZES, None)
-    if known is None:
-        if plan.family.needs_sizes or modality == "video" or features.last_hidden_state is None:
-            raise UnsupportedError(
-                f"these {modality} features are not as the patched model computed them, and how many {modality}s there "
-                "were (and their sizes) is unknown. `prefill_chunk_size` is not supported: it cuts the features into "
-                "pieces."
-            )
-        known = [None] * features.last_hidden_state.shape[0]
+    known = known_sizes(plan, modality, features)
     origin = undo_beams(sample, len(placeholders), len(known))
     encoded = [plan.grid(inner, modality, size) for size in known]
     grids = [encoded[o] for o in origin]
-    for i, (grid, tokens) in enumerate(zip(grids, sizes, strict=True)):
-        if grid.tokens != tokens:
-            raise UnsupportedError(
-                f"{modality} {i} has {tokens} features where its packing gives {grid.tokens} tokens."
-            )
+    check_packing(modality, grids, sizes)
     device, most = holes.device, max(placeholders)
     # a stable sort brings the placeholders to the front of every row, in order
     columns = (~holes).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
@@ -114,6 +112,32 @@ def find_items(
         sizes=sizes,
         patches=sum(grid.encoded for grid in encoded),
     )
+
+
+def known_sizes(plan: Plan, modality: str, features: Any) -> list[Any]:
+    """What the packing of every image or video depends on (None where on nothing), as it was noted or by their number.
+
+    Raises:
+        UnsupportedError: it was not noted.
+    """
+    if (noted := getattr(features, SIZES, None)) is not None:
+        return noted
+    if plan.family.sized(modality) or features.last_hidden_state is None:
+        raise UnsupportedError(
+            f"these {modality} features are not as the patched model computed them, and how many {modality}s there "
+            "were (and their sizes) is unknown. `prefill_chunk_size` is not supported: it cuts the features into "
+            "pieces."
+        )
+    return [None] * features.last_hidden_state.shape[0]
+
+
+def check_packing(modality: str, grids: list[ImageGrid], sizes: list[int]) -> None:
+    """Refuse features that their packing does not explain."""
+    for i, (grid, tokens) in enumerate(zip(grids, sizes, strict=True)):
+        if grid.tokens != tokens:
+            raise UnsupportedError(
+                f"{modality} {i} has {tokens} features where its packing gives {grid.tokens} tokens."
+            )
 
 
 def processor_needs(plan: Plan, inner: nn.Module) -> str:

@@ -16,7 +16,7 @@ from vlmprune.parts.layout import Layout, upload
 from vlmprune.patches.host import cache_of
 from vlmprune.patches.language_models import attention_mask, window_of
 
-__all__ = ["Segment", "Sequence", "by_columns", "real_tokens"]
+__all__ = ["Segment", "Sequence", "beside", "by_columns", "real_tokens", "visible"]
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,26 @@ class Segment:
 
 def beside(left: torch.Tensor | None, columns: int, right: torch.Tensor | None, more: int) -> torch.Tensor | None:
     """Two masks of so many columns side by side, where None is a mask of ones."""
-    if left is None and right is None:
-        return None
-    rows = right if left is None else left
-    left = rows.new_ones(len(rows), columns, dtype=torch.bool) if left is None else left
-    right = rows.new_ones(len(rows), more, dtype=torch.bool) if right is None else right
-    return torch.cat((left.bool(), right.bool()), 1)
+    if left is None:
+        return None if right is None else torch.cat((ones_like(right, columns), right.bool()), 1)
+    return torch.cat((left.bool(), ones_like(left, more) if right is None else right.bool()), 1)
+
+
+def ones_like(mask: torch.Tensor, columns: int) -> torch.Tensor:
+    """`(batch, columns)` bool ones for the rows of a mask."""
+    return mask.new_ones(len(mask), columns, dtype=torch.bool)
 
 
 def by_columns(handed: Any, columns: torch.Tensor, axis: int = 1) -> Any:
     """What is left of something that has a value for every column: the one rule for all that a host hands on.
 
     Args:
-        handed: a tensor with columns along `axis` and rows, `batch` or one for all, along the axis before; or several.
+        handed: a tensor with columns along `axis` and rows, `batch` or one for all, along the axis before; or
+            several, or None.
         columns: `(batch, length)` long, those to take.
     """
+    if handed is None:
+        return None
     if isinstance(handed, tuple):
         return tuple(by_columns(each, columns, axis) for each in handed)
     axis %= handed.ndim
@@ -82,6 +87,11 @@ def by_columns(handed: Any, columns: torch.Tensor, axis: int = 1) -> Any:
     first = first.expand(len(columns), *first.shape[1:])
     index = columns.view(*columns.shape, *[1] * (first.ndim - 2)).expand(-1, -1, *first.shape[2:])
     return first.gather(1, index).movedim((0, 1), (axis - 1, axis))
+
+
+def lower(shift: torch.Tensor | None, by: torch.Tensor) -> torch.Tensor:
+    """A shift and another one on top, where None is none."""
+    return by if shift is None else shift + by
 
 
 def add_bias(mask: Any, bias: torch.Tensor) -> torch.Tensor:
@@ -92,17 +102,16 @@ def add_bias(mask: Any, bias: torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(mask, torch.Tensor) or mask.ndim != 4:
         raise UnsupportedError("soft masks need attn_implementation='sdpa' or 'eager'.")
-    visible = mask if mask.dtype == torch.bool else mask == 0
     bias = nn.functional.pad(bias, (0, mask.shape[-1] - bias.shape[1]))
-    return torch.where(visible, bias[:, None, None], torch.finfo(bias.dtype).min)
+    return torch.where(visible(mask), bias[:, None, None], torch.finfo(bias.dtype).min)
 
 
-def check_soft(layer: nn.Module, bias: torch.Tensor | None) -> None:
+def check_soft(layer: nn.Module, bias: torch.Tensor) -> None:
     """Refuse to train soft masks, which all layers share, under checkpointing that gives every layer its own graph."""
     checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-    if bias is None or not bias.requires_grad or not (layer.training and getattr(layer, "gradient_checkpointing", 0)):
-        return
-    if getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
+    checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
+    reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+    if bias.requires_grad and checkpointed and reentrant:
         raise UnsupportedError(
             "soft masks cannot be trained under re-entrant gradient checkpointing: call "
             "model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
@@ -118,10 +127,12 @@ def real_tokens(mask: Any, length: int) -> torch.Tensor | None:
         mask = next((m for m in mask.values() if m is not None), None)
     if mask is None:
         return None
-    if mask.ndim == 2:
-        return mask[:, -length:].bool()
-    mask = mask[:, 0, :length, :length]
-    return (mask if mask.dtype == torch.bool else mask == 0).any(1)
+    return mask[:, -length:].bool() if mask.ndim == 2 else visible(mask[:, 0, :length, :length]).any(1)
+
+
+def visible(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of what attention sees, bool or added to its scores, as bool."""
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 @dataclass(frozen=True)
@@ -219,23 +230,29 @@ class Sequence:
             new,
             close,
         )
-        # what an op gathers beside hidden states that need gradients counts as needing them too; nothing is learned
-        # through positions, and re-entrant checkpointing cannot have layers share a graph
-        cos, sin = cos.detach(), sin.detach()
-        shift = self.shift
+        left = replace(
+            self,
+            columns=by_columns(self.columns, index),
+            mask=None if self.filled(lengths) else mask,
+            lengths=lengths,
+            positions=None if self.positions is None else ids,
+            # what an op gathers beside hidden states that need gradients counts as needing them too; nothing is
+            # learned through positions, and re-entrant checkpointing cannot have layers share a graph
+            rotary=(cos.detach(), sin.detach()),
+            bias=by_columns(self.bias, index),
+            cut=True,
+            masks={},
+        )
         if close:
-            shift = lost[:, None] if shift is None else shift + lost[:, None]
-            cos, sin = rotary_emb(hidden, position_ids=ids)
+            rotary = rotary_emb(hidden, position_ids=ids)
+            left = replace(left, shift=lower(self.shift, lost[:, None]), rotary=rotary, moved=True)
+        return hidden, left
+
+    def filled(self, lengths: list[int]) -> bool:
+        """Whether rows of such lengths leave no padding."""
         # inside a compiled graph lengths are upper bounds, and cannot tell that no padding is left
         known = self.mask is None or not torch.compiler.is_compiling()
-        mask = None if known and all(n == new for n in lengths) else mask
-        columns = by_columns(self.columns, index)
-        bias = None if self.bias is None else by_columns(self.bias, index)
-        ids = None if self.positions is None else ids
-        return hidden, replace(
-            self, columns=columns, mask=mask, lengths=lengths, positions=ids, rotary=(cos, sin), shift=shift, cut=True,
-            moved=self.moved or close, bias=bias, masks={},
-        )  # fmt: skip
+        return known and min(lengths) == max(lengths)
 
     def handed(self, rotary: tuple[torch.Tensor, ...], hidden: torch.Tensor, rotary_emb: nn.Module) -> Sequence:
         """The same entries in a layer that the host hands `rotary`: cos and sin of the prompt's columns.
@@ -262,9 +279,8 @@ class Sequence:
             return moved
         down = past.shift if self.past.shift is None else past.shift - self.past.shift
         positions = self.positions - down
-        shift = down if self.shift is None else self.shift + down
         rotary = rotary_emb(hidden, position_ids=positions)
-        return replace(moved, positions=positions, shift=shift, rotary=rotary, moved=True)
+        return replace(moved, positions=positions, shift=lower(self.shift, down), rotary=rotary, moved=True)
 
     def with_past(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         """A mask of these entries behind that of the past."""
@@ -286,35 +302,33 @@ class Sequence:
         """
         kind = window_of(layer)
         if kind not in self.masks:
-            if kind is not None and self.past is not None and self.mask is not None:
-                raise UnsupportedError(
-                    "the rows of this batch go on with different numbers of tokens, so there would be padding inside "
-                    "a row, which takes the place of tokens in a sliding window: continue the rows one by one."
-                )
-            # a mask over everything is never left out, so there is one to add the bias to
-            real = self.mask if self.bias is None else self.real()
-            check_soft(layer, self.bias)
-            mask = attention_mask(layer, index, hidden, self.with_past(real), cache_of(kwargs))
-            self.masks[kind] = mask if self.bias is None else add_bias(mask, self.bias.to(hidden.dtype))
+            self.masks[kind] = self.mask_for(layer, index, kind, hidden, cache_of(kwargs))
         # the rotary embedding carries the positions; gaps in the ids would be read as packed sequences
         ids = torch.arange(self.length, device=hidden.device)[None]
         given = {name: axis for name, axis in axes.items() if kwargs.get(name) is not None}
-        return (
-            kwargs
-            | {name: by_columns(kwargs[name], self.columns, axis) for name, axis in given.items()}
-            | {
-                "attention_mask": self.masks[kind],
-                "position_embeddings": self.rotary,
-                "position_ids": ids,
-            }
-        )
+        own = {"attention_mask": self.masks[kind], "position_embeddings": self.rotary, "position_ids": ids}
+        return kwargs | {name: by_columns(kwargs[name], self.columns, axis) for name, axis in given.items()} | own
 
-    def expand(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Bring `(batch, length, dim)` back to the prompt's length.
+    def mask_for(self, layer: nn.Module, index: int, kind: Any, hidden: torch.Tensor, cache: Any) -> Any:
+        """The attention mask of a decoder layer, whose window is of a `kind`."""
+        if kind is not None and self.past is not None and self.mask is not None:
+            raise UnsupportedError(
+                "the rows of this batch go on with different numbers of tokens, so there would be padding inside "
+                "a row, which takes the place of tokens in a sliding window: continue the rows one by one."
+            )
+        if self.bias is None:
+            return attention_mask(layer, index, hidden, self.with_past(self.mask), cache)
+        check_soft(layer, self.bias)
+        # a mask over everything is never left out, so there is one to add the bias to
+        mask = attention_mask(layer, index, hidden, self.with_past(self.real()), cache)
+        return add_bias(mask, self.bias.to(hidden.dtype))
+
+    def expand(self, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """Bring `(batch, length, dim)`, or None, back to the prompt's length.
 
         A dropped or padding column repeats the last kept one before it, or the first kept one.
         """
-        if not self.cut:
+        if hidden is None or not self.cut:
             return hidden
         real = torch.ones_like(self.columns) if self.mask is None else self.mask.long()
         kept = torch.zeros_like(self.columns[:, :1]).expand(-1, self.prompt).scatter_add(1, self.columns, real)

@@ -6,25 +6,21 @@ out and measures, `AfterTower` leaves what was seen on the output object, which 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, SIZES, Seen
+from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, Seen
 from vlmprune.engine.placement import check_device, loaded
-from vlmprune.engine.plan import Hook, Plan
+from vlmprune.engine.plan import Hook, Plan, handed
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Pick, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.layout import ImageGrid, Views
 from vlmprune.parts.merging import flow
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap
-from vlmprune.patches import Family
-from vlmprune.patches.base import Bound
 from vlmprune.patches.tagged import untag
 from vlmprune.patches.towers import tower_layer
 
@@ -35,9 +31,6 @@ __all__ = [
     "BeforeTower",
     "BeforeTowerAttention",
     "BeforeTowerLayer",
-    "Encode",
-    "check_fixed",
-    "encoder",
 ]
 
 
@@ -111,8 +104,7 @@ class TowerFrame:
                 kind = torch.promote_types(hidden.dtype, torch.float32)
                 self.sizes = torch.ones(views, tokens, dtype=kind, device=hidden.device)
                 self.place = torch.arange(tokens, device=hidden.device).expand(views, -1)
-            seen = {tap: self.keys.pop(tap.layer) if isinstance(tap, BlockKeys) else hidden for tap in cut.see}
-            clusters = cut.reduce(seen, self.sizes)
+            clusters = cut.reduce({tap: self.look(tap, hidden) for tap in cut.see}, self.sizes)
             into = clusters.into
             sizes = self.sizes.new_zeros(views, clusters.count).scatter_add(1, into, self.sizes)
             share = self.sizes / sizes.gather(1, into)
@@ -122,49 +114,55 @@ class TowerFrame:
     def pick(self, cut: ProjectorCut, output: Any) -> None:
         """Run a cut between tower and projector: exchange what its anchors stand for in the feature layers."""
         features = output.hidden_states[self.plan.facts.feature_layer + 1].detach()
-        seen = dict(self.seen)
-        for tap in cut.see:
-            if isinstance(tap, BlockKeys):
-                seen[tap] = self.keys.pop(tap.layer)
-            elif isinstance(tap, Hidden):
-                seen[tap] = features
         with torch.no_grad():
-            pick: Pick = cut.reduce({tap: seen[tap] for tap in cut.see}, Views(self.grids))
+            pick: Pick = cut.reduce({tap: self.look(tap, features) for tap in cut.see}, Views(self.grids))
         if pick.merge is not None:  # hosts hand out the layers that become features and no others
-            states = [None if h is None else flow(h, pick.merge) for h in output.hidden_states]
-            output.hidden_states = tuple(states)
+            output.hidden_states = tuple(h if h is None else flow(h, pick.merge) for h in output.hidden_states)
         self.seen[Kept()] = pick.keep
 
+    def look(self, tap: Tap, hidden: torch.Tensor) -> torch.Tensor:
+        """What a cut sees that works on `(views, tokens, dim)`; keys are read once, for a cut merges their tokens."""
+        if isinstance(tap, BlockKeys):
+            return self.keys.pop(tap.layer)
+        return hidden if isinstance(tap, Hidden) else self.seen[tap]
+
     def finish(self, output: Any) -> None:
-        """Give every original position its cluster's token, and leave what was seen on the output."""
+        """Do all that is to be done behind the last layer, and leave what was seen on the output."""
         self.check_inside()
         if self.plan.tower_cuts:
-            output.last_hidden_state = spread(output.last_hidden_state, self.place)
-            # entry i of hidden_states is the input of layer i, the last one what leaves the tower's layers; a cut at
-            # either comes too late for the host, which noted what it got
-            last = len(self.places)
-            if any(cut.at == Vision(last) for cut in self.plan.tower_cuts):
-                self.merge(Vision(last), output.hidden_states[-1])
-            self.places.append(self.place)
-            states = [h if h is None else self.inputs.get(i, h) for i, h in enumerate(output.hidden_states)]
-            output.hidden_states = tuple(
-                h if h is None else spread(h, place) for h, place in zip(states, self.places, strict=True)
-            )
+            self.unmerge(output)
         for cut in self.plan.projector_cuts:
             self.pick(cut, output)
-        for tap in self.plan.tower_taps:
-            if tap.layer == self.plan.facts.tower_layers:  # behind the last layer: what becomes the features
-                with torch.no_grad():
-                    self.seen[tap] = tap.measure(None, output.hidden_states[-1].detach(), self.has_cls)
-        if ClusterOf() in self.plan.tower_taps:
-            place = self.places[self.plan.facts.feature_layer + 1] if self.plan.tower_cuts else None
-            if place is None:
-                views, tokens, _ = output.last_hidden_state.shape
-                place = torch.arange(tokens, device=output.last_hidden_state.device).expand(views, -1)
-            self.seen[ClusterOf()] = place[:, int(self.has_cls) :]
+        self.look_behind(output)
         # a host that hands on bare tensors takes the note instead of the output
         noted = output if self.note is None else self.note
         setattr(noted, SEEN, Seen(self.plan, self.seen))
+
+    def unmerge(self, output: Any) -> None:
+        """Give every original position its cluster's token in all that the tower hands out."""
+        output.last_hidden_state = spread(output.last_hidden_state, self.place)
+        # entry i of hidden_states is the input of layer i, the last one what leaves the tower's layers; a cut at
+        # either comes too late for the host, which noted what it got
+        last = len(self.places)
+        if any(cut.at == Vision(last) for cut in self.plan.tower_cuts):
+            self.merge(Vision(last), output.hidden_states[-1])
+        self.places.append(self.place)
+        inputs = [h if h is None else self.inputs.get(i, h) for i, h in enumerate(output.hidden_states)]
+        output.hidden_states = tuple(spread(h, place) for h, place in zip(inputs, self.places, strict=True))
+
+    def look_behind(self, output: Any) -> None:
+        """Measure what can be seen behind the last layer alone."""
+        for tap in self.plan.tower_taps:
+            if tap.layer == self.plan.facts.tower_layers:  # what becomes the features
+                with torch.no_grad():
+                    self.seen[tap] = tap.measure(None, output.hidden_states[-1].detach(), self.has_cls)
+        if ClusterOf() in self.plan.tower_taps:
+            self.seen[ClusterOf()] = self.cluster_of(output.last_hidden_state)[:, int(self.has_cls) :]
+
+    def cluster_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(views, original tokens)` long, the token of the feature layer that each original one is part of."""
+        place = self.places[self.plan.facts.feature_layer + 1] if self.plan.tower_cuts else None
+        return torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1) if place is None else place
 
 
 def means(hidden: torch.Tensor, into: torch.Tensor, share: torch.Tensor, count: int) -> torch.Tensor:
@@ -176,7 +174,7 @@ def means(hidden: torch.Tensor, into: torch.Tensor, share: torch.Tensor, count: 
     """
     parts = hidden.to(share.dtype) * share[..., None]
     merged = parts.new_zeros(len(parts), count, hidden.shape[-1])
-    return merged.scatter_add(1, into[..., None].expand_as(parts), parts).to(hidden.dtype)
+    return merged.scatter_add(1, wide(into, hidden), parts).to(hidden.dtype)
 
 
 class Inside:
@@ -208,22 +206,14 @@ class Inside:
         return means(hidden, *self.decided)
 
 
-def spread(hidden: torch.Tensor, place: torch.Tensor | None) -> torch.Tensor:
-    """`(views, clusters, dim)` back to `(views, original tokens, dim)`."""
-    return hidden if place is None else hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[-1]))
+def spread(hidden: torch.Tensor | None, place: torch.Tensor | None) -> torch.Tensor | None:
+    """`(views, clusters, dim)`, or None, back to `(views, original tokens, dim)`."""
+    return hidden if hidden is None or place is None else hidden.gather(1, wide(place, hidden))
 
 
-@dataclass(frozen=True)
-class Call:
-    """What a tower, which other models may share, is told of the call it is in.
-
-    Attributes:
-        plan: of the model whose call it is.
-        grids: layouts of what it encodes, where a cut behind the tower wants them.
-    """
-
-    plan: Plan
-    grids: list[ImageGrid] | None = None
+def wide(index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """`(views, entries)` numbers of tokens as an index into the rows of `(views, tokens, dim)`."""
+    return index[..., None].expand(-1, -1, hidden.shape[-1])
 
 
 @dataclass
@@ -231,12 +221,12 @@ class BeforeTower(Hook):
     """Pre-hook of the tower: starts a frame in the calls of its own model, which says so."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        pixels, note = untag(args[0] if args else kwargs["pixel_values"])
+        pixels, rest, kwargs = handed(args, kwargs, "pixel_values")
+        pixels, note = untag(pixels)
         call = kwargs.get(OWNER) if note is None else note
-        if call is None or call.plan is not self.plan:
+        if not self.owns(call):
             return None
-        rest = args[1:]
-        kwargs = {name: value for name, value in kwargs.items() if name not in (OWNER, "pixel_values")}
+        kwargs.pop(OWNER, None)
         for cut in self.plan.pixel_cuts:
             pixels = cut.reduce(pixels)
         return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note, call.grids)}
@@ -252,22 +242,23 @@ class BeforeTowerLayer(Hook):
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.watching is not None:
             self.watching.end()
-        if FRAME not in kwargs or kwargs[FRAME].plan is not self.plan:
+        if not self.owns(kwargs.get(FRAME)):
             return None
-        if self.watching is not None and not any(
-            isinstance(hook, AfterKeys) and hook.plan is self.plan
-            for hook in tower_layer(module).key_projection._forward_hooks.values()
-        ):
+        frame = kwargs.pop(FRAME)
+        changed = frame.enter(self.index, module, *handed(args, kwargs))
+        if self.watching is not None:
+            self.check_keys(module)
+            self.watching.begin(frame)
+        return changed
+
+    def check_keys(self, layer: nn.Module) -> None:
+        """Refuse a layer whose keys would not be seen."""
+        hooks = tower_layer(layer).key_projection._forward_hooks.values()
+        if not any(isinstance(hook, AfterKeys) and self.owns(hook) for hook in hooks):
             raise UnsupportedError(
                 f"the key projection of tower layer {self.index} was replaced after patching (an adapter came "
                 "or went), and merging in the tower reads the keys there: patch the model again."
             )
-        frame = kwargs.pop(FRAME)
-        hidden, *rest = args if args else (kwargs.pop("hidden_states"),)
-        args, kwargs = frame.enter(self.index, module, hidden, tuple(rest), kwargs)
-        if self.watching is not None:
-            self.watching.begin(frame)
-        return args, kwargs
 
 
 @dataclass
@@ -278,9 +269,10 @@ class BeforeTowerAttention(Hook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         self.watching.end()
-        if INSIDE not in kwargs or kwargs[INSIDE].frame.plan is not self.plan:
+        inside = kwargs.get(INSIDE)
+        if inside is None or not self.owns(inside.frame):
             return None
-        inside, hidden = kwargs[INSIDE], kwargs["attention_mask"]
+        hidden = kwargs["attention_mask"]
         self.watching.begin((inside, hidden))
         changed = {"hidden_states": inside.norm(hidden), "attention_mask": inside.mask}
         return (), {name: value for name, value in kwargs.items() if name != INSIDE} | changed
@@ -317,64 +309,5 @@ class AfterTower(Hook):
     """Hook of the tower: leaves what was seen on its output."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if (frame := kwargs.get(FRAME)) is not None and frame.plan is self.plan:
+        if self.owns(frame := kwargs.get(FRAME)):
             frame.finish(output)
-
-
-class Encode(Bound):
-    """Stands before `get_image_features` or `get_video_features` on one instance.
-
-    It tells the tower, which other models may share, whose call it is in, and notes the sizes of what is encoded, which
-    `generate` throws away. A bound attribute of the instance and not a hook, because no module is called with them.
-    """
-
-    def __init__(self, module: nn.Module, plan: Plan, modality: str):
-        self.module, self.plan, self.modality = module, plan, modality
-        self.__signature__ = inspect.signature(self.encode().__get__(module))
-
-    @staticmethod
-    def wanted(plan: Plan, modality: str) -> bool:
-        """Whether there is anything to tell or to note."""
-        return plan.in_tower or sized(plan.family, modality)
-
-    def encode(self) -> Callable[..., Any]:
-        """The method of the model's class; torch.compile would look a bound one up on the instance, where this is."""
-        return getattr(type(self.module), encoder(self.modality))
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.plan.in_tower and self.plan.enabled:
-            kwargs[OWNER] = Call(self.plan)
-        if not sized(self.plan.family, self.modality) and not self.plan.projector_cuts:
-            return self.encode()(self.module, *args, **kwargs)
-        given = dict(self.__signature__.bind(*args, **kwargs).arguments)
-        given |= given.pop("kwargs", {})
-        # the host only computes with these on the host: one read here spares it one per image
-        for name in ("image_sizes", "batch_num_images"):
-            if given.get(name) is not None:
-                given[name] = torch.as_tensor(given[name]).cpu()
-        check_fixed(self.plan.family, self.module.config, given)
-        known = sized(self.plan.family, self.modality)
-        sizes = self.plan.family.sizes(self.modality, given) if known else [None] * len(given["pixel_values"])
-        if self.plan.projector_cuts and self.plan.enabled:
-            given[OWNER] = Call(self.plan, [self.plan.grid(self.module, self.modality, size) for size in sizes])
-        output = self.encode()(self.module, **given)
-        if known and not isinstance(output, tuple):
-            setattr(output, SIZES, sizes)
-        return output
-
-
-def sized(family: Family, modality: str) -> bool:
-    """Whether the layout of an image or video depends on more than the model."""
-    return family.needs_sizes or modality == "video"
-
-
-def encoder(modality: str) -> str:
-    """Name of a model's method that encodes images or videos."""
-    return f"get_{modality}_features"
-
-
-def check_fixed(family: Family, config: Any, given: dict[str, Any]) -> None:
-    """Refuse arguments of a call that contradict the config, by which layouts and taps are traced."""
-    for name in family.fixed:
-        if given.get(name) is not None and given[name] != getattr(config, name, given[name]):
-            raise UnsupportedError(f"{name}={given[name]!r} per call is not supported: set it in the model's config.")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from vlmprune.engine.channels import SEGMENTS
 from vlmprune.engine.decode import given_tokens, missing
-from vlmprune.engine.sequence import Segment
+from vlmprune.engine.sequence import Segment, visible
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.layout import download
 from vlmprune.patches.host import cache_of
@@ -83,16 +83,9 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
     if given_tokens(kwargs).shape[1] == 1 or not length:
         return kwargs  # a step brings a new token
     turn = read_turn(kwargs, segments, length)
-    match turn.brings:
-        case Brings.WHOLE | Brings.ELSEWHERE:
-            refuse(turn)
-        case Brings.OVERLAP:
-            kwargs = without_old(kwargs, turn)
-        case Brings.NEW if turn.pruned and turn.real is not None:
-            raise UnsupportedError(
-                "new tokens alone, behind padding on a static cache that is pruned, are not supported: give `generate` "
-                "the input_ids of the whole conversation, or call it with a dynamic cache."
-            )
+    check_turn(turn)
+    if turn.brings is Brings.OVERLAP:
+        kwargs = without_old(kwargs, turn)
     if not turn.ready:
         return kwargs
     if turn.real is not None and segments:
@@ -128,19 +121,26 @@ def without_old(kwargs: dict, turn: Turn) -> dict:
     return kwargs | {name: kwargs[name].narrow(axis, turn.pruned, new) for name, axis in given.items()}
 
 
-def refuse(turn: Turn) -> NoReturn:
-    """Raise for a call whose tokens do not go on where the cache ends."""
-    if turn.brings is Brings.WHOLE:
-        raise UnsupportedError(
-            f"the whole conversation ({turn.brought} tokens) comes again to a cache that stands for {turn.stands_for} "
-            "of it: `generate` does so in a later turn with prompt_lookup_num_tokens or assistant_model, and would "
-            "cache it twice, pruned or not. Leave these out in later turns."
-        )
-    raise ValueError(
-        f"the {turn.told} at column {turn.end}; the cache stands for {turn.stands_for} columns of the conversation "
-        f"(those that were pruned included), and this call brings {turn.brought}: give an attention_mask of "
-        f"{turn.stands_for + turn.brought} columns, or position_ids that go on behind them."
-    )
+def check_turn(turn: Turn) -> None:
+    """Refuse a call whose tokens do not go on where the cache ends, or of which nothing tells where."""
+    match turn.brings:
+        case Brings.WHOLE:
+            raise UnsupportedError(
+                f"the whole conversation ({turn.brought} tokens) comes again to a cache that stands for "
+                f"{turn.stands_for} of it: `generate` does so in a later turn with prompt_lookup_num_tokens or "
+                "assistant_model, and would cache it twice, pruned or not. Leave these out in later turns."
+            )
+        case Brings.ELSEWHERE:
+            raise ValueError(
+                f"the {turn.told} at column {turn.end}; the cache stands for {turn.stands_for} columns of the "
+                f"conversation (those that were pruned included), and this call brings {turn.brought}: give an "
+                f"attention_mask of {turn.stands_for + turn.brought} columns, or position_ids that go on behind them."
+            )
+        case Brings.NEW if turn.pruned and turn.real is not None:
+            raise UnsupportedError(
+                "new tokens alone, behind padding on a static cache that is pruned, are not supported: give `generate` "
+                "the input_ids of the whole conversation, or call it with a dynamic cache."
+            )
 
 
 def conversation(
@@ -161,15 +161,10 @@ def conversation(
         UnsupportedError: there may be padding, and the masks do not tell where.
     """
     seen = last_row(mask, columns)
-    ends = None if positions is None else positions[:, -1] + 1
     if seen is None:
-        # the positions of one row tell whether it has padding, not where
-        end = int(ends[0]) if ends is not None and len(ends) == 1 else None
-        if end not in (columns, columns + pruned):
-            refuse_untold(columns)
-        return None, end
+        return None, end_of_one(positions, columns, pruned)
     counts = seen.sum(1)
-    ends = counts if ends is None else ends.expand(len(seen))
+    ends = counts if positions is None else (positions[:, -1] + 1).expand(len(seen))
     padding, ends = download(torch.stack((columns - counts, ends + columns - counts)))
     seen = seen if any(padding) else None
     if positions is None:
@@ -178,19 +173,22 @@ def conversation(
     return seen, columns if columns in ends else max(ends)
 
 
+def end_of_one(positions: torch.Tensor | None, columns: int, pruned: int) -> int:
+    """Where the conversation of a row without padding ends, by its positions; they cannot tell where padding is."""
+    end = int(positions[0, -1]) + 1 if positions is not None and len(positions) == 1 else None
+    if end not in (columns, columns + pruned):
+        raise UnsupportedError(
+            "continuing a batch or a padded row on a static cache with a sliding window, or on one with less columns "
+            f"than the conversation ({columns}), is not supported: its masks do not tell the padding. Call `generate` "
+            "with a dynamic cache, or continue the rows one by one and without padding."
+        )
+    return end
+
+
 def last_row(mask: Any, columns: int) -> torch.Tensor | None:
     """The `(batch, columns)` bool mask of what the last query of a ready 4-D mask sees; None if it does not see all."""
     if isinstance(mask, dict):
         mask = mask.get("full_attention")
     if mask is None or mask.ndim != 4 or mask.shape[-1] < columns:
         return None
-    mask = mask[:, 0, -1, :columns]
-    return mask if mask.dtype == torch.bool else mask == 0
-
-
-def refuse_untold(columns: int) -> NoReturn:
-    raise UnsupportedError(
-        "continuing a batch or a padded row on a static cache with a sliding window, or on one with less columns than "
-        f"the conversation ({columns}), is not supported: its masks do not tell the padding. Call `generate` with a "
-        "dynamic cache, or continue the rows one by one and without padding."
-    )
+    return visible(mask[:, 0, -1, :columns])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -12,11 +13,30 @@ from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
 from vlmprune.parts.options import checked, hints
 from vlmprune.parts.selection import Newlines
-from vlmprune.registry import register
 
-__all__ = ["Budgeted", "Method", "Pruner", "register"]
+__all__ = ["REGISTERED", "Budgeted", "Method", "Pruner", "register"]
 
 KINDS = ("video", "shrunk", "single")  # of inputs that a method may refuse
+
+REGISTERED: dict[str, type[Method]] = {}  # what `register` has seen in this process, by name
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: make a method known under `name`.
+
+    Raises:
+        ValueError: another class has the name already.
+    """
+
+    def add(cls: type[Method]) -> type[Method]:
+        known = REGISTERED.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"a method named {name!r} is registered already: {known.__module__}.{known.__qualname__}.")
+        cls.name = name
+        REGISTERED[name] = cls
+        return cls
+
+    return add
 
 
 @dataclass(frozen=True)

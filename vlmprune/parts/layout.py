@@ -200,6 +200,11 @@ class Layout:
         """Tokens of the longest image."""
         return self.position.shape[1]
 
+    @property
+    def newlines(self) -> bool:
+        """Whether any image has newlines."""
+        return any(grid.newlines for grid in self.grids)
+
     def stack(self, field: str, fill: int | bool = 0) -> torch.Tensor:
         """Pad one field of all grids to `(images, width)` on the layout's device."""
         if len({id(grid) for grid in self.grids}) == 1:

@@ -110,33 +110,39 @@ def checked(name: str, hint: Any, value: Any) -> Any:
     """
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        value = checked(name, parts[0], value)
-        rules = () if value is None and NoneType in get_args(parts[0]) else parts[1:]
-        for rule in filter(callable, rules):
-            value = rule(name, value)
-        return value
+        return by_rules(name, parts, value)
     if origin in (Union, UnionType):
         return of_union(name, parts, value)
     if origin is Literal:
         return choice(name, value, parts)
     if origin is tuple and isinstance(value, list | tuple):
         types = parts[:1] * len(value) if parts[1:] == (...,) else parts
-        return tuple(checked(f"{name}[{i}]", types[i], v) if i < len(types) else v for i, v in enumerate(value))
+        known = [checked(f"{name}[{i}]", kind, v) for i, (kind, v) in enumerate(zip(types, value, strict=False))]
+        return (*known, *value[len(known) :])
     if hint is bool and not isinstance(value, bool):
         raise TypeError(f"{name}={value!r} must be True or False.")
+    return value
+
+
+def by_rules(name: str, parts: tuple, value: Any) -> Any:
+    """`checked` of an Annotated's parts; None needs to keep no rule where the type has it."""
+    value = checked(name, parts[0], value)
+    if value is None and NoneType in get_args(parts[0]):
+        return None
+    for rule in filter(callable, parts[1:]):
+        value = rule(name, value)
     return value
 
 
 def of_union(name: str, parts: tuple, value: Any) -> Any:
     """`checked` of a union's parts."""
     others = [part for part in parts if part is not NoneType]
+    optional = len(others) < len(parts)
     if all(get_origin(part) is Literal for part in others):
-        allowed = [v for part in others for v in get_args(part)]
-        return choice(name, value, (*allowed, None) if len(others) < len(parts) else tuple(allowed))
-    if value is None and NoneType in parts:
+        return choice(name, value, sum(map(get_args, others), ()) + (None,) * optional)
+    if value is None and optional:
         return None
-    tuples = [part for part in others if get_origin(part) is tuple and isinstance(value, list | tuple)]
-    only = others if len(others) == 1 else tuples
+    only = others if len(others) == 1 else [part for part in others if get_origin(part) is tuple]
     return checked(name, only[0], value) if len(only) == 1 else value
 
 

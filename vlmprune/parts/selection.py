@@ -94,7 +94,7 @@ def keep_patches(
     if newlines == "candidates":
         patches = None
     elif newlines == "row":
-        total = None if any(grid.newlines for grid in layout.grids) else counts
+        total = None if layout.newlines else counts
     elif newlines == "all" and counts is not None:
         if layout.alive_patches is None:
             total = None
@@ -120,21 +120,27 @@ def select(
         scope: "image" ranks all patches of an image or video together, "view" gives each view (thumbnail, crop, frame)
             its share of the budget.
     """
-    among, totals, available = candidates(layout, newlines)
     if scope == "view":
-        views = max(grid.views for grid in layout.grids)
-        shares = [share(keep, grid.patches_per_view) + [0] * (views - grid.views) for grid in layout.grids]
-        by_view = layout.view[:, None] == torch.arange(views, device=layout.device)[:, None]
-        rows = (among[:, None] & by_view) if views > 1 else among[:, None]
-        untouched = available == [grid.patches for grid in layout.grids]
-        if not untouched and isinstance(keep, float):  # of what an earlier cut has left of each view
-            table = [count(keep, total) for total in range(layout.width + 1)]
-            shares = upload(table, layout.device)[rows.sum(-1)]
-        mask = top_k(scores[:, None].expand_as(rows), shares, rows).any(1)
-        return keep_patches(mask, layout, [sum(s) for s in shares] if untouched else None, newlines, scores)
+        return select_in_views(scores, keep, layout, newlines)
+    among, totals, available = candidates(layout, newlines)
     counts = [keep(total) if callable(keep) else count(keep, total) for total in totals]
     mask = top_k(scores, counts, among)
     return keep_patches(mask, layout, capped(counts, available), newlines, scores)
+
+
+def select_in_views(scores: torch.Tensor, keep: int | float, layout: Layout, newlines: AnyNewlines) -> Reduction:
+    """`select` with a share of the budget for each view."""
+    among, _, available = candidates(layout, newlines)
+    views = max(grid.views for grid in layout.grids)
+    shares = [share(keep, grid.patches_per_view) + [0] * (views - grid.views) for grid in layout.grids]
+    by_view = layout.view[:, None] == torch.arange(views, device=layout.device)[:, None]
+    rows = (among[:, None] & by_view) if views > 1 else among[:, None]
+    untouched = available == [grid.patches for grid in layout.grids]
+    if not untouched and isinstance(keep, float):  # of what an earlier cut has left of each view
+        table = [count(keep, total) for total in range(layout.width + 1)]
+        shares = upload(table, layout.device)[rows.sum(-1)]
+    mask = top_k(scores[:, None].expand_as(rows), shares, rows).any(1)
+    return keep_patches(mask, layout, [sum(s) for s in shares] if untouched else None, newlines, scores)
 
 
 def select_rows(scores: torch.Tensor, keep: int | float, layout: Layout, newlines: Newlines = "all") -> Reduction:

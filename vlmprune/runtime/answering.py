@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
 from vlmprune.runtime.loading import Loaded
-from vlmprune.runtime.status import quiet, status
+from vlmprune.runtime.status import Bar, quiet, status
 
 if TYPE_CHECKING:
     from vlmprune.api import Handle
     from vlmprune.spec import Job
     from vlmprune.trace import Trace
 
-__all__ = ["Outcome", "answer", "check", "guarded", "patch", "run_job"]
+__all__ = ["Outcome", "check", "guarded", "patch", "run_jobs"]
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,10 @@ def paired_times(handle: Handle, inputs: dict[str, Any], repeats: int, label: st
         status(f"{label}: timing {i}/{repeats}" if i else f"{label}: warming up")
         pair = {}
         for plain in (True, False) if i % 2 else (False, True):
-            if plain:
-                with handle.disabled():
-                    pair[plain] = seconds(handle.model, inputs)
-            else:
+            with handle.disabled() if plain else nullcontext():
                 pair[plain] = seconds(handle.model, inputs)
-        if i:
-            pairs.append((pair[True], pair[False]))
-    return pairs
+        pairs.append((pair[True], pair[False]))
+    return pairs[1:]
 
 
 def run_job(loaded: Loaded, job: Job, inputs: dict[str, Any], max_new_tokens: int, repeats: int = 0) -> Outcome:
@@ -138,3 +135,15 @@ def run_job(loaded: Loaded, job: Job, inputs: dict[str, Any], max_new_tokens: in
         pairs = guarded(paired_times, handle, inputs, repeats, job.label)
     status()
     return Outcome(job, said, trace, pairs)
+
+
+def run_jobs(
+    loaded: Loaded, todo: Sequence[Job], inputs: dict[str, Any], max_new_tokens: int, bar: Bar, repeats: int = 0
+) -> tuple[str, list[Outcome]]:
+    """The full model's answer, and what every job did; a step of the bar each."""
+    plain, outcomes = answer(loaded, inputs, max_new_tokens), []
+    bar.step()
+    for job in todo:
+        outcomes.append(run_job(loaded, job, inputs, max_new_tokens, repeats))
+        bar.step()
+    return plain, outcomes

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
     from vlmprune.parts.layout import ImageGrid
     from vlmprune.trace import Trace
 
-__all__ = ["Panel", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "seen_share", "sheet"]
+__all__ = ["Panel", "answer_panels", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "seen_share", "sheet"]
 
 LONGEST = 384  # pixels of a panel's longer side: small pictures are scaled up by a whole number, large ones down
 GAP, TEXT, HEADING = 14, 15, 18
+LINE = TEXT + 5  # from one line of text to the next
 DARK = 0.45  # brightness of what was dropped
 STRIPE = 10  # pixels from one stripe to the next on what no patch covers
 
@@ -152,14 +154,15 @@ def paint(
         averaged: fill every kept box with its mean colour.
     """
     base, factor = scaled(image, longest)
-    edges = [tuple(round(edge * factor) for edge in box) for box in boxes]
-    inside = [(max(a, 0), max(b, 0), min(c, base.width), min(d, base.height)) for a, b, c, d in edges]
-    shown = [(at, float(level)) for at, level in zip(inside, kept, strict=True) if at[2] > at[0] and at[3] > at[1]]
+    inside = [clipped(box, factor, base.size) for box in boxes]
+    shown = [(at, float(level)) for at, level in zip(inside, kept, strict=True) if at is not None]
+    if averaged:
+        for at, level in shown:
+            if level:
+                base.paste(base.resize((1, 1), Image.Resampling.BOX, box=at).getpixel((0, 0)), at)
     layers = {level: Image.new("L", base.size) for level in sorted({0.0, 1.0, *(level for _, level in shown)})}
     for at, level in shown:
         layers[level].paste(255, at)
-        if averaged and level:
-            base.paste(base.resize((1, 1), Image.Resampling.BOX, box=at).getpixel((0, 0)), at)
     pale = ImageEnhance.Color(base).enhance(0.3)
     made = striped(pale)
     for level, mask in layers.items():
@@ -169,11 +172,22 @@ def paint(
     edge = ImageChops.subtract(layers[1.0].filter(ImageFilter.MaxFilter(3)), layers[1.0])
     made.paste((255, 255, 255), mask=edge)
     if averaged:
-        canvas = ImageDraw.Draw(made)
-        for (left, top, right, bottom), level in shown:
-            if level:
-                canvas.rectangle((left, top, right - 1, bottom - 1), outline=(255, 255, 255))
+        outline(made, [at for at, level in shown if level])
     return made
+
+
+def clipped(box: Box, factor: float, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    """A box in whole pixels of a scaled picture of `size`; None where nothing of it lies in the picture."""
+    left, top, right, bottom = (round(edge * factor) for edge in box)
+    left, top, right, bottom = max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])
+    return (left, top, right, bottom) if right > left and bottom > top else None
+
+
+def outline(picture: Image.Image, boxes: Sequence[tuple[int, int, int, int]]) -> None:
+    """Draw white lines around boxes."""
+    canvas = ImageDraw.Draw(picture)
+    for left, top, right, bottom in boxes:
+        canvas.rectangle((left, top, right - 1, bottom - 1), outline=(255, 255, 255))
 
 
 def seen_share(image_processor: Any, size: tuple[int, int], grid: ImageGrid) -> float:
@@ -226,14 +240,14 @@ def kept_pictures(
     """
     grid, kept, cells = trace.grids[index], outlived(trace, index), pooled(trace, index)
     boxes = patch_boxes(image_processor, image.size, grid)
-    inside = {token for members in cells.values() for token in members}
+    merged = {token for members in cells.values() for token in members}
+    shown = {t: box for t, box in enumerate(boxes) if t not in merged}
+    shown |= {t: around([boxes[m] for m in members]) for t, members in sorted(cells.items())}
     planes = []
     for plane in range(len(grid.planes)):
-        mine = [t for t in range(grid.tokens) if grid.plane[t] == plane and not grid.newline[t]]
+        mine = [t for t in shown if grid.plane[t] == plane and not grid.newline[t]]
         size = longest if len(grid.planes) == 1 or plane else longest // 2
-        shown = {t: boxes[t] for t in mine if t not in inside}
-        shown |= {t: around([boxes[m] for m in cells[t]]) for t in mine if t in cells}
-        planes.append(paint(image, list(shown.values()), [kept[t] for t in shown], size, bool(cells)))
+        planes.append(paint(image, [shown[t] for t in mine], [kept[t] for t in mine], size, bool(cells)))
     return planes[::-1]
 
 
@@ -266,6 +280,25 @@ def kept_panel(
     return Panel(title, about + list(lines), kept_pictures(image, trace, image_processor, index, longest))
 
 
+def answer_panels(
+    image: Image.Image,
+    image_processor: Any,
+    plain: str,
+    answers: Sequence[tuple[str, Trace, str]],
+    index: int = 0,
+    longest: int = LONGEST,
+) -> list[Panel]:
+    """The picture under the full model's answer, then what was kept of it for every (title, trace, answer)."""
+    first = plain_panel(image, "full model", [f"answer: {plain}"], longest)
+    return [
+        first,
+        *(
+            kept_panel(image, trace, image_processor, index, title, [f"answer: {said}"], longest)
+            for title, trace, said in answers
+        ),
+    ]
+
+
 def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     """Pillow's own font, in its only size where Pillow was built without FreeType."""
     try:
@@ -287,33 +320,37 @@ def write(canvas: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int
 
 def sheet(rows: Sequence[Sequence[Panel]], heading: str = "") -> Image.Image:
     """Put rows of panels onto one white picture, columns under each other."""
-    columns = max(len(row) for row in rows)
-
-    def size(panel: Panel) -> tuple[int, int]:
-        wide = sum(p.width for p in panel.pictures) + GAP // 2 * (len(panel.pictures) - 1)
-        return max(wide, 12 * TEXT), max(p.height for p in panel.pictures)
-
-    line = TEXT + 5
-    wide = [max(size(row[c])[0] for row in rows if c < len(row)) for c in range(columns)]
-    text = [line * (1 + max(len(panel.lines) for panel in row)) + 4 for row in rows]
-    tall = [max(size(panel)[1] for panel in row) for row in rows]
+    wide = [max(panel_size(p)[0] for p in column if p) for column in zip_longest(*rows)]
+    text = [LINE * (1 + max(len(panel.lines) for panel in row)) + 4 for row in rows]
+    tall = [max(panel_size(panel)[1] for panel in row) for row in rows]
     top = GAP + (HEADING + GAP if heading else 0)
-    made = Image.new("RGB", (sum(wide) + GAP * (columns + 1), top + sum(text) + sum(tall) + GAP * len(rows)), "white")
-    canvas = ImageDraw.Draw(made)
+    size = (sum(wide) + GAP * (len(wide) + 1), top + sum(text) + sum(tall) + GAP * len(rows))
+    made = Image.new("RGB", size, "white")
     if heading:
-        write(canvas, (GAP, GAP), heading, HEADING, made.width - 2 * GAP)
+        write(ImageDraw.Draw(made), (GAP, GAP), heading, HEADING, made.width - 2 * GAP)
     for row, words, height in zip(rows, text, tall, strict=True):
         left = GAP
         for panel, room in zip(row, wide, strict=False):
-            for i, line_text in enumerate((panel.title, *panel.lines)):
-                write(canvas, (left, top + i * line), line_text, TEXT, room)
-            x = left
-            for picture in panel.pictures:
-                made.paste(picture, (x, top + words))
-                x += picture.width + GAP // 2
+            put(made, panel, (left, top), room, words)
             left += room + GAP
         top += words + height + GAP
     return made
+
+
+def panel_size(panel: Panel) -> tuple[int, int]:
+    """Width and height of a panel's pictures; no panel is too narrow for words."""
+    wide = sum(p.width for p in panel.pictures) + GAP // 2 * (len(panel.pictures) - 1)
+    return max(wide, 12 * TEXT), max(p.height for p in panel.pictures)
+
+
+def put(page: Image.Image, panel: Panel, corner: tuple[int, int], room: int, words: int) -> None:
+    """Put a panel onto a page: its words, cut to `room` pixels, then its pictures, `words` pixels below the corner."""
+    (x, y), canvas = corner, ImageDraw.Draw(page)
+    for i, line in enumerate((panel.title, *panel.lines)):
+        write(canvas, (x, y + i * LINE), line, TEXT, room)
+    for picture in panel.pictures:
+        page.paste(picture, (x, y + words))
+        x += picture.width + GAP // 2
 
 
 def draw_kept(image: Image.Image, trace: Trace, processor: Any, index: int = 0) -> Image.Image:

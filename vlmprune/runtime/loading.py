@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,13 @@ from vlmprune.runtime.tables import counted
 if TYPE_CHECKING:
     from PIL import Image
 
+    from vlmprune.patches import Family
+
 __all__ = ["Loaded", "find_model", "load", "model_inputs", "pick_device"]
 
 ADAPTER = "adapter_config.json"  # of PEFT
+#: Of a processor: how many tokens beside the patches it counts, and whether the first of them is dropped.
+CLS_TOKEN = ("num_additional_image_tokens", "vision_feature_select_strategy")
 
 
 @dataclass(frozen=True)
@@ -148,64 +153,94 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
         CommandError: a release of transformers that is not supported.
     """
     check_release()
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    from vlmprune.errors import UnsupportedError
-    from vlmprune.patches import FAMILIES, family_of
-
     where = "" if source.local else " from the Hugging Face hub"
     note(f"loading {source.name}{where} ...")
-    kind = dtype if dtype != "auto" else ("auto" if device.startswith("cuda") else "float32")
-    only = {"local_files_only": source.local}
-    with quiet(downloads=not source.local):
-        try:
-            refuse_original(source)
-            config = AutoConfig.from_pretrained(source.place, **only)
-            if config.model_type not in FAMILIES:
-                raise UserError(
-                    f"{source.name} is a model of type {config.model_type!r}, which is not supported. "
-                    f"Supported: {', '.join(FAMILIES)} (see `vlmprune ls models`)."
-                )
-            processor = load_processor(source, config.model_type, **only)
-            if getattr(processor, "image_processor", None) is None:
-                raise UserError(f"{source.name} has no processor for pictures (processor_config.json).")
-            wanted = kind if kind == "auto" else getattr(torch, kind)
-            model = AutoModelForImageTextToText.from_pretrained(source.place, dtype=wanted, **only, **options)
-            if source.adapter is not None:
-                model.load_adapter(source.adapter)
-            family = family_of(model)
-            family.facts(family.inner(model))
-            interruption.check()
-        except UnsupportedError as error:
-            raise UserError(f"{source.name}: {error}") from None
-        except UserError:
-            raise
-        except Exception as error:  # transformers, the hub and safetensors raise nearly anything
-            interruption.check(error)
-            way = "" if source.local else " (no such folder here, and the hub could not help)"
-            raise UserError(f"cannot load {source.name}{way}: {brief(error)}") from error
+    with quiet(downloads=not source.local), told(source):
+        refuse_original(source)
+        processor = load_processor(source, type_of(source), local_files_only=source.local)
+        if getattr(processor, "image_processor", None) is None:
+            raise UserError(f"{source.name} has no processor for pictures (processor_config.json).")
+        model, family = load_model(source, device, dtype, **options)
+        interruption.check()
     fill_in(processor, family.processor_fields(family.inner(model)), source.name)
     placed = model if options.get("device_map") is not None else model.to(device)
     return Loaded(source, placed.eval(), processor)
+
+
+@contextmanager
+def told(source: Source) -> Iterator[None]:
+    """Around loading: transformers, the hub and safetensors raise nearly anything, and a user must hear it."""
+    from vlmprune.errors import UnsupportedError
+
+    try:
+        yield
+    except UnsupportedError as error:
+        raise UserError(f"{source.name}: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        interruption.check(error)
+        way = "" if source.local else " (no such folder here, and the hub could not help)"
+        raise UserError(f"cannot load {source.name}{way}: {brief(error)}") from error
+
+
+def type_of(source: Source) -> str:
+    """The model's type, of the families that are supported.
+
+    Raises:
+        UserError: another one.
+    """
+    from transformers import AutoConfig
+
+    from vlmprune.patches import FAMILIES
+
+    kind = AutoConfig.from_pretrained(source.place, local_files_only=source.local).model_type
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{source.name} is a model of type {kind!r}, which is not supported. "
+            f"Supported: {', '.join(FAMILIES)} (see `vlmprune ls models`)."
+        )
+    return kind
+
+
+def load_model(source: Source, device: str, dtype: str, **options: Any) -> tuple[Any, Family]:
+    """The model with its adapter, where `from_pretrained` puts it, and its family, whose facts it has."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from vlmprune.patches import family_of
+
+    if dtype == "auto" and not device.startswith("cuda"):
+        dtype = "float32"
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    options["local_files_only"] = source.local
+    model = AutoModelForImageTextToText.from_pretrained(source.place, dtype=wanted, **options)
+    if source.adapter is not None:
+        model.load_adapter(source.adapter)
+    family = family_of(model)
+    family.facts(family.inner(model))
+    return model, family
 
 
 def fill_in(processor: Any, fields: dict[str, Any], name: str) -> None:
     """Give the processor what its file lacks, or has wrong, of the model's own facts, and say so.
 
     Processors of older checkpoints lack `patch_size` and the like; without them placeholders and features do not match.
-    A processor may leave out the [CLS] token on both sides (no additional token, and none dropped): that counts right.
     """
-    added, strategy = "num_additional_image_tokens", "vision_feature_select_strategy"
     has = {field: getattr(processor, field, None) for field in fields}
-    if added in fields and has[added] is not None and has[added] - (has[strategy] == "default") == 0:
-        fields = {field: value for field, value in fields.items() if field not in (added, strategy)}
-    changed = {field: value for field, value in fields.items() if has[field] != value}
+    right = CLS_TOKEN if counts_without_cls(has) else ()
+    changed = {field: value for field, value in fields.items() if has[field] != value and field not in right}
     for field, value in changed.items():
         setattr(processor, field, value)
     if changed:
         told = ", ".join(f"{field}={value!r} (was {has[field]!r})" for field, value in changed.items())
         note(f"{name}: the processor's file does not fit the model; from the model's config: {told}")
+
+
+def counts_without_cls(has: dict[str, Any]) -> bool:
+    """Whether a processor leaves out the [CLS] token on both sides, none added and none dropped: that counts right."""
+    added, strategy = (has.get(field) for field in CLS_TOKEN)
+    return added is not None and added - (strategy == "default") == 0
 
 
 def check_release() -> None:
@@ -280,17 +315,7 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
     """
     processor, model = loaded.processor, loaded.model
     check_text(prompt, "the prompt")
-    token = getattr(processor, "image_token", None) or "<image>"
-    if token in prompt:
-        text, made = prompt, f"the prompt has {prompt.count(token)} {token}"
-    elif getattr(processor, "chat_template", None):
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        made = f"the model's chat template writes {text.count(token)} {token}"
-    else:
-        text, made = token * len(images) + "\n" + prompt, ""
-    if text.count(token) != len(images):
-        raise UserError(f"{made}, and there {'is' if len(images) == 1 else 'are'} {counted(len(images), 'picture')}.")
+    text = prompt_text(processor, len(images), prompt)
     check_shapes(processor, images)
     # a template that writes the first token itself must not get a second one
     bos = getattr(processor.tokenizer, "bos_token", None)
@@ -305,6 +330,26 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
     inputs = {name: value.to(model.device) for name, value in inputs.items()}
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return inputs
+
+
+def prompt_text(processor: Any, images: int, prompt: str) -> str:
+    """The prompt about so many pictures with its placeholders.
+
+    Raises:
+        UserError: there are more or fewer of them than pictures.
+    """
+    token = getattr(processor, "image_token", None) or "<image>"
+    if token in prompt:
+        text, made = prompt, f"the prompt has {prompt.count(token)} {token}"
+    elif getattr(processor, "chat_template", None):
+        content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        made = f"the model's chat template writes {text.count(token)} {token}"
+    else:
+        return f"{token * images}\n{prompt}"
+    if text.count(token) != images:
+        raise UserError(f"{made}, and there {'is' if images == 1 else 'are'} {counted(images, 'picture')}.")
+    return text
 
 
 def check_shapes(processor: Any, images: Sequence[Image.Image]) -> None:

@@ -27,15 +27,7 @@ def read_picture(path: str | Path) -> Image.Image:
     """
     path = Path(path).expanduser()
     name = printable(path)
-    try:
-        if not path.exists():
-            raise UserError(f"no such picture: {name}")
-    except OSError as error:  # a name that is too long
-        raise UserError(f"no such picture: {name} ({error.strerror})") from None
-    if path.is_dir():
-        raise UserError(f"{name} is a folder: name a picture file.")
-    if not path.is_file():  # to open a pipe would wait for somebody who writes
-        raise UserError(f"{name} is a pipe or a device: name a picture file.")
+    refuse_no_file(path, name)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures and odd metadata, which are read all the same
@@ -59,6 +51,23 @@ def read_picture(path: str | Path) -> Image.Image:
     except Exception as error:  # decoders raise nearly anything when a file is damaged
         interruption.check(error)
         raise UserError(f"{name} cannot be read as a picture: {brief(error)}") from None
+
+
+def refuse_no_file(path: Path, name: str) -> None:
+    """Refuse what is no plain file.
+
+    Raises:
+        UserError: it says what it is.
+    """
+    try:
+        if not path.exists():
+            raise UserError(f"no such picture: {name}")
+    except OSError as error:  # a name that is too long
+        raise UserError(f"no such picture: {name} ({error.strerror})") from None
+    if path.is_dir():
+        raise UserError(f"{name} is a folder: name a picture file.")
+    if not path.is_file():  # to open a pipe would wait for somebody who writes
+        raise UserError(f"{name} is a pipe or a device: name a picture file.")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -88,23 +97,34 @@ def to_rgb(image: Image.Image) -> Image.Image:
         ValueError: NaN or infinity in a picture of floats, or a mode that Pillow cannot convert.
     """
     if image.mode.startswith(("I", "F")):
-        if image.mode == "F" and not math.isfinite(sum(array("f", image.tobytes()))):
-            raise ValueError("it holds NaN or infinite numbers.")
-        low, high = image.convert("F").getextrema()
-        # 16-bit pictures by their range, others (32 bits, float) by what they hold
-        if image.mode.startswith("I;16") or (image.mode == "I" and low >= 0 and 255 < high <= 65535):
-            low, high = 0, 65535
-        elif low >= 0 and high <= 1 and image.mode == "F":
-            low, high = 0, 1
-        elif low >= 0 and high <= 255:
-            low, high = 0, 255
-        scale = 255 / (high - low) if high > low else 1
-        image = image.convert("F").point(lambda v: v * scale + (0.5 - low * scale)).convert("L")
+        image = eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A picture of more than 8 bits as grey of 8, by `brightness`.
+
+    Raises:
+        ValueError: NaN or infinity in a picture of floats.
+    """
+    if image.mode == "F" and not math.isfinite(sum(array("f", image.tobytes()))):
+        raise ValueError("it holds NaN or infinite numbers.")
+    found = image.convert("F")
+    low, high = brightness(image.mode, *found.getextrema())
+    scale = 255 / (high - low) if high > low else 1
+    return found.point(lambda v: v * scale + (0.5 - low * scale)).convert("L")
+
+
+def brightness(mode: str, low: float, high: float) -> tuple[float, float]:
+    """What is black and white: 16-bit pictures by their range, others (32 bits, float) by what they hold."""
+    if mode.startswith("I;16") or (mode == "I" and low >= 0 and 255 < high <= 65535):
+        return 0, 65535
+    whites = (1, 255) if mode == "F" else (255,)
+    return next(((0, white) for white in whites if low >= 0 and high <= white), (low, high))
 
 
 def check_target(path: str | Path) -> Path:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def find_pictures(where: str) -> tuple[Path, dict[str, Path]]:
     Raises:
         UserError: no such folder, or no picture in it.
     """
+    base, found = look(where)
+    named = {file.relative_to(base).as_posix(): file for file in sorted(found) if file.is_file()}
+    if not named:
+        hint = "" if glob.has_magic(where) else f" Pictures in folders below it are found by '{where}/**/*.jpg'."
+        raise UserError(f"--images {where}: no pictures there ({', '.join(e[1:] for e in ENDINGS)}).{hint}")
+    return base, named
+
+
+def look(where: str) -> tuple[Path, list[Path]]:
+    """The folder that `where` means, and what may be pictures in it.
+
+    Raises:
+        UserError: no such folder.
+    """
     path = Path(where).expanduser()
     try:
         path.stat()
@@ -49,22 +64,21 @@ def find_pictures(where: str) -> tuple[Path, dict[str, Path]]:
         pass  # a pattern, or a mistake
     except OSError as error:
         raise UserError(f"--images {printable(where)}: {error.strerror}.") from None
+    if path.is_file():
+        return path.parent, [path]
     if path.is_dir():
-        base, found = path, [file for file in path.iterdir() if file.suffix.lower() in ENDINGS]
-    elif path.is_file():
-        base, found = path.parent, [path]
-    elif glob.has_magic(where):
-        base = Path(*path.parts[: next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
-        found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).suffix.lower() in ENDINGS]
-        if not base.is_dir():
-            raise UserError(f"--images {where}: there is no folder {base}.")
-    else:
+        return path, [file for file in path.iterdir() if is_picture(file)]
+    if not glob.has_magic(where):
         raise UserError(f"--images {where}: no such folder.")
-    named = {file.relative_to(base).as_posix(): file for file in sorted(found) if file.is_file()}
-    if not named:
-        hint = "" if glob.has_magic(where) else f" Pictures in folders below it are found by '{where}/**/*.jpg'."
-        raise UserError(f"--images {where}: no pictures there ({', '.join(e[1:] for e in ENDINGS)}).{hint}")
-    return base, named
+    base = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
+    if not base.is_dir():
+        raise UserError(f"--images {where}: there is no folder {base}.")
+    return base, [file for file in map(Path, glob.glob(str(path), recursive=True)) if is_picture(file)]
+
+
+def is_picture(file: Path) -> bool:
+    """Whether a file is called like a picture."""
+    return file.suffix.lower() in ENDINGS
 
 
 def read_pairs(images: str, prompts: str, limit: int | None = None) -> list[Pair]:
@@ -82,21 +96,25 @@ def read_pairs(images: str, prompts: str, limit: int | None = None) -> list[Pair
     base, named = find_pictures(images)
     found: dict[tuple[str, str], Pair] = {}
     for line, image, prompt in read_prompts(prompts):
-        mine = named if image is None else {name: path for name, path in named.items() if fnmatch(name, image)}
-        if image is not None and image in named:  # a name may have brackets in it
-            mine = {image: named[image]}
-        elif not mine and image is not None:
-            if glob.has_magic(image) or not is_file(base / image):
-                hint = did_you_mean(image, named)
-                if glob.has_magic(image):
-                    hint = f" It fits none of the names there, such as {printable(next(iter(named)))!r}."
-                raise UserError(f"{prompts}, line {line}: no picture {printable(image)!r} in {base}.{hint}")
-            mine = {image: base / image}
+        mine = named if image is None else meant(image, base, named)
+        if not mine:
+            pattern = f" It fits none of the names there, such as {printable(next(iter(named)))!r}."
+            hint = pattern if glob.has_magic(image) else did_you_mean(image, named)
+            raise UserError(f"{prompts}, line {line}: no picture {printable(image)!r} in {base}.{hint}")
         for name, path in mine.items():
             found.setdefault((name, prompt), Pair(name, path, prompt, line))
     chosen = sorted({pair.picture for pair in found.values()})[:limit]
     order = {name: i for i, name in enumerate(chosen)}
     return sorted((pair for pair in found.values() if pair.picture in order), key=lambda p: (order[p.picture], p.line))
+
+
+def meant(image: str, base: Path, named: dict[str, Path]) -> dict[str, Path]:
+    """The pictures that a line's image means: one by its name, those of a pattern, or a file that is no `named` one."""
+    if image in named:  # a name may have brackets in it
+        return {image: named[image]}
+    if mine := {name: path for name, path in named.items() if fnmatch(name, image)}:
+        return mine
+    return {} if glob.has_magic(image) or not is_file(base / image) else {image: base / image}
 
 
 def is_file(path: Path) -> bool:
@@ -148,12 +166,17 @@ def parse_object(line: str, where: str) -> tuple[str | None, str]:
     if "prompt" not in value:
         raise UserError(f"{where}: it has no 'prompt', only {', '.join(map(repr, value)) or 'nothing'}; {wanted}.")
     prompt, image = value["prompt"], value.get("image")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not is_text(prompt) or not prompt.strip():
         raise UserError(f"{where}: the prompt must be a text that is not empty, and it is {prompt!r}.")
-    if image is not None and (not isinstance(image, str) or not image):
+    if image is not None and not is_text(image):
         raise UserError(f"{where}: the image must be the name of a picture or a pattern, and it is {image!r}.")
     check_text(prompt, f"{where}: the prompt")
     return image, prompt.strip()
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text with something in it."""
+    return isinstance(value, str) and value != ""
 
 
 def check_text(text: str, what: str) -> None:

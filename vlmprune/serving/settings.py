@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune._version import __version__
 from vlmprune.errors import UnsupportedError
-from vlmprune.serving.plugin import ARCHITECTURES
 from vlmprune.spec import BUDGETS, build
 
 if TYPE_CHECKING:
     from vlmprune.methods.base import Method
 
-__all__ = ["KEEP", "SETTINGS", "SUPPORTED", "check_version", "methods_of", "overrides", "read_settings", "salt"]
+__all__ = ["KEEP", "SETTINGS", "SUPPORTED", "check_version", "methods_of", "read_settings", "salt"]
 __all__ += ["with_keep"]
 
 #: Attribute of a model's config that holds the settings: the method's name and its options.
@@ -48,38 +47,6 @@ def installed(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def overrides(model: str, method: str, **options: Any) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` that make it prune: `LLM(model, **overrides(model, "vtc_cls", keep=64))`.
-
-    Args:
-        model: folder or hub id, as `LLM` gets it.
-        method: a name, or several joined by `+`.
-        **options: as of `vlmprune.patch`.
-
-    Returns:
-        `{"hf_overrides": ...}`: our architecture, and the settings as an attribute of the model's config.
-
-    Raises:
-        TypeError, ValueError: as of `vlmprune.patch`, for a wrong method, option or value.
-        UnsupportedError: a model that cannot be served pruned, a method that cannot be on it, or another vLLM.
-    """
-    from transformers import AutoConfig
-
-    from vlmprune.serving.served import check
-
-    check_version()
-    settings = {"method": method, **options}
-    config = AutoConfig.from_pretrained(model)
-    if config.model_type not in ARCHITECTURES:
-        raise UnsupportedError(
-            f"{model} is a model of type {config.model_type!r}, which vLLM cannot serve pruned; served: "
-            f"{', '.join(ARCHITECTURES)}."
-        )
-    setattr(config, SETTINGS, settings)
-    check(config)
-    return {"hf_overrides": {"architectures": [ARCHITECTURES[config.model_type]], SETTINGS: settings}}
 
 
 def read_settings(config: Any) -> dict[str, Any]:

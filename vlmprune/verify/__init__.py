@@ -12,7 +12,6 @@ from torch import nn
 from vlmprune.api import patch, unwrap
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
-from vlmprune.parts.cuts import PixelCut, TowerCut
 from vlmprune.patches import family_of
 from vlmprune.verify import checks, evidence
 from vlmprune.verify.about import about
@@ -74,17 +73,12 @@ class Subject:
         with torch.no_grad(), evaluating(self.model):
             handle = patch(self.model, method, **options)
             names, methods = "+".join(m.name or type(m).__name__ for m in handle.methods), handle.methods
-            in_tower = any(isinstance(cut, PixelCut | TowerCut) for _, cut in handle._plan.cuts)
+            in_tower = handle._plan.in_vision
             handle.unpatch()
             videos = "video" in self.family.modalities and not any(
-                kind in made.refuses_inputs for made in methods for kind in ("video", "shrunk")
+                {"video", "shrunk"} & made.refuses_inputs.keys() for made in methods
             )
-            if videos not in self.plain:
-                step("the unpruned model")
-                prompts = prompts_for(self.family, self.model, videos)
-                check_rotary(self.family.language_model(self.family.inner(self.model)), prompts)
-                self.plain[videos] = evidence.plain_of(self.family, self.model, prompts)
-            plain = self.plain[videos]
+            plain = self.unpruned(videos, step)
 
             def waits() -> int | Exception | None:
                 return evidence.attempt(lambda: checks.syncs(self.model, plain.prompts[0]))
@@ -98,16 +92,20 @@ class Subject:
             again = evidence.attempt(
                 lambda: run(self.family, self.model, plain.prompts[0], evidence.forced_tokens(plain.prompts[0]))
             )
-            lines = {}
-            if isinstance(again, Exception):
-                lines["restore"] = checks.raised("restore", again)
-            else:
-                lines["restore"] = checks.restore_line(plain, again, pruned.run, left)
             step("by hand")
-            lines |= self.compared(plain, pruned, in_tower)
-            promised = 1 + sum(made.syncs for made in methods)
-            lines["syncs"] = checks.syncs_line(before, after, promised)
+            lines = self.compared(plain, pruned, in_tower)
+            lines["restore"] = checks.restore_line(plain, again, pruned.run, left)
+            lines["syncs"] = checks.syncs_line(before, after, 1 + sum(made.syncs for made in methods))
         return Report(names, list(map(repr, methods)), [lines[name] for name in CHECKS], about(self.model))
+
+    def unpruned(self, videos: bool, step: Callable[[str], None]) -> evidence.Plain:
+        """What the plain model does, with videos among the prompts or not."""
+        if videos not in self.plain:
+            step("the unpruned model")
+            prompts = prompts_for(self.family, self.model, videos)
+            check_rotary(self.family.language_model(self.family.inner(self.model)), prompts)
+            self.plain[videos] = evidence.plain_of(self.family, self.model, prompts)
+        return self.plain[videos]
 
     def compared(self, plain: evidence.Plain, pruned: evidence.Pruned, in_tower: bool) -> dict[str, Line]:
         """The lines that need a run by hand."""

@@ -8,18 +8,21 @@ both sides, so `vlmprune check` also compares decoding with masks of the whole s
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby, product
 from typing import Any
 
 import torch
 from torch import nn
 
+from vlmprune.parts.cuts import Merge
 from vlmprune.patches.host import with_cache
 from vlmprune.patches.language_models import attention_mask, sliding_window
 from vlmprune.trace import CutTrace
 
-__all__ = ["Flow", "Stretch", "flow_of", "run_layers", "stretches"]
+__all__ = ["Flow", "Stretch", "flow_of", "flows", "run_layers", "stretches"]
 
 
 @dataclass(frozen=True)
@@ -55,24 +58,29 @@ def flow_of(cut: CutTrace, image: int, sample: int, here: dict[int, int], column
         here: row of every prompt column that is there before the cut.
         columns: prompt column of every token of the image.
     """
-    merge, keep = cut.merge, cut.keep[image].tolist()
-    into, weight = merge.into[image].tolist(), merge.weight[image].tolist()
-    source = range(len(into)) if merge.source is None else merge.source[image].tolist()
-    alive = [t for t, column in enumerate(columns) if column in here]
-    known = set(alive)
-    entries = [(i, s, w) for i, s, w in zip(into, source, weight, strict=True) if w and s in known and i in known]
-    device = merge.weight.device
-
-    def rows(tokens: list[int]) -> torch.Tensor:
-        return torch.tensor([here[columns[t]] for t in tokens], dtype=torch.long, device=device)
-
+    keep, row = cut.keep[image].tolist(), {t: here[column] for t, column in enumerate(columns) if column in here}
+    entries = [(row[i], row[s], w) for i, s, w in entries_of(cut.merge, image) if i in row and s in row]
+    into, source, weight = zip(*entries, strict=True) if entries else ((), (), ())
+    kind = {"device": cut.merge.weight.device}
     return Flow(
         sample,
-        rows([t for t in alive if keep[t]]),
-        rows([i for i, _, _ in entries]),
-        rows([s for _, s, _ in entries]),
-        torch.tensor([w for _, _, w in entries], device=device, dtype=merge.weight.dtype),
+        torch.tensor([place for token, place in row.items() if keep[token]], dtype=torch.long, **kind),
+        torch.tensor(into, dtype=torch.long, **kind),
+        torch.tensor(source, dtype=torch.long, **kind),
+        torch.tensor(weight, dtype=cut.merge.weight.dtype, **kind),
     )
+
+
+def entries_of(merge: Merge, image: int) -> list[tuple[int, int, float]]:
+    """The entries of one image, (into, source, weight) each, without those that pad."""
+    into, weight = merge.into[image].tolist(), merge.weight[image].tolist()
+    source = range(len(into)) if merge.source is None else merge.source[image].tolist()
+    return [entry for entry in zip(into, source, weight, strict=True) if entry[2]]
+
+
+def flows(cut: CutTrace, took: Any) -> bool:
+    """Whether tokens of an image are written anew at a cut: where it took some of it, or has an order of its own."""
+    return cut.merge is not None and (bool(took) or cut.merge.source is not None)
 
 
 @dataclass(frozen=True)
@@ -123,30 +131,32 @@ def stretches(
     Raises:
         ValueError: soft masks, which remove nothing.
     """
-    batch, width = shape
-    left = Left.whole(batch, width)
-    seen, flows, entered, layer = {0: left.copy()}, {}, left.copy(), 0  # entered: in front of the layer under way
-    for cut in cuts:
-        if cut.soft is not None:
-            raise ValueError("soft masks remove nothing: there is no oracle for them.")
-        if cut.layer != layer:
-            entered, layer = left.copy(), cut.layer
-        for image, (row, mine) in enumerate(zip(sample, images, strict=True)):
+    if any(cut.soft is not None for cut in cuts):
+        raise ValueError("soft masks remove nothing: there is no oracle for them.")
+    left, whole = Left.whole(*shape), Left.whole(*shape)
+    seen, merged = {0: whole}, defaultdict(list)
+    for layer, here in groupby(cuts, key=lambda cut: cut.layer):
+        entered = left.copy()
+        for cut, (image, (row, mine)) in product(here, enumerate(zip(sample, images, strict=True))):
             there = set(left.columns[row])
-            keep = cut.keep[image, : len(mine)].tolist()
-            gone = {column for column, stays in zip(mine, keep, strict=True) if not stays} & there
-            if cut.merge is not None and (gone or cut.merge.source is not None):
-                here = {column: entry for entry, column in enumerate(entered.columns[row]) if column in there}
-                flows.setdefault(cut.layer, []).append(flow_of(cut, image, row, here, mine))
+            gone = not_kept(cut, image, mine) & there
+            if flows(cut, gone):
+                entries = {column: entry for entry, column in enumerate(entered.columns[row]) if column in there}
+                merged[layer].append(flow_of(cut, image, row, entries, mine))
             left.drop(row, gone, close=cut.positions == "contiguous")
-        seen[cut.layer] = left.copy()
-    made, before = [], Left.whole(batch, width)
-    for first, now in sorted(seen.items()):
-        if made and now.columns == before.columns and first not in flows:
-            continue  # a cut that took nothing
-        made.append(stretch_of(first, before, now, flows.get(first, ()), device))
-        before = now
+        seen[layer] = left.copy()
+    made, before = [], whole
+    for first, now in seen.items():
+        if first == 0 or now.columns != before.columns or first in merged:  # else its cuts took nothing
+            made.append(stretch_of(first, before, now, merged.get(first, ()), device))
+            before = now
     return made
+
+
+def not_kept(cut: CutTrace, image: int, columns: Sequence[int]) -> set[int]:
+    """The prompt columns of an image's tokens that a cut does not keep."""
+    keep = cut.keep[image, : len(columns)].tolist()
+    return {column for column, stays in zip(columns, keep, strict=True) if not stays}
 
 
 @dataclass

@@ -11,13 +11,14 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.verify.evidence import SIDES, Evidence, Plain, attempt, same_so_far, steps_of
-from vlmprune.verify.runs import FORCED, Hand, Run, by_hand, dropped_by, masked, of_images
+from vlmprune.verify.runs import FORCED, Hand, Run, by_hand, dropped_by, masked, of_images, without
 from vlmprune.verify.ties import CLOSE_CALL, differing
 from vlmprune.verify.verdict import Line, judge, largest, relative, worst, worst_logits
 
 __all__ = ["LINES", "judged", "left_behind", "raised", "restore_line", "syncs", "syncs_line"]
 
 UNPRUNED = "this budget prunes nothing"
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def settled(made: Any) -> Any:
@@ -139,28 +140,27 @@ def severest(lines: Sequence[Line]) -> Line:
 
 def batch_line(e: Evidence) -> Line:
     """Every row of the padded batches against its prompt alone: the worst of them."""
-    found = []
-    for side in SIDES:
-        ran, trace = settled(e.pruned.batches[side])
-        steps = steps_of(e.family, e.model, side)
-        for row, one in enumerate(e.pruned.singles):
-            single, alone = settled(one)
-            where, noise = f"row {row}, padded {side}", e.plain.noise(f"batch {row}")
-            twin = worst_logits(settled(e.pruned.intruded[row]).logits[0, :steps], single.logits[0, :steps])
-            mine = [i for i, sample in enumerate(trace.sample) if sample == row]
-            together = [of_images(cut, mine) for cut in trace.cuts] if mine else []
-            want, told = single.logits[0], ""
-            if other := differing([] if alone is None else alone.cuts, together, len(mine)):
-                told = f"{where}: {other.told}"
-                if not other.tie(noise, e.dtype) or e.behind:
-                    few = f"{told}; {CLOSE_CALL}"
-                    found.append(Line("batch", "?", few) if other.few else Line("batch", "FAIL", told))
-                    continue
-                told += f"; their scores tie but for rounding ({other.gap:.2g} apart)"
-                want = by_hand(e.family, e.model, e.rows_of(row), together, e.pruned.forced).logits
-            off = worst_logits(ran.logits[row, :steps], want[:steps])
-            found.append(judge("batch", off, noise, twin, e.dtype, told, where))
-    return severest(found)
+    return severest([row_line(e, side, row) for side in SIDES for row in range(len(e.pruned.singles))])
+
+
+def row_line(e: Evidence, side: str, row: int) -> Line:
+    """One row of a batch that is padded on one side."""
+    (ran, trace), steps = settled(e.pruned.batches[side]), steps_of(e.family, e.model, side)
+    single, alone = settled(e.pruned.singles[row])
+    where, noise = f"row {row}, padded {side}", e.plain.noise(f"batch {row}")
+    twin = worst_logits(settled(e.pruned.intruded[row]).logits[0, :steps], single.logits[0, :steps])
+    mine = [i for i, sample in enumerate(trace.sample) if sample == row]
+    together = [of_images(cut, mine) for cut in trace.cuts] if mine else []
+    want, told = single.logits[0], ""
+    if other := differing([] if alone is None else alone.cuts, together, len(mine)):
+        told = f"{where}: {other.told}"
+        if not other.tie(noise, e.dtype) or e.behind:
+            few = Line("batch", "?", f"{told}; {CLOSE_CALL}")
+            return few if other.few else Line("batch", "FAIL", told)
+        told += f"; their scores tie but for rounding ({other.gap:.2g} apart)"
+        want = by_hand(e.family, e.model, e.rows_of(row), together, e.pruned.forced).logits
+    off = worst_logits(ran.logits[row, :steps], want[:steps])
+    return judge("batch", off, noise, twin, e.dtype, told, where)
 
 
 LINES: dict[str, Callable[[Evidence], Line]] = {
@@ -192,7 +192,7 @@ def syncs(model: nn.Module, prompt: dict[str, Any]) -> int | None:
     if model.device.type != "cuda":
         return None
     mode = torch.cuda.get_sync_debug_mode()
-    inputs = {name: value for name, value in prompt.items() if name != "attention_mask"}
+    inputs = without(prompt, "attention_mask")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -227,16 +227,20 @@ def ours(thing: object) -> bool:
 
 def left_behind(model: nn.Module) -> list[str]:
     """Every hook and instance attribute of this package that is on a model, by its own search."""
-    found = []
-    for name, module in model.named_modules():
-        for kind in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
-            found += [f"{name or 'model'}: {type(h).__name__}" for h in getattr(module, kind).values() if ours(h)]
-        found += [f"{name or 'model'}.{attribute}" for attribute, value in vars(module).items() if ours(value)]
-    return found
+    return [found for name, module in model.named_modules() for found in ours_on(name or "model", module)]
 
 
-def restore_line(plain: Plain, again: Run, pruned: Run | Exception, left: Sequence[str]) -> Line:
+def ours_on(name: str, module: nn.Module) -> list[str]:
+    """`left_behind` of one module."""
+    hooks = [hook for kind in HOOKS for hook in getattr(module, kind).values()]
+    found = [f"{name}: {type(hook).__name__}" for hook in filter(ours, hooks)]
+    return found + [f"{name}.{attribute}" for attribute, value in vars(module).items() if ours(value)]
+
+
+def restore_line(plain: Plain, again: Run | Exception, pruned: Run | Exception, left: Sequence[str]) -> Line:
     """The unpatched model against itself before; `left` is what `left_behind` found."""
+    if isinstance(again, Exception):
+        return raised("restore", again)
     if left:
         return Line("restore", "FAIL", f"left on the model: {', '.join(left[:3])}" + (", ..." * (len(left) > 3)))
     first = plain.run

@@ -167,13 +167,7 @@ def plain_of(family: Family, model: nn.Module, prompts: list[dict[str, Any]]) ->
     }
     tokens = dynamic.tokens[:FORCED].tolist()
     noises["generate"] = worst_logits(dynamic.logits, by_hand(family, model, rows, [], tokens).logits)
-    for side in SIDES:
-        steps = steps_of(family, model, side)
-        together = run(family, model, batch(prompts, side), forced).logits  # hidden states of padding may be anything
-        demand_numbers([together[:, :steps]], f" in a batch padded {side}")
-        for i, one in enumerate(ran):
-            off = worst_logits(together[i, :steps], one.logits[0, :steps])
-            noises[f"batch {i}"] = max(off, noises.get(f"batch {i}", 0.0))
+    noises |= batch_noises(family, model, prompts, ran, forced)
     no_static = ""
     if isinstance(static, Answer):
         same = same_so_far(dynamic, static)
@@ -182,6 +176,21 @@ def plain_of(family: Family, model: nn.Module, prompts: list[dict[str, Any]]) ->
         no_static = f"the plain model generates with no static cache ({type(static).__name__})"
     repeats = torch.equal(first.hidden, again.hidden) and torch.equal(first.logits, again.logits)
     return Plain(prompts, rows, first, noises, repeats, no_static)
+
+
+def batch_noises(
+    family: Family, model: nn.Module, prompts: list[dict[str, Any]], ran: list[Run], forced: list[int]
+) -> dict[str, float]:
+    """How far the rows of padded batches are from the prompts alone, as of `Plain.noises`."""
+    found: dict[str, float] = {}
+    for side in SIDES:
+        steps = steps_of(family, model, side)
+        together = run(family, model, batch(prompts, side), forced).logits  # hidden states of padding may be anything
+        demand_numbers([together[:, :steps]], f" in a batch padded {side}")
+        for i, one in enumerate(ran):
+            off = worst_logits(together[i, :steps], one.logits[0, :steps])
+            found[f"batch {i}"] = max(off, found.get(f"batch {i}", 0.0))
+    return found
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -46,32 +47,39 @@ def make_prompt(
     """
     inner, generator = family.inner(model), torch.Generator().manual_seed(seed)
     tile, videos = inner.config.vision_config.image_size, sum(part == "video" for part in parts)
-    inputs: dict[str, Any] = {}
+    pictures, images, frames = {}, [], 0
     if sizes:
-        given = {"image_sizes": torch.tensor(sizes)}
-        if "batch_num_images" in family_arguments(inner):
-            given["batch_num_images"] = torch.tensor([len(sizes)])
-        known = family.sizes("image", given) if family.needs_sizes else list(sizes)
-        views = [family.grid(inner, size)[0] for size in known]
-        room = (max(views),) if family.views else ()
-        inputs["pixel_values"] = random_pixels((len(sizes), *room, 3, tile, tile), generator)
-        inputs |= given if family.needs_sizes else {}
-        grids = iter([family.image_grid(inner, size).tokens for size in known])
+        pictures, images = pictures_of(family, inner, sizes, generator)
     if videos:
-        inputs["pixel_values_videos"] = random_pixels((videos, FRAMES, 3, tile, tile), generator)
+        pictures["pixel_values_videos"] = random_pixels((videos, FRAMES, 3, tile, tile), generator)
         frames = family.video_grid(inner, FRAMES).tokens
-    ids = []
-    for part in parts:
-        if isinstance(part, int):
-            ids.append(random_text(family, inner, (part,), generator))
-        else:
-            ids.append(torch.full((next(grids) if part == "image" else frames,), family.token(inner, part)))
+    features = {"image": iter(images), "video": repeat(frames)}
+    ids = [
+        random_text(family, inner, (part,), generator)
+        if isinstance(part, int)
+        else torch.full((next(features[part]),), family.token(inner, part))
+        for part in parts
+    ]
     tokens = torch.cat(ids)[None]
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | inputs
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
+
+
+def pictures_of(
+    family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """The arguments that bring random pictures of some sizes, and how many tokens each becomes."""
+    given, tile = {"image_sizes": torch.tensor(sizes)}, inner.config.vision_config.image_size
+    if "batch_num_images" in family_arguments(inner):
+        given["batch_num_images"] = torch.tensor([len(sizes)])
+    known = family.sizes("image", given) if family.needs_sizes else list(sizes)
+    views = max(family.grid(inner, size)[0] for size in known)
+    pixels = random_pixels((len(sizes), *((views,) if family.views else ()), 3, tile, tile), generator)
+    inputs = {"pixel_values": pixels} | (given if family.needs_sizes else {})
+    return inputs, [family.image_grid(inner, size).tokens for size in known]
 
 
 def family_arguments(inner: nn.Module) -> list[str]:
@@ -128,34 +136,38 @@ def check_rotary(language_model: nn.Module, prompts: Sequence[dict[str, Any]]) -
     settings = getattr(config, "rope_parameters", None) or {}
     limit = settings.get("original_max_position_embeddings") or config.max_position_embeddings
     longest = max(prompt["input_ids"].shape[1] for prompt in prompts) + ROOM
-    for kind in kinds:
-        if kind in ("dynamic", "longrope") and longest > limit:
-            raise UnsupportedError(
-                f"this language model has rotary embeddings of rope_type {kind!r}, whose frequencies change behind "
-                f"position {limit}: unpruned, it computes something else with a cache than without, so there is "
-                f"nothing to compare with, and the prompts of this check take {longest} positions. What pruning does "
-                "to layers and cache does not depend on it: load the model with rope_type 'default' in "
-                "config.text_config.rope_parameters and check that."
-            )
+    if (changing := {"dynamic", "longrope"}.intersection(kinds)) and longest > limit:
+        raise UnsupportedError(
+            f"this language model has rotary embeddings of rope_type {changing.pop()!r}, whose frequencies change "
+            f"behind position {limit}: unpruned, it computes something else with a cache than without, so there is "
+            f"nothing to compare with, and the prompts of this check take {longest} positions. What pruning does "
+            "to layers and cache does not depend on it: load the model with rope_type 'default' in "
+            "config.text_config.rope_parameters and check that."
+        )
 
 
 def batch(prompts: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
     """Single prompts as one batch, padded on the left or right side; views are padded as processors pad them."""
     width = max(prompt["input_ids"].shape[1] for prompt in prompts)
-    out: dict[str, Any] = {}
-    for name in ("input_ids", "attention_mask"):
-        rows = []
-        for prompt in prompts:
-            fill = width - prompt[name].shape[1]
-            # padding is hidden: any token will do, and the last one of the row is no placeholder
-            value = int(prompt["input_ids"][0, -1]) if name == "input_ids" else 0
-            pad = (fill, 0) if side == "left" else (0, fill)
-            rows.append(torch.nn.functional.pad(prompt[name], pad, value=value))
-        out[name] = torch.cat(rows)
-    for name in dict.fromkeys(name for prompt in prompts for name in prompt if name not in out):
+    # padding is hidden: any token will do, and the last one of the row is no placeholder
+    ids = [padded(prompt["input_ids"], width, side, int(prompt["input_ids"][0, -1])) for prompt in prompts]
+    masks = [padded(prompt["attention_mask"], width, side, 0) for prompt in prompts]
+    out = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
+    for name in [name for name in dict.fromkeys(chain(*prompts)) if name not in out]:
         values = [prompt[name] for prompt in prompts if name in prompt]
-        if values[0].ndim == 5 and name == "pixel_values":
-            most = max(value.shape[1] for value in values)
-            values = [torch.nn.functional.pad(v, (0, 0) * 3 + (0, most - v.shape[1])) for v in values]
-        out[name] = torch.cat(values)
+        out[name] = torch.cat(equal_views(values) if name == "pixel_values" else values)
     return out
+
+
+def padded(row: torch.Tensor, width: int, side: str, value: int) -> torch.Tensor:
+    """`(1, length)` at a width."""
+    fill = width - row.shape[1]
+    return torch.nn.functional.pad(row, (fill, 0) if side == "left" else (0, fill), value=value)
+
+
+def equal_views(pixels: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Pixels of several prompts, with as many views of every image."""
+    if pixels[0].ndim < 5:
+        return pixels
+    most = max(value.shape[1] for value in pixels)
+    return [torch.nn.functional.pad(value, (0, 0) * 3 + (0, most - value.shape[1])) for value in pixels]

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from vlmprune.engine.hooks import encode
+from vlmprune.engine.encode import encode
 from vlmprune.patches import Family
 from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.patches.language_models import sliding_window
 from vlmprune.trace import CutTrace, Trace
-from vlmprune.verify.byhand import flow_of, run_layers, stretches
+from vlmprune.verify.byhand import Stretch, flow_of, flows, run_layers, stretches
 
 __all__ = [
     "FORCED",
@@ -31,6 +31,7 @@ __all__ = [
     "other_positions",
     "rows_of",
     "run",
+    "without",
     "wrong",
 ]
 
@@ -73,8 +74,7 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
     by hand, which in half precision is seen.
     """
     mask, padded = inputs["attention_mask"], not bool(inputs["attention_mask"].all())
-    if not padded:
-        inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    inputs = inputs if padded else without(inputs, "attention_mask")
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     every = torch.arange(len(mask), device=mask.device)
     first = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": True, "logits_to_keep": 1}
@@ -93,6 +93,11 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
         place = place + 1
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
     return Run(hidden, torch.stack(logits, 1), lengths, keys, values)
+
+
+def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The other arguments of a call."""
+    return {name: value for name, value in inputs.items() if name not in names}
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,7 @@ def rows_of(family: Family, model: nn.Module, prompt: dict[str, Any]) -> Rows:
     """
     inner, ids = family.inner(model), prompt["input_ids"]
     hidden, images = model.get_input_embeddings()(ids).clone(), []
-    given = {name: value for name, value in prompt.items() if name not in ("input_ids", "attention_mask")}
-    for modality, encoded in encode(inner, given, family).items():
+    for modality, encoded in encode(inner, without(prompt, "input_ids", "attention_mask"), family).items():
         columns = (ids[0] == family.token(inner, modality)).nonzero().flatten()
         hidden[0, columns] = torch.cat(list(encoded.pooler_output)).to(hidden.dtype)
         images += [part.tolist() for part in columns.split([len(f) for f in encoded.pooler_output])]
@@ -171,19 +175,23 @@ def by_hand(
         places = [length + number + astray - part.shift for part in parts]
         step = run_layers(language_model, tokens[:, number : number + 1], parts, places, cache, number + 1)
         logits.append(head(step)[:, -1])
-    columns, of_part = list(range(length)), []
-    more = list(range(length, length + len(forced)))
-    for part in parts:
-        columns = [columns[entry] for entry in part.index[0].tolist()]
-        of_part.append((part.first, columns + more))
     return Hand(
         torch.cat((entered, tokens), 1)[0],
         prompt[0],
-        [next(mine for first, mine in reversed(of_part) if first <= layer) for layer in range(len(cache.layers))],
+        columns_of(parts, length, len(forced), len(cache.layers)),
         torch.cat(logits),
         [layer.keys[0] for layer in cache.layers],
         [layer.values[0] for layer in cache.layers],
     )
+
+
+def columns_of(parts: Sequence[Stretch], length: int, forced: int, layers: int) -> list[list[int]]:
+    """As in `Hand`, for a prompt of so many columns and so many tokens behind it."""
+    columns, by_layer = list(range(length)), {}
+    for part in parts:
+        columns = [columns[entry] for entry in part.index[0].tolist()]
+        by_layer[part.first] = columns + list(range(length, length + forced))
+    return [by_layer[max(first for first in by_layer if first <= layer)] for layer in range(layers)]
 
 
 @contextmanager
@@ -214,33 +222,20 @@ def masked(
     """
     language_model = family.language_model(family.inner(model))
     hidden = extended(model, rows, forced)
-    length, device, dtype = hidden.shape[1], hidden.device, hidden.dtype
-    number = torch.arange(length, device=device)
-    alive, place = torch.ones(length, dtype=torch.bool, device=device), number.clone()
+    number = torch.arange(hidden.shape[1], device=hidden.device)
+    alive, place = torch.ones_like(number, dtype=torch.bool), number.clone()
     place[rows.ids.shape[1] :] += astray
     masks: dict[Any, torch.Tensor] = {}
     with masks_allowed(language_model):
         for index, layer in enumerate(language_model.layers):
             for cut in (cut for cut in cuts if cut.layer == index):
-                gone, there = torch.zeros_like(alive), alive.tolist()
-                for image, columns in enumerate(rows.images):
-                    mine = torch.tensor(columns, dtype=torch.long, device=device)
-                    gone[mine] = alive[mine] & ~cut.keep[image, : len(mine)]
-                    if cut.merge is not None and (gone[mine].any() or cut.merge.source is not None):
-                        here = {c: c for c in columns if there[c]}
-                        hidden = flow_of(cut, image, 0, here, columns).apply(hidden)
+                gone, hidden = taken(cut, rows.images, alive, hidden)
                 alive &= ~gone
                 if cut.positions == "contiguous":
                     place = place - gone.cumsum(0)
                 masks = {}
             if (window := sliding_window(layer.self_attn)) not in masks:
-                rank = alive.cumsum(0)
-                visible = (number <= number[:, None]) & alive
-                if window is not None:
-                    visible &= rank > rank[:, None] - window
-                visible |= torch.eye(length, dtype=torch.bool, device=device)  # rows that nobody reads need something
-                hide = torch.finfo(dtype).min
-                masks[window] = torch.zeros(length, length, dtype=dtype, device=device).masked_fill(~visible, hide)
+                masks[window] = mask_of(alive, window, hidden.dtype)
             hidden = layer(
                 hidden,
                 attention_mask=masks[window][None, None],
@@ -249,6 +244,29 @@ def masked(
             )
         out = language_model.norm(hidden)[0, -1 - len(forced) :]
     return model.get_output_embeddings()(out)
+
+
+def taken(
+    cut: CutTrace, images: Sequence[Sequence[int]], alive: torch.Tensor, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns that a cut takes of those `alive`, `(length,)` bool, and `(1, length, dim)` as it merges that."""
+    gone, there = torch.zeros_like(alive), alive.tolist()
+    for image, columns in enumerate(images):
+        mine = torch.tensor(columns, dtype=torch.long, device=alive.device)
+        gone[mine] = alive[mine] & ~cut.keep[image, : len(mine)]
+        if flows(cut, gone[mine].any()):
+            hidden = flow_of(cut, image, 0, {c: c for c in columns if there[c]}, columns).apply(hidden)
+    return gone, hidden
+
+
+def mask_of(alive: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """The `(length, length)` mask of a layer that hides all columns but those `alive`, and those behind its window."""
+    number, rank = torch.arange(len(alive), device=alive.device), alive.cumsum(0)
+    visible = (number <= number[:, None]) & alive
+    if window is not None:
+        visible &= rank > rank[:, None] - window
+    visible |= torch.eye(len(alive), dtype=torch.bool, device=alive.device)  # rows that nobody reads need something
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def alive_before(trace: Trace, number: int) -> torch.Tensor:

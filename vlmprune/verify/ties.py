@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -75,11 +76,15 @@ class Differing:
 
 def differing(alone: Sequence[CutTrace], together: Sequence[CutTrace], images: int) -> Differing | None:
     """Where a prompt's cuts first differ from what they do in a batch; None if they keep the same."""
-    pairs = list(zip(alone, together, strict=True))
-    kept = [[(a.tokens(i), b.tokens(i)) for i in range(images)] for a, b in pairs]
-    first = next((i for i, cut in enumerate(kept) if any(a != b for a, b in cut)), None)
+    mine, others = kept_by(alone, images), kept_by(together, images)
+    first = next((cut for cut, (a, b) in enumerate(zip(mine, others, strict=True)) if a != b), None)
     if first is None:
         return None
-    flat = [pair for cut in kept for pair in cut]
-    moved = sum(max(len({*a} - {*b}), len({*b} - {*a})) for a, b in flat)
-    return Differing(*pairs[first], moved, sum(len(a) for a, _ in flat))
+    pairs = list(zip(chain(*mine), chain(*others), strict=True))
+    moved = sum(max(len({*a} - {*b}), len({*b} - {*a})) for a, b in pairs)
+    return Differing(alone[first], together[first], moved, sum(len(a) for a, _ in pairs))
+
+
+def kept_by(cuts: Sequence[CutTrace], images: int) -> list[list[list[int]]]:
+    """The tokens of every image that every cut keeps."""
+    return [[cut.tokens(image) for image in range(images)] for cut in cuts]

@@ -57,9 +57,9 @@ def test_deep_cuts(cell):
     assert base["tokens"] == {"visual": 16, "patches": 16, "prompt": 23}
 
 
-def test_methods_that_merge_have_no_equal_oracle(cell):
-    assert cell("pool", keep=4)[2]["same_as_oracle"] is None
-    assert cell("tome", keep=4)[2]["same_as_oracle"] is None
+@pytest.mark.parametrize("method", ["pool", "tome", "visionzip", "downsample"])
+def test_methods_that_merge_or_change_the_picture_have_no_equal_oracle(cell, method):
+    assert cell(method, keep=4)[2]["same_as_oracle"] is None
 
 
 def test_one_new_token_is_no_decoding(cell):

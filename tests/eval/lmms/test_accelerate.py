@@ -61,7 +61,6 @@ def alone():
     return found
 
 
-@pytest.mark.slow
 def test_two_processes_through_python(alone, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SCRIPT % (ASKED, LIMIT)))
@@ -90,7 +89,6 @@ def test_two_processes_through_python(alone, tmp_path):
     assert alone[0][1][0]["tokens_after"] == 20
 
 
-@pytest.mark.slow
 def test_two_processes_through_the_command(alone, tmp_path):
     asked = harness.command(
         *launch(), model_args="pretrained=scene-llava,method=fopru,keep=20", asked=",".join(ASKED), out="out",

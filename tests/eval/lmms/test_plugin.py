@@ -22,7 +22,6 @@ def test_the_entry_point_leads_to_the_model():
     assert get_model("vlmprune") is VlmPrune
 
 
-@pytest.mark.slow
 def test_the_command_prunes_scores_and_measures(tmp_path):
     asked = "vlmprune_scene_llava_exist"
     args = "pretrained=scene-llava,method=fopru,keep=26,newlines=none"

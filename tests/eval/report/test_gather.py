@@ -9,7 +9,8 @@ import run_folders as made
 from vlmprune.eval import statistics
 from vlmprune.eval.lmms import store
 from vlmprune.eval.report import read, summary, words
-from vlmprune.eval.report.gather import gather, together
+from vlmprune.eval.report.gather import gather
+from vlmprune.eval.report.overall import together
 
 
 def gathered(cells, missing=()):

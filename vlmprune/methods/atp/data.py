@@ -29,22 +29,16 @@ class Questions(Sequence[Row]):
         if not file.is_file():
             raise FileNotFoundError(f"no such file: {file} (a JSON list or JSON lines of image, question, answer).")
         self.folder = Path(images) if images is not None else file.parent
-        text = file.read_text()
         try:
-            rows = (
-                json.loads(text)
-                if text.lstrip().startswith("[")
-                else [json.loads(line) for line in text.splitlines() if line.strip()]
-            )
+            self.rows = json_rows(file.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is neither a JSON list nor JSON lines: {error}") from error
-        for number, row in enumerate(rows, 1):
-            wrong = [k for k in ("image", "question", "answer") if not isinstance(row, dict) or not row.get(k)]
-            if wrong:
-                raise ValueError(f"{file}: entry {number} has no {wrong[0]!r}; each needs image, question and answer.")
-        if not rows:
+        if not self.rows:
             raise ValueError(f"{file} has no entries.")
-        self.rows = rows
+        for number, row in enumerate(self.rows, 1):
+            given = row if isinstance(row, dict) else {}
+            if wrong := [key for key in ("image", "question", "answer") if not given.get(key)]:
+                raise ValueError(f"{file}: entry {number} has no {wrong[0]!r}; each needs image, question and answer.")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,6 +49,13 @@ class Questions(Sequence[Row]):
         row = self.rows[index]
         with Image.open(self.folder / row["image"]) as image:
             return image.convert("RGB"), str(row["question"]), str(row["answer"])
+
+
+def json_rows(text: str) -> list[Any]:
+    """The entries of a JSON list, or of JSON lines."""
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 def prompt_text(processor: Any, question: str, template: str | None) -> str:

@@ -76,6 +76,10 @@ class AtpConfig:
             raise ValueError(f"model={self.model!r} must be the facts of a model, decoder_layers among them.")
         for name, hint in hints(AtpConfig).items():
             object.__setattr__(self, name, checked(name, hint, getattr(self, name)))
+        self.check_places()
+
+    def check_places(self) -> None:
+        """Refuse layers that the model has not, and strides that are none."""
         depth = self.model["decoder_layers"]
         if not self.layers or list(self.layers) != sorted({*self.layers}) or self.layers[0] < 1:
             raise ValueError(f"layers={self.layers} must be ascending layer numbers from 1.")
@@ -163,30 +167,39 @@ def load(weights: str | Path) -> Thresholds:
     """
     if not isinstance(weights, str | Path):
         raise ValueError(f"weights={weights!r} must be a folder or a hub id, not {type(weights).__name__}.")
-    folder = Path(weights)
-    if not folder.is_dir():
-        folder = embedded.folder() / weights  # modules of an embedded model
-    found = [folder / name for name in (CONFIG, WEIGHTS)]
-    if not folder.is_dir():
-        from huggingface_hub import hf_hub_download
-
-        try:
-            found = [Path(hf_hub_download(str(weights), name)) for name in (CONFIG, WEIGHTS)]
-        except Exception as error:  # the hub raises a dozen kinds, from a bad name to no network
-            raise FileNotFoundError(
-                f"weights={str(weights)!r} is no folder, and the hub did not give {CONFIG} and {WEIGHTS} under that "
-                f"id ({type(error).__name__}). Train modules with: {TRAIN}"
-            ) from error
-    if missing := [path.name for path in found if not path.exists()]:
-        raise FileNotFoundError(f"{weights} has no {missing[0]}: not a folder that scripts/train_atp.py wrote.")
-    thresholds = Thresholds(read_config(found[0]))
-    state, wanted = read_state(found[1]), thresholds.state_dict()
+    config, tensors = files_of(weights)
+    thresholds = Thresholds(read_config(config))
+    state, wanted = read_state(tensors), thresholds.state_dict()
     for name in sorted({*state, *wanted}):
         have, want = (tuple(x[name].shape) if name in x else None for x in (state, wanted))
         if have != want:
-            raise ValueError(f"{found[1]}: {name} has shape {have}, and {CONFIG} describes {want}.")
+            raise ValueError(f"{tensors}: {name} has shape {have}, and {CONFIG} describes {want}.")
     thresholds.load_state_dict(state)
     return thresholds.requires_grad_(False).eval()
+
+
+def files_of(weights: str | Path) -> list[Path]:
+    """The configuration and the weights of modules: in a folder, of an embedded model, or from the hub."""
+    folder = next(filter(Path.is_dir, (Path(weights), embedded.folder() / weights)), None)
+    if folder is None:
+        return from_hub(str(weights))
+    found = [folder / name for name in (CONFIG, WEIGHTS)]
+    if missing := [path.name for path in found if not path.exists()]:
+        raise FileNotFoundError(f"{weights} has no {missing[0]}: not a folder that scripts/train_atp.py wrote.")
+    return found
+
+
+def from_hub(name: str) -> list[Path]:
+    """The files of modules from the Hugging Face hub."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return [Path(hf_hub_download(name, file)) for file in (CONFIG, WEIGHTS)]
+    except Exception as error:  # the hub raises a dozen kinds, from a bad name to no network
+        raise FileNotFoundError(
+            f"weights={name!r} is no folder, and the hub did not give {CONFIG} and {WEIGHTS} under that "
+            f"id ({type(error).__name__}). Train modules with: {TRAIN}"
+        ) from error
 
 
 def read_config(path: Path) -> AtpConfig:
