@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import Any
 
 from vlmprune.eval.lmms import store, taskindex
-from vlmprune.eval.lmms.plan import Cell, Job, Plan
+from vlmprune.eval.lmms.plan import Cell, EvalPlan, ModelJob
 
-__all__ = ["Estimate", "Survey", "estimate", "survey"]
+__all__ = ["Survey", "TimeLeft", "estimate", "survey"]
 
 NEW, FAILED = "not measured yet", "failed the last time"
 UNKNOWN = "measured, but whether anything changed cannot be told: lmms-eval is not installed here"
@@ -46,7 +46,7 @@ class Survey:
         return lines + [f"{count} to measure: {reason}" for reason, count in counts.items()]
 
 
-def survey(plan: Plan, folder: Path) -> Survey:
+def survey(plan: EvalPlan, folder: Path) -> Survey:
     """Compare a plan to what its output folder holds."""
     done, reasons = [], {}
     comparable = taskindex.have_lmms_eval()  # its version and the task's files are in the key
@@ -86,7 +86,7 @@ def flat(value: Mapping[str, Any], above: str = "") -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TimeLeft:
     """Seconds for the cells that something is known of, from `measured` cells; `unknown` is how many are left."""
 
     seconds: float
@@ -94,7 +94,7 @@ class Estimate:
     unknown: int
 
 
-def estimate(plan: Plan, found: Survey, folder: Path) -> Estimate:
+def estimate(plan: EvalPlan, found: Survey, folder: Path) -> TimeLeft:
     """How long the cells to do may take, by what cells in the folder took, of whatever config they are.
 
     A cell takes as long per sample as others of its model, method and task did, with whatever limit; failing that, as
@@ -113,11 +113,11 @@ def estimate(plan: Plan, found: Survey, folder: Path) -> Estimate:
     todo = set(found.todo)
     told = [seconds_of(job, cell, rates, sizes) for job, cell in plan.cells if cell.id in todo]
     known = [seconds for seconds in told if seconds is not None]
-    return Estimate(sum(known), measured, len(told) - len(known))
+    return TimeLeft(sum(known), measured, len(told) - len(known))
 
 
 def seconds_of(
-    job: Job, cell: Cell, rates: Mapping[tuple[str, ...], list[float]], sizes: Mapping[str, int]
+    job: ModelJob, cell: Cell, rates: Mapping[tuple[str, ...], list[float]], sizes: Mapping[str, int]
 ) -> float | None:
     """How long a cell may take, of seconds per sample and of the sizes of tasks; None where nothing is known."""
     rate = next((fmean(rates[group]) for group in groups(asdict(cell)) if group in rates), None)
@@ -131,6 +131,6 @@ def groups(cell: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     return (model, label, task), (model, task), (model,)
 
 
-def samples_of(job: Job, known: int | None) -> int | None:
+def samples_of(job: ModelJob, known: int | None) -> int | None:
     """How many samples a cell will have: the limit, or all that its task has, if a cell was measured of it."""
     return min((many for many in (job.setting.limit, known) if many is not None), default=None)
