@@ -66,9 +66,14 @@ class Journal:
             lines.pop()
         if not lines:
             return []  # a run that measured nothing
+        self.refuse_other(head)
+        return [line for number, line in enumerate(lines, 2) if self.take(line, number)]
+
+    def refuse_other(self, head: str) -> None:
+        """Refuse the rows below a first line that says another setting, or nothing."""
         try:
-            head = json.loads(head)
-            known = head["format"] == FORMAT and dict(head["setting"])
+            said = json.loads(head)
+            known = said["format"] == FORMAT and dict(said["setting"])
         except (ValueError, KeyError, TypeError):
             known = None
         if not known:
@@ -81,16 +86,17 @@ class Journal:
                 f"{self.path.parent} holds results of another setting, which cannot be mixed ({'; '.join(told)}): name "
                 "another folder with --out."
             )
-        kept = []
-        for number, line in enumerate(lines, 2):
-            try:
-                said = json.loads(line)
-                key = said.pop("key")
-                self.rows[key] = row_of(said)
-                kept.append(line)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                self.damaged.append(number)
-        return kept
+
+    def take(self, line: str, number: int) -> bool:
+        """Take the row of a line; whether there was one."""
+        try:
+            said = json.loads(line)
+            key = said.pop("key")
+            self.rows[key] = row_of(said)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.damaged.append(number)
+            return False
+        return True
 
     def key(self, picture: str, path: Path, prompt: str, entry: StudyEntry, seed: int | None) -> str:
         """What a row is found by again."""

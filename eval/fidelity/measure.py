@@ -133,18 +133,18 @@ def collate(prompts: Sequence[Inputs], pad: int) -> Inputs:
             whatever else has one row per picture.
         pad: token to pad with; it is masked.
     """
-    width = max(p["input_ids"].shape[1] for p in prompts)
-    made: Inputs = {}
-    for name in prompts[0]:
-        parts = [p[name] for p in prompts]
-        if name in ("input_ids", "attention_mask", "token_type_ids"):
-            fill = pad if name == "input_ids" else 0
-            parts = [torch.nn.functional.pad(x, (width - x.shape[1], 0), value=fill) for x in parts]
-        elif name == "pixel_values" and parts[0].ndim == 5:  # pictures of different numbers of views
-            views = max(x.shape[1] for x in parts)
-            parts = [torch.cat((x, x.new_zeros(len(x), views - x.shape[1], *x.shape[2:])), 1) for x in parts]
-        made[name] = torch.cat(parts)
-    return made
+    return {name: torch.cat(equally_long(name, [p[name] for p in prompts], pad)) for name in prompts[0]}
+
+
+def equally_long(name: str, parts: Sequence[torch.Tensor], pad: int) -> Sequence[torch.Tensor]:
+    """The inputs called `name` of several prompts, padded to the longest of them where they may differ."""
+    longest = max(x.shape[1] for x in parts) if parts[0].ndim > 1 else 0
+    if name in ("input_ids", "attention_mask", "token_type_ids"):
+        fill = pad if name == "input_ids" else 0
+        return [torch.nn.functional.pad(x, (longest - x.shape[1], 0), value=fill) for x in parts]
+    if name == "pixel_values" and parts[0].ndim == 5:  # pictures of different numbers of views
+        return [torch.cat((x, x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])), 1) for x in parts]
+    return parts
 
 
 def greedy(model: Any, inputs: Inputs, max_new_tokens: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -272,9 +272,7 @@ def summarise(entries: Sequence[StudyEntry], rows: Iterable[StudyRow]) -> list[S
     spread: there the interval is Clopper and Pearson's exact one for so many pictures (`bounded_interval`), so that ten
     pictures that agree do not pass for a proof.
     """
-    by_entry: dict[str, dict[tuple[str, str], list[StudyRow]]] = {}
-    for row in sorted(rows, key=lambda row: (row.picture, row.prompt, row.seed or 0)):
-        by_entry.setdefault(row.label, {}).setdefault((row.picture, row.prompt), []).append(row)
+    by_entry = by_prompt(rows)
     values = {label: {pair: mean_of(some, MEASURES) for pair, some in by.items()} for label, by in by_entry.items()}
     lines = []
     for entry in (entry for entry in entries if entry.label in by_entry):
@@ -284,6 +282,14 @@ def summarise(entries: Sequence[StudyEntry], rows: Iterable[StudyRow]) -> list[S
         beside = (None, None) if control is None or entry.method == "random" else over(mine, control)
         lines.append(StudyLine(entry, *tokens, estimates(mine), *beside))
     return lines
+
+
+def by_prompt(rows: Iterable[StudyRow]) -> dict[str, dict[tuple[str, str], list[StudyRow]]]:
+    """The rows of every label by picture and prompt, the seeds of one in order."""
+    found: dict[str, dict[tuple[str, str], list[StudyRow]]] = {}
+    for row in sorted(rows, key=lambda row: (row.picture, row.prompt, row.seed or 0)):
+        found.setdefault(row.label, {}).setdefault((row.picture, row.prompt), []).append(row)
+    return found
 
 
 def mean_of(rows: Sequence[StudyRow], names: Sequence[str]) -> list[float]:

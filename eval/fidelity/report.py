@@ -202,14 +202,10 @@ def build(study: Study, sheets: Mapping[str, Path]) -> list[Block]:
         Heading("What the columns are"),
         Bullets([f"{name}: {text}" for name, text in DEFINITIONS if name in header]),
     ]
-    for entry in study.entries:
-        if not entry.control:
-            blocks += [Heading(f"Worst pictures: {entry.label}"), *worst_pictures(study, entry.label, sheets)]
-    if study.skipped:
-        blocks.append(Heading(f"Left out: {counted(len(study.skipped), 'picture')}"))
-        blocks.append(Bullets([f"{name}: {why}" for name, why in study.skipped]))
+    for label in (entry.label for entry in study.entries if not entry.control):
+        blocks += [Heading(f"Worst pictures: {label}"), *worst_pictures(study, label, sheets)]
     facts = {name: value for name, value in study.about.items() if name != "command"}
-    return blocks + repeat(facts, study.about["command"])
+    return blocks + left_out(study) + repeat(facts, study.about["command"])
 
 
 def troubles(study: Study) -> list[Block]:
@@ -221,6 +217,14 @@ def troubles(study: Study) -> list[Block]:
     if study.pictures < statistics.FEW_CLUSTERS:
         said.append(few_pictures(study.pictures))
     return [Text(text, warning=True) for text in said]
+
+
+def left_out(study: Study) -> list[Block]:
+    """The section about pictures that could not be read, if there are any."""
+    if not study.skipped:
+        return []
+    told = Bullets([f"{name}: {why}" for name, why in study.skipped])
+    return [Heading(f"Left out: {counted(len(study.skipped), 'picture')}"), told]
 
 
 def worst_pictures(study: Study, label: str, sheets: Mapping[str, Path]) -> list[Block]:

@@ -49,15 +49,19 @@ def line(results: Results, entry: Mapping[str, Any]) -> LedgerLine:
     paper, metric = float(entry["value"]), entry["metric"]
     mine = [cell for cell in results.cells if about(cell["cell"], entry)]
     good = [cell for cell in mine if not cell["error"]]
-    note, ours = lacking(mine, good, metric), None
-    if not note:
-        ours = float(np.mean([value_of(cell, metric) for cell in good]))
-        share = paper > 1.5 and 0 <= ours <= 1
-        ours = 100 * ours if share else ours
-        note = "; ".join([*(["ours times 100"] if share else []), *partial(good)])
+    note = lacking(mine, good, metric)
+    ours, note = (None, note) if note else our_number(good, metric, paper)
     difference = None if ours is None else ours - paper
     words = (entry["task"], metric, paper, ours, difference, note, entry["definition"], entry["source"])
     return LedgerLine(entry.get("model"), entry["method"], budget_of(entry), *words)
+
+
+def our_number(good: Sequence[Mapping[str, Any]], metric: str, paper: float) -> tuple[float, str]:
+    """The mean of what cells measured, in the paper's unit, and what is to be said of it."""
+    ours = float(np.mean([value_of(cell, metric) for cell in good]))
+    if paper > 1.5 and 0 <= ours <= 1:
+        return 100 * ours, "; ".join(["ours times 100", *partial(good)])
+    return ours, "; ".join(partial(good))
 
 
 def value_of(cell: Mapping[str, Any], metric: str) -> float | None:
