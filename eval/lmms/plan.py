@@ -140,12 +140,7 @@ def job_of(draft: Draft, names: Sequence[str], model: dict[str, Any], device: st
     check_limit(draft, tasks)
     check_metrics(draft, index, tasks)
     notes_on(draft)
-    cells = tuple(
-        cell_of(setting, entry, budget, seed, task, group)
-        for entry in order(setting)
-        for budget, seed in variants(draft, entry)
-        for task, group in tasks.items()
-    )
+    cells = cells_of(draft, tasks)
     for i, one in enumerate(setting.published):
         if why := unmatched(one, setting.name, names, tasks, index, cells):
             draft.wrong(f"published.{i}", why)
@@ -157,6 +152,16 @@ def job_of(draft: Draft, names: Sequence[str], model: dict[str, Any], device: st
         for task, group in tasks.items()
     }
     return ModelJob(setting, cells, shared, named, about)
+
+
+def cells_of(draft: Draft, tasks: dict[str, str | None]) -> tuple[Cell, ...]:
+    """Methods and controls, multiplied out with their budgets and seeds and with the tasks."""
+    return tuple(
+        cell_of(draft.setting, entry, budget, seed, task, group)
+        for entry in order(draft.setting)
+        for budget, seed in variants(draft, entry)
+        for task, group in tasks.items()
+    )
 
 
 def shared_by_all(draft: Draft, model: dict[str, Any], device: str) -> dict[str, Any]:
