@@ -74,11 +74,9 @@ def shipped() -> list[dict[str, Any]]:
         pictures = testbed.pictures()
     except FileNotFoundError as error:
         raise CommandError(f"the demo's pictures are missing from this installation: {brief(error)}") from None
-    missing = {name: why for name in testbed.NAMES if (why := lack_of(name))}
-    there = [
-        picture for name in testbed.NAMES if name not in missing for picture in pictures if picture["model"] == name
-    ]
-    reasons = sorted(set(missing.values()))
+    lacks = {name: lack_of(name) for name in testbed.NAMES}
+    there = [picture for name in lacks if not lacks[name] for picture in pictures if picture["model"] == name]
+    reasons = sorted({why for why in lacks.values() if why})
     if not there:
         raise CommandError(f"nothing to show: {'; '.join(reasons) or 'no pictures'}")
     for reason in reasons:

@@ -157,11 +157,16 @@ def columns(asked: AnsweredPrompt) -> dict[str, list[str]]:
     if newlines:
         made["newlines left"] = [str(newlines), *(change(newlines, o.total["newlines_after"]) for o in outcomes)]
     made["layer average"] = [f"{patches + newlines:.1f}", *(f"{o.layer_average:.1f}" for o in outcomes)]
-    if asked.timed:
-        times = [outcome.times for outcome in outcomes]
-        made["prefill"] = ["", *(f"{t['plain_ms']:.1f} -> {t['pruned_ms']:.1f} ms" for t in times)]
-        made["speed-up"] = ["", *(f"{t['ratio']:.2f}x" for t in times)]
+    made |= time_columns([outcome.times for outcome in outcomes]) if asked.timed else {}
     return made | {"answer": [line(asked.plain), *(line(o.answer) for o in outcomes)]}
+
+
+def time_columns(times: Sequence[dict[str, float]]) -> dict[str, list[str]]:
+    """The columns of what took how long."""
+    return {
+        "prefill": ["", *(f"{t['plain_ms']:.1f} -> {t['pruned_ms']:.1f} ms" for t in times)],
+        "speed-up": ["", *(f"{t['ratio']:.2f}x" for t in times)],
+    }
 
 
 def in_text(asked: AnsweredPrompt) -> str:
