@@ -129,10 +129,15 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs))
     show(told, fidelity_report.write(folder, told), args.as_json)
     if skipped:
-        few = ", ".join(map(printable, list(skipped)[:5])) + (", ..." if len(skipped) > 5 else "")
-        note(f"{counted(len(skipped), 'picture')} could not be read, and left out: {few}")
+        note(left_out(list(skipped)))
     if interrupted:
         raise KeyboardInterrupt
+
+
+def left_out(names: Sequence[str]) -> str:
+    """What to say of pictures that could not be read."""
+    few = ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
+    return f"{counted(len(names), 'picture')} could not be read, and left out: {few}"
 
 
 def refuse_nothing(skipped: dict[str, str], interrupted: bool) -> None:
