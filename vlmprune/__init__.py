@@ -45,7 +45,7 @@ __all__ = [
     "unpatch",
 ]
 
-_SUBPACKAGES = ("kernels", "methods")
+_SUBPACKAGES = ("kernels", "methods", "vllm")
 
 # Imported when first asked for, so that `vlmprune --help` does not wait for torch and transformers.
 _HOMES = {

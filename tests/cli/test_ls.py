@@ -60,6 +60,18 @@ def test_methods_json(cli):
     assert found["random"]["from"] == "vlmprune"
 
 
+def test_methods_say_whether_vllm_can_be_given_them(cli):
+    found = {method["name"]: method["vllm"] for method in json.loads(cli("ls", "methods", "--json")[1])}
+    assert [name for name, told in found.items() if told == "yes"] == [
+        "divprune", "fopru", "grid", "pool", "random", "visionzip", "vtc_cls",
+    ]  # fmt: skip
+    assert found["todre"] == "with tau=None"
+    assert found["tome"].startswith("on llava (on others not: tome merges views whole")
+    assert found["fastv"].startswith("no: fastv cuts inside the language model")
+    assert found["globalcom2"].startswith("no: how many tokens globalcom2 keeps is not known")
+    assert "vLLM: with tau=None" in cli("ls", "methods")[1]
+
+
 def test_one_method(cli):
     code, out, _ = cli("ls", "methods", "fopru")
     assert code == 0

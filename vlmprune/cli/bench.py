@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Option
 
 from vlmprune import spec
-from vlmprune.cli import flags
+from vlmprune.cli import bench_serving, flags
 from vlmprune.runtime.errors import UserError, brief, user_mistakes
 from vlmprune.runtime.files import has_content
 
@@ -30,9 +30,11 @@ examples:
   vlmprune bench --compare old.json                         the same again: what changed?
   vlmprune bench --from new.json --compare old.json         two files, nothing is run
   vlmprune bench --selection                                greedy selection alone
+  vlmprune bench --engine vllm --method vtc_cls --keep 144,64 --concurrency 1,8,32      requests served by vLLM
 
 shapes, with random weights made on the device (no download): llava-1.5-7b, llava-next-7b, llava-onevision-7b,
-scene-llava, small (the default: a 0.3 B language model for two CPU cores), small-next (the same with five views).
+scene-llava, small (the default: a 0.3 B language model for two CPU cores), small-half (half of that, the default of
+--engine), small-next (small with five views).
 Prompts are random text around one random picture: times do not depend on what it shows.
 """
 
@@ -59,6 +61,7 @@ WRITTEN = ("json", "csv", "plot")
 INSTEAD = {
     "selection": ("times greedy selection alone", {"json", "device", "pairs", "quick", "kernels"}),
     "source": ("measures nothing", {"csv", "plot", "compare"}),
+    "engine": ("serves requests", bench_serving.USED),
 }
 
 
@@ -118,6 +121,10 @@ def verb(
     selection: Annotated[
         bool, Option("--selection", help="time greedy selection alone against published loops")
     ] = False,
+    engine: Annotated[Literal["vllm"] | None, Option(help="serve requests in an engine instead")] = None,
+    concurrency: Annotated[
+        str | None, Option(metavar="N[,N]", help="with --engine: requests in flight (default: 1,8,32)")
+    ] = None,
 ) -> None:
     """Measure time, memory and FLOPs of pruned models, stage by stage, beside what is possible.
 
@@ -131,6 +138,8 @@ def verb(
     check_paths(args)
     if selection:
         return time_selection(args)
+    if engine:
+        return bench_serving.time_serving(args)
 
     from vlmprune import kernels as ops
     from vlmprune.eval.bench import compare as comparing
@@ -193,6 +202,8 @@ def refuse_idle_flags(args: SimpleNamespace) -> None:
         idle = sorted(set(given) - used - {mode})
         if mode in given and idle:
             raise UserError(f"{flags.flag(mode)} {what}: {', '.join(map(flags.flag, idle))} would have no effect.")
+    if args.concurrency and not args.engine:
+        raise UserError("--concurrency is of --engine vllm.")
     if args.resume and not args.json:
         raise UserError("--resume needs the --json file to go on with.")
 

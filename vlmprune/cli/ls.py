@@ -31,7 +31,7 @@ FACTS = ("needs", "stage", "positions", "syncs", "training")
 LEGEND = (
     "",
     "stage: where tokens go; positions: default position ids after the cut; syncs: device syncs per cut beyond",
-    "one read of the placeholder counts. Options of one method: vlmprune ls methods NAME",
+    "one read of the placeholder counts; vLLM: whether it can be served. One in full: vlmprune ls methods NAME",
 )
 
 
@@ -98,9 +98,24 @@ def describe(name: str, cls: type) -> dict[str, Any]:
         "positions": options.get("positions", {}).get("default", "-"),
         "syncs": cls.syncs,
         "training": cls.training,
+        "vllm": served(cls),
         "options": json.loads(json.dumps(options, default=str)),
         "doc": inspect.getdoc(cls) or "",
     }
+
+
+def served(cls: type) -> str:
+    """Whether vLLM can be given a method: "yes", "with tau=None", "on llava, ..." or why not."""
+    from vlmprune.serving.choice import SERVED, refusals
+
+    why = refusals(cls)
+    if len(why) == len(SERVED):
+        return f"no: {why[SERVED[-1]]}"
+    given = ", ".join(f"{key}={value}" for key, value in cls.served_with.items())
+    if why:
+        kept = ", ".join(name for name in SERVED if name not in why)
+        return f"on {kept}{f' with {given}' if given else ''} (on others not: {next(iter(why.values()))})"
+    return f"with {given}" if given else "yes"
 
 
 def methods_text(found: list[dict[str, Any]], full: bool) -> str:
@@ -116,7 +131,7 @@ def one_method(method: dict[str, Any]) -> list[str]:
         return [f"{method['name']}{ours}", f"    cannot be loaded: {method['error']}"]
     paper = f" ({method['paper']})" if method["paper"] else ""
     facts = "; ".join(f"{fact} {method[fact]}" for fact in FACTS)
-    return [f"{method['name']}: {method['summary']}{paper}{ours}", f"    {facts}"]
+    return [f"{method['name']}: {method['summary']}{paper}{ours}", f"    {facts}", f"    vLLM: {method['vllm']}"]
 
 
 def details(method: dict[str, Any]) -> list[str]:

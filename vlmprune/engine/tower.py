@@ -17,8 +17,9 @@ from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Hook, Plan, handed
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
-from vlmprune.parts.cuts import Merge, Pick, ProjectorCut, TowerCut, Vision
+from vlmprune.parts.cuts import Pick, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.layout import ImageGrid, Views
+from vlmprune.parts.merging import flow
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap
 from vlmprune.patches.tagged import untag
 from vlmprune.patches.towers import tower_layer
@@ -213,15 +214,6 @@ def spread(hidden: torch.Tensor | None, place: torch.Tensor | None) -> torch.Ten
 def wide(index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """`(views, entries)` numbers of tokens as an index into the rows of `(views, tokens, dim)`."""
     return index[..., None].expand(-1, -1, hidden.shape[-1])
-
-
-def flow(hidden: torch.Tensor, merge: Merge) -> torch.Tensor:
-    """`(views, tokens, dim)` with every anchor that `merge` names replaced by the weighted sum of its sources."""
-    kind = torch.promote_types(hidden.dtype, torch.float32)
-    parts = spread(hidden, merge.source).to(kind) * merge.weight[..., None].to(kind)
-    summed = parts.new_zeros(hidden.shape).scatter_add(1, wide(merge.into, hidden), parts)
-    named = merge.weight.new_zeros(hidden.shape[:2]).scatter_add(1, merge.into, (merge.weight != 0).to(merge.weight))
-    return torch.where(named[..., None] > 0, summed.to(hidden.dtype), hidden)
 
 
 @dataclass

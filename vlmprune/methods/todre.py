@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
@@ -93,6 +93,7 @@ class ToDRE(Pruner):
     needs = "features, [CLS] token (or another pivot), decoder attention (one layer)"
     stage = "before the LLM + decoder layer 7L/8"
     syncs = 1
+    served_with: ClassVar[dict[str, Any]] = {"tau": None}
 
     objective: Literal["max_sum", "max_min"] = "max_sum"
     pivot: Literal["cls", "mean", "random", "first"] = "cls"

@@ -1,4 +1,4 @@
-"""Matching tokens that may be merged, inside the vision tower. Everything here is a pure function of tensors."""
+"""Merging tokens in the vision tower and behind it. Everything here is a pure function of tensors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from torch.nn import functional
 
 from vlmprune.parts.attention import upcast
-from vlmprune.parts.cuts import Clusters
+from vlmprune.parts.cuts import Clusters, Merge
 from vlmprune.parts.layout import Layout
 
-__all__ = ["energy", "first_of_cluster", "gather_to", "match_alternating", "match_energy", "spread_evenly"]
+__all__ = ["energy", "first_of_cluster", "flow", "gather_to", "match_alternating", "match_energy", "spread_evenly"]
 
 CHUNK = 256  # rows of a cosine matrix that exist at one time
 
@@ -153,3 +153,15 @@ def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
     first = torch.full((len(layout), last + 1), layout.width, device=key.device)
     first = first.scatter_reduce(1, key, token, "amin")
     return patches & (first.gather(1, key) == token)
+
+
+def flow(hidden: torch.Tensor, merge: Merge) -> torch.Tensor:
+    """`(views, tokens, dim)` with every anchor that `merge` names replaced by the weighted sum of its sources."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    source = (
+        hidden if merge.source is None else hidden.gather(1, merge.source[..., None].expand(-1, -1, hidden.shape[-1]))
+    )
+    parts = source.to(wide) * merge.weight[..., None].to(wide)
+    summed = parts.new_zeros(hidden.shape).scatter_add(1, merge.into[..., None].expand_as(parts), parts)
+    named = merge.weight.new_zeros(hidden.shape[:2]).scatter_add(1, merge.into, (merge.weight != 0).to(merge.weight))
+    return torch.where(named[..., None] > 0, summed.to(hidden.dtype), hidden)

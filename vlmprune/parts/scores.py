@@ -9,9 +9,11 @@ import torch
 
 from vlmprune.parts.layout import Layout, upload
 
-__all__ = ["Ensemble", "ensemble_scores", "random_scores"]
+__all__ = ["STRIDE", "Ensemble", "ensemble_scores", "random_scores"]
 
 Ensemble = Literal["sum", "mean", "max", "min"]
+#: How far apart the drawings of two seeds are: image `STRIDE` of seed 0 is image 0 of seed 1.
+STRIDE = 1_000_003
 
 
 def ensemble_scores(rows: list[torch.Tensor], ensemble: Ensemble = "sum") -> torch.Tensor:
@@ -22,7 +24,7 @@ def ensemble_scores(rows: list[torch.Tensor], ensemble: Ensemble = "sum") -> tor
 
 def noise(seed: int, ordinal: int, tokens: int) -> torch.Tensor:
     """`(tokens,)` uniform scores, the same on every device and for every batch row."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + ordinal) % 2**63)
+    generator = torch.Generator().manual_seed((seed * STRIDE + ordinal) % 2**63)
     return torch.rand(tokens, generator=generator)
 
 
