@@ -140,7 +140,7 @@ class LlavaLlama(Family):
         listed, count, shape = size
         images = torch.zeros(count, 3, 1, 1)
         packed = getattr(host(inner).LlavaMetaForCausalLM, EXPAND)(
-            Packing(inner, views, newline),
+            PackingStandIn(inner, views, newline),
             input_ids=torch.tensor([[IMAGE, 0]]),
             position_ids=None,
             attention_mask=None,
@@ -172,7 +172,7 @@ def host(inner: nn.Module) -> ModuleType:
     raise UnsupportedError(f"{type(inner).__name__} is no model of the llava package; {WAY_OUT}.")
 
 
-class Packing:
+class PackingStandIn:
     """Stands for the model while the host packs coordinates instead of features: a prompt of one image, on the CPU."""
 
     device = torch.device("cpu")
@@ -183,7 +183,7 @@ class Packing:
         self.config.tokenizer_model_max_length = None
         self.model = self
 
-    def get_model(self) -> Packing:
+    def get_model(self) -> PackingStandIn:
         return self
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
 
 @dataclass(frozen=True)
 class ClipLayer:
-    """A layer of CLIP's build: `layer_norm1`, `self_attn` with `q_proj` and `k_proj`, `layer_norm2`."""
+    """A layer of CLIP's build: `layer_norm1`, `self_attn` with `q_proj` and `k_proj`, `layer_norm2`, `mlp`."""
 
     module: nn.Module
 
@@ -26,6 +26,11 @@ class ClipLayer:
     def attention(self) -> nn.Module:
         """The attention block."""
         return self.module.self_attn
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        """The block behind it."""
+        return self.module.mlp
 
     @property
     def key_projection(self) -> nn.Module:

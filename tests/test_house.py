@@ -148,6 +148,22 @@ def test_a_wrong_arrow_would_be_seen(tmp_path):
     assert not {room(target) for target in seen} & allowed("parts")
 
 
+def classes(known: dict[str, Path]) -> dict[str, list[str]]:
+    """The modules that have a class of a name."""
+    found: dict[str, list[str]] = {}
+    for module, path in sorted(known.items()):
+        for node in nodes_of(path, types=True):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, []).append(module)
+    return found
+
+
+def test_a_class_name_says_which_thing_it_is():
+    found = classes(KNOWN)
+    assert len(found) > 150
+    assert {name: homes for name, homes in found.items() if len(homes) > 1} == {}
+
+
 def test_only_channels_names_what_rides_beside_the_calls():
     from vlmprune.engine import channels
 

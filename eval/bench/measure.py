@@ -14,7 +14,7 @@ from vlmprune.engine.install import install, remove
 from vlmprune.engine.plan import Plan
 from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.counting import count, formula_flops, kv_bytes, language_flops
-from vlmprune.eval.bench.oracle import Oracle, Plain, Stretch
+from vlmprune.eval.bench.oracle import Oracle, PlainRun, Stretch
 from vlmprune.eval.bench.stages import STAGES, stage_seconds
 from vlmprune.eval.bench.stats import ratio, spread
 from vlmprune.eval.bench.workload import Workload
@@ -51,7 +51,7 @@ class Effort:
 class Contender:
     """One way of running the workload, and what it took."""
 
-    run: Plain
+    run: PlainRun
     clock: Clock
     plan: Plan | None = None
     first: list[float] = field(default_factory=list)
@@ -100,7 +100,7 @@ def stage_spreads(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def measure_unpruned(work: Workload, effort: Effort, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Stages, memory, cache and FLOPs of the unpruned model; its end-to-end times come with every method's."""
-    clock, run = Clock(work.model.device), Plain(work)
+    clock, run = Clock(work.model.device), PlainRun(work)
     remove(work.model)
     tell("unpruned: counting")
     with torch.no_grad():
@@ -200,7 +200,7 @@ def run_method(
     effort: Effort,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    pruned = Contender(Plain(work), clock, plan)
+    pruned = Contender(PlainRun(work), clock, plan)
     tell("counting")
     pruned.ready()
     counted = count(work, pruned.run.prefill)
@@ -213,7 +213,7 @@ def run_method(
     difference = float((logits - oracle.run.logits).abs().max() / logits.abs().max())
     oracle.first.clear()
 
-    rounds = Rounds(pruned, oracle, Contender(Plain(work), clock))
+    rounds = Rounds(pruned, oracle, Contender(PlainRun(work), clock))
     rounds.run(work, plan, clock, effort, tell)
     return {
         "tokens": tokens_of(work, trace),

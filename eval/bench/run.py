@@ -79,7 +79,7 @@ def measured(
 
     try:
         with Bar(len(pairs)) as bar:
-            cells = Cells(loaded, works, effort, bar)
+            cells = CellMeasurer(loaded, works, effort, bar)
             results.run_grid(found, pairs, cells.unpruned, cells.pruned, save)
         save(found)
     except (KeyboardInterrupt, CommandError):
@@ -90,7 +90,7 @@ def measured(
 
 
 @dataclass
-class Cells:
+class CellMeasurer:
     """Measures cells of one model, by batch size."""
 
     loaded: loading.Loaded

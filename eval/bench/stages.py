@@ -17,7 +17,7 @@ from torch import nn
 from vlmprune.engine.install import install, remove
 from vlmprune.engine.plan import Plan
 from vlmprune.eval.bench.clock import Clock
-from vlmprune.eval.bench.oracle import Plain, Stretch
+from vlmprune.eval.bench.oracle import PlainRun, Stretch
 from vlmprune.eval.bench.workload import Workload
 from vlmprune.parts.cuts import AnyCut, Cut, PixelCut
 from vlmprune.parts.taps import BlockTap, Tap, TowerTap
@@ -150,7 +150,7 @@ def stage_seconds(
         install(work.model, instrumented_plan(plan, spans))
     try:
         with stamps(work, spans):
-            _, total = clock.time(Plain(work).prefill)
+            _, total = clock.time(PlainRun(work).prefill)
     finally:
         remove(work.model)
     took = spans.seconds()

@@ -13,7 +13,7 @@ from vlmprune import registry, spec
 from vlmprune.eval.config.kinds import Average, Keep, Plain, Seeds, Switch, Text
 from vlmprune.eval.config.told import mistakes, must_be
 
-__all__ = ["STRICT", "Budget", "Budgeted", "Entries", "Entry", "Part", "or_controls", "unique"]
+__all__ = ["STRICT", "Budget", "Entries", "Entry", "Part", "WithBudgets", "or_controls", "unique"]
 
 #: ("keep" or "average", amount)
 Budget = tuple[str, int | float]
@@ -28,7 +28,7 @@ def unique(budgets: Iterable[Budget]) -> tuple[Budget, ...]:
     return tuple({repr(budget): budget for budget in budgets}.values())
 
 
-class Budgeted:
+class WithBudgets:
     """Has budgets: `keep` and `average`, in this order."""
 
     keep: tuple[int | float, ...]
@@ -68,7 +68,7 @@ def no_other_budget(own: bool, info: ValidationInfo) -> bool:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Entry(Budgeted):
+class Entry(WithBudgets):
     """One entry of `methods` or `controls`.
 
     Attributes:

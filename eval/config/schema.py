@@ -13,9 +13,9 @@ from pydantic.dataclasses import dataclass
 from vlmprune import configs, spec
 from vlmprune.errors import did_you_mean
 from vlmprune.eval.config import kinds
-from vlmprune.eval.config.entries import STRICT, Budget, Budgeted, Entries, or_controls
+from vlmprune.eval.config.entries import STRICT, Budget, Entries, WithBudgets, or_controls
 from vlmprune.eval.config.kinds import Average, Keep, Positive, Seeds, Text
-from vlmprune.eval.config.told import Source, about, mistakes, must_be
+from vlmprune.eval.config.told import ConfigSource, about, mistakes, must_be
 from vlmprune.eval.config.tree import Key, Mistakes, Tree, read_start, read_tree
 
 __all__ = ["KEYS", "Config", "Published", "Setting", "load_config"]
@@ -42,7 +42,7 @@ def one_budget(average: tuple[int | float, ...], info: ValidationInfo) -> tuple[
 
 
 @dataclass(frozen=True, config=STRICT)
-class Published(Budgeted):
+class Published(WithBudgets):
     """A number of a paper, for the ledger of the report: `method` is a label, "none" the unpruned model.
 
     Source and definition are required, since a number without them cannot be compared.
@@ -123,7 +123,7 @@ def lines(_: Any, info: ValidationInfo) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Setting(Budgeted):
+class Setting(WithBudgets):
     """One model with everything that is run on it. Field by field what `vlmprune init FILE` writes and explains.
 
     `suites` has the tasks of each entry of `tasks`; `where` the line of every key, and of every task, metric and
@@ -229,7 +229,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if tree.value is None:
         raise Mistakes([(str(path), "the file is empty; `vlmprune init FILE` writes one that explains every key.")])
     found: list[tuple[str, str]] = []
-    head = validated(HEAD, tree.value, Source(tree), found)
+    head = validated(HEAD, tree.value, ConfigSource(tree), found)
     settings = [validated(SETTING, given, source, found) for given, source in models(tree)]
     found += named_twice(tree, [setting and setting.name for setting in settings])
     if found:
@@ -267,21 +267,22 @@ def read_text(path: Path) -> str:
     raise Mistakes([(str(path), why)])
 
 
-def models(tree: Tree) -> Iterator[tuple[dict[str, Any], Source]]:
+def models(tree: Tree) -> Iterator[tuple[dict[str, Any], ConfigSource]]:
     """What is said of each model, where each word was written: keys at the top hold for all, a run's own win."""
     top = tree.value
     if not isinstance(top, dict):
         return
     shared = {word: value for word, value in top.items() if word not in ("output", "runs")}
     if "runs" not in top:
-        yield shared, Source(tree, dict.fromkeys(shared, ()), unknown=unknown)
+        yield shared, ConfigSource(tree, dict.fromkeys(shared, ()), unknown=unknown)
     for i, mine in enumerate(top["runs"] if isinstance(top.get("runs"), list) else ()):
         if isinstance(mine, dict):
             place: Key = ("runs", i)
-            yield shared | mine, Source(tree, dict.fromkeys(shared, ()) | dict.fromkeys(mine, place), place, unknown)
+            home = dict.fromkeys(shared, ()) | dict.fromkeys(mine, place)
+            yield shared | mine, ConfigSource(tree, home, place, unknown)
 
 
-def validated(adapter: TypeAdapter[Any], given: Any, source: Source, found: list[tuple[str, str]]) -> Any:
+def validated(adapter: TypeAdapter[Any], given: Any, source: ConfigSource, found: list[tuple[str, str]]) -> Any:
     """The model that is meant, or None and what is wrong."""
     try:
         return adapter.validate_python(given, context=source)

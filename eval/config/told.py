@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from vlmprune.errors import did_you_mean
 from vlmprune.eval.config.tree import Key, Tree
 
-__all__ = ["Source", "about", "mistakes", "must_be"]
+__all__ = ["ConfigSource", "about", "mistakes", "must_be"]
 
 HINTS = {"model": " (an embedded name, a folder or a hub id)", "tasks": " (`lmms-eval tasks list`)"}
 
@@ -34,7 +34,7 @@ def mistakes(*found: tuple[Key | str, str]) -> PydanticCustomError:
 
 
 @dataclass
-class Source:
+class ConfigSource:
     """Where the values of one model were written: the context in which they are validated.
 
     Attributes:

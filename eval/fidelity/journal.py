@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vlmprune.eval.fidelity.measure import Compared, Entry, Row
+from vlmprune.eval.fidelity.measure import Compared, StudyEntry, StudyRow
 from vlmprune.eval.lmms import fingerprints
 from vlmprune.runtime.files import write_whole
 
@@ -51,7 +51,7 @@ class Journal:
 
     def __init__(self, folder: Path, setting: dict[str, Any]):
         self.path, self.setting = folder / FILE, setting
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, StudyRow] = {}
         self.damaged: list[int] = []  # numbers of lines that nothing could be made of
         self.contents: dict[Path, str] = {}
         self.codes: dict[str, Any] = {}
@@ -66,9 +66,14 @@ class Journal:
             lines.pop()
         if not lines:
             return []  # a run that measured nothing
+        self.refuse_other(head)
+        return [line for number, line in enumerate(lines, 2) if self.take(line, number)]
+
+    def refuse_other(self, head: str) -> None:
+        """Refuse the rows below a first line that says another setting, or nothing."""
         try:
-            head = json.loads(head)
-            known = head["format"] == FORMAT and dict(head["setting"])
+            said = json.loads(head)
+            known = said["format"] == FORMAT and dict(said["setting"])
         except (ValueError, KeyError, TypeError):
             known = None
         if not known:
@@ -81,18 +86,19 @@ class Journal:
                 f"{self.path.parent} holds results of another setting, which cannot be mixed ({'; '.join(told)}): name "
                 "another folder with --out."
             )
-        kept = []
-        for number, line in enumerate(lines, 2):
-            try:
-                said = json.loads(line)
-                key = said.pop("key")
-                self.rows[key] = row_of(said)
-                kept.append(line)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                self.damaged.append(number)
-        return kept
 
-    def key(self, picture: str, path: Path, prompt: str, entry: Entry, seed: int | None) -> str:
+    def take(self, line: str, number: int) -> bool:
+        """Take the row of a line; whether there was one."""
+        try:
+            said = json.loads(line)
+            key = said.pop("key")
+            self.rows[key] = row_of(said)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            self.damaged.append(number)
+            return False
+        return True
+
+    def key(self, picture: str, path: Path, prompt: str, entry: StudyEntry, seed: int | None) -> str:
         """What a row is found by again."""
         if path not in self.contents:
             try:
@@ -106,7 +112,7 @@ class Journal:
         about = [picture, self.contents[path], prompt, entry.label, options, self.codes[name]]
         return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
-    def add(self, rows: dict[str, Row]) -> None:
+    def add(self, rows: dict[str, StudyRow]) -> None:
         """Append rows; whole lines, so that a process that is killed loses the last of them at most.
 
         Raises:
@@ -122,7 +128,7 @@ class Journal:
                 file.write(encoded(said))
         self.rows |= rows
 
-    def having(self, keys: Iterable[Sequence[str]]) -> list[Row]:
+    def having(self, keys: Iterable[Sequence[str]]) -> list[StudyRow]:
         """The rows of every prompt (its keys) that has all of them: entries are compared on the same prompts."""
         return [self.rows[key] for mine in keys if all(key in self.rows for key in mine) for key in mine]
 
@@ -132,9 +138,9 @@ def encoded(lines: Iterable[str]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
 
 
-def row_of(said: dict[str, Any]) -> Row:
-    """The reverse of `Row.as_json`; the tokens of the answer are not kept."""
+def row_of(said: dict[str, Any]) -> StudyRow:
+    """The reverse of `StudyRow.as_json`; the tokens of the answer are not kept."""
     measured = {field.name: said.pop(field.name) for field in fields(Compared) if field.name != "tokens"}
     if not all(isinstance(value, bool | int | float) for value in measured.values()):
         raise ValueError("a measure is no number")
-    return Row(**said, compared=Compared(tokens=[], **measured))
+    return StudyRow(**said, compared=Compared(tokens=[], **measured))

@@ -32,8 +32,8 @@ from vlmprune.eval.statistics import Estimate
 from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.spec import budget_text, budgets_in
 
-__all__ = ["MEASURES", "Compared", "Entry", "Line", "Reference", "Row", "collate", "compare", "reference"]
-__all__ += ["summarise", "worst"]
+__all__ = ["MEASURES", "Compared", "Reference", "StudyEntry", "StudyLine", "StudyRow", "collate", "compare"]
+__all__ += ["reference", "summarise", "worst"]
 
 #: The measures, and what they cannot go beyond, none being below 0.
 TOPS: dict[str, float | None] = {"first_agrees": 1.0, "answer_agrees": 1.0, "kl_first": None, "kl_answer": None}
@@ -80,7 +80,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StudyEntry:
     """A method at a budget, run with one or several seeds (`(None,)` for a method without)."""
 
     method: str
@@ -104,7 +104,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """One prompt about one picture under one entry and seed, with both answers as text."""
 
     picture: str
@@ -133,18 +133,18 @@ def collate(prompts: Sequence[Inputs], pad: int) -> Inputs:
             whatever else has one row per picture.
         pad: token to pad with; it is masked.
     """
-    width = max(p["input_ids"].shape[1] for p in prompts)
-    made: Inputs = {}
-    for name in prompts[0]:
-        parts = [p[name] for p in prompts]
-        if name in ("input_ids", "attention_mask", "token_type_ids"):
-            fill = pad if name == "input_ids" else 0
-            parts = [torch.nn.functional.pad(x, (width - x.shape[1], 0), value=fill) for x in parts]
-        elif name == "pixel_values" and parts[0].ndim == 5:  # pictures of different numbers of views
-            views = max(x.shape[1] for x in parts)
-            parts = [torch.cat((x, x.new_zeros(len(x), views - x.shape[1], *x.shape[2:])), 1) for x in parts]
-        made[name] = torch.cat(parts)
-    return made
+    return {name: torch.cat(equally_long(name, [p[name] for p in prompts], pad)) for name in prompts[0]}
+
+
+def equally_long(name: str, parts: Sequence[torch.Tensor], pad: int) -> Sequence[torch.Tensor]:
+    """The inputs called `name` of several prompts, padded to the longest of them where they may differ."""
+    longest = max(x.shape[1] for x in parts) if parts[0].ndim > 1 else 0
+    if name in ("input_ids", "attention_mask", "token_type_ids"):
+        fill = pad if name == "input_ids" else 0
+        return [torch.nn.functional.pad(x, (longest - x.shape[1], 0), value=fill) for x in parts]
+    if name == "pixel_values" and parts[0].ndim == 5:  # pictures of different numbers of views
+        return [torch.cat((x, x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])), 1) for x in parts]
+    return parts
 
 
 def greedy(model: Any, inputs: Inputs, max_new_tokens: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -246,7 +246,7 @@ def compare(handle: Handle, inputs: Inputs, full: Reference, max_new_tokens: int
 
 
 @dataclass(frozen=True)
-class Line:
+class StudyLine:
     """One entry in sum.
 
     Attributes:
@@ -255,7 +255,7 @@ class Line:
         verdict: of that difference: better, worse, noise or equal; None without one or with a single picture.
     """
 
-    entry: Entry
+    entry: StudyEntry
     tokens_before: float
     tokens_after: float
     layer_average: float
@@ -264,7 +264,7 @@ class Line:
     verdict: str | None = None
 
 
-def summarise(entries: Sequence[Entry], rows: Iterable[Row]) -> list[Line]:
+def summarise(entries: Sequence[StudyEntry], rows: Iterable[StudyRow]) -> list[StudyLine]:
     """One line per entry that has rows, in the order of `entries`; the order of `rows` means nothing.
 
     A prompt counts once: seeds are averaged first. Pictures are drawn with replacement, each with all its prompts.
@@ -272,21 +272,27 @@ def summarise(entries: Sequence[Entry], rows: Iterable[Row]) -> list[Line]:
     spread: there the interval is Clopper and Pearson's exact one for so many pictures (`bounded_interval`), so that ten
     pictures that agree do not pass for a proof.
     """
-    by_entry: dict[str, dict[tuple[str, str], list[Row]]] = {}
-    for row in sorted(rows, key=lambda row: (row.picture, row.prompt, row.seed or 0)):
-        by_entry.setdefault(row.label, {}).setdefault((row.picture, row.prompt), []).append(row)
+    by_entry = by_prompt(rows)
     values = {label: {pair: mean_of(some, MEASURES) for pair, some in by.items()} for label, by in by_entry.items()}
     lines = []
     for entry in (entry for entry in entries if entry.label in by_entry):
         every = [row for some in by_entry[entry.label].values() for row in some]
         tokens = mean_of(every, ("tokens_before", "tokens_after", "layer_average"))
-        mine, control = values[entry.label], values.get(Entry("random", entry.options).label)
+        mine, control = values[entry.label], values.get(StudyEntry("random", entry.options).label)
         beside = (None, None) if control is None or entry.method == "random" else over(mine, control)
-        lines.append(Line(entry, *tokens, estimates(mine), *beside))
+        lines.append(StudyLine(entry, *tokens, estimates(mine), *beside))
     return lines
 
 
-def mean_of(rows: Sequence[Row], names: Sequence[str]) -> list[float]:
+def by_prompt(rows: Iterable[StudyRow]) -> dict[str, dict[tuple[str, str], list[StudyRow]]]:
+    """The rows of every label by picture and prompt, the seeds of one in order."""
+    found: dict[str, dict[tuple[str, str], list[StudyRow]]] = {}
+    for row in sorted(rows, key=lambda row: (row.picture, row.prompt, row.seed or 0)):
+        found.setdefault(row.label, {}).setdefault((row.picture, row.prompt), []).append(row)
+    return found
+
+
+def mean_of(rows: Sequence[StudyRow], names: Sequence[str]) -> list[float]:
     """Means of what was measured."""
     return [float(np.mean([getattr(row.compared, name) for row in rows])) for name in names]
 
@@ -314,7 +320,7 @@ def drawn(pictures: Sequence[str], values: np.ndarray) -> Sequence[np.ndarray | 
     return list(statistics.Resampler(pictures).means(pictures, values).T)
 
 
-def worst(rows: Iterable[Row], count: int) -> list[Row]:
+def worst(rows: Iterable[StudyRow], count: int) -> list[StudyRow]:
     """The worst row of each of the `count` worst pictures, worst first.
 
     Changed answers are worse than others; among them, and among the others, the larger `kl_answer` is worse. Pictures
@@ -324,7 +330,7 @@ def worst(rows: Iterable[Row], count: int) -> list[Row]:
         (row for row in rows if row.compared.kl_answer > 0 or not row.compared.answer_agrees),
         key=lambda r: (r.compared.answer_agrees, -r.compared.kl_answer, r.picture, r.prompt, r.seed or 0),
     )
-    first: dict[str, Row] = {}
+    first: dict[str, StudyRow] = {}
     for row in order:
         first.setdefault(row.picture, row)
     return list(first.values())[:count]

@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image
 
 from vlmprune.eval import statistics
-from vlmprune.eval.fidelity.measure import Entry, Line, Row, summarise
+from vlmprune.eval.fidelity.measure import StudyEntry, StudyLine, StudyRow, summarise
 from vlmprune.eval.report import render
-from vlmprune.eval.report.document import Block, Captioned, Cards, Heading, Items, Table, Text, repeat
+from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Heading, Table, Text, repeat
 from vlmprune.eval.statistics import Estimate
 from vlmprune.runtime import draw
 from vlmprune.runtime.files import write_whole
@@ -65,7 +65,7 @@ CAVEAT = (
 class Card:
     """One of the worst pictures: its row, and the picture as it is and with what was kept."""
 
-    row: Row
+    row: StudyRow
     plain: draw.Panel
     kept: draw.Panel
 
@@ -84,14 +84,14 @@ class Study:
     """
 
     about: dict[str, Any]
-    entries: Sequence[Entry]
-    rows: Sequence[Row]
+    entries: Sequence[StudyEntry]
+    rows: Sequence[StudyRow]
     skipped: Sequence[tuple[str, str]]
     cards: dict[str, list[Card]]
     planned: int
 
     @cached_property
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[StudyLine]:
         """The sums."""
         return summarise(self.entries, self.rows)
 
@@ -133,7 +133,7 @@ def few_pictures(pictures: int) -> str:
     return f"{few}: below {statistics.FEW_CLUSTERS} the intervals are too narrow to trust."
 
 
-def table_of(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+def table_of(lines: Sequence[StudyLine]) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table of a study; columns that would be empty are left out."""
     header = ["method", "budget", "entering", "layer average", "first token", "answer", "KL first", "KL answer"]
     compared = any(line.over_random is not None for line in lines)
@@ -157,7 +157,7 @@ def table_of(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
     return header + (["answer - random"] if compared else []), rows
 
 
-def in_words(line: Line, pictures: int) -> str:
+def in_words(line: StudyLine, pictures: int) -> str:
     """One sentence about an entry and `random`."""
     same = spread(line.measures["answer_agrees"], ".1f", 100)
     told = f"{line.entry.label}: {same} % of the answers stay the same"
@@ -196,20 +196,16 @@ def build(study: Study, sheets: Mapping[str, Path]) -> list[Block]:
         ),
         *troubles(study),
         Table(header, rows, range(2), kinds),
-        Items([in_words(line, study.pictures) for line in lines if not line.entry.control]),
+        Bullets([in_words(line, study.pictures) for line in lines if not line.entry.control]),
         Text(INTERVALS),
         Text(CAVEAT),
         Heading("What the columns are"),
-        Items([f"{name}: {text}" for name, text in DEFINITIONS if name in header]),
+        Bullets([f"{name}: {text}" for name, text in DEFINITIONS if name in header]),
     ]
-    for entry in study.entries:
-        if not entry.control:
-            blocks += [Heading(f"Worst pictures: {entry.label}"), *worst_pictures(study, entry.label, sheets)]
-    if study.skipped:
-        blocks.append(Heading(f"Left out: {counted(len(study.skipped), 'picture')}"))
-        blocks.append(Items([f"{name}: {why}" for name, why in study.skipped]))
+    for label in (entry.label for entry in study.entries if not entry.control):
+        blocks += [Heading(f"Worst pictures: {label}"), *worst_pictures(study, label, sheets)]
     facts = {name: value for name, value in study.about.items() if name != "command"}
-    return blocks + repeat(facts, study.about["command"])
+    return blocks + left_out(study) + repeat(facts, study.about["command"])
 
 
 def troubles(study: Study) -> list[Block]:
@@ -221,6 +217,14 @@ def troubles(study: Study) -> list[Block]:
     if study.pictures < statistics.FEW_CLUSTERS:
         said.append(few_pictures(study.pictures))
     return [Text(text, warning=True) for text in said]
+
+
+def left_out(study: Study) -> list[Block]:
+    """The section about pictures that could not be read, if there are any."""
+    if not study.skipped:
+        return []
+    told = Bullets([f"{name}: {why}" for name, why in study.skipped])
+    return [Heading(f"Left out: {counted(len(study.skipped), 'picture')}"), told]
 
 
 def worst_pictures(study: Study, label: str, sheets: Mapping[str, Path]) -> list[Block]:
@@ -249,7 +253,7 @@ def captioned(card: Card) -> Captioned:
     return Captioned(row.picture, made.getvalue(), f"{row.picture} and what was kept of it", facts, note)
 
 
-def kl(row: Row) -> str:
+def kl(row: StudyRow) -> str:
     """`0.123`, of the answer."""
     return f"{row.compared.kl_answer:.3f}"
 
@@ -259,7 +263,7 @@ def shown(answer: str) -> str:
     return answer or "(empty)"
 
 
-def pruned(row: Row) -> str:
+def pruned(row: StudyRow) -> str:
     """The pruned model's answer, and whether it is the unpruned one's."""
     return shown(row.pruned) + (" (the same)" if row.compared.answer_agrees else "")
 

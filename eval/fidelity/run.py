@@ -20,7 +20,7 @@ from vlmprune.spec import Job
 
 if TYPE_CHECKING:
     from vlmprune.eval.fidelity.journal import Journal
-    from vlmprune.eval.fidelity.measure import Entry, Row
+    from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
     from vlmprune.runtime.loading import Loaded
 
 __all__ = ["Todo", "measure"]
@@ -29,7 +29,7 @@ __all__ = ["Todo", "measure"]
 class Todo:
     """What is to be measured, and what of it the journal has."""
 
-    def __init__(self, journal: Journal, entries: Sequence[Entry], pairs: Sequence[Pair]):
+    def __init__(self, journal: Journal, entries: Sequence[StudyEntry], pairs: Sequence[Pair]):
         self.journal, self.pairs = journal, pairs
         self.steps = [(entry, seed) for entry in entries for seed in entry.seeds]
 
@@ -41,7 +41,7 @@ class Todo:
         """The prompts that lack a row."""
         return [pair for pair in self.pairs if any(key not in self.journal.rows for key in self.keys(pair))]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[StudyRow]:
         """All rows of the prompts that lack none."""
         return self.journal.having(map(self.keys, self.pairs))
 
@@ -137,5 +137,5 @@ def one_batch(
         made = {}
         for i, ((pair, _), one, mine) in enumerate(zip(some, compared, keys, strict=True)):
             said = text(full.answer(i)), text(one.tokens)
-            made[mine[step]] = fidelity.Row(pair.picture, pair.prompt, entry.label, seed, *said, one)
+            made[mine[step]] = fidelity.StudyRow(pair.picture, pair.prompt, entry.label, seed, *said, one)
         journal.add({key: row for key, row in made.items() if key not in journal.rows})

@@ -65,7 +65,7 @@ class Counts(TokenCounts):
 
 
 @dataclass(frozen=True)
-class Asked:
+class ReadyRequest:
     """One request, ready for the processor: the prompt with a placeholder for each image, and the images."""
 
     request: Instance
@@ -263,7 +263,7 @@ class VlmPrune(lmms):
             results.append(GenerationResult(text, Counts(prompts[row], counts[row], record=record)))
         return results
 
-    def ask(self, request: Instance) -> Asked:
+    def ask(self, request: Instance) -> ReadyRequest:
         """Turn a request into prompt and images.
 
         Raises:
@@ -285,9 +285,9 @@ class VlmPrune(lmms):
                 f"the chat template of {self.loaded.source.name} writes {text.count(token)} {token} for {len(images)} "
                 "images: give another one with template=FILE."
             )
-        return Asked(request, text, [self.read(image) for image in images])
+        return ReadyRequest(request, text, [self.read(image) for image in images])
 
-    def inputs(self, asked: Sequence[Asked]) -> dict[str, torch.Tensor]:
+    def inputs(self, asked: Sequence[ReadyRequest]) -> dict[str, torch.Tensor]:
         """Processor's output for a left-padded batch, on the device."""
         processor, texts = self.loaded.processor, [one.text for one in asked]
         # prompt by prompt: LLaVA-OneVision prepares several pictures of one prompt differently

@@ -23,7 +23,7 @@ from vlmprune.runtime.errors import UserError
 from vlmprune.runtime.loading import pick_device
 from vlmprune.spec import NONE, budget_text
 
-__all__ = ["Cell", "Job", "Plan", "make_plan"]
+__all__ = ["Cell", "EvalPlan", "ModelJob", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Job:
+class ModelJob:
     """One model and its cells, in the order they run: method by method, so that a method's tasks stand together.
 
     `shared` is what all its results depend on; `depends` adds what one cell's depends on, and `key` hashes that.
@@ -77,16 +77,16 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Plan:
+class EvalPlan:
     """All cells of a config, what was left out and why, and what a user should know before it runs."""
 
     config: Config
-    jobs: tuple[Job, ...]
+    jobs: tuple[ModelJob, ...]
     skipped: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
-    def cells(self) -> list[tuple[Job, Cell]]:
+    def cells(self) -> list[tuple[ModelJob, Cell]]:
         return [(job, cell) for job in self.jobs for cell in job.cells]
 
 
@@ -110,7 +110,7 @@ class Draft:
         self.skipped.append(about | {"reason": why})
 
 
-def make_plan(config: Config, *, look_at_model: bool = True, device: str | None = None) -> Plan:
+def make_plan(config: Config, *, look_at_model: bool = True, device: str | None = None) -> EvalPlan:
     """Look up methods, models and tasks, and multiply them out.
 
     Args:
@@ -129,10 +129,10 @@ def make_plan(config: Config, *, look_at_model: bool = True, device: str | None 
     if mistakes := [told for draft in drafts for told in draft.mistakes] + shared_files(jobs, config):
         raise Mistakes(mistakes)
     notes = dict.fromkeys(note for draft in drafts for note in draft.notes)
-    return Plan(config, jobs, tuple(skipped for draft in drafts for skipped in draft.skipped), tuple(notes))
+    return EvalPlan(config, jobs, tuple(skipped for draft in drafts for skipped in draft.skipped), tuple(notes))
 
 
-def job_of(draft: Draft, names: Sequence[str], model: dict[str, Any], device: str | None) -> Job:
+def job_of(draft: Draft, names: Sequence[str], model: dict[str, Any], device: str | None) -> ModelJob:
     """One model's cells, and what they depend on; `names` are those of all models."""
     setting = draft.setting
     index = TaskIndex(setting.include_path)
@@ -140,12 +140,7 @@ def job_of(draft: Draft, names: Sequence[str], model: dict[str, Any], device: st
     check_limit(draft, tasks)
     check_metrics(draft, index, tasks)
     notes_on(draft)
-    cells = tuple(
-        cell_of(setting, entry, budget, seed, task, group)
-        for entry in order(setting)
-        for budget, seed in variants(draft, entry)
-        for task, group in tasks.items()
-    )
+    cells = cells_of(draft, tasks)
     for i, one in enumerate(setting.published):
         if why := unmatched(one, setting.name, names, tasks, index, cells):
             draft.wrong(f"published.{i}", why)
@@ -156,7 +151,17 @@ def job_of(draft: Draft, names: Sequence[str], model: dict[str, Any], device: st
         task: {"name": task, "metric": metric_of(setting, task, group), **index.fingerprint(task)}
         for task, group in tasks.items()
     }
-    return Job(setting, cells, shared, named, about)
+    return ModelJob(setting, cells, shared, named, about)
+
+
+def cells_of(draft: Draft, tasks: dict[str, str | None]) -> tuple[Cell, ...]:
+    """Methods and controls, multiplied out with their budgets and seeds and with the tasks."""
+    return tuple(
+        cell_of(draft.setting, entry, budget, seed, task, group)
+        for entry in order(draft.setting)
+        for budget, seed in variants(draft, entry)
+        for task, group in tasks.items()
+    )
 
 
 def shared_by_all(draft: Draft, model: dict[str, Any], device: str) -> dict[str, Any]:
@@ -366,7 +371,7 @@ def id_of(setting: Setting, entry: Entry, budget: Budget | None, seed: int | Non
     return name
 
 
-def shared_files(jobs: Iterable[Job], config: Config) -> list[tuple[str, str]]:
+def shared_files(jobs: Iterable[ModelJob], config: Config) -> list[tuple[str, str]]:
     """Two cells must not share a file, on file systems that ignore case too."""
     seen: dict[str, Cell] = {}
     found = []

@@ -18,7 +18,7 @@ from vlmprune import spec
 from vlmprune.eval.config.schema import Setting
 from vlmprune.eval.lmms import fingerprints, outcome, store
 from vlmprune.eval.lmms import plan as plans
-from vlmprune.eval.lmms.plan import Cell, Job, Plan
+from vlmprune.eval.lmms.plan import Cell, EvalPlan, ModelJob
 from vlmprune.eval.lmms.survey import Survey, survey
 from vlmprune.eval.lmms.taskindex import imported
 from vlmprune.runtime import interruption
@@ -42,9 +42,9 @@ class Watcher:
 
     def start(self, found: Survey) -> None: ...
 
-    def loading(self, job: Job) -> None: ...
+    def loading(self, job: ModelJob) -> None: ...
 
-    def cell(self, job: Job, cell: Cell) -> None: ...
+    def cell(self, job: ModelJob, cell: Cell) -> None: ...
 
     def samples(self, answered: int, of: int) -> None: ...
 
@@ -60,7 +60,7 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def run_plan(plan: Plan, watcher: Watcher | None = None, command: list[str] | None = None) -> Done:
+def run_plan(plan: EvalPlan, watcher: Watcher | None = None, command: list[str] | None = None) -> Done:
     """Measure what is not measured yet.
 
     Every cell is written as soon as it exists, so a run that was stopped, by whatever, goes on where it was. A cell
@@ -108,7 +108,7 @@ def from_first(make: Callable[[], Any]) -> Any:
     return box[0]
 
 
-def run_job(job: Job, cells: list[Cell], folder: Path, watcher: Watcher) -> Done:
+def run_job(job: ModelJob, cells: list[Cell], folder: Path, watcher: Watcher) -> Done:
     """Load a model and run its cells."""
     with quietly(folder) as log:
         watcher.loading(job)
@@ -165,7 +165,7 @@ def run_job(job: Job, cells: list[Cell], folder: Path, watcher: Watcher) -> Done
 
 
 def measure(
-    lm: Any, job: Job, cell: Cell, tasks: dict[str, Any], about: dict[str, Any], folder: Path, start: float
+    lm: Any, job: ModelJob, cell: Cell, tasks: dict[str, Any], about: dict[str, Any], folder: Path, start: float
 ) -> Any:
     """One cell through lmms-eval; None in processes other than the first."""
     from lmms_eval.evaluator import simple_evaluate
@@ -192,13 +192,13 @@ def measure(
     return outcome.cell_of_results(about, results, records, task, metric, time.perf_counter() - start)
 
 
-def job_index(job: Job) -> Any:
+def job_index(job: ModelJob) -> Any:
     from vlmprune.eval.lmms.taskindex import TaskIndex
 
     return TaskIndex(job.setting.include_path)
 
 
-def open_task(job: Job, name: str, tasks: dict[str, Any]) -> Any:
+def open_task(job: ModelJob, name: str, tasks: dict[str, Any]) -> Any:
     """A task with its data set, opened once a run; what went wrong the first time goes wrong again at once."""
     if name not in tasks:
         try:
@@ -228,7 +228,7 @@ def share_locks() -> None:
         ) from error
 
 
-def load_task(job: Job, name: str) -> Any:
+def load_task(job: ModelJob, name: str) -> Any:
     """Open a task's data set; the first process does it alone, so that the others find it in the cache."""
     from lmms_eval.tasks import get_task_dict
 
@@ -315,7 +315,7 @@ def ledger(setting: Setting) -> list[dict[str, Any]]:
     return made
 
 
-def about_run(plan: Plan, command: list[str] | None) -> dict[str, Any]:
+def about_run(plan: EvalPlan, command: list[str] | None) -> dict[str, Any]:
     """What `run.json` says."""
     config, published = plan.config, []
     for entry in (entry for job in plan.jobs for entry in ledger(job.setting)):

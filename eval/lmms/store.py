@@ -14,7 +14,8 @@ import filelock
 
 from vlmprune.runtime.files import PREFIX, write_whole
 
-__all__ = ["FORMAT", "Run", "StoreError", "all_cells", "load_run", "locked", "read_cell", "write_cell", "write_run"]
+__all__ = ["FORMAT", "StoreError", "StoredRun", "all_cells", "load_run", "locked", "read_cell", "write_cell"]
+__all__ += ["write_run"]
 
 #: Of cell files and `run.json`; files of another format are not read.
 FORMAT = 1
@@ -30,7 +31,7 @@ class StoreError(Exception):
 
 
 @dataclass(frozen=True)
-class Run:
+class StoredRun:
     """What is on disk of one run.
 
     Attributes:
@@ -48,7 +49,7 @@ class Run:
     damaged: dict[str, str] = field(default_factory=dict)
 
 
-def load_run(folder: str | Path) -> Run:
+def load_run(folder: str | Path) -> StoredRun:
     """Read a run, finished or not.
 
     Raises:
@@ -65,7 +66,7 @@ def load_run(folder: str | Path) -> Run:
             continue
         if cell is not None and cell["key"] == info["keys"][name]:
             good[name] = cell
-    return Run(folder, info, list(good.values()), [name for name in info["cells"] if name not in good], damaged)
+    return StoredRun(folder, info, list(good.values()), [name for name in info["cells"] if name not in good], damaged)
 
 
 def open_run(folder: Path) -> dict[str, Any]:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from vlmprune.eval.lmms import store, taskindex
-from vlmprune.eval.lmms.plan import Cell, Job, Plan
+from vlmprune.eval.lmms.plan import Cell, EvalPlan, ModelJob
 
-__all__ = ["Estimate", "Survey", "estimate", "survey"]
+__all__ = ["Survey", "TimeLeft", "estimate", "survey"]
 
 NEW, FAILED = "not measured yet", "failed the last time"
 UNKNOWN = "measured, but whether anything changed cannot be told: lmms-eval is not installed here"
@@ -46,24 +46,23 @@ class Survey:
         return lines + [f"{count} to measure: {reason}" for reason, count in counts.items()]
 
 
-def survey(plan: Plan, folder: Path) -> Survey:
+def survey(plan: EvalPlan, folder: Path) -> Survey:
     """Compare a plan to what its output folder holds."""
-    done, reasons = [], {}
-    comparable = taskindex.have_lmms_eval()  # its version and the task's files are in the key
-    for job, cell in plan.cells:
-        found = store.read_cell(folder, cell.id)
-        if found is None:
-            reasons[cell.id] = NEW
-        elif not comparable:
-            reasons[cell.id] = UNKNOWN
-        elif found["key"] != job.key(cell):
-            reasons[cell.id] = changed(found["depends"], job.depends(cell))
-        elif found["error"] is not None:
-            reasons[cell.id] = FAILED
-        else:
-            done.append(cell.id)
+    told = {cell.id: why_again(job, cell, store.read_cell(folder, cell.id)) for job, cell in plan.cells}
+    reasons = {name: why for name, why in told.items() if why is not None}
     todo = sorted(reasons, key=lambda name: reasons[name] == FAILED)
-    return Survey(tuple(done), tuple(todo), reasons)
+    return Survey(tuple(name for name in told if name not in reasons), tuple(todo), reasons)
+
+
+def why_again(job: ModelJob, cell: Cell, found: Mapping[str, Any] | None) -> str | None:
+    """Why a cell is to be measured, by what was found of it; None where it is done."""
+    if found is None:
+        return NEW
+    if not taskindex.have_lmms_eval():  # whose version and the task's files are in the key
+        return UNKNOWN
+    if found["key"] != job.key(cell):
+        return changed(found["depends"], job.depends(cell))
+    return None if found["error"] is None else FAILED
 
 
 def changed(old: Any, new: Mapping[str, Any]) -> str:
@@ -86,7 +85,7 @@ def flat(value: Mapping[str, Any], above: str = "") -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class TimeLeft:
     """Seconds for the cells that something is known of, from `measured` cells; `unknown` is how many are left."""
 
     seconds: float
@@ -94,30 +93,34 @@ class Estimate:
     unknown: int
 
 
-def estimate(plan: Plan, found: Survey, folder: Path) -> Estimate:
+def comparable(plan: EvalPlan, folder: Path) -> Iterator[dict[str, Any]]:
+    """The cells in the folder that tell something of one of the plan's."""
+    planned = {group for _, cell in plan.cells for group in groups(asdict(cell))}
+    yield from (old for old in store.all_cells(folder) if old["error"] is None and planned & {*groups(old["cell"])})
+
+
+def estimate(plan: EvalPlan, found: Survey, folder: Path) -> TimeLeft:
     """How long the cells to do may take, by what cells in the folder took, of whatever config they are.
 
     A cell takes as long per sample as others of its model, method and task did, with whatever limit; failing that, as
     others of its model and task, or of its model. Cells of a model that nothing was measured of stay unknown.
     """
-    planned = {group for _, cell in plan.cells for group in groups(asdict(cell))}
     rates: dict[tuple[str, ...], list[float]] = defaultdict(list)
     sizes: dict[str, int] = {}
     measured = 0
-    for old in store.all_cells(folder):
-        if old["error"] is None and planned & {*groups(old["cell"])}:
-            measured += 1
-            sizes[old["cell"]["task"]] = old.get("documents") or len(old["samples"])
-            for group in groups(old["cell"]):
-                rates[group].append(old["elapsed_s"] / len(old["samples"]))
+    for old in comparable(plan, folder):
+        measured += 1
+        sizes[old["cell"]["task"]] = old.get("documents") or len(old["samples"])
+        for group in groups(old["cell"]):
+            rates[group].append(old["elapsed_s"] / len(old["samples"]))
     todo = set(found.todo)
     told = [seconds_of(job, cell, rates, sizes) for job, cell in plan.cells if cell.id in todo]
     known = [seconds for seconds in told if seconds is not None]
-    return Estimate(sum(known), measured, len(told) - len(known))
+    return TimeLeft(sum(known), measured, len(told) - len(known))
 
 
 def seconds_of(
-    job: Job, cell: Cell, rates: Mapping[tuple[str, ...], list[float]], sizes: Mapping[str, int]
+    job: ModelJob, cell: Cell, rates: Mapping[tuple[str, ...], list[float]], sizes: Mapping[str, int]
 ) -> float | None:
     """How long a cell may take, of seconds per sample and of the sizes of tasks; None where nothing is known."""
     rate = next((fmean(rates[group]) for group in groups(asdict(cell)) if group in rates), None)
@@ -131,6 +134,6 @@ def groups(cell: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     return (model, label, task), (model, task), (model,)
 
 
-def samples_of(job: Job, known: int | None) -> int | None:
+def samples_of(job: ModelJob, known: int | None) -> int | None:
     """How many samples a cell will have: the limit, or all that its task has, if a cell was measured of it."""
     return min((many for many in (job.setting.limit, known) if many is not None), default=None)

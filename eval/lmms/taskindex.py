@@ -85,10 +85,7 @@ class TaskIndex:
         about = manager.task_index[name]
         if about["type"] in ("task", "python_task"):
             return [name]
-        members = about["task"] if about["task"] != -1 else config_of(about["yaml_path"])["task"]
-        if not all(isinstance(member, str) for member in members):
-            raise ValueError(f"the group {name!r} changes its tasks' settings: name the tasks that you want instead.")
-        return list(dict.fromkeys(task for member in members for task in self.expand(member)))
+        return list(dict.fromkeys(task for member in members(name, about) for task in self.expand(member)))
 
     def metrics(self, name: str) -> list[str]:
         """The metrics that a task's YAML lists; none where it leaves them to lmms-eval, or is written in Python."""
@@ -121,6 +118,18 @@ class TaskIndex:
         return made
 
 
+def members(name: str, about: Mapping[str, Any]) -> list[str]:
+    """The names that a group or tag stands for.
+
+    Raises:
+        ValueError: it does not only name them.
+    """
+    found = about["task"] if about["task"] != -1 else config_of(about["yaml_path"])["task"]
+    if not all(isinstance(member, str) for member in found):
+        raise ValueError(f"the group {name!r} changes its tasks' settings: name the tasks that you want instead.")
+    return found
+
+
 def config_of(path: str | Path) -> dict[str, Any]:
     """What the YAML file of a task or group says, with what it includes."""
     from lmms_eval.utils import load_yaml_config
@@ -148,20 +157,21 @@ def no_metric(index: TaskIndex, task: str, metric: str) -> str | None:
 
 def local_data(config: Mapping[str, Any]) -> list[Path]:
     """The files of a data set on this disk: `data_files`, and those of the folder that is its `dataset_path`."""
-
-    def texts(value: Any) -> Iterator[str]:
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, dict | list):
-            for inner in value.values() if isinstance(value, dict) else value:
-                yield from texts(inner)
-
     named = [Path(text) for text in texts((config.get("dataset_kwargs") or {}).get("data_files")) if "://" not in text]
     found = [Path(path) for one in named for path in glob.glob(str(one), recursive=True)]
     place = Path(str(config.get("dataset_path") or ""))
     if place.is_dir() and place != Path():
         found += place.rglob("*")
     return [path.resolve() for path in found if path.is_file()]
+
+
+def texts(value: Any) -> Iterator[str]:
+    """All texts of nested mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from texts(inner)
 
 
 @cache

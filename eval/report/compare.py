@@ -20,14 +20,19 @@ def compare(pooled: Sequence[Pooled]) -> None:
     """Fill in intervals, differences and retention of one task's rows."""
     rows, scored = [p.row for p in pooled], [p for p in pooled if p.scores is not None]
     draws, top = drawn(scored), top_of(scored)
-    for row in (row for row in rows if row.name in draws):
-        found = statistics.mean(draws[row.name], row.value, row.clusters, top)
-        row.low, row.high = found.low, found.high
+    bound(rows, draws, top)
     contrast(rows, draws, {p.row.name: p.scores for p in scored}, top)
     known = [row for row in rows if row.value is not None]
     full = next((row for row in known if row.full), None)
     for row in known if full is not None else []:
         retain(row, full, draws)
+
+
+def bound(rows: Sequence[Row], draws: Draws, top: float | None) -> None:
+    """Fill in the intervals of rows that have draws."""
+    for row in (row for row in rows if row.name in draws):
+        found = statistics.mean(draws[row.name], row.value, row.clusters, top)
+        row.low, row.high = found.low, found.high
 
 
 def drawn(scored: Sequence[Pooled]) -> Draws:

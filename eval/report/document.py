@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Block", "Captioned", "Cards", "Code", "Heading", "Items", "Picture", "Table", "Text", "repeat"]
+__all__ = ["Block", "Bullets", "Captioned", "Cards", "Code", "Heading", "Picture", "Table", "Text", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Items:
+class Bullets:
     """A list of sentences."""
 
     items: Sequence[str]
@@ -87,7 +87,7 @@ class Cards:
     caption: str
 
 
-Block = Heading | Text | Items | Code | Table | Picture | Cards
+Block = Heading | Text | Bullets | Code | Table | Picture | Cards
 
 
 def repeat(facts: Mapping[str, Any], command: str) -> list[Block]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from vlmprune.eval.lmms.store import Run
+from vlmprune.eval.lmms.store import StoredRun
 from vlmprune.eval.report.compare import compare
 from vlmprune.eval.report.overall import overall
 from vlmprune.eval.report.pooled import Cell, Pooled, Questions, identity, pool
@@ -15,7 +15,7 @@ from vlmprune.spec import budget_text
 __all__ = ["gather"]
 
 
-def gather(run: Run) -> Results:
+def gather(run: StoredRun) -> Results:
     """Compare the cells of one run.
 
     Returns:
@@ -33,7 +33,7 @@ def gather(run: Run) -> Results:
     return results
 
 
-def absent(run: Run, name: str) -> Problem:
+def absent(run: StoredRun, name: str) -> Problem:
     """A planned cell that has no usable file."""
     return (
         Problem(name, DAMAGED, run.damaged[name])

@@ -13,14 +13,14 @@ from vlmprune.eval.report.rows import Results, Row
 from vlmprune.eval.report.tables import COUNTS, NONE, counts, number
 from vlmprune.spec import budget_text
 
-__all__ = ["Line", "lines", "table"]
+__all__ = ["LedgerLine", "lines", "table"]
 
 NUMBERS = ("paper", "ours", "difference", *COUNTS)
 HEADER = ("model", "method", "budget", "task", "metric", *NUMBERS, "note", "definition", "source")
 
 
 @dataclass(frozen=True)
-class Line:
+class LedgerLine:
     """One published number; `ours` is in the paper's unit, or None with the reason in `note`."""
 
     model: str | None
@@ -36,12 +36,12 @@ class Line:
     source: str
 
 
-def lines(results: Results) -> list[Line]:
+def lines(results: Results) -> list[LedgerLine]:
     """All published numbers of the config, in its order."""
     return [line(results, entry) for entry in results.info.get("published") or []]
 
 
-def line(results: Results, entry: Mapping[str, Any]) -> Line:
+def line(results: Results, entry: Mapping[str, Any]) -> LedgerLine:
     """One published number with ours beside it.
 
     A share (0..1) is shown in per cent where the paper's number can only be per cent; the note says so.
@@ -49,15 +49,19 @@ def line(results: Results, entry: Mapping[str, Any]) -> Line:
     paper, metric = float(entry["value"]), entry["metric"]
     mine = [cell for cell in results.cells if about(cell["cell"], entry)]
     good = [cell for cell in mine if not cell["error"]]
-    note, ours = lacking(mine, good, metric), None
-    if not note:
-        ours = float(np.mean([value_of(cell, metric) for cell in good]))
-        share = paper > 1.5 and 0 <= ours <= 1
-        ours = 100 * ours if share else ours
-        note = "; ".join([*(["ours times 100"] if share else []), *partial(good)])
+    note = lacking(mine, good, metric)
+    ours, note = (None, note) if note else our_number(good, metric, paper)
     difference = None if ours is None else ours - paper
     words = (entry["task"], metric, paper, ours, difference, note, entry["definition"], entry["source"])
-    return Line(entry.get("model"), entry["method"], budget_of(entry), *words)
+    return LedgerLine(entry.get("model"), entry["method"], budget_of(entry), *words)
+
+
+def our_number(good: Sequence[Mapping[str, Any]], metric: str, paper: float) -> tuple[float, str]:
+    """The mean of what cells measured, in the paper's unit, and what is to be said of it."""
+    ours = float(np.mean([value_of(cell, metric) for cell in good]))
+    if paper > 1.5 and 0 <= ours <= 1:
+        return 100 * ours, "; ".join(["ours times 100", *partial(good)])
+    return ours, "; ".join(partial(good))
 
 
 def value_of(cell: Mapping[str, Any], metric: str) -> float | None:
@@ -91,13 +95,13 @@ def about(cell: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     return same and model and cell["task"] == entry["task"] and budget_text(cell["budget"]) == budget_of(entry)
 
 
-def table(results: Results, found: Sequence[Line]) -> Table:
+def table(results: Results, found: Sequence[LedgerLine]) -> Table:
     """The ledger as a table."""
     rows = [table_row(one, next((r for r in results.rows if is_row(r, one)), None)) for one in found]
     return Table(HEADER, rows, [i for i, name in enumerate(HEADER) if name not in NUMBERS])
 
 
-def table_row(one: Line, row: Row | None) -> list[str]:
+def table_row(one: LedgerLine, row: Row | None) -> list[str]:
     """A line's cells, with the counts of the row that our number comes from."""
     tokens = [NONE] * len(COUNTS) if row is None else counts(row)
     numbers = [f"{one.paper:g}", number(one.ours, 2), number(one.difference, 2, sign=True), *tokens]
@@ -105,7 +109,7 @@ def table_row(one: Line, row: Row | None) -> list[str]:
     return [*about, *numbers, one.note, one.definition, one.source]
 
 
-def is_row(row: Row, one: Line) -> bool:
+def is_row(row: Row, one: LedgerLine) -> bool:
     """Whether a row is the one that a line's own number comes from."""
     same = row.full if one.method == "none" else row.label == one.method
     return same and one.model in (None, row.model) and (row.budget, row.task) == (one.budget, one.task)

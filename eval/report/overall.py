@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -109,11 +109,16 @@ def retention_draws(blank: Sequence[Row], found: Found) -> Draws:
     groups = {task: clusters(pooled[full]) for task, pooled in found.items()}
     if any(len(set(names)) < 2 for names in groups.values()):
         return {}
-    ratios = []
-    for i, tasks in enumerate(together(groups)):
-        resampler = statistics.Resampler([name for task in tasks for name in groups[task]], seed=statistics.SEED + i)
-        ratios += [task_ratios(found[task], able, full, resampler, groups[task]) for task in tasks]
+    ratios = [task_ratios(found[task], able, full, resampler, groups[task]) for task, resampler in resamplers(groups)]
     return dict(zip(able, np.mean(ratios, 0).T, strict=True))
+
+
+def resamplers(groups: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, statistics.Resampler]]:
+    """Every task with what draws its clusters: one and the same for all tasks that share some."""
+    for i, tasks in enumerate(together(groups)):
+        names = [name for task in tasks for name in groups[task]]
+        resampler = statistics.Resampler(names, seed=statistics.SEED + i)
+        yield from ((task, resampler) for task in tasks)
 
 
 def task_ratios(

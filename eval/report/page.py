@@ -9,7 +9,7 @@ from typing import Any
 
 from vlmprune.eval import statistics, testbed
 from vlmprune.eval.report import document, ledger, tables, words
-from vlmprune.eval.report.document import Block, Code, Heading, Items, Picture, Table, Text
+from vlmprune.eval.report.document import Block, Bullets, Code, Heading, Picture, Table, Text
 from vlmprune.eval.report.rows import DAMAGED, MISSING, OK, Problem, Results, Row
 from vlmprune.runtime.tables import counted, short
 from vlmprune.spec import budget_text
@@ -39,7 +39,7 @@ def build(results: Results, pictures: Mapping[str, Sequence[Picture]] | None) ->
         ]
     blocks += [
         Heading("How to read this"),
-        Items(words.definitions(batched(results), embedded(results))),
+        Bullets(words.definitions(batched(results), embedded(results))),
         *repeat(results),
     ]
     return blocks
@@ -102,7 +102,7 @@ def told(rows: Sequence[Row], table: Table) -> list[Block]:
     """A table of rows with what is to be said above and below it."""
     warnings = [Text(text, warning=True) for text in words.few(rows)]
     said = words.differences(rows)
-    return [*warnings, table, *notes(rows), *([Items(said)] if said else [])]
+    return [*warnings, table, *notes(rows), *([Bullets(said)] if said else [])]
 
 
 def about(rows: Sequence[Row]) -> str:
@@ -128,7 +128,7 @@ def notes(rows: Sequence[Row]) -> list[Block]:
         text = row.note if row.state == OK else f"{row.state}: {row.note}"
         said.setdefault(short(text, 400), []).append(names[id(row)])
     told = [f"{most(mine, list(names.values()))}: {text}" for text, mine in said.items()]
-    return [Items(told)] if told else []
+    return [Bullets(told)] if told else []
 
 
 def most(names: Sequence[str], every: Sequence[str]) -> str:

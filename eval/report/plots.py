@@ -177,19 +177,30 @@ def draw_panel(panel: Any, rows: Sequence[Row], axis: Axis, looks: dict[str, dic
     """Draw one panel; returns its legend's entries."""
     aside = {label: (i + 0.5) / len(looks) - 0.5 for i, label in enumerate(looks)}
     points = [p for row in rows if (p := point(row, axis, aside)) is not None]
-    full, pruned = ([p for p in points if p.row.full is which] for which in (True, False))
     draw_bars(panel, points, looks)
-    handles: dict[str, Any] = {}
-    for p in full:
-        handles["full model"] = panel.plot(p.at, p.y, "*", color="black", ms=13, ls="none", zorder=5)[0]
-        panel.axhline(p.y, color="black", lw=0.8, alpha=0.35, zorder=1)
-    for label, look in looks.items():
-        if mine := [p for p in pruned if p.row.label == label]:
-            handles[label] = panel.plot(*places(mine), lw=1.2, ms=6.5, zorder=4, **look)[0]
+    handles = draw_full(panel, points) | draw_methods(panel, points, looks)
     handles["Pareto front"] = draw_front(panel, points)
     if axis.spread:
         log_ticks(panel, [p.x for p in points])
     describe(panel, rows, axis)
+    return handles
+
+
+def draw_full(panel: Any, points: Sequence[Point]) -> dict[str, Any]:
+    """Draw the full model with a line through it; returns its legend's entry."""
+    handles = {}
+    for p in (p for p in points if p.row.full):
+        handles["full model"] = panel.plot(p.at, p.y, "*", color="black", ms=13, ls="none", zorder=5)[0]
+        panel.axhline(p.y, color="black", lw=0.8, alpha=0.35, zorder=1)
+    return handles
+
+
+def draw_methods(panel: Any, points: Sequence[Point], looks: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Draw a line per method; returns their legend's entries."""
+    handles = {}
+    for label, look in looks.items():
+        if mine := [p for p in points if p.row.label == label and not p.row.full]:
+            handles[label] = panel.plot(*places(mine), lw=1.2, ms=6.5, zorder=4, **look)[0]
     return handles
 
 

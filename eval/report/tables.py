@@ -171,16 +171,22 @@ def model_summary(results: Results, model: str, wide: int) -> str:
     scores = scores_of(results.of(model, tasks[0])) if len(tasks) == 1 else {}
     header = ["method", "budget", "entering", "average", *(["score"] if scores else [])]
     header += ["retention % [95 %]", "- random, points", "first token"]
-    cells: list[list[str]] = []
-    for row, kind in zip(rows, kinds(rows), strict=True):
-        cells += [[]] if "start" in kind else []
-        cells.append(summary_row(row, scores))
+    cells = summary_cells(rows, scores)
     metric = next((row.metric for row in results.of(model, tasks[0]) if row.metric), "")
     about = f"{tasks[0]} ({metric})" if scores else f"mean over {len(tasks)} tasks"
     room = wide - len(terminal.columns(header[1:], [row[1:] for row in cells], header[1:]).split("\n")[1]) - 2
     cells = [[terminal.short(row[0], max(12, room)), *row[1:]] if row else row for row in cells]
     body = terminal.table(header, cells, [name for name in header[2:] if not name.startswith("- ")], wide)
     return f"{terminal.short(f'{model}: {about}', wide)}\n{body}"
+
+
+def summary_cells(rows: Sequence[Row], scores: Mapping[str, str]) -> list[list[str]]:
+    """The rows' texts, with an empty line before each budget."""
+    cells: list[list[str]] = []
+    for row, kind in zip(rows, kinds(rows), strict=True):
+        cells += [[]] if "start" in kind else []
+        cells.append(summary_row(row, scores))
+    return cells
 
 
 def scores_of(rows: Sequence[Row]) -> dict[str, str]:

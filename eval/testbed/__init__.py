@@ -20,7 +20,7 @@ from PIL import Image
 
 from vlmprune.embedded import NAMES, path
 
-__all__ = ["NAMES", "SPLITS", "VERSION", "Record", "path", "pictures", "questions"]
+__all__ = ["NAMES", "SPLITS", "VERSION", "Question", "path", "pictures", "questions"]
 
 #: Version of the shipped test split; results of different versions must not be compared.
 VERSION = "1"
@@ -31,7 +31,7 @@ _HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class Record:
+class Question:
     """One question of a shipped split; `picture` is the encoded file (lossless WebP)."""
 
     id: str
@@ -48,7 +48,7 @@ class Record:
         return Image.open(io.BytesIO(self.picture)).convert("RGB")
 
 
-def questions(split: str = "sparse") -> list[Record]:
+def questions(split: str = "sparse") -> list[Question]:
     """The shipped questions of one split, in a fixed order.
 
     Args:
@@ -67,7 +67,7 @@ def questions(split: str = "sparse") -> list[Record]:
         lines = archive.read(f"{split}.jsonl").decode().splitlines()
         rows = [json.loads(line) for line in lines]
         pictures = {name: archive.read(f"{name}.webp") for name in {row["picture_id"] for row in rows}}
-    return [Record(split=split, picture=pictures[row["picture_id"]], **row) for row in rows]
+    return [Question(split=split, picture=pictures[row["picture_id"]], **row) for row in rows]
 
 
 def pictures() -> list[dict]:

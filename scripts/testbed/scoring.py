@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from vlmprune.eval import statistics
-from vlmprune.eval.testbed import Record
+from vlmprune.eval.testbed import Question
 from vlmprune.eval.testbed.words import CATEGORIES
 from vlmprune.patches.host import returned_cache, with_cache
 
@@ -78,7 +78,7 @@ def prompt_of(processor, question: str, picture: bool = True) -> str:
 
 
 @torch.no_grad()
-def answer(model, processor, records: Iterable[Record], *, batch: int = 32, blind: bool = False) -> list[str]:
+def answer(model, processor, records: Iterable[Question], *, batch: int = 32, blind: bool = False) -> list[str]:
     """The model's answers by `generate`, whatever patch is on it; `blind` leaves the picture out."""
     answers = []
     records = list(records)
@@ -95,7 +95,7 @@ def answer(model, processor, records: Iterable[Record], *, batch: int = 32, blin
 
 
 @torch.no_grad()
-def looks(model, processor, records: Iterable[Record]) -> dict[str, tuple[torch.Tensor, ...]]:
+def looks(model, processor, records: Iterable[Question]) -> dict[str, tuple[torch.Tensor, ...]]:
     """What the tower says about each picture: projected features, tower features, CLS and received attention.
 
     The attention is that of the layer which produces the features (layer -2), averaged over heads. Returns by picture
@@ -126,7 +126,7 @@ def looks(model, processor, records: Iterable[Record]) -> dict[str, tuple[torch.
 def answer_by_hand(
     model,
     processor,
-    records: Iterable[Record],
+    records: Iterable[Question],
     choose: Choose,
     keep: int | float,
     *,
@@ -199,12 +199,12 @@ def answer_by_hand(
     return answers
 
 
-def right(records: Iterable[Record], answers: Iterable[str]) -> np.ndarray:
+def right(records: Iterable[Question], answers: Iterable[str]) -> np.ndarray:
     """Exact answers: (questions,) float 0 or 1."""
     return np.array([float(r.answer == a) for r, a in zip(records, answers, strict=True)])
 
 
-def by_category(records: list[Record], correct: np.ndarray) -> dict[str, float]:
+def by_category(records: list[Question], correct: np.ndarray) -> dict[str, float]:
     """Accuracy of every category that occurs, and `all`."""
     table = {"all": float(correct.mean())}
     for category in CATEGORIES:
@@ -214,7 +214,7 @@ def by_category(records: list[Record], correct: np.ndarray) -> dict[str, float]:
     return table
 
 
-def interval(records: list[Record], difference: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+def interval(records: list[Question], difference: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Bootstrap 95 % interval of a mean over questions, resampling whole pictures.
 
     With `difference` = right(A) - right(B) it is the paired interval of A - B.

@@ -21,7 +21,7 @@ def digest(scene: scenes.Scene) -> str:
     return hashlib.sha256(scene.pixels.tobytes() + scene.owner.tobytes() + repr(scene.things).encode()).hexdigest()
 
 
-def told(record: testbed.Record) -> scenes.Scene:
+def told(record: testbed.Question) -> scenes.Scene:
     """The scene behind a shipped picture, drawn again."""
     name, number = record.picture_id.split("-")
     return split.test_scene(name, split.SIZES[name][2] + int(number))

@@ -32,6 +32,20 @@ def scores_of(rows, columns, dtype, seed=0):
     return torch.where(torch.rand(rows, columns, generator=g) < 0.3, special, scores).to(dtype)
 
 
+def test_top_k_in_tiles(device, monkeypatch):
+    """What Triton does with rows that have no room in registers, at a size that its interpreter can bear."""
+    triton_choose = pytest.importorskip("vlmprune.kernels.triton_choose")
+    monkeypatch.setattr(triton_choose, "TILE", 64)
+    rows, columns = 2, 257
+    among = torch.rand(rows, columns, generator=torch.Generator().manual_seed(1)) < 0.8
+    for seed, wanted in enumerate((1, 65, 300)):
+        scores, counts = scores_of(rows, columns, torch.float32, seed), torch.tensor([wanted, 100])
+        kept = triton_choose.top_k(scores.to(device), counts.to(device), among.to(device)).cpu()
+        for i in range(rows):
+            expected = ranked(scores[i].tolist(), int(counts[i]), among[i].tolist())
+            assert kept[i].nonzero().flatten().tolist() == expected
+
+
 @pytest.mark.parametrize("dtype", SCORES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_top_k(implementation, device, shape, dtype):

@@ -55,7 +55,7 @@ def test_full_and_sliding_layers_in_one_model(name):
 
 def test_a_run_by_hand_that_is_not_the_models_own_is_said_to_be_that(monkeypatch):
     """One mask for all layers of a stretch, full and sliding: what the check itself once got wrong."""
-    monkeypatch.setattr(byhand, "sliding_window", lambda attention: None)
+    monkeypatch.setattr(byhand, "window_of", lambda layer: None)
     report = Subject(tiny.shared(**FAMILIES["mixed"])).check("fopru", keep=0.4)
     assert {"rows", "positions", "generate"} <= set(report.unknown)
     assert report.open == []

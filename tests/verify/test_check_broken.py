@@ -179,7 +179,7 @@ def test_other_tokens_in_a_batch():
     assert few.passed
     assert many.failed == ["batch"]
     assert "6 of 20" in many["batch"].told
-    passes(subject("llava").check(Sociable(0)))
+    passes(subject("llava").check(Sociable(0)), ("taps",))
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ class Torn(Method):
 
 def test_a_tie_that_rounding_decides_in_a_batch_is_judged_by_its_gap():
     near = subject("llava").check(Torn(1e-6, 2e-6))
-    passes(near)
+    passes(near, ("taps",))
     told = "kept tokens are others than alone; their scores tie but for rounding (9.5e-07 apart)"
     assert told in near["batch"].told
     # scores that are off by more than rounding are no tie, however few tokens they exchange

@@ -76,7 +76,9 @@ def verb(
     if as_json:
         print(json.dumps(in_json(loaded, reports, skipped), indent=2))
     else:
-        print(in_text(reports, skipped), *(["", block(loaded, reports, skipped)] if wrong or report else []), sep="\n")
+        print(in_text(reports, skipped))
+    if (wrong or report) and not as_json:
+        print("", block(loaded, reports, skipped), sep="\n")
     if wrong:
         raise CommandError(wrong + ("" if as_json else " (block for a bug report above)"))
 

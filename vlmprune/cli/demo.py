@@ -31,7 +31,7 @@ win. Measured numbers on a thousand questions are in the embedded models' card."
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnsweredPicture:
     """One shipped picture, and what the full model and every job answered."""
 
     picture: dict[str, Any]
@@ -74,11 +74,9 @@ def shipped() -> list[dict[str, Any]]:
         pictures = testbed.pictures()
     except FileNotFoundError as error:
         raise CommandError(f"the demo's pictures are missing from this installation: {brief(error)}") from None
-    missing = {name: why for name in testbed.NAMES if (why := lack_of(name))}
-    there = [
-        picture for name in testbed.NAMES if name not in missing for picture in pictures if picture["model"] == name
-    ]
-    reasons = sorted(set(missing.values()))
+    lacks = {name: lack_of(name) for name in testbed.NAMES}
+    there = [picture for name in lacks if not lacks[name] for picture in pictures if picture["model"] == name]
+    reasons = sorted({why for why in lacks.values() if why})
     if not there:
         raise CommandError(f"nothing to show: {'; '.join(reasons) or 'no pictures'}")
     for reason in reasons:
@@ -110,7 +108,7 @@ def verb(out: Annotated[str, Option(metavar="FOLDER", help="folder for the pictu
     from vlmprune.runtime.status import Bar, show, status
 
     todo = spec.jobs(METHODS, [{"keep": keep} for keep in KEEPS], {})
-    asked: list[Asked] = []
+    asked: list[AnsweredPicture] = []
     drawn: list[Path] = []
     loaded: Loaded | None = None
     pictures = shipped()
@@ -121,7 +119,7 @@ def verb(out: Annotated[str, Option(metavar="FOLDER", help="folder for the pictu
             image = read_picture(picture["file"])
             inputs = loading.model_inputs(loaded, [image], picture["question"])
             status(f"{Path(picture['file']).name}: full model")
-            asked.append(Asked(picture, *answering.run_jobs(loaded, todo, inputs, LONGEST, bar)))
+            asked.append(AnsweredPicture(picture, *answering.run_jobs(loaded, todo, inputs, LONGEST, bar)))
             drawn.append(folder / f"{number}-{Path(picture['file']).stem}.png")
             save(drawn[-1], loaded, asked[-1], image)
 
@@ -131,7 +129,7 @@ def verb(out: Annotated[str, Option(metavar="FOLDER", help="folder for the pictu
         print(f"  {path}")
 
 
-def as_table(asked: list[Asked]) -> str:
+def as_table(asked: list[AnsweredPicture]) -> str:
     """One block of rows per picture, one row per method, and how many answers were right."""
     from vlmprune.runtime.tables import table
 
@@ -153,7 +151,7 @@ def block(start: list[str], cells: dict[str, list[str]]) -> list[list[str]]:
     return [[*(start if i == 0 else [""] * len(start)), name, *mine] for i, (name, mine) in enumerate(cells.items())]
 
 
-def save(target: Path, loaded: Loaded, asked: Asked, image: Image.Image) -> None:
+def save(target: Path, loaded: Loaded, asked: AnsweredPicture, image: Image.Image) -> None:
     """Draw one row of panels per budget, one panel per method."""
     from vlmprune.runtime import draw
     from vlmprune.runtime.pictures import write_picture

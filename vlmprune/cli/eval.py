@@ -15,8 +15,8 @@ from vlmprune.runtime.status import Bar, note, status
 from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
-    from vlmprune.eval.lmms.plan import Cell, Job, Plan
-    from vlmprune.eval.lmms.survey import Estimate, Survey
+    from vlmprune.eval.lmms.plan import Cell, EvalPlan, ModelJob
+    from vlmprune.eval.lmms.survey import Survey, TimeLeft
 
 __all__ = ["about", "planned", "verb"]
 
@@ -35,7 +35,7 @@ exit codes: 0 all is measured, 1 something failed, 2 the config is wrong or the 
 """
 
 
-def planned(file: str, overrides: list[str], look_at_model: bool = True) -> Plan:
+def planned(file: str, overrides: list[str], look_at_model: bool = True) -> EvalPlan:
     """Read the config and make its plan.
 
     Raises:
@@ -86,7 +86,7 @@ def verb(
         report(plan, done.failed)
 
 
-def about(plan: Plan) -> list[str]:
+def about(plan: EvalPlan) -> list[str]:
     """What is going to be run, and what not."""
     from vlmprune.spec import budget_text
 
@@ -97,7 +97,7 @@ def about(plan: Plan) -> list[str]:
     return [*made, *(f"note: {note}" for note in plan.notes)]
 
 
-def about_job(job: Job) -> list[str]:
+def about_job(job: ModelJob) -> list[str]:
     """One model with what is run on it."""
     from vlmprune.spec import budget_text
 
@@ -112,7 +112,7 @@ def about_job(job: Job) -> list[str]:
     ]
 
 
-def tasks_of(job: Job) -> list[str]:
+def tasks_of(job: ModelJob) -> list[str]:
     """The names of its tasks, those of a group by the group's."""
     groups: dict[str, set[str]] = {}
     for cell in job.cells:
@@ -120,7 +120,7 @@ def tasks_of(job: Job) -> list[str]:
     return [name if found == {name} else f"{name} ({counted(len(found), 'task')})" for name, found in groups.items()]
 
 
-def dry(plan: Plan, found: Survey) -> str:
+def dry(plan: EvalPlan, found: Survey) -> str:
     """The cells one by one, and how long they may take."""
     from vlmprune.eval.lmms.survey import estimate
 
@@ -129,7 +129,7 @@ def dry(plan: Plan, found: Survey) -> str:
     return "\n".join([f"cells, in {plan.config.output}:", *rows, *found.told(), end])
 
 
-def how_long(todo: int, estimate: Estimate) -> str:
+def how_long(todo: int, estimate: TimeLeft) -> str:
     """How long so many cells may take, in a sentence."""
     if not todo:
         return "Nothing is left to measure."
@@ -152,7 +152,7 @@ def clock(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def report(plan: Plan, failed: dict[str, str]) -> None:
+def report(plan: EvalPlan, failed: dict[str, str]) -> None:
     """Write the report, print its table, and say what failed.
 
     Raises:
@@ -187,11 +187,11 @@ class Show(Bar):
             self.say(line)
         self.at(len(found.done))
 
-    def loading(self, job: Job) -> None:
+    def loading(self, job: ModelJob) -> None:
         """A model is about to be loaded."""
         self.say(f"loading {job.setting.name} ...")
 
-    def cell(self, job: Job, cell: Cell) -> None:
+    def cell(self, job: ModelJob, cell: Cell) -> None:
         """A cell begins."""
         status(f"{cell.model}: {cell.title} on {cell.task}")
 

@@ -18,7 +18,7 @@ from vlmprune.runtime.prompts import Pair, read_pairs
 from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
-    from vlmprune.eval.fidelity.measure import Entry, Row
+    from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
     from vlmprune.eval.fidelity.report import Card, Study
     from vlmprune.runtime.loading import Loaded
 
@@ -129,10 +129,15 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs))
     show(told, fidelity_report.write(folder, told), args.as_json)
     if skipped:
-        few = ", ".join(map(printable, list(skipped)[:5])) + (", ..." if len(skipped) > 5 else "")
-        note(f"{counted(len(skipped), 'picture')} could not be read, and left out: {few}")
+        note(left_out(list(skipped)))
     if interrupted:
         raise KeyboardInterrupt
+
+
+def left_out(names: Sequence[str]) -> str:
+    """What to say of pictures that could not be read."""
+    few = ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
+    return f"{counted(len(names), 'picture')} could not be read, and left out: {few}"
 
 
 def refuse_nothing(skipped: dict[str, str], interrupted: bool) -> None:
@@ -143,13 +148,13 @@ def refuse_nothing(skipped: dict[str, str], interrupted: bool) -> None:
     raise UserError(f"none of the {counted(len(skipped), 'picture')} could be read, the first of them {name}: {why}")
 
 
-def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[Entry]:
+def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[StudyEntry]:
     """One entry per job; `random` runs with several seeds unless one was asked for."""
-    from vlmprune.eval.fidelity.measure import Entry
+    from vlmprune.eval.fidelity.measure import StudyEntry
 
     for job in todo:
         several = job.method == "random" and "seed" not in job.options
-        yield Entry(job.method, job.options, control, tuple(range(seeds)) if several else (None,))
+        yield StudyEntry(job.method, job.options, control, tuple(range(seeds)) if several else (None,))
 
 
 def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
@@ -169,7 +174,9 @@ def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
         note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
 
 
-def worst_cards(loaded: Loaded, entry: Entry, rows: Sequence[Row], pairs: Sequence[Pair], count: int) -> list[Card]:
+def worst_cards(
+    loaded: Loaded, entry: StudyEntry, rows: Sequence[StudyRow], pairs: Sequence[Pair], count: int
+) -> list[Card]:
     """Prefill the worst pictures of an entry once more, each by itself, and draw what was kept."""
     from vlmprune.eval.fidelity.measure import worst
     from vlmprune.eval.fidelity.report import SIDE, Card

@@ -114,7 +114,7 @@ def verb(
         status("full model: answering")
         plain, outcomes = answering.run_jobs(loaded, todo, inputs, max_new_tokens, bar, repeats)
 
-    asked = Asked(loaded, prompt, image, images, plain, outcomes)
+    asked = AnsweredPrompt(loaded, prompt, image, images, plain, outcomes)
     show(json.dumps(in_json(asked), indent=2) if as_json else in_text(asked))
     if target is not None:
         draw_kept(target, asked)
@@ -122,7 +122,7 @@ def verb(
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnsweredPrompt:
     """A prompt about pictures (with the names of their files), and what came of it."""
 
     loaded: Loaded
@@ -145,7 +145,7 @@ class Asked:
         return [seen_share(image_processor, i.size, grid) for i, grid in zip(self.images, grids, strict=True)]
 
 
-def columns(asked: Asked) -> dict[str, list[str]]:
+def columns(asked: AnsweredPrompt) -> dict[str, list[str]]:
     """The table's columns: the full model's cell, then one per outcome; left out where nothing is to be said."""
     outcomes, total = asked.outcomes, asked.outcomes[0].total
     patches, newlines = total["patches_before"], total["newlines_before"]
@@ -157,14 +157,19 @@ def columns(asked: Asked) -> dict[str, list[str]]:
     if newlines:
         made["newlines left"] = [str(newlines), *(change(newlines, o.total["newlines_after"]) for o in outcomes)]
     made["layer average"] = [f"{patches + newlines:.1f}", *(f"{o.layer_average:.1f}" for o in outcomes)]
-    if asked.timed:
-        times = [outcome.times for outcome in outcomes]
-        made["prefill"] = ["", *(f"{t['plain_ms']:.1f} -> {t['pruned_ms']:.1f} ms" for t in times)]
-        made["speed-up"] = ["", *(f"{t['ratio']:.2f}x" for t in times)]
+    made |= time_columns([outcome.times for outcome in outcomes]) if asked.timed else {}
     return made | {"answer": [line(asked.plain), *(line(o.answer) for o in outcomes)]}
 
 
-def in_text(asked: Asked) -> str:
+def time_columns(times: Sequence[dict[str, float]]) -> dict[str, list[str]]:
+    """The columns of what took how long."""
+    return {
+        "prefill": ["", *(f"{t['plain_ms']:.1f} -> {t['pruned_ms']:.1f} ms" for t in times)],
+        "speed-up": ["", *(f"{t['ratio']:.2f}x" for t in times)],
+    }
+
+
+def in_text(asked: AnsweredPrompt) -> str:
     """What a person reads."""
     made, files = columns(asked), [printable(file) for file in asked.files]
     shown, rows = list(made), [list(row) for row in zip(*made.values(), strict=True)]
@@ -184,7 +189,7 @@ def line(text: str) -> str:
     return " ".join(text.split()) or "(empty)"
 
 
-def in_json(asked: Asked) -> dict[str, Any]:
+def in_json(asked: AnsweredPrompt) -> dict[str, Any]:
     """The same for a program, image by image."""
     model = asked.loaded.model
     pictures = zip(asked.files, asked.images, asked.seen, strict=True)
@@ -216,7 +221,7 @@ def in_json(asked: Asked) -> dict[str, Any]:
     }
 
 
-def draw_kept(target: Path, asked: Asked) -> None:
+def draw_kept(target: Path, asked: AnsweredPrompt) -> None:
     """Draw one row of panels per picture, one panel per method, and write the file."""
     from vlmprune.runtime import draw
     from vlmprune.runtime.pictures import write_picture

@@ -65,7 +65,7 @@ class Plan:
     @property
     def in_tower(self) -> bool:
         """Whether there is anything to do where pictures are encoded."""
-        return bool(self.tower_taps or self.tower_cuts or self.pixel_cuts)
+        return bool(self.tower_taps or self.in_vision)
 
     @property
     def enabled(self) -> bool:

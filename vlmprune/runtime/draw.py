@@ -156,10 +156,9 @@ def paint(
     base, factor = scaled(image, longest)
     inside = [clipped(box, factor, base.size) for box in boxes]
     shown = [(at, float(level)) for at, level in zip(inside, kept, strict=True) if at is not None]
-    if averaged:
-        for at, level in shown:
-            if level:
-                base.paste(base.resize((1, 1), Image.Resampling.BOX, box=at).getpixel((0, 0)), at)
+    alive = [at for at, level in shown if level]
+    for at in alive if averaged else ():
+        base.paste(base.resize((1, 1), Image.Resampling.BOX, box=at).getpixel((0, 0)), at)
     layers = {level: Image.new("L", base.size) for level in sorted({0.0, 1.0, *(level for _, level in shown)})}
     for at, level in shown:
         layers[level].paste(255, at)
@@ -172,7 +171,7 @@ def paint(
     edge = ImageChops.subtract(layers[1.0].filter(ImageFilter.MaxFilter(3)), layers[1.0])
     made.paste((255, 255, 255), mask=edge)
     if averaged:
-        outline(made, [at for at, level in shown if level])
+        outline(made, alive)
     return made
 
 
@@ -224,6 +223,13 @@ def around(boxes: Sequence[Box]) -> Box:
     return min(left), min(top), max(right), max(bottom)
 
 
+def joined(boxes: Sequence[Box], cells: dict[int, list[int]]) -> dict[int, Box]:
+    """The boxes by token; those that one token of `cells` averages are one around all of them."""
+    merged = {token for members in cells.values() for token in members}
+    shown = {t: box for t, box in enumerate(boxes) if t not in merged}
+    return shown | {t: around([boxes[m] for m in members]) for t, members in sorted(cells.items())}
+
+
 def outlived(trace: Trace, index: int) -> list[float]:
     """For every token of image `index` the share of the cuts that it outlived."""
     cuts, tokens = [set(cut.tokens(index)) for cut in trace.cuts], trace.grids[index].tokens
@@ -239,10 +245,7 @@ def kept_pictures(
     then, smaller, the thumbnail.
     """
     grid, kept, cells = trace.grids[index], outlived(trace, index), pooled(trace, index)
-    boxes = patch_boxes(image_processor, image.size, grid)
-    merged = {token for members in cells.values() for token in members}
-    shown = {t: box for t, box in enumerate(boxes) if t not in merged}
-    shown |= {t: around([boxes[m] for m in members]) for t, members in sorted(cells.items())}
+    shown = joined(patch_boxes(image_processor, image.size, grid), cells)
     planes = []
     for plane in range(len(grid.planes)):
         mine = [t for t in shown if grid.plane[t] == plane and not grid.newline[t]]

@@ -61,13 +61,18 @@ def look(where: str) -> tuple[Path, list[Path]]:
     try:
         path.stat()
     except FileNotFoundError:
-        pass  # a pattern, or a mistake
+        return fitting(where, path)
     except OSError as error:
         raise UserError(f"--images {printable(where)}: {error.strerror}.") from None
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
         return path, [file for file in path.iterdir() if is_picture(file)]
+    return fitting(where, path)
+
+
+def fitting(where: str, path: Path) -> tuple[Path, list[Path]]:
+    """The folder that a pattern starts from, and what may be pictures among what it fits; as of `look`."""
     if not glob.has_magic(where):
         raise UserError(f"--images {where}: no such folder.")
     base = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))

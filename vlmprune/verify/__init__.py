@@ -17,6 +17,7 @@ from vlmprune.verify import checks, evidence
 from vlmprune.verify.about import about
 from vlmprune.verify.prompts import check_placeholders, check_rotary, prompts_for
 from vlmprune.verify.runs import run
+from vlmprune.verify.taps import taps_line
 from vlmprune.verify.verdict import CHECKS, OPEN, Line, Report
 
 __all__ = ["CHECKS", "OPEN", "Line", "Report", "Subject", "check"]
@@ -73,7 +74,7 @@ class Subject:
         with torch.no_grad(), evaluating(self.model):
             handle = patch(self.model, method, **options)
             names, methods = "+".join(m.name or type(m).__name__ for m in handle.methods), handle.methods
-            in_tower = handle._plan.in_vision
+            in_tower, cuts = handle._plan.in_vision, [cut for _, cut in handle._plan.cuts]
             handle.unpatch()
             videos = "video" in self.family.modalities and not any(
                 {"video", "shrunk"} & made.refuses_inputs.keys() for made in methods
@@ -95,6 +96,8 @@ class Subject:
             step("by hand")
             lines = self.compared(plain, pruned, in_tower)
             lines["restore"] = checks.restore_line(plain, again, pruned.run, left)
+            step("taps")
+            lines["taps"] = taps_line(self.family, self.model, cuts, plain.noise("rows").most)
             lines["syncs"] = checks.syncs_line(before, after, 1 + sum(made.syncs for made in methods))
         return Report(names, list(map(repr, methods)), [lines[name] for name in CHECKS], about(self.model))
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from vlmprune.parts.cuts import Merge
 from vlmprune.patches.host import with_cache
-from vlmprune.patches.language_models import attention_mask, sliding_window
+from vlmprune.patches.language_models import attention_mask, window_of
 from vlmprune.trace import CutTrace
 
 __all__ = ["Flow", "Stretch", "flow_of", "flows", "run_layers", "stretches"]
@@ -245,7 +245,7 @@ def run_layers(
             if number and not decoded:
                 hidden = part.take(hidden)
             rotary = language_model.rotary_emb(hidden, position_ids=positions[number])
-        if (window := sliding_window(layer.self_attn)) not in masks:  # full and sliding layers may take turns
+        if (window := window_of(layer)) not in masks:  # full and sliding layers may take turns
             masks[window] = attention_mask(layer, index, hidden, part.longer(decoded), cache)
         hidden = layer(
             hidden,

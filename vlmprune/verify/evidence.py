@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from vlmprune.api import Handle
 from vlmprune.engine.finite import WAY_OUT, each_finite
 from vlmprune.patches import Family
-from vlmprune.patches.language_models import sliding_window
+from vlmprune.patches.language_models import window_of
 from vlmprune.trace import CutTrace, Trace
 from vlmprune.verify.prompts import batch
 from vlmprune.verify.runs import (
@@ -135,7 +135,7 @@ def forced_tokens(prompt: dict[str, Any]) -> list[int]:
 def steps_of(family: Family, model: nn.Module, side: str) -> int | None:
     """How many logits of a padded batch can be compared: padding inside a sliding window takes a token's place."""
     layers = family.decoder_layers(family.inner(model))
-    return 1 if side == "right" and any(sliding_window(layer.self_attn) is not None for layer in layers) else None
+    return 1 if side == "right" and any(window_of(layer) is not None for layer in layers) else None
 
 
 def demand_numbers(computed: Sequence[torch.Tensor], where: str) -> None:

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from vlmprune.engine.encode import encode
 from vlmprune.patches import Family
 from vlmprune.patches.host import returned_cache, with_cache
-from vlmprune.patches.language_models import sliding_window
+from vlmprune.patches.language_models import window_of
 from vlmprune.trace import CutTrace, Trace
 from vlmprune.verify.byhand import Stretch, flow_of, flows, run_layers, stretches
 
@@ -234,7 +234,7 @@ def masked(
                 if cut.positions == "contiguous":
                     place = place - gone.cumsum(0)
                 masks = {}
-            if (window := sliding_window(layer.self_attn)) not in masks:
+            if (window := window_of(layer)) not in masks:
                 masks[window] = mask_of(alive, window, hidden.dtype)
             hidden = layer(
                 hidden,

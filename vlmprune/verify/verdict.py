@@ -22,6 +22,7 @@ CHECKS = {
     "restore": "after unpatch the logits are bitwise those from before, and no hook is left",
     "syncs": "a pruned prefill waits for the device no more often than promised",
     "generate": "`generate`'s greedy answer is that by hand, and a static cache changes nothing",
+    "taps": "what a method sees is what the host's own eager attention computes",
 }
 
 SLACK = 5.0  # a difference is one from so many times the noise on

@@ -10,7 +10,7 @@ from clocks import FakeClock
 
 import vlmprune
 from vlmprune.eval.bench.clock import Clock
-from vlmprune.eval.bench.oracle import Plain, stretches
+from vlmprune.eval.bench.oracle import PlainRun, stretches
 from vlmprune.eval.bench.stages import STAGES, stage_seconds
 from vlmprune.methods.transprune import Transition
 from vlmprune.parts import taps
@@ -25,7 +25,7 @@ def stages(work, method=None, time=None, **options):
             return stage_seconds(work, clock)
     handle = vlmprune.patch(work.model, method, **options)
     with torch.no_grad():
-        Plain(work).prefill()
+        PlainRun(work).prefill()
         return stage_seconds(work, clock, handle._plan, stretches(handle.trace, work))
 
 
@@ -133,11 +133,11 @@ def test_the_models_own_work_is_booked_where_it_is_done(work, path, stage, metho
 def test_stamps_change_nothing_and_go_away(work):
     here = work(family="llava_next")
     with torch.no_grad():
-        Plain(here).prefill()  # transformers puts hooks of its own on with the first call
+        PlainRun(here).prefill()  # transformers puts hooks of its own on with the first call
     count = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in here.model.modules())
     handle = vlmprune.patch(here.model, "todre", keep=5)
     with torch.no_grad():
-        Plain(here).prefill()
+        PlainRun(here).prefill()
         kept = handle.trace.kept()
         stage_seconds(here, Clock("cpu"), handle._plan, stretches(handle.trace, here))
     assert handle.trace.kept() == kept

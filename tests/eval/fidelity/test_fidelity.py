@@ -14,7 +14,7 @@ import torch
 import vlmprune
 from vlmprune.eval.fidelity import measure as fidelity
 from vlmprune.eval.fidelity import report as fidelity_report
-from vlmprune.eval.fidelity.measure import Compared, Entry, Row
+from vlmprune.eval.fidelity.measure import Compared, StudyEntry, StudyRow
 from vlmprune.eval.statistics import Estimate
 
 LONG = 6
@@ -179,11 +179,11 @@ def test_outputs_that_are_no_numbers(tiny_model):
 
 def row(picture, label="a, keep 1", prompt="p", seed=None, agrees=True, kl=0.0, first=True, tokens=4):
     compared = Compared(first, agrees, kl / 2, kl, [], 10, tokens, tokens / 2)
-    return Row(picture, prompt, label, seed, "full", "full" if agrees else "other", compared)
+    return StudyRow(picture, prompt, label, seed, "full", "full" if agrees else "other", compared)
 
 
 def entry(method="a", control=False, seeds=(None,)):
-    return Entry(method, {"keep": 1}, control, seeds)
+    return StudyEntry(method, {"keep": 1}, control, seeds)
 
 
 def test_interval_by_hand():
@@ -264,7 +264,7 @@ def test_difference_to_random_is_paired_and_seeds_are_averaged():
     assert fidelity.summarise([entry(), entry("random")], twin)[0].verdict == "equal"
     noisy = [row(f"{i}", agrees=i % 2 == 1) for i in range(30)] + alone
     assert fidelity.summarise([entry(), entry("random")], noisy)[0].verdict == "noise"
-    budget = Entry("a", {"keep": 2})  # no control at this budget
+    budget = StudyEntry("a", {"keep": 2})  # no control at this budget
     assert fidelity.summarise([budget, entry("random")], [row("x", "a, keep 2"), *alone])[0].over_random is None
 
 

@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 
 from vlmprune.eval.fidelity import report
-from vlmprune.eval.fidelity.measure import Compared, Entry, Row
+from vlmprune.eval.fidelity.measure import Compared, StudyEntry, StudyRow
 from vlmprune.runtime.draw import Panel
 
 STRANGE = "caf\udce9 <b>|.png"  # a file name that is no text, and would be markup
-ENTRY, RANDOM = Entry("a", {"keep": 1}), Entry("random", {"keep": 1}, control=True, seeds=(0, 1))
+ENTRY, RANDOM = StudyEntry("a", {"keep": 1}), StudyEntry("random", {"keep": 1}, control=True, seeds=(0, 1))
 
 
 def row(picture, label, seed=None, agrees=True):
-    return Row(
+    return StudyRow(
         picture, "p ?", label, seed, "yes", "yes" if agrees else "", Compared(True, agrees, 0.1, 0.2, [], 9, 3, 3.0)
     )
 

@@ -173,7 +173,7 @@ def test_what_data_says_cannot_become_markup(folder):
     assert render.markdown([document.Text("# 1. not a heading"), document.Text("1. no list")], folder) == (
         "\\# 1. not a heading\n\n1\\. no list\n"
     )
-    assert "<b>" not in render.html([document.Heading("<b>"), document.Items(["<b>"]), document.Code("<b>")], "<b>")
+    assert "<b>" not in render.html([document.Heading("<b>"), document.Bullets(["<b>"]), document.Code("<b>")], "<b>")
 
 
 def test_the_ledger_compares_in_the_papers_unit(folder):

@@ -14,7 +14,9 @@ from vlmprune.eval.report.overall import together
 
 
 def gathered(cells, missing=()):
-    return gather(store.Run(None, {"cells": [c["cell"]["id"] for c in cells] + list(missing)}, cells, list(missing)))
+    return gather(
+        store.StoredRun(None, {"cells": [c["cell"]["id"] for c in cells] + list(missing)}, cells, list(missing))
+    )
 
 
 def row(results, name, task, model="scene-llava"):

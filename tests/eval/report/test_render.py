@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from vlmprune.eval.report import render
-from vlmprune.eval.report.document import Block, Captioned, Cards, Code, Heading, Items, Picture, Table, Text
+from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Code, Heading, Picture, Table, Text
 
 FOLDER = Path("/runs/one")
 NASTY = '<b>&amp; | `a` *b* _c_ ~~d~~ $e$ [f](http://g) "h" \\ </td>'
@@ -38,7 +38,7 @@ def blocks(folder):
         Heading(NASTY, 1),
         Text(NASTY),
         Text(NASTY, warning=True),
-        Items([NASTY, "two"]),
+        Bullets([NASTY, "two"]),
         Code(f"a\n  {NASTY}"),
         Table(["name", "number"], [[NASTY, "1"], ["x", "2"]], [0], ["full", "control start"]),
         Picture(folder / "a.png", f"One {NASTY}. Two."),
@@ -106,7 +106,7 @@ def test_markdown_shows_text_as_it_is(text):
         (Heading(text), "h2"),
         (Text(text), "p"),
         (Text(text, warning=True), "p"),
-        (Items([text]), "li"),
+        (Bullets([text]), "li"),
     ):
         shown = parsed(render.markdown([block], FOLDER))
         (found,) = re.findall(rf"<{tag}>(.*)</{tag}>", shown)

@@ -13,7 +13,7 @@ from vlmprune.eval.report.rows import Results
 
 
 def gathered(cells):
-    return gather(store.Run(None, {"cells": [c["cell"]["id"] for c in cells]}, cells, []))
+    return gather(store.StoredRun(None, {"cells": [c["cell"]["id"] for c in cells]}, cells, []))
 
 
 def row(cells, name, task):
