@@ -52,7 +52,7 @@ def about(version: Annotated[bool, VERSION] = False) -> None:
 
 for module in (run, init, eval, validate, report, fidelity, bench, check, serve, ls, demo):
     name = module.__name__.rpartition(".")[2]
-    app.command(name, cls=getattr(module, "Command", Verb), epilog=getattr(module, "EXAMPLES", None))(module.verb)
+    app.command(name, cls=getattr(module, "COMMAND", Verb), epilog=getattr(module, "EXAMPLES", None))(module.verb)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,11 +45,14 @@ TIMED = "Prefill: through the first token, full model -> pruned; medians of {pai
 CROPPED = "{name}: the model sees {share:.0%} of it; its image processor cuts off the rest, before any method."
 
 
-class Command(flags.Verb):
+class RunCommand(flags.Verb):
     """The verb, whose `--image a b` means `--image a --image b`."""
 
     def parse_args(self, ctx, args):
         return super().parse_args(ctx, list(apart(args, "--image")))
+
+
+COMMAND = RunCommand
 
 
 def apart(words: Sequence[str], flag: str) -> Iterator[str]:

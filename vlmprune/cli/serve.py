@@ -16,7 +16,7 @@ from vlmprune.cli import flags
 from vlmprune.runtime.errors import UserError, user_mistakes
 from vlmprune.runtime.status import note
 
-__all__ = ["Command", "verb"]
+__all__ = ["COMMAND", "verb"]
 
 EXAMPLES = """\
 examples:
@@ -31,12 +31,15 @@ TRUST, NO_TRUST = "--trust-request-mm-kwargs", "--no-trust-request-mm-kwargs"
 SERVER = "vllm.entrypoints.openai.api_server"
 
 
-class Command(flags.Verb):
+class ServeCommand(flags.Verb):
     """Flags of vLLM's server pass through."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.context_settings |= {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+COMMAND = ServeCommand
 
 
 def verb(

@@ -28,7 +28,7 @@ from vlmprune.patches import FAMILIES, Family
 from vlmprune.registry import options, required
 from vlmprune.serving.plugin import ARCHITECTURES
 
-__all__ = ["Choice", "Picture", "refusals", "why_not"]
+__all__ = ["Choice", "ServedPicture", "refusals", "why_not"]
 
 #: Families that are served.
 SERVED = tuple(ARCHITECTURES)
@@ -36,7 +36,7 @@ DIM = 8  # of the noise that stands for features where only the count is asked f
 
 
 @dataclass(frozen=True)
-class Picture:
+class ServedPicture:
     """One picture as a method sees it.
 
     Attributes:
@@ -124,7 +124,7 @@ class Choice:
                 seen[BlockKeys(layer)] = torch.rand(views, tokens, DIM, generator=generator)
             seen |= self.pick(torch.rand(views, tokens, DIM, generator=generator), seen, [grid])[1]
             hidden = torch.rand(1, grid.tokens, DIM, generator=generator)
-            self.counts[grid] = self.decide([Picture(grid)], seen, hidden)[1].alive_counts[0]
+            self.counts[grid] = self.decide([ServedPicture(grid)], seen, hidden)[1].alive_counts[0]
         return self.counts[grid]
 
     def pick(
@@ -147,7 +147,7 @@ class Choice:
         return features, kept
 
     def rows(
-        self, pictures: Sequence[Picture], seen: dict[Tap, torch.Tensor], features: Sequence[torch.Tensor]
+        self, pictures: Sequence[ServedPicture], seen: dict[Tap, torch.Tensor], features: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
         """What enters the language model of every picture.
 
@@ -172,7 +172,7 @@ class Choice:
         return [rows.index_select(0, places[:count]) for rows, places, count in chosen]
 
     def decide(
-        self, pictures: Sequence[Picture], seen: dict[Tap, torch.Tensor], hidden: torch.Tensor
+        self, pictures: Sequence[ServedPicture], seen: dict[Tap, torch.Tensor], hidden: torch.Tensor
     ) -> tuple[torch.Tensor, Layout]:
         """Run all cuts on `(pictures, width, dim)`: the same with merges done, and the layout of what is left."""
         layout = layout_of(pictures, hidden.device)
@@ -199,7 +199,7 @@ class Choice:
         return hidden, layout
 
 
-def layout_of(pictures: Sequence[Picture], device: torch.device) -> Layout:
+def layout_of(pictures: Sequence[ServedPicture], device: torch.device) -> Layout:
     """Every picture a prompt of its own, of nothing but its tokens."""
     grids = [picture.grid for picture in pictures]
     tokens, patches = [grid.tokens for grid in grids], [grid.patches for grid in grids]

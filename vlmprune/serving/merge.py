@@ -16,7 +16,7 @@ from vlmprune.parts.cuts import Vision
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Tap
 from vlmprune.serving.choice import Choice
-from vlmprune.serving.watch import Watcher
+from vlmprune.serving.watch import TowerWatcher
 
 __all__ = ["Tower", "install"]
 
@@ -61,7 +61,7 @@ class Tower(TowerFrame):
         return hidden, kept | {ClusterOf(): place[:, int(self.has_cls) :]}
 
 
-def install(encoder: nn.Module, watcher: Watcher) -> None:
+def install(encoder: nn.Module, watcher: TowerWatcher) -> None:
     """Put the hooks on the layers of a tower, which act in calls where the watcher has a `Tower`."""
     for index, layer in enumerate(encoder.layers):
         layer.register_forward_pre_hook(before_layer(watcher, index))
@@ -70,7 +70,7 @@ def install(encoder: nn.Module, watcher: Watcher) -> None:
     encoder.register_forward_hook(at_end(watcher, len(encoder.layers)))
 
 
-def before_layer(watcher: Watcher, index: int) -> Callable[..., Any]:
+def before_layer(watcher: TowerWatcher, index: int) -> Callable[..., Any]:
     """Pre-hook of a layer."""
 
     def hook(module: nn.Module, args: tuple) -> tuple | None:
@@ -79,7 +79,7 @@ def before_layer(watcher: Watcher, index: int) -> Callable[..., Any]:
     return hook
 
 
-def before_attention(watcher: Watcher, layer: nn.Module) -> Callable[..., Any]:
+def before_attention(watcher: TowerWatcher, layer: nn.Module) -> Callable[..., Any]:
     """Pre-hook of a layer's attention: hands it the layer's real input."""
 
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -90,7 +90,7 @@ def before_attention(watcher: Watcher, layer: nn.Module) -> Callable[..., Any]:
     return hook
 
 
-def after_attention(watcher: Watcher, index: int) -> Callable[..., Any]:
+def after_attention(watcher: TowerWatcher, index: int) -> Callable[..., Any]:
     """Hook of a layer's attention: merges."""
 
     def hook(module: nn.Module, args: tuple, output: tuple) -> tuple | None:
@@ -101,7 +101,7 @@ def after_attention(watcher: Watcher, index: int) -> Callable[..., Any]:
     return hook
 
 
-def at_end(watcher: Watcher, layers: int) -> Callable[..., Any]:
+def at_end(watcher: TowerWatcher, layers: int) -> Callable[..., Any]:
     """Hook of the stack of layers."""
 
     def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:

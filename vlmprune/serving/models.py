@@ -8,12 +8,12 @@ import torch
 
 from vlmprune.parts.taps import ClusterOf
 from vlmprune.serving import host
-from vlmprune.serving.choice import Picture
+from vlmprune.serving.choice import ServedPicture
 from vlmprune.serving.front import PrunedInfo, PrunedNextInfo, PrunedProcessor, refuse
 from vlmprune.serving.merge import Tower, install
 from vlmprune.serving.served import Request, Served
 from vlmprune.serving.settings import KEEP
-from vlmprune.serving.watch import Watcher, built_for, look_only
+from vlmprune.serving.watch import TowerWatcher, built_for, look_only
 
 __all__ = [
     "VlmpruneLlavaForConditionalGeneration",
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-class Pruned:
+class PrunedEncoding:
     """Mixin of a model: what stays of the pictures is what `embed_multimodal` returns."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
@@ -32,7 +32,7 @@ class Pruned:
         self.most = vllm_config.scheduler_config.max_num_batched_tokens
         self.watcher = self.watch(vllm_config, prefix)
 
-    def watch(self, vllm_config: Any, prefix: str) -> Watcher:
+    def watch(self, vllm_config: Any, prefix: str) -> TowerWatcher:
         """Look at what the methods want to see; budgets of requests do not change that."""
         encoder, facts, plan = self.vision_tower.vision_model.encoder, self.served.facts, self.served.choice().plan
         layers, merges = encoder.layers, self.served.choice().merges
@@ -49,7 +49,7 @@ class Pruned:
                     attn_cls=host.MMEncoderAttention,
                 )
             )
-        watcher = Watcher(layers, taps, keys, facts, host.mean_over_ranks)
+        watcher = TowerWatcher(layers, taps, keys, facts, host.mean_over_ranks)
         if merges:
             install(encoder, watcher)
         return watcher
@@ -109,7 +109,7 @@ class Pruned:
         for i, request in enumerate(requests):
             budgets.setdefault((request.keep, isinstance(request.keep, int)), []).append(i)
         pictures = [
-            Picture(self.served.grid(size), request.number) for size, request in zip(sizes, requests, strict=True)
+            ServedPicture(self.served.grid(size), request.number) for size, request in zip(sizes, requests, strict=True)
         ]
         made: list[torch.Tensor | None] = [None] * len(pictures)
         apart = self.served.choice().merges
@@ -129,7 +129,7 @@ class Pruned:
                 made[i] = one
         return made
 
-    def see(self, pictures: list[Picture], sizes: list, pixels: Any) -> tuple[Any, dict]:
+    def see(self, pictures: list[ServedPicture], sizes: list, pixels: Any) -> tuple[Any, dict]:
         """Unpruned features of pictures, and what was measured meanwhile."""
         self.watcher.take()  # of a run that failed
         if self.served.family.needs_sizes:
@@ -142,7 +142,7 @@ class Pruned:
         return features, self.watcher.take()
 
 
-def share_of(seen: dict, pictures: list[Picture], mine: list[int]) -> dict:
+def share_of(seen: dict, pictures: list[ServedPicture], mine: list[int]) -> dict:
     """Taps of the views of some pictures alone."""
     if len(mine) == len(pictures):
         return seen
@@ -162,7 +162,7 @@ class LlavaProcessor(PrunedProcessor, host.LlavaMultiModalProcessor):
 
 
 @host.MULTIMODAL_REGISTRY.register_processor(LlavaProcessor, info=LlavaInfo, dummy_inputs=host.LlavaDummyInputsBuilder)
-class VlmpruneLlavaForConditionalGeneration(Pruned, host.LlavaForConditionalGeneration):
+class VlmpruneLlavaForConditionalGeneration(PrunedEncoding, host.LlavaForConditionalGeneration):
     """LLaVA-1.5."""
 
     hf_to_vllm_mapper = host.NAMES | host.LlavaForConditionalGeneration.hf_to_vllm_mapper
@@ -177,7 +177,7 @@ class NextProcessor(PrunedProcessor, host.LlavaNextMultiModalProcessor):
 
 
 @host.MULTIMODAL_REGISTRY.register_processor(NextProcessor, info=NextInfo, dummy_inputs=host.LlavaDummyInputsBuilder)
-class VlmpruneLlavaNextForConditionalGeneration(Pruned, host.LlavaNextForConditionalGeneration):
+class VlmpruneLlavaNextForConditionalGeneration(PrunedEncoding, host.LlavaNextForConditionalGeneration):
     """LLaVA-1.6 / LLaVA-NeXT."""
 
     hf_to_vllm_mapper = host.NAMES | host.LlavaNextForConditionalGeneration.hf_to_vllm_mapper
@@ -197,7 +197,7 @@ class OnevisionProcessor(PrunedProcessor, host.LlavaOnevisionMultiModalProcessor
 @host.MULTIMODAL_REGISTRY.register_processor(
     OnevisionProcessor, info=OnevisionInfo, dummy_inputs=host.LlavaOnevisionDummyInputsBuilder
 )
-class VlmpruneLlavaOnevisionForConditionalGeneration(Pruned, host.LlavaOnevisionForConditionalGeneration):
+class VlmpruneLlavaOnevisionForConditionalGeneration(PrunedEncoding, host.LlavaOnevisionForConditionalGeneration):
     """LLaVA-OneVision."""
 
     hf_to_vllm_mapper = host.NAMES | host.LlavaOnevisionForConditionalGeneration.hf_to_vllm_mapper

@@ -22,7 +22,7 @@ from vlmprune.parts.taps import Tap, TowerTap
 if TYPE_CHECKING:
     from vlmprune.serving.merge import Tower
 
-__all__ = ["Watcher", "built_for", "look_only"]
+__all__ = ["TowerWatcher", "built_for", "look_only"]
 
 Mean = Callable[[torch.Tensor], torch.Tensor]
 
@@ -46,7 +46,7 @@ class Projected:
         return split_heads(rows.chunk(3, dim=-1)[1], self.head_dim)
 
 
-class Watcher:
+class TowerWatcher:
     """Measures tower taps; `take` hands over what was seen since the last time.
 
     Args:

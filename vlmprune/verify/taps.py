@@ -114,7 +114,7 @@ class Block:
     mistaken: Attended
 
 
-class Watch(TorchFunctionMode):
+class AttentionWatch(TorchFunctionMode):
     """Notes what eager attention hands to its softmax, and the keys that it multiplies queries by."""
 
     scores: torch.Tensor | None = None
@@ -138,7 +138,7 @@ def rerun(attention: nn.Module, args: tuple, kwargs: dict, nudge: bool) -> tuple
     if nudge:
         hidden = nudged(hidden)
     given = ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
-    with Watch() as watch:
+    with AttentionWatch() as watch:
         out = attention.forward(*given[0], **given[1])  # not called: hooks are for the model's own calls
     weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
     if weights is None or watch.scores is None or watch.keys is None:
