@@ -152,6 +152,12 @@ def test_what_cannot_be_meant(method, options, said):
         spec.build(method, options)
 
 
+@pytest.mark.parametrize("methods", [{"fopru": 3}, {"fopru", "fastv"}, 5, None])
+def test_what_has_no_order_or_says_more_is_no_list_of_methods(methods):
+    with pytest.raises(TypeError, match=f"or a list of them, not {type(methods).__name__}"):
+        spec.build(methods, {"fopru.keep": 4})
+
+
 def test_jobs_share_options():
     made = spec.jobs(["fopru", "fastv"], [{"keep": 4}, {"keep": 0.5}], {"layer": 2, "fastv.rows": "all"})
     assert [(job.method, job.options) for job in made] == [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -203,7 +203,7 @@ def build(
 
 def parts_of(method: Any) -> list[str | Method]:
     """The names and objects of what was passed as method."""
-    several = isinstance(method, Iterable) and not isinstance(method, str | type)
+    several = isinstance(method, Iterable) and not isinstance(method, str | type | Mapping | Set)
     parts = [part for one in (method if several else [method]) for part in parts_in(one)]
     if not parts:
         raise ValueError("the list of methods is empty.")

@@ -81,7 +81,13 @@ class Stray(Tap):
         (cut(Decoder(0), VisionAttention(6)), "this tower has layers 0..5"),
         (cut(Decoder(0), VisionAttention(-1)), "this tower has layers 0..5"),
         (cut(Decoder(0), VisionAttention(1.0)), "this tower has layers 0..5"),
-        (cut(Decoder(0), Distinctness(7)), "this tower has layers 0..6"),
+        (cut(Decoder(0), Distinctness(6)), "this tower has layers 0..5"),  # its output becomes no feature
+        (cut(Decoder(0), Kept()), "cannot see Kept(layer=-1): there is no ProjectorCut, which alone keeps"),
+        (cut(Decoder(0), Kept(3)), "it is of no layer: write Kept()"),
+        (cut(Decoder(0), ClusterOf(3)), "it is of no layer: write ClusterOf()"),
+        (cut(Decoder(1), CrossShare(1, system="4")), "system='4' must be a number of tokens of at least 0, or None"),
+        (cut(Decoder(1), CrossShare(1, system=-1)), "system=-1 must be a number of tokens"),
+        (cut(Decoder(1), ReceivedAttention(1, logits="no")), "logits='no' must be True or False"),
         (cut(Decoder(0), VisionAttention(1, "csl")), "rows='csl' is not one of 'cls', 'patches'"),
         (cut(Decoder(0), TextAttention(0, "lsat")), "rows='lsat' is not one of 'last', 'instruction', 'all'"),
         (cut(Decoder(0), Stray()), "nothing would measure it"),
@@ -94,7 +100,9 @@ class Stray(Tap):
         (cut(Decoder(4)), "cuts at decoder layer 4, and this model allows 0..3"),
         (cut(Decoder(-1)), "this model allows 0..3"),
         (cut(Decoder(1.5)), "layer 1.5, which is no whole number"),
-        (cut(Vision(0)), "cuts at tower layer 0, and this model allows 1..6"),
+        (cut(Vision(0)), "cuts at tower layer 0, and this model allows 1..5"),
+        (cut(Vision(6)), "cuts at tower layer 6, and this model allows 1..5"),
+        (cut(Vision(5, inside=True)), "cuts at the inside of tower layer 5, and this model allows 0..4"),
         (cut(3), "Asks: Cut(at=3) is not at Decoder(layer). Tokens are cut at Decoder(layer) by Cut"),
         (Cut(Vision(2), (), keep_all), "Cut(at=Vision(layer=2, inside=False)) is not at Decoder(layer)"),
         (Cut(Projector(), (), keep_all), "Cut(at=Projector()) is not at Decoder(layer)"),
@@ -144,13 +152,22 @@ def test_keys_are_seen_once():
 
 def test_what_can_be_seen_is_let_through():
     good = Asks((
-        cut(Decoder(3), TextAttention(3, "all"), TextAttention(0), BlockTap(2), Hidden(), Distinctness(6),
+        cut(Decoder(3), TextAttention(3, "all"), TextAttention(0), BlockTap(2), Hidden(), Distinctness(5),
             VisionAttention(5), positions="original"),
         cut(Decoder(0), CrossShare(0)),
         PixelCut(keep_all),
     ))  # fmt: skip
     assert [c.at for _, c in compile_cuts([good], FACTS)] == [None, Decoder(0), Decoder(3)]
     assert [c.at for _, c in compile_cuts([Asks((cut(Vision(2), BlockKeys(1), Hidden()),))], FACTS)] == [Vision(2)]
+    assert compile_cuts([Asks((ProjectorCut((), keep_all), cut(Decoder(0), Kept(), ClusterOf())))], FACTS)
+
+
+def test_behind_the_last_layer_is_what_becomes_the_features():
+    last = replace(FACTS, feature_layer=5)
+    assert compile_cuts([Asks((cut(Vision(6)), cut(Vision(5, inside=True)), cut(Decoder(0), ClusterOf())))], last)
+    assert compile_cuts([Asks((cut(Decoder(0), Distinctness(6)),))], last)
+    with pytest.raises(ValueError, match=r"this tower has layers 0\.\.6"):
+        compile_cuts([Asks((cut(Decoder(0), Distinctness(7)),))], last)
 
 
 @pytest.mark.parametrize("views", [False, True])

@@ -258,10 +258,11 @@ def test_a_tower_that_is_looked_at_is_not_merged():
 
 
 def test_bad_budgets():
-    with pytest.raises(ValueError, match="at most half"):
-        vlmprune.patch(tiny.shared(), "tome", keep=1)
-    with pytest.raises(UnsupportedError, match="fraction"):
-        vlmprune.patch(tiny.shared(family="llava_next"), "pitome", keep=4)
+    for word in ("keep", "average"):
+        with pytest.raises(ValueError, match=f"^{word}=1 would .* at most half can go: raise {word} "):
+            vlmprune.patch(tiny.shared(), "tome", **{word: 1})
+        with pytest.raises(UnsupportedError, match=f"give a fraction as {word}"):
+            vlmprune.patch(tiny.shared(family="llava_next"), "pitome", **{word: 4})
 
 
 def test_matchings_are_partitions():

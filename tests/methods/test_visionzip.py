@@ -50,6 +50,19 @@ def test_its_anchors_are_what_they_are_by_hand(keep, contextual):
     torch.testing.assert_close(features[handle.trace.kept(0)], want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(("keep", "most"), [(6, 5 / 6), (2, 1 / 2), (1, 0)])
+@pytest.mark.parametrize("contextual", [0.95, 1])
+def test_no_more_is_contextual_than_cls_leaves(keep, most, contextual):
+    model, kept = tiny.shared(), []
+    prompt = tiny.prompt(model, [7, "image", 9], [None])
+    for share in (contextual, most):
+        with torch.no_grad(), vlmprune.patch(model, VisionZip(keep=keep, contextual=share)) as handle:
+            model(**prompt)
+            kept.append(handle.trace.kept_patches(0))
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == keep
+
+
 def test_a_budget_of_everything_changes_nothing():
     model = tiny.model(dtype=torch.float64)
     prompt = tiny.prompt(model, [7, "image", 9], [None])

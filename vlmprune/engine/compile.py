@@ -9,7 +9,7 @@ from vlmprune.engine.plan import Plan
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.parts.cuts import AnyCut, Cut, Decoder, PixelCut, Positions, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.taps import BlockKeys, ClusterOf, Tap, TowerTap
+from vlmprune.parts.taps import BlockKeys, ClusterOf, Kept, Tap, TowerTap
 from vlmprune.patches import Family
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def compile_cuts(methods: Sequence[Method], facts: ModelFacts) -> list[tuple[str
         check_cut(name, cut, facts)
     check_methods(by_method)
     check_keys(cuts)
+    check_kept(cuts)
     check_merged_tower(cuts)
     return sorted(cuts, key=lambda entry: (STAGES.index(type(entry[1])), entry[1].at))
 
@@ -115,9 +116,10 @@ def layers_for(cut: Cut | TowerCut, facts: ModelFacts) -> tuple[str, range]:
     """What the layers of such a cut are called, and which of them a model has."""
     if isinstance(cut, Cut):
         return "decoder layer", range(facts.decoder_layers)
+    # what is merged behind the feature layer is not in the features
     if cut.at.inside:
-        return "the inside of tower layer", range(facts.tower_layers)
-    return "tower layer", range(1, facts.tower_layers + 1)  # behind the last one too
+        return "the inside of tower layer", range(facts.feature_layer + 1)
+    return "tower layer", range(1, facts.feature_layer + 2)
 
 
 def looks(cuts: list[tuple[str, AnyCut]], kind: type[Tap]) -> list[tuple[str, AnyCut, Tap]]:
@@ -132,6 +134,13 @@ def check_keys(cuts: list[tuple[str, AnyCut]]) -> None:
         if tap in seen:
             raise ValueError(f"{name}, {place(cut)} cannot see {tap}: an earlier cut there has merged these tokens.")
         seen.add(tap)
+
+
+def check_kept(cuts: list[tuple[str, AnyCut]]) -> None:
+    """Refuse to look at what was kept where nothing keeps."""
+    if not any(isinstance(cut, ProjectorCut) for _, cut in cuts):
+        for name, cut, tap in looks(cuts, Kept):
+            raise ValueError(f"{name}, {place(cut)} cannot see {tap}: there is no ProjectorCut, which alone keeps.")
 
 
 def check_methods(methods: list[tuple[str, list[AnyCut]]]) -> None:

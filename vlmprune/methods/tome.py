@@ -57,9 +57,10 @@ class EncoderMerge(Pruner):
     weigh: bool = False
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        word = "average" if self.keep is None else "keep"
         if facts.views and isinstance(self.budget, int):
             raise UnsupportedError(
-                f"{self.name} merges all views alike, and images differ in their views: give a fraction as keep."
+                f"{self.name} merges all views alike, and images differ in their views: give a fraction as {word}."
             )
         layers, patches = facts.feature_layer + 1, facts.view_patches
         schedule = self.schedule(patches, count(self.budget, patches), layers)
@@ -67,8 +68,8 @@ class EncoderMerge(Pruner):
         for layer, removed in enumerate(schedule):
             if removed > left // 2:
                 raise ValueError(
-                    f"keep={self.budget} would merge {removed} of {left} tokens in one layer, at most half can go: "
-                    f"raise keep (this tower has {layers} layers to merge in)."
+                    f"{word}={self.budget} would merge {removed} of {left} tokens in one layer, at most half can go: "
+                    f"raise {word} (this tower has {layers} layers to merge in)."
                 )
             if removed:
                 cuts.append(self.cut(layer, removed, facts))

@@ -72,7 +72,8 @@ class VisionZip(Pruner):
         keep, average: patches per image, or a fraction; views share it in proportion to their patches. The [CLS] token
             counts as one, and stands at the first place that nothing else takes (the released code puts it first, and
             contextual tokens last; here all are in the order of their places).
-        contextual: share of the budget that merges: 5/32 gives the released 30 of 192, 20 of 128, 10 of 64.
+        contextual: share of the budget that merges: 5/32 gives the released 30 of 192, 20 of 128, 10 of 64. At most
+            what the [CLS] token leaves of it.
         positions: contiguous, as the released code.
         newlines: kept by default; the released code drops them with the un-padding.
 
@@ -106,9 +107,10 @@ class VisionZip(Pruner):
         shares = views.shares(self.budget)
         # what keeps all its patches stays as it is
         whole = [kept == total for kept, total in zip(shares, totals, strict=True)]
-        targets = [0 if all_ else round(kept * self.contextual) for kept, all_ in zip(shares, whole, strict=True)]
         extra = [0 if all_ or not kept else cls for kept, all_ in zip(shares, whole, strict=True)]
-        strong = [max(kept - t - e, 0) for kept, t, e in zip(shares, targets, extra, strict=True)]
+        left = [0 if all_ else kept - e for kept, all_, e in zip(shares, whole, extra, strict=True)]
+        targets = [min(round(kept * self.contextual), most) for kept, most in zip(shares, left, strict=True)]
+        strong = [kept - t - e for kept, t, e in zip(shares, targets, extra, strict=True)]
         dominant, anchors, into, weight = zip_view(row, keys[:, cls:], present, strong, targets)
         keep = dominant | anchors
         weight = torch.where(anchors, 1.0, weight)

@@ -48,8 +48,8 @@ class Decoder:
 class Vision:
     """A cut inside the vision tower, where tokens are merged.
 
-    At the input of tower layer `layer` (0-based, from 1; the number of layers means behind the last one), or `inside`
-    that layer (from 0), between its attention and its feed-forward block.
+    At the input of tower layer `layer` (0-based, from 1 to the one behind the feature layer), or `inside` that layer
+    (from 0 to the feature layer), between its attention and its feed-forward block.
     """
 
     layer: int

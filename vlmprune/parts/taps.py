@@ -25,6 +25,7 @@ from vlmprune.parts.attention import (
 from vlmprune.parts.cuts import Decoder, Place, Projector, Vision
 from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
 from vlmprune.parts.layout import upload
+from vlmprune.parts.options import is_whole
 
 if TYPE_CHECKING:
     from vlmprune.parts.facts import ModelFacts
@@ -71,9 +72,7 @@ def misplaced(at: Place) -> str | None:
 
 def outside(layer: object, most: int, what: str) -> str | None:
     """Why `layer` is no layer from 0 to `most`, or None."""
-    if isinstance(layer, int) and not isinstance(layer, bool) and 0 <= layer <= most:
-        return None
-    return f"{what} 0..{most}"
+    return None if is_whole(layer, most=most) else f"{what} 0..{most}"
 
 
 def unknown(name: str, value: object, choices: object) -> str | None:
@@ -82,16 +81,22 @@ def unknown(name: str, value: object, choices: object) -> str | None:
     return None if value in allowed else f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}"
 
 
+def of_no_layer(tap: TowerTap) -> str | None:
+    """Why a tap that is known when the tower is done cannot be of a layer, or None."""
+    return None if tap.layer == -1 else f"it is of no layer: write {type(tap).__name__}()"
+
+
 @dataclass(frozen=True)
 class TowerTap(Tap):
     """A tap measured at the input of tower layer `layer` (0-based)."""
 
     layer: int
 
-    behind_last: ClassVar[bool] = False  # whether it can be measured behind the last layer, `measure(None, ...)`
+    behind_last: ClassVar[bool] = False  # whether it can be measured of the last layer's output, `measure(None, ...)`
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
-        most = facts.tower_layers - (not self.behind_last)
+        # hosts hand out the output of the last layer only where it becomes the features
+        most = facts.tower_layers - 1 + (self.behind_last and facts.feature_layer == facts.tower_layers - 1)
         return misplaced(at) or outside(self.layer, most, "this tower has layers")
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
@@ -191,7 +196,7 @@ class ClusterOf(TowerTap):
     layer: int = -1  # known when the tower is done
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
-        return misplaced(at)
+        return misplaced(at) or of_no_layer(self)
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,8 @@ class Kept(TowerTap):
     layer: int = -1  # known when the tower is done
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
-        return None if isinstance(at, Decoder) else "only cuts in the language model come behind the one that keeps"
+        wrong = None if isinstance(at, Decoder) else "only cuts in the language model come behind the one that keeps"
+        return wrong or of_no_layer(self)
 
 
 @dataclass(frozen=True)
@@ -242,6 +248,10 @@ class ReceivedAttention(DecoderTap):
 
     logits: bool = False
 
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        wrong = None if isinstance(self.logits, bool) else f"logits={self.logits!r} must be True or False"
+        return super().misfit(at, facts) or wrong
+
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         layout, at = scene.layout, scene.flat_index()
         entries = scene.sequence.index_of(layout)
@@ -276,6 +286,11 @@ class CrossShare(DecoderTap):
     """
 
     system: int | None = None
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        told = self.system is None or is_whole(self.system)
+        wrong = None if told else f"system={self.system!r} must be a number of tokens of at least 0, or None"
+        return super().misfit(at, facts) or wrong
 
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         layout, real = scene.layout, scene.sequence.asked()

@@ -74,13 +74,13 @@ def find_model(name: str) -> Source:
             raise UserError(f"{brief(error)}; name another model with --model.") from None
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if (folder / ADAPTER).is_file() and not (folder / "config.json").is_file():
+        if is_adapter(folder):
             return with_adapter(name, folder)
         if not (folder / "config.json").is_file():
             raise UserError(f"{folder} has no config.json: it is not the folder of a model.")
         return Source(name, str(folder), local=True)
     if folder.exists():
-        raise UserError(f"{folder} is a file: --model takes the folder of a model.")
+        raise UserError(f"{folder} is a file, not the folder of a model.")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         hint = did_you_mean(name, embedded.NAMES)
         raise UserError(
@@ -90,11 +90,16 @@ def find_model(name: str) -> Source:
     return Source(name, name, local=False)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has a PEFT adapter and no whole model."""
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
 def with_adapter(name: str, folder: Path) -> Source:
     """The base model that the adapter in a folder names, with the adapter on it.
 
     Raises:
-        UserError: peft is missing, or the base model cannot be found.
+        UserError: peft is missing, or the base model cannot be found, or is an adapter itself.
     """
     from importlib.util import find_spec
 
@@ -111,6 +116,11 @@ def with_adapter(name: str, folder: Path) -> Source:
         raise UserError(
             f"{folder} is the folder of a PEFT adapter for {base}, not of a whole model: pip install peft, and both "
             "are loaded together; or merge them (merge_and_unload) and save the whole model."
+        )
+    if is_adapter(Path(base).expanduser()):
+        raise UserError(
+            f"{folder} is the folder of a PEFT adapter for {base}, which is an adapter itself: merge that one into its "
+            "model (merge_and_unload), save the whole model, and name its folder as base_model_name_or_path."
         )
     try:
         source = find_model(base)
