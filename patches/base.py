@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.layout import ImageGrid
-from vlmprune.packing import Packing
+from vlmprune.parts.facts import ModelFacts
+from vlmprune.parts.layout import ImageGrid
+from vlmprune.parts.packing import Packing
+from vlmprune.patches.language_models import LANGUAGE_MODELS
+from vlmprune.patches.towers import TOWERS
 
-if TYPE_CHECKING:
-    from vlmprune.plan import Plan
-
-__all__ = ["Bound", "Family", "ModelFacts"]
-
-TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}  # model_type -> has a [CLS] token
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+__all__ = ["Bound", "Family"]
 
 
 def feature_index(given: int | Sequence[int], layers: int) -> int:
@@ -30,33 +27,10 @@ def feature_index(given: int | Sequence[int], layers: int) -> int:
     return max((given if given >= 0 else layers + 1 + given) - 1, 0)
 
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """The facts about a model that methods choose their layers by.
-
-    Attributes:
-        family: the model's `model_type`.
-        tower_layers: number of layers of the vision tower.
-        feature_layer: 0-based tower layer whose output becomes the visual features.
-        has_cls: whether the tower has a [CLS] token.
-        decoder_layers: number of layers of the language model.
-        views: whether one image may have several views (thumbnail and crops).
-        view_patches: patches of one view.
-    """
-
-    family: str
-    tower_layers: int
-    feature_layer: int
-    has_cls: bool
-    decoder_layers: int
-    views: bool
-    view_patches: int
-
-
 class Bound:
     """Base of what stands before a method of one instance, as its attribute; `unpatch` finds it by type and plan."""
 
-    plan: Plan
+    plan: Any  # an engine's Plan
 
 
 class Family:
@@ -76,6 +50,9 @@ class Family:
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
+    # keyword arguments of decoder layers, besides mask, positions and rotary embedding, that hold something for every
+    # column of a call, and along which axis (that of its rows is the one before): a cut takes of them what it leaves
+    layer_columns: ClassVar[Mapping[str, int]] = {}
 
     def inner(self, model: nn.Module) -> nn.Module:
         """The module that joins tower, projector and language model (`LlavaModel`): itself, or inside `model`."""
@@ -105,10 +82,10 @@ class Family:
         """Id of the placeholder."""
         return getattr(inner.config, f"{modality}_token_id")
 
-    def side(self, inner: nn.Module) -> int:
-        """Patches along one side of a view."""
+    def side(self, inner: nn.Module, size: Any = None) -> tuple[int, int]:
+        """(rows, cols) of patches in one view of an image of `size` (of `sizes`); mostly of any."""
         vision = inner.config.vision_config
-        return vision.image_size // vision.patch_size
+        return (vision.image_size // vision.patch_size,) * 2
 
     def facts(self, inner: nn.Module) -> ModelFacts:
         """Check that the model is one we know, and return its facts.
@@ -143,7 +120,7 @@ class Family:
             has_cls=has_cls,
             decoder_layers=len(self.decoder_layers(inner)),
             views=self.views,
-            view_patches=self.side(inner) ** 2,
+            view_patches=math.prod(self.side(inner)),
         )
 
     def strategy(self, inner: nn.Module) -> str:
@@ -178,7 +155,11 @@ class Family:
             return [frames] * batch
         return [tuple(size) for size in given["image_sizes"].tolist()]
 
-    def bind(self, model: nn.Module, plan: Plan) -> None:
+    def sized(self, modality: str) -> bool:
+        """Whether the packing of an image or video depends on more than the model, which `sizes` tells."""
+        return self.needs_sizes or modality == "video"
+
+    def bind(self, model: nn.Module, plan: Any) -> None:
         """Set `Bound` attributes where no hook reaches what the engine has to know."""
 
     def open(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -206,11 +187,10 @@ class Family:
 
     def packing(self, inner: nn.Module, modality: str, size: Any) -> Packing:
         """How an image or video of a size (of `sizes`) is packed."""
-        side = self.side(inner)
         if modality == "video":
-            return Packing(partial(self.pack_video, inner), size, side, side, (1, 1), frames=size)
+            return Packing(partial(self.pack_video, inner), size, *self.side(inner), (1, 1), frames=size)
         views, grid = self.grid(inner, size)
-        return Packing(lambda x, newline: self.pack(inner, x, newline, size), views, side, side, grid)
+        return Packing(lambda x, newline: self.pack(inner, x, newline, size), views, *self.side(inner, size), grid)
 
     def video_grid(self, inner: nn.Module, frames: int) -> ImageGrid:
         """The layout of one video, traced through `pack_video`."""

@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.layout import upload
-from vlmprune.patches.base import TOWERS, Bound, Family, ModelFacts, feature_index
-from vlmprune.tagged import tag, untag
-
-if TYPE_CHECKING:
-    from vlmprune.plan import Plan
+from vlmprune.parts.facts import ModelFacts
+from vlmprune.parts.layout import ImageGrid, upload
+from vlmprune.patches.base import Bound, Family, feature_index
+from vlmprune.patches.tagged import tag, untag
+from vlmprune.patches.towers import TOWERS
 
 __all__ = ["LlavaLlama", "LlavaMistral"]
 
@@ -68,8 +68,8 @@ class LlavaLlama(Family):
     def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
         return {}  # the llava package has no processor
 
-    def side(self, inner: nn.Module) -> int:
-        return inner.get_vision_tower().num_patches_per_side
+    def side(self, inner: nn.Module, size: Any = None) -> tuple[int, int]:
+        return (inner.get_vision_tower().num_patches_per_side,) * 2
 
     def facts(self, inner: nn.Module) -> ModelFacts:
         tower, config = inner.get_vision_tower(), inner.config
@@ -102,10 +102,10 @@ class LlavaLlama(Family):
             has_cls=TOWERS[kind.model_type],
             decoder_layers=len(inner.layers),
             views=spatial(config) and getattr(config, "image_aspect_ratio", None) == "anyres",
-            view_patches=self.side(inner) ** 2,
+            view_patches=math.prod(self.side(inner)),
         )
 
-    def bind(self, model: nn.Module, plan: Plan) -> None:
+    def bind(self, model: nn.Module, plan: Any) -> None:
         setattr(model, EXPAND, ExpandPrompt(model, plan))
 
     def open(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class LlavaLlama(Family):
         listed, count, shape = size
         images = torch.zeros(count, 3, 1, 1)
         packed = getattr(host(inner).LlavaMetaForCausalLM, EXPAND)(
-            Packing(inner, views, newline),
+            PackingStandIn(inner, views, newline),
             input_ids=torch.tensor([[IMAGE, 0]]),
             position_ids=None,
             attention_mask=None,
@@ -172,7 +172,7 @@ def host(inner: nn.Module) -> ModuleType:
     raise UnsupportedError(f"{type(inner).__name__} is no model of the llava package; {WAY_OUT}.")
 
 
-class Packing:
+class PackingStandIn:
     """Stands for the model while the host packs coordinates instead of features: a prompt of one image, on the CPU."""
 
     device = torch.device("cpu")
@@ -183,7 +183,7 @@ class Packing:
         self.config.tokenizer_model_max_length = None
         self.model = self
 
-    def get_model(self) -> Packing:
+    def get_model(self) -> PackingStandIn:
         return self
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -203,18 +203,19 @@ class Prompt:
         rows: for every row what the layout of each of its images depends on.
         tokens: visual tokens of every image, in the same order.
         unread: for every view that the tower saw whether no prompt has its image; None if all are read.
+        grids: layout of every image that the tower sees.
     """
 
-    plan: Plan
+    plan: Any
     visual: torch.Tensor
     rows: list[list[tuple]]
     tokens: list[list[int]]
     unread: list[bool] | None
+    vlmprune_seen: Any = None  # the engine's channel SEEN
+    grids: list[ImageGrid] = field(default_factory=list)
 
     def for_rows(self, embeds: torch.Tensor) -> dict[str, Any]:
         """Arguments for the engine, once it is known how often `generate` repeats each row for its beams."""
-        from vlmprune.tower import MADE_BY, SEEN, SIZES  # late: that module imports the families
-
         (rows, length), batch = embeds.shape[:2], len(self.rows)
         if length != self.visual.shape[1] or rows % batch:
             raise UnsupportedError(
@@ -223,16 +224,22 @@ class Prompt:
                 "concatenation). To go on with a cache, call the model itself with the new tokens and images alone."
             )
         beams = rows // batch
-        features = Features([range(n) for row in self.tokens for _ in range(beams) for n in row], embeds)
-        setattr(features, SIZES, [size for row in self.rows for size in row])
-        if (seen := getattr(self, SEEN, None)) is not None:
-            if self.unread is not None:
-                read = [view for view, unread in enumerate(self.unread) if not unread]
-                seen = {tap: values[upload(read, values.device)] for tap, values in seen.items()}
-            setattr(features, SEEN, seen)
-            setattr(features, MADE_BY, getattr(self, MADE_BY))
+        features = Features(
+            [range(n) for row in self.tokens for _ in range(beams) for n in row],
+            embeds,
+            vlmprune_sizes=[size for row in self.rows for size in row],
+            vlmprune_seen=self.seen_of_read(),
+        )
         ids = torch.where(self.visual, IMAGE, 0).repeat_interleave(beams, 0)
         return {"input_ids": ids, "mm_encoder_outputs": {"image": features}}
+
+    def seen_of_read(self) -> Any:
+        """What was seen of the views that a prompt reads."""
+        seen = self.vlmprune_seen
+        if self.unread is None or seen is None:
+            return seen
+        read = [view for view, unread in enumerate(self.unread) if not unread]
+        return replace(seen, taps={tap: values[upload(read, values.device)] for tap, values in seen.taps.items()})
 
 
 @dataclass
@@ -241,6 +248,8 @@ class Features:
 
     pooler_output: list[range]
     embeds: torch.Tensor
+    vlmprune_sizes: list[tuple]  # the engine's channels SIZES
+    vlmprune_seen: Any  # and SEEN
     last_hidden_state: None = None
 
 
@@ -250,7 +259,7 @@ class ExpandPrompt(Bound):
     The host expands labels as it expands tokens, so labels that number the columns tell where every token came from.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan):
+    def __init__(self, model: nn.Module, plan: Any):
         self.model, self.plan = model, plan
         self.__signature__ = inspect.signature(self.expand())
 
@@ -270,8 +279,7 @@ class ExpandPrompt(Bound):
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         counts = ((ids == IMAGE) & real).sum(1).tolist()
         prompt = Prompt(self.plan, torch.empty(0), *self.assign(counts, sizes))
-        if self.plan.enabled and self.plan.in_tower:
-            given["images"] = [tag(x, prompt) for x in images] if isinstance(images, list) else tag(images, prompt)
+        given["images"] = self.announced(images, prompt, sizes)
         columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         given |= {"attention_mask": real if mask is None else mask, "labels": columns}
         none, positions, padded, cache, embeds, source = self.expand()(**given)
@@ -281,6 +289,14 @@ class ExpandPrompt(Bound):
         if any(counts):
             embeds = tag(embeds, prompt)
         return none, positions, None if mask is None else padded, cache, embeds, labels
+
+    def announced(self, images: Any, prompt: Prompt, sizes: list[tuple]) -> Any:
+        """The images, which tell the tower whose they are where it has something to do."""
+        if not (self.plan.enabled and self.plan.in_tower):
+            return images
+        inner = self.plan.family.inner(self.model)
+        prompt.grids = [self.plan.grid(inner, "image", size) for size in sizes]
+        return [tag(x, prompt) for x in images] if isinstance(images, list) else tag(images, prompt)
 
     def sizes(self, images: Any, shapes: Any) -> list[tuple]:
         """What the packing of every image depends on: whether it is in a list, its views, its (width, height)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class LlavaOnevision(Family):
         return [size if single else None for size, single in zip(known, alone, strict=True)]
 
     def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
-        return {"num_image_tokens": self.side(inner) ** 2, "vision_feature_select_strategy": self.strategy(inner)}
+        return {"num_image_tokens": math.prod(self.side(inner)), "vision_feature_select_strategy": self.strategy(inner)}
 
     def grid(self, inner: nn.Module, size: tuple[int, int] | None) -> tuple[int, tuple[int, int]]:
         if size is None:

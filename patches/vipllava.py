@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.patches.base import Family, ModelFacts
+from vlmprune.parts.facts import ModelFacts
+from vlmprune.patches.base import Family
 
 __all__ = ["VipLlava"]
 

@@ -22,18 +22,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from eval_testbed import load, show, versus
+from testbed import scoring
 
 import vlmprune
-from vlmprune import atp_training
-from vlmprune.cuts import Cut, Decoder, Reduction
 from vlmprune.eval import testbed
-from vlmprune.eval.testbed import scoring
-from vlmprune.layout import Layout
-from vlmprune.methods.atp import Atp
+from vlmprune.methods.atp import training as atp_training
+from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method
-from vlmprune.methods.controls import random_scores
-from vlmprune.patches import ModelFacts
-from vlmprune.selection import select
+from vlmprune.parts import Cut, Decoder, Layout, ModelFacts, Reduction, random_scores, select
 
 ABLATIONS = ("redundancy", "spatial", "fixed")
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from testbed import scoring
 
 import vlmprune
 from vlmprune.eval import testbed
-from vlmprune.eval.testbed import scoring
 
 
 def load(name: str, folder: Path | None):
@@ -31,7 +31,7 @@ def load(name: str, folder: Path | None):
     return model, AutoProcessor.from_pretrained(folder)
 
 
-def show(label: str, records: list[testbed.Record], correct: np.ndarray) -> dict:
+def show(label: str, records: list[testbed.Question], correct: np.ndarray) -> dict:
     """Prints one line of per-category percentages and returns them with the interval of the whole."""
     table = scoring.by_category(records, correct)
     low, high = scoring.interval(records, correct)
@@ -40,7 +40,7 @@ def show(label: str, records: list[testbed.Record], correct: np.ndarray) -> dict
     return table | {"low": low, "high": high}
 
 
-def versus(label: str, records: list[testbed.Record], ours: np.ndarray, theirs: np.ndarray) -> dict:
+def versus(label: str, records: list[testbed.Question], ours: np.ndarray, theirs: np.ndarray) -> dict:
     """Prints and returns the paired difference of two runs."""
     low, high = scoring.interval(records, ours - theirs)
     mean = float((ours - theirs).mean())

@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 
 import torch
+from testbed import models
 
 from vlmprune.eval import testbed
-from vlmprune.eval.testbed import models
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import vlmprune
 from vlmprune import kernels
-from vlmprune.eval.bench.oracle import Oracle, Plain
+from vlmprune.eval.bench.oracle import Oracle, PlainRun
 from vlmprune.eval.bench.results import describe_machine
 from vlmprune.eval.bench.selection import compare_selection
 from vlmprune.eval.bench.shapes import build, find_shape
@@ -356,10 +356,10 @@ def profiles(device: str) -> dict[str, Any]:
         for key in ["self_cpu_time_total"] + ["self_device_time_total"] * (device == "cuda"):
             print(f"{who}, by {key}\n{run.key_averages().table(sort_by=key, row_limit=25)}", flush=True)
 
-    take("unpruned", Plain(work).prefill)
+    take("unpruned", PlainRun(work).prefill)
     for method in ("fopru", "todre"):
         with vlmprune.patch(model, method, keep=keep) as handle:
-            take(method, Plain(work).prefill)
+            take(method, PlainRun(work).prefill)
             trace = handle.trace
         take(f"{method}'s oracle", Oracle(work, trace).prefill)
     return found

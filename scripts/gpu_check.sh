@@ -87,8 +87,8 @@ if [ "$device" = cuda ]; then
   bench bench-1.5 90 --shape llava-1.5-7b --dtype bfloat16 --method fopru,random --keep 64 --batch 1,8 --new-tokens 16
   part profile 60
   step bool 30 "$python" -P -m pytest -q -p no:cacheprovider tests/kernels/test_select_gather.py -k bool
-  step tests 120 "$python" -P -m pytest -q -p no:cacheprovider -n 12 tests/kernels tests/test_engine_syncs.py \
-    tests/test_engine.py tests/test_check.py::test_on_a_gpu tests/features/test_caches.py::test_an_offloaded_cache \
+  step tests 120 "$python" -P -m pytest -q -p no:cacheprovider -n 12 tests/kernels tests/engine/test_syncs.py \
+    tests/engine/test_hooks_and_prefill.py tests/verify/test_check.py::test_on_a_gpu tests/features/test_caches.py::test_an_offloaded_cache \
     --deselect tests/kernels/test_compile.py
   step check 60 "$python" -P -m vlmprune check --device "$device" --dtype float32
 else

@@ -5,7 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
+
+#: How far an operator may be from the plain one, by what is in its name.
+LIMITS = {"mass": 1e-5, "merge": 1e-2}
+#: Of a cell of `vlmprune bench`: what is judged, how it is written, and its target.
+BENCH = {
+    "overhead": ("pruned / oracle", ".3f", "<= 1.03", 1.03),
+    "cost_share": ("taps + selection + gather", ".2%", "<= 1 %", 0.01),
+    "decode_overhead": ("token / oracle's", ".3f", "<= 1.02", 1.02),
+}
 
 
 def main() -> int:
@@ -17,85 +28,123 @@ def main() -> int:
     return table(args.folder, args.steps)
 
 
+class Row(NamedTuple):
+    """One line: what was looked at, what was found, and what it had to be; `met` is None where nothing is asked."""
+
+    what: str
+    value: str
+    target: str = ""
+    met: bool | None = None
+
+    @property
+    def cells(self) -> tuple[str, str, str, str]:
+        return (self.what, self.value, self.target, {None: "", True: "met", False: "MISSED"}[self.met])
+
+
+def judged(what: str, value: str, target: str, met: bool, when: bool) -> Row:
+    """A row with a target, if it is one here."""
+    return Row(what, value, target, met) if when else Row(what, value)
+
+
 def table(folder: Path, steps: Path) -> int:
     """Print what the steps found, targets beside; 1 if a step failed or a target is missed."""
-    rows: list[tuple[str, str, str, str]] = []
-
-    def add(what: str, value: str, target: str = "", met: bool | None = None) -> None:
-        rows.append((what, value, target, "" if met is None else "met" if met else "MISSED"))
-
-    for line in steps.read_text().splitlines():
-        name, status, took = line.split("\t")
-        add(f"step {name}", f"exit {status}, {took} s", "exit 0", status == "0")
-    found = json.loads((folder / "kernels.json").read_text()) if (folder / "kernels.json").exists() else {}
+    found = read(folder / "kernels.json")
     gpu = found.get("device") == "cuda"
-    for part in ("no_toolkit", "trial"):
-        path = folder / f"{part}.json"
-        one = json.loads(path.read_text()) if path.exists() else {}
-        for name, verdict in one.get(part if part == "no_toolkit" else "tried", {}).items():
-            add(f"{part}: {name}", verdict["reason"] or "passed", "passed", verdict["reason"] is None)
-    for case, one in found.get("capture", {}).items():
-        good = one["same"] and not one["replaced"]
-        add(f"in a CUDA graph: {case}", "the same" if good else str(one), "the same", good)
-    for what, number in (found.get("greedy_parts", {}) | found.get("host", {})).items():
-        add(f"{'gather' if 'columns' in what else 'greedy'}: {what}", f"{number:.3f}")
-    for why in found.get("replaced", []):
-        add("replaced by plain torch", why)
-    for name, error in found.get("agreement", {}).items():
-        limit = 1e-5 if "mass" in name else 1e-2 if "merge" in name else 0
-        add(f"against the plain one: {name}", f"{error:.2g}", f"<= {limit:g}", error <= limit)
-    if "gather" in found:
-        add("device copy", f"{found['gather']['copy_gb_s']:.0f} GB/s")
-        rates = {k: v for k, v in found["gather"].items() if isinstance(v, dict)}
-        default = next((name for name in found["gather"]["order"] if f"{name} marked" in rates), "")
-        best = max((v["of_copy"] for k, v in rates.items() if k.endswith("marked")), default=0)
-        for name, rate in rates.items():
-            judged = gpu and name == f"{default} marked"
-            add(f"gather at batch 8: {name}", f"{rate['gb_s']:.0f} GB/s, {rate['of_copy']:.0%} of a copy",
-                ">= 80 %, the fastest" if judged else "",
-                rate["of_copy"] >= max(0.8, 0.97 * best) if judged else None)  # fmt: skip
-    for name, ms in found.get("mass", {}).items():
-        add(f"attention mass: {name}", f"{ms:.3f} ms")
-    for one in found.get("greedy", []):
-        value, judged = one["speedup"]["median"], gpu and one["dtype"] == "bfloat16"  # what the shapes compute in
-        add(f"greedy {one['objective']} {one['tokens']} -> {one['keep']}, {one['dtype']}: published / ours",
-            f"{value:.1f}", ">= 2" if judged else "", value >= 2 if judged else None)  # fmt: skip
-    plain = found.get("syncs", {}).get("plain", {}).get("waits", 0)
-    for name, seen in found.get("syncs", {}).items():
-        if name != "plain":
-            more = 1 + seen["found"]  # counts that a method finds out are read
-            # a CPU reads where a GPU checks on the device
-            add(f"waits of a prefill: {name}", f"{seen['waits']} (unpruned {plain})",
-                f"<= unpruned + {more}" if gpu else "", seen["waits"] <= plain + more if gpu else None)  # fmt: skip
-            if gpu:
-                add(f"launches of the gather: {name}", str(seen["gathers"]), f"1 to {more}",
-                    1 <= seen["gathers"] <= more)  # fmt: skip
-    profile = json.loads((folder / "profile.json").read_text()) if (folder / "profile.json").exists() else {}
-    for who, one in profile.get("profiles", {}).items():
-        add(f"first token, {who}", f"{one['ms']:.2f} ms, {one['operators']} operators, {one['waits']} waits")
-    for path in sorted(folder.glob("bench-*.json")):
-        for cell in json.loads(path.read_text()).get("cells", []):
-            who = f"{path.stem[6:]}: {cell['method']} {cell['budget']} of {cell['tokens']['visual']}"
-            who += f", batch {cell['batch']}"
-            judged = gpu and len(cell["stretches"]) == 1  # the targets are about cuts before the language model
-            value = cell["overhead"]["median"]
-            add(f"{who}: pruned / oracle", f"{value:.3f}", "<= 1.03" if judged else "",
-                value <= 1.03 if judged else None)  # fmt: skip
-            value = cell["cost_share"]["median"]
-            add(f"{who}: taps + selection + gather", f"{value:.2%}", "<= 1 %" if judged else "",
-                value <= 0.01 if judged else None)  # fmt: skip
-            if "decode_overhead" in cell:
-                value = cell["decode_overhead"]["median"]
-                add(
-                    f"{who}: token / oracle's", f"{value:.3f}", "<= 1.02" if gpu else "", value <= 1.02 if gpu else None
-                )
-    wide = [max(len(row[i]) for row in rows) for i in range(4)]
+    rows = [row.cells for row in [*step_rows(steps), *trial_rows(folder), *kernel_rows(found, gpu)]]
+    rows += [row.cells for row in [*sync_rows(found, gpu), *profile_rows(folder), *bench_rows(folder, gpu)]]
+    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
     machine = found.get("machine", {})
     print(f"\n{machine.get('gpu', machine.get('processor', 'no kernels.json'))}, torch {machine.get('torch', '?')}")
     for row in rows:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, wide, strict=True)).rstrip())
     (folder / "table.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     return int(any(row[3] == "MISSED" for row in rows))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What a step wrote; nothing where it did not come so far."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def step_rows(steps: Path) -> Iterator[Row]:
+    """Which steps of the script passed."""
+    for line in steps.read_text().splitlines():
+        name, status, took = line.split("\t")
+        yield Row(f"step {name}", f"exit {status}, {took} s", "exit 0", status == "0")
+
+
+def trial_rows(folder: Path) -> Iterator[Row]:
+    """Whether the kernels passed their own trial, without the CUDA toolkit too."""
+    for part, key in (("no_toolkit", "no_toolkit"), ("trial", "tried")):
+        for name, verdict in read(folder / f"{part}.json").get(key, {}).items():
+            yield Row(f"{part}: {name}", verdict["reason"] or "passed", "passed", verdict["reason"] is None)
+
+
+def kernel_rows(found: dict[str, Any], gpu: bool) -> Iterator[Row]:
+    """What the operators compute, and how fast."""
+    for case, one in found.get("capture", {}).items():
+        good = one["same"] and not one["replaced"]
+        yield Row(f"in a CUDA graph: {case}", "the same" if good else str(one), "the same", good)
+    for what, number in (found.get("greedy_parts", {}) | found.get("host", {})).items():
+        yield Row(f"{'gather' if 'columns' in what else 'greedy'}: {what}", f"{number:.3f}")
+    for why in found.get("replaced", []):
+        yield Row("replaced by plain torch", why)
+    for name, error in found.get("agreement", {}).items():
+        limit = next((limit for word, limit in LIMITS.items() if word in name), 0)
+        yield Row(f"against the plain one: {name}", f"{error:.2g}", f"<= {limit:g}", error <= limit)
+    yield from gather_rows(found["gather"], gpu) if "gather" in found else ()
+    for name, ms in found.get("mass", {}).items():
+        yield Row(f"attention mass: {name}", f"{ms:.3f} ms")
+    for one in found.get("greedy", []):
+        value, counts = one["speedup"]["median"], gpu and one["dtype"] == "bfloat16"  # what the shapes compute in
+        what = f"greedy {one['objective']} {one['tokens']} -> {one['keep']}, {one['dtype']}: published / ours"
+        yield judged(what, f"{value:.1f}", ">= 2", value >= 2, counts)
+
+
+def gather_rows(gather: dict[str, Any], gpu: bool) -> Iterator[Row]:
+    """How near the gathers come to a plain copy; the first in the order that is marked must be among the fastest."""
+    yield Row("device copy", f"{gather['copy_gb_s']:.0f} GB/s")
+    rates = {name: rate for name, rate in gather.items() if isinstance(rate, dict)}
+    default = next((name for name in gather["order"] if f"{name} marked" in rates), "")
+    best = max((rate["of_copy"] for name, rate in rates.items() if name.endswith("marked")), default=0)
+    for name, rate in rates.items():
+        value, enough = f"{rate['gb_s']:.0f} GB/s, {rate['of_copy']:.0%} of a copy", max(0.8, 0.97 * best)
+        counts = gpu and name == f"{default} marked"
+        yield judged(f"gather at batch 8: {name}", value, ">= 80 %, the fastest", rate["of_copy"] >= enough, counts)
+
+
+def sync_rows(found: dict[str, Any], gpu: bool) -> Iterator[Row]:
+    """How often a prefill waits for the device, and gathers; a CPU reads where a GPU checks on the device."""
+    syncs = found.get("syncs", {})
+    plain = syncs.get("plain", {}).get("waits", 0)
+    for name, seen in syncs.items():
+        if name == "plain":
+            continue
+        more, waits, gathers = 1 + seen["found"], seen["waits"], seen["gathers"]  # counts that a method finds are read
+        value, target = f"{waits} (unpruned {plain})", f"<= unpruned + {more}"
+        yield judged(f"waits of a prefill: {name}", value, target, waits <= plain + more, gpu)
+        if gpu:
+            yield Row(f"launches of the gather: {name}", str(gathers), f"1 to {more}", 1 <= gathers <= more)
+
+
+def profile_rows(folder: Path) -> Iterator[Row]:
+    """What a first token costs the host."""
+    for who, one in read(folder / "profile.json").get("profiles", {}).items():
+        value = f"{one['ms']:.2f} ms, {one['operators']} operators, {one['waits']} waits"
+        yield Row(f"first token, {who}", value)
+
+
+def bench_rows(folder: Path, gpu: bool) -> Iterator[Row]:
+    """The cells of `vlmprune bench`; the targets of the first token are about cuts before the language model."""
+    for path in sorted(folder.glob("bench-*.json")):
+        for cell in json.loads(path.read_text()).get("cells", []):
+            who = f"{path.stem[6:]}: {cell['method']} {cell['budget']} of {cell['tokens']['visual']}"
+            who += f", batch {cell['batch']}"
+            for name, (what, form, target, most) in BENCH.items():
+                if name in cell:
+                    value, first = cell[name]["median"], name != "decode_overhead"
+                    counts = gpu and not (first and len(cell["stretches"]) != 1)
+                    yield judged(f"{who}: {what}", format(value, form), target, value <= most, counts)
 
 
 if __name__ == "__main__":

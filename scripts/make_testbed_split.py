@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+from testbed import asking, scenes, split
 
 from vlmprune.eval import testbed
-from vlmprune.eval.testbed import asking, scenes, split
 
 #: Held-out scenes that look good: (file, model, seed, objects, (width, height), category of the question).
 DEMO = (

@@ -86,14 +86,15 @@ def runs(cells: list[dict[str, Any]]) -> str:
 def lacking(found: dict[int, dict[str, Any]]) -> list[str]:
     """Methods with a budget that another file, or another budget of the same one, has and a file lacks."""
     have = {patches: {(c["method"], c["budget"]) for c in results["cells"]} for patches, results in found.items()}
-    every = list(dict.fromkeys(c["method"] for results in found.values() for c in results["cells"]))
-    budgets = {method: {b for cells in have.values() for m, b in cells if m == method} for method in every}
-    usual = {b for of in budgets.values() for b in of if b != "-"}
+    budgets: dict[str, set[str]] = {}
+    for cell in (cell for results in found.values() for cell in results["cells"]):
+        budgets.setdefault(cell["method"], set()).add(cell["budget"])
+    usual = set().union(*budgets.values()) - {"-"}
+    wanted = [(m, b) for m, mine in budgets.items() for b in sorted(usual if mine & usual else mine)]
     return [
         f"`{method}` {budget} at {patches} patches"
         for patches in found
-        for method in every
-        for budget in sorted(usual if budgets[method] & usual else budgets[method])
+        for method, budget in wanted
         if (method, budget) not in have[patches] and ONLY.get(method, patches) == patches
     ]
 

@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))  # tiny models live th
 import tiny
 
 import vlmprune
-from vlmprune import engine
+from vlmprune.engine import install as engine
 
 FAMILIES = {
     "llava": {}, "llava_next": {"family": "llava_next"},

@@ -46,7 +46,8 @@ def main() -> None:
     args = parser.parse_args()
     model, picture = build(), torch.randn(1, 3, 336, 336)
     lengths: list[int] = []
-    half = model.model.vision_tower.encoder.layers[11].mlp  # by its end half of the layers have run, merges included
+    # what the second half's first attention reads: 12 layers have run, whatever they merged, inside or behind them
+    half = model.model.vision_tower.encoder.layers[12].self_attn.q_proj
     half.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
 
     def seconds() -> float:

@@ -69,13 +69,14 @@ def main() -> None:
     """Train, then say what the modules do."""
     args = parse()
     from accelerate import Accelerator
+    from testbed.atp_questions import SceneQuestions
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from vlmprune import atp_data
-    from vlmprune import atp_training as training
-    from vlmprune.atp_modules import AtpConfig
     from vlmprune.eval import testbed
-    from vlmprune.methods.atp import Atp
+    from vlmprune.methods.atp import data as atp_data
+    from vlmprune.methods.atp import training
+    from vlmprune.methods.atp.method import Atp
+    from vlmprune.methods.atp.modules import AtpConfig
 
     accelerator = Accelerator()
     path = testbed.path(args.model) if args.model in testbed.NAMES else args.model
@@ -86,9 +87,7 @@ def main() -> None:
     processor = AutoProcessor.from_pretrained(path)
     scenes = args.data == "testbed"
     steps = args.steps or 500
-    data = (
-        atp_data.SceneQuestions(steps * args.batch, args.seed) if scenes else atp_data.Questions(args.data, args.images)
-    )
+    data = SceneQuestions(steps * args.batch, args.seed) if scenes else atp_data.Questions(args.data, args.images)
     if not scenes and args.steps is None:
         steps = max(1, len(data) // args.batch)
     config = AtpConfig.of(
@@ -106,7 +105,7 @@ def main() -> None:
         template=args.prompt, workers=args.workers, accelerator=accelerator,
     )  # fmt: skip
     if accelerator.is_main_process and args.check > 0:
-        rows = atp_data.SceneQuestions(args.check, args.seed + 1) if scenes else data
+        rows = SceneQuestions(args.check, args.seed + 1) if scenes else data
         rows = [rows[i] for i in range(min(args.check, len(rows)))]
         found = training.survey(model, processor, Atp(thresholds=thresholds), rows, template=args.prompt)
         print(f"{args.out}: aimed at an average of {config.average}, on {len(rows)} questions:")

@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from _parallel import Workers, rates
+from testbed import asking, models, packed, scenes, tower
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, CLIPVisionModel
 
-from vlmprune.eval.testbed import asking, models, packed, scenes, tower, words
+from vlmprune.eval.testbed import words
 
 #: Tile grids (rows, columns) of scene-llava-next's training batches, and how often each comes.
 LAYOUTS = (((1, 2), 0.45), ((2, 1), 0.45), ((2, 2), 0.1))

@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _parallel import Workers, rates
-
-from vlmprune.eval.testbed import scenes, targets, tower
+from testbed import scenes, targets, tower
 
 LOSSES = (
     "colour",

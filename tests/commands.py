@@ -28,3 +28,14 @@ def cli(capsys):
         return code, out, err
 
     return run
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of four pictures in three formats, and a file that is none."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed, (name, size) in enumerate(tiny_folders.PICTURES.items()):
+        tiny_folders.noise_picture(*size, seed).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from vlmprune.engine import AfterModel, is_hook
+from vlmprune.engine.hooks import AfterModel
+from vlmprune.engine.install import is_hook
+from vlmprune.engine.plan import Hook
 from vlmprune.patches.base import Bound
-from vlmprune.plan import Hook
 
 
 def hooks_on(model: nn.Module) -> list[Callable]:

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from transformers.generation import BaseStreamer
 
 from vlmprune import Cut, Decoder, Layout, Merge, Method, Reduction
-from vlmprune.layout import trace_packing
+from vlmprune.parts.tracing import trace_packing
 from vlmprune.patches import family_of
 
 
@@ -139,11 +139,11 @@ def hand_layout(*grids: object, sample: list[int] | None = None) -> Layout:
     token = torch.arange(width)
     return Layout(
         grids=list(grids), sample=sample, ordinal=[sample[:i].count(s) for i, s in enumerate(sample)],
-        first_view=[sum(g.views for g in grids[:i]) for i in range(len(grids))],
+        start=[sum(g.encoded for g in grids[:i]) for i in range(len(grids))],
         position=torch.stack([token + start for start in starts]),
         alive=torch.stack([token < size for size in sizes]),
         alive_counts=sizes, alive_patches=[grid.patches for grid in grids],
-        entered=sizes, entered_patches=[grid.patches for grid in grids], view_size=tiny.SIDE**2,
+        entered=sizes, entered_patches=[grid.patches for grid in grids],
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vlmprune.eval import store
+from vlmprune.eval.lmms import store
 
 VERSIONS = {"vlmprune": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "lmms-eval": "0.7.3"}
 #: How much of the picture a method misses at keep 0.25; it misses more at smaller budgets.

@@ -41,7 +41,7 @@ OPTIONS = {
     "transprune": lambda model: {"keep": 0.3},
     "atp": lambda model: {"thresholds": tiny.modules(model, biases=(-0.3, 1.5))},
 }
-REFUSED = {("globalcom2", kind): f"{kind} models have a single view" for kind in ("llava", "vipllava")}
+REFUSED = {("globalcom2", kind): f"{kind} models have a single view" for kind in tiny.SINGLE}
 FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}}
 
 

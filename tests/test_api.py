@@ -152,7 +152,7 @@ def test_public_names():
 
 
 def test_dir_shows_what_users_import_and_no_helpers():
-    assert set(dir(vlmprune)) == {*vlmprune.__all__, "kernels", "methods"}
+    assert set(dir(vlmprune)) == {*vlmprune.__all__, "kernels", "methods", "vllm"}
     for name in dir(vlmprune):
         assert getattr(vlmprune, name) is not None
 

@@ -165,7 +165,7 @@ def test_a_source_folder_without_metadata(
         sys.modules.pop("transformers", None)
 
 
-HOSTS = ["import vlmprune.host", "vlmprune.patch", "from vlmprune import check", "import vlmprune.engine"]
+HOSTS = ["import vlmprune.patches.host", "vlmprune.patch", "from vlmprune import check", "import vlmprune.engine.hooks"]
 
 
 @pytest.mark.parametrize("version", ["4.36.2", "5.25.0"])
@@ -195,14 +195,15 @@ def test_tensor_code_runs_beside_any_transformers(tmp_path: Path, version: str |
     (tmp_path / "transformers" / "__init__.py").write_text("raise RuntimeError('imported')\n")
     code = """
         import torch, vlmprune
-        from vlmprune import budget, cuts, kernels, layout, methods, registry, selection, spec, taps
+        from vlmprune import kernels, methods, parts, registry, spec
+        from vlmprune.parts import budget, cuts, layout, selection, taps, tracing
         made = spec.build("vtc_cls", {"keep": 3})[0]
-        (cut,) = made.cuts(vlmprune.patches.ModelFacts("llava", 4, 2, True, 4, False, 16))
-        grid = layout.trace_packing(lambda x, newline: x[0], 1, 4, 4, (1, 1))
+        (cut,) = made.cuts(parts.ModelFacts("llava", 4, 2, True, 4, False, 16))
+        grid = tracing.trace_packing(lambda x, newline: x[0], 1, 4, 4, (1, 1))
         token = torch.arange(16)[None]
         one = layout.Layout(
-            grids=[grid], sample=[0], ordinal=[0], first_view=[0], position=token, alive=token >= 0,
-            alive_counts=[16], alive_patches=[16], entered=[16], entered_patches=[16], view_size=16,
+            grids=[grid], sample=[0], ordinal=[0], start=[0], position=token, alive=token >= 0,
+            alive_counts=[16], alive_patches=[16], entered=[16], entered_patches=[16],
         )
         print(cut.reduce({cut.see[0]: token.double()}, one).keep.nonzero()[:, 1].tolist())
     """

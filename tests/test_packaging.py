@@ -135,8 +135,9 @@ def test_source_archive_builds_the_same_wheel_and_brings_the_tests(source: Path,
 
 def test_wheel_is_light_and_describes_itself(described: Message) -> None:
     required = [Requirement(line) for line in described.get_all("Requires-Dist", [])]
-    assert sorted(r.name for r in required if r.marker is None) == ["pillow", "pyyaml", "torch", "transformers"]
-    assert set(described.get_all("Provides-Extra", [])) == {"eval", "plot", "train", "test", "dev"}
+    plain = sorted(r.name for r in required if r.marker is None)
+    assert plain == ["jinja2", "pillow", "pydantic", "pyyaml", "rich", "torch", "transformers", "typer"]
+    assert set(described.get_all("Provides-Extra", [])) == {"eval", "plot", "train", "test", "vllm", "dev"}
     assert described["Version"] == vlmprune.__version__ == __version__
     assert described["Requires-Python"] == ">=3.11"
     assert described["License-Expression"] == "Apache-2.0"
@@ -154,13 +155,22 @@ def test_wheel_brings_the_licence(wheel: Path) -> None:
 
 
 def test_constraints_pin_what_setup_cfg_asks_for(described: Message) -> None:
-    """By exact versions inside the declared ranges; the `eval` extra is for users and is not installed in CI."""
+    """By exact versions inside the declared ranges; the extras `eval` and `vllm` are for users, not installed in CI."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = {canonicalize_name(name): pin for name, _, pin in (line.partition("==") for line in lines)}
     assert pins["torch"] == "2.13.0"
     for requirement in map(Requirement, described.get_all("Requires-Dist", [])):
-        if requirement.name != "vlmprune" and "eval" not in str(requirement.marker):
+        if requirement.name != "vlmprune" and not {"eval", "vllm"} & set(str(requirement.marker).split('"')):
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
+
+
+@pytest.mark.parametrize("extra", ["eval", "test"])
+def test_what_brings_lmms_eval_bounds_what_that_breaks_on(described: Message, extra: str) -> None:
+    """lmms-eval 0.7.3 imports `filelock._api`, which filelock 4.3 has no more, and asks for no release of it."""
+    asked = [Requirement(line) for line in described.get_all("Requires-Dist", []) if f'extra == "{extra}"' in line]
+    (filelock,) = [requirement for requirement in asked if requirement.name == "filelock"]
+    assert filelock.specifier.contains("4.2.12")
+    assert not filelock.specifier.contains("4.3.1")
 
 
 def test_every_user_extra_is_in_the_developers_environment() -> None:
@@ -236,7 +246,7 @@ def test_installed_wheel_brings_its_configs(from_wheel: Path, tmp_path: Path) ->
         import os
         os.chdir({str(tmp_path)!r})
         from vlmprune import cli
-        from vlmprune.eval.config import load_config
+        from vlmprune.eval.config.schema import load_config
         assert cli.main(["init", "my.yaml"]) == 0
         (setting,) = load_config("my.yaml", ["tasks=suites/common.yaml"]).settings
         print(len(setting.tasks), [entry.label for entry in setting.methods][:2], load_config("demo").path)

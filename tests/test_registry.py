@@ -10,7 +10,7 @@ import tiny
 
 import vlmprune
 from vlmprune import Method, registry, spec
-from vlmprune.methods import FastV, FoPru, VtcCls
+from vlmprune.methods import FastV, FoPru, VtcCls, base
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_names_are_unique_and_kept():
         pass
 
     with pytest.raises(ValueError, match="registered already"):
-        registry.register("fopru")(Mine)
+        vlmprune.register("fopru")(Mine)
     assert registry.find("fopru") is FoPru
 
 
@@ -136,11 +136,8 @@ class EveryOther(Method):
 
 @pytest.fixture
 def install(tmp_path, monkeypatch):
-    """`install("every_other")`: another package that offers a method under that name, beside a registry where nothing
-    has been looked up yet."""
-    ours = dict(registry._methods)
-    monkeypatch.setattr(registry, "_methods", {})
-    monkeypatch.setattr(registry, "import_module", lambda name: registry._methods.update(ours))
+    """`install("every_other")`: another package that offers a method under that name."""
+    monkeypatch.setattr(base, "REGISTERED", dict(base.REGISTERED))
 
     def make(name):
         (tmp_path / "othermethods.py").write_text(PLUGIN)

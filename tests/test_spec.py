@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 
 import vlmprune
 from vlmprune import Method, UnsupportedError, registry, spec
-from vlmprune.budget import SmallBudgetWarning
-from vlmprune.cli import bench_settings, flags
-from vlmprune.eval import config, plan
-from vlmprune.eval.tree import Mistakes
+from vlmprune.cli import bench, flags
+from vlmprune.eval.config import schema as config
+from vlmprune.eval.config.tree import Mistakes
+from vlmprune.eval.lmms import plan
 from vlmprune.methods import FastV, FoPru, Random, ToDRE, TransPrune
-from vlmprune.patches import ModelFacts
+from vlmprune.parts.budget import SmallBudgetWarning
+from vlmprune.parts.facts import ModelFacts
 
 ROOT = Path(__file__).resolve().parents[1]
 NEXT = ModelFacts("llava_next", 24, 22, True, decoder_layers=32, views=True, view_patches=576)
@@ -84,7 +85,7 @@ def by_flags(method, options):
 def by_bench_again(method, options):
     """The options of an old result, turned to text and read again."""
     asked = {"asked": {}, "cells": [{"method": method, "options": options, "batch": 1}]}
-    again = bench_settings.asked_in(asked)
+    again = bench.asked_in(asked)
     (job,) = spec.jobs(
         [again["method"]], [{"keep": spec.read_budget(again["keep"])}], flags.options_of(again["option"])
     )
@@ -151,6 +152,12 @@ def test_what_cannot_be_meant(method, options, said):
         spec.build(method, options)
 
 
+@pytest.mark.parametrize("methods", [{"fopru": 3}, {"fopru", "fastv"}, 5, None])
+def test_what_has_no_order_or_says_more_is_no_list_of_methods(methods):
+    with pytest.raises(TypeError, match=f"or a list of them, not {type(methods).__name__}"):
+        spec.build(methods, {"fopru.keep": 4})
+
+
 def test_jobs_share_options():
     made = spec.jobs(["fopru", "fastv"], [{"keep": 4}, {"keep": 0.5}], {"layer": 2, "fastv.rows": "all"})
     assert [(job.method, job.options) for job in made] == [
@@ -187,7 +194,7 @@ def test_jobs_that_cannot_be_meant(methods, options, said):
 
 
 def test_flags_given_twice():
-    with pytest.raises(vlmprune.cli.errors.UserError, match="--option tau is given twice"):
+    with pytest.raises(vlmprune.runtime.errors.UserError, match="--option tau is given twice"):
         flags.options_of(["tau=None", "tau=0.1"])
 
 
@@ -250,7 +257,7 @@ def test_the_example_of_a_method_runs_as_printed(file, monkeypatch):
         for block in re.findall(r"```python\n(.*?)```", (ROOT / file).read_text(), re.DOTALL)
         if "Longest" in block
     )
-    known = dict(registry._methods)
+    known = dict(registry.registered())
     try:
         monkeypatch.setitem(sys.modules, "example", module := ModuleType("example"))
         exec(compile(code, file, "exec"), module.__dict__)
@@ -262,8 +269,8 @@ def test_the_example_of_a_method_runs_as_printed(file, monkeypatch):
             with pytest.raises((TypeError, ValueError), match="keep"):
                 module.Longest(keep=bad)
     finally:
-        registry._methods.clear()
-        registry._methods.update(known)
+        registry.registered().clear()
+        registry.registered().update(known)
 
 
 # Files

@@ -39,6 +39,7 @@ PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [3 * TILE
 # enough crops that packing shrinks a canvas (from 11 views' worth of patches on)
 ONEVISION = [[TILE * rows, TILE * cols] for rows in range(1, 5) for cols in range(1, 5)]
 VIDEOS = ("llava_onevision", "llava_next_video")
+SINGLE = ("llava", "vipllava")  # families whose images have one view each, all of one shape
 CLASSES = {
     "llava": (LlavaForConditionalGeneration, LlavaConfig),
     "llava_next": (LlavaNextForConditionalGeneration, LlavaNextConfig),
@@ -48,11 +49,13 @@ CLASSES = {
 }
 
 
-def model(family="llava", text="llama", tower="clip", dtype=torch.float32, seed=0, attn="sdpa", **text_options):
+def model(
+    family="llava", text="llama", tower="clip", dtype=torch.float32, seed=0, attn="sdpa", tower_layers=6, **text_options
+):
     """A random model whose outputs depend strongly on its picture."""
     torch.manual_seed(seed)
     vision = {
-        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 3,
+        "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": tower_layers, "num_attention_heads": 3,
         "image_size": TILE, "patch_size": PATCH,
     }  # fmt: skip
     if tower == "clip":
@@ -72,7 +75,7 @@ def model(family="llava", text="llama", tower="clip", dtype=torch.float32, seed=
         "vision_feature_select_strategy": "default" if tower == "clip" else "full",
         "attn_implementation": attn,
     }
-    if family in ("llava", "vipllava"):
+    if family in SINGLE:
         options["image_seq_length"] = SIDE * SIDE
     else:
         options["image_grid_pinpoints"] = ONEVISION if family == "llava_onevision" else PINPOINTS
@@ -106,8 +109,8 @@ def modules(made, seed=0, train=False, biases=(-1.2, 1.0), **options):
 
     Higher `biases` keep fewer tokens.
     """
-    from vlmprune.atp_modules import AtpConfig, Thresholds
-    from vlmprune.atp_training import facts_of
+    from vlmprune.methods.atp.modules import AtpConfig, Thresholds
+    from vlmprune.methods.atp.training import facts_of
 
     torch.manual_seed(seed)
     thresholds = Thresholds(AtpConfig.of(facts_of(made), 0.9, **{"pool": 8, "hidden": 16} | options)).to(made.dtype)
@@ -124,7 +127,7 @@ def pixels(made, sizes, seed=0, together=False):
     `together` says that they are the images of one prompt, where the family wants to know.
     """
     generator = torch.Generator().manual_seed(seed)
-    if made.config.model_type in ("llava", "vipllava"):
+    if made.config.model_type in SINGLE:
         values = torch.randn(len(sizes), 3, TILE, TILE, generator=generator)
         return {"pixel_values": values.to(made.dtype)}
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches

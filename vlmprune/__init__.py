@@ -17,14 +17,13 @@ check_torchvision()
 
 if TYPE_CHECKING:
     from vlmprune.api import Handle, patch, unpatch
-    from vlmprune.cuts import Cut, Decoder, Merge, Reduction
     from vlmprune.errors import CutNotRunError, UnsupportedError
-    from vlmprune.layout import Layout
-    from vlmprune.methods import Method
-    from vlmprune.registry import register
+    from vlmprune.methods.base import Method, Pruner, register
+    from vlmprune.parts.cuts import Cut, Decoder, Merge, Reduction
+    from vlmprune.parts.layout import Layout
     from vlmprune.runtime import load
-    from vlmprune.selftest import check
     from vlmprune.trace import Trace
+    from vlmprune.verify import check
 
 __all__ = [
     "Cut",
@@ -34,6 +33,7 @@ __all__ = [
     "Layout",
     "Merge",
     "Method",
+    "Pruner",
     "Reduction",
     "Trace",
     "UnsupportedError",
@@ -45,18 +45,17 @@ __all__ = [
     "unpatch",
 ]
 
-_SUBPACKAGES = ("kernels", "methods")
+_SUBPACKAGES = ("kernels", "methods", "vllm")
 
 # Imported when first asked for, so that `vlmprune --help` does not wait for torch and transformers.
 _HOMES = {
     "api": ("Handle", "patch", "unpatch"),
-    "cuts": ("Cut", "Decoder", "Merge", "Reduction"),
+    "parts.cuts": ("Cut", "Decoder", "Merge", "Reduction"),
     "errors": ("CutNotRunError", "UnsupportedError"),
-    "layout": ("Layout",),
-    "methods": ("Method",),
-    "registry": ("register",),
+    "parts.layout": ("Layout",),
+    "methods.base": ("Method", "Pruner", "register"),
     "runtime": ("load",),
-    "selftest": ("check",),
+    "verify": ("check",),
     "trace": ("Trace",),
 }
 

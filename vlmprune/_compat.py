@@ -2,9 +2,9 @@
 
 Two questions, both cheap when all is well:
 
-- :func:`check_transformers`, asked by whatever touches a model (``vlmprune.host``, ``patch``, loading), reads the
-  installed version from the package's metadata and imports nothing. Registry, methods, taps, selection, layout, budgets
-  and kernels are tensor code and run beside any transformers.
+- :func:`check_transformers`, asked by whatever touches a model (``vlmprune.patches.host``, ``patch``, loading), reads
+  the installed version from the package's metadata and imports nothing. Registry, methods, taps, selection, layout,
+  budgets and kernels are tensor code and run beside any transformers.
 - :func:`check_torchvision`, asked at ``import vlmprune``: whether a torchvision is there, and whether it can be used.
   One that is installed but cannot be imported breaks every LLaVA class of transformers, whose own message ("Could not
   import module ...") names neither torchvision nor a way out. No torchvision at all is fine.

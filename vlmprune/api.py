@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune import engine, kernels, spec
+from vlmprune import spec
 from vlmprune._compat import check_transformers
-from vlmprune.compile import compile_plan
+from vlmprune.engine import install as engine
+from vlmprune.engine.compile import compile_plan
+from vlmprune.engine.plan import Plan
 from vlmprune.methods.base import Method
 from vlmprune.patches import family_of
-from vlmprune.plan import Plan
 from vlmprune.trace import Trace
 
 __all__ = ["Handle", "patch", "unpatch"]
@@ -154,7 +155,7 @@ def patch(
     if before is not None and not before.entered:
         before.before = behind(before, lambda other: other.entered)  # no longer than blocks are open
     if warmup:
-        kernels.warm_up({weight.device for weight in model.parameters()}, model.dtype)
+        engine.warm_up(model)
     return Handle(model, plan)
 
 

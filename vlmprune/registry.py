@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from importlib import import_module, metadata
+from importlib import metadata
 from typing import TYPE_CHECKING
 
 from vlmprune.errors import did_you_mean
@@ -12,34 +11,21 @@ from vlmprune.errors import did_you_mean
 if TYPE_CHECKING:
     from vlmprune.methods.base import Method
 
-__all__ = ["ENTRY_POINTS", "find", "names", "options", "register", "required"]
+__all__ = ["ENTRY_POINTS", "find", "names", "options", "registered", "required"]
 
 ENTRY_POINTS = "vlmprune.methods"
-_methods: dict[str, type[Method]] = {}
 
 
-def register(name: str) -> Callable[[type[Method]], type[Method]]:
-    """Class decorator: make a method known under `name`.
+def registered() -> dict[str, type[Method]]:
+    """The methods registered in this process, ours above all, by name; to be read only."""
+    from vlmprune.methods.base import REGISTERED  # late: torch takes seconds, and `vlmprune --help` needs no method
 
-    Raises:
-        ValueError: another class has the name already.
-    """
-
-    def add(cls: type[Method]) -> type[Method]:
-        known = _methods.get(name)
-        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"a method named {name!r} is registered already: {known.__module__}.{known.__qualname__}.")
-        cls.name = name
-        _methods[name] = cls
-        return cls
-
-    return add
+    return REGISTERED
 
 
 def names() -> list[str]:
     """All known method names, sorted; those of other packages included, without importing these."""
-    import_module("vlmprune.methods")
-    return sorted({*_methods, *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))})
+    return sorted({*registered(), *(point.name for point in metadata.entry_points(group=ENTRY_POINTS))})
 
 
 def find(name: str) -> type[Method]:
@@ -49,8 +35,9 @@ def find(name: str) -> type[Method]:
         ValueError: nothing is registered under that name (the message suggests the closest), or the package that
             offers it cannot be imported.
     """
-    import_module("vlmprune.methods")
-    if name not in _methods:
+    if name not in registered():
+        from vlmprune.methods.base import register
+
         for point in metadata.entry_points(group=ENTRY_POINTS, name=name):
             try:
                 found = point.load()
@@ -58,9 +45,9 @@ def find(name: str) -> type[Method]:
                 told = " ".join(str(error).split())
                 raise ValueError(f"method {name!r} cannot be loaded: {type(error).__name__}: {told}") from error
             register(name)(found)
-    if name not in _methods:
+    if name not in registered():
         raise ValueError(f"unknown method {name!r}.{did_you_mean(name, names())} Known: {', '.join(names())}.")
-    return _methods[name]
+    return registered()[name]
 
 
 def options(cls: type[Method]) -> list[str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlmprune import registry
-from vlmprune.budget import SmallBudgetWarning, check_keep, unlikely
 from vlmprune.errors import did_you_mean
+from vlmprune.parts.budget import SmallBudgetWarning, check_keep, unlikely
 
 if TYPE_CHECKING:
     from vlmprune.methods.base import Method
@@ -28,6 +28,9 @@ BUDGETS = ("keep", "average")
 #: Words that are values. `none` in small letters is text: `newlines` and the like take it.
 WORDS = {"None": None, "null": None, "True": True, "true": True, "False": False, "false": False}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+WHOLE = re.compile(r"[+-]?\d+")
+QUOTED = re.compile(r"""(["'])(.*)\1""", re.DOTALL)
+CLOSING = {"[": "]", "(": ")"}
 
 
 # Text
@@ -46,18 +49,34 @@ def read_value(value: Any) -> Any:
     if not isinstance(value, str):
         return tuple(value) if isinstance(value, list) else value
     text = value.strip()
-    if text[:1] in ("[", "("):
-        inside, end = text[1:-1].strip(), {"[": "]", "(": ")"}[text[0]]
-        if not text.endswith(end) or len(text) < 2 or re.search(r"[][()]", inside):
-            raise ValueError(f"{value!r} is no list such as [7, 9, 12].")
-        return tuple(read_value(part) for part in inside.removesuffix(",").split(",")) if inside else ()
+    if text[:1] in CLOSING:
+        return read_list(value)
     if text in WORDS:
         return WORDS[text]
-    if re.fullmatch(r"[+-]?\d+", text):
-        return int(text)
-    if NUMBER.fullmatch(text):
-        return float(text)
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
+    number, quoted = read_number(text), QUOTED.fullmatch(text)
+    if number is not None:
+        return number
+    return quoted[2] if quoted else text
+
+
+def read_list(value: str) -> tuple:
+    """`[7, 9, 12]` or `(7, 9, 12)`.
+
+    Raises:
+        ValueError: it is not closed, or has a list in it.
+    """
+    text = value.strip()
+    inside = text[1:-1].strip()
+    if len(text) < 2 or not text.endswith(CLOSING[text[0]]) or re.search(r"[][()]", inside):
+        raise ValueError(f"{value!r} is no list such as [7, 9, 12].")
+    return tuple(read_value(part) for part in inside.removesuffix(",").split(",")) if inside else ()
+
+
+def read_number(text: str) -> int | float | None:
+    """`-2` or `0.1`; None for text that is no number."""
+    if not NUMBER.fullmatch(text):
+        return None
+    return int(text) if WHOLE.fullmatch(text) else float(text)
 
 
 def write_value(value: Any) -> str:
@@ -77,12 +96,10 @@ def read_budget(given: Any, word: str = "keep") -> int | float:
     if not isinstance(given, str):
         return check_keep(given, word)
     text = given.strip()
-    percent, number = text.endswith("%"), text.removesuffix("%").strip()
-    if not NUMBER.fullmatch(number):
+    number = read_number(text.removesuffix("%").strip())
+    if number is None:
         raise ValueError(f"{word}={given!r} is neither a count (36) nor a fraction (0.1, 10%).")
-    if percent:
-        return check_keep(float(number) / 100, word)
-    return check_keep(int(number) if re.fullmatch(r"[+-]?\d+", number) else float(number), word)
+    return check_keep(number / 100 if text.endswith("%") else number, word)
 
 
 def read_given(key: str, value: Any) -> Any:
@@ -133,7 +150,7 @@ def names_of(method: str) -> list[str]:
         ValueError: one of them twice, or `none` among others.
     """
     names = [name.strip() for name in method.split("+")]
-    if len(set(names)) < len(names):
+    if named_twice(names) is not None:
         raise ValueError(f"method {method!r} names a method twice.")
     if NONE in names and len(names) > 1:
         raise ValueError(f"method {method!r}: 'none' is the whole model and cannot be combined.")
@@ -170,52 +187,69 @@ def build(
     """
     parts = parts_of(method)
     if parts == [NONE] and none:
-        if options:
-            given = ", ".join(f"{key}={value}" for key, value in options.items())
-            raise ValueError(f"method 'none' is the whole model and takes no options, and here is {given}.")
+        check_without(options)
         return []
     if NONE in parts:
         raise ValueError("method 'none' is the whole model: there is nothing to prune.")
     classes = {part: find(part, none) for part in parts if isinstance(part, str)}
-    shares: dict[str, dict[str, Any]] = {name: {} for name in classes}
-    for key, value in options.items():
-        if not classes:
-            raise TypeError(f"{key}= cannot be combined with a method object: set it when making the object.")
-        name, option = owner(key, value, classes)
-        if option in shares[name]:
-            raise ValueError(f"{name}.{option}= is given twice.")
-        shares[name][option] = tuple(value) if isinstance(value, list) else value
+    shares = shared_out(options, classes)
     made = [make(part, classes[part], shares[part]) if isinstance(part, str) else part for part in parts]
     for one in made:
         one.check_fields()
-        for word in BUDGETS:
-            if told := unlikely(getattr(one, word, None), word):
-                warnings.warn(told, SmallBudgetWarning, stacklevel=3)
+        for told in filter(None, (unlikely(getattr(one, word, None), word) for word in BUDGETS)):
+            warnings.warn(told, SmallBudgetWarning, stacklevel=3)
     return made
 
 
 def parts_of(method: Any) -> list[str | Method]:
     """The names and objects of what was passed as method."""
-    from vlmprune.methods.base import Method
-
-    given = [method] if isinstance(method, str | Method | type) else method
-    if not isinstance(given, Iterable):
-        raise TypeError(f"method must be a name, a method object or a list of them, not {type(method).__name__}.")
-    parts: list[str | Method] = []
-    for part in given:
-        if isinstance(part, type) and issubclass(part, Method):
-            raise TypeError(
-                f"method {part.__name__} is a class: pass an object, {part.__name__}(keep=64), or its name."
-            )
-        if not isinstance(part, str | Method):
-            raise TypeError(f"method must be a name, a method object or a list of them, not {type(part).__name__}.")
-        parts += names_of(part) if isinstance(part, str) else [part]
+    several = isinstance(method, Iterable) and not isinstance(method, str | type | Mapping | Set)
+    parts = [part for one in (method if several else [method]) for part in parts_in(one)]
     if not parts:
         raise ValueError("the list of methods is empty.")
-    names = [part for part in parts if isinstance(part, str)]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if (twice := named_twice([part for part in parts if isinstance(part, str)])) is not None:
         raise ValueError(f"method {twice!r} is named twice: pass method objects.")
     return parts
+
+
+def named_twice(names: list[str]) -> str | None:
+    """The first name that stands there again."""
+    return next((name for name in names if names.count(name) > 1), None)
+
+
+def parts_in(one: Any) -> list[str | Method]:
+    """The names in a text, or a method object."""
+    from vlmprune.methods.base import Method
+
+    if isinstance(one, str):
+        return names_of(one)
+    if isinstance(one, Method):
+        return [one]
+    if isinstance(one, type) and issubclass(one, Method):
+        raise TypeError(f"method {one.__name__} is a class: pass an object, {one.__name__}(keep=64), or its name.")
+    raise TypeError(f"method must be a name, a method object or a list of them, not {type(one).__name__}.")
+
+
+def check_without(options: Mapping[str, Any]) -> None:
+    """Refuse options beside "none"."""
+    if options:
+        given = ", ".join(f"{key}={value}" for key, value in options.items())
+        raise ValueError(f"method 'none' is the whole model and takes no options, and here is {given}.")
+
+
+def shared_out(options: Mapping[str, Any], classes: Mapping[str, type[Method]]) -> dict[str, dict[str, Any]]:
+    """The options of every named method, each as that method calls it."""
+    if options and not classes:
+        raise TypeError(
+            f"{next(iter(options))}= cannot be combined with a method object: set it when making the object."
+        )
+    shares: dict[str, dict[str, Any]] = {name: {} for name in classes}
+    for key, value in options.items():
+        name, option = owner(key, value, classes)
+        if option in shares[name]:
+            raise ValueError(f"{name}.{option}= is given twice.")
+        shares[name][option] = tuple(value) if isinstance(value, list) else value
+    return shares
 
 
 def find(name: str, none: bool = False) -> type[Method]:
@@ -236,16 +270,22 @@ def owner(key: str, value: Any, classes: Mapping[str, type[Method]]) -> tuple[st
     if dot and name not in classes:
         hint = did_you_mean(name, classes)
         raise ValueError(f"option {key!r}: {name!r} is not one of the methods {', '.join(classes)}.{hint}")
-    among = {name: classes[name]} if dot else classes
-    takers = [name for name, cls in among.items() if option in registry.options(cls)]
-    if not takers:
-        raise no_option(option, value, among)
-    if len(takers) > 1:
-        ways = " or ".join(f"{name}.{option}=" for name in takers)
-        objects = ", ".join(f"{classes[name].__name__}(...)" for name in takers)
-        who = ", ".join(map(repr, takers))
+    found = takers(key, classes)
+    if not found:
+        raise no_option(option, value, {name: classes[name]} if dot else classes)
+    if len(found) > 1:
+        ways = " or ".join(f"{name}.{option}=" for name in found)
+        objects = ", ".join(f"{classes[name].__name__}(...)" for name in found)
+        who = ", ".join(map(repr, found))
         raise ValueError(f"{option}= could mean any of {who}: write {ways} (in Python, or pass [{objects}]).")
-    return takers[0], option
+    return found[0], option
+
+
+def takers(key: str, classes: Mapping[str, type[Method]]) -> list[str]:
+    """Which of these methods have an option; `fopru.layer` is fopru's alone."""
+    name, dot, option = key.rpartition(".")
+    asked = {name} & set(classes) if dot else classes
+    return [name for name in asked if option in registry.options(classes[name])]
 
 
 def no_option(option: str, value: Any, classes: Mapping[str, type[Method]]) -> ValueError:
@@ -308,27 +348,33 @@ def jobs(
         ValueError: an unknown method or option, or a bad value; the method is named.
     """
     classes = {method: {name: find(name) for name in single(method)} for method in methods}
+    check_known(options, classes)
+    made = [job_of(method, mine, budget, options, named) for budget in budgets for method, mine in classes.items()]
+    return [job for number, job in enumerate(made) if job not in made[:number]]
+
+
+def check_known(options: Mapping[str, Any], classes: Mapping[str, Mapping[str, type[Method]]]) -> None:
+    """Refuse an option that no method has; `classes` of every (joined) method, by name."""
     everyone = {name: cls for mine in classes.values() for name, cls in mine.items()}
-    for key, value in options.items():
-        if not any(has(key, mine) for mine in classes.values()):
-            owner(key, value, everyone)  # which says so
-    made: list[Job] = []
-    for budget in budgets:
-        for method, mine in classes.items():
-            own = own_options(options, mine)
-            fits = all(has(word, mine) for word in budget)
-            if named and not fits:
-                why = " ".join(f": {c.refuses[w]}" for w in budget for c in mine.values() if w in c.refuses)
-                raise ValueError(f"method {method!r} has no budget {', '.join(budget)}{why or '.'}")
-            shared = {} if budgets_in(own) else {word: amount for word, amount in budget.items() if has(word, mine)}
-            job = Job(method, shared | own)
-            try:
-                job.build()
-            except (TypeError, ValueError, FileNotFoundError) as error:
-                raise ValueError(f"{method}: {error}") from None
-            if job not in made:
-                made.append(job)
-    return made
+    for key in (key for key in options if not takers(key, everyone)):
+        owner(key, options[key], everyone)  # which says so
+
+
+def job_of(
+    method: str, classes: Mapping[str, type[Method]], budget: Mapping[str, Any], options: Mapping[str, Any], named: bool
+) -> Job:
+    """One of `jobs`."""
+    own = own_options(options, classes)
+    fitting = {word: amount for word, amount in budget.items() if takers(word, classes)}
+    if named and len(fitting) < len(budget):
+        why = " ".join(f": {cls.refuses[word]}" for word in budget for cls in classes.values() if word in cls.refuses)
+        raise ValueError(f"method {method!r} has no budget {', '.join(budget)}{why or '.'}")
+    job = Job(method, own if budgets_in(own) else fitting | own)
+    try:
+        job.build()
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{method}: {error}") from None
+    return job
 
 
 def own_options(options: Mapping[str, Any], classes: Mapping[str, type[Method]]) -> dict[str, Any]:
@@ -339,7 +385,7 @@ def own_options(options: Mapping[str, Any], classes: Mapping[str, type[Method]])
     """
     made: dict[str, Any] = {}
     for key, value in options.items():
-        if has(key, classes):
+        if takers(key, classes):
             short = key.rpartition(".")[2] if len(classes) == 1 else key
             if short in made:
                 raise ValueError(f"{'+'.join(classes)}.{short}= is given twice.")
@@ -353,10 +399,3 @@ def single(method: str) -> list[str]:
     if NONE in names:
         raise ValueError("method 'none' is the whole model, which stands beside the others anyway: leave it out.")
     return names
-
-
-def has(key: str, classes: Mapping[str, type[Method]]) -> bool:
-    """Whether one of these methods has an option; `fopru.layer` is fopru's alone."""
-    name, dot, option = key.rpartition(".")
-    among = [classes[name]] if name in classes else [] if dot else classes.values()
-    return any(option in registry.options(cls) for cls in among)

@@ -7,8 +7,8 @@ from functools import cached_property
 
 import torch
 
-from vlmprune.cuts import Merge, Positions
-from vlmprune.layout import ImageGrid
+from vlmprune.parts.cuts import Merge, Positions
+from vlmprune.parts.layout import ImageGrid
 
 __all__ = ["CutTrace", "Trace"]
 

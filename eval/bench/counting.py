@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from vlmprune.eval.bench.flops import prefill_flops
 from vlmprune.eval.bench.workload import Workload
-from vlmprune.flops import prefill_flops
+from vlmprune.patches.towers import tower_layer
 
 __all__ = ["count", "formula_flops", "kv_bytes", "language_flops"]
 
@@ -60,8 +61,8 @@ def tower_tokens(work: Workload) -> Iterator[dict[int, list[int]]]:
     layers = family.tower_layers(family.towers(family.inner(work.model))[0])
     handles = [
         block.register_forward_pre_hook(lambda _, *given, i=i: look(i, *given), with_kwargs=True)
-        for i, layer in enumerate(layers)
-        for block in (layer.self_attn, layer.mlp)
+        for i, layer in enumerate(map(tower_layer, layers))
+        for block in (layer.attention, layer.feed_forward)
     ]
     try:
         yield seen

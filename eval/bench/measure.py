@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from vlmprune import engine
 from vlmprune.api import Handle
+from vlmprune.engine.install import install, remove
+from vlmprune.engine.plan import Plan
 from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.counting import count, formula_flops, kv_bytes, language_flops
-from vlmprune.eval.bench.oracle import Oracle, Plain
+from vlmprune.eval.bench.oracle import Oracle, PlainRun, Stretch
 from vlmprune.eval.bench.stages import STAGES, stage_seconds
 from vlmprune.eval.bench.stats import ratio, spread
 from vlmprune.eval.bench.workload import Workload
+from vlmprune.trace import Trace
 
 __all__ = ["Effort", "measure_method", "measure_unpruned"]
 
@@ -49,17 +51,17 @@ class Effort:
 class Contender:
     """One way of running the workload, and what it took."""
 
-    run: Plain
+    run: PlainRun
     clock: Clock
-    plan: engine.Plan | None = None
+    plan: Plan | None = None
     first: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
 
     def ready(self) -> None:
         """Put this contender's hooks on the model, and no others; never inside a timed path."""
-        engine.remove(self.run.work.model)
+        remove(self.run.work.model)
         if self.plan is not None:
-            engine.install(self.run.work.model, self.plan)
+            install(self.run.work.model, self.plan)
 
     def prefill(self) -> torch.Tensor:
         self.ready()
@@ -98,8 +100,8 @@ def stage_spreads(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def measure_unpruned(work: Workload, effort: Effort, tell: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Stages, memory, cache and FLOPs of the unpruned model; its end-to-end times come with every method's."""
-    clock, run = Clock(work.model.device), Plain(work)
-    engine.remove(work.model)
+    clock, run = Clock(work.model.device), PlainRun(work)
+    remove(work.model)
     tell("unpruned: counting")
     with torch.no_grad():
         counted = count(work, run.prefill)  # warms up too
@@ -138,18 +140,67 @@ def measure_method(
         with torch.no_grad():
             return run_method(work, plan, clock, unpruned, effort, tell)
     finally:
-        engine.remove(work.model)
+        remove(work.model)
+
+
+@dataclass
+class Rounds:
+    """What interleaved runs of a pruned model, its oracle and the unpruned model measured.
+
+    Attributes:
+        pruned, oracle, plain: with the seconds of their runs.
+        stages: seconds by stage, one per run with stamps.
+        beside: the seconds of pruned and oracle runs beside unpruned ones; of runs with stamps, the number of the
+            unpruned run that is nearest.
+    """
+
+    pruned: Contender
+    oracle: Contender
+    plain: Contender
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    beside: dict[str, list] = field(default_factory=lambda: defaultdict(list))
+
+    def run(self, work: Workload, plan: Plan, clock: Clock, effort: Effort, tell: Callable[[str], None]) -> None:
+        """Run the pairs."""
+        for i in range(effort.pairs):
+            tell(f"pair {i + 1}/{effort.pairs}")
+            order = [self.oracle, self.pruned] if i % 2 else [self.pruned, self.oracle]
+            if effort.due(i, effort.plain):
+                self.run_with_plain([*order, self.plain], effort, tell)
+            else:
+                for contender in order:
+                    contender.prefill()
+            for contender in (*order, self.plain):
+                contender.run.cache = None
+            if effort.due(i, effort.stages):
+                tell("stages")
+                self.stages.append(stage_seconds(work, clock, plan, self.oracle.run.stretches))
+                self.beside["stages"].append(i * effort.plain // effort.pairs)
+
+    def run_with_plain(self, order: list[Contender], effort: Effort, tell: Callable[[str], None]) -> None:
+        """One pair and the unpruned model beside it, decoding too where there is something to decode."""
+        tokens = [contender.prefill() for contender in order]
+        self.beside["pruned"].append(self.pruned.first[-1])
+        self.beside["oracle"].append(self.oracle.first[-1])
+        if effort.new_tokens > 2 and len(self.plain.decode) < effort.pairs:
+            tell("decoding")
+            decode(order, tokens, effort.new_tokens)
+
+    def spreads(self, what: str) -> dict[str, Any]:
+        """Spreads of the seconds of `what` ("first", "decode") by contender."""
+        who = {"unpruned": self.plain, "pruned": self.pruned, "oracle": self.oracle}
+        return {name: spread(getattr(contender, what)) for name, contender in who.items()}
 
 
 def run_method(
     work: Workload,
-    plan: engine.Plan,
+    plan: Plan,
     clock: Clock,
     unpruned: dict[str, Any],
     effort: Effort,
     tell: Callable[[str], None],
 ) -> dict[str, Any]:
-    pruned = Contender(Plain(work), clock, plan)
+    pruned = Contender(PlainRun(work), clock, plan)
     tell("counting")
     pruned.ready()
     counted = count(work, pruned.run.prefill)
@@ -157,75 +208,72 @@ def run_method(
     if trace is None:
         raise RuntimeError("the patched model ran and left no trace.")
     oracle = Contender(Oracle(work, trace), clock)
-    plain = Contender(Plain(work), clock)
     oracle.prefill()
-    merged = any(cut.merged for cut in trace.cuts) or bool(plan.tower_cuts) or bool(plan.pixel_cuts)
+    merged = plan.in_vision or any(cut.merged for cut in trace.cuts)
     difference = float((logits - oracle.run.logits).abs().max() / logits.abs().max())
     oracle.first.clear()
 
-    stages: list[dict[str, Any]] = []
-    beside: dict[str, list] = defaultdict(list)  # what stood beside the unpruned runs
-    for i in range(effort.pairs):
-        tell(f"pair {i + 1}/{effort.pairs}")
-        order = [oracle, pruned] if i % 2 else [pruned, oracle]
-        order += [plain] if effort.due(i, effort.plain) else []
-        tokens = [contender.prefill() for contender in order]
-        if plain in order:
-            beside["pruned"].append(pruned.first[-1])
-            beside["oracle"].append(oracle.first[-1])
-            if effort.new_tokens > 2 and len(plain.decode) < effort.pairs:
-                tell("decoding")
-                decode(order, tokens, effort.new_tokens)
-        for contender in order:
-            contender.run.cache = None
-        if effort.due(i, effort.stages):
-            tell("stages")
-            stages.append(stage_seconds(work, clock, plan, oracle.run.stretches))
-            beside["stages"].append(i * effort.plain // effort.pairs)  # the unpruned run that is nearest
-
-    cost = [sum(run[name] for name in DROP) for run in stages]
-    nearest = [plain.first[number] for number in beside["stages"]]
-    parts, layers = oracle.run.stretches, len(trace.kv_lengths)
-    made: dict[str, Any] = {
-        "tokens": {
-            "visual": work.visual,
-            "entering": sum(trace.entering(i) for i in range(work.batch)) / work.batch,
-            "layer_average": sum(trace.layer_average(i) for i in range(work.batch)) / work.batch,
-            "kv_lengths": trace.kv_lengths,
-        },
-        "stretches": [
-            {"first_layer": part.first, "layers": end - part.first, "columns": part.index.shape[1]}
-            for part, end in zip(parts, [*(p.first for p in parts[1:]), layers], strict=True)
-        ],
+    rounds = Rounds(pruned, oracle, Contender(PlainRun(work), clock))
+    rounds.run(work, plan, clock, effort, tell)
+    return {
+        "tokens": tokens_of(work, trace),
+        "stretches": stretches_of(oracle.run.stretches, len(trace.kv_lengths)),
         "same_as_oracle": None if merged else difference,
-        "first_token_ms": {
-            "unpruned": spread(plain.first),
-            "pruned": spread(pruned.first),
-            "oracle": spread(oracle.first),
-        },
-        "overhead": ratio(pruned.first, oracle.first),
-        "speedup": ratio(plain.first, beside["pruned"]),
-        "oracle_speedup": ratio(plain.first, beside["oracle"]),
+        **first_tokens(rounds),
         "amdahl": amdahl(work, unpruned["stages_ms"], trace.kv_lengths),
-        "cost_share": ratio(cost, nearest),
-        "stages_ms": stage_spreads(stages),
+        "stages_ms": stage_spreads(rounds.stages),
         "kv_bytes": cached,
         "peak_bytes": counted["peak_bytes"],
         "flops": {
             "counted": counted["flops"],
             "formula": formula_flops(work, trace.kv_lengths, counted["tower_tokens"]),
         },
+        **(answers(rounds, effort.new_tokens) if rounds.plain.decode else {}),
     }
-    if plain.decode:
-        made["decode_ms"] = {
-            "unpruned": spread(plain.decode),
-            "pruned": spread(pruned.decode),
-            "oracle": spread(oracle.decode),
-        }
-        made["decode_overhead"] = ratio(pruned.decode, oracle.decode)
-        made["decode_speedup"] = ratio(plain.decode, pruned.decode)
-        made["answer_speedup"] = answer_speedup(made, effort.new_tokens)
-    return made
+
+
+def tokens_of(work: Workload, trace: Trace) -> dict[str, Any]:
+    """Visual tokens before and after, in the mean over the batch."""
+    batch = range(work.batch)
+    return {
+        "visual": work.visual,
+        "entering": sum(trace.entering(i) for i in batch) / work.batch,
+        "layer_average": sum(trace.layer_average(i) for i in batch) / work.batch,
+        "kv_lengths": trace.kv_lengths,
+    }
+
+
+def stretches_of(parts: Sequence[Stretch], layers: int) -> list[dict[str, int]]:
+    """The runs of layers with the same columns."""
+    ends = [*(part.first for part in parts[1:]), layers]
+    return [
+        {"first_layer": part.first, "layers": end - part.first, "columns": part.index.shape[1]}
+        for part, end in zip(parts, ends, strict=True)
+    ]
+
+
+def first_tokens(rounds: Rounds) -> dict[str, Any]:
+    """Times of the first token, and their ratios."""
+    cost = [sum(run[name] for name in DROP) for run in rounds.stages]
+    nearest = [rounds.plain.first[number] for number in rounds.beside["stages"]]
+    return {
+        "first_token_ms": rounds.spreads("first"),
+        "overhead": ratio(rounds.pruned.first, rounds.oracle.first),
+        "speedup": ratio(rounds.plain.first, rounds.beside["pruned"]),
+        "oracle_speedup": ratio(rounds.plain.first, rounds.beside["oracle"]),
+        "cost_share": ratio(cost, nearest),
+    }
+
+
+def answers(rounds: Rounds, new_tokens: int) -> dict[str, Any]:
+    """Times of a decode step, their ratios, and that of whole answers."""
+    made = {"first_token_ms": rounds.spreads("first"), "decode_ms": rounds.spreads("decode")}
+    return {
+        "decode_ms": made["decode_ms"],
+        "decode_overhead": ratio(rounds.pruned.decode, rounds.oracle.decode),
+        "decode_speedup": ratio(rounds.plain.decode, rounds.pruned.decode),
+        "answer_speedup": answer_speedup(made, new_tokens),
+    }
 
 
 def amdahl(work: Workload, stages_ms: dict[str, Any], kv_lengths: list[int]) -> dict[str, float]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from vlmprune import byhand
-from vlmprune.byhand import Stretch, run_layers
 from vlmprune.eval.bench.workload import Workload
-from vlmprune.host import returned_cache, with_cache
+from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.trace import Trace
+from vlmprune.verify import byhand
+from vlmprune.verify.byhand import Stretch, run_layers
 
-__all__ = ["Oracle", "Plain", "Stretch", "stretches"]
+__all__ = ["Oracle", "PlainRun", "Stretch", "stretches"]
 
 
 def stretches(trace: Trace, work: Workload) -> list[Stretch]:
@@ -32,7 +32,7 @@ def stretches(trace: Trace, work: Workload) -> list[Stretch]:
     return byhand.stretches(trace.cuts, trace.sample, images, (work.batch, work.length), work.model.device)
 
 
-class Plain:
+class PlainRun:
     """The model as it stands, patched or not: a prefill through its first token, and decode steps."""
 
     def __init__(self, work: Workload):
@@ -56,7 +56,7 @@ class Plain:
         return self.logits.argmax(-1)
 
 
-class Oracle(Plain):
+class Oracle(PlainRun):
     """The unpatched model's parts on the rows that `trace` kept."""
 
     def __init__(self, work: Workload, trace: Trace):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vlmprune.eval.bench.schema import RESULTS, fault
-from vlmprune.eval.files import write_whole
+from vlmprune.runtime.files import write_whole
 
 __all__ = [
     "SCHEMA",

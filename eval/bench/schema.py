@@ -52,17 +52,17 @@ def fault(value: Any, pattern: Any, where: str = "") -> str | None:
         if not isinstance(value, list):
             return f"{where} is no list"
         return next(filter(None, (fault(v, pattern[0], f"{where}[{i}]") for i, v in enumerate(value))), None)
-    if not isinstance(pattern, dict):
-        right = isinstance(value, pattern) and not isinstance(value, bool)
-        return None if right else f"{where} is {value!r}"[:80]
-    if not isinstance(value, dict):
-        return f"{where or 'the document'} is no object"
-    for name, inner in pattern.items():
-        at = f"{where}.{name}" if where else name
-        if name == "?":
-            said = fault(value, inner, where) if any(key in value for key in inner) else None
-        else:
-            said = fault(value[name], inner, at) if name in value else f"{at} is missing"
-        if said:
-            return said
-    return None
+    if isinstance(pattern, dict):
+        if not isinstance(value, dict):
+            return f"{where or 'the document'} is no object"
+        return next(filter(None, (fault_at(value, name, inner, where) for name, inner in pattern.items())), None)
+    right = isinstance(value, pattern) and not isinstance(value, bool)
+    return None if right else f"{where} is {value!r}"[:80]
+
+
+def fault_at(value: dict[str, Any], name: str, pattern: Any, where: str) -> str | None:
+    """What the value called `name` in `value` lacks of its pattern."""
+    at = f"{where}.{name}" if where else name
+    if name == "?":
+        return fault(value, pattern, where) if any(key in value for key in pattern) else None
+    return fault(value[name], pattern, at) if name in value else f"{at} is missing"

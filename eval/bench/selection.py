@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from vlmprune.diversity import Objective, greedy_diversity
 from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.stats import ratio, spread
+from vlmprune.parts.diversity import Objective, greedy_diversity
 
 __all__ = ["SIZES", "compare_selection", "published_dpp", "published_max_min"]
 

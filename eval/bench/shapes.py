@@ -118,9 +118,17 @@ SHAPES: dict[str, Shape] = {
             composed("llava", SMALL_TOWER, SMALL_TEXT, image_token_index=5, image_seq_length=576),
         ),
         Shape(
+            "small-half",
+            "llava",
+            "the same with half the decoder layers (0.16 B), for many requests at once",
+            composed(
+                "llava", SMALL_TOWER, SMALL_TEXT | {"num_hidden_layers": 12}, image_token_index=5, image_seq_length=576
+            ),
+        ),
+        Shape(
             "small-next",
             "llava_next",
-            "the same with a thumbnail and four crops; 2880 patches",
+            "small with a thumbnail and four crops; 2880 patches",
             composed("llava_next", SMALL_TOWER, SMALL_TEXT, image_token_index=5, image_grid_pinpoints=[[384, 384]]),
         ),
     )

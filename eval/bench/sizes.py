@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from vlmprune.engine.plan import Plan
+from vlmprune.errors import UnsupportedError
 from vlmprune.eval.bench.stats import spread
 from vlmprune.patches import family_of
-from vlmprune.plan import Plan
 
-__all__ = ["draw", "measure_sizes"]
+__all__ = ["check_sizes", "draw", "measure_sizes"]
 
 SIDES = (200, 1600)  # pixels
 
@@ -26,6 +27,13 @@ def draw(count: int, seed: int = 0) -> list[tuple[int, int]]:
     return list(found)
 
 
+def check_sizes(model: nn.Module) -> None:
+    """Raise UnsupportedError for a family whose pictures all have one layout."""
+    family = family_of(model)
+    if not family.needs_sizes:
+        raise UnsupportedError(f"all pictures of {family.model_type} models have one layout: no size is ever new.")
+
+
 def measure_sizes(model: nn.Module, count: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, Any]:
     """Find the layouts of pictures of `count` random sizes, each twice.
 
@@ -34,12 +42,11 @@ def measure_sizes(model: nn.Module, count: int, clock: Callable[[], float] = tim
         others (None where there are none); "known_ms": of the same sizes again; "sizes", "layouts": how many there are.
 
     Raises:
-        ValueError: a family whose pictures all have one layout.
+        UnsupportedError: a family whose pictures all have one layout.
     """
+    check_sizes(model)
     family = family_of(model)
     inner = family.inner(model)
-    if not family.needs_sizes:
-        raise ValueError(f"all pictures of {family.model_type} models have one layout: no size is ever new.")
     # what comes with the first picture of all (imports, caches of the host) is no cost of a size
     Plan(family, family.facts(inner), []).grid(inner, "image", (SIDES[0] - 1, SIDES[1] + 1))
     plan = Plan(family, family.facts(inner), [])

@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from vlmprune import engine
-from vlmprune.cuts import Cut, Decoder
+from vlmprune.engine.install import install, remove
+from vlmprune.engine.plan import Plan
 from vlmprune.eval.bench.clock import Clock
-from vlmprune.eval.bench.oracle import Plain, Stretch
+from vlmprune.eval.bench.oracle import PlainRun, Stretch
 from vlmprune.eval.bench.workload import Workload
-from vlmprune.taps import BlockTap, Tap, TowerTap
+from vlmprune.parts.cuts import AnyCut, Cut, PixelCut
+from vlmprune.parts.taps import BlockTap, Tap, TowerTap
 
 __all__ = ["STAGES", "stage_seconds"]
 
@@ -64,7 +65,7 @@ class Spans:
         return total
 
 
-def instrumented_plan(plan: engine.Plan, spans: Spans) -> engine.Plan:
+def instrumented_plan(plan: Plan, spans: Spans) -> Plan:
     """A copy of a plan whose taps and decisions take stamps.
 
     Taps are equal by their fields, so an instance with a `measure` of its own stands for any other.
@@ -81,10 +82,10 @@ def instrumented_plan(plan: engine.Plan, spans: Spans) -> engine.Plan:
         object.__setattr__(copy, "measure", spans.around(name, original.measure))  # frozen: around its own guard
         return copy
 
-    def cut(original: Cut) -> Cut:
-        name = "selection before layers" if isinstance(original.at, Decoder) else "selection in tower"
-        see = tuple(tap(t) for t in original.see)
-        return replace(original, see=see, reduce=spans.around(name, original.reduce))
+    def cut(original: AnyCut) -> AnyCut:
+        name = "selection before layers" if isinstance(original, Cut) else "selection in tower"
+        made = replace(original, reduce=spans.around(name, original.reduce))
+        return made if isinstance(made, PixelCut) else replace(made, see=tuple(tap(t) for t in made.see))
 
     return replace(plan, cuts=[(name, cut(c)) for name, c in plan.cuts])
 
@@ -129,7 +130,7 @@ def stamps(work: Workload, spans: Spans) -> Iterator[None]:
 
 
 def stage_seconds(
-    work: Workload, clock: Clock, plan: engine.Plan | None = None, parts: list[Stretch] | None = None
+    work: Workload, clock: Clock, plan: Plan | None = None, parts: list[Stretch] | None = None
 ) -> dict[str, Any]:
     """Run one prefill with stamps and return the seconds of its stages, which add up to `total`.
 
@@ -144,14 +145,14 @@ def stage_seconds(
         is the host's remainder: packing of crops, embedding, masks, norm and head.
     """
     spans = Spans(clock)
-    engine.remove(work.model)
+    remove(work.model)
     if plan is not None:
-        engine.install(work.model, instrumented_plan(plan, spans))
+        install(work.model, instrumented_plan(plan, spans))
     try:
         with stamps(work, spans):
-            _, total = clock.time(Plain(work).prefill)
+            _, total = clock.time(PlainRun(work).prefill)
     finally:
-        engine.remove(work.model)
+        remove(work.model)
     took = spans.seconds()
     count = len(work.family.decoder_layers(work.family.inner(work.model)))
     layers = [took[f"layer {i}"] - took[f"taps in layer {i}"] for i in range(count)]

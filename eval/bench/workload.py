@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlmprune.patches import Family, family_of
-from vlmprune.selftest.prompts import random_text
+from vlmprune.verify.prompts import random_text
 
 __all__ = ["Workload", "make_workload"]
 

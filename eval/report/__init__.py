@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlmprune.eval import store
-from vlmprune.eval.files import write_whole
-from vlmprune.eval.report import html, ledger, markdown, page, plots, tables
+from vlmprune.eval.lmms import store
+from vlmprune.eval.report import ledger, page, plots, render, tables
 from vlmprune.eval.report.document import Picture
 from vlmprune.eval.report.gather import gather
 from vlmprune.eval.report.rows import COLUMNS, Results
+from vlmprune.runtime.files import write_whole
 
 __all__ = ["read", "summary", "write"]
 
@@ -65,19 +65,16 @@ def write(folder: str | Path, results: Results | None = None) -> list[Path]:
     results = results or read(folder)
     try:
         pictures = draw(results, folder / "plots") if plots.available() else None
-        blocks = page.build(results, pictures)
-        texts = {
-            "report.html": html.render(blocks, page.title(results)),
-            "report.md": markdown.render(blocks, folder),
-            "results.csv": as_csv(results),
-            "results.json": json.dumps(as_json(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
-        }
-        for name, text in texts.items():
-            write_whole(folder / name, text.encode())
+        files = render.pages(page.build(results, pictures), page.title(results), folder)
+        files["results.csv"] = as_csv(results).encode(errors=render.ESCAPED)
+        told = json.dumps(as_json(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+        files["results.json"] = told.encode(errors=render.ESCAPED)
+        for name, content in files.items():
+            write_whole(folder / name, content)
     except OSError as error:
         raise store.StoreError(f"cannot write the report into {folder}: {error.strerror or error}.") from None
     drawn = [picture.path for mine in (pictures or {}).values() for picture in mine]
-    return [*(folder / name for name in texts), *drawn]
+    return [*(folder / name for name in files), *drawn]
 
 
 def draw(results: Results, folder: Path) -> dict[str, Sequence[Picture]]:

@@ -1,12 +1,16 @@
-"""The blocks a report is written with. All text in them is plain: `markdown` and `html` escape what they must."""
+"""The blocks that both reports (`vlmprune report`, `vlmprune fidelity`) are written with.
+
+All text in them is plain: the templates of `render` escape what they must.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["Block", "Code", "Heading", "Items", "Picture", "Table", "Text"]
+__all__ = ["Block", "Bullets", "Captioned", "Cards", "Code", "Heading", "Picture", "Table", "Text", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Items:
+class Bullets:
     """A list of sentences."""
 
     items: Sequence[str]
@@ -60,4 +64,33 @@ class Picture:
     caption: str
 
 
-Block = Heading | Text | Items | Code | Table | Picture
+@dataclass(frozen=True)
+class Captioned:
+    """One picture of `Cards`: a JPEG or PNG file's content, what it shows, and what is said beside it, by name."""
+
+    title: str
+    image: bytes
+    alt: str
+    facts: Mapping[str, str]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cards:
+    """Pictures with text beside them, numbered from 1; all have facts of the same names.
+
+    Markdown, which cannot lay them out, shows them as one picture file beside the report and their text as a table.
+    """
+
+    cards: Sequence[Captioned]
+    sheet: Path
+    caption: str
+
+
+Block = Heading | Text | Bullets | Code | Table | Picture | Cards
+
+
+def repeat(facts: Mapping[str, Any], command: str) -> list[Block]:
+    """The section that says how to do it again."""
+    rows = [[name, str(value)] for name, value in facts.items()]
+    return [Heading("Repeat it"), Table(["what", "value"], rows, range(2)), Text("Command:"), Code(command)]

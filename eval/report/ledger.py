@@ -9,15 +9,18 @@ from typing import Any
 import numpy as np
 
 from vlmprune.eval.report.document import Table
-from vlmprune.eval.report.rows import Results
-from vlmprune.eval.report.tables import COUNTS, counts, number
+from vlmprune.eval.report.rows import Results, Row
+from vlmprune.eval.report.tables import COUNTS, NONE, counts, number
 from vlmprune.spec import budget_text
 
-__all__ = ["Line", "lines", "table"]
+__all__ = ["LedgerLine", "lines", "table"]
+
+NUMBERS = ("paper", "ours", "difference", *COUNTS)
+HEADER = ("model", "method", "budget", "task", "metric", *NUMBERS, "note", "definition", "source")
 
 
 @dataclass(frozen=True)
-class Line:
+class LedgerLine:
     """One published number; `ours` is in the paper's unit, or None with the reason in `note`."""
 
     model: str | None
@@ -33,37 +36,51 @@ class Line:
     source: str
 
 
-def lines(results: Results) -> list[Line]:
+def lines(results: Results) -> list[LedgerLine]:
     """All published numbers of the config, in its order."""
     return [line(results, entry) for entry in results.info.get("published") or []]
 
 
-def line(results: Results, entry: Mapping[str, Any]) -> Line:
+def line(results: Results, entry: Mapping[str, Any]) -> LedgerLine:
     """One published number with ours beside it.
 
     A share (0..1) is shown in per cent where the paper's number can only be per cent; the note says so.
     """
-    model, paper = entry.get("model"), float(entry["value"])
-    budget = budget_of(entry)
+    paper, metric = float(entry["value"]), entry["metric"]
     mine = [cell for cell in results.cells if about(cell["cell"], entry)]
     good = [cell for cell in mine if not cell["error"]]
-    ours, note = None, ""
-    if not mine:
-        note = "not evaluated here"
-    elif not good:
-        note = "failed"
-    elif missing := [c for c in good if (c["metrics"].get(entry["metric"]) or {}).get("value") is None]:
-        note = f"the task gave no {entry['metric']}, but {', '.join(sorted(missing[0]['metrics']))}"
-    else:
-        ours = float(np.mean([cell["metrics"][entry["metric"]]["value"] for cell in good]))
-        if paper > 1.5 and 0 <= ours <= 1:
-            ours, note = 100 * ours, "ours times 100"
-        if any(cell["depends"].get("limit") for cell in good):
-            part = f"ours on the first {len(good[0]['samples'])} samples only"
-            note = f"{note}; {part}" if note else part
+    note = lacking(mine, good, metric)
+    ours, note = (None, note) if note else our_number(good, metric, paper)
     difference = None if ours is None else ours - paper
-    words = (entry["task"], entry["metric"], paper, ours, difference, note, entry["definition"], entry["source"])
-    return Line(model, entry["method"], budget, *words)
+    words = (entry["task"], metric, paper, ours, difference, note, entry["definition"], entry["source"])
+    return LedgerLine(entry.get("model"), entry["method"], budget_of(entry), *words)
+
+
+def our_number(good: Sequence[Mapping[str, Any]], metric: str, paper: float) -> tuple[float, str]:
+    """The mean of what cells measured, in the paper's unit, and what is to be said of it."""
+    ours = float(np.mean([value_of(cell, metric) for cell in good]))
+    if paper > 1.5 and 0 <= ours <= 1:
+        return 100 * ours, "; ".join(["ours times 100", *partial(good)])
+    return ours, "; ".join(partial(good))
+
+
+def value_of(cell: Mapping[str, Any], metric: str) -> float | None:
+    """What a cell measured, if it did."""
+    return (cell["metrics"].get(metric) or {}).get("value")
+
+
+def lacking(mine: Sequence[Mapping[str, Any]], good: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """Why there is no number of ours, of the cells that it is about and those of them that did not fail."""
+    if not good:
+        return "failed" if mine else "not evaluated here"
+    without = next((cell["metrics"] for cell in good if value_of(cell, metric) is None), None)
+    return "" if without is None else f"the task gave no {metric}, but {', '.join(sorted(without))}"
+
+
+def partial(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What to say of cells that answered a part of their task only."""
+    limited = any(cell["depends"].get("limit") for cell in cells)
+    return [f"ours on the first {len(cells[0]['samples'])} samples only"] if limited else []
 
 
 def budget_of(entry: Mapping[str, Any]) -> str:
@@ -78,22 +95,21 @@ def about(cell: Mapping[str, Any], entry: Mapping[str, Any]) -> bool:
     return same and model and cell["task"] == entry["task"] and budget_text(cell["budget"]) == budget_of(entry)
 
 
-def table(results: Results, found: Sequence[Line]) -> Table:
+def table(results: Results, found: Sequence[LedgerLine]) -> Table:
     """The ledger as a table."""
-    header = ["model", "method", "budget", "task", "metric", "paper", "ours", "difference", *COUNTS]
-    header += ["note", "definition", "source"]
-    rows = []
-    for one in found:
-        row = next((r for r in results.rows if is_row(r, one)), None)
-        tokens = counts(row) if row is not None else ["-", "-"]
-        numbers = [f"{one.paper:g}", number(one.ours, 2), number(one.difference, 2, sign=True), *tokens]
-        about = [one.model or "-", one.method, one.budget, one.task, one.metric]
-        rows.append([*about, *numbers, one.note, one.definition, one.source])
-    texts = [i for i, name in enumerate(header) if name not in ("paper", "ours", "difference", *COUNTS)]
-    return Table(header, rows, texts)
+    rows = [table_row(one, next((r for r in results.rows if is_row(r, one)), None)) for one in found]
+    return Table(HEADER, rows, [i for i, name in enumerate(HEADER) if name not in NUMBERS])
 
 
-def is_row(row: Any, one: Line) -> bool:
+def table_row(one: LedgerLine, row: Row | None) -> list[str]:
+    """A line's cells, with the counts of the row that our number comes from."""
+    tokens = [NONE] * len(COUNTS) if row is None else counts(row)
+    numbers = [f"{one.paper:g}", number(one.ours, 2), number(one.difference, 2, sign=True), *tokens]
+    about = [one.model or NONE, one.method, one.budget, one.task, one.metric]
+    return [*about, *numbers, one.note, one.definition, one.source]
+
+
+def is_row(row: Row, one: LedgerLine) -> bool:
     """Whether a row is the one that a line's own number comes from."""
     same = row.full if one.method == "none" else row.label == one.method
     return same and one.model in (None, row.model) and (row.budget, row.task) == (one.budget, one.task)

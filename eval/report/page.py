@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vlmprune.cli.tables import counted
 from vlmprune.eval import statistics, testbed
-from vlmprune.eval.report import ledger, tables, words
-from vlmprune.eval.report.document import Block, Code, Heading, Items, Picture, Table, Text
-from vlmprune.eval.report.rows import DAMAGED, MISSING, OK, Results
+from vlmprune.eval.report import document, ledger, tables, words
+from vlmprune.eval.report.document import Block, Bullets, Code, Heading, Picture, Table, Text
+from vlmprune.eval.report.rows import DAMAGED, MISSING, OK, Problem, Results, Row
+from vlmprune.runtime.tables import counted, short
 from vlmprune.spec import budget_text
 
 __all__ = ["NO_PLOTS", "build", "title"]
@@ -39,7 +39,7 @@ def build(results: Results, pictures: Mapping[str, Sequence[Picture]] | None) ->
         ]
     blocks += [
         Heading("How to read this"),
-        Items(words.definitions(batched(results), embedded(results))),
+        Bullets(words.definitions(batched(results), embedded(results))),
         *repeat(results),
     ]
     return blocks
@@ -55,42 +55,57 @@ def state(results: Results) -> str:
 def troubles(results: Results) -> list[Block]:
     """Everything that a reader must know before the numbers."""
     blocks: list[Block] = [Text(note, warning=True) for note in results.info.get("notes") or []]
-    if results.problems:
-        blocks.append(Heading(f"Not in the comparison: {counted(len(results.problems), 'cell')}"))
-        rows = [[p.cell, p.state, tables.terminal.short(p.why, 400)] for p in results.problems]
-        blocks.append(Table(["cell", "state", "why"], rows, range(3)))
-        if any(p.state in (MISSING, DAMAGED) for p in results.problems):
-            blocks.append(Text("Missing and damaged cells are evaluated by running the same vlmprune eval again."))
-    if skipped := results.info.get("skipped"):
-        blocks.append(Heading(f"Left out of the plan: {len(skipped)}"))
-        rows = [[s["model"], s["label"], budget_text(s.get("budget")), s["reason"]] for s in skipped]
-        blocks.append(Table(["model", "method", "budget", "why"], rows, range(4)))
-    return blocks
+    return [*blocks, *not_compared(results.problems), *left_out(results.info.get("skipped") or [])]
+
+
+def not_compared(problems: Sequence[Problem]) -> list[Block]:
+    """The planned cells that are not in the tables."""
+    if not problems:
+        return []
+    rows = [[p.cell, p.state, short(p.why, 400)] for p in problems]
+    again = Text("Missing and damaged cells are evaluated by running the same vlmprune eval again.")
+    return [
+        Heading(f"Not in the comparison: {counted(len(problems), 'cell')}"),
+        Table(["cell", "state", "why"], rows, range(3)),
+        *([again] if any(p.state in (MISSING, DAMAGED) for p in problems) else []),
+    ]
+
+
+def left_out(skipped: Sequence[Mapping[str, Any]]) -> list[Block]:
+    """What the plan never had."""
+    if not skipped:
+        return []
+    rows = [[s["model"], s["label"], budget_text(s.get("budget")), s["reason"]] for s in skipped]
+    return [
+        Heading(f"Left out of the plan: {len(skipped)}"),
+        Table(["model", "method", "budget", "why"], rows, range(4)),
+    ]
 
 
 def section(results: Results, model: str, pictures: Sequence[Picture]) -> list[Block]:
     """One model."""
     tasks, rows = results.tasks(model), results.of(model, None)
-    several = len(tasks) > 1
-    blocks: list[Block] = [Heading(model)]
-    if not any(row.full and row.value is not None for row in rows):
-        blocks.append(Text("The unpruned model has no complete results: no retention can be given.", warning=True))
-    if not any(row.method == "random" and row.value is not None for row in rows):
-        blocks.append(Text("There is no complete random to compare with.", warning=True))
-    if several:
-        blocks += [Heading(f"All {len(tasks)} tasks", 3), *warn(rows), tables.overview(rows), *notes(rows)]
-        blocks += [Items(said)] if (said := words.differences(rows)) else []
+    blocks: list[Block] = [Heading(model), *(Text(text, warning=True) for text in words.no_bases(rows))]
+    if len(tasks) > 1:
+        blocks += [Heading(f"All {len(tasks)} tasks", 3), *told(rows, tables.overview(rows))]
         blocks += [Heading("Scores of all tasks", 3), tables.matrix(results, model)]
     blocks += pictures
     for task in tasks:
         mine = results.of(model, task)
-        blocks += [Heading(task, 3), Text(about(mine)), *warn(mine), tables.detail(mine), *notes(mine)]
-        blocks += [Items(said)] if (said := words.differences(mine)) else []
-    tested = words.chance([row for row in results.rows if row.model == model and (several or row.task is not None)])
+        blocks += [Heading(task, 3), Text(about(mine)), *told(mine, tables.detail(mine))]
+    over_all = len(tasks) > 1  # with one task, the row over all of them says the same again
+    tested = words.chance([row for row in results.rows if row.model == model and (over_all or row.task is not None)])
     return [*blocks, Text(tested)] if tested else blocks
 
 
-def about(rows: Sequence[Any]) -> str:
+def told(rows: Sequence[Row], table: Table) -> list[Block]:
+    """A table of rows with what is to be said above and below it."""
+    warnings = [Text(text, warning=True) for text in words.few(rows)]
+    said = words.differences(rows)
+    return [*warnings, table, *notes(rows), *([Bullets(said)] if said else [])]
+
+
+def about(rows: Sequence[Row]) -> str:
     """A task's metric and samples."""
     known = [row for row in rows if row.metric is not None]
     if not known:
@@ -105,21 +120,15 @@ def about(rows: Sequence[Any]) -> str:
     return f"{text}."
 
 
-def warn(rows: Sequence[Any]) -> list[Block]:
-    """A warning where there are few clusters."""
-    return [Text(text, warning=True) for text in words.few(rows)]
-
-
-def notes(rows: Sequence[Any]) -> list[Block]:
+def notes(rows: Sequence[Row]) -> list[Block]:
     """What is to be said about single rows, equal notes together."""
+    names = {id(row): f"{tables.shown(row)} {row.budget}".strip() for row in rows}
     said: dict[str, list[str]] = {}
-    for row in rows:
-        if row.note:
-            text = row.note if row.state == OK else f"{row.state}: {row.note}"
-            said.setdefault(tables.terminal.short(text, 400), []).append(f"{tables.shown(row)} {row.budget}".strip())
-    every = [f"{tables.shown(row)} {row.budget}".strip() for row in rows]
-    told = [f"{most(names, every)}: {text}" for text, names in said.items()]
-    return [Items(told)] if told else []
+    for row in (row for row in rows if row.note):
+        text = row.note if row.state == OK else f"{row.state}: {row.note}"
+        said.setdefault(short(text, 400), []).append(names[id(row)])
+    told = [f"{most(mine, list(names.values()))}: {text}" for text, mine in said.items()]
+    return [Bullets(told)] if told else []
 
 
 def most(names: Sequence[str], every: Sequence[str]) -> str:
@@ -144,24 +153,25 @@ def embedded(results: Results) -> bool:
 def repeat(results: Results) -> list[Block]:
     """Everything needed to do it again."""
     info = results.info
-    seeds = sorted({c["cell"]["seed"] for c in results.cells if c["cell"].get("seed") is not None})
-    facts = {
+    command = info.get("command") or []
+    blocks = document.repeat(facts(results), command if isinstance(command, str) else shlex.join(map(str, command)))
+    if info.get("config_text"):
+        blocks += [Text("Config, as given:"), Code(info["config_text"])]
+    blocks += [Text("Config, as resolved:"), Code(json.dumps(info.get("config"), indent=1, ensure_ascii=False))]
+    return blocks
+
+
+def facts(results: Results) -> dict[str, Any]:
+    """What the numbers hang on beside the config."""
+    info = results.info
+    seeds = {cell["cell"].get("seed") for cell in results.cells} - {None}
+    return {
         **{f"version of {name}": version for name, version in (info.get("versions") or {}).items()},
         "commit": info.get("commit") or "not known (installed from a package)",
         "device": info.get("device"),
-        "seeds": ", ".join(map(str, seeds)) or "none were needed",
+        "seeds": ", ".join(map(str, sorted(seeds))) or "none were needed",
         "bootstrap": f"{statistics.DRAWS} draws, seed {statistics.SEED}",
         "started": info.get("started"),
         "finished": info.get("finished") or "not finished",
         "evaluation time": f"{sum(cell.get('elapsed_s') or 0 for cell in results.cells):.0f} s in cells",
     }
-    command = info.get("command") or []
-    blocks: list[Block] = [
-        Heading("Repeat it"),
-        Table(["what", "value"], [[k, str(v)] for k, v in facts.items()], range(2)),
-    ]
-    blocks += [Text("Command:"), Code(shlex.join(map(str, command)) if not isinstance(command, str) else command)]
-    if info.get("config_text"):
-        blocks += [Text("Config, as given:"), Code(info["config_text"])]
-    blocks += [Text("Config, as resolved:"), Code(json.dumps(info.get("config"), indent=1, ensure_ascii=False))]
-    return blocks

@@ -79,6 +79,10 @@ class Row:
         """`fopru keep 0.25`."""
         return f"{self.label} {self.budget}".strip()
 
+    def add_note(self, text: str) -> None:
+        """Say one thing more about the row."""
+        self.note = "; ".join(filter(None, [self.note, text]))
+
 
 COLUMNS = tuple(f.name for f in fields(Row))
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from vlmprune.cli import tables as terminal
 from vlmprune.eval.report import words
 from vlmprune.eval.report.document import Table
 from vlmprune.eval.report.rows import DAMAGED, OK, Results, Row
+from vlmprune.runtime import tables as terminal
 
 __all__ = ["detail", "matrix", "number", "overview", "shown", "summary"]
 
@@ -22,6 +22,8 @@ LEGEND = (
 )
 #: Every table shows both counts.
 COUNTS = ("tokens entering the LLM", "layer average")
+#: What `costs` gives.
+COSTS = ("first token, ms", "decode, tokens/s", "peak memory, MiB")
 
 
 def number(value: float | None, digits: int = 1, sign: bool = False) -> str:
@@ -55,38 +57,50 @@ def with_interval(value: float | None, low: float | None, high: float | None, de
     return text if low is None else f"{text} [{number(low, decimals)}, {number(high, decimals)}]"
 
 
+def scaled(value: float | None, factor: float) -> float | None:
+    """A number in another unit."""
+    return None if value is None else factor * value
+
+
+def absent(row: Row) -> str:
+    """What stands where a row has no number: its state."""
+    return NONE if row.state == OK else row.state
+
+
+def with_spread(text: str, row: Row, decimals: int, factor: float = 1) -> str:
+    """`92.4 ± 0.3 (3 seeds)`, or as it is of one seed."""
+    return text if row.spread is None else f"{text} ± {number(factor * row.spread, decimals)} ({row.seeds} seeds)"
+
+
 def score(row: Row, decimals: int, interval: bool = True) -> str:
     """A row's score in its unit, with the spread over seeds; its state where it has none."""
     if row.value is None:
-        return row.state if row.state != OK else NONE
-    text = with_interval(row.value, row.low, row.high, decimals) if interval else number(row.value, decimals)
-    return text if row.spread is None else f"{text} ± {number(row.spread, decimals)} ({row.seeds} seeds)"
+        return absent(row)
+    ends = (row.low, row.high) if interval else (None, None)
+    return with_spread(with_interval(row.value, *ends, decimals), row, decimals)
 
 
 def kept(row: Row) -> str:
-    """Retention in per cent with its interval and spread; the state where there is none."""
+    """Retention in per cent with its interval, over all tasks with its spread too; the state where there is none."""
     if row.retention is None:
-        return row.state if row.state != OK else NONE
-    scaled = [None if v is None else 100 * v for v in (row.retention, row.retention_low, row.retention_high)]
-    text = with_interval(scaled[0], *((None, None) if row.full else scaled[1:]), 1)
-    over_all = row.task is None and row.spread is not None
-    return f"{text} ± {number(100 * row.spread)} ({row.seeds} seeds)" if over_all else text
+        return absent(row)
+    ends = (None, None) if row.full else (scaled(row.retention_low, 100), scaled(row.retention_high, 100))
+    text = with_interval(100 * row.retention, *ends, 1)
+    return with_spread(text, row, 1, 100) if row.task is None else text
 
 
-def difference(row: Row, base: str, decimals: int, scale: float = 1.0) -> str:
+def difference(row: Row, base: str, decimals: int, factor: float = 1.0) -> str:
     """`-1.2 [-2.0, -0.4] worse`; empty where there is nothing to compare with."""
-    parts = [getattr(row, f"{base}_{part}") for part in ("difference", "low", "high")]
-    value, low, high = (None if v is None else scale * v for v in parts)
-    if value is None:
+    parts = [scaled(getattr(row, f"{base}_{part}"), factor) for part in ("difference", "low", "high")]
+    if parts[0] is None:
         return ""
-    text = with_interval(value, low, high, decimals, sign=True)
+    text = with_interval(*parts, decimals, sign=True)
     return f"{text} {getattr(row, f'{base}_verdict') or '(no interval)'}"
 
 
 def costs(row: Row) -> list[str]:
     """Time to first token (ms), decoding (tokens per second), peak memory (MiB)."""
-    first = None if row.ttft_s is None else 1000 * row.ttft_s
-    memory = None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**20
+    first, memory = scaled(row.ttft_s, 1000), scaled(row.peak_memory_bytes, 2**-20)
     return [number(first), number(row.decode_tokens_per_s), number(memory, 0)]
 
 
@@ -102,16 +116,7 @@ def kinds(rows: Sequence[Row]) -> list[str]:
 
 def overview(rows: Sequence[Row]) -> Table:
     """The rows over all tasks."""
-    header = [
-        "method",
-        "budget",
-        *COUNTS,
-        "retention, % [95 %]",
-        "- random, points",
-        "first token, ms",
-        "decode, tokens/s",
-    ]
-    header += ["peak memory, MiB"]
+    header = ["method", "budget", *COUNTS, "retention, % [95 %]", "- random, points", *COSTS]
     cells = [
         [shown(row), row.budget, *counts(row), kept(row), difference(row, "random", 1, 100), *costs(row)]
         for row in rows
@@ -139,17 +144,7 @@ def matrix(results: Results, model: str) -> Table:
 def detail(rows: Sequence[Row]) -> Table:
     """One task's rows with all intervals."""
     decimals = digits(rows)
-    header = [
-        "method",
-        "budget",
-        *COUNTS,
-        "score [95 %]",
-        "- full model",
-        "- random",
-        "retention, %",
-        "first token, ms",
-    ]
-    header += ["decode, tokens/s", "peak memory, MiB"]
+    header = ["method", "budget", *COUNTS, "score [95 %]", "- full model", "- random", "retention, %", *COSTS]
     cells = [
         [
             *(shown(row), row.budget, *counts(row), score(row, decimals)),
@@ -160,38 +155,52 @@ def detail(rows: Sequence[Row]) -> Table:
     return Table(header, cells, range(2), kinds(rows))
 
 
-def brief(text: str, spread: bool = True) -> str:
-    """A score without the number of its seeds, or without its whole spread."""
-    return text.partition(" (" if spread else " ±")[0]
-
-
 def summary(results: Results, wide: int = 120) -> str:
     """The compact table that ends `vlmprune eval`, one block per model; no line is longer than `wide`, nor than the
     terminal."""
-    parts, wide = [], min(wide, terminal.room() or wide)
-    for model in results.models:
-        tasks, rows = results.tasks(model), results.of(model, None)
-        single = {row.name: row for row in results.of(model, tasks[0])} if len(tasks) == 1 else {}
-        decimals = digits(list(single.values()))
-        header = ["method", "budget", "entering", "average", *(["score"] if single else [])]
-        header += ["retention % [95 %]", "- random, points", "first token"]
-        cells: list[list[str]] = []
-        for row, kind in zip(rows, kinds(rows), strict=True):
-            first = NONE if row.ttft_s is None else f"{1000 * row.ttft_s:.1f} ms"
-            entering = NONE if row.tokens_after is None else number(row.tokens_after)
-            mine = [shown(row), row.budget, entering, number(row.layer_average)]
-            mine += [brief(score(single[row.name], decimals, interval=False))] if single else []
-            mine += [brief(kept(row), spread=not single), difference(row, "random", 1, 100), first]
-            cells += [[], mine] if "start" in kind else [mine]
-        metric = next((row.metric for row in single.values() if row.metric), "")
-        about = f"{tasks[0]} ({metric})" if single else f"mean over {len(tasks)} tasks"
-        room = wide - len(terminal.columns(header[1:], [row[1:] for row in cells], header[1:]).split("\n")[1]) - 2
-        cells = [[terminal.short(row[0], max(12, room)), *row[1:]] if row else row for row in cells]
-        body = terminal.table(header, cells, [name for name in header[2:] if not name.startswith("- ")], wide)
-        parts.append("\n".join((terminal.short(f"{model}: {about}", wide), body)))
+    wide = min(wide, terminal.room() or wide)
     own = words.own_schedules([row for row in results.rows if row.task is None])
     said = (LEGEND, *own, *words.few(results.rows), *lacking(results))
-    return "\n\n".join([*parts, "\n".join(textwrap.fill(line, wide) for line in said)])
+    below = "\n".join(textwrap.fill(line, wide) for line in said)
+    return "\n\n".join([*(model_summary(results, model, wide) for model in results.models), below])
+
+
+def model_summary(results: Results, model: str, wide: int) -> str:
+    """One model's block: over all tasks, or with the scores of its only one."""
+    tasks, rows = results.tasks(model), results.of(model, None)
+    scores = scores_of(results.of(model, tasks[0])) if len(tasks) == 1 else {}
+    header = ["method", "budget", "entering", "average", *(["score"] if scores else [])]
+    header += ["retention % [95 %]", "- random, points", "first token"]
+    cells = summary_cells(rows, scores)
+    metric = next((row.metric for row in results.of(model, tasks[0]) if row.metric), "")
+    about = f"{tasks[0]} ({metric})" if scores else f"mean over {len(tasks)} tasks"
+    room = wide - len(terminal.columns(header[1:], [row[1:] for row in cells], header[1:]).split("\n")[1]) - 2
+    cells = [[terminal.short(row[0], max(12, room)), *row[1:]] if row else row for row in cells]
+    body = terminal.table(header, cells, [name for name in header[2:] if not name.startswith("- ")], wide)
+    return f"{terminal.short(f'{model}: {about}', wide)}\n{body}"
+
+
+def summary_cells(rows: Sequence[Row], scores: Mapping[str, str]) -> list[list[str]]:
+    """The rows' texts, with an empty line before each budget."""
+    cells: list[list[str]] = []
+    for row, kind in zip(rows, kinds(rows), strict=True):
+        cells += [[]] if "start" in kind else []
+        cells.append(summary_row(row, scores))
+    return cells
+
+
+def scores_of(rows: Sequence[Row]) -> dict[str, str]:
+    """A task's scores by the rows' names, without the number of their seeds."""
+    decimals = digits(rows)
+    return {row.name: score(row, decimals, interval=False).partition(" (")[0] for row in rows}
+
+
+def summary_row(row: Row, scores: Mapping[str, str]) -> list[str]:
+    """A row over all tasks; beside a score its retention has no spread, which is that of the score."""
+    first = NONE if row.ttft_s is None else f"{1000 * row.ttft_s:.1f} ms"
+    start = [shown(row), row.budget, number(row.tokens_after), number(row.layer_average)]
+    left = kept(row).partition(" ±" if scores else " (")[0]
+    return [*start, *([scores[row.name]] if scores else []), left, difference(row, "random", 1, 100), first]
 
 
 def lacking(results: Results) -> list[str]:

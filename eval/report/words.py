@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vlmprune.cli.printing import OVERHEAD
 from vlmprune.eval import statistics
 from vlmprune.eval.report.rows import NEAR, Row
+from vlmprune.runtime.tables import OVERHEAD
 
-__all__ = ["chance", "definitions", "differences", "few", "own_schedules"]
+__all__ = ["chance", "definitions", "differences", "few", "no_bases", "own_schedules"]
 
 VERDICTS = {
     "better": "better",
@@ -60,6 +60,16 @@ def definitions(batched: bool, embedded: bool) -> list[str]:
     ]
 
 
+def no_bases(rows: Sequence[Row]) -> list[str]:
+    """Warnings where there is nothing to compare with; the rows are those over all tasks."""
+    done = {row.method for row in rows if row.value is not None}
+    missing = {
+        "none": "The unpruned model has no complete results: no retention can be given.",
+        "random": "There is no complete random to compare with.",
+    }
+    return [text for method, text in missing.items() if method not in done]
+
+
 def few(rows: Sequence[Row]) -> list[str]:
     """A warning where intervals rest on too little, or nothing."""
     if all(row.clusters is None or row.clusters >= statistics.FEW_CLUSTERS for row in rows):
@@ -72,29 +82,34 @@ def few(rows: Sequence[Row]) -> list[str]:
 
 def own_schedules(rows: Sequence[Row]) -> list[str]:
     """With which `random` the methods without a budget were compared, in a sentence."""
-    mine = [row for row in rows if not row.full and not row.budget and row.value is not None]
+    mine = [row for row in rows if not (row.full or row.budget or row.value is None)]
     if not mine or not any(row.method == "random" for row in rows):
         return []
-    told = [f"{row.label} with {row.random_base or f'none (none is within {NEAR:.0%})'}" for row in mine]
-    return [f"Own schedules are compared with the random of the nearest layer average: {', '.join(told)}."]
+    none = f"none (none is within {NEAR:.0%})"
+    told = ", ".join(f"{row.label} with {row.random_base or none}" for row in mine)
+    return [f"Own schedules are compared with the random of the nearest layer average: {told}."]
 
 
 def differences(rows: Sequence[Row]) -> list[str]:
     """A sentence per budget and base: who is better, who is worse, what is noise."""
-    sentences = []
-    for base, name in BASES.items():
-        for budget in dict.fromkeys(row.budget for row in rows if not row.full):
-            mine = [
-                r for r in rows if r.budget == budget and not r.full and getattr(r, f"{base}_difference") is not None
-            ]
-            said = []
-            for verdict, meaning in VERDICTS.items():
-                labels = [r.label for r in mine if getattr(r, f"{base}_verdict") == verdict]
-                said += [f"{meaning}: {', '.join(labels)}"] if labels else []
-            if any(getattr(r, f"{base}_verdict") for r in mine):
-                against = name if budget or base != "random" else OWN
-                sentences.append(f"{budget or 'Own budget'}, against {against}: {'; '.join(said)}.")
-    return sentences
+    pruned = [row for row in rows if not row.full]
+    budgets = dict.fromkeys(row.budget for row in pruned)
+    told = [(base, budget, verdicts(pruned, base, budget)) for base in BASES for budget in budgets]
+    return [
+        f"{budget or 'Own budget'}, against {BASES[base] if budget or base != 'random' else OWN}: {said}."
+        for base, budget, said in told
+        if said
+    ]
+
+
+def verdicts(rows: Sequence[Row], base: str, budget: str) -> str:
+    """Whose differences to a base at a budget mean what; empty where no row has a verdict."""
+    labels: dict[str | None, list[str]] = {verdict: [] for verdict in VERDICTS}
+    for row in rows:
+        if row.budget == budget and getattr(row, f"{base}_difference") is not None:
+            labels[getattr(row, f"{base}_verdict")].append(row.label)
+    said = [f"{VERDICTS[verdict]}: {', '.join(names)}" for verdict, names in labels.items() if names]
+    return "; ".join(said) if any(names for verdict, names in labels.items() if verdict) else ""
 
 
 def chance(rows: Sequence[Row]) -> str | None:

@@ -18,10 +18,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from vlmprune.embedded import NAMES, path
+
+__all__ = ["NAMES", "SPLITS", "VERSION", "Question", "path", "pictures", "questions"]
+
 #: Version of the shipped test split; results of different versions must not be compared.
 VERSION = "1"
-#: The shipped models.
-NAMES: tuple[str, ...] = ("scene-llava", "scene-llava-next")
 #: The shipped splits. `next` is for scene-llava-next, the others are for scene-llava.
 SPLITS: tuple[str, ...] = ("sparse", "crowded", "unseen", "next")
 
@@ -29,7 +31,7 @@ _HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
-class Record:
+class Question:
     """One question of a shipped split; `picture` is the encoded file (lossless WebP)."""
 
     id: str
@@ -46,25 +48,7 @@ class Record:
         return Image.open(io.BytesIO(self.picture)).convert("RGB")
 
 
-def path(name: str) -> Path:
-    """Folder of a shipped model, for `from_pretrained`.
-
-    Args:
-        name: one of `NAMES`.
-
-    Raises:
-        ValueError: no such model; the message lists the names.
-        FileNotFoundError: the model's weights are missing from this installation.
-    """
-    if name not in NAMES:
-        raise ValueError(f"no embedded model {name!r}; there are {', '.join(NAMES)}")
-    folder = _HERE / name
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"the weights of {name} are missing from this installation ({folder})")
-    return folder
-
-
-def questions(split: str = "sparse") -> list[Record]:
+def questions(split: str = "sparse") -> list[Question]:
     """The shipped questions of one split, in a fixed order.
 
     Args:
@@ -83,7 +67,7 @@ def questions(split: str = "sparse") -> list[Record]:
         lines = archive.read(f"{split}.jsonl").decode().splitlines()
         rows = [json.loads(line) for line in lines]
         pictures = {name: archive.read(f"{name}.webp") for name in {row["picture_id"] for row in rows}}
-    return [Record(split=split, picture=pictures[row["picture_id"]], **row) for row in rows]
+    return [Question(split=split, picture=pictures[row["picture_id"]], **row) for row in rows]
 
 
 def pictures() -> list[dict]:

@@ -5,15 +5,8 @@ Everything here is frozen: the token ids of the shipped models follow from the o
 
 from __future__ import annotations
 
-#: Saturated RGB colours; the background and its clutter are always muted, so colour marks an object.
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (214, 40, 40),
-    "green": (40, 168, 60),
-    "blue": (48, 80, 220),
-    "yellow": (232, 208, 44),
-    "purple": (158, 52, 190),
-    "cyan": (40, 196, 206),
-}
+from vlmprune.embedded import COLOURS
+
 COLOUR_NAMES: tuple[str, ...] = tuple(COLOURS)
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "cross")
 DIGITS: tuple[str, ...] = tuple(str(d) for d in range(10))

@@ -1,4 +1,4 @@
-"""Folders of tiny models and of pictures."""
+"""Folders of tiny models."""
 
 from __future__ import annotations
 
@@ -15,14 +15,3 @@ def folders(tmp_path_factory):
         "next": str(tiny_folders.save(root / "next", "llava_next")),
         "siglip": str(tiny_folders.save(root / "siglip", tower="siglip")),
     }
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """A folder of four pictures in three formats, and a file that is none."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for seed, (name, size) in enumerate(tiny_folders.PICTURES.items()):
-        tiny_folders.noise_picture(*size, seed).save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
-    return folder

@@ -80,7 +80,7 @@ def test_comparing(bench, cli, tmp_path):
 def test_results_from_a_file_are_not_measured(bench, cli, tmp_path, monkeypatch):
     file = tmp_path / "r.json"
     out = bench("--keep", "4", "--method", "random", "--json", file)[1]
-    monkeypatch.setattr("vlmprune.cli.bench.measured", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr("vlmprune.eval.bench.run.measured", lambda *_: pytest.fail("something was measured"))
     assert cli("bench", "--from", file)[1] == out
 
 

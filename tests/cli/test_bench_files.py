@@ -35,8 +35,8 @@ def file(bench, tmp_path):
 @pytest.fixture
 def unbuilt(monkeypatch):
     """Nothing may be loaded or built."""
-    for name in ("bench_run.subject", "loading.load"):
-        monkeypatch.setattr(f"vlmprune.cli.{name}", lambda *_: pytest.fail("a model was built"))
+    for name in ("eval.bench.run.subject", "runtime.loading.load"):
+        monkeypatch.setattr(f"vlmprune.{name}", lambda *_: pytest.fail("a model was built"))
 
 
 def cells(path):
@@ -113,7 +113,7 @@ def test_everything_in_the_file_is_repeated(bench, cli, file, tmp_path):
 
 
 def test_what_older_files_repeat():
-    from vlmprune.cli.bench_settings import asked_in
+    from vlmprune.cli.bench import asked_in
 
     found = json.loads((ROOT / "benchmarks" / "cpu-2880.json").read_text())
     asked = asked_in(found | {"asked": found["asked"] | {"method": "transprune", "keep": "25%"}})

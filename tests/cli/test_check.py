@@ -10,13 +10,14 @@ from dataclasses import replace
 import pytest
 import tiny_folders
 import torch
+from checked import unseen
 from leftovers import Forgetful
 from transformers import AutoModelForImageTextToText
 
-from vlmprune import engine
 from vlmprune.cli.check import METHODS, without_paths
-from vlmprune.selftest import CHECKS, Subject, evidence
-from vlmprune.selftest.runs import masked
+from vlmprune.engine import install as engine
+from vlmprune.verify import CHECKS, Subject, evidence
+from vlmprune.verify.runs import masked
 
 
 def rows(out):
@@ -27,8 +28,9 @@ def rows(out):
     return {line.split()[0]: line.split()[1:] for line in lines[top + 2 : lines.index("", top)]}
 
 
-def outcomes(**other):
-    return [other.get(name, "-" if name == "syncs" else "pass") for name in CHECKS]
+def outcomes(method, **other):
+    none = ("syncs", *unseen(method))
+    return [other.get(name, "-" if name in none else "pass") for name in CHECKS]
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def test_the_embedded_model_passes_within_a_minute(cli, support):
     code, out, err = cli("check")
     assert code == 0, out + err
     assert time.process_time() - start < 60
-    assert rows(out) == {name: outcomes() for name in METHODS.split(",")}
+    assert rows(out) == {name: outcomes(name) for name in METHODS.split(",")}
     assert out.startswith("scene-llava (llava, ")
     assert "not applicable: syncs: no GPU" in out
     assert "```" not in out
@@ -65,7 +67,7 @@ def test_the_default_methods_skip_with_their_refusals(cli, folders, monkeypatch)
     monkeypatch.setattr("vlmprune.cli.check.METHODS", "random,vtc_cls,random+fastv")
     code, out, _ = cli("check", "--model", folders["siglip"])
     assert code == 0
-    assert rows(out) == {"random": outcomes(), "random+fastv": outcomes()}
+    assert rows(out) == {name: outcomes(name) for name in ("random", "random+fastv")}
     assert "\nskipped: vtc_cls: vtc_cls reads the attention of the tower's [CLS] token" in out
     monkeypatch.setattr("vlmprune.cli.check.METHODS", "vtc_cls")
     code, _, err = cli("check", "--model", folders["siglip"])
@@ -99,7 +101,7 @@ def test_options_reach_the_methods_that_have_them(cli, folders):
 def test_a_failure_ends_with_a_block_to_paste(cli, folders, broken):
     code, out, err = cli("check", "--model", folders["llava"], "--method", "random,fopru", "--keep", "5")
     assert code == 1
-    assert rows(out) == {name: outcomes(restore="FAIL") for name in ("random", "fopru")}
+    assert rows(out) == {name: outcomes(name, restore="FAIL") for name in ("random", "fopru")}
     assert "fail: random, restore: left on the model: model: AfterModel" in out
     assert err.endswith("vlmprune: failed: random, fopru (block for a bug report above)\n")
     block = out[out.index("```") :]
@@ -157,8 +159,8 @@ def test_a_row_is_there_as_soon_as_its_method_is_done(cli, folders, monkeypatch,
     assert code == 0
     assert seen[0] == ""
     assert seen[1].splitlines()[2].split() == ["method", *CHECKS]
-    assert seen[1].splitlines()[-1].split() == ["random", *outcomes()]
-    assert seen[2].split() == ["fopru", *outcomes()]
+    assert seen[1].splitlines()[-1].split() == ["random", *outcomes("random")]
+    assert seen[2].split() == ["fopru", *outcomes("fopru")]
     assert flushed[:3] == [True] * 3
 
 
@@ -206,7 +208,7 @@ def test_onevision(cli, tmp_path, support):
     support("vlmprune check", model, "fopru")
     code, out, _ = cli("check", "--model", folder, "--method", "fopru")
     assert code == 0
-    assert rows(out) == {"fopru": outcomes()}
+    assert rows(out) == {"fopru": outcomes("fopru")}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """The command as a process: instant help, clean streams, exit codes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from clocks import PATIENCE
 
 import vlmprune
@@ -13,9 +15,9 @@ from vlmprune._version import __version__
 ROOT = Path(vlmprune.__file__).parent
 
 
-def start(*argv, code=None):
+def start(*argv, code=None, env=None):
     command = [sys.executable, "-P", *(["-c", code] if code else ["-m", "vlmprune"]), *map(str, argv)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (env or {})
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=PATIENCE)
 
 
@@ -35,6 +37,32 @@ print("heavy", sorted({{"torch", "transformers", "numpy", "PIL"}} & set(sys.modu
     assert "heavy []" in done.stdout
     assert f"vlmprune {__version__} (torch " in done.stdout
     assert "examples:" in done.stdout
+
+
+def test_the_list_of_methods_imports_no_models_and_no_compiler():
+    # the families are asked what can be served, which imports nothing of the host's
+    heavy = "{'transformers', 'torch._dynamo', 'torchvision', 'vllm'} & set(sys.modules)"
+    done = start(code=f"import sys\nfrom vlmprune.cli import main\nprint(main(['ls', 'methods', '--json']), {heavy})")
+    assert done.stdout.endswith("]\n0 set()\n"), done.stderr
+
+
+def test_importing_the_package_imports_none_of_its_rooms():
+    code = "import sys, vlmprune\nprint(sorted(name for name in sys.modules if name.startswith('vlmprune.')))"
+    assert start(code=code).stdout.strip() == "['vlmprune._compat', 'vlmprune._version']"
+
+
+def test_the_shell_is_told_what_could_come_next():
+    env = {"_VLMPRUNE_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
+    assert start(env=env | {"COMP_WORDS": "vlmprune be"}).stdout.split() == ["bench"]
+    flags = start(env=env | {"COMP_WORDS": "vlmprune bench --kernels tr", "COMP_CWORD": "3"}).stdout.split()
+    assert flags == ["triton"]
+
+
+@pytest.mark.parametrize(("colour", "marked"), [("", True), ("1", False)])
+def test_help_has_no_colour_where_none_is_wanted(colour, marked):
+    done = start("ls", "--help", env={"NO_COLOR": colour, "FORCE_COLOR": "1", "TERM": "xterm-256color"})
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]m", done.stdout)) == marked
+    assert "vlmprune ls methods fopru      one method with all its options\n" in done.stdout  # as it is to be copied
 
 
 def test_streams(folders, picture):

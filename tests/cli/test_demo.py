@@ -6,8 +6,10 @@ import pytest
 from PIL import Image
 from tiny_folders import noise_picture
 
-from vlmprune.cli import demo, loading
+from vlmprune import embedded
+from vlmprune.cli import demo
 from vlmprune.eval import testbed
+from vlmprune.runtime import loading
 
 
 @pytest.fixture
@@ -19,7 +21,8 @@ def shipped(monkeypatch, tmp_path, folders):
         file = tmp_path / f"p{i}.png"
         noise_picture(*size, seed=i).save(file)
         rows.append({"file": file, "model": model, "question": "what is it ?", "answer": f"word{i}"})
-    monkeypatch.setattr(testbed, "path", places.__getitem__)
+    for module in (embedded, testbed):
+        monkeypatch.setattr(module, "path", places.__getitem__)
     monkeypatch.setattr(testbed, "pictures", lambda: rows)
     return rows
 
@@ -46,7 +49,7 @@ def test_demo(cli, shipped, tmp_path, monkeypatch):
 
 
 def test_right_answers_are_counted(cli, shipped, tmp_path, monkeypatch):
-    from vlmprune.cli import answering
+    from vlmprune.runtime import answering
 
     real = answering.answer
     monkeypatch.setattr(answering, "answer", lambda *given: (real(*given), "Word1.")[1])

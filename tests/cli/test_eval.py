@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from vlmprune import configs
-from vlmprune.eval import store, taskindex
+from vlmprune.eval.lmms import store, taskindex
 
 pytest.importorskip("lmms_eval")
 

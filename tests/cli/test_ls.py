@@ -8,7 +8,8 @@ import pytest
 from vlmprune import registry
 from vlmprune.eval import testbed
 from vlmprune.patches import FAMILIES
-from vlmprune.patches.base import LANGUAGE_MODELS, TOWERS
+from vlmprune.patches.language_models import LANGUAGE_MODELS
+from vlmprune.patches.towers import TOWERS
 
 
 class Point:
@@ -57,6 +58,18 @@ def test_methods_json(cli):
     assert (found["fopru"]["positions"], found["fastv"]["positions"]) == ("contiguous", "original")
     assert found["fopru"]["options"]["strategy"]["default"] == "rank"
     assert found["random"]["from"] == "vlmprune"
+
+
+def test_methods_say_whether_vllm_can_be_given_them(cli):
+    found = {method["name"]: method["vllm"] for method in json.loads(cli("ls", "methods", "--json")[1])}
+    assert [name for name, told in found.items() if told == "yes"] == [
+        "divprune", "fopru", "grid", "pool", "random", "visionzip", "vtc_cls",
+    ]  # fmt: skip
+    assert found["todre"] == "with tau=None"
+    assert found["tome"].startswith("on llava (on others not: tome merges views whole")
+    assert found["fastv"].startswith("no: fastv cuts inside the language model")
+    assert found["globalcom2"].startswith("no: how many tokens globalcom2 keeps is not known")
+    assert "vLLM: with tau=None" in cli("ls", "methods")[1]
 
 
 def test_one_method(cli):
@@ -108,8 +121,8 @@ def test_what_cannot_run_on_which_family_is_listed(cli):
     families = {f["model_type"]: f for f in json.loads(cli("ls", "models", "--json")[1])["families"]}
     onevision = families["llava_onevision"]
     assert {"vtc_cls", "globalcom2", "todre"} <= set(onevision["refused_methods"])  # by its usual tower
-    assert set(onevision["refused_inputs"]["videos"]) == {"globalcom2", "tome", "pitome"}
-    assert set(onevision["refused_inputs"]["large images, whose canvas is shrunk"]) == {"tome", "pitome"}
+    assert set(onevision["refused_inputs"]["videos"]) == {"globalcom2", "tome", "pitome", "visionzip"}
+    assert set(onevision["refused_inputs"]["large images, whose canvas is shrunk"]) == {"tome", "pitome", "visionzip"}
     assert set(families["llava_next_video"]["refused_inputs"]) == {"videos"}
     assert families["llava_next"]["refused_inputs"] == families["llava"]["refused_inputs"] == {}
     assert (onevision["modalities"], families["vipllava"]["modalities"]) == (["image", "video"], ["image"])

@@ -12,8 +12,8 @@ from tiny_folders import noise_picture
 from transformers import LlavaForConditionalGeneration
 
 import vlmprune
-from vlmprune.cli import answering, loading
-from vlmprune.eval import testbed
+from vlmprune import embedded
+from vlmprune.runtime import answering, loading
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ def test_embedded_model_missing(refused, monkeypatch):
     def missing(name):
         raise FileNotFoundError(f"the weights of {name} are missing from this installation")
 
-    monkeypatch.setattr(testbed, "path", missing)
+    monkeypatch.setattr(embedded, "path", missing)
     err = refused(model=None)
     assert "the weights of scene-llava are missing" in err
     assert "--model" in err

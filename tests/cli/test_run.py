@@ -12,9 +12,10 @@ from PIL import Image
 from tiny_folders import answer, noise_picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlmprune.cli import loading
+from vlmprune import embedded
+from vlmprune.embedded import looks_drawn
 from vlmprune.eval import testbed
-from vlmprune.eval.testbed.scenes import looks_drawn
+from vlmprune.runtime import loading
 from vlmprune.spec import read_budget, read_option
 
 PROMPT = "what colour is it ?"
@@ -81,7 +82,7 @@ def test_newlines_and_several_pictures(cli, folders, tmp_path):
 
 
 def test_default_method_and_model(cli, folders, picture, monkeypatch):
-    monkeypatch.setattr(testbed, "path", lambda name: {"scene-llava": folders["llava"]}[name])
+    monkeypatch.setattr(embedded, "path", lambda name: {"scene-llava": folders["llava"]}[name])
     code, out, err = cli("run", "--image", picture, "--prompt", "what colour is a cat ?", "--repeats", 1)
     assert code == 0
     assert "fopru 0.25 16 -> 4" in " ".join(out.split())

@@ -9,10 +9,11 @@ from transformers import LlavaConfig, LlavaNextConfig
 
 pytest.importorskip("lmms_eval")
 
-from vlmprune import atp_modules
-from vlmprune.eval import fingerprints, testbed
-from vlmprune.eval.config import DEFAULTS, load_config
-from vlmprune.eval.plan import make_plan
+from vlmprune.eval import testbed
+from vlmprune.eval.config.schema import KEYS, load_config
+from vlmprune.eval.lmms import fingerprints
+from vlmprune.eval.lmms.plan import make_plan
+from vlmprune.methods.atp import modules as atp_modules
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -93,6 +94,4 @@ def test_the_demo_has_the_six_methods_and_three_budgets():
 
 def test_the_template_names_every_key():
     text = (CONFIGS / "template.yaml").read_text()
-    assert [
-        word for word in (*DEFAULTS, "output", "runs") if f"\n{word}:" not in text and f"\n# {word}:" not in text
-    ] == []
+    assert [word for word in (*KEYS, "output", "runs") if f"\n{word}:" not in text and f"\n# {word}:" not in text] == []

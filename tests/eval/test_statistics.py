@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from vlmprune.eval.statistics import (
+    Estimate,
     Resampler,
     bounded_interval,
+    difference,
     difference_interval,
     interval,
+    mean,
     pareto,
     retention,
     verdict,
@@ -197,3 +200,27 @@ def test_no_difference_anywhere_bounds_how_many_differ():
     assert -low == high == pytest.approx(100 * (1 - 0.025**0.1))
     # five of five pictures better: a sign test does not reach 5 % with so few, and six do
     assert difference_interval(np.ones(9), 1.0, 5, 1.0)[0] < 0 < difference_interval(np.ones(9), 1.0, 6, 1.0)[0]
+
+
+# One rule for both reports
+
+
+def test_a_mean_has_the_interval_of_what_bounds_it():
+    still, moving = np.full(9, 0.5), np.linspace(0.2, 0.4, 101)
+    assert mean(None, 0.5, 1, 1.0) == Estimate(0.5)
+    assert mean(moving, 0.3, 5, None) == mean(moving, 0.3, 5, 1.0) == Estimate(0.3, *interval(moving))
+    assert mean(still, 0.5, 5, None) == Estimate(0.5)  # nothing bounds it
+    assert mean(still + 1e-14 * np.arange(9), 0.5, 5, None) == Estimate(0.5)  # round-off is no spread
+    assert mean(still, 0.5, 5, 1.0) == Estimate(0.5, *bounded_interval(still, 0.5, 5, 0.0, 1.0))
+
+
+def test_a_difference_is_equal_only_where_no_sample_differs():
+    none, some = np.zeros(9), np.linspace(0.2, 0.4, 101)
+    assert difference(None, 0.1, 1, 1.0, same=False) == (Estimate(0.1), None)
+    reach = difference_interval(none, 0.0, 9, 100.0)
+    assert difference(none, 0.0, 9, 100.0, same=True) == (Estimate(0.0, *reach), "equal")
+    assert difference(none, 0.0, 9, 100.0, same=False) == (Estimate(0.0, *reach), "noise")
+    assert difference(none, 0.0, 9, None, same=True) == (Estimate(0.0), "equal")
+    assert difference(none, 0.0, 9, None, same=False) == (Estimate(0.0), None)
+    assert difference(some, 0.3, 9, 1.0, same=False) == (Estimate(0.3, *interval(some)), "better")
+    assert difference(some, 0.3, 9, 1.0, same=False, higher_is_better=False)[1] == "worse"

@@ -9,12 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from testbed import scoring
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmprune
 from vlmprune.eval import tasks, testbed
-from vlmprune.eval.model import VlmPrune
-from vlmprune.eval.testbed import scoring
+from vlmprune.eval.lmms.model import VlmPrune
 from vlmprune.eval.testbed.words import CATEGORIES
 
 ROOT = Path(__file__).resolve().parents[2]

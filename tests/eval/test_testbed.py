@@ -8,10 +8,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from testbed import asking, models, packed, scenes, scoring, split, targets
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmprune.eval import testbed
-from vlmprune.eval.testbed import asking, models, packed, scenes, scoring, split, targets, words
+from vlmprune.eval.testbed import words
 
 PLACES_OF = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
@@ -20,7 +21,7 @@ def digest(scene: scenes.Scene) -> str:
     return hashlib.sha256(scene.pixels.tobytes() + scene.owner.tobytes() + repr(scene.things).encode()).hexdigest()
 
 
-def told(record: testbed.Record) -> scenes.Scene:
+def told(record: testbed.Question) -> scenes.Scene:
     """The scene behind a shipped picture, drawn again."""
     name, number = record.picture_id.split("-")
     return split.test_scene(name, split.SIZES[name][2] + int(number))

@@ -78,7 +78,7 @@ import torch
 import vlmprune
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
-from vlmprune.engine import is_hook
+from vlmprune.engine.install import is_hook
 
 torch.set_num_threads(1)
 

@@ -19,9 +19,10 @@ from clocks import PATIENCE
 from PIL import Image
 from tiny_folders import noise_picture
 
-from vlmprune.cli import answering, demo, loading
-from vlmprune.cli.pictures import write_picture
-from vlmprune.eval.files import PREFIX, write_whole
+from vlmprune.cli import demo
+from vlmprune.runtime import answering, loading
+from vlmprune.runtime.files import PREFIX, write_whole
+from vlmprune.runtime.pictures import write_picture
 
 QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -64,7 +65,7 @@ def test_a_disk_that_fills_while_it_is_written_to(tmp_path):
     code = f"""
 import resource, signal
 from pathlib import Path
-from vlmprune.eval.files import write_whole
+from vlmprune.runtime.files import write_whole
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
@@ -93,7 +94,7 @@ def test_links_and_devices_stay_what_they_are(tmp_path):
 @pytest.mark.parametrize("fail", [no_room, interrupt])
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "a.gif"])
 def test_pictures_are_written_whole(tmp_path, monkeypatch, name, fail):
-    from vlmprune.cli.errors import CommandError
+    from vlmprune.runtime.errors import CommandError
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises((CommandError, KeyboardInterrupt)):

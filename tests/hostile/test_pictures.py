@@ -13,9 +13,9 @@ import pytest
 from PIL import Image, ImageFile
 from tiny_folders import noise_picture
 
-from vlmprune.cli import loading, pictures
-from vlmprune.cli.errors import UserError
-from vlmprune.cli.pictures import read_picture
+from vlmprune.runtime import loading, pictures
+from vlmprune.runtime.errors import UserError
+from vlmprune.runtime.pictures import read_picture
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

@@ -23,7 +23,6 @@ def script(monkeypatch):
     return made
 
 
-@pytest.mark.slow
 def test_nothing_piles_up(script):
     assert script.soak(GENERATIONS) == []
 

@@ -119,7 +119,7 @@ def test_overrides(cli, tmp_path, text):
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
-    from vlmprune.eval.config import load_config
+    from vlmprune.eval.config.schema import load_config
 
     (tmp_path / "my.yaml").write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
     assert load_config(tmp_path / "my.yaml").settings[0].model == "scene-llava"

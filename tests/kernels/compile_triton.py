@@ -95,7 +95,11 @@ def everything(go, floats, few):
             go(triton_choose.select_gather_kernel, rows, size | {"num_warps": triton_common.warps(4096)})
     for block in (4096,) if few else (1024, 4096, 16384):
         size = {"BLOCK": block, "num_warps": triton_common.warps(block)}
-        go(triton_choose.top_k_kernel, {"scores": "fp32"}, size, out="*u8")
+        if block <= triton_choose.TILE:
+            go(triton_choose.top_k_kernel, {"scores": "fp32"}, size, out="*u8")
+        else:
+            tiled = {"TILE": triton_choose.TILE, "num_warps": 16}
+            go(triton_choose.top_k_tiled_kernel, {"scores": "fp32"}, tiled, out="*u8")
         for objective in ("max_min",) if few else ("max_min", "max_sum", "log_det"):
             constants = {"LOW": 1e-5, "OBJECTIVE": objective}
             go(triton_greedy.greedy_kernel, {}, constants | triton_greedy.greedy_size(block))

@@ -27,14 +27,15 @@ def spills(tmp_path, ptxas, *arguments):
     return {line: int(n) for line, n in re.findall(r"^(spills (\d+) .*)$", done.stdout, re.MULTILINE)}
 
 
-def test_the_largest_do_not_spill(tmp_path, ptxas):
+@pytest.mark.parametrize("archs", ["80,120", pytest.param("86,89,90,100", marks=pytest.mark.exhaustive)])
+def test_the_largest_do_not_spill(tmp_path, ptxas, archs):
     """Attention in float32 at 128 numbers per head, with all masks; choosing and picking from 4096."""
-    found = spills(tmp_path, ptxas, "86,89,90,100,120", "fp32", "--few")
-    assert len(found) == 5 * 4
+    found = spills(tmp_path, ptxas, archs, "fp32", "--few")
+    assert len(found) == 4 * len(archs.split(","))
     assert max(found.values()) <= SPILL, found
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_that_is_launched(tmp_path, ptxas):
     found = spills(tmp_path, ptxas, "80", "fp32", "bf16")  # float16 is as bfloat16
     assert len(found) == 2 * (12 + 5) + 3 * 4 + 2

@@ -40,7 +40,7 @@ def building_fails():
 @pytest.mark.parametrize(
     ("error", "tries"),
     [(LoadError("no driver"), 1), (Compiler("no"), 1), (building_fails, 1), (ImportError("no triton"), 1),
-     (OutOfResources("shared memory"), 3), (choice.Refused("not this shape"), 3)],
+     (OutOfResources("shared memory"), 3), (checks.Refused("not this shape"), 3)],
     ids=["load", "compiler", "building", "import", "resources", "refused"],
 )  # fmt: skip
 def test_an_implementation_that_fails(monkeypatch, error, tries):
@@ -168,7 +168,7 @@ def test_triton_compiles_nothing_while_a_graph_is_captured(monkeypatch):
         triton_common.start(torch.device("cpu"), kernel, (1,))
         return kernel.compiled
 
-    with pytest.raises(choice.Refused, match="inside a CUDA-graph capture"):
+    with pytest.raises(checks.Refused, match="inside a CUDA-graph capture"):
         start(True, True)
     assert knobs.runtime.jit_cache_hook is None
     assert start(True, False)

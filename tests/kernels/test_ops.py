@@ -6,9 +6,9 @@ import warnings
 from collections import Counter
 
 import pytest
-import test_engine_syncs
 import tiny
 import torch
+import waits
 from kernel_cases import samples
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +30,7 @@ def test_opcheck(name, grad):
 def test_implementations_read_nothing_back(monkeypatch, name):
     """A dispatch mode does not look inside a custom op, so the engine's own test cannot see this."""
     plain, args = getattr(reference, name.partition(",")[0]), samples()[name]
-    counted = test_engine_syncs.reads(lambda: plain(*args), monkeypatch)
+    counted = waits.reads(lambda: plain(*args), monkeypatch)
     assert counted.total == 0, dict(counted.seen)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from kernel_cases import gather_inputs
@@ -11,6 +13,8 @@ select_gather = torch.ops.vlmprune.select_gather
 CUDA = True
 SHAPES = [(1, 1), (3, 17), (2, 257), (1, 700)]
 SCORES = [torch.float32, torch.float16, torch.bfloat16]
+# bfloat16 stands for both half precisions in every run
+RANKED = ["bool", "torch.float32", pytest.param("torch.float16", marks=pytest.mark.exhaustive), "torch.bfloat16"]
 SPECIAL = [float("inf"), float("-inf"), float("nan"), 0.0, -0.0, 1e-7, -1e-7, 3e38, 65504.0]
 
 
@@ -28,19 +32,36 @@ def scores_of(rows, columns, dtype, seed=0):
     return torch.where(torch.rand(rows, columns, generator=g) < 0.3, special, scores).to(dtype)
 
 
+def test_top_k_in_tiles(device, monkeypatch):
+    """What Triton does with rows that have no room in registers, at a size that its interpreter can bear."""
+    triton_choose = pytest.importorskip("vlmprune.kernels.triton_choose")
+    monkeypatch.setattr(triton_choose, "TILE", 64)
+    rows, columns = 2, 257
+    among = torch.rand(rows, columns, generator=torch.Generator().manual_seed(1)) < 0.8
+    for seed, wanted in enumerate((1, 65, 300)):
+        scores, counts = scores_of(rows, columns, torch.float32, seed), torch.tensor([wanted, 100])
+        kept = triton_choose.top_k(scores.to(device), counts.to(device), among.to(device)).cpu()
+        for i in range(rows):
+            expected = ranked(scores[i].tolist(), int(counts[i]), among[i].tolist())
+            assert kept[i].nonzero().flatten().tolist() == expected
+
+
 @pytest.mark.parametrize("dtype", SCORES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_top_k(implementation, device, shape, dtype):
     rows, columns = shape
     g = torch.Generator().manual_seed(1)
-    for among in (torch.ones(shape, dtype=torch.bool), torch.rand(shape, generator=g) < 0.6, torch.zeros(shape) > 0):
-        for wanted in (0, 1, columns // 2, columns, columns + 3):
-            scores, counts = scores_of(*shape, dtype, wanted), torch.full((rows,), wanted)
-            counts[0] = max(wanted - 1, 0)  # ragged
-            kept = top_k(scores.to(device), counts.to(device), among.to(device)).cpu()
-            for i in range(rows):
-                expected = ranked(scores[i].tolist(), int(counts[i]), among[i].tolist())
-                assert kept[i].nonzero().flatten().tolist() == expected
+    among = [torch.ones(shape, dtype=torch.bool), torch.rand(shape, generator=g) < 0.6, torch.zeros(shape) > 0]
+    wanted = [columns // 2, columns, columns + 3, 0, 1]
+    interpreted = implementation == "triton" and device.type == "cpu"  # which takes its time: each once, not all pairs
+    pairs = zip(among + among[:2], wanted, strict=True) if interpreted else itertools.product(among, wanted)
+    for real, count in pairs:
+        scores, counts = scores_of(*shape, dtype, count), torch.full((rows,), count)
+        counts[0] = max(count - 1, 0)  # ragged
+        kept = top_k(scores.to(device), counts.to(device), real.to(device)).cpu()
+        for i in range(rows):
+            expected = ranked(scores[i].tolist(), int(counts[i]), real[i].tolist())
+            assert kept[i].nonzero().flatten().tolist() == expected
 
 
 def test_top_k_of_nothing_and_of_more_dimensions(implementation, device):
@@ -91,7 +112,7 @@ def check(out, kept, real, given, length, contiguous):
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
-@pytest.mark.parametrize("ranked_by", ["bool", *map(str, SCORES)])
+@pytest.mark.parametrize("ranked_by", RANKED)
 @pytest.mark.parametrize(("axes", "twisted"), [(0, False), (3, True)])
 def test_select_gather(implementation, device, axes, twisted, ranked_by, contiguous):
     """Ragged counts from nothing to everything, padding on both sides, the first and the last column among the kept."""

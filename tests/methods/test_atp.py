@@ -17,10 +17,10 @@ from torch.nn.functional import adaptive_avg_pool1d
 
 import vlmprune
 from vlmprune import UnsupportedError
-from vlmprune.atp_modules import AtpConfig, Threshold, pool_scores
-from vlmprune.atp_training import budget_loss, depth_loss, shares_left
-from vlmprune.methods.atp import Atp, hard_keep, min_max, redundancy, soft_masks, spatial_scores
-from vlmprune.taps import Visible, attention_mass, mean_logits
+from vlmprune.methods.atp.method import Atp, hard_keep, min_max, redundancy, soft_masks, spatial_scores
+from vlmprune.methods.atp.modules import AtpConfig, Threshold, pool_scores
+from vlmprune.methods.atp.training import budget_loss, depth_loss, shares_left
+from vlmprune.parts.attention import Visible, attention_mass, mean_logits
 
 F64 = torch.float64
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,9 @@ from probes import same
 from tiny import modules
 
 import vlmprune
-from vlmprune.atp_modules import AtpConfig, load, save
-from vlmprune.atp_training import facts_of
-from vlmprune.methods.atp import Atp
+from vlmprune.methods.atp.method import Atp
+from vlmprune.methods.atp.modules import AtpConfig, load, save
+from vlmprune.methods.atp.training import facts_of
 
 
 def test_save_and_load(tmp_path, tiny_model):

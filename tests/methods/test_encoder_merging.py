@@ -13,9 +13,10 @@ from torch.nn.functional import elu, normalize
 
 import vlmprune
 from vlmprune import CutNotRunError, UnsupportedError
-from vlmprune.merging import match_alternating, match_energy, spread_evenly
+from vlmprune.engine.channels import OWNER
+from vlmprune.engine.encode import Call
 from vlmprune.methods.tome import PiToMe, ToMe
-from vlmprune.plan import OWNER
+from vlmprune.parts.merging import match_alternating, match_energy, spread_evenly
 
 F64 = torch.float64
 
@@ -194,7 +195,7 @@ def test_every_state_of_a_merged_tower_is_its_layers_own():
         with torch.no_grad(), vlmprune.patch(model, method, keep=0.5) as handle:
             layers = tower.encoder.layers
             hooks = [layer.self_attn.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-            states = tower(views, output_hidden_states=True, **{OWNER: handle._plan}).hidden_states
+            states = tower(views, output_hidden_states=True, **{OWNER: Call(handle._plan)}).hidden_states
             for hook in hooks:
                 hook.remove()
         assert [x.shape[1] for x in read] == left
@@ -257,10 +258,11 @@ def test_a_tower_that_is_looked_at_is_not_merged():
 
 
 def test_bad_budgets():
-    with pytest.raises(ValueError, match="at most half"):
-        vlmprune.patch(tiny.shared(), "tome", keep=1)
-    with pytest.raises(UnsupportedError, match="fraction"):
-        vlmprune.patch(tiny.shared(family="llava_next"), "pitome", keep=4)
+    for word in ("keep", "average"):
+        with pytest.raises(ValueError, match=f"^{word}=1 would .* at most half can go: raise {word} "):
+            vlmprune.patch(tiny.shared(), "tome", **{word: 1})
+        with pytest.raises(UnsupportedError, match=f"give a fraction as {word}"):
+            vlmprune.patch(tiny.shared(family="llava_next"), "pitome", **{word: 4})
 
 
 def test_matchings_are_partitions():
@@ -282,5 +284,5 @@ def test_matchings_are_partitions():
 @pytest.mark.parametrize("second", [{"keep": 0.5}, {"keep": 0.25}])
 def test_two_mergers_are_refused(second):
     for other in (vlmprune.methods.ToMe, vlmprune.methods.PiToMe):
-        with pytest.raises(vlmprune.UnsupportedError, match="both merge tokens inside the vision tower"):
+        with pytest.raises(vlmprune.UnsupportedError, match="both merge tokens in or behind the vision tower"):
             vlmprune.patch(tiny.shared(), [vlmprune.methods.ToMe(keep=0.5), other(**second)])

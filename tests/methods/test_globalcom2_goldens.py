@@ -10,9 +10,9 @@ import tiny
 import torch
 
 from vlmprune.methods.globalcom2 import GlobalCom2, crop_ratios, released_order, stretch
+from vlmprune.parts.attention import cls_logits, distinctness
+from vlmprune.parts.selection import top_k
 from vlmprune.patches import FAMILIES
-from vlmprune.selection import top_k
-from vlmprune.taps import cls_logits, distinctness
 
 CASES = [
     case

@@ -11,12 +11,12 @@ import pytest
 import tiny
 import torch
 
+from vlmprune import UnsupportedError
 from vlmprune.methods import FoPru, VtcCls
-from vlmprune.methods.fopru import received_scores
-from vlmprune.methods.vtc_cls import ensemble_scores
+from vlmprune.parts.scores import ensemble_scores
+from vlmprune.parts.selection import top_k
+from vlmprune.parts.taps import VisionAttention
 from vlmprune.patches import family_of
-from vlmprune.selection import top_k
-from vlmprune.taps import VisionAttention
 
 DATA = json.loads((Path(__file__).parents[1] / "goldens" / "encoder_methods.json").read_text())
 CASES = {case["name"]: case for case in DATA["cases"]}
@@ -33,8 +33,26 @@ def facts(layers, has_cls=True):
 
 
 def close(got, want, dtype):
-    want = torch.tensor(want, dtype=dtype)
+    want = torch.tensor(want, dtype=got.dtype)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-9)
+
+
+class Given:
+    """A tower layer with a given attention `(heads, tokens, tokens)`, whose input is one one-hot row per token."""
+
+    scale = 1.0
+
+    def __init__(self, attention):
+        self.logits = attention.clamp(min=1e-30).log()
+
+    def normed(self, hidden):
+        return hidden
+
+    def queries(self, rows):
+        return rows[:, None] @ self.logits
+
+    def keys(self, rows):
+        return rows[:, None].expand(-1, len(self.logits), -1, -1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,12 +60,13 @@ def close(got, want, dtype):
 def test_fopru(case, dtype):
     params, expected = case["params"], case["expected"]
     attention = torch.tensor(case["inputs"]["attn"], dtype=dtype)
-    scores = received_scores(attention, params["mode"], params["has_cls"])
-    close(scores, expected["scores"], dtype)
     method = FoPru(params["ratio"], strategy=params["strategy"], score=params["mode"])
     rows = "cls" if params["mode"] == "cls" else "patches"
     (cut,) = method.cuts(facts(6, params["has_cls"]))
     assert cut.see == (VisionAttention(4, rows),)
+    every = torch.eye(attention.shape[-1], dtype=dtype)[None]
+    (scores,) = cut.see[0].measure(Given(attention), every, params["has_cls"])
+    close(scores, expected["scores"], torch.float32)  # rows are given to six digits, and the softmax mends their sum
     layout = probes.hand_layout(probes.raster(params["grid_h"], params["grid_w"]))
     reduction = cut.reduce({cut.see[0]: scores[None]}, layout)
     assert probes.kept(reduction) == expected["kept"]
@@ -57,7 +76,7 @@ def test_fopru(case, dtype):
     if "kept_rows" in expected:
         cols = params["grid_w"]
         means = scores.view(params["grid_h"], cols).mean(1)
-        close(means, expected["row_scores"], dtype)
+        close(means, expected["row_scores"], torch.float32)
         best = top_k(means[None], [expected["k_rows"]], torch.ones(1, len(means), dtype=torch.bool))
         assert best[0].nonzero().flatten().tolist() == expected["kept_rows"]
         assert {t // cols for t in probes.kept(reduction)} == set(expected["kept_rows"])
@@ -90,12 +109,10 @@ def test_fopru_strategies_differ():
 
 
 def test_a_score_that_fopru_does_not_have():
-    attention = torch.full((2, 5, 5), 0.2)
-    assert received_scores(attention, "received", True).shape == (4,)
     with pytest.raises(ValueError, match="score='bogus' is not one of 'received', 'cls'"):
-        received_scores(attention, "bogus", True)
-    with pytest.raises(ValueError, match=r"needs the row of a \[CLS\] token"):
-        received_scores(attention, "cls", False)
+        FoPru(4, score="bogus")
+    with pytest.raises(UnsupportedError, match=r"\[CLS\] token, and this tower has none; use score='received'"):
+        FoPru(4, score="cls").cuts(facts(6, has_cls=False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 import vlmprune
-from vlmprune.taps import last_rows
+from vlmprune.parts.taps import last_rows
 
 F64 = torch.float64
 

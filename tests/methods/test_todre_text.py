@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import vlmprune
 from vlmprune.methods import ToDRE
-from vlmprune.templates import system_prefix
+from vlmprune.parts.templates import system_prefix
 
 F64 = torch.float64
 DECIDES = 2  # the layer whose attention decides, of 4

@@ -8,7 +8,7 @@ import torch
 
 import vlmprune
 from vlmprune import registry
-from vlmprune.patches import FAMILIES, family_of
+from vlmprune.patches import FAMILIES, family_of, language_models, towers
 
 FAMILIES = [kind for kind in FAMILIES if kind in tiny.CLASSES]
 
@@ -28,9 +28,9 @@ def test_facts(family, tower, text):
     feature = 5 if family == "llava_onevision" else 4
     assert (facts.tower_layers, facts.feature_layer, facts.decoder_layers) == (6, feature, 4)
     assert facts.has_cls == (tower == "clip")
-    assert facts.views == (family not in ("llava", "vipllava"))
+    assert facts.views == (family not in tiny.SINGLE)
     assert found.inner(model) is found.inner(model.model) is model.model
-    assert found.side(model.model) == tiny.SIDE
+    assert found.side(model.model) == (tiny.SIDE, tiny.SIDE)
     assert len(found.tower_layers(*found.towers(model.model))) == 6
     assert len(found.decoder_layers(model.model)) == 4
     assert [found.token(model.model, m) for m in found.modalities] == [tiny.IMAGE, tiny.VIDEO][: len(found.modalities)]
@@ -72,3 +72,21 @@ def test_a_family_is_small_enough_to_copy():
 
     for module in [import_module(f"vlmprune.patches.{family}") for family in FAMILIES]:
         assert len(inspect.getsource(module).splitlines()) < 60
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kind", "looking", "where"),
+    [(language_models.LAYERS, "LlamaDecoderLayer", "fastv", "decoder layers"),
+     (towers.LAYERS, "CLIPEncoderLayer", "fopru", "layers of the vision tower")],
+    ids=["decoder", "tower"],
+)  # fmt: skip
+def test_a_layer_of_an_unknown_kind_is_refused_where_a_method_looks_at_it(monkeypatch, kinds, kind, looking, where):
+    monkeypatch.delitem(kinds, kind)
+    model = tiny.shared()
+    prompt = tiny.prompt(model, [2, "image", 3], [(24, 24)])
+    with torch.no_grad(), vlmprune.patch(model, "divprune", keep=6) as handle:
+        model(**prompt)  # which looks at no layer
+        assert len(handle.trace.kept()) == 6
+    told = pytest.raises(vlmprune.UnsupportedError, match=f"looks into {where}, and {kind} is not one that is known")
+    with torch.no_grad(), told, vlmprune.patch(model, looking, keep=6):
+        model(**prompt)

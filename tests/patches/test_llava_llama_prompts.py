@@ -13,7 +13,7 @@ from original import PARTS, SIZES
 import vlmprune
 from vlmprune import UnsupportedError
 from vlmprune.patches import family_of
-from vlmprune.tagged import Tagged
+from vlmprune.patches.tagged import Tagged
 
 
 @pytest.mark.parametrize("size", [(40, 24), (24, 40), (20, 70), (70, 20), (24, 24), (100, 90), (1, 60), (37, 53)])

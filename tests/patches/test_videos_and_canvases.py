@@ -114,7 +114,7 @@ class Spy(vlmprune.Method):
     found: list = []  # noqa: RUF012
 
     def cuts(self, facts):
-        from vlmprune.taps import Distinctness, VisionAttention
+        from vlmprune.parts.taps import Distinctness, VisionAttention
 
         taps = (Distinctness(facts.feature_layer + 1), VisionAttention(facts.feature_layer, "patches"))
         return [vlmprune.Cut(vlmprune.Decoder(0), taps, self.reduce)]

@@ -19,8 +19,8 @@ from scenes import Turn, replay_turns
 from tiny import CACHE
 
 import vlmprune
-from vlmprune.cli import loading
 from vlmprune.eval import testbed
+from vlmprune.runtime import loading
 
 SPLIT = {"scene-llava": "sparse", "scene-llava-next": "next"}
 #: In front of the language model, inside it, both, in the tower, and by chance
@@ -48,9 +48,16 @@ def by_hand(model, inputs, trace, forced):
     return replay_turns(model, [Turn(inputs["input_ids"][0].tolist(), features, trace)], forced=forced[0].tolist())
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("scene-llava", "dynamic"),
+        ("scene-llava", "static"),
+        ("scene-llava-next", "dynamic"),
+        pytest.param("scene-llava-next", "static", marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", SPLIT)
 @torch.no_grad()
 def test_answers_with_a_cache_and_without(name, method, kind):
     model, asked = trained(name)
@@ -98,7 +105,7 @@ def test_turns(before, kind):
     same(got, replay_turns(model, turns, forced=forced), TOLERANCE)
 
 
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", ["scene-llava", pytest.param("scene-llava-next", marks=pytest.mark.exhaustive)])
 def test_the_self_test_passes(name):
     passes(vlmprune.check(trained(name)[0].float(), "todre", keep=KEEP))
     trained(name)[0].double()

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import metadata
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
 
 from vlmprune._compat import VersionError
-from vlmprune._version import __version__
-from vlmprune.cli import bench, check, demo, eval, fidelity, init, ls, report, run, validate
-from vlmprune.cli.errors import CommandError, brief
-from vlmprune.cli.interruption import check as check_interruption
-from vlmprune.cli.interruption import heeded, interrupted
-from vlmprune.cli.status import noted_warnings
+from vlmprune.cli import bench, check, demo, eval, fidelity, init, ls, report, run, serve, validate
+from vlmprune.cli.flags import Group, Verb, versions
+from vlmprune.runtime.errors import CommandError, brief
+from vlmprune.runtime.interruption import check as check_interruption
+from vlmprune.runtime.interruption import heeded, interrupted
+from vlmprune.runtime.status import status
 
 __all__ = ["main"]
 
-EPILOG = """\
+EXAMPLES = """\
 examples:
   vlmprune demo
   vlmprune run --image photo.jpg --prompt "what is this?" --model llava-hf/llava-1.5-7b-hf --keep 64
@@ -28,32 +30,29 @@ examples:
 exit codes: 0 done, 1 failed, 2 wrong usage (a missing file, an unknown method, ...), 130 interrupted
 """
 
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
-    made = argparse.ArgumentParser(
-        prog="vlmprune",
-        description="Visual token pruning for LLaVA-style Hugging Face models.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    made.add_argument("--version", action="store_true", help="show the versions of vlmprune and what it runs on")
-    verbs = made.add_subparsers(title="verbs", metavar="VERB")
-    for verb in (run, init, eval, validate, report, fidelity, bench, check, ls, demo):
-        verb.add_to(verbs)
-    return made
+app = typer.Typer(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 
 
-def versions() -> str:
-    """`vlmprune 0.1.0 (torch ..., transformers ..., Python ...)`, read from metadata."""
-    found = []
-    for name in ("torch", "transformers"):
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"no {name}")
-    return f"vlmprune {__version__} ({', '.join(found)}, Python {sys.version.split()[0]})"
+def tell_versions(wanted: bool) -> None:
+    """Print them and be done."""
+    if wanted:
+        print(versions())
+        raise typer.Exit
+
+
+VERSION = typer.Option(
+    "--version", callback=tell_versions, is_eager=True, help="Show the versions of vlmprune and what it runs on."
+)
+
+
+@app.callback(epilog=EXAMPLES)
+def about(version: Annotated[bool, VERSION] = False) -> None:
+    """Visual token pruning for LLaVA-style Hugging Face models."""
+
+
+for module in (run, init, eval, validate, report, fidelity, bench, check, serve, ls, demo):
+    name = module.__name__.rpartition(".")[2]
+    app.command(name, cls=getattr(module, "COMMAND", Verb), epilog=getattr(module, "EXAMPLES", None))(module.verb)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,12 +62,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     with heeded():
         try:
-            return run_verb(argv)
+            return run_verb(sys.argv[1:] if argv is None else list(argv))
         except KeyboardInterrupt:
             pass
         except Exception as error:  # what Ctrl-C became in somebody's code; anything else is a fault of this command
             if not interrupted(error):
                 raise
+        finally:
+            status()
     print("\nvlmprune: interrupted", file=sys.stderr)
     # a KeyboardInterrupt that left an `exec` of text (dataclasses and named tuples are made by one) makes Python end
     # itself by the signal when it is done, whatever the exit code; the next `exec` takes that back
@@ -76,25 +77,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 130
 
 
-def run_verb(argv: Sequence[str] | None) -> int:
+def run_verb(argv: list[str]) -> int:
     """Read the arguments, run the verb, and say in one line what went wrong."""
+    command = typer.main.get_command(app)
     try:
-        made = parser()
-        args = made.parse_args(argv)
-        if args.version:
-            print(versions())
-            return 0
-        if not hasattr(args, "verb"):
-            made.print_help(sys.stderr)
-            return 2
-        with noted_warnings():
-            args.verb(args)
+        if "_VLMPRUNE_COMPLETE" in os.environ:  # the shell asks what could come next
+            command.main(argv, prog_name="vlmprune")
+        with command.make_context("vlmprune", argv) as context:
+            command.invoke(context)
         sys.stdout.flush()
         check_interruption()  # swallowed somewhere on the way
-    except SystemExit as stop:  # argparse: 0 after --help, 2 after a mistake
-        return stop.code if isinstance(stop.code, int) else 2
+    except typer.Exit as stop:  # after --help
+        return stop.exit_code
+    except TyperException as error:  # a mistake on the command line
+        if context := getattr(error, "ctx", None):
+            print(context.get_usage(), f"try: {context.command_path} --help", sep="\n", file=sys.stderr)
+        print(f"vlmprune: {brief(error.format_message())}", file=sys.stderr)
+        return error.exit_code
     except CommandError as error:
         check_interruption(error)
+        status()
         print(f"vlmprune: {error}", file=sys.stderr)
         return error.code
     except VersionError as error:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
-from contextlib import AbstractContextManager
-from typing import Any
+import functools
+import os
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from vlmprune.cli import bench_files
-from vlmprune.cli.bench_run import Replaced, measured
-from vlmprune.cli.bench_settings import (
-    DEFAULTS,
-    QUICK,
-    check_least,
-    effective_kernels,
-    refuse_idle_flags,
-    settings_of,
-)
-from vlmprune.cli.flags import VALUES
+from typer import Option
 
-__all__ = ["add_to"]
+from vlmprune import spec
+from vlmprune.cli import bench_serving, flags
+from vlmprune.runtime.errors import UserError, brief, user_mistakes
+from vlmprune.runtime.files import has_content
+
+if TYPE_CHECKING:
+    from vlmprune.spec import Job
+
+__all__ = ["verb"]
 
 EXAMPLES = """\
 examples:
@@ -28,129 +30,343 @@ examples:
   vlmprune bench --compare old.json                         the same again: what changed?
   vlmprune bench --from new.json --compare old.json         two files, nothing is run
   vlmprune bench --selection                                greedy selection alone
+  vlmprune bench --engine vllm --method vtc_cls --keep 144,64 --concurrency 1,8,32      requests served by vLLM
 
 shapes, with random weights made on the device (no download): llava-1.5-7b, llava-next-7b, llava-onevision-7b,
-scene-llava, small (the default: a 0.3 B language model for two CPU cores), small-next (the same with five views).
+scene-llava, small (the default: a 0.3 B language model for two CPU cores), small-half (half of that, the default of
+--engine), small-next (small with five views).
 Prompts are random text around one random picture: times do not depend on what it shows.
 """
 
 
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "bench",
-        help="time, memory and FLOPs of pruned models, stage by stage, beside what is possible",
-        description=(
-            "Measure the first token and the decoding of pruned models, stage by stage, in interleaved runs beside the "
-            "unpruned model and an oracle that knows beforehand which tokens stay."
+#: What a run does if neither a flag nor the file of --compare says otherwise.
+DEFAULTS: dict[str, Any] = {
+    "method": "fopru,random",
+    "keep": "64",
+    "batch": "1",
+    "prompt_tokens": 60,
+    "new_tokens": 32,
+    "device": "auto",
+    "dtype": "auto",
+    "pairs": 15,
+    "plain_runs": 3,
+    "stage_runs": 3,
+}
+QUICK = {"pairs": 5, "plain_runs": 5, "stage_runs": 1, "new_tokens": 16}
+LEAST = ("new_tokens", "pairs", "plain_runs", "stage_runs")  # one of each at least
+EITHER = (("model", "shape"), ("shape", "model"), ("keep", "average"), ("average", "keep"))  # one takes the other off
+CELLS = ("method", "keep", "average", "option", "batch")  # the flags that say which cells there are
+WRITTEN = ("json", "csv", "plot")
+#: Flags that say that no model is measured, what happens instead, and the flags that count then.
+INSTEAD = {
+    "selection": ("times greedy selection alone", {"json", "device", "pairs", "quick", "kernels"}),
+    "source": ("measures nothing", {"csv", "plot", "compare"}),
+    "engine": ("serves requests", bench_serving.USED),
+}
+
+
+def number(text: str) -> Any:
+    """A flag that takes a number."""
+    return Option(metavar="N", help=text)
+
+
+def file(text: str) -> Any:
+    """A flag that takes a file."""
+    return Option(metavar="FILE", help=text)
+
+
+def verb(
+    model: Annotated[str | None, flags.MODEL] = None,
+    shape: Annotated[
+        str | None, Option(metavar="NAME", help="an architecture with random weights (default: small)")
+    ] = None,
+    method: flags.SomeMethods = None,
+    keep: Annotated[
+        str | None,
+        Option(
+            metavar="N[,N]",
+            help="patches per image (64, the default), a fraction (0.1, 10%), or none: the method's own schedule",
         ),
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = made.add_argument
-    what = made.add_mutually_exclusive_group()
-    what.add_argument("--model", metavar="NAME", help="embedded model, folder or hub id")
-    what.add_argument("--shape", metavar="NAME", help="an architecture with random weights (default: small)")
-    add("--method", metavar="NAME[,NAME]", help=f"methods (default: {DEFAULTS['method']})")
-    budget = made.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--keep",
-        metavar="N[,N]",
-        help="patches per image (64, the default), a fraction (0.1, 10%%), or none: the method's own schedule",
-    )
-    budget.add_argument("--average", metavar="N[,N]", help="the same as a mean over all decoder layers")
-    add(
-        "--option",
-        action="append",
-        metavar="KEY=VALUE",
-        help=f"an option of the methods that have it; may be repeated; {VALUES}",
-    )
-    add("--batch", metavar="N[,N]", help="prompts at a time (default: 1)")
-    add("--prompt-tokens", type=int, metavar="N", help="text tokens of a prompt (default: 60)")
-    add("--new-tokens", type=int, metavar="N", help="tokens of an answer, 1 for the first alone (default: 32)")
-    add("--device", help="cpu, cuda, cuda:N or auto (the default)")
-    add(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: float32 on a CPU; on a GPU the checkpoint's own, bfloat16 for shapes (the default)",
-    )
-    add("--pairs", type=int, metavar="N", help="pairs of (pruned, oracle) first tokens (default: 15)")
-    add("--plain-runs", type=int, metavar="N", help="unpruned first tokens among them (default: 3)")
-    add("--stage-runs", type=int, metavar="N", help="runs with stamps (default: 3)")
-    add(
-        "--sizes", type=int, metavar="N", help="draw N picture sizes too, and tell what a new one costs (default: none)"
-    )
-    add(
-        "--kernels",
-        choices=("auto", "torch", "triton", "cuda"),
-        help="implementation of the operators (default: auto, or what VLMPRUNE_KERNELS says)",
-    )
-    add("--quick", action="store_true", help="fewer runs: 5 pairs, 5 unpruned, 1 with stamps, 16 new tokens")
-    add("--json", metavar="FILE", help="write everything as JSON, after each cell")
-    add("--resume", action="store_true", help="measure only what the file of --json lacks")
-    add("--csv", metavar="FILE", help="write one line per cell")
-    add("--plot", metavar="FILE", help="draw time against tokens, with the oracle's line")
-    add("--compare", metavar="OLD.json", help="show what changed; settings not given are those of that file")
-    add("--from", dest="source", metavar="FILE.json", help="take results from a file and measure nothing")
-    add("--selection", action="store_true", help="time greedy selection alone against published loops")
-    made.set_defaults(verb=run)
+    ] = None,
+    average: flags.Average = None,
+    option: flags.Options = [],  # noqa: B006
+    batch: Annotated[str | None, Option(metavar="N[,N]", help="prompts at a time (default: 1)")] = None,
+    prompt_tokens: Annotated[int | None, number("text tokens of a prompt (default: 60)")] = None,
+    new_tokens: Annotated[int | None, number("tokens of an answer, 1 for the first alone (default: 32)")] = None,
+    device: Annotated[str | None, flags.DEVICE] = None,
+    dtype: Annotated[flags.DTypes | None, flags.DTYPE] = None,
+    pairs: Annotated[int | None, number("pairs of (pruned, oracle) first tokens (default: 15)")] = None,
+    plain_runs: Annotated[int | None, number("unpruned first tokens among them (default: 3)")] = None,
+    stage_runs: Annotated[int | None, number("runs with stamps (default: 3)")] = None,
+    sizes: Annotated[
+        int | None, number("draw N picture sizes too, and tell what a new one costs (default: none)")
+    ] = None,
+    kernels: Annotated[
+        Literal["auto", "torch", "triton", "cuda"] | None,
+        Option(help="implementation of the operators (default: auto, or what VLMPRUNE_KERNELS says)"),
+    ] = None,
+    quick: Annotated[
+        bool, Option("--quick", help="fewer runs: 5 pairs, 5 unpruned, 1 with stamps, 16 new tokens")
+    ] = False,
+    json: Annotated[str | None, file("write everything as JSON, after each cell")] = None,
+    resume: Annotated[bool, Option("--resume", help="measure only what the file of --json lacks")] = False,
+    csv: Annotated[str | None, file("write one line per cell")] = None,
+    plot: Annotated[str | None, file("draw time against tokens, with the oracle's line")] = None,
+    compare: Annotated[
+        str | None, file("show what changed since these results; settings not given are those of that file")
+    ] = None,
+    source: Annotated[
+        str | None, Option("--from", metavar="FILE", help="take results from a file and measure nothing")
+    ] = None,
+    selection: Annotated[
+        bool, Option("--selection", help="time greedy selection alone against published loops")
+    ] = False,
+    engine: Annotated[Literal["vllm"] | None, Option(help="serve requests in an engine instead")] = None,
+    concurrency: Annotated[
+        str | None, Option(metavar="N[,N]", help="with --engine: requests in flight (default: 1,8,32)")
+    ] = None,
+) -> None:
+    """Measure time, memory and FLOPs of pruned models, stage by stage, beside what is possible.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Measure or read results; print, write, draw and compare them."""
+    The first token and the decoding, in interleaved runs beside the unpruned model and an oracle that knows beforehand
+    which tokens stay. Without --method: fopru,random; on a GPU shapes are bfloat16.
+    """
+    args = SimpleNamespace(**locals())
+    flags.one_of(model=model, shape=shape)
+    flags.one_of(keep=keep, average=average)
     refuse_idle_flags(args)
-    bench_files.check_paths(args)
-    if args.selection:
-        return run_selection(args)
+    check_paths(args)
+    if selection:
+        return time_selection(args)
+    if engine:
+        return bench_serving.time_serving(args)
 
-    from vlmprune.cli import bench_report
+    from vlmprune import kernels as ops
+    from vlmprune.eval.bench import compare as comparing
+    from vlmprune.eval.bench import plot as plotting
+    from vlmprune.eval.bench import report, results, run
+    from vlmprune.runtime.status import show
 
-    old = bench_files.read_results(args.compare) if args.compare else None
-    if args.source:
-        results = bench_files.read_results(args.source)
+    old = run.read_results(compare) if compare else None
+    if source:
+        found = run.read_results(source)
     else:
         asked = settings_of(args, old)
-        with use(asked["kernels"]):
-            results = measured(args, asked, old)
-    print(bench_report.as_text(results))
-    bench_files.write_extras(args, results)
+        with ops.use(asked["kernels"]):
+            found = run.measured(wanted(args, asked, old), asked, json, sizes)
+    show(report.as_text(found))
+    for path, how in ((csv, results.write_csv), (plot, plotting.plot)):
+        if path:
+            run.write(path, lambda target, how=how: how(found, target))
+            print(f"written: {path}", file=sys.stderr)
     if old is not None:
-        from vlmprune.eval.bench import compare
-
-        changes, differing = compare.changes(old, results), compare.differing_settings(old, results)
-        print(f"\nChanges since {args.compare}\n\n{bench_report.changes_text(changes, differing)}")
+        changes, differing = comparing.changes(old, found), comparing.differing_settings(old, found)
+        print(f"\nChanges since {compare}\n\n{report.changes_text(changes, differing)}")
 
 
-def use(kernels: str) -> AbstractContextManager:
-    """Force an implementation of the operators inside a `with` statement."""
-    from vlmprune import kernels as ops
-
-    return ops.use(kernels)
-
-
-def run_selection(args: argparse.Namespace) -> None:
+def time_selection(args: SimpleNamespace) -> None:
     """Time greedy selection alone and print it."""
-    from vlmprune.cli import answering, bench_report, loading
-    from vlmprune.cli.status import status
-    from vlmprune.eval.bench import results, selection
+    from vlmprune import kernels as ops
+    from vlmprune.eval.bench import report, results, run, selection
+    from vlmprune.runtime import answering, loading
+    from vlmprune.runtime.status import show, status
 
     pairs = (QUICK if args.quick else DEFAULTS)["pairs"] if args.pairs is None else args.pairs
-    check_least({"pairs": pairs})
+    flags.least(1, pairs=pairs)
     device, kernels = loading.pick_device(args.device or "auto"), effective_kernels(args.kernels)
     status("timing selection")
-    replaced = Replaced()
-    with use(kernels):
-        found = answering.guarded(
-            lambda: [
-                one
-                for size in selection.SIZES
-                for one in selection.compare_selection(*size, device=device, pairs=pairs)
-            ]
-        )
-    status()
-    print(bench_report.selection_text(found))
+    replaced = run.Replaced()
+    one_size = functools.partial(selection.compare_selection, device=device, pairs=pairs)
+    with ops.use(kernels):
+        found = answering.guarded(lambda: [one for size in selection.SIZES for one in one_size(*size)])
+    show(report.selection_text(found))
     document = {"selection": found, "machine": results.describe_machine(device), "kernels": kernels}
     document["replaced"] = replaced.tell()
     if args.json:
-        bench_files.write(args.json, lambda path: results.write_json(document, path))
+        run.write(args.json, lambda path: results.write_json(document, path))
+
+
+def given_by(args: SimpleNamespace) -> dict[str, Any]:
+    """The flags that somebody typed."""
+    return {k: v for k, v in vars(args).items() if v is not None and v is not False and v != []}
+
+
+def refuse_idle_flags(args: SimpleNamespace) -> None:
+    """Refuse flags that would have no effect.
+
+    Raises:
+        UserError: there are some.
+    """
+    given = given_by(args)
+    for mode, (what, used) in INSTEAD.items():
+        idle = sorted(set(given) - used - {mode})
+        if mode in given and idle:
+            raise UserError(f"{flags.flag(mode)} {what}: {', '.join(map(flags.flag, idle))} would have no effect.")
+    if args.concurrency and not args.engine:
+        raise UserError("--concurrency is of --engine vllm.")
+    if args.resume and not args.json:
+        raise UserError("--resume needs the --json file to go on with.")
+
+
+def effective_kernels(given: str | None) -> str:
+    """The implementation of --kernels, else of the environment, else "auto".
+
+    Raises:
+        UserError: an unknown name in the environment.
+    """
+    from vlmprune.kernels.choice import named
+
+    try:
+        return named(given)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def settings_of(args: SimpleNamespace, old: dict[str, Any] | None) -> dict[str, Any]:
+    """All settings: the flags given, else those of the old results, else the defaults.
+
+    Raises:
+        UserError: a number out of range.
+    """
+    settings = DEFAULTS | {"shape": "small", "model": None, "average": None, "option": [], "kernels": None}
+    settings |= known(asked_in(old, args.method), settings) if old is not None else {}
+    settings |= QUICK if args.quick else {}
+    given = known(given_by(args), settings)
+    settings |= {other: None for one, other in EITHER if one in given} | given
+    flags.least(2, prompt_tokens=settings["prompt_tokens"])
+    flags.least(1, **{name: settings[name] for name in LEAST}, sizes=args.sizes)
+    beside = {name: min(settings[name], settings["pairs"]) for name in ("plain_runs", "stage_runs")}
+    return settings | beside | {"kernels": effective_kernels(settings["kernels"])}
+
+
+def known(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the given that are settings."""
+    return {name: value for name, value in given.items() if name in settings}
+
+
+def asked_in(old: dict[str, Any], methods: str | None = None) -> dict[str, Any]:
+    """What results were asked for in all calls that filled their file, which keeps the last call's flags alone.
+
+    Args:
+        old: results.
+        methods: the value of --method, if only the budgets, options and batches of these are meant.
+    """
+    named = None if methods is None else flags.words_of(methods, "--method")
+    mine = [cell for cell in old["cells"] if named is None or cell["method"] in named]
+    cells, word = mine or old["cells"], word_of(old["asked"])
+    found = {
+        "method": [cell["method"] for cell in cells],
+        word: [str(cell["options"][word]) for cell in cells if word in cell["options"]],
+        "batch": [str(cell["batch"]) for cell in cells],
+    }
+    union = {name: ",".join(dict.fromkeys(values)) for name, values in found.items() if values}
+    options = dict.fromkeys(text for cell in mine for text in option_texts(cell["options"]))
+    return old["asked"] | union | {"option": list(options)}
+
+
+def word_of(asked: dict[str, Any]) -> str:
+    """Which kind of budget was asked for."""
+    return "keep" if asked.get("average") is None else "average"
+
+
+def option_texts(options: dict[str, Any]) -> list[str]:
+    """Options as --option takes them; budgets have flags of their own."""
+    return [f"{name}={spec.write_value(value)}" for name, value in options.items() if name not in spec.BUDGETS]
+
+
+def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | None) -> list[tuple[Job, int]]:
+    """Jobs and batch sizes, those of one batch together: the cells of the old results unless a flag names others.
+
+    Methods without a budget are one job each, unless a budget was named for them alone.
+
+    Raises:
+        UserError: an unknown method or option, or a bad value.
+    """
+    if old is not None and old["cells"] and not set(CELLS) & set(given_by(args)):
+        return again(old["cells"])
+    word = word_of(asked)
+    methods = flags.words_of(asked["method"], "--method")
+    budgets = [budget_of(text, word) for text in flags.words_of(asked[word], f"--{word}")]
+    options = flags.options_of(asked["option"])
+    batches = [batch_size(text) for text in flags.words_of(asked["batch"], "--batch")]
+    with user_mistakes():
+        todo = spec.jobs(methods, budgets, options, named=False)
+        taken = any(word in job.options for job in todo) or not any(budgets)
+        if getattr(args, word) is not None and not taken:
+            todo = spec.jobs(methods, budgets, options)  # says whose budget this cannot be
+    return [(job, batch) for batch in batches for job in todo]
+
+
+def again(cells: list[dict[str, Any]]) -> list[tuple[Job, int]]:
+    """The jobs that made cells, those of one batch together."""
+    order = list(dict.fromkeys(cell["batch"] for cell in cells))
+    return [(one_job(cell), batch) for batch in order for cell in cells if cell["batch"] == batch]
+
+
+def one_job(cell: dict[str, Any]) -> Job:
+    """The job that made a cell."""
+    with user_mistakes():
+        return spec.jobs([cell["method"]], [{}], cell["options"])[0]
+
+
+def budget_of(text: str, word: str) -> dict[str, Any]:
+    """A budget of --keep or --average; `none` is the method's own."""
+    with user_mistakes():
+        return {} if text == "none" else {word: spec.read_budget(text, word)}
+
+
+def batch_size(text: str) -> int:
+    """A batch size of --batch."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--batch {text!r} is not a whole number of at least 1.")
+    return int(text)
+
+
+def check_paths(args: SimpleNamespace) -> None:
+    """Find out before the work whether the files can be written, and that none takes the place of another.
+
+    Raises:
+        UserError: they cannot, or results are there already and nobody said --resume.
+    """
+    taken: dict[str, str] = {}
+    for name in ("source", "compare", "json", "csv", "plot"):
+        path, word = getattr(args, name), flags.flag(name)
+        if path is None:
+            continue
+        if name in WRITTEN:
+            check_writable(path, word)
+        other = taken.setdefault(os.path.realpath(Path(path).expanduser()), word)
+        if other != word and name in WRITTEN:
+            raise UserError(f"{other} and {word} name the same file, {path}.")
+    if args.json and not args.resume and has_content(args.json):
+        way = "" if args.selection else "--resume goes on with it, or "
+        raise UserError(f"{args.json} exists, and nothing is overwritten: {way}name another file.")
+
+
+def check_writable(path: str, flag: str) -> None:
+    """Try whether a file can be written."""
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise UserError(f"{flag} {path} is a folder: name a file.")
+    if not target.parent.is_dir():
+        raise UserError(f"there is no folder {target.parent} to write {target.name} in.")
+    try:
+        if not target.exists() or target.is_file():
+            # files are written beside their place and renamed: permission bits do not tell whether that works
+            tempfile.TemporaryFile(dir=Path(os.path.realpath(target)).parent).close()
+        elif not os.access(target, os.W_OK):  # /dev/stdout, a pipe
+            raise PermissionError("no permission")
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {brief(error)}") from None
+    if flag == "--plot":
+        check_plot(target, path)
+
+
+def check_plot(target: Path, path: str) -> None:
+    """Refuse a file that no plot can be written into."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'vlmprune[plot]'.") from None
+    if target.suffix.lstrip(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f"--plot {path}: name it .png, .svg or .pdf.")

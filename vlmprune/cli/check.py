@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief, user_mistakes
-from vlmprune.cli.flags import add_budget, add_device, budgets_of, options_of, words_of
+from typer import Option
+
+from vlmprune.cli import flags
+from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
 
 if TYPE_CHECKING:
-    from vlmprune.cli.loading import Loaded
     from vlmprune.methods.base import Method
-    from vlmprune.selftest import Line, Report
+    from vlmprune.runtime.loading import Loaded
     from vlmprune.spec import Job
+    from vlmprune.verify import Line, Report, Subject
 
-__all__ = ["add_to"]
+__all__ = ["verb"]
 
 KEEP = "0.25"
 WORDS = {"pass": "pass", "FAIL": "fail", "!": "unknown model", "?": "inconclusive", "-": "not applicable"}
@@ -38,99 +40,109 @@ exit codes: 0 nothing failed and at most one line is inconclusive, 1 anything el
 """
 
 
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "check",
-        help="prove on your model and machine that pruning computes what it says",
-        description="Check methods on a model: pruned equals by hand, cache, batches, decoding, positions, unpatching.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = made.add_argument
-    add(
-        "--model", default="scene-llava", metavar="NAME", help="embedded model, folder or hub id (default: %(default)s)"
-    )
-    add(
-        "--method",
-        metavar="NAME[,NAME]",
-        help=f"methods; a+b runs one after the other (default: those of {METHODS} that the model can run)",
-    )
-    add_budget(
-        made,
-        keep=f"patches per image (64), or a fraction (0.1 or 10%%); in a+b, a keeps twice that (default: {KEEP})",
-        option="an option of the methods that have it (`vlmprune ls methods NAME`); may be repeated",
-        metavar="N",
-    )
-    add_device(made)
-    add("--report", action="store_true", help="end with a block for a bug report though nothing failed")
-    add("--json", action="store_true", help="print JSON")
-    made.set_defaults(verb=run)
+def verb(
+    model: flags.Model = "scene-llava",
+    method: flags.SomeMethods = None,
+    keep: flags.Keep = None,
+    average: flags.Average = None,
+    option: flags.Options = [],  # noqa: B006
+    device: flags.Device = "auto",
+    dtype: flags.DType = "auto",
+    report: Annotated[bool, Option("--report", help="end with a block for a bug report though nothing failed")] = False,
+    as_json: flags.Json = False,
+) -> None:
+    """Prove on your model and machine that pruning computes what it says.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Check everything that can be checked early, load the model, check the methods, print."""
-    asked = words_of(args.method if args.method is not None else METHODS, "--method")
-    budgets, named = budgets_of(args, KEEP)
+    Pruned equals by hand, cache, batches, decoding, positions, unpatching. Without --method: those of
+    fopru,fastv,transprune,todre,pool,tome,fopru+fastv that the model can run. One budget (default: a quarter of the
+    patches); in a+b, a keeps twice that.
+    """
+    asked = flags.words_of(METHODS if method is None else method, "--method")
+    budgets, named = flags.budgets_of(keep, average, KEEP)
     if len(budgets) > 1:
         raise UserError("check takes one budget.")
-    options = options_of(args.option)
+    options = flags.options_of(option)
 
     # from here on it takes seconds: torch and transformers are imported
+    from vlmprune.runtime import loading
+
+    todo = methods_of(asked, budgets, options, named and method is not None)
+    loaded = loading.load(loading.find_model(model), loading.pick_device(device), dtype)
+    subject = subject_of(loaded)
+    skipped = {name: why for name, methods in todo.items() if (why := refusal(loaded, name, methods))}
+    refuse_skipped(loaded, skipped, len(todo), named=method is not None)
+    reports = run_checks(loaded, subject, {name: todo[name] for name in todo if name not in skipped}, not as_json)
+    wrong = verdict(reports)
+    if as_json:
+        print(json.dumps(in_json(loaded, reports, skipped), indent=2))
+    else:
+        print(in_text(reports, skipped))
+    if (wrong or report) and not as_json:
+        print("", block(loaded, reports, skipped), sep="\n")
+    if wrong:
+        raise CommandError(wrong + ("" if as_json else " (block for a bug report above)"))
+
+
+def methods_of(
+    asked: list[str], budgets: list[dict[str, Any]], options: dict[str, Any], named: bool
+) -> dict[str, list[Method]]:
+    """What every name on the command line stands for; `named` as of `spec.jobs`."""
     from vlmprune import spec
-    from vlmprune.cli import answering, loading
-    from vlmprune.cli.status import status
-    from vlmprune.errors import UnsupportedError
-    from vlmprune.selftest import Subject
 
     with user_mistakes():
         parts = dict.fromkeys(part for name in asked for part in spec.names_of(name))
-        jobs = spec.jobs(list(parts), budgets, options, named=named and args.method is not None)
-        todo = {name: staggered(name, {job.method: job.options for job in jobs}).build() for name in asked}
-    device = loading.pick_device(args.device)
-    loaded = loading.load(loading.find_model(args.model), device, args.dtype)
+        own = {job.method: job.options for job in spec.jobs(list(parts), budgets, options, named=named)}
+        return {name: staggered(name, own).build() for name in asked}
+
+
+def subject_of(loaded: Loaded) -> Subject:
+    """The model as the checks take it."""
+    from vlmprune.errors import UnsupportedError
+    from vlmprune.verify import Subject
+
     try:
-        subject = Subject(loaded.model)
+        return Subject(loaded.model)
     except (UnsupportedError, ValueError) as error:
         raise UserError(brief(error, 600)) from None
-    skipped = {name: why for name, methods in todo.items() if (why := refusal(loaded, name, methods))}
-    if skipped and args.method is not None:
+
+
+def refuse_skipped(loaded: Loaded, skipped: dict[str, str], count: int, named: bool) -> None:
+    """Give up where a method was named that cannot run, or none of all `count` can."""
+    if skipped and named:
         name, why = next(iter(skipped.items()))
         raise UserError(f"{name} on {loaded.source.name}: {why}")
-    if len(skipped) == len(todo):
+    if len(skipped) == count:
         raise UserError(f"{loaded.source.name} can run none of {', '.join(skipped)}: name others with --method.")
+
+
+def run_checks(loaded: Loaded, subject: Subject, todo: dict[str, list[Method]], told: bool) -> dict[str, Report]:
+    """Check the methods one by one; if `told`, the rows are printed as they come, into a file or a pipe too."""
+    from vlmprune.runtime.answering import guarded
+    from vlmprune.runtime.status import Bar, show, status
+
     reports: dict[str, Report] = {}
-    names = [name for name in todo if name not in skipped]
-    for name in names:
-        methods = todo[name]
-        reports[name] = answering.guarded(
-            lambda methods=methods, name=name: subject.check(methods, step=lambda text: status(f"{name}: {text}"))
-        )
-        status()
-        if not args.json:  # as they come, into a file or a pipe too
-            print(beginning(loaded, names) * (len(reports) == 1) + row_of(name, reports[name], names), flush=True)
-    wrong = verdict(reports)
-    if args.json:
-        print(json.dumps(as_json(loaded, reports, skipped), indent=2))
-    else:
-        print(as_text(reports, skipped))
-        if wrong or args.report:
-            print("\n" + block(loaded, reports, skipped))
-    if wrong:
-        raise CommandError(wrong + ("" if args.json else " (block for a bug report above)"))
+    with Bar(len(todo)) as bar:
+        for name, methods in todo.items():
+            step = lambda text, name=name: status(f"{name}: {text}")  # noqa: E731
+            reports[name] = guarded(lambda methods=methods, step=step: subject.check(methods, step=step))
+            if told:
+                show(beginning(loaded, todo) * (len(reports) == 1) + row_of(name, reports[name], todo))
+            bar.step()
+    return reports
 
 
 def verdict(reports: dict[str, Report]) -> str:
     """What speaks against a success, over all methods; empty if nothing does."""
-    from vlmprune.selftest import OPEN
+    from vlmprune.verify import OPEN
 
     failed, unknown = ([name for name, r in reports.items() if getattr(r, what)] for what in ("failed", "unknown"))
     still_open = sum(len(report.open) for report in reports.values())
-    said = [f"failed: {', '.join(failed)}"] if failed else []
-    said += [f"by hand, the unpruned model is not reproduced: {', '.join(unknown)}"] if unknown else []
-    said += [f"inconclusive: {still_open} lines, too many to call it a proof"] if still_open > OPEN else []
-    return "; ".join(said)
+    said = {
+        f"failed: {', '.join(failed)}": failed,
+        f"by hand, the unpruned model is not reproduced: {', '.join(unknown)}": unknown,
+        f"inconclusive: {still_open} lines, too many to call it a proof": still_open > OPEN,
+    }
+    return "; ".join(text for text, holds in said.items() if holds)
 
 
 def staggered(name: str, options: dict[str, dict[str, Any]]) -> Job:
@@ -157,42 +169,46 @@ def refusal(loaded: Loaded, name: str, methods: list[Method]) -> str:
     return ""
 
 
-def line_of(cells: list[str], names: list[str]) -> list[str]:
+def line_of(cells: list[str], names: Collection[str]) -> list[str]:
     """The lines of a table of checks with one row, its first column as wide as the longest of `names`."""
-    from vlmprune.cli.tables import table
-    from vlmprune.selftest import CHECKS
+    from vlmprune.runtime.tables import table
+    from vlmprune.verify import CHECKS
 
     wide = max(map(len, names))
     return table(["method".ljust(wide), *CHECKS], [[cells[0].ljust(wide), *cells[1:]]]).splitlines()
 
 
-def beginning(loaded: Loaded, names: list[str]) -> str:
+def beginning(loaded: Loaded, names: Collection[str]) -> str:
     """What stands above the rows."""
-    from vlmprune.selftest import CHECKS
+    from vlmprune.verify import CHECKS
 
     return "\n".join([loaded.description, "", *line_of(["", *("" for _ in CHECKS)], names)[:2], ""])
 
 
-def row_of(name: str, report: Report, names: list[str]) -> str:
+def row_of(name: str, report: Report, names: Collection[str]) -> str:
     """A method's row."""
     return line_of([name, *(line.outcome for line in report.lines)], names)[-1]
 
 
-def as_text(reports: dict[str, Report], skipped: dict[str, str]) -> str:
+def in_text(reports: dict[str, Report], skipped: dict[str, str]) -> str:
     """What stands below the rows: what the checks are, and a line for all that is no plain pass."""
-    from vlmprune.selftest import CHECKS
+    from vlmprune.verify import CHECKS
 
     lines = ["", *(f"{check:{max(map(len, CHECKS))}}  {what}" for check, what in CHECKS.items())]
     for outcome, word in WORDS.items():
-        told = [
-            f"{word}: {name}, {line.check}{details(line)}" if outcome != "-" else f"{word}: {line.check}{details(line)}"
-            for name, report in reports.items()
-            for line in report.lines
+        told = dict.fromkeys(
+            f"{word}: {'' if outcome == '-' else f'{name}, '}{line.check}{details(line)}"
+            for name, line in every_line(reports)
             if line.outcome == outcome != "pass"
-        ]
-        lines += ["", *dict.fromkeys(told)] if told else []
+        )
+        lines += ["", *told] if told else []
     lines += ["", *(f"skipped: {name}: {why}" for name, why in skipped.items())] if skipped else []
     return "\n".join(lines)
+
+
+def every_line(reports: dict[str, Report]) -> Iterator[tuple[str, Line]]:
+    """The lines of all reports, with their methods."""
+    return ((name, line) for name, report in reports.items() for line in report.lines)
 
 
 def details(line: Line) -> str:
@@ -201,11 +217,11 @@ def details(line: Line) -> str:
     return f": {said}" if said else ""
 
 
-def as_json(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> dict[str, Any]:
+def in_json(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> dict[str, Any]:
     """The same for a program."""
     return {
         "model": model_name(loaded),
-        "about": next((report.about for report in reports.values()), {}),
+        "about": about(reports),
         "reports": [
             {
                 "method": name,
@@ -225,6 +241,11 @@ def as_json(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str])
     }  # fmt: skip
 
 
+def about(reports: dict[str, Report]) -> dict[str, Any]:
+    """What all reports say of model and machine."""
+    return next((report.about for report in reports.values()), {})
+
+
 def model_name(loaded: Loaded) -> str:
     """As it may be shown to others: a folder's path is the user's own."""
     return "a local folder" if loaded.source.local and not loaded.source.embedded else loaded.source.name
@@ -237,13 +258,12 @@ def without_paths(text: str) -> str:
 
 def block(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> str:
     """What to paste into a bug report."""
-    about = next((report.about for report in reports.values()), {})
-    lines = ["```", f"vlmprune check, model: {model_name(loaded)}"]
-    for name, value in about.items():
+    lines = [f"vlmprune check, model: {model_name(loaded)}"]
+    for name, value in about(reports).items():
         said = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
         lines.append(f"{name}: {said}")
     for name, report in reports.items():
-        lines += [f"{name}: {', '.join(report.options)}"]
+        lines.append(f"{name}: {', '.join(report.options)}")
         lines += [f"  {line.check:9} {line.outcome:4}{details(line)}" for line in report.lines]
     lines += [f"skipped {name}: {why}" for name, why in skipped.items()]
-    return without_paths("\n".join([*lines, "```"]))
+    return without_paths("\n".join(["```", *lines, "```"]))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief
+from typer import Option
+
+from vlmprune.cli import flags
+from vlmprune.runtime.errors import CommandError, brief
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vlmprune.cli.answering import Outcome
-    from vlmprune.cli.loading import Loaded
+    from vlmprune.runtime.answering import Outcome
+    from vlmprune.runtime.loading import Loaded
 
-__all__ = ["add_to"]
+__all__ = ["verb"]
 
 #: The controls stand beside the methods, as everywhere.
 METHODS = ("fopru", "vtc_cls", "fastv", "random", "grid", "pool")
@@ -29,27 +31,39 @@ win. Measured numbers on a thousand questions are in the embedded models' card."
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnsweredPicture:
     """One shipped picture, and what the full model and every job answered."""
 
     picture: dict[str, Any]
     plain: str
     outcomes: list[Outcome]
 
+    @property
+    def expected(self) -> str:
+        return self.picture["answer"]
 
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "demo",
-        help="the embedded models with a quarter and a tenth of their visual tokens",
-        description=(
-            "Ask the embedded models about shipped pictures: the full model, and several methods with a quarter and a "
-            "tenth of the visual tokens. Prints one table and draws what was kept."
-        ),
-        allow_abbrev=False,
-    )
-    made.add_argument("--out", default="demo-out", metavar="FOLDER", help="folder for the pictures (%(default)s)")
-    made.set_defaults(verb=run)
+    def right(self, said: str) -> bool:
+        """Whether an answer is the expected one, capitals and a final full stop aside."""
+        return said.strip().rstrip(".").lower() == self.expected.strip().lower()
+
+    def cell(self, said: str, tokens: int) -> str:
+        """An answer, whether it is right, and from how many tokens it came."""
+        from vlmprune.runtime.tables import short
+
+        yes, no = ("\u2713", "\u2717") if "utf" in (sys.stdout.encoding or "").lower() else ("ok", "wrong")
+        return f"{short(said, 14) or '(empty)'} {yes if self.right(said) else no} ({tokens})"
+
+    def of(self, method: str) -> list[Outcome]:
+        """A method's outcomes, budget by budget."""
+        return [outcome for outcome in self.outcomes if outcome.job.method == method]
+
+    def cells(self, method: str) -> list[str]:
+        """A method's answers, budget by budget."""
+        return [self.cell(o.answer, o.total["patches_after"] + o.total["newlines_after"]) for o in self.of(method)]
+
+    def rights(self, method: str) -> list[bool]:
+        """Whether a method's answers are right, budget by budget."""
+        return [self.right(outcome.answer) for outcome in self.of(method)]
 
 
 def shipped() -> list[dict[str, Any]]:
@@ -60,103 +74,91 @@ def shipped() -> list[dict[str, Any]]:
         pictures = testbed.pictures()
     except FileNotFoundError as error:
         raise CommandError(f"the demo's pictures are missing from this installation: {brief(error)}") from None
-    there, missing = [], set()
-    for name in testbed.NAMES:
-        try:
-            testbed.path(name)
-            there += [picture for picture in pictures if picture["model"] == name]
-        except FileNotFoundError as error:
-            missing.add(brief(error))
+    lacks = {name: lack_of(name) for name in testbed.NAMES}
+    there = [picture for name in lacks if not lacks[name] for picture in pictures if picture["model"] == name]
+    reasons = sorted({why for why in lacks.values() if why})
     if not there:
-        raise CommandError(f"nothing to show: {'; '.join(sorted(missing)) or 'no pictures'}")
-    for reason in sorted(missing):
+        raise CommandError(f"nothing to show: {'; '.join(reasons) or 'no pictures'}")
+    for reason in reasons:
         print(f"left out: {reason}", file=sys.stderr)
     return there
 
 
-def run(args: argparse.Namespace) -> None:
-    """Load every model once, ask, print the table, draw."""
-    folder = Path(args.out).expanduser()
+def lack_of(name: str) -> str:
+    """Why an embedded model is not there; empty if it is."""
+    from vlmprune.eval import testbed
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {brief(error)}") from None
+        testbed.path(name)
+    except FileNotFoundError as error:
+        return brief(error)
+    return ""
+
+
+def verb(out: Annotated[str, Option(metavar="FOLDER", help="folder for the pictures")] = "demo-out") -> None:
+    """Ask the embedded models, with a quarter and a tenth of their visual tokens.
+
+    Asks about shipped pictures: the full model, and several methods. Prints one table and draws what was kept.
+    """
+    folder = flags.folder(out)
 
     from vlmprune import spec
-    from vlmprune.cli import answering, loading
-    from vlmprune.cli.pictures import read_picture
+    from vlmprune.runtime import answering, loading
+    from vlmprune.runtime.pictures import read_picture
+    from vlmprune.runtime.status import Bar, show, status
 
     todo = spec.jobs(METHODS, [{"keep": keep} for keep in KEEPS], {})
-    asked: list[Asked] = []
+    asked: list[AnsweredPicture] = []
     drawn: list[Path] = []
     loaded: Loaded | None = None
-    for number, picture in enumerate(shipped(), 1):
-        if loaded is None or loaded.source.name != picture["model"]:
-            loaded = loading.load(loading.find_model(picture["model"]))
-        image = read_picture(picture["file"])
-        inputs = loading.model_inputs(loaded, [image], picture["question"])
-        plain = answering.answer(loaded, inputs, LONGEST)
-        outcomes = [answering.run_job(loaded, job, inputs, LONGEST) for job in todo]
-        asked.append(Asked(picture, plain, outcomes))
-        drawn.append(folder / f"{number}-{Path(picture['file']).stem}.png")
-        save(drawn[-1], loaded, asked[-1], image)
+    pictures = shipped()
+    with Bar(len(pictures) * (1 + len(todo))) as bar:
+        for number, picture in enumerate(pictures, 1):
+            if loaded is None or loaded.source.name != picture["model"]:
+                loaded = loading.load(loading.find_model(picture["model"]))
+            image = read_picture(picture["file"])
+            inputs = loading.model_inputs(loaded, [image], picture["question"])
+            status(f"{Path(picture['file']).name}: full model")
+            asked.append(AnsweredPicture(picture, *answering.run_jobs(loaded, todo, inputs, LONGEST, bar)))
+            drawn.append(folder / f"{number}-{Path(picture['file']).stem}.png")
+            save(drawn[-1], loaded, asked[-1], image)
 
-    print(as_table(asked))
+    show(as_table(asked))
     print(f"\n{CLOSING}\n\nWhat was kept:")
     for path in drawn:
         print(f"  {path}")
 
 
-def correct(said: str, expected: str) -> bool:
-    """Whether an answer is the expected one, capitals and a final full stop aside."""
-    return said.strip().rstrip(".").lower() == expected.strip().lower()
-
-
-def as_table(asked: list[Asked]) -> str:
+def as_table(asked: list[AnsweredPicture]) -> str:
     """One block of rows per picture, one row per method, and how many answers were right."""
-    from vlmprune.cli.tables import short, table
-
-    yes, no = ("\u2713", "\u2717") if "utf" in (sys.stdout.encoding or "").lower() else ("ok", "wrong")
-
-    def cell(said: str, expected: str, tokens: int) -> str:
-        return f"{short(said, 14) or '(empty)'} {yes if correct(said, expected) else no} ({tokens})"
+    from vlmprune.runtime.tables import table
 
     header = ["picture", "question", "expected", "full model", "method", *(f"{keep:.0%} kept" for keep in KEEPS)]
     rows: list[list[str]] = []
     for one in asked:
-        expected = one.picture["answer"]
-        whole = sum(one.outcomes[0].total[f"{kind}_before"] for kind in ("patches", "newlines"))
-        start = [Path(one.picture["file"]).name, one.picture["question"], expected, cell(one.plain, expected, whole)]
-        for method in METHODS:
-            mine = [outcome for outcome in one.outcomes if outcome.job.method == method]
-            left = [outcome.total["patches_after"] + outcome.total["newlines_after"] for outcome in mine]
-            cells = [cell(outcome.answer, expected, n) for outcome, n in zip(mine, left, strict=True)]
-            rows.append([*(start if method == METHODS[0] else [""] * 4), method, *cells])
-        rows.append([])
-    full = sum(correct(one.plain, one.picture["answer"]) for one in asked)
-    start = ["right answers", f"of {len(asked)}", "", str(full)]
-    for i, method in enumerate(METHODS):
-        counts = [
-            sum(correct(o.answer, one.picture["answer"]) for one in asked for o in one.outcomes if o.job == job)
-            for job in (o.job for o in asked[0].outcomes if o.job.method == method)
-        ]
-        rows.append([*(start if i == 0 else [""] * 4), method, *map(str, counts)])
+        before = one.outcomes[0].total
+        whole = one.cell(one.plain, before["patches_before"] + before["newlines_before"])
+        start = [Path(one.picture["file"]).name, one.picture["question"], one.expected, whole]
+        rows += [*block(start, {method: one.cells(method) for method in METHODS}), []]
+    start = ["right answers", f"of {len(asked)}", "", str(sum(one.right(one.plain) for one in asked))]
+    right = {method: [one.rights(method) for one in asked] for method in METHODS}
+    rows += block(start, {method: [str(sum(each)) for each in zip(*of, strict=True)] for method, of in right.items()})
     return table(header, rows) + "\n\nIn brackets: visual tokens left after the last cut, newlines included."
 
 
-def save(target: Path, loaded: Loaded, asked: Asked, image: Image.Image) -> None:
-    """Draw one row of panels per budget, one panel per method."""
-    from vlmprune import draw
-    from vlmprune.cli.pictures import write_picture
+def block(start: list[str], cells: dict[str, list[str]]) -> list[list[str]]:
+    """A row per method, the first of them with what holds for all."""
+    return [[*(start if i == 0 else [""] * len(start)), name, *mine] for i, (name, mine) in enumerate(cells.items())]
 
-    expected, image_processor = asked.picture["answer"], loaded.processor.image_processor
+
+def save(target: Path, loaded: Loaded, asked: AnsweredPicture, image: Image.Image) -> None:
+    """Draw one row of panels per budget, one panel per method."""
+    from vlmprune.runtime import draw
+    from vlmprune.runtime.pictures import write_picture
+
     rows = []
     for keep in KEEPS:
-        row = [draw.plain_panel(image, "full model", [f"answer: {asked.plain}"], LARGEST)]
-        for outcome in asked.outcomes:
-            if outcome.job.options["keep"] == keep:
-                wrong = "" if correct(outcome.answer, expected) else " (wrong)"
-                title, more = outcome.job.label, [f"answer: {outcome.answer}{wrong}"]
-                row.append(draw.kept_panel(image, outcome.trace, image_processor, 0, title, more, LARGEST))
-        rows.append(row)
-    write_picture(draw.sheet(rows, heading=f"{asked.picture['question']}   ({expected})"), target)
+        mine = [outcome for outcome in asked.outcomes if outcome.job.options["keep"] == keep]
+        said = [(o.job.label, o.trace, o.answer + ("" if asked.right(o.answer) else " (wrong)")) for o in mine]
+        rows.append(draw.answer_panels(image, loaded.processor.image_processor, asked.plain, said, longest=LARGEST))
+    write_picture(draw.sheet(rows, heading=f"{asked.picture['question']}   ({asked.expected})"), target)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief
-from vlmprune.cli.tables import counted
+from typer import Option
+
+from vlmprune.cli import flags
+from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.runtime.status import Bar, note, status
+from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
-    from vlmprune.eval.plan import Cell, Job, Plan
-    from vlmprune.eval.survey import Survey
+    from vlmprune.eval.lmms.plan import Cell, EvalPlan, ModelJob
+    from vlmprune.eval.lmms.survey import Survey, TimeLeft
 
-__all__ = ["add_config", "add_to", "planned"]
+__all__ = ["about", "planned", "verb"]
 
 EXAMPLES = """\
 examples:
@@ -31,49 +35,20 @@ exit codes: 0 all is measured, 1 something failed, 2 the config is wrong or the 
 """
 
 
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "eval",
-        help="measure methods at budgets on benchmarks, as a YAML file says",
-        description="Measure methods at budgets on benchmarks through lmms-eval, as a YAML file says, and report.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add_config(made)
-    made.add_argument("--dry-run", action="store_true", help="print the plan and how long it may take, and stop")
-    made.set_defaults(verb=run)
-
-
-def add_config(made: argparse.ArgumentParser) -> None:
-    """The arguments that say which config, and what is different in it."""
-    made.add_argument("config", metavar="CONFIG.yaml")
-    made.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="another value for a key (a.b.0=value; the value is read as YAML); may be repeated",
-    )
-
-
-def planned(args: argparse.Namespace, look_at_model: bool = True) -> Plan:
+def planned(file: str, overrides: list[str], look_at_model: bool = True) -> EvalPlan:
     """Read the config and make its plan.
 
     Raises:
         UserError: everything that is wrong with it, one line each.
     """
-    from vlmprune.cli.status import note
-    from vlmprune.eval.config import load_config
-    from vlmprune.eval.plan import make_plan
-    from vlmprune.eval.tree import Mistakes
+    from vlmprune.eval.config.schema import load_config
+    from vlmprune.eval.config.tree import Mistakes
+    from vlmprune.eval.lmms.plan import make_plan
 
     try:
-        config = load_config(args.config, args.overrides)
-        if config.path != Path(args.config).expanduser():
-            note(f"{args.config}: the file of that name that comes with vlmprune, {config.path}")
+        config = load_config(file, overrides)
+        if config.path != Path(file).expanduser():
+            note(f"{file}: the file of that name that comes with vlmprune, {config.path}")
         return make_plan(config, look_at_model=look_at_model)
     except Mistakes as error:
         lines = str(error).splitlines()
@@ -81,81 +56,91 @@ def planned(args: argparse.Namespace, look_at_model: bool = True) -> Plan:
         raise UserError(start + "\n".join(lines)) from None
 
 
-def run(args: argparse.Namespace) -> None:
-    """Plan, measure, report."""
-    from vlmprune.eval import run as runner
-    from vlmprune.eval import survey
-    from vlmprune.eval.store import StoreError
-    from vlmprune.eval.taskindex import INSTALL, have_lmms_eval
+def verb(
+    config: flags.Config,
+    overrides: flags.Overrides = [],  # noqa: B006
+    dry_run: Annotated[bool, Option("--dry-run", help="print the plan and how long it may take, and stop")] = False,
+) -> None:
+    """Measure methods at budgets on benchmarks through lmms-eval, as a YAML file says, and report."""
+    from vlmprune.eval.lmms import run as runner
+    from vlmprune.eval.lmms import survey
+    from vlmprune.eval.lmms.store import StoreError
+    from vlmprune.eval.lmms.taskindex import INSTALL, have_lmms_eval
 
-    if not have_lmms_eval() and not args.dry_run:
+    if not have_lmms_eval() and not dry_run:
         raise UserError(f"{INSTALL}.")
     first = runner.rank() == 0
-    plan = planned(args)
+    plan = planned(config, overrides)
     if first:
-        for line in about(plan):
-            print(line, flush=True)
-    if args.dry_run:
+        print("\n".join(about(plan)), flush=True)
+    if dry_run:
         if first:
             print(dry(plan, survey.survey(plan, plan.config.output)))
         return
-    show = Show(len(plan.cells)) if first else None
-    try:
-        done = runner.run_plan(plan, show, sys.argv)
-    except StoreError as error:
-        raise UserError(str(error)) from None
-    finally:
-        if show:
-            show.close()
+    with Show(len(plan.cells)) if first else nullcontext() as show:
+        try:
+            done = runner.run_plan(plan, show, sys.argv)
+        except StoreError as error:
+            raise UserError(str(error)) from None
     if first:
         report(plan, done.failed)
 
 
-def about(plan: Plan) -> list[str]:
+def about(plan: EvalPlan) -> list[str]:
     """What is going to be run, and what not."""
     from vlmprune.spec import budget_text
 
-    made = []
-    for job in plan.jobs:
-        labels = list(dict.fromkeys(cell.label for cell in job.cells))
-        budgets = [word for cell in job.cells for word in [budget_text(cell.budget)] if word]
-        groups: dict[str, set[str]] = {}
-        for cell in job.cells:
-            groups.setdefault(cell.group or cell.task, set()).add(cell.task)
-        tasks = [
-            name if found == {name} else f"{name} ({counted(len(found), 'task')})" for name, found in groups.items()
-        ]
-        limit = "" if job.setting.limit is None else f", the first {counted(job.setting.limit, 'sample')} of each"
-        made.append(f"{job.setting.name}: {counted(len(job.cells), 'cell')}")
-        made.append(f"  methods  {', '.join(labels)}")
-        made.append(f"  budgets  {', '.join(dict.fromkeys(budgets)) or '-'}")
-        made.append(f"  tasks    {', '.join(tasks)}{limit}")
+    made = [line for job in plan.jobs for line in about_job(job)]
     for left in plan.skipped:
         who = f"{left['model']}: {left['label']} {budget_text(left['budget'])}".rstrip()
         made.append(f"left out: {who}: {left['reason']}")
     return [*made, *(f"note: {note}" for note in plan.notes)]
 
 
-def dry(plan: Plan, found: Survey) -> str:
+def about_job(job: ModelJob) -> list[str]:
+    """One model with what is run on it."""
+    from vlmprune.spec import budget_text
+
+    labels = dict.fromkeys(cell.label for cell in job.cells)
+    budgets = dict.fromkeys(filter(None, (budget_text(cell.budget) for cell in job.cells)))
+    limit = "" if job.setting.limit is None else f", the first {counted(job.setting.limit, 'sample')} of each"
+    return [
+        f"{job.setting.name}: {counted(len(job.cells), 'cell')}",
+        f"  methods  {', '.join(labels)}",
+        f"  budgets  {', '.join(budgets) or '-'}",
+        f"  tasks    {', '.join(tasks_of(job))}{limit}",
+    ]
+
+
+def tasks_of(job: ModelJob) -> list[str]:
+    """The names of its tasks, those of a group by the group's."""
+    groups: dict[str, set[str]] = {}
+    for cell in job.cells:
+        groups.setdefault(cell.group or cell.task, set()).add(cell.task)
+    return [name if found == {name} else f"{name} ({counted(len(found), 'task')})" for name, found in groups.items()]
+
+
+def dry(plan: EvalPlan, found: Survey) -> str:
     """The cells one by one, and how long they may take."""
-    from vlmprune.eval.survey import estimate
+    from vlmprune.eval.lmms.survey import estimate
 
     rows = [f"  {cell.id}  {found.reasons.get(cell.id, 'measured')}" for _, cell in plan.cells]
-    about_time = estimate(plan, found, plan.config.output)
-    if not found.todo:
-        end = "Nothing is left to measure."
-    elif about_time.unknown == len(found.todo):
-        end = (
+    end = how_long(len(found.todo), estimate(plan, found, plan.config.output))
+    return "\n".join([f"cells, in {plan.config.output}:", *rows, *found.told(), end])
+
+
+def how_long(todo: int, estimate: TimeLeft) -> str:
+    """How long so many cells may take, in a sentence."""
+    if not todo:
+        return "Nothing is left to measure."
+    if estimate.unknown == todo:
+        return (
             "How long this takes is unknown: nothing like it was measured in this folder yet. To find out, run it with "
             "--set limit=4, then ask again."
         )
-    else:
-        end = (
-            f"About {clock(about_time.seconds)}, by the {counted(about_time.measured, 'cell')} measured in this folder"
-        )
-        more = f", and {counted(about_time.unknown, 'cell')} that nothing is known about" if about_time.unknown else ""
-        end += f" (loading models not counted){more}."
-    return "\n".join([f"cells, in {plan.config.output}:", *rows, *found.told(), end])
+    more = f", and {counted(estimate.unknown, 'cell')} that nothing is known about" if estimate.unknown else ""
+    by = f"by the {counted(estimate.measured, 'cell')} measured in this folder"
+    return f"About {clock(estimate.seconds)}, {by} (loading models not counted){more}."
 
 
 def clock(seconds: float) -> str:
@@ -167,14 +152,14 @@ def clock(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def report(plan: Plan, failed: dict[str, str]) -> None:
+def report(plan: EvalPlan, failed: dict[str, str]) -> None:
     """Write the report, print its table, and say what failed.
 
     Raises:
         CommandError: a cell failed.
     """
     from vlmprune.eval import report as reports
-    from vlmprune.eval.run import LOG
+    from vlmprune.eval.lmms.run import LOG
 
     folder = plan.config.output
     try:
@@ -188,75 +173,39 @@ def report(plan: Plan, failed: dict[str, str]) -> None:
         ) from error
     if failed:
         shown = [f"  {name}: {why}" for name, why in list(failed.items())[:10]]
-        more = [f"  and {len(failed) - 10} more"] if len(failed) > 10 else []
-        told = "\n".join([*shown, *more])
-        raise CommandError(
-            f"{len(failed)} of {len(plan.cells)} cells failed ({folder / LOG} has the details; the next run tries "
-            f"them again):\n{told}"
-        )
+        shown += [f"  and {len(failed) - 10} more"] if len(failed) > 10 else []
+        told = f"{folder / LOG} has the details; the next run tries them again"
+        raise CommandError("\n".join([f"{len(failed)} of {len(plan.cells)} cells failed ({told}):", *shown]))
 
 
-class Show:
-    """Progress on stderr: two bars in a terminal, a line per cell elsewhere."""
-
-    def __init__(self, cells: int):
-        self.total, self.ended = cells, 0
-        self.bars = sys.stderr.isatty()
-        self.stderr = sys.stderr  # lmms-eval's own is sent to a file
-        self.outer: Any = None
-        self.inner: Any = None
+class Show(Bar):
+    """Progress on stderr: a bar over cells in a terminal, a line per cell elsewhere."""
 
     def start(self, found: Survey) -> None:
         """Say what is there already."""
-        from tqdm import tqdm
-
         for line in found.told():
-            print(line, file=self.stderr, flush=True)
-        self.ended = len(found.done)
-        if self.bars:
-            more = {"file": self.stderr, "dynamic_ncols": True}
-            self.outer = tqdm(total=self.total, initial=self.ended, unit="cell", position=0, smoothing=0, **more)
-            self.inner = tqdm(total=1, unit="sample", position=1, leave=False, **more)
+            self.say(line)
+        self.at(len(found.done))
 
-    def loading(self, job: Job) -> None:
+    def loading(self, job: ModelJob) -> None:
         """A model is about to be loaded."""
         self.say(f"loading {job.setting.name} ...")
 
-    def cell(self, job: Job, cell: Cell) -> None:
+    def cell(self, job: ModelJob, cell: Cell) -> None:
         """A cell begins."""
-        if self.bars:
-            self.outer.set_description(f"{cell.model}: {cell.title}")
-            self.inner.reset(1)
-            self.inner.set_description(cell.task)
+        status(f"{cell.model}: {cell.title} on {cell.task}")
 
     def samples(self, answered: int, of: int) -> None:
         """So many of a cell's samples are answered."""
-        if self.bars:
-            self.inner.total = of
-            self.inner.n = answered
-            self.inner.refresh()
+        self.at(int(self.done) + min(answered / max(of, 1), 0.999))
 
     def finished(self, cell: Cell, content: dict[str, Any]) -> None:
         """A cell is on disk."""
-        self.ended += 1
-        if self.bars:
-            self.outer.update()
+        self.at(int(self.done) + 1)
+        where = f"{cell.model}: {cell.title} on {cell.task}"
         if content["error"] is not None:
-            self.say(f"failed: {cell.model}: {cell.title} on {cell.task}: {content['error']}")
-        elif not self.bars:
+            self.say(f"failed: {where}: {content['error']}")
+        elif self.rich is None:
             value = content["metrics"][content["metric"]]["value"]
             told = f"{content['metric']} {value:.4g}, {content['elapsed_s']:.1f} s"
-            self.say(f"[{self.ended}/{self.total}] {cell.model}: {cell.title} on {cell.task}: {told}")
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        if self.bars:
-            self.outer.write(text, file=self.stderr)
-        else:
-            print(text, file=self.stderr, flush=True)
-
-    def close(self) -> None:
-        """Take the bars away."""
-        for bar in (self.inner, self.outer):
-            if bar is not None:
-                bar.close()
+            self.say(f"[{self.done}/{self.total}] {where}: {told}")

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any
 
-from vlmprune.cli.errors import CommandError, UserError, brief, printable, user_mistakes
-from vlmprune.cli.flags import add_budget, add_device, add_model, budgets_of, options_of, words_of
-from vlmprune.cli.prompts import Pair, read_pairs
+from typer import Option
+
+from vlmprune.cli import flags
+from vlmprune.runtime.errors import CommandError, UserError, brief, printable, user_mistakes
+from vlmprune.runtime.prompts import Pair, read_pairs
+from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
-    from vlmprune.cli.loading import Loaded
-    from vlmprune.eval.fidelity import Entry, Row
-    from vlmprune.eval.fidelity_report import Card, Study
+    from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
+    from vlmprune.eval.fidelity.report import Card, Study
+    from vlmprune.runtime.loading import Loaded
 
-__all__ = ["add_to"]
+__all__ = ["verb"]
 
 KEEP = "0.25"
-CONTROLS = "random,grid,pool"
 EXAMPLES = """\
 examples:
   vlmprune fidelity --images photos --prompts prompts.txt --model llava-hf/llava-1.5-7b-hf --method fopru,todre \\
@@ -42,68 +44,44 @@ mean is told there. Every result is kept in rows.jsonl as it comes: Ctrl-C stops
 """
 
 
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "fidelity",
-        help="what pruning changes on your own pictures, no labels needed",
-        description=(
-            "Ask the full model and pruned ones about your own pictures, and measure how often the first token and the "
-            "greedy answer stay the same and how far the next-token distributions drift apart (KL), with intervals, "
-            "beside controls that look at nothing. The pictures that suffer most are shown."
-        ),
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = made.add_argument
-    add("--images", required=True, metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")
-    add("--prompts", required=True, metavar="FILE", help="one prompt a line, or JSON lines (see below)")
-    add_model(made)
-    add_budget(
-        made,
-        keep=f"patches per picture (64), or a fraction (0.1 or 10%%) (default: {KEEP})",
-        option="an option of the methods (`vlmprune ls methods NAME`), not of the controls; may be repeated",
-    )
-    add(
-        "--controls",
-        default=CONTROLS,
-        metavar="NAME[,NAME]",
-        help="what methods are measured against at the same budgets, or none (default: %(default)s)",
-    )
-    add("--seeds", type=int, default=3, metavar="N", help="seeds of `random`, averaged (default: %(default)s)")
-    add("--limit", type=int, metavar="N", help="only the first N pictures by name")
-    add(
-        "--worst", type=int, default=10, metavar="N", help="pictures shown per method and budget (default: %(default)s)"
-    )
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: %(default)s)")
-    add(
-        "--batch",
-        type=int,
-        default=4,
-        metavar="N",
-        help="prompts at a time; halved by itself where memory is short (default: %(default)s)",
-    )
-    add("--out", default="fidelity-out", metavar="FOLDER", help="folder for the report (default: %(default)s)")
-    add("--resume", action="store_true", help="go on with the run in that folder; what is there is not measured again")
-    add_device(made)
-    add("--json", action="store_true", help="print the sums and every row as JSON instead of the table")
-    made.set_defaults(verb=run)
+def verb(
+    images: Annotated[str, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")],
+    prompts: Annotated[str, Option(metavar="FILE", help="one prompt a line, or JSON lines (see below)")],
+    model: flags.Model = "scene-llava",
+    method: flags.Methods = "fopru",
+    keep: flags.Keep = None,
+    average: flags.Average = None,
+    option: flags.Options = [],  # noqa: B006
+    controls: Annotated[
+        str, Option(metavar="NAME[,NAME]", help="what methods are measured against at the same budgets, or none")
+    ] = "random,grid,pool",
+    seeds: Annotated[int, Option(metavar="N", help="seeds of `random`, averaged")] = 3,
+    limit: Annotated[int | None, Option(metavar="N", help="only the first N pictures by name")] = None,
+    worst: Annotated[int, Option(metavar="N", help="pictures shown per method and budget")] = 10,
+    max_new_tokens: flags.Longest = 64,
+    batch: Annotated[int, Option(metavar="N", help="prompts at a time; halved by itself where memory is short")] = 4,
+    out: Annotated[str, Option(metavar="FOLDER", help="folder for the report")] = "fidelity-out",
+    resume: Annotated[
+        bool, Option("--resume", help="go on with the run in that folder; what is there is not measured again")
+    ] = False,
+    device: flags.Device = "auto",
+    dtype: flags.DType = "auto",
+    as_json: flags.Json = False,
+) -> None:
+    """Tell what pruning changes on your own pictures, no labels needed.
 
-
-def run(args: argparse.Namespace) -> None:
-    """Hold the folder, and write into it.
-
-    Raises:
-        UserError: another run is in it, or its rows are, and nobody said --resume.
+    Asks the full model and pruned ones about your own pictures, and measures how often the first token and the greedy
+    answer stay the same and how far the next-token distributions drift apart (KL), with intervals, beside controls that
+    look at nothing. The pictures that suffer most are shown. Without --keep and --average: a quarter of the patches.
     """
-    from vlmprune.eval.fidelity_journal import JournalError, refuse_second
-    from vlmprune.eval.store import StoreError, locked
+    args = SimpleNamespace(**locals())
+    from vlmprune.eval.fidelity.journal import JournalError, refuse_second
+    from vlmprune.eval.lmms.store import StoreError, locked
 
-    folder = output_folder(args.out)
+    folder = flags.folder(out)
     try:
         with locked(folder, "fidelity", "--out FOLDER"):
-            refuse_second(folder, args.resume)
+            refuse_second(folder, resume)
             study(args, folder)
     except (StoreError, JournalError) as error:
         raise UserError(str(error)) from None
@@ -111,32 +89,29 @@ def run(args: argparse.Namespace) -> None:
         raise CommandError(f"cannot write into {folder}: {brief(error)}") from None
 
 
-def study(args: argparse.Namespace, folder: Path) -> None:
+def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
-    for flag, least in (("max_new_tokens", 1), ("batch", 1), ("seeds", 1), ("limit", 1), ("worst", 0)):
-        given = getattr(args, flag)
-        if given is not None and given < least:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least {least}, not {given}.")
-    methods = words_of(args.method, "--method")
-    controls = [] if args.controls.strip() == "none" else words_of(args.controls, "--controls")
-    budgets, named = budgets_of(args, KEEP)
-    options = options_of(args.option)
+    flags.least(1, max_new_tokens=args.max_new_tokens, batch=args.batch, seeds=args.seeds, limit=args.limit)
+    flags.least(0, worst=args.worst)
+    methods = flags.words_of(args.method, "--method")
+    controls = [] if args.controls.strip() == "none" else flags.words_of(args.controls, "--controls")
+    budgets, named = flags.budgets_of(args.keep, args.average, KEEP)
+    options = flags.options_of(args.option)
     pairs = read_pairs(args.images, args.prompts, args.limit)
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune import spec
-    from vlmprune.cli import answering, fidelity_run, loading
-    from vlmprune.cli.status import note
-    from vlmprune.cli.tables import counted
-    from vlmprune.eval import fidelity_report
-    from vlmprune.eval.fidelity_journal import Journal
+    from vlmprune.eval.fidelity import report as fidelity_report
+    from vlmprune.eval.fidelity import run as fidelity_run
+    from vlmprune.eval.fidelity.journal import Journal
+    from vlmprune.runtime import answering, loading
+    from vlmprune.runtime.status import note
 
     with user_mistakes():
         todo = spec.jobs(methods, budgets, options, named)
         beside = spec.jobs([name for name in controls if name not in methods], budgets, {})
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
-    device = loading.pick_device(args.device)
-    loaded = loading.load(loading.find_model(args.model), device, args.dtype)
+    loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
     answering.check(loaded, [*todo, *beside])
     check_prompts(loaded, pairs, args.prompts)
 
@@ -147,49 +122,45 @@ def study(args: argparse.Namespace, folder: Path) -> None:
     skipped: dict[str, str] = {}
     interrupted = fidelity_run.measure(loaded, plan, args.batch, args.max_new_tokens, skipped)
     rows = plan.rows()
-    if not rows and interrupted:
-        raise KeyboardInterrupt
     if not rows:
-        name, why = next(iter(skipped.items()))
-        raise UserError(
-            f"none of the {counted(len(skipped), 'picture')} could be read, the first of them {name}: {why}"
-        )
+        refuse_nothing(skipped, interrupted)
     cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst) for entry in entries if not entry.control}
     about = about_run(loaded, args, sum(pair.picture in skipped for pair in pairs))
     told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs))
-    show(told, fidelity_report.write(folder, told), args.json)
+    show(told, fidelity_report.write(folder, told), args.as_json)
     if skipped:
-        few = ", ".join(map(printable, list(skipped)[:5])) + (", ..." if len(skipped) > 5 else "")
-        note(f"{counted(len(skipped), 'picture')} could not be read, and left out: {few}")
+        note(left_out(list(skipped)))
     if interrupted:
         raise KeyboardInterrupt
 
 
-def output_folder(name: str) -> Path:
-    """Make the folder for the report, before the work is done."""
-    folder = Path(name).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {brief(error)}") from None
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"no permission to write into {folder}")
-    return folder
+def left_out(names: Sequence[str]) -> str:
+    """What to say of pictures that could not be read."""
+    few = ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
+    return f"{counted(len(names), 'picture')} could not be read, and left out: {few}"
 
 
-def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[Entry]:
+def refuse_nothing(skipped: dict[str, str], interrupted: bool) -> None:
+    """End where no picture was measured."""
+    if interrupted:
+        raise KeyboardInterrupt
+    name, why = next(iter(skipped.items()))
+    raise UserError(f"none of the {counted(len(skipped), 'picture')} could be read, the first of them {name}: {why}")
+
+
+def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[StudyEntry]:
     """One entry per job; `random` runs with several seeds unless one was asked for."""
-    from vlmprune.eval.fidelity import Entry
+    from vlmprune.eval.fidelity.measure import StudyEntry
 
     for job in todo:
         several = job.method == "random" and "seed" not in job.options
-        yield Entry(job.method, job.options, control, tuple(range(seeds)) if several else (None,))
+        yield StudyEntry(job.method, job.options, control, tuple(range(seeds)) if several else (None,))
 
 
 def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
     """Refuse prompts that place several pictures, and name words that an embedded model does not know."""
-    from vlmprune.cli.loading import unknown_words
-    from vlmprune.cli.status import note
+    from vlmprune.runtime.loading import unknown_words
+    from vlmprune.runtime.status import note
 
     token, strange = getattr(loaded.processor, "image_token", None) or "<image>", {}
     for pair in {pair.prompt: pair for pair in pairs}.values():
@@ -203,15 +174,17 @@ def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
         note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
 
 
-def worst_cards(loaded: Loaded, entry: Entry, rows: Sequence[Row], pairs: Sequence[Pair], count: int) -> list[Card]:
+def worst_cards(
+    loaded: Loaded, entry: StudyEntry, rows: Sequence[StudyRow], pairs: Sequence[Pair], count: int
+) -> list[Card]:
     """Prefill the worst pictures of an entry once more, each by itself, and draw what was kept."""
-    from vlmprune import draw
-    from vlmprune.cli.answering import guarded, patch
-    from vlmprune.cli.loading import model_inputs
-    from vlmprune.cli.pictures import read_picture
-    from vlmprune.cli.status import status
-    from vlmprune.eval.fidelity import worst
-    from vlmprune.eval.fidelity_report import SIDE, Card
+    from vlmprune.eval.fidelity.measure import worst
+    from vlmprune.eval.fidelity.report import SIDE, Card
+    from vlmprune.runtime import draw
+    from vlmprune.runtime.answering import guarded, patch
+    from vlmprune.runtime.loading import model_inputs
+    from vlmprune.runtime.pictures import read_picture
+    from vlmprune.runtime.status import status
     from vlmprune.spec import Job
 
     paths = {pair.picture: pair.path for pair in pairs}
@@ -228,10 +201,9 @@ def worst_cards(loaded: Loaded, entry: Entry, rows: Sequence[Row], pairs: Sequen
     return cards
 
 
-def setting_of(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
+def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
     """What every result hangs on, beside picture, prompt and method."""
-    from vlmprune.cli import versions
-    from vlmprune.eval import fingerprints
+    from vlmprune.eval.lmms import fingerprints
 
     source, model = loaded.source, loaded.model
     return {
@@ -241,20 +213,18 @@ def setting_of(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
         "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_new_tokens": args.max_new_tokens,
-        "versions": versions(),
+        "versions": flags.versions(),
     }
 
 
-def about_run(loaded: Loaded, args: argparse.Namespace, prompts_skipped: int) -> dict[str, Any]:
+def about_run(loaded: Loaded, args: SimpleNamespace, prompts_skipped: int) -> dict[str, Any]:
     """What somebody else needs to repeat it."""
-    from vlmprune.cli import versions
-
     return {
         "model": loaded.source.name,
         "family": loaded.model.config.model_type,
         "device": str(loaded.model.device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "versions": versions(),
+        "versions": flags.versions(),
         "command": "vlmprune " + " ".join(quoted(args)),
         "max_new_tokens": args.max_new_tokens,
         "batch": args.batch,
@@ -262,13 +232,11 @@ def about_run(loaded: Loaded, args: argparse.Namespace, prompts_skipped: int) ->
     }
 
 
-def quoted(args: argparse.Namespace) -> Iterator[str]:
+def quoted(args: SimpleNamespace) -> Iterator[str]:
     """The command line that means these arguments."""
-    import shlex
-
     yield "fidelity"
     for name, value in vars(args).items():
-        if name in ("verb", "version", "json", "out", "resume") or value is None:
+        if name in ("as_json", "out", "resume") or value is None:
             continue
         for one in value if isinstance(value, list) else [value]:
             yield f"--{name.replace('_', '-')} {shlex.quote(str(one))}"
@@ -276,8 +244,8 @@ def quoted(args: argparse.Namespace) -> Iterator[str]:
 
 def show(told: Study, files: Sequence[Path], as_json: bool) -> None:
     """Print the table, or JSON."""
-    from vlmprune.cli.tables import table
-    from vlmprune.eval import fidelity_report
+    from vlmprune.eval.fidelity import report as fidelity_report
+    from vlmprune.runtime.tables import table
 
     if as_json:
         print(json.dumps(fidelity_report.as_json(told), indent=2))

@@ -1,49 +1,135 @@
-"""Flags that several verbs share."""
+"""Flags that several verbs share, declared once; what their values mean; and the kind of command all verbs are."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+import os
+import sys
 from collections.abc import Sequence
-from typing import Any
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from vlmprune.cli.errors import UserError, user_mistakes
+from typer import Argument, Option
+from typer.core import TyperCommand, TyperGroup
 
-#: What an option may look like.
-VALUES = "layer=3, tau=None, prune_layers=[7,9,12], fopru.keep=64 (of that method alone)"
+from vlmprune._version import __version__
+from vlmprune.runtime.errors import UserError, brief, user_mistakes
+from vlmprune.runtime.status import noted_warnings
 
-__all__ = ["VALUES", "add_budget", "add_device", "add_model", "budgets_of", "options_of", "words_of"]
+__all__ = ["Group", "Verb", "budgets_of", "flag", "folder", "least", "one_of", "options_of", "versions", "words_of"]
+
+MODEL = Option(metavar="NAME", help="embedded model, folder or hub id")
+METHOD = Option("--method", metavar="NAME[,NAME]", help="methods (`vlmprune ls methods`; a+b: one after the other)")
+DEVICE = Option(metavar="NAME", help="cpu, cuda, cuda:N or auto")
+DTYPE = Option(help="auto: float32 on a CPU, the checkpoint's own on a GPU")
+
+Model = Annotated[str, MODEL]
+Methods = Annotated[str, METHOD]
+SomeMethods = Annotated[str | None, METHOD]
+Keep = Annotated[str | None, Option(metavar="N[,N]", help="patches per image (64), or a fraction (0.1 or 10%)")]
+Average = Annotated[str | None, Option(metavar="N[,N]", help="the same as a mean over all decoder layers")]
+Options = Annotated[
+    list[str],
+    Option(
+        "--option",
+        metavar="KEY=VALUE",
+        help="an option of the methods that have it (`vlmprune ls methods NAME`); may be repeated; "
+        "layer=3, tau=None, prune_layers=[7,9,12], fopru.keep=64 (of that method alone)",
+    ),
+]
+Device = Annotated[str, DEVICE]
+DTypes = Literal["auto", "float32", "bfloat16", "float16"]
+DType = Annotated[DTypes, DTYPE]
+Longest = Annotated[int, Option("--max-new-tokens", metavar="N", help="longest answer")]
+Json = Annotated[bool, Option("--json", help="print JSON")]
+Config = Annotated[str, Argument(metavar="CONFIG.yaml", help="a file, or the name of one that comes with vlmprune")]
+Overrides = Annotated[
+    list[str],
+    Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="another value for a key (a.b.0=value; the value is read as YAML); may be repeated",
+    ),
+]
 
 
-def add_model(parser: ArgumentParser) -> None:
-    """`--model` and `--method`."""
-    parser.add_argument(
-        "--model", default="scene-llava", metavar="NAME", help="embedded model, folder or hub id (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--method",
-        default="fopru",
-        metavar="NAME[,NAME]",
-        help="methods (`vlmprune ls methods`; a+b: one after the other; default: %(default)s)",
-    )
+class Told:
+    """How a command tells about itself: examples keep their lines, so that they can be copied."""
+
+    def format_usage(self, ctx, formatter):
+        formatter.write_usage(ctx.command_path, " ".join(self.collect_usage_pieces(ctx)), "usage: ")
+
+    def format_help(self, ctx, formatter):
+        examples, self.epilog = self.epilog, None
+        super().format_help(ctx, formatter)
+        if examples:
+            print(examples)
 
 
-def add_budget(parser: ArgumentParser, keep: str, option: str, metavar: str = "N[,N]") -> None:
-    """`--keep` or `--average`, and `--option`; `keep` and `option` are their help."""
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument("--keep", metavar=metavar, help=keep)
-    budget.add_argument("--average", metavar=metavar, help="the same as a mean over all decoder layers")
-    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help=f"{option}; {VALUES}")
+class Verb(Told, TyperCommand):
+    """One verb."""
+
+    def invoke(self, ctx):
+        with noted_warnings():
+            return super().invoke(ctx)
 
 
-def add_device(parser: ArgumentParser) -> None:
-    """`--device` and `--dtype`."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto (default: %(default)s)")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: float32 on a CPU, the checkpoint's own on a GPU (default: %(default)s)",
-    )
+class Group(Told, TyperGroup):
+    """All verbs."""
+
+
+def versions() -> str:
+    """`vlmprune 0.1.0 (torch ..., transformers ..., Python ...)`, read from metadata."""
+    found = []
+    for name in ("torch", "transformers"):
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    return f"vlmprune {__version__} ({', '.join(found)}, Python {sys.version.split()[0]})"
+
+
+def flag(name: str) -> str:
+    """A flag as it is typed."""
+    return "--from" if name == "source" else f"--{name.replace('_', '-')}"
+
+
+def one_of(**given: Any) -> None:
+    """Refuse flags that exclude each other.
+
+    Raises:
+        UserError: more than one was given.
+    """
+    named = [flag(name) for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise UserError(f"{named[1]} is not allowed with {named[0]}.")
+
+
+def least(lowest: int, **given: int | None) -> None:
+    """Refuse numbers that are too small; None is no number.
+
+    Raises:
+        UserError: one is.
+    """
+    for name, value in given.items():
+        if value is not None and value < lowest:
+            raise UserError(f"{flag(name)} must be at least {lowest}, not {value}.")
+
+
+def folder(name: str) -> Path:
+    """Make the folder for what comes out, before the work is done.
+
+    Raises:
+        UserError: it cannot be made, or written into.
+    """
+    made = Path(name).expanduser()
+    try:
+        made.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {made}: {brief(error)}") from None
+    if not os.access(made, os.W_OK):
+        raise UserError(f"no permission to write into {made}")
+    return made
 
 
 def words_of(text: str, flag: str) -> list[str]:
@@ -58,19 +144,19 @@ def words_of(text: str, flag: str) -> list[str]:
     return parts
 
 
-def budgets_of(args: Namespace, default: str) -> tuple[list[dict[str, Any]], bool]:
+def budgets_of(keep: str | None, average: str | None, default: str) -> tuple[list[dict[str, Any]], bool]:
     """The budgets of `--keep` or `--average`, and whether the user named them; else `--keep` of `default`.
 
     Raises:
-        UserError: something else than numbers, or one that cannot be meant.
+        UserError: both, something else than numbers, or one that cannot be meant.
     """
     from vlmprune.spec import read_budget
 
-    word = "keep" if args.average is None else "average"
-    named = getattr(args, word) is not None
+    one_of(keep=keep, average=average)
+    word, given = ("keep", keep) if average is None else ("average", average)
     with user_mistakes():
-        amounts = words_of(getattr(args, word) if named else default, f"--{word}")
-        return [{word: read_budget(text, word)} for text in amounts], named
+        amounts = words_of(default if given is None else given, f"--{word}")
+        return [{word: read_budget(text, word)} for text in amounts], given is not None
 
 
 def options_of(texts: Sequence[str]) -> dict[str, Any]:

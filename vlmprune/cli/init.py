@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from vlmprune.cli.errors import UserError, brief
+from typer import Argument
 
-__all__ = ["add_to"]
+from vlmprune.runtime.errors import UserError, brief
 
-
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "init",
-        help="write the template of an evaluation's YAML file",
-        description="Write the template of the YAML file of `vlmprune eval`, which names and explains every key.",
-        allow_abbrev=False,
-    )
-    made.add_argument("file", metavar="FILE.yaml", help="where to; a file that is there is left alone")
-    made.set_defaults(verb=run)
+__all__ = ["verb"]
 
 
-def run(args: argparse.Namespace) -> None:
-    """Write the file, and say what comes next."""
+def verb(
+    file: Annotated[str, Argument(metavar="FILE.yaml", help="where to; a file that is there is left alone")],
+) -> None:
+    """Write the template of the YAML file of `vlmprune eval`, which names and explains every key."""
     from vlmprune import configs
 
-    target = Path(args.file).expanduser()
+    target = Path(file).expanduser()
     try:
-        with open(target, "x", encoding="utf-8") as file:
-            file.write(configs.TEMPLATE.read_text(encoding="utf-8"))
+        with open(target, "x", encoding="utf-8") as made:
+            made.write(configs.TEMPLATE.read_text(encoding="utf-8"))
     except FileExistsError:
         raise UserError(f"{target} is there already: name another file.") from None
     except OSError as error:

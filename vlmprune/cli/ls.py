@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from vlmprune.cli.errors import UserError, brief
+from typer import Argument
+
+from vlmprune.cli import flags
+from vlmprune.runtime.errors import UserError, brief
 
 if TYPE_CHECKING:
+    from vlmprune.methods.base import Method
     from vlmprune.patches import Family
 
-__all__ = ["add_to"]
+__all__ = ["verb"]
 
 EXAMPLES = """\
 examples:
@@ -22,36 +27,30 @@ examples:
   vlmprune ls methods fopru      one method with all its options
   vlmprune ls models --json
 """
+FACTS = ("needs", "stage", "positions", "syncs", "training")
+LEGEND = (
+    "",
+    "stage: where tokens go; positions: default position ids after the cut; syncs: device syncs per cut beyond",
+    "one read of the placeholder counts; vLLM: whether it can be served. One in full: vlmprune ls methods NAME",
+)
 
 
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "ls",
-        help="list the methods or models there are",
-        description="List the methods (with those of other packages), or the models that can be pruned.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    made.add_argument("what", choices=("methods", "models"))
-    made.add_argument("name", nargs="?", help="only this method, in full")
-    made.add_argument("--json", action="store_true", help="print JSON")
-    made.set_defaults(verb=run)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Print one of the lists."""
-    if args.name is not None and args.what != "methods":
-        raise UserError(f"ls {args.what} takes no name.")
-    if args.what == "methods":
+def verb(
+    what: Annotated[Literal["methods", "models"], Argument(help="which list")],
+    name: Annotated[str | None, Argument(help="only this method, in full")] = None,
+    as_json: flags.Json = False,
+) -> None:
+    """List the methods (with those of other packages), or the models that can be pruned."""
+    if name is not None and what != "methods":
+        raise UserError(f"ls {what} takes no name.")
+    if what == "methods":
         found = methods()
-        if args.name is not None:
-            found = [pick(found, args.name)]
-        print(json.dumps(found, indent=2) if args.json else methods_text(found, full=args.name is not None))
+        if name is not None:
+            found = [pick(found, name)]
+        print(json.dumps(found, indent=2) if as_json else methods_text(found, full=name is not None))
     else:
         about = models()
-        print(json.dumps(about, indent=2) if args.json else models_text(about))
+        print(json.dumps(about, indent=2) if as_json else models_text(about))
 
 
 def pick(found: list[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -99,48 +98,57 @@ def describe(name: str, cls: type) -> dict[str, Any]:
         "positions": options.get("positions", {}).get("default", "-"),
         "syncs": cls.syncs,
         "training": cls.training,
+        "vllm": served(cls),
         "options": json.loads(json.dumps(options, default=str)),
         "doc": inspect.getdoc(cls) or "",
     }
 
 
+def served(cls: type) -> str:
+    """Whether vLLM can be given a method: "yes", "with tau=None", "on llava, ..." or why not."""
+    from vlmprune.serving.choice import SERVED, refusals
+
+    why = refusals(cls)
+    if len(why) == len(SERVED):
+        return f"no: {why[SERVED[-1]]}"
+    given = ", ".join(f"{key}={value}" for key, value in cls.served_with.items())
+    if why:
+        kept = ", ".join(name for name in SERVED if name not in why)
+        return f"on {kept}{f' with {given}' if given else ''} (on others not: {next(iter(why.values()))})"
+    return f"with {given}" if given else "yes"
+
+
 def methods_text(found: list[dict[str, Any]], full: bool) -> str:
     """A paragraph per method."""
-    lines = []
-    for method in found:
-        ours = "" if method["from"] == "vlmprune" else f" [from {method['from']}]"
-        if "error" in method:
-            lines += [f"{method['name']}{ours}", f"    cannot be loaded: {method['error']}"]
-            continue
-        paper = f" ({method['paper']})" if method["paper"] else ""
-        lines.append(f"{method['name']}: {method['summary']}{paper}{ours}")
-        facts = ("needs", "stage", "positions", "syncs", "training")
-        lines.append("    " + "; ".join(f"{fact} {method[fact]}" for fact in facts))
-        if full:
-            given = [f"{o}={v['default']!r}" if "default" in v else o for o, v in method["options"].items()]
-            lines += [f"    options: {', '.join(given)}", "", method["doc"]]
-    if not full:
-        lines += [
-            "",
-            "stage: where tokens go; positions: default position ids after the cut; syncs: device syncs per cut beyond",
-            "one read of the placeholder counts. Options of one method: vlmprune ls methods NAME",
-        ]
-    return "\n".join(lines)
+    lines = [line for method in found for line in [*one_method(method), *(details(method) if full else ())]]
+    return "\n".join(lines if full else [*lines, *LEGEND])
+
+
+def one_method(method: dict[str, Any]) -> list[str]:
+    """A method in two lines."""
+    ours = "" if method["from"] == "vlmprune" else f" [from {method['from']}]"
+    if "error" in method:
+        return [f"{method['name']}{ours}", f"    cannot be loaded: {method['error']}"]
+    paper = f" ({method['paper']})" if method["paper"] else ""
+    facts = "; ".join(f"{fact} {method[fact]}" for fact in FACTS)
+    return [f"{method['name']}: {method['summary']}{paper}{ours}", f"    {facts}", f"    vLLM: {method['vllm']}"]
+
+
+def details(method: dict[str, Any]) -> list[str]:
+    """What is told of one method alone."""
+    if "error" in method:
+        return []
+    given = [f"{o}={v['default']!r}" if "default" in v else o for o, v in method["options"].items()]
+    return [f"    options: {', '.join(given)}", "", method["doc"]]
 
 
 def models() -> dict[str, Any]:
     """Families, towers and language models that are supported, and the embedded models."""
     from vlmprune.eval import testbed
     from vlmprune.patches import FAMILIES
-    from vlmprune.patches.base import LANGUAGE_MODELS, TOWERS
+    from vlmprune.patches.language_models import LANGUAGE_MODELS
+    from vlmprune.patches.towers import TOWERS
 
-    embedded = []
-    for name in testbed.NAMES:
-        try:
-            kind = json.loads((testbed.path(name) / "config.json").read_text())["model_type"]
-            embedded.append({"name": name, "family": kind, "present": True})
-        except FileNotFoundError as error:
-            embedded.append({"name": name, "present": False, "why": brief(error)})
     return {
         "families": [
             {
@@ -158,69 +166,91 @@ def models() -> dict[str, Any]:
             for kind, has_cls in TOWERS.items()
         ],
         "language_models": list(LANGUAGE_MODELS),
-        "embedded": embedded,
+        "embedded": [embedded(name) for name in testbed.NAMES],
     }
+
+
+def embedded(name: str) -> dict[str, Any]:
+    """An embedded model, or why it is not there."""
+    from vlmprune.eval import testbed
+
+    try:
+        kind = json.loads((testbed.path(name) / "config.json").read_text())["model_type"]
+    except FileNotFoundError as error:
+        return {"name": name, "present": False, "why": brief(error)}
+    return {"name": name, "family": kind, "present": True}
+
+
+def loadable() -> Iterator[tuple[str, type[Method]]]:
+    """The methods and their classes but for those that cannot be loaded, which `ls methods` reports."""
+    from vlmprune import registry
+
+    for name in registry.names():
+        with suppress(Exception):  # another package's code
+            yield name, registry.find(name)
 
 
 def refused(family: str, views: bool, has_cls: bool) -> dict[str, str]:
     """Methods that do not run on a family, or a tower with or without a [CLS] token, by their own words."""
     from vlmprune import registry
-    from vlmprune.compile import compile_cuts
+    from vlmprune.engine.compile import compile_cuts
     from vlmprune.errors import UnsupportedError
-    from vlmprune.patches import ModelFacts
+    from vlmprune.parts.facts import ModelFacts
 
     facts = ModelFacts(family, 24, 22, has_cls, decoder_layers=32, views=views, view_patches=576)
     why = {}
-    for name in registry.names():
+    for name, cls in loadable():
         try:
-            cls = registry.find(name)
             if set(registry.required(cls)) <= {"keep"}:
                 compile_cuts([cls(**({"keep": 0.5} if "keep" in registry.options(cls) else {}))], facts)
         except UnsupportedError as error:
             why[name] = str(error)
-        except Exception:  # a method that cannot be loaded is reported by `ls methods`
+        except Exception:  # another package's code
             continue
     return why
 
 
 def refused_inputs(family: Family) -> dict[str, dict[str, str]]:
     """Per kind of input that a family's models read: methods that do not run on it, by their own words."""
-    from vlmprune import registry
-
-    kinds = {"videos": ["video"] if "video" in family.modalities else []}
-    kinds["videos"] += ["shrunk"] if "video" in family.shrinks else []
-    kinds["large images, whose canvas is shrunk"] = ["shrunk"] if "image" in family.shrinks else []
-    kinds |= {family.single: ["single"]} if family.single else {}
+    kinds = {
+        "videos": ["video"] * ("video" in family.modalities) + ["shrunk"] * ("video" in family.shrinks),
+        "large images, whose canvas is shrunk": ["shrunk"] * ("image" in family.shrinks),
+        **({family.single: ["single"]} if family.single else {}),
+    }
     found: dict[str, dict[str, str]] = {}
-    for name in registry.names():
-        try:
-            why = registry.find(name).refuses_inputs
-        except Exception:  # a method that cannot be loaded is reported by `ls methods`
-            continue
+    for name, cls in loadable():
         for kind, words in kinds.items():
-            if word := next((word for word in words if word in why), None):
-                found.setdefault(kind, {})[name] = f"{name} {why[word]}"
+            if word := next((word for word in words if word in cls.refuses_inputs), None):
+                found.setdefault(kind, {})[name] = f"{name} {cls.refuses_inputs[word]}"
     return found
 
 
 def models_text(about: dict[str, Any]) -> str:
     """The same for a person."""
-    lines = ["families (model_type: class)"]
-    for family in about["families"]:
-        lines.append(f"    {family['model_type']}: {family['title']}")
-        lines.append(
-            f"        {' and '.join(m + 's' for m in family['modalities'])}; usual tower {family['usual_tower']}"
-        )
-        lines += [f"        not {name}: {why}" for name, why in family["refused_methods"].items()]
-        for kind, methods in family["refused_inputs"].items():
-            lines += [f"        not {name} on {kind}: {why}" for name, why in methods.items()]
+    lines = ["families (model_type: class)", *(line for family in about["families"] for line in one_family(family))]
     lines.append("vision towers")
     for tower in about["towers"]:
         lines.append(f"    {tower['model_type']}: {'with' if tower['has_cls'] else 'without'} a [CLS] token")
-        lines += [f"        not {name}: {why}" for name, why in tower["refused_methods"].items()]
+        lines += refusals(tower["refused_methods"])
     lines += ["language models", f"    {', '.join(about['language_models'])}", "embedded models"]
     for model in about["embedded"]:
         state = f"family {model['family']}" if model["present"] else f"missing: {model['why']}"
         lines.append(f"    {model['name']}: {state}")
     lines += ["", "Any folder or hub checkpoint of these families, towers and language models runs: --model PATH_OR_ID"]
     return "\n".join(lines)
+
+
+def one_family(family: dict[str, Any]) -> list[str]:
+    """A family with what does not run on it."""
+    reads = " and ".join(f"{modality}s" for modality in family["modalities"])
+    return [
+        f"    {family['model_type']}: {family['title']}",
+        f"        {reads}; usual tower {family['usual_tower']}",
+        *refusals(family["refused_methods"]),
+        *(line for kind, methods in family["refused_inputs"].items() for line in refusals(methods, f" on {kind}")),
+    ]
+
+
+def refusals(methods: dict[str, str], on: str = "") -> list[str]:
+    """A line per method that does not run."""
+    return [f"        not {name}{on}: {why}" for name, why in methods.items()]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import Annotated
 
-from vlmprune.cli.errors import UserError
+from typer import Argument
 
-__all__ = ["add_to"]
+from vlmprune.runtime.errors import UserError
+
+__all__ = ["verb"]
 
 EXAMPLES = """\
 examples:
@@ -20,34 +21,16 @@ exit codes: 0 written, 2 there is no run in that folder, or it cannot be written
 """
 
 
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "report",
-        help="write the report of a run of `vlmprune eval` again",
-        description="Write the report of a run of `vlmprune eval` into its folder, and print its table.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    made.add_argument("folder", metavar="FOLDER", help="the run's output folder")
-    made.set_defaults(verb=run)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Write the files, print the table and where they are.
-
-    Raises:
-        UserError: no run in the folder, or one that cannot be read or written to.
-    """
+def verb(folder: Annotated[str, Argument(metavar="FOLDER", help="the run's output folder")]) -> None:
+    """Write the report of a run of `vlmprune eval` into its folder again, and print its table."""
     from vlmprune.eval import report
-    from vlmprune.eval.store import StoreError
+    from vlmprune.eval.lmms.store import StoreError
 
     try:
-        results = report.read(args.folder)
-        files = report.write(args.folder, results)
+        results = report.read(folder)
+        files = report.write(folder, results)
     except StoreError as error:
         raise UserError(str(error)) from None
-    print(report.summary(args.folder, results), end="\n\n")
+    print(report.summary(folder, results), end="\n\n")
     for file in files:
         print(f"report: {file}")

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-from vlmprune.cli.errors import UserError, user_mistakes
-from vlmprune.cli.flags import add_budget, add_device, add_model, budgets_of, options_of, words_of
-from vlmprune.cli.prompts import check_text
+from typer import Option
 
-__all__ = ["add_to"]
+from vlmprune.cli import flags
+from vlmprune.runtime.errors import UserError, printable, user_mistakes
+from vlmprune.runtime.prompts import check_text
+from vlmprune.runtime.tables import OVERHEAD, change, table
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlmprune.runtime.answering import Outcome
+    from vlmprune.runtime.loading import Loaded
+
+__all__ = ["verb"]
 
 KEEP = "0.25"
 EXAMPLES = """\
@@ -28,71 +40,196 @@ blue 3 ? / how many red objects are there ? / which digit is in the picture ? / 
 """
 
 
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "run",
-        help="answer a prompt about pictures, with and without pruning",
-        description="Answer a prompt about pictures with the full model and with pruned ones, and show what it costs.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = made.add_argument
-    add("--image", nargs="+", action="extend", required=True, metavar="FILE", help="picture, or several")
-    add("--prompt", required=True, help="what to ask; the model's chat template is put around it")
-    add_model(made)
-    add_budget(
-        made,
-        keep=f"patches per image (36), or a fraction of them (0.1 or 10%%), left in the end (default: {KEEP})",
-        option="an option of the method (`vlmprune ls methods NAME`); may be repeated",
-    )
-    add("--save", metavar="FILE", help="draw the kept tokens over the picture and save that")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default: %(default)s)")
-    add(
-        "--repeats", type=int, default=5, metavar="N", help="timed pairs of prefills, 0 for none (default: %(default)s)"
-    )
-    add_device(made)
-    add("--json", action="store_true", help="print JSON")
-    made.set_defaults(verb=run)
+AVERAGE = "Layer average: visual tokens a decoder layer sees, newlines included, averaged over all layers."
+TIMED = "Prefill: through the first token, full model -> pruned; medians of {pairs} interleaved pairs."
+CROPPED = "{name}: the model sees {share:.0%} of it; its image processor cuts off the rest, before any method."
 
 
-def run(args: argparse.Namespace) -> None:
-    """Check everything that can be checked early, load the model, answer, print, draw."""
-    from vlmprune.cli.pictures import check_target, read_picture
+class RunCommand(flags.Verb):
+    """The verb, whose `--image a b` means `--image a --image b`."""
 
-    if args.max_new_tokens < 1 or args.repeats < 0:
-        raise UserError("--max-new-tokens must be at least 1, and --repeats at least 0.")
-    if not args.prompt.strip():
+    def parse_args(self, ctx, args):
+        return super().parse_args(ctx, list(apart(args, "--image")))
+
+
+COMMAND = RunCommand
+
+
+def apart(words: Sequence[str], flag: str) -> Iterator[str]:
+    """Put a flag before all but the first of the words that follow it."""
+    after = None  # words since the flag; None: another flag came
+    for word in words:
+        if word.startswith("-"):
+            after = 0 if word == flag else None
+        elif after is not None:
+            after += 1
+            if after > 1:
+                yield flag
+        yield word
+
+
+def verb(
+    image: Annotated[list[str], Option(metavar="FILE", help="picture, or several")],
+    prompt: Annotated[str, Option(metavar="TEXT", help="what to ask; the model's chat template is put around it")],
+    model: flags.Model = "scene-llava",
+    method: flags.Methods = "fopru",
+    keep: flags.Keep = None,
+    average: flags.Average = None,
+    option: flags.Options = [],  # noqa: B006
+    save: Annotated[str | None, Option(metavar="FILE", help="draw the kept tokens over the picture")] = None,
+    max_new_tokens: flags.Longest = 64,
+    repeats: Annotated[int, Option(metavar="N", help="timed pairs of prefills, 0 for none")] = 5,
+    device: flags.Device = "auto",
+    dtype: flags.DType = "auto",
+    as_json: flags.Json = False,
+) -> None:
+    """Answer a prompt about pictures, with and without pruning.
+
+    Shows what it costs, of the full model and of pruned ones (without --keep and --average: a quarter of the patches).
+    """
+    from vlmprune.runtime.pictures import check_target, read_picture
+
+    flags.least(1, max_new_tokens=max_new_tokens)
+    flags.least(0, repeats=repeats)
+    if not prompt.strip():
         raise UserError("--prompt is empty.")
-    check_text(args.prompt, "--prompt")
-    methods = words_of(args.method, "--method")
-    budgets, named = budgets_of(args, KEEP)
-    options = options_of(args.option)
-    target = check_target(args.save) if args.save else None
-    images = [read_picture(path) for path in args.image]
+    check_text(prompt, "--prompt")
+    methods = flags.words_of(method, "--method")
+    budgets, named = flags.budgets_of(keep, average, KEEP)
+    options = flags.options_of(option)
+    target = check_target(save) if save else None
+    images = [read_picture(path) for path in image]
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune import spec
-    from vlmprune.cli import answering, loading
-    from vlmprune.cli.printing import Asked, as_json, as_text, save
-    from vlmprune.cli.status import note, status
+    from vlmprune.runtime import answering, loading
+    from vlmprune.runtime.status import Bar, note, show, status
 
     with user_mistakes():
         todo = spec.jobs(methods, budgets, options, named)
-    device = loading.pick_device(args.device)
-    loaded = loading.load(loading.find_model(args.model), device, args.dtype)
+    loaded = loading.load(loading.find_model(model), loading.pick_device(device), dtype)
     answering.check(loaded, todo)
-    inputs = loading.model_inputs(loaded, images, args.prompt)
-    if loaded.source.embedded and (strange := loading.unknown_words(loaded, args.prompt)):
+    inputs = loading.model_inputs(loaded, images, prompt)
+    if loaded.source.embedded and (strange := loading.unknown_words(loaded, prompt)):
         note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
     loading.warn_of_photographs(loaded.source.name, loading.strange_pictures(loaded, images))
-    status("full model: answering")
-    plain = answering.answer(loaded, inputs, args.max_new_tokens)
-    outcomes = [answering.run_job(loaded, job, inputs, args.max_new_tokens, args.repeats) for job in todo]
+    with Bar(1 + len(todo)) as bar:
+        status("full model: answering")
+        plain, outcomes = answering.run_jobs(loaded, todo, inputs, max_new_tokens, bar, repeats)
 
-    asked = Asked(loaded, args.prompt, args.image, images, plain, outcomes)
-    print(json.dumps(as_json(asked), indent=2) if args.json else as_text(asked))
+    asked = AnsweredPrompt(loaded, prompt, image, images, plain, outcomes)
+    show(json.dumps(in_json(asked), indent=2) if as_json else in_text(asked))
     if target is not None:
-        save(target, asked)
-        print(f"kept tokens: {target}", file=sys.stderr if args.json else sys.stdout)
+        draw_kept(target, asked)
+        print(f"kept tokens: {target}", file=sys.stderr if as_json else sys.stdout)
+
+
+@dataclass(frozen=True)
+class AnsweredPrompt:
+    """A prompt about pictures (with the names of their files), and what came of it."""
+
+    loaded: Loaded
+    prompt: str
+    files: Sequence[str]
+    images: Sequence[Image.Image]
+    plain: str
+    outcomes: Sequence[Outcome]
+
+    @property
+    def timed(self) -> bool:
+        return self.outcomes[0].times is not None
+
+    @cached_property
+    def seen(self) -> list[float]:
+        """How much of every picture the model sees at all."""
+        from vlmprune.runtime.draw import seen_share
+
+        grids, image_processor = self.outcomes[0].trace.grids, self.loaded.processor.image_processor
+        return [seen_share(image_processor, i.size, grid) for i, grid in zip(self.images, grids, strict=True)]
+
+
+def columns(asked: AnsweredPrompt) -> dict[str, list[str]]:
+    """The table's columns: the full model's cell, then one per outcome; left out where nothing is to be said."""
+    outcomes, total = asked.outcomes, asked.outcomes[0].total
+    patches, newlines = total["patches_before"], total["newlines_before"]
+    made = {
+        "method": ["full model", *(o.job.method for o in outcomes)],
+        "average" if "average" in outcomes[0].job.options else "keep": ["-", *(o.job.budget for o in outcomes)],
+        "patches left": [str(patches), *(change(patches, o.total["patches_after"]) for o in outcomes)],
+    }
+    if newlines:
+        made["newlines left"] = [str(newlines), *(change(newlines, o.total["newlines_after"]) for o in outcomes)]
+    made["layer average"] = [f"{patches + newlines:.1f}", *(f"{o.layer_average:.1f}" for o in outcomes)]
+    made |= time_columns([outcome.times for outcome in outcomes]) if asked.timed else {}
+    return made | {"answer": [line(asked.plain), *(line(o.answer) for o in outcomes)]}
+
+
+def time_columns(times: Sequence[dict[str, float]]) -> dict[str, list[str]]:
+    """The columns of what took how long."""
+    return {
+        "prefill": ["", *(f"{t['plain_ms']:.1f} -> {t['pruned_ms']:.1f} ms" for t in times)],
+        "speed-up": ["", *(f"{t['ratio']:.2f}x" for t in times)],
+    }
+
+
+def in_text(asked: AnsweredPrompt) -> str:
+    """What a person reads."""
+    made, files = columns(asked), [printable(file) for file in asked.files]
+    shown, rows = list(made), [list(row) for row in zip(*made.values(), strict=True)]
+    sizes = [f"{file} ({i.width} x {i.height})" for file, i in zip(files, asked.images, strict=True)]
+    lines = [asked.loaded.description, f"{', '.join(sizes)}: {line(asked.prompt)}", ""]
+    lines += [table(shown, rows, shown[1:-1]), ""]
+    lines += [CROPPED.format(name=f, share=s) for f, s in zip(files, asked.seen, strict=True) if s < 0.99]
+    lines.append(AVERAGE)
+    if asked.timed:
+        lines.append(TIMED.format(**asked.outcomes[0].times))
+        lines += [OVERHEAD] if asked.loaded.source.embedded else []
+    return "\n".join(lines)
+
+
+def line(text: str) -> str:
+    """A model's answer on one line."""
+    return " ".join(text.split()) or "(empty)"
+
+
+def in_json(asked: AnsweredPrompt) -> dict[str, Any]:
+    """The same for a program, image by image."""
+    model = asked.loaded.model
+    pictures = zip(asked.files, asked.images, asked.seen, strict=True)
+    return {
+        "model": asked.loaded.source.name,
+        "family": model.config.model_type,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "prompt": asked.prompt,
+        "images": [{"file": f, "width": i.width, "height": i.height, "seen": round(s, 3)} for f, i, s in pictures],
+        "full": {"answer": asked.plain},
+        "pruned": [
+            {
+                "method": outcome.job.method,
+                "options": outcome.job.options,
+                "answer": outcome.answer,
+                "images": outcome.trace.counts,
+                "layer_average": outcome.layer_average,
+                "kv_lengths": outcome.trace.kv_lengths,
+                "cuts": [
+                    {"layer": c.layer, "method": c.method, "positions": c.positions, "merged": c.merge is not None}
+                    for c in outcome.trace.cuts
+                ],
+                "prefill": outcome.times,
+            }
+            for outcome in asked.outcomes
+        ],
+        "times_bound_by_overhead": asked.loaded.source.embedded,
+    }
+
+
+def draw_kept(target: Path, asked: AnsweredPrompt) -> None:
+    """Draw one row of panels per picture, one panel per method, and write the file."""
+    from vlmprune.runtime import draw
+    from vlmprune.runtime.pictures import write_picture
+
+    image_processor, plain = asked.loaded.processor.image_processor, line(asked.plain)
+    said = [(o.job.label, o.trace, line(o.answer)) for o in asked.outcomes]
+    rows = [draw.answer_panels(image, image_processor, plain, said, i) for i, image in enumerate(asked.images)]
+    write_picture(draw.sheet(rows, heading=asked.prompt), target)

@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
-from typing import Any
+from typing import Annotated
+
+from typer import Option
 
 from vlmprune.cli import eval as evaluation
-from vlmprune.cli.tables import counted
+from vlmprune.cli import flags
+from vlmprune.runtime.tables import counted
 
-__all__ = ["add_to"]
-
-
-def add_to(verbs: Any) -> None:
-    """Add this verb's parser."""
-    made = verbs.add_parser(
-        "validate",
-        help="check the YAML file of an evaluation",
-        description=(
-            "Check the YAML file of `vlmprune eval`: keys, types, methods and their options, task names, and whether "
-            "every method and budget fits the model. Of a model only its config.json is read."
-        ),
-        allow_abbrev=False,
-    )
-    evaluation.add_config(made)
-    made.add_argument(
-        "--no-model", action="store_true", help="read no config.json either, so that what depends on it stays unchecked"
-    )
-    made.set_defaults(verb=run)
+__all__ = ["verb"]
 
 
-def run(args: argparse.Namespace) -> None:
-    """Print what the config means; what is wrong is raised."""
-    plan = evaluation.planned(args, look_at_model=not args.no_model)
+def verb(
+    config: flags.Config,
+    overrides: flags.Overrides = [],  # noqa: B006
+    no_model: Annotated[
+        bool, Option("--no-model", help="read no config.json either, so that what depends on it stays unchecked")
+    ] = False,
+) -> None:
+    """Check the YAML file of `vlmprune eval`.
+
+    Keys, types, methods and their options, task names, and whether every method and budget fits the model, of which
+    only the config.json is read.
+    """
+    plan = evaluation.planned(config, overrides, look_at_model=not no_model)
     for line in evaluation.about(plan):
         print(line)
-    unchecked = " (the model was not looked at)" if args.no_model else ""
-    print(f"{args.config} is fine: {counted(len(plan.cells), 'cell')}{unchecked}.")
+    unchecked = " (the model was not looked at)" if no_model else ""
+    print(f"{config} is fine: {counted(len(plan.cells), 'cell')}{unchecked}.")

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check"]
+__all__ = ["Refused", "check"]
+
+
+class Refused(Exception):
+    """Raised by an implementation for arguments that it does not have; other arguments may still go to it.
+
+    Says nothing that changes from call to call: each text is told once.
+    """
 
 
 def check(op: str, args: tuple) -> None:

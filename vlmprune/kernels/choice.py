@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from vlmprune.kernels import checks, greedy_cpu, reference, trial
+from vlmprune.kernels.checks import Refused
 from vlmprune.kernels.driver import LoadError
 
-__all__ = ["IMPLEMENTATIONS", "OPS", "Refused", "broken", "capturing", "named", "run", "use"]
+__all__ = ["IMPLEMENTATIONS", "OPS", "broken", "capturing", "named", "run", "use"]
 
 IMPLEMENTATIONS = ("auto", "torch", "triton", "cuda")
 OPS = ("top_k", "select_gather", "greedy", "attention_mass", "merge")
@@ -28,13 +29,6 @@ ON_GPU = {op: ("cuda", "triton") if op in ("top_k", "select_gather") else ("trit
 VARIABLE = "VLMPRUNE_KERNELS"
 forced: dict[str, str] = {}
 broken: dict[tuple[str, str, str], str] = {}  # (implementation, op, device) -> what its compiler or loader said
-
-
-class Refused(Exception):
-    """Raised by an implementation for arguments that it does not have; other arguments may still go to it.
-
-    Says nothing that changes from call to call: each text is told once.
-    """
 
 
 class use:

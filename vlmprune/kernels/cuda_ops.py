@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vlmprune.kernels import driver
-from vlmprune.kernels.choice import Refused, capturing
+from vlmprune.kernels.checks import Refused
+from vlmprune.kernels.choice import capturing
 from vlmprune.kernels.reference import empty_gather
 
 __all__ = ["PTX_OPTIONS", "SOURCES", "ptx_head", "select_gather", "top_k"]
@@ -104,9 +105,8 @@ def select_gather(
 ) -> tuple[Tensor, ...]:
     batch, columns = scores.shape
     check(scores, columns)
+    check_moved(hidden, ids, cos, sin)
     rotary, rotary_bytes = cos.shape[-1], cos.shape[-1] * cos.element_size()
-    if any(x.element_size() % 2 for x in (hidden, cos, sin)) or ids.dtype != torch.long or cos.dtype != sin.dtype:
-        raise Refused(f"hidden is {hidden.dtype}, cos {cos.dtype}, sin {sin.dtype} and ids {ids.dtype}")
     outs = empty_gather(scores, hidden, ids, cos, sin, length)
     if batch == 0:
         return outs
@@ -128,14 +128,23 @@ def select_gather(
     if columns > CHOOSE_ONCE and length:
         gone = torch.empty((batch, length), dtype=torch.int32, device=device)
         launch("choose", (1, batch), CHOOSERS, (*where, gone.data_ptr(), *found[4:], *chosen_by), device)
-    # enough blocks for two on every processor, and no more where each of them chooses anew
-    share = -(-batch * length // (2 * processors(device_index(device)))) if length else 1
-    rows = max(1, min(ROWS, share))
+    rows = rows_of_a_block(batch * length, device)
     # a block is needed even for a length of 0: it counts what was dropped
     grid = (max(1, -(-length // rows)), batch)
     where += (address(gone), hidden.data_ptr(), ids.data_ptr(), cos.data_ptr(), sin.data_ptr())
     launch("select_gather", grid, MOVERS, (*where, *found, *chosen_by, rows, int(contiguous), *numbers), device)
     return outs
+
+
+def check_moved(hidden: Tensor, ids: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Refuse dtypes that the kernel does not move."""
+    if any(x.element_size() % 2 for x in (hidden, cos, sin)) or ids.dtype != torch.long or cos.dtype != sin.dtype:
+        raise Refused(f"hidden is {hidden.dtype}, cos {cos.dtype}, sin {sin.dtype} and ids {ids.dtype}")
+
+
+def rows_of_a_block(rows: int, device: torch.device) -> int:
+    """Enough blocks for two on every processor, and no more where each of them chooses anew."""
+    return max(1, min(ROWS, -(-rows // (2 * processors(device_index(device))))))
 
 
 def device_index(device: torch.device) -> int:

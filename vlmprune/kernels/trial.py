@@ -26,6 +26,7 @@ import torch
 from vlmprune._version import __version__
 from vlmprune.kernels import reference
 from vlmprune.kernels.cases import CASES, difference
+from vlmprune.kernels.checks import Refused
 
 __all__ = ["examine", "folder", "verdict"]
 
@@ -62,8 +63,6 @@ def examine(name: str, op: str, device: torch.device) -> dict[str, Any]:
     Returns:
         "reason": what went wrong, None if nothing did; "lasting": whether another try would say the same.
     """
-    from vlmprune.kernels.choice import Refused
-
     for label, args in CASES[op]():
         there = tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in args)
         try:

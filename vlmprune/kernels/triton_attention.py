@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmprune.kernels.choice import Refused
+from vlmprune.kernels.checks import Refused
 from vlmprune.kernels.triton_common import processors, single, start
 
 __all__ = ["attention_mass", "tiles"]

@@ -12,6 +12,8 @@ from vlmprune.kernels.triton_common import LOWEST_KEY, block_of, ordered, proces
 
 __all__ = ["select_gather", "top_k"]
 
+TILE = 4096  # columns of which a program of top_k holds the keys at once
+
 
 @triton.jit
 def best(score, among, wanted):
@@ -39,17 +41,64 @@ def top_k_kernel(scores, counts, candidates, out, columns, BLOCK: tl.constexpr):
     tl.store(out + at, kept.to(tl.uint8), mask=inside)
 
 
+@triton.jit
+def keys_of(scores, candidates, row, begin, columns, TILE: tl.constexpr):
+    """Keys of a tile of a row's columns; the lowest where there is no candidate."""
+    column = begin + tl.arange(0, TILE)
+    at, inside = row * columns + column, column < columns
+    among = (tl.load(candidates + at, mask=inside, other=0) != 0) & inside
+    return tl.where(among, ordered(tl.load(scores + at, mask=inside, other=0)), LOWEST_KEY)
+
+
+@triton.jit
+def at_least(scores, candidates, row, limit, columns, TILE: tl.constexpr):
+    """How many keys of a row are no lower than the limit."""
+    found = tl.zeros((TILE,), tl.int32)
+    for begin in range(0, columns, TILE):
+        found += (keys_of(scores, candidates, row, begin, columns, TILE) >= limit).to(tl.int32)
+    return tl.sum(found, 0)
+
+
+@triton.jit(do_not_specialize=["columns"])
+def top_k_tiled_kernel(scores, counts, candidates, out, columns, TILE: tl.constexpr):
+    """`best` for rows that have no room in registers: every bit reads the row anew, from the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    there = at_least(scores, candidates, row, LOWEST_KEY + 1, columns, TILE)
+    number = tl.minimum(tl.maximum(tl.load(counts + row), 0), there).to(tl.int32)
+    limit = number * 0 + LOWEST_KEY
+    bit = number * 0 + LOWEST_KEY
+    for _ in range(32):
+        higher = limit ^ bit
+        limit = tl.where(at_least(scores, candidates, row, higher, columns, TILE) >= number, higher, limit)
+        bit = (bit >> 1) & 0x7FFFFFFF
+    # no key is above the highest, which is a NaN's
+    need = number
+    if limit < 0x7FFFFFFF:
+        need = number - at_least(scores, candidates, row, limit + 1, columns, TILE)
+    for begin in range(0, columns, TILE):
+        key = keys_of(scores, candidates, row, begin, columns, TILE)
+        tied = (key == limit).to(tl.int32)
+        kept = ((key > limit) | ((tied != 0) & (tl.cumsum(tied, 0) <= need))) & (number > 0)
+        need -= tl.sum(tied, 0)
+        column = begin + tl.arange(0, TILE)
+        tl.store(out + row * columns + column, kept.to(tl.uint8), mask=column < columns)
+
+
 def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     single(scores)
     columns = scores.shape[-1]
     out = torch.empty_like(candidates, memory_format=torch.contiguous_format)
     if out.numel():
-        block, counts = block_of(columns), counts.expand(scores.shape[:-1]).long().contiguous()
-        start(
-            scores.device, top_k_kernel, (out.numel() // columns,), scores.float().contiguous(), counts,
-            candidates.contiguous().view(torch.uint8), out.view(torch.uint8), columns, BLOCK=block,
-            num_warps=warps(block),
+        given = (
+            scores.float().contiguous(), counts.expand(scores.shape[:-1]).long().contiguous(),
+            candidates.contiguous().view(torch.uint8), out.view(torch.uint8), columns,
         )  # fmt: skip
+        if columns <= TILE:
+            block = block_of(columns)
+            kernel, size = top_k_kernel, {"BLOCK": block, "num_warps": warps(block)}
+        else:
+            kernel, size = top_k_tiled_kernel, {"TILE": TILE, "num_warps": 16}
+        start(scores.device, kernel, (out.numel() // columns,), *given, **size)
     return out
 
 

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmprune.kernels.choice import Refused, capturing
+from vlmprune.kernels.checks import Refused
+from vlmprune.kernels.choice import capturing
 
 __all__ = ["LOWEST_KEY", "MOST_COLUMNS", "block_of", "ordered", "processors", "single", "start", "warps"]
 

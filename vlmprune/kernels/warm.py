@@ -38,8 +38,11 @@ def warm_up(devices: Iterable[torch.device], dtype: torch.dtype, ops: tuple[str,
 def load(op: str, device: torch.device, dtype: torch.dtype) -> None:
     """Run an op's cases in `dtype`, by whatever implementation they go to."""
     for _, args in CASES[op]():
-        tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        kinds = {x.dtype for x in tensors if x.is_floating_point()}
-        # scores and sums are float32 in every model
-        if kinds <= {dtype, torch.float32} and max(max(x.shape, default=0) for x in tensors) <= MOST:
+        if fits([x for x in args if isinstance(x, torch.Tensor)], dtype):
             choice.run(op, *[x.to(device) if isinstance(x, torch.Tensor) else x for x in args])
+
+
+def fits(tensors: list[torch.Tensor], dtype: torch.dtype) -> bool:
+    """Whether a case is one of a model in `dtype`, whose scores and sums are float32, and not too long."""
+    kinds = {x.dtype for x in tensors if x.is_floating_point()}
+    return kinds <= {dtype, torch.float32} and max(max(x.shape, default=0) for x in tensors) <= MOST

@@ -1,18 +1,21 @@
 """The methods, one file each; importing this package registers them."""
 
-from vlmprune.methods.atp import Atp
+from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method
 from vlmprune.methods.controls import Downsample, Grid, Pool, Random
+from vlmprune.methods.divprune import DivPrune
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
 from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
+from vlmprune.methods.visionzip import VisionZip
 from vlmprune.methods.vtc_cls import VtcCls
 
 __all__ = [
     "Atp",
+    "DivPrune",
     "Downsample",
     "FastV",
     "FoPru",
@@ -25,5 +28,6 @@ __all__ = [
     "ToDRE",
     "ToMe",
     "TransPrune",
+    "VisionZip",
     "VtcCls",
 ]

@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Any, ClassVar
 
-from vlmprune.budget import check_keep
-from vlmprune.cuts import Cut
 from vlmprune.errors import UnsupportedError, did_you_mean
-from vlmprune.layout import Layout
-from vlmprune.patches import ModelFacts
+from vlmprune.parts.budget import check_keep
+from vlmprune.parts.cuts import AnyCut, Positions
+from vlmprune.parts.facts import ModelFacts
+from vlmprune.parts.layout import Layout
+from vlmprune.parts.options import checked, hints
+from vlmprune.parts.selection import Newlines
 
-__all__ = ["Budgeted", "Method", "check_layer", "check_seed", "check_share", "need_cls", "tower_layer"]
+__all__ = ["REGISTERED", "Budgeted", "Method", "Pruner", "register"]
 
 KINDS = ("video", "shrunk", "single")  # of inputs that a method may refuse
+
+REGISTERED: dict[str, type[Method]] = {}  # what `register` has seen in this process, by name
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: make a method known under `name`.
+
+    Raises:
+        ValueError: another class has the name already.
+    """
+
+    def add(cls: type[Method]) -> type[Method]:
+        known = REGISTERED.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"a method named {name!r} is registered already: {known.__module__}.{known.__qualname__}.")
+        cls.name = name
+        REGISTERED[name] = cls
+        return cls
+
+    return add
 
 
 @dataclass(frozen=True)
 class Method:
     """Base class of all methods.
 
-    Class attributes describe the method for `vlmprune ls methods`; fields are its options.
+    Class attributes describe the method for `vlmprune ls methods`; fields are its options, and their types say what is
+    allowed (`parts.options`).
     """
 
     name: ClassVar[str] = ""
@@ -31,6 +54,7 @@ class Method:
     stage: ClassVar[str] = "before the LLM"
     syncs: ClassVar[int] = 0  # device syncs a cut adds beyond the host read of the placeholder counts
     training: ClassVar[str] = "none"
+    served_with: ClassVar[dict[str, Any]] = {}  # options without which vLLM cannot be given it
     refuses: ClassVar[dict[str, str]] = {}  # options that a user may expect, and why the method has none
     # inputs that the engine refuses for the method, and why: "video", "shrunk" (packing blends neighbouring patches),
     # "single" (an image without crops)
@@ -45,23 +69,23 @@ class Method:
         self.check_fields()
 
     def check_fields(self) -> None:
-        """Check what means the same for all methods: the fields `keep` and `average`, and those that are switches.
+        """Check every option by the type of its field, and the budgets `keep` and `average`; lists become tuples.
 
         `spec.build`, through which every method gets onto a model, calls it too: a subclass with a `__post_init__` of
         its own need not think of it.
 
         Raises:
-            TypeError, ValueError: as `budget.check_keep`, where None is allowed if it is the default; or a switch that
-                is neither True nor False.
+            TypeError, ValueError: as `options.checked`, and as `budget.check_keep` for budgets, where None is allowed
+                if it is the default.
         """
-        for field in fields(self):
-            value = getattr(self, field.name)
+        types = hints(type(self))
+        for field in (field for field in fields(self) if field.init):
+            value = checked(field.name, types[field.name], getattr(self, field.name))
             if field.name in ("keep", "average") and not (value is None and field.default is None):
-                object.__setattr__(self, field.name, check_keep(value, field.name))
-            if field.type in (bool, "bool") and not isinstance(value, bool):
-                raise TypeError(f"{field.name}={value!r} must be True or False.")
+                value = check_keep(value, field.name)
+            object.__setattr__(self, field.name, value)
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         """The cuts this method makes in a model.
 
         Raises:
@@ -122,41 +146,14 @@ class Budgeted(Method):
         return self.average if self.keep is None else self.keep
 
 
-def tower_layer(layer: int, facts: ModelFacts) -> int:
-    """Scale tower layer `layer` of a 24-layer tower to this tower: round(layer * L / 24), at most L - 2."""
-    return max(0, min(round(layer * facts.tower_layers / 24), facts.tower_layers - 2))
+@dataclass(frozen=True)
+class Pruner(Budgeted):
+    """A method with a budget that takes tokens out of the prompt. Subclasses give other defaults, or types.
 
-
-def need_cls(method: str, facts: ModelFacts, way_out: str) -> None:
-    """Raise UnsupportedError if the tower has no [CLS] token; `way_out` names the documented fallback."""
-    if not facts.has_cls:
-        raise UnsupportedError(
-            f"{method} reads the attention of the tower's [CLS] token, and this tower has none; {way_out}."
-        )
-
-
-def check_seed(seed: object) -> None:
-    """Raise ValueError unless `seed` is a whole number of at least 0."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed={seed!r} must be a whole number of at least 0.")
-
-
-def check_share(name: str, value: object, hint: str = "") -> None:
-    """Raise ValueError unless `value` is a number between 0 and 1."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r} must be a number between 0 and 1{hint}.")
-
-
-def check_layer(name: str, layer: int, layers: int, lowest: int = 0) -> int:
-    """Check a user's layer number (negative counts from the end) and return it as an index.
-
-    Raises:
-        TypeError: not an int.
-        ValueError: out of range.
+    Args:
+        positions: "contiguous" closes the gaps that a cut makes in the position ids, "original" leaves them.
+        newlines: newline tokens of anyres images: "all" stay, those in the "row" of a kept patch do, or "none".
     """
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"{name}={layer!r} must be an int.")
-    index = layer + layers if layer < 0 else layer
-    if not lowest <= index < layers:
-        raise ValueError(f"{name}={layer} is out of range: this model allows {lowest}..{layers - 1}.")
-    return index
+
+    positions: Positions = "contiguous"
+    newlines: Newlines = "all"

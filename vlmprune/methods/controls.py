@@ -2,60 +2,42 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
-from typing import Literal
+from functools import partial
 
 import torch
 
-from vlmprune.budget import floored, share
-from vlmprune.cuts import Cut, Decoder, Merge, Pixels, Positions, Reduction
-from vlmprune.errors import UnsupportedError
-from vlmprune.layout import ImageGrid, Layout, upload
-from vlmprune.methods.base import Budgeted, check_seed
-from vlmprune.patches import ModelFacts
-from vlmprune.registry import register
-from vlmprune.selection import Newlines, check_choice, keep_patches, select
+from vlmprune.methods.base import Budgeted, Pruner, register
+from vlmprune.parts import (
+    Cut,
+    Decoder,
+    ImageGrid,
+    Layout,
+    Merge,
+    ModelFacts,
+    PixelCut,
+    Reduction,
+    Seed,
+    Seen,
+    UnsupportedError,
+    image_cells,
+    keep_patches,
+    random_scores,
+    select,
+    upload,
+)
 
-__all__ = ["Downsample", "Grid", "Pool", "Random", "grid_shape", "random_scores"]
-
-
-@torch._dynamo.assume_constant_result
-def noise(seed: int, ordinal: int, tokens: int) -> torch.Tensor:
-    """`(tokens,)` uniform scores, the same on every device and for every batch row."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + ordinal) % 2**63)
-    return torch.rand(tokens, generator=generator)
-
-
-cached_noise = lru_cache(maxsize=256)(noise)
-
-
-def random_scores(seed: int, layout: Layout) -> torch.Tensor:
-    """`(images, tokens)` uniform scores that depend on the seed, the image's number in its prompt and its size."""
-    scores = torch.zeros(layout.position.shape)
-    draw = noise if torch.compiler.is_compiling() else cached_noise  # which a compiler would trace into
-    for i, (grid, ordinal) in enumerate(zip(layout.grids, layout.ordinal, strict=True)):
-        scores[i, : grid.tokens] = draw(seed, ordinal, grid.tokens)
-    return upload(scores, layout.device)
+__all__ = ["Downsample", "Grid", "Pool", "Random"]
 
 
 @dataclass(frozen=True)
-class Control(Budgeted):
-    """Options that the controls share."""
-
-    positions: Positions = "contiguous"
-    newlines: Newlines = "all"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("positions", self.positions, Positions)
-        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
+class Control(Pruner):
+    """A cut before the LLM that looks at nothing."""
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         return [Cut(Decoder(0), (), self.reduce, self.positions)]
 
-    def reduce(self, seen: dict, layout: Layout) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         raise NotImplementedError
 
 
@@ -75,55 +57,10 @@ class Random(Control):
 
     summary = "random patches (control)"
 
-    seed: int = 0
+    seed: Seed = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed(self.seed)
-
-    def reduce(self, seen: dict, layout: Layout) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         return select(random_scores(self.seed, layout), self.budget, layout, self.newlines)
-
-
-def grid_shape(keep: int, rows: int, cols: int) -> tuple[int, int]:
-    """The largest (r, c) with r * c <= keep and the aspect of rows x cols, at least 1 x 1 and at most rows x cols."""
-    if keep >= rows * cols:
-        return rows, cols
-    scale = math.sqrt(keep / (rows * cols))
-    return max(1, min(keep, floored(rows * scale))), max(1, min(keep, floored(cols * scale)))
-
-
-def image_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Divide every plane of an image into the grid of cells that its share of the budget pays for.
-
-    Returns:
-        `(tokens,)` long, the middle patch of the cell a patch lies in (newlines and unpaid planes point at themselves);
-        `(tokens,)` float64, 1 / patches of the cell (1 at newlines, which stay what they are, 0 in unpaid planes); and
-        the number of cells.
-    """
-    into, weight, total = torch.arange(grid.tokens), grid.newline.double(), 0
-    shares = share(keep, [rows * cols for rows, cols in grid.planes])
-    for plane, ((rows, cols), budget) in enumerate(zip(grid.planes, shares, strict=True)):
-        if budget == 0:
-            continue
-        r, c = grid_shape(budget, rows, cols)
-        mine = (grid.plane == plane) & ~grid.newline
-        cell = (grid.row[mine] * r // rows) * c + grid.col[mine] * c // cols
-        # every cell is a rectangle, so its middle patch in raster order of row and column means lies inside it
-        middle_row = middle(torch.arange(rows) * r // rows, r)[cell // c]
-        middle_col = middle(torch.arange(cols) * c // cols, c)[cell % c]
-        number = torch.zeros(rows, cols, dtype=torch.long)
-        number[grid.row[mine], grid.col[mine]] = into[mine]
-        into[mine] = number[middle_row, middle_col]
-        weight[mine] = 1 / torch.bincount(cell, minlength=r * c).double()[cell]
-        total += r * c
-    return into, weight, total
-
-
-def middle(group: torch.Tensor, groups: int) -> torch.Tensor:
-    """`(groups,)` middle index of every run of equal numbers in ascending `group`."""
-    size = torch.bincount(group, minlength=groups)
-    return size.cumsum(0) - size + (size - 1) // 2
 
 
 @dataclass(frozen=True)
@@ -166,7 +103,7 @@ class Grid(Cells):
 
     summary = "a regular grid of patches (control)"
 
-    def reduce(self, seen: dict, layout: Layout) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         return self.cells(layout)[0]
 
 
@@ -182,7 +119,7 @@ class Pool(Cells):
 
     summary = "average pooling on a regular grid (control, merges)"
 
-    def reduce(self, seen: dict, layout: Layout) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         if layout.alive_patches != [grid.patches for grid in layout.grids]:
             raise UnsupportedError("pool averages whole cells, and an earlier cut has taken patches: put pool first.")
         reduction, into, weight = self.cells(layout)
@@ -203,10 +140,10 @@ class Downsample(Budgeted):
     summary = "the picture shrunk and enlarged again, all tokens (control, saves nothing)"
     stage = "pixels"
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def cuts(self, facts: ModelFacts) -> list[PixelCut]:
         budget = self.budget
         share = budget if isinstance(budget, float) else min(1.0, budget / facts.view_patches)
-        return [] if share == 1 else [Cut(Pixels(), (), partial(self.shrink, share=share))]
+        return [] if share == 1 else [PixelCut(partial(self.shrink, share=share))]
 
     def shrink(self, pixels: torch.Tensor, share: float) -> torch.Tensor:
         """Pure: `(views, channels, height, width)` in and out, with `share` of the pixels' information."""

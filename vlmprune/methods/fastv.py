@@ -6,23 +6,28 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torch
-
-from vlmprune.budget import count
-from vlmprune.cuts import Cut, Decoder, Positions, Reduction
-from vlmprune.layout import Layout
-from vlmprune.methods.base import Budgeted, check_layer
-from vlmprune.patches import ModelFacts
-from vlmprune.registry import register
-from vlmprune.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
-from vlmprune.taps import Tap, TextAttention
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import (
+    AnyNewlines,
+    Cut,
+    Decoder,
+    Layout,
+    ModelFacts,
+    Positions,
+    Reduction,
+    Seen,
+    TextAttention,
+    check_layer,
+    count,
+    select,
+)
 
 __all__ = ["FastV"]
 
 
 @register("fastv")
 @dataclass(frozen=True)
-class FastV(Budgeted):
+class FastV(Pruner):
     """Keep the visual tokens that the last prompt token attends to in an early decoder layer.
 
     The attention of layer K - 1 (head mean) decides what enters layer K; system and text tokens always stay.
@@ -49,30 +54,19 @@ class FastV(Budgeted):
     layer: int = 2
     rows: Literal["last", "all"] = "last"
     positions: Positions = "original"
-    newlines: Newlines = "candidates"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("rows", self.rows, Literal["last", "all"])
-        check_choice("positions", self.positions, Positions)
-        check_choice("newlines", self.newlines, Newlines)
+    newlines: AnyNewlines = "candidates"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         layer = check_layer("layer", self.layer, facts.decoder_layers, lowest=1)
         reduce = partial(self.reduce, before=layer / facts.decoder_layers)
         if isinstance(self.average, float):
-            self.left(
-                10**9, layer / facts.decoder_layers
-            )  # whether the fraction can be met does not depend on the image
+            self.left(10**9, layer / facts.decoder_layers)  # a fraction can be met for all images or for none
         return [Cut(Decoder(layer), (TextAttention(layer - 1, self.rows),), reduce, self.positions)]
 
-    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, before: float) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout, before: float) -> Reduction:
         """Pure: `(images, tokens)` attention in, decision out; `before` is the share of layers before the cut."""
         (scores,) = seen.values()
-        among, totals, available = candidates(layout, self.newlines)
-        counts = [self.left(total, before) for total in totals]
-        keep = top_k(scores, counts, among)
-        return keep_patches(keep, layout, capped(counts, available), self.newlines, scores)
+        return select(scores, partial(self.left, before=before), layout, self.newlines)
 
     def left(self, total: int, before: float) -> int:
         """Tokens of an image's `total` that stay from layer K on."""

@@ -5,46 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import (
+    Cut,
+    Decoder,
+    Ensemble,
+    Layout,
+    ModelFacts,
+    Reduction,
+    Scope,
+    Seen,
+    VisionAttention,
+    check_layer,
+    ensemble_scores,
+    need_cls,
+    select,
+    select_rows,
+)
 
-from vlmprune.budget import count, share
-from vlmprune.cuts import Cut, Decoder, Positions, Reduction
-from vlmprune.layout import Layout
-from vlmprune.methods.base import Budgeted, check_layer, need_cls
-from vlmprune.methods.vtc_cls import Ensemble, ensemble_scores
-from vlmprune.patches import ModelFacts
-from vlmprune.registry import register
-from vlmprune.selection import Newlines, Scope, check_choice, keep_patches, select, top_k
-from vlmprune.taps import Tap, VisionAttention
-
-__all__ = ["FoPru", "received_scores"]
-
-Score = Literal["received", "cls"]
-
-
-def received_scores(attention: torch.Tensor, score: str, has_cls: bool) -> torch.Tensor:
-    """Significance of every patch from full attention maps.
-
-    Args:
-        attention: `(..., heads, tokens, tokens)`, post-softmax; the [CLS] token first where there is one.
-        score: "cls", the [CLS] query's row, or "received", the mean over patch queries.
-
-    Returns:
-        `(..., patches)`.
-
-    Raises:
-        ValueError: another score, or "cls" without a [CLS] token.
-    """
-    check_choice("score", score, Score)
-    if score == "cls" and not has_cls:
-        raise ValueError("score='cls' needs the row of a [CLS] token: use 'received'.")
-    mean, first = attention.mean(-3), int(has_cls)
-    return mean[..., 0, first:] if score == "cls" else mean[..., first:, first:].mean(-2)
+__all__ = ["FoPru"]
 
 
 @register("fopru")
 @dataclass(frozen=True)
-class FoPru(Budgeted):
+class FoPru(Pruner):
     """Keep the patches that the vision tower attends to most.
 
     No code was published: the paper's abstract fixes the two strategies and the restored order; the layer, the score
@@ -70,23 +54,10 @@ class FoPru(Budgeted):
     needs = "tower attention (one layer)"
 
     strategy: Literal["rank", "row"] = "rank"
-    score: Score = "received"
+    score: Literal["received", "cls"] = "received"
     layer: int | tuple[int, ...] | None = None
     ensemble: Ensemble = "mean"
     scope: Scope = "view"
-    positions: Positions = "contiguous"
-    newlines: Newlines = "all"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("strategy", self.strategy, Literal["rank", "row"])
-        check_choice("score", self.score, Score)
-        check_choice("ensemble", self.ensemble, Ensemble)
-        check_choice("scope", self.scope, Scope)
-        check_choice("positions", self.positions, Positions)
-        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
-        if isinstance(self.layer, list):
-            object.__setattr__(self, "layer", tuple(self.layer))
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         if self.score == "cls":
@@ -105,39 +76,9 @@ class FoPru(Budgeted):
             raise ValueError(f"layer={self.layer} must name at least one tower layer, and each of them once.")
         return layers
 
-    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` scores per layer in, decision out."""
         scores = ensemble_scores(list(seen.values()), self.ensemble)
         if self.strategy == "row":
-            return self.rows(scores, layout)
+            return select_rows(scores, self.budget, layout, self.newlines)
         return select(scores, self.budget, layout, self.newlines, self.scope)
-
-    def rows(self, scores: torch.Tensor, layout: Layout) -> Reduction:
-        """Keep the best rows of every plane."""
-        planes = max(len(grid.planes) for grid in layout.grids)
-        tallest = max(rows for grid in layout.grids for rows, _ in grid.planes)
-        counts = torch.tensor(
-            [(n := rows_per_plane(self.budget, grid.planes)) + [0] * (planes - len(n)) for grid in layout.grids]
-        )
-        line = layout.plane * tallest + layout.row
-        zeros = scores.new_zeros(len(layout), planes * tallest)
-        patches = layout.patches.to(scores.dtype)
-        mass = zeros.scatter_add(1, line, scores * patches).unflatten(1, (planes, tallest))
-        size = zeros.scatter_add(1, line, patches).unflatten(1, (planes, tallest))
-        best = top_k(mass / size.clamp(min=1), counts, size > 0).flatten(1)
-        keep = best.gather(1, line) & layout.patches
-        total = [
-            sum(int(n) * cols for n, (_, cols) in zip(row, grid.planes, strict=False))
-            for row, grid in zip(counts.tolist(), layout.grids, strict=True)
-        ]
-        whole = layout.alive_patches == [grid.patches for grid in layout.grids]
-        return keep_patches(keep, layout, total if whole else None, self.newlines, scores)
-
-
-def rows_per_plane(keep: int | float, planes: tuple[tuple[int, int], ...]) -> list[int]:
-    """Whole rows of every plane that a budget pays for: at least one per plane of a fraction, one in all of a count."""
-    if isinstance(keep, float):
-        return [count(keep, rows) for rows, _ in planes]
-    shares = share(keep, [rows * cols for rows, cols in planes])
-    counts = [min(rows, part // cols) for part, (rows, cols) in zip(shares, planes, strict=True)]
-    return counts if any(counts) else [1] + [0] * (len(planes) - 1)

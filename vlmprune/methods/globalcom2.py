@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from dataclasses import dataclass, replace
-from numbers import Real
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch.nn import functional
 
-from vlmprune.budget import HAIR, floored
-from vlmprune.cuts import Cut, Decoder, Merge, Positions, Reduction
-from vlmprune.errors import UnsupportedError
-from vlmprune.layout import ImageGrid, Layout, upload
-from vlmprune.methods.base import Budgeted, need_cls
-from vlmprune.patches import ModelFacts
-from vlmprune.registry import register
-from vlmprune.selection import Newlines, check_choice, keep_patches, top_k
-from vlmprune.taps import ClsLogits, Distinctness, Tap
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import (
+    HAIR,
+    ClsLogits,
+    Cut,
+    Decoder,
+    Distinctness,
+    ImageGrid,
+    Layout,
+    Merge,
+    ModelFacts,
+    Must,
+    Reduction,
+    Seen,
+    Tap,
+    UnsupportedError,
+    floored,
+    is_number,
+    keep_patches,
+    need_cls,
+    top_k,
+    upload,
+)
 
 __all__ = ["GlobalCom2", "crop_ratios", "guided"]
 
-Parity = Literal["released"]
+POSITIVE = Must("a number above 0", lambda tau: is_number(tau, 0, sys.float_info.max) and tau > 0)
 
 
 def crop_ratios(thumbnail: torch.Tensor, crops: tuple[int, int], ratio: float, tau: float) -> torch.Tensor:
@@ -67,7 +80,7 @@ def stretch(scores: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 @register("globalcom2")
 @dataclass(frozen=True)
-class GlobalCom2(Budgeted):
+class GlobalCom2(Pruner):
     """Let the thumbnail decide how much of every crop stays, and help to decide what.
 
     Scores are the last tower layer's [CLS] logits (before the softmax: with probabilities the budgets would be flat).
@@ -105,20 +118,9 @@ class GlobalCom2(Budgeted):
         "prompt), or take another method",
     }
 
-    tau: float = 10.0
+    tau: Annotated[float, POSITIVE] = 10.0
     score: Literal["cls", "distinct"] = "cls"
-    parity: Parity | None = None
-    positions: Positions = "contiguous"
-    newlines: Newlines = "all"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("score", self.score, Literal["cls", "distinct"])
-        check_choice("parity", self.parity, Literal["released", None])
-        check_choice("positions", self.positions, Positions)
-        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
-        if isinstance(self.tau, bool) or not isinstance(self.tau, Real) or not 0 < self.tau < math.inf:
-            raise ValueError(f"tau={self.tau!r} must be a number above 0.")
+    parity: Literal["released"] | None = None
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         if not facts.views:
@@ -132,7 +134,7 @@ class GlobalCom2(Budgeted):
             tap = Distinctness(facts.feature_layer + 1)
         return [Cut(Decoder(0), (tap,), self.reduce, self.positions, reorders=self.parity == "released")]
 
-    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` scores in, decision out."""
         if self.parity and any(grid.blend is not None for grid in layout.grids):
             raise UnsupportedError("parity='released' repeats code that knows no shrunken canvas: leave parity away.")
@@ -156,9 +158,9 @@ class GlobalCom2(Budgeted):
         """`(tokens,)` kept patches of one image, and the scores they were chosen by."""
         device = scores.device
         patch = ~upload(grid.newline, device)
-        if grid.views == 1 or self.ratio(grid) >= 1:
+        if (ratio := self.ratio(grid)) >= 1:
             return patch, scores
-        thumb, view, ratio = grid.side[0] * grid.side[1], upload(grid.view, device), self.ratio(grid)
+        thumb, view = grid.side[0] * grid.side[1], upload(grid.view, device)
         if len(grid.planes) == 1:  # a picture so thin that un-padding leaves no patch of its canvas
             return top_k(scores, max(1, floored(thumb * ratio)), (view == 0) & patch), scores
         rows, cols = grid.planes[1]
@@ -179,7 +181,7 @@ class GlobalCom2(Budgeted):
         into, source, weight, counts = [], [], [], []
         most = layout.width + max(grid.side[0] * grid.crops[0] for grid in layout.grids)
         for i, grid in enumerate(layout.grids):
-            if grid.views == 1 or self.ratio(grid) >= 1:
+            if self.ratio(grid) >= 1:
                 order = torch.arange(grid.tokens, device=keep.device)
             else:
                 order = released_order(keep[i, : grid.tokens], scores[i, : grid.tokens], grid)
@@ -212,7 +214,7 @@ def released_order(keep: torch.Tensor, scores: torch.Tensor, grid: ImageGrid) ->
     token = (keep & (view > 0) & ~newline).nonzero().flatten()
     crop = view[token] - 1
     # the code's bug: a token's number among its crop's un-padded tokens is taken for its place in the tile
-    member = torch.nn.functional.one_hot(view, grid.views) * ~newline[:, None]
+    member = functional.one_hot(view, grid.views) * ~newline[:, None]
     place = (member.cumsum(0) - member)[token, view[token]]
     y, x = (crop // across) * rows + place // cols, (crop % across) * cols + place % cols
     width = across * cols + 1

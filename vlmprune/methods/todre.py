@@ -3,38 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from vlmprune.budget import count
-from vlmprune.cuts import Cut, Decoder, Positions, Reduction
-from vlmprune.diversity import greedy_diversity
-from vlmprune.errors import UnsupportedError
-from vlmprune.layout import Layout, upload
-from vlmprune.methods.base import Budgeted, check_layer, check_seed, check_share
-from vlmprune.methods.controls import random_scores
-from vlmprune.patches import ModelFacts
-from vlmprune.registry import register
-from vlmprune.selection import Newlines, candidates, capped, check_choice, keep_patches
-from vlmprune.taps import CrossShare, Hidden, Tap, VisionAttention
-from vlmprune.templates import system_prefix
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import (
+    CrossShare,
+    Cut,
+    Decoder,
+    Hidden,
+    Layout,
+    ModelFacts,
+    Must,
+    Reduction,
+    Seed,
+    Seen,
+    Tap,
+    UnsupportedError,
+    VisionAttention,
+    check_layer,
+    is_number,
+    is_whole,
+    random_scores,
+    select_diverse,
+    system_prefix,
+    upload,
+)
 
 __all__ = ["ToDRE", "stage2_layer"]
 
-Pivot = Literal["cls", "mean", "random", "first"]
+SHARE_OR_NONE = Must("a number between 0 and 1 (a share of attention), or None for no stage 2", is_number)
 
 
-def told(processor: Any) -> int:
-    """Length of the system prefix by a processor's chat template.
+def told(name: str, given: Any) -> int:
+    """Length of the system prefix: a number, or what a processor's chat template tells.
 
     Raises:
-        ValueError: it has none.
+        ValueError: neither.
     """
-    if (length := system_prefix(processor)) is None:
+    if not hasattr(given, "apply_chat_template"):
+        if is_whole(given):
+            return given
         raise ValueError(
-            f"{type(processor).__name__} has no chat template that tells the system prefix: give a number."
+            f"{name}={given!r} must be a number of tokens of at least 0, a processor whose chat template tells it, or "
+            "None for all that stands in front of the first image."
         )
+    if (length := system_prefix(given)) is None:
+        raise ValueError(f"{type(given).__name__} has no chat template that tells the system prefix: give a number.")
     return length
 
 
@@ -45,7 +61,7 @@ def stage2_layer(layers: int) -> int:
 
 @register("todre")
 @dataclass(frozen=True)
-class ToDRE(Budgeted):
+class ToDRE(Pruner):
     """Keep mutually dissimilar patches; late in the decoder, drop all that are left once text and image stop looking.
 
     Stage 1 (before the LLM) picks `keep` patches greedily by the cosine of their projected features, starting from the
@@ -77,34 +93,14 @@ class ToDRE(Budgeted):
     needs = "features, [CLS] token (or another pivot), decoder attention (one layer)"
     stage = "before the LLM + decoder layer 7L/8"
     syncs = 1
+    served_with: ClassVar[dict[str, Any]] = {"tau": None}
 
     objective: Literal["max_sum", "max_min"] = "max_sum"
-    pivot: Pivot = "cls"
+    pivot: Literal["cls", "mean", "random", "first"] = "cls"
     cls_layer: int = -1
-    tau: float | None = 0.1
-    system: int | None = None
-    seed: int = 0
-    positions: Positions = "contiguous"
-    newlines: Newlines = "all"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("objective", self.objective, Literal["max_sum", "max_min"])
-        check_choice("pivot", self.pivot, Pivot)
-        check_choice("positions", self.positions, Positions)
-        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
-        if self.tau is not None:
-            check_share("tau", self.tau, " (a share of attention), or None for no stage 2")
-        check_seed(self.seed)
-        if hasattr(self.system, "apply_chat_template"):
-            object.__setattr__(self, "system", told(self.system))
-        if self.system is not None and (
-            isinstance(self.system, bool) or not isinstance(self.system, int) or self.system < 0
-        ):
-            raise ValueError(
-                f"system={self.system!r} must be a number of tokens of at least 0, a processor whose chat template "
-                "tells it, or None for all that stands in front of the first image."
-            )
+    tau: Annotated[float | None, SHARE_OR_NONE] = 0.1
+    system: Annotated[int | None, told] = None
+    seed: Seed = 0
 
     def told_by(self, processor: Any) -> ToDRE:
         return replace(self, system=system_prefix(processor)) if self.system is None else self
@@ -124,15 +120,12 @@ class ToDRE(Budgeted):
             cuts.append(Cut(Decoder(late), (CrossShare(late - 1, self.system),), self.stage2, "original"))
         return cuts
 
-    def stage1(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+    def stage1(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: features (and the [CLS] row) in, decision out."""
         features, patches = seen[Hidden()], layout.patches
         cls_row = next((value for tap, value in seen.items() if isinstance(tap, VisionAttention)), None)
-        _, totals, available = candidates(layout, self.newlines)
-        counts = [count(self.budget, total) for total in totals]
         first = self.first_pick(features, patches, cls_row, layout)
-        keep, _ = greedy_diversity(features, first, counts, patches, self.objective)
-        return keep_patches(keep & patches, layout, capped(counts, available), self.newlines)
+        return select_diverse(features, first, self.budget, layout, self.newlines, self.objective)
 
     def first_pick(
         self, features: torch.Tensor, patches: torch.Tensor, cls_row: torch.Tensor | None, layout: Layout
@@ -153,7 +146,7 @@ class ToDRE(Budgeted):
             return random_scores(self.seed, layout).masked_fill(~patches, -torch.inf).argmax(1)
         return patches.to(torch.uint8).argmax(1)
 
-    def stage2(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+    def stage2(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: `(images, 2)` shares in, keep all or nothing of every sample."""
         (shares,) = seen.values()
         stay = ~(shares < self.tau).all(-1)

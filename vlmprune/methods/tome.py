@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 
-from vlmprune.budget import count
-from vlmprune.cuts import Clusters, Cut, Decoder, Positions, Reduction, Vision
-from vlmprune.errors import UnsupportedError
-from vlmprune.layout import Layout
-from vlmprune.merging import match_alternating, match_energy, spread_evenly
-from vlmprune.methods.base import Budgeted
-from vlmprune.patches import ModelFacts
-from vlmprune.registry import register
-from vlmprune.selection import Newlines, check_choice, keep_patches
-from vlmprune.taps import BlockKeys, ClusterOf, Hidden, Tap
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import (
+    AnyCut,
+    BlockKeys,
+    ClusterOf,
+    Clusters,
+    Cut,
+    Decoder,
+    Hidden,
+    Layout,
+    ModelFacts,
+    Must,
+    Reduction,
+    Seen,
+    TowerCut,
+    UnsupportedError,
+    Vision,
+    count,
+    first_of_cluster,
+    is_whole,
+    keep_patches,
+    match_alternating,
+    match_energy,
+    spread_evenly,
+)
 
-__all__ = ["PiToMe", "ToMe", "first_of_cluster"]
-
-Place = Literal["inside", "behind"]
-
-
-def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Mark the first patch of every cluster of every view; all patches of a cluster carry the same token.
-
-    Args:
-        cluster: `(images, tokens)` long, the cluster's number within the token's view.
-
-    Returns:
-        `(images, tokens)` bool.
-    """
-    patches = layout.patches
-    # newlines and padding get a key of their own
-    last = max(grid.views for grid in layout.grids) * (layout.view_size + 1)
-    key = torch.where(patches, layout.view * (layout.view_size + 1) + cluster, last)
-    token = torch.arange(layout.width, device=key.device).expand_as(key)
-    first = torch.full((len(layout), last + 1), layout.width, device=key.device)
-    first = first.scatter_reduce(1, key, token, "amin")
-    return patches & (first.gather(1, key) == token)
+__all__ = ["PiToMe", "ToMe"]
 
 
 @dataclass(frozen=True)
-class EncoderMerge(Budgeted):
+class EncoderMerge(Pruner):
     """What both methods share: a schedule of merges in the tower's layers, and one token per cluster afterwards.
 
     Every layer up to the feature layer merges, 23 of CLIP-L's 24 as in the sources. The rest of the model sees every
@@ -60,18 +55,12 @@ class EncoderMerge(Budgeted):
     }
 
     weigh: bool = False
-    positions: Positions = "contiguous"
-    newlines: Newlines = "all"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("positions", self.positions, Positions)
-        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
-
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        word = "average" if self.keep is None else "keep"
         if facts.views and isinstance(self.budget, int):
             raise UnsupportedError(
-                f"{self.name} merges all views alike, and images differ in their views: give a fraction as keep."
+                f"{self.name} merges all views alike, and images differ in their views: give a fraction as {word}."
             )
         layers, patches = facts.feature_layer + 1, facts.view_patches
         schedule = self.schedule(patches, count(self.budget, patches), layers)
@@ -79,8 +68,8 @@ class EncoderMerge(Budgeted):
         for layer, removed in enumerate(schedule):
             if removed > left // 2:
                 raise ValueError(
-                    f"keep={self.budget} would merge {removed} of {left} tokens in one layer, at most half can go: "
-                    f"raise keep (this tower has {layers} layers to merge in)."
+                    f"{word}={self.budget} would merge {removed} of {left} tokens in one layer, at most half can go: "
+                    f"raise {word} (this tower has {layers} layers to merge in)."
                 )
             if removed:
                 cuts.append(self.cut(layer, removed, facts))
@@ -91,16 +80,16 @@ class EncoderMerge(Budgeted):
         """Tokens to merge away in each layer, to get from `patches` to `target`."""
         return spread_evenly(patches - target, layers)
 
-    def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
+    def cut(self, layer: int, removed: int, facts: ModelFacts) -> TowerCut:
         """The cut in tower layer `layer`, or at its end."""
         raise NotImplementedError
 
-    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, clusters: int) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout, clusters: int) -> Reduction:
         """Pure: cluster numbers in, one token per cluster stays."""
         (cluster,) = seen.values()
         keep = first_of_cluster(cluster, layout)
         # where packing cuts padding off, whole clusters can go with it
-        whole = all(p == layout.view_size for grid in layout.grids for p in grid.patches_per_view)
+        whole = all(p == math.prod(grid.side) for grid in layout.grids for p in grid.patches_per_view)
         counts = [clusters * grid.views for grid in layout.grids] if whole else None
         return keep_patches(keep, layout, counts, self.newlines)
 
@@ -126,18 +115,14 @@ class ToMe(EncoderMerge):
     summary = "similar patches merged in every tower layer"
     paper = "arXiv 2210.09461"
 
-    place: Place = "inside"
+    place: Literal["inside", "behind"] = "inside"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("place", self.place, Place)
-
-    def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
+    def cut(self, layer: int, removed: int, facts: ModelFacts) -> TowerCut:
         at = Vision(layer, inside=True) if self.place == "inside" else Vision(layer + 1)
         reduce = partial(self.match, removed=removed, has_cls=facts.has_cls)
-        return Cut(at, (BlockKeys(layer),), reduce, weigh=self.weigh)
+        return TowerCut(at, (BlockKeys(layer),), reduce, weigh=self.weigh)
 
-    def match(self, seen: dict[Tap, torch.Tensor], sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
+    def match(self, seen: Seen, sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
         """Pure: `(views, tokens, dim)` keys in, clusters out."""
         (keys,) = seen.values()
         return match_alternating(keys, removed, has_cls)
@@ -163,36 +148,25 @@ class PiToMe(EncoderMerge):
     summary = "redundant patches merged in every tower layer, distinct ones protected"
     paper = "arXiv 2405.16148"
 
-    energy_from: int = 13
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (
-            isinstance(self.energy_from, bool)
-            or not isinstance(self.energy_from, int)
-            or not 0 <= self.energy_from <= 24
-        ):
-            raise ValueError(f"energy_from={self.energy_from!r} must be a layer from 0 to 24 (of 24, scaled).")
+    energy_from: Annotated[int, Must("a layer from 0 to 24 (of 24, scaled)", partial(is_whole, most=24))] = 13
 
     def schedule(self, patches: int, target: int, layers: int) -> list[int]:
         """The same share of what is left behind every layer, in whole tokens."""
         sizes = [round(patches * (target / patches) ** (layer / layers)) for layer in range(layers + 1)]
         return [before - after for before, after in pairwise(sizes)]
 
-    def cut(self, layer: int, removed: int, facts: ModelFacts) -> Cut:
+    def cut(self, layer: int, removed: int, facts: ModelFacts) -> TowerCut:
         if layer >= round(self.energy_from * facts.tower_layers / 24):
             margin = 0.9 - 0.9 * layer / facts.tower_layers
             reduce = partial(self.by_energy, removed=removed, margin=margin, has_cls=facts.has_cls)
         else:
             reduce = partial(self.alternating, removed=removed, has_cls=facts.has_cls)
-        return Cut(Vision(layer + 1), (Hidden(),), reduce, weigh=self.weigh)
+        return TowerCut(Vision(layer + 1), (Hidden(),), reduce, weigh=self.weigh)
 
-    def alternating(self, seen: dict[Tap, torch.Tensor], sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
+    def alternating(self, seen: Seen, sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
         """Pure: `(views, tokens, dim)` hidden states in, clusters out."""
         return match_alternating(seen[Hidden()], removed, has_cls)
 
-    def by_energy(
-        self, seen: dict[Tap, torch.Tensor], sizes: torch.Tensor, removed: int, margin: float, has_cls: bool
-    ) -> Clusters:
+    def by_energy(self, seen: Seen, sizes: torch.Tensor, removed: int, margin: float, has_cls: bool) -> Clusters:
         """Pure: `(views, tokens, dim)` hidden states in, clusters out."""
         return match_energy(seen[Hidden()], removed, margin, has_cls)

@@ -2,58 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from numbers import Real
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import torch
 
-from vlmprune.budget import count, floored
-from vlmprune.cuts import Cut, Decoder, Positions, Reduction, schedule_layers
-from vlmprune.layout import Layout
-from vlmprune.methods.base import Budgeted, check_share
-from vlmprune.patches import ModelFacts
-from vlmprune.registry import register
-from vlmprune.selection import Newlines, candidates, capped, check_choice, keep_patches, top_k
-from vlmprune.taps import BlockTap, Scene, Tap, TextAttention, upcast
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import (
+    AnyNewlines,
+    BlockTap,
+    Cut,
+    Decoder,
+    Layout,
+    ModelFacts,
+    Reduction,
+    Scene,
+    Seen,
+    Share,
+    TextAttention,
+    ascending,
+    candidates,
+    count,
+    falling,
+    floored,
+    schedule_layers,
+    select,
+    upcast,
+)
 
 __all__ = ["TransPrune", "accumulated", "transition"]
 
 Mode = Literal["official", "paper"]
 
 DEPTH = 32  # of the decoder that a user's layer numbers mean
-
-
-def ascending(name: str, given: Any, most: int) -> tuple[int, ...]:
-    """Check layer numbers of a 32-layer decoder that a user gave.
-
-    Raises:
-        ValueError: not a tuple or list of ascending whole numbers from 1 to `most`.
-    """
-    layers = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
-    whole = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
-    if not layers or not whole or list(layers) != sorted({*layers}) or layers[0] < 1 or layers[-1] > most:
-        raise ValueError(
-            f"{name}={given!r} must be one or more ascending layer numbers from 1 to {most} (of a {DEPTH}-layer "
-            "decoder; they scale with depth)."
-        )
-    return layers
-
-
-def falling(name: str, given: Any) -> tuple[float, ...]:
-    """Check the ratios that a user gave.
-
-    Raises:
-        ValueError: not a tuple or list of numbers in (0, 1] of which none is above the one before.
-    """
-    ratios = tuple(given) if isinstance(given, Sequence) and not isinstance(given, str) else ()
-    numbers = all(isinstance(ratio, Real) and not isinstance(ratio, bool) and 0 < ratio <= 1 for ratio in ratios)
-    if not ratios or not numbers or list(ratios) != sorted(ratios, reverse=True):
-        raise ValueError(f"{name}={given!r} must be one or more numbers in (0, 1] that do not grow.")
-    return ratios
 
 
 def accumulated(layers: tuple[int, ...], prune: tuple[int, ...], depth: int) -> list[int]:
@@ -106,7 +89,7 @@ class Transition(BlockTap):
 
 @register("transprune")
 @dataclass(frozen=True)
-class TransPrune(Budgeted):
+class TransPrune(Pruner):
     """Keep the tokens that the middle layers change most and that the instruction looks at, in three steps.
 
     After layers 7, 9 and 12 of 32 (scaled with depth): the accumulated transition variation of layers 7..12 so far,
@@ -135,29 +118,22 @@ class TransPrune(Budgeted):
     optional = True
 
     mode: Mode = "official"
-    accumulate_layers: tuple[int, ...] | None = None
-    prune_layers: tuple[int, ...] = (7, 9, 12)
-    keep_ratios: tuple[float, ...] = (0.875, 0.625, 0.125)
-    alpha: float = 0.5
-    positions: Positions = "contiguous"
-    newlines: Newlines = "candidates"
+    accumulate_layers: Annotated[tuple[int, ...] | None, ascending(DEPTH)] = None
+    prune_layers: Annotated[tuple[int, ...], ascending(DEPTH - 1)] = (7, 9, 12)
+    keep_ratios: Annotated[tuple[float, ...], falling()] = (0.875, 0.625, 0.125)
+    alpha: Share = 0.5
+    newlines: AnyNewlines = "candidates"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("mode", self.mode, Mode)
-        check_choice("positions", self.positions, Positions)
-        check_choice("newlines", self.newlines, Newlines)
-        object.__setattr__(self, "prune_layers", ascending("prune_layers", self.prune_layers, DEPTH - 1))
         first, last = self.prune_layers[0], self.prune_layers[-1]
-        watched = range(first, last + 1) if self.accumulate_layers is None else self.accumulate_layers
-        object.__setattr__(self, "accumulate_layers", ascending("accumulate_layers", watched, DEPTH))
+        if self.accumulate_layers is None:
+            object.__setattr__(self, "accumulate_layers", tuple(range(first, last + 1)))
         if self.accumulate_layers[0] > first or self.accumulate_layers[-1] > last:
             raise ValueError(
                 f"accumulate_layers={self.accumulate_layers} must start by the first cut, after layer {first}, and end "
                 f"by the last one, after layer {last}: what comes later is never read."
             )
-        object.__setattr__(self, "keep_ratios", falling("keep_ratios", self.keep_ratios))
-        check_share("alpha", self.alpha)
         if len(self.keep_ratios) != len(self.prune_layers):
             raise ValueError(
                 f"keep_ratios has {len(self.keep_ratios)} entries, prune_layers {len(self.prune_layers)}: one per cut."
@@ -185,15 +161,13 @@ class TransPrune(Budgeted):
             cuts.append(Cut(Decoder(p), see, partial(self.reduce, stage=stage, share=shares), self.positions))
         return cuts
 
-    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout, stage: int, share: tuple[float, ...]) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout, stage: int, share: tuple[float, ...]) -> Reduction:
         """Pure: transitions of the layers so far and `(images, tokens)` attention in, decision out."""
         change = torch.stack([value for tap, value in seen.items() if isinstance(tap, Transition)]).sum(0)
         attention = next(value for tap, value in seen.items() if isinstance(tap, TextAttention))
-        among, totals, available = candidates(layout, self.newlines)
+        among, *_ = candidates(layout, self.newlines)
         scores = self.score(change, attention, among)
-        counts = [self.count(total, stage, share) for total in totals]
-        keep = top_k(scores, counts, among)
-        return keep_patches(keep, layout, capped(counts, available), self.newlines, scores)
+        return select(scores, partial(self.count, stage=stage, share=share), layout, self.newlines)
 
     def score(self, change: torch.Tensor, attention: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
         """Both scores in one, `(..., tokens)`; the official code first divides each by its sum over the image."""

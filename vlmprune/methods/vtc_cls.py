@@ -5,30 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import (
+    Cut,
+    Decoder,
+    Ensemble,
+    Layout,
+    ModelFacts,
+    Reduction,
+    Scope,
+    Seen,
+    VisionAttention,
+    check_layer,
+    ensemble_scores,
+    need_cls,
+    scale_tower_layer,
+    select,
+)
 
-from vlmprune.cuts import Cut, Decoder, Positions, Reduction
-from vlmprune.layout import Layout
-from vlmprune.methods.base import Budgeted, check_layer, need_cls, tower_layer
-from vlmprune.patches import ModelFacts
-from vlmprune.registry import register
-from vlmprune.selection import Newlines, Scope, check_choice, select
-from vlmprune.taps import Tap, VisionAttention
-
-__all__ = ["Ensemble", "VtcCls", "ensemble_scores"]
-
-Ensemble = Literal["sum", "mean", "max", "min"]
-
-
-def ensemble_scores(rows: list[torch.Tensor], ensemble: Ensemble = "sum") -> torch.Tensor:
-    """Combine the rows of several layers (head-mean), each `(..., patches)`, into one score."""
-    stack = torch.stack(rows)
-    return getattr(stack, {"max": "amax", "min": "amin"}.get(ensemble, ensemble))(0)
+__all__ = ["VtcCls"]
 
 
 @register("vtc_cls")
 @dataclass(frozen=True)
-class VtcCls(Budgeted):
+class VtcCls(Pruner):
     """Keep the patches that the tower's [CLS] token looks at, summed over its last layers.
 
     The layers run from `start_layer` to the last but one; the last layer is never used (code: the slice `[start:-1]`).
@@ -54,22 +54,12 @@ class VtcCls(Budgeted):
     ensemble: Ensemble = "sum"
     fallback: Literal["received"] | None = None
     scope: Scope = "view"
-    positions: Positions = "contiguous"
-    newlines: Newlines = "all"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("ensemble", self.ensemble, Ensemble)
-        check_choice("fallback", self.fallback, Literal["received", None])
-        check_choice("scope", self.scope, Scope)
-        check_choice("positions", self.positions, Positions)
-        check_choice("newlines", self.newlines, Literal["all", "row", "none"])
 
     def layers(self, facts: ModelFacts) -> range:
         """The tower layers whose rows are combined."""
         last = facts.tower_layers - 1
         if self.start_layer is None:
-            return range(tower_layer(16, facts), last)
+            return range(scale_tower_layer(16, facts), last)
         start = check_layer("start_layer", self.start_layer, facts.tower_layers)
         if start >= last:
             raise ValueError(
@@ -84,7 +74,7 @@ class VtcCls(Budgeted):
         taps = tuple(VisionAttention(layer, rows) for layer in self.layers(facts))
         return [Cut(Decoder(0), taps, self.reduce, self.positions)]
 
-    def reduce(self, seen: dict[Tap, torch.Tensor], layout: Layout) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: one `(images, tokens)` row per layer in, decision out."""
         scores = ensemble_scores(list(seen.values()), self.ensemble)
         return select(scores, self.budget, layout, self.newlines, self.scope)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 from vlmprune._compat import check_transformers
 
 __all__ = ["load"]
 
 
-def load(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple[nn.Module, Any]:
+def load(
+    name: str | os.PathLike[str], *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[nn.Module, Any]:
     """Load a model that can be patched, and its processor.
 
     Args:
         name: an embedded model (`scene-llava`, `scene-llava-next`: they come with the package), a folder, or an id on
             the hub. Nothing is downloaded but for an id.
-        device: "cpu", "cuda", "cuda:N", or "auto", which is the GPU where there is one.
-        dtype: "float32", "bfloat16", "float16", or "auto", which is the checkpoint's own on a GPU and float32 on a CPU.
+        device: "cpu", "cuda", "cuda:N" (as text or torch's), or "auto", which is the GPU where there is one.
+        dtype: "float32", "bfloat16", "float16" (as text or torch's), or "auto", which is the checkpoint's own on a GPU
+            and float32 on a CPU.
 
     Returns:
         (model in eval mode, processor).
@@ -28,13 +34,14 @@ def load(name: str, *, device: str = "auto", dtype: str = "auto") -> tuple[nn.Mo
         ImportError: another transformers than vlmprune was tested with.
     """
     check_transformers()
-    from vlmprune.cli import loading
-    from vlmprune.cli.errors import UserError
+    from vlmprune.runtime import loading
+    from vlmprune.runtime.errors import UserError
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+    kind = str(dtype).removeprefix("torch.")
+    if kind not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {dtype!r}: auto, float32, bfloat16 or float16.")
     try:
-        loaded = loading.load(loading.find_model(name), loading.pick_device(device), dtype)
+        loaded = loading.load(loading.find_model(os.fspath(name)), loading.pick_device(str(device)), kind)
     except UserError as error:
         raise ValueError(str(error)) from error
     return loaded.model, loaded.processor

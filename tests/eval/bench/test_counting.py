@@ -7,8 +7,8 @@ import torch
 
 import vlmprune
 from vlmprune.eval.bench.counting import AliveBytes, count, formula_flops, kv_bytes, language_flops
-from vlmprune.eval.bench.oracle import Plain
-from vlmprune.flops import prefill_flops
+from vlmprune.eval.bench.flops import prefill_flops
+from vlmprune.eval.bench.oracle import PlainRun
 
 KINDS = [
     {},
@@ -24,7 +24,7 @@ KINDS = [
 def test_the_formula_is_what_the_counter_counts(work, kind, batch):
     here = work(batch, **kind)
     with torch.no_grad():
-        counted = count(here, Plain(here).prefill)
+        counted = count(here, PlainRun(here).prefill)
     assert counted["tower_tokens"] == [(16 + (kind.get("tower") != "siglip"),) * 2] * 6
     assert counted["flops"] == formula_flops(here, [here.length] * 4, counted["tower_tokens"])
 
@@ -33,7 +33,7 @@ def test_the_formula_is_what_the_counter_counts(work, kind, batch):
 def test_the_formula_follows_the_cut(work, method):
     here = work(2)
     with vlmprune.patch(here.model, method, keep=4) as handle, torch.no_grad():
-        counted = count(here, Plain(here).prefill)
+        counted = count(here, PlainRun(here).prefill)
         assert handle.trace.kv_lengths == [11] * 4
         assert counted["flops"] == formula_flops(here, handle.trace.kv_lengths, counted["tower_tokens"])
 
@@ -42,7 +42,7 @@ def test_the_formula_follows_merging_inside_the_tower(work):
     """What the counter sees beyond it are the cosines of ToMe's two halves of the patches, five times."""
     here = work(2)
     with vlmprune.patch(here.model, "tome", keep=0.5) as handle, torch.no_grad():
-        counted = count(here, Plain(here).prefill)
+        counted = count(here, PlainRun(here).prefill)
     assert counted["tower_tokens"] == [(17, 15), (15, 13), (13, 11), (11, 10), (10, 9), (9, 9)]
     by_formula = formula_flops(here, handle.trace.kv_lengths, counted["tower_tokens"])
     wide = here.model.config.vision_config.hidden_size // here.model.config.vision_config.num_attention_heads
@@ -54,7 +54,7 @@ def test_counting_leaves_no_hooks(work):
     here = work()
     before = sum(len(module._forward_pre_hooks) for module in here.model.modules())
     with torch.no_grad():
-        count(here, Plain(here).prefill)
+        count(here, PlainRun(here).prefill)
     assert sum(len(module._forward_pre_hooks) for module in here.model.modules()) == before
 
 
@@ -70,7 +70,7 @@ def test_grouped_queries_in_the_published_formula():
 
 def test_bytes_in_the_cache(work):
     here = work(2)
-    plain = Plain(here)
+    plain = PlainRun(here)
     with torch.no_grad():
         plain.prefill()
         assert kv_bytes(plain.cache) == 4 * 2 * 2 * 23 * 16 * 4  # layers, k and v, rows, columns, width, float32
@@ -95,8 +95,8 @@ def test_alive_bytes_sees_the_peak_and_forgets_what_is_gone():
 def test_a_pruned_prefill_needs_less(work):
     here = work(2, family="llava_next")
     with torch.no_grad():
-        plain = count(here, Plain(here).prefill)
+        plain = count(here, PlainRun(here).prefill)
         with vlmprune.patch(here.model, "random", keep=0.1):
-            pruned = count(here, Plain(here).prefill)
+            pruned = count(here, PlainRun(here).prefill)
     assert pruned["peak_bytes"] < plain["peak_bytes"]
     assert pruned["flops"] < plain["flops"]

@@ -13,7 +13,7 @@ import vlmprune
 from vlmprune.eval.bench import measure
 from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.measure import Effort, amdahl, measure_method, measure_unpruned
-from vlmprune.eval.bench.oracle import Oracle, Plain
+from vlmprune.eval.bench.oracle import Oracle, PlainRun
 from vlmprune.eval.bench.stats import median_interval, ratio, spread
 from vlmprune.trace import Trace
 
@@ -57,9 +57,9 @@ def test_deep_cuts(cell):
     assert base["tokens"] == {"visual": 16, "patches": 16, "prompt": 23}
 
 
-def test_methods_that_merge_have_no_equal_oracle(cell):
-    assert cell("pool", keep=4)[2]["same_as_oracle"] is None
-    assert cell("tome", keep=4)[2]["same_as_oracle"] is None
+@pytest.mark.parametrize("method", ["pool", "tome", "visionzip", "downsample"])
+def test_methods_that_merge_or_change_the_picture_have_no_equal_oracle(cell, method):
+    assert cell(method, keep=4)[2]["same_as_oracle"] is None
 
 
 def test_one_new_token_is_no_decoding(cell):
@@ -68,7 +68,7 @@ def test_one_new_token_is_no_decoding(cell):
 
 def test_only_the_pruned_runs_are_patched(cell, monkeypatch):
     ran = {"pruned": 0, "unpruned": 0, "oracle": 0}
-    plain, oracle = Plain.prefill, Oracle.prefill
+    plain, oracle = PlainRun.prefill, Oracle.prefill
 
     def watched(self):
         ran["pruned" if ours(self.work.model) else "unpruned"] += 1
@@ -80,10 +80,10 @@ def test_only_the_pruned_runs_are_patched(cell, monkeypatch):
         return oracle(self)
 
     steps = []
-    step = Plain.step
-    monkeypatch.setattr(Plain, "prefill", watched)
+    step = PlainRun.step
+    monkeypatch.setattr(PlainRun, "prefill", watched)
     monkeypatch.setattr(Oracle, "prefill", watched_oracle)
-    monkeypatch.setattr(Plain, "step", lambda self, *a: steps.append(bool(ours(self.work.model))) or step(self, *a))
+    monkeypatch.setattr(PlainRun, "step", lambda self, *a: steps.append(bool(ours(self.work.model))) or step(self, *a))
     cell(keep=4)
     # counting 1 + pairs 6 + stages 1; counting 1 + stages 1 + beside pairs 2; first try 1 + pairs 6
     assert ran == {"pruned": 8, "unpruned": 4, "oracle": 7}
@@ -92,8 +92,8 @@ def test_only_the_pruned_runs_are_patched(cell, monkeypatch):
 
 def test_the_order_of_a_pair_alternates(cell, monkeypatch):
     order = []
-    plain, oracle = Plain.prefill, Oracle.prefill
-    monkeypatch.setattr(Plain, "prefill", lambda self: order.append(bool(ours(self.work.model))) or plain(self))
+    plain, oracle = PlainRun.prefill, Oracle.prefill
+    monkeypatch.setattr(PlainRun, "prefill", lambda self: order.append(bool(ours(self.work.model))) or plain(self))
     monkeypatch.setattr(Oracle, "prefill", lambda self: order.append("oracle") or oracle(self))
     cell(effort=Effort(4, 1, 1, 1), keep=4)
     # counting and stages of the unpruned model, counting and first try of the pruned one
@@ -203,13 +203,13 @@ def scripted(cell, monkeypatch):
         real = getattr(cls, name)
 
         def slowed(self, *args):
-            if not counting and cls is (Oracle if isinstance(self, Oracle) else Plain):
+            if not counting and cls is (Oracle if isinstance(self, Oracle) else PlainRun):
                 time.sleep(next(script[who(self)]))
             return real(self, *args)
 
         monkeypatch.setattr(cls, name, slowed)
 
-    for cls in (Plain, Oracle):
+    for cls in (PlainRun, Oracle):
         slow(cls, "prefill", first)
         slow(cls, "step", step)
 

@@ -9,9 +9,9 @@ import torch
 from leftovers import ours
 
 import vlmprune
-from vlmprune.cuts import Cut, Decoder, Reduction
-from vlmprune.eval.bench.oracle import Oracle, Plain, stretches
+from vlmprune.eval.bench.oracle import Oracle, PlainRun, stretches
 from vlmprune.methods.base import Method
+from vlmprune.parts.cuts import Cut, Decoder, Reduction
 
 STEPS = 4
 METHODS = {
@@ -43,7 +43,7 @@ class Ragged(Method):
 
 def compare(work, handle):
     """Largest difference of logits, at the first token and at STEPS decoded ones."""
-    pruned = Plain(work)
+    pruned = PlainRun(work)
     with torch.no_grad():
         token = first = pruned.prefill()
         logits, tokens = [pruned.logits], []
@@ -93,7 +93,7 @@ def test_other_rows_give_other_logits(work):
     here = work(dtype=torch.float64)
     handle = vlmprune.patch(here.model, "random", keep=5)
     with torch.no_grad():
-        pruned = Plain(here)
+        pruned = PlainRun(here)
         pruned.prefill()
         keep = handle.trace.cuts[0].keep
         keep.copy_(keep.roll(1, dims=1))
@@ -107,7 +107,7 @@ def test_the_layers_below_a_deep_cut_see_everything(work):
     here = work()
     handle = vlmprune.patch(here.model, "fastv", keep=5)
     with torch.no_grad():
-        Plain(here).prefill()
+        PlainRun(here).prefill()
         handle.unpatch()
         oracle = Oracle(here, handle.trace)
         oracle.prefill()
@@ -119,11 +119,11 @@ def test_it_runs_no_hook_and_no_score(work, monkeypatch):
     here = work()
     handle = vlmprune.patch(here.model, "fopru", keep=5)
     with torch.no_grad():
-        Plain(here).prefill()
+        PlainRun(here).prefill()
     handle.unpatch()
     assert not ours(here.model)
-    monkeypatch.setattr("vlmprune.prefill.Prefill.__init__", lambda *_: pytest.fail("the engine ran"))
-    monkeypatch.setattr("vlmprune.taps.VisionAttention.measure", lambda *_: pytest.fail("a tap was measured"))
+    monkeypatch.setattr("vlmprune.engine.prefill.Prefill.__init__", lambda *_: pytest.fail("the engine ran"))
+    monkeypatch.setattr("vlmprune.parts.taps.VisionAttention.measure", lambda *_: pytest.fail("a tap was measured"))
     with torch.no_grad():
         Oracle(here, handle.trace).prefill()
 
@@ -132,7 +132,7 @@ def test_stretches_of_an_uncut_prompt(work):
     here = work()
     handle = vlmprune.patch(here.model, "downsample", keep=0.5)
     with torch.no_grad():
-        Plain(here).prefill()
+        PlainRun(here).prefill()
     handle.unpatch()
     (whole,) = stretches(handle.trace, here)
     assert whole.index.tolist() == [list(range(23))]
@@ -143,7 +143,7 @@ def test_decode_positions_move_down_by_what_was_dropped(work):
     here = work()
     handle = vlmprune.patch(here.model, "fastv", keep=5, positions="contiguous")
     with torch.no_grad():
-        Plain(here).prefill()
+        PlainRun(here).prefill()
     handle.unpatch()
     _, positions = Oracle(here, handle.trace).place(3)
     assert [p.tolist() for p in positions] == [[[26]], [[26 - 11]]]
@@ -153,7 +153,7 @@ def test_soft_masks_have_no_oracle(work):
     here = work()
     handle = vlmprune.patch(here.model, "random", keep=5)
     with torch.no_grad():
-        Plain(here).prefill()
+        PlainRun(here).prefill()
     handle.unpatch()
     object.__setattr__(handle.trace.cuts[0], "soft", torch.ones(1, 16))
     with pytest.raises(ValueError, match="no oracle"):

@@ -194,7 +194,7 @@ def test_nothing_to_draw(found, tmp_path):
 
 @pytest.mark.parametrize("objective", selection.PUBLISHED)
 def test_the_published_loops_pick_what_the_library_picks(objective):
-    from vlmprune.diversity import greedy_diversity
+    from vlmprune.parts.diversity import greedy_diversity
 
     for tokens, count in ((60, 20), (576, 64)):
         x = selection.features_like(tokens, 64, seed=1)

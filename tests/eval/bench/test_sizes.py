@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny
 
-from vlmprune.cli.bench_report import sizes_text
+from vlmprune import UnsupportedError
+from vlmprune.engine.plan import Plan
 from vlmprune.eval.bench import sizes
+from vlmprune.eval.bench.report import sizes_text
 from vlmprune.patches import family_of
-from vlmprune.plan import Plan
 
 
 def test_new_alike_and_known_sizes_are_told_apart(monkeypatch):
@@ -49,5 +50,5 @@ def test_sizes_differ_and_are_drawn_alike_every_time():
 
 
 def test_families_of_one_layout_are_refused():
-    with pytest.raises(ValueError, match="all pictures of llava models have one layout"):
+    with pytest.raises(UnsupportedError, match="all pictures of llava models have one layout"):
         sizes.measure_sizes(tiny.shared(), 3)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
 import torch
 from clocks import FakeClock
 
 import vlmprune
-from vlmprune import taps
 from vlmprune.eval.bench.clock import Clock
-from vlmprune.eval.bench.oracle import Plain, stretches
+from vlmprune.eval.bench.oracle import PlainRun, stretches
 from vlmprune.eval.bench.stages import STAGES, stage_seconds
 from vlmprune.methods.transprune import Transition
+from vlmprune.parts import taps
 
 NAP = 1000.0  # seconds of a clock that only stamps (a tick each) and naps move
 
@@ -23,7 +25,7 @@ def stages(work, method=None, time=None, **options):
             return stage_seconds(work, clock)
     handle = vlmprune.patch(work.model, method, **options)
     with torch.no_grad():
-        Plain(work).prefill()
+        PlainRun(work).prefill()
         return stage_seconds(work, clock, handle._plan, stretches(handle.trace, work))
 
 
@@ -90,16 +92,21 @@ def test_deciding_is_booked_as_selection(work, monkeypatch, name):
 
 @pytest.mark.parametrize(
     "name",
-    ["sequence.Sequence.shorten", "sequence.Sequence.expand", "prefill.prompt_layout", "layout.Layout.from_tower"],
+    [
+        "engine.sequence.Sequence.shorten",
+        "engine.sequence.Sequence.expand",
+        "engine.prefill.prompt_layout",
+        "parts.layout.Layout.from_tower",
+    ],
 )
 def test_shortening_and_bookkeeping_are_booked_as_gather(work, monkeypatch, name):
-    import vlmprune.prefill
-
     here = work()
-    parts = name.split(".")
-    owner = getattr(vlmprune, parts[0]) if len(parts) == 2 else getattr(getattr(vlmprune, parts[0]), parts[1])
+    room, file, *owners, last = name.split(".")
+    owner = import_module(f"vlmprune.{room}.{file}")
+    for part in owners:
+        owner = getattr(owner, part)
     time = FakeClock(tick=1)
-    monkeypatch.setattr(owner, parts[-1], time.slow(getattr(owner, parts[-1]), NAP))
+    monkeypatch.setattr(owner, last, time.slow(getattr(owner, last), NAP))
     assert booked(stages(here, "fopru", time, keep=5)) == "gather"
 
 
@@ -126,11 +133,11 @@ def test_the_models_own_work_is_booked_where_it_is_done(work, path, stage, metho
 def test_stamps_change_nothing_and_go_away(work):
     here = work(family="llava_next")
     with torch.no_grad():
-        Plain(here).prefill()  # transformers puts hooks of its own on with the first call
+        PlainRun(here).prefill()  # transformers puts hooks of its own on with the first call
     count = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in here.model.modules())
     handle = vlmprune.patch(here.model, "todre", keep=5)
     with torch.no_grad():
-        Plain(here).prefill()
+        PlainRun(here).prefill()
         kept = handle.trace.kept()
         stage_seconds(here, Clock("cpu"), handle._plan, stretches(handle.trace, here))
     assert handle.trace.kept() == kept

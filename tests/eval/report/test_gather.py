@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import run_folders as made
 
-from vlmprune.eval import statistics, store
+from vlmprune.eval import statistics
+from vlmprune.eval.lmms import store
 from vlmprune.eval.report import read, summary, words
-from vlmprune.eval.report.gather import gather, together
+from vlmprune.eval.report.gather import gather
+from vlmprune.eval.report.overall import together
 
 
 def gathered(cells, missing=()):
-    return gather(store.Run(None, {"cells": [c["cell"]["id"] for c in cells] + list(missing)}, cells, list(missing)))
+    return gather(
+        store.StoredRun(None, {"cells": [c["cell"]["id"] for c in cells] + list(missing)}, cells, list(missing))
+    )
 
 
 def row(results, name, task, model="scene-llava"):
@@ -252,6 +256,19 @@ def test_a_full_model_without_a_right_answer_gives_no_ratio():
     mine = row(gathered(cells), "fopru keep 0.25", "pope")
     assert mine.retention is None
     assert "no ratio" in mine.note
+
+
+@pytest.mark.parametrize("task", ["pope", None])
+def test_answers_that_differ_are_not_equal_where_every_picture_has_as_many(task):
+    """The first of a picture's two questions right, or the second: no draw differs, and every sample does."""
+    cells = [made.cell("none", None, per_picture=2), made.cell("fopru", 0.25, per_picture=2)]
+    for which, cell in enumerate(cells):
+        for i, sample in enumerate(cell["samples"]):
+            sample["score"] = float(i % 2 == which)
+        cell["metrics"]["accuracy"]["value"] = 0.5
+    mine = row(gathered(cells), "fopru keep 0.25", task)
+    assert mine.full_difference == 0
+    assert mine.full_verdict == ("noise" if task else None)  # nothing bounds a ratio
 
 
 def test_one_cluster_gives_no_interval():

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import run_folders as made
 
-from vlmprune.eval import store
+from vlmprune.eval.lmms import store
 from vlmprune.eval.report import ledger
 from vlmprune.eval.report.gather import gather
 from vlmprune.eval.report.rows import Results
 
 
 def gathered(cells):
-    return gather(store.Run(None, {"cells": [c["cell"]["id"] for c in cells]}, cells, []))
+    return gather(store.StoredRun(None, {"cells": [c["cell"]["id"] for c in cells]}, cells, []))
 
 
 def row(cells, name, task):

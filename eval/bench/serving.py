@@ -1,0 +1,231 @@
+"""What pruning brings in an engine: requests in flight, in turns with the unpruned model and what is possible at best.
+
+Two engines in this process take turns: vLLM's own class (pictures as they are, and embeddings of as many rows as are
+kept: the ceiling, which pays neither tower nor choice), and the pruned one, whose requests bring their budgets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from math import ceil
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlmprune.eval.bench.stats import ratio
+from vlmprune.runtime.status import status
+from vlmprune.serving.settings import KEEP
+from vlmprune.vllm import overrides
+
+__all__ = ["Engines", "Runner", "Timed", "compare", "embedding", "rival_size"]
+
+WHOLE, PRUNED, CEILING, RIVAL = "unpruned", "pruned", "ceiling", "fewer pixels"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One run: so many requests, so many of them in flight.
+
+    Attributes:
+        seconds: from the first request to the end of the last.
+        first: seconds from every request's arrival to its first token.
+        tokens: generated.
+        prompt: tokens of a prompt.
+    """
+
+    seconds: float
+    first: list[float]
+    requests: int
+    tokens: int
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Runner:
+    """One who takes part: what it is called, in which engine it runs, and what its requests are."""
+
+    name: str
+    keep: int | float | None
+    engine: Any
+    request: Any  # a number -> a prompt
+
+
+class Engines:
+    """The two engines and what they are asked.
+
+    Args:
+        folder: a model whose weights have the names that vLLM's own classes know.
+        method, options: as of `overrides`, without a budget.
+        keeps: budgets; the first is the engine's own.
+        prompt_tokens: text of a prompt, half of it before the picture.
+    """
+
+    def __init__(
+        self, folder: Path, method: str, options: dict[str, Any], keeps: Sequence[int | float], prompt_tokens: int
+    ):
+        from transformers import AutoConfig
+
+        from vlmprune.serving import host
+
+        self.config, self.text = AutoConfig.from_pretrained(folder), prompt_tokens
+        settings = {
+            "dtype": "float32", "enforce_eager": True, "enable_prefix_caching": False, "mm_processor_cache_gb": 0,
+            "max_model_len": 4096, "limit_mm_per_prompt": {"image": 1}, "distributed_executor_backend": "uni",
+        }  # fmt: skip
+        status("starting vLLM's own class")
+        self.plain = host.LLM(str(folder), enable_mm_embeds=True, **settings)
+        status("starting the pruned one")
+        self.pruned = host.LLM(str(folder), **overrides(str(folder), method, keep=keeps[0], **options), **settings)
+        self.block = self.pruned.llm_engine.vllm_config.cache_config.block_size
+
+    @property
+    def served(self) -> Any:
+        """The pruned model."""
+        return self.model(self.pruned)
+
+    @staticmethod
+    def model(engine: Any) -> Any:
+        """The model that runs in an engine."""
+        return engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the pictures: the tower's, or twice that where there are crops."""
+        tile = self.config.vision_config.image_size
+        return (2 * tile, 2 * tile) if self.served.served.family.views else (tile, tile)
+
+    def prompt(self, number: int, pictures: Any, keep: int | float | None = None) -> dict[str, Any]:
+        """A prompt with text of its own around a picture."""
+        rng, token = np.random.default_rng(number), self.config.image_token_index
+        text = [int(t) for t in rng.integers(10, self.config.text_config.vocab_size, self.text) if t != token]
+        half = len(text) // 2
+        made = {"prompt_token_ids": [*text[:half], token, *text[half:]], "multi_modal_data": {"image": pictures}}
+        return made if keep is None else made | {"mm_processor_kwargs": {KEEP: keep}}
+
+    def picture(self, number: int, size: tuple[int, int]) -> Image.Image:
+        """A picture of noise that nobody has seen."""
+        pixels = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
+
+    def rows(self, number: int, kept: int) -> torch.Tensor:
+        """Embeddings of as many rows as are kept of a picture."""
+        generator = torch.Generator().manual_seed(number)
+        return torch.randn(1, kept, self.config.text_config.hidden_size, generator=generator) * 0.02
+
+    def runners(self, keeps: Sequence[int | float]) -> list[Runner]:
+        """All who take part."""
+        served, size = self.served.served, self.size
+        packed = size if served.family.needs_sizes else None
+        made = [Runner(WHOLE, None, self.plain, lambda n: self.prompt(n, self.picture(n, size)))]
+        for keep in keeps:
+            kept = served.kept(packed, keep)
+            made.append(Runner(PRUNED, keep, self.pruned, lambda n, k=keep: self.prompt(n, self.picture(n, size), k)))
+            made.append(Runner(CEILING, keep, self.plain, lambda n, k=kept: self.prompt(n, self.rows(n, k))))
+            if smaller := rival_size(served, size, kept):
+                made.append(Runner(RIVAL, keep, self.plain, lambda n, s=smaller: self.prompt(n, self.picture(n, s))))
+        return made
+
+
+def rival_size(served: Any, size: tuple[int, int], kept: int) -> tuple[int, int] | None:
+    """The size to which a picture is shrunk beforehand to have about `kept` tokens; None where size changes nothing."""
+    if not served.family.needs_sizes:
+        return None
+    sizes = {tuple(max(1, round(edge * share / 32)) for edge in size) for share in range(1, 33)}
+    return min(sizes, key=lambda one: (abs(served.grid(one).tokens - kept), -one[0] * one[1]))
+
+
+def run(runner: Runner, numbers: Iterator[int], requests: int, flying: int, longest: int) -> Timed:
+    """Serve requests, `flying` of them in flight until none is left to send."""
+    from vlmprune.serving import host
+
+    engine = runner.engine.llm_engine
+    params = host.SamplingParams(temperature=0, max_tokens=longest, ignore_eos=True, detokenize=False)
+    prompts = [(str(number), runner.request(number)) for number in (next(numbers) for _ in range(requests))]
+    sent, first, tokens, length, start = {}, {}, 0, 0, time.perf_counter()
+    waiting = iter(prompts)
+
+    def send() -> None:
+        if (one := next(waiting, None)) is not None:
+            sent[one[0]] = time.perf_counter()
+            (rendered,) = engine.renderer.render_cmpl([one[1]])
+            engine.add_request(one[0], rendered, params)
+
+    for _ in range(flying):
+        send()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.outputs[0].token_ids and output.request_id not in first:
+                first[output.request_id] = time.perf_counter() - sent[output.request_id]
+            if output.finished:
+                tokens, length = tokens + len(output.outputs[0].token_ids), len(output.prompt_token_ids)
+                send()
+    if len(first) != requests:
+        raise RuntimeError(f"{requests} requests were sent and {len(first)} answered.")
+    return Timed(time.perf_counter() - start, list(first.values()), requests, tokens, length)
+
+
+def compare(
+    engines: Engines, keeps: Sequence[int | float], flying: int, rounds: int, requests: int, longest: int
+) -> list[dict[str, Any]]:
+    """Rows of the table at one concurrency: every round all take part once, beginning with another one."""
+    runners, numbers = engines.runners(keeps), count(1)
+    for runner in runners:  # warm up
+        run(runner, numbers, 1, 1, 2)
+    found: dict[int, list[Timed]] = {i: [] for i in range(len(runners))}
+    for turn in range(rounds):
+        order = [(i + turn) % len(runners) for i in range(len(runners))]
+        for i in order:
+            status(f"{flying} in flight, round {turn + 1} of {rounds}: {runners[i].name} {runners[i].keep or ''}")
+            found[i].append(run(runners[i], numbers, requests, flying, longest))
+    whole = [one.seconds for one in found[0]]
+    return [row(runner, found[i], whole, flying, longest, engines.block) for i, runner in enumerate(runners)]
+
+
+def row(runner: Runner, runs: list[Timed], whole: list[float], flying: int, longest: int, block: int) -> dict[str, Any]:
+    """What is said of one who took part; seconds but for `speedup`, which is paired by rounds."""
+    first = [seconds for one in runs for seconds in one.first]
+    return {
+        "runner": runner.name,
+        "keep": runner.keep,
+        "in_flight": flying,
+        "requests": runs[0].requests,
+        "rounds": len(runs),
+        "prompt": runs[0].prompt,
+        "blocks": ceil((runs[0].prompt + longest) / block),
+        "requests_per_second": median(one.requests / one.seconds for one in runs),
+        "tokens_per_second": median(one.tokens / one.seconds for one in runs),
+        "first_median": median(first),
+        "first_95": quantiles(first, n=20, method="inclusive")[-1] if len(first) > 1 else first[0],
+        "speedup": ratio(whole, [one.seconds for one in runs]),
+    }
+
+
+def embedding(engines: Engines, keeps: Sequence[int | float], rounds: int, pictures: int) -> list[dict[str, Any]]:
+    """What `embed_multimodal` costs pruned, over vLLM's own on the same pictures, in turns."""
+    served, own = engines.served, engines.model(engines.plain)
+    size = engines.size
+    packed = size if served.served.family.needs_sizes else None
+    views = (served.served.grid(packed).views,) if packed else ()
+    tile = engines.config.vision_config.image_size
+    pixels = torch.randn(pictures, *views, 3, tile, tile, generator=torch.Generator().manual_seed(0))
+    given = {"pixel_values": pixels} | ({"image_sizes": torch.tensor([size] * pictures)} if packed else {})
+    notes = {keep: served.note(keep, packed, pictures) for keep in keeps}
+    times: dict[Any, list[float]] = {None: []} | {keep: [] for keep in keeps}
+    with torch.inference_mode():
+        for turn in range(rounds + 1):
+            for keep in times:
+                start = time.perf_counter()
+                if keep is None:
+                    own.embed_multimodal(**given)
+                else:
+                    served.embed_multimodal(**given, **{KEEP: notes[keep]})
+                if turn:  # the first warms up
+                    times[keep].append(time.perf_counter() - start)
+    return [{"keep": keep, "pictures": pictures, "cost": ratio(times[keep], times[None])} for keep in keeps]

@@ -1,0 +1,1 @@
+"""Configurations of runs: YAML with lines, checked before any weight is read."""

@@ -1,0 +1,186 @@
+"""Kinds of values in a config, as pydantic checks them; nothing is converted, so that `true` is no 1 and 1 no text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    WrapValidator,
+    create_model,
+)
+
+from vlmprune import spec
+from vlmprune.errors import did_you_mean
+from vlmprune.eval.config.told import about, mistakes, must_be
+
+T = TypeVar("T")
+#: What `device_map` takes besides a device.
+MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def kind(wanted: str, known: Iterable[str] = ()) -> WrapValidator:
+    """Says what the value must be, in place of pydantic's words."""
+
+    def check(value: Any, inner: Any) -> Any:
+        try:
+            return inner(value)
+        except ValidationError:
+            raise must_be(wanted, value, known) from None
+
+    return WrapValidator(check)
+
+
+AnyText = Annotated[str, Strict(), kind("text")]
+Text = Annotated[str, Strict(), Field(pattern=r"\S"), kind("text")]
+Switch = Annotated[bool, Strict(), kind("true or false")]
+Whole = Annotated[int, Strict(), Field(ge=0), kind("a whole number of at least 0")]
+Positive = Annotated[int, Strict(), Field(ge=1), kind("a whole number of at least 1")]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False), kind("a number")]
+#: Whether this machine has the device is another question.
+Device = Annotated[str, Strict(), Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"), kind("auto, cpu, cuda or cuda:N")]
+DeviceMap = Annotated[
+    str,
+    Strict(),
+    Field(pattern=rf"^({'|'.join(MAPS)}|cpu|cuda(:[0-9]+)?)$"),
+    kind(f"{', '.join(MAPS)}, cpu, cuda or cuda:N", MAPS),
+]
+DType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], kind(f"one of {', '.join(DTYPES)}", DTYPES)]
+
+
+# Lists
+
+
+def several(value: Any) -> tuple[Any, ...]:
+    """A list, or one value alone."""
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def some(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """At least one."""
+    if not values:
+        raise about("is an empty list.")
+    return values
+
+
+def seeds_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """A seed that counts twice would narrow the spread."""
+    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
+        raise mistakes(((), f"seed {', '.join(map(str, twice))} is given twice."))
+    return seeds
+
+
+Many = Annotated[tuple[T, ...], BeforeValidator(several)]
+Some = Annotated[Many[T], AfterValidator(some)]
+Seeds = Annotated[Some[Whole], AfterValidator(seeds_once)]
+
+
+def budgets(word: str) -> Any:
+    """`keep` and `average`: one or several numbers, each once; 1 (a token) and 1.0 (all of them) are two."""
+
+    def read(value: Any) -> int | float:
+        try:
+            return spec.read_budget(value, word)
+        except (TypeError, ValueError) as error:
+            raise mistakes(((), str(error))) from None
+
+    def given(value: Any) -> Any:
+        if value is None:
+            way = "leave it out for the budgets of all methods, or write own_budget: true for its own schedule."
+            raise about(f"is null, which is no budget: {way}")
+        return value
+
+    def once(amounts: tuple[int | float, ...]) -> tuple[int | float, ...]:
+        said = [repr(amount) for amount in amounts]
+        if twice := next((amount for amount in said if said.count(amount) > 1), None):
+            raise mistakes(((), f"{word} {twice} is given twice."))
+        return amounts
+
+    return Annotated[Many[Annotated[Any, AfterValidator(read)]], AfterValidator(once), BeforeValidator(given)]
+
+
+Keep, Average = budgets("keep"), budgets("average")
+
+
+# Values that methods and transformers give a meaning to
+
+
+def plain(value: Any) -> Any:
+    """An option of a method or of generation: a scalar, or a list of scalars."""
+    if any(isinstance(x, dict | list) for x in (value if isinstance(value, list) else [value])):
+        raise must_be("a number, text, true, false or null, or a list of them", value)
+    if value == "None":
+        raise about("is the text 'None' in YAML: write null for no value.")
+    return value
+
+
+def attention(value: str) -> str:
+    """A name that transformers knows; one with a slash is a kernel on the hub, which is found when it is loaded."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    known = ["eager", *sorted(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
+    if "/" not in value and value not in known:
+        raise must_be(f"one of {', '.join(known)}, or a kernel owner/name on the hub", value, known)
+    return value
+
+
+def taken(value: Any) -> None:
+    """Refuses a word that the user has no say in."""
+    raise about("is given by vlmprune itself: leave it out.")
+
+
+Plain = Annotated[Any, AfterValidator(plain)]
+Taken = Annotated[Any, AfterValidator(taken)]
+Attention = Annotated[Text, AfterValidator(attention)]
+
+#: Of the generation arguments: keys that are taken, and keys that lmms-eval's tasks have besides transformers' own.
+TAKEN = ("pad_token_id", "return_dict_in_generate", "transformers_version")
+TASKS_OWN = ("until", "max_gen_toks")
+WHOLE = "max_new_tokens max_gen_toks min_new_tokens max_length min_length num_beams top_k no_repeat_ngram_size".split()
+NUMBER = "temperature top_p min_p typical_p repetition_penalty length_penalty max_time".split()
+SWITCH = ("do_sample", "use_cache", "renormalize_logits", "remove_invalid_values")
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(WHOLE, Whole),
+    **dict.fromkeys(NUMBER, Number),
+    **dict.fromkeys(SWITCH, Switch),
+    "num_return_sequences": Annotated[Literal[1], kind("1: several answers to a question are not supported")],
+    "until": Many[AnyText],
+}
+
+
+@cache
+def arguments() -> type[BaseModel]:
+    """Arguments of `generate`, and those that lmms-eval's tasks have besides. Null leaves one to the task."""
+    from transformers import GenerationConfig
+
+    known = sorted(word for word in vars(GenerationConfig()) if word[0] != "_")
+    fields: dict[str, Any] = {word: (KINDS.get(word, Plain) | None, None) for word in (*TASKS_OWN, *known)}
+    fields |= dict.fromkeys(TAKEN, (Taken, None))
+    return create_model("Arguments", __config__=ConfigDict(extra="forbid", protected_namespaces=()), **fields)
+
+
+def generation(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate`, as they were given: a misspelt one would mean nothing."""
+    if given:
+        arguments().model_validate(given)
+    return given
+
+
+def unknown_argument(word: str) -> str:
+    """What to say of a word that is no argument of `generate`."""
+    often = ", ".join((*TASKS_OWN, "max_new_tokens", "do_sample", "temperature", "num_beams"))
+    way = f"It takes the arguments of transformers' generate, and those of lmms-eval's tasks: {often} ..."
+    known = [known for known in arguments().model_fields if known not in TAKEN]
+    return f"unknown generation argument {word!r}.{did_you_mean(word, known)} {way}"
+
+
+Generation = Annotated[dict[str, Any], AfterValidator(generation)]

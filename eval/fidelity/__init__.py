@@ -1,0 +1,1 @@
+"""Agreement with the unpruned model on a user's own pictures, without labels."""

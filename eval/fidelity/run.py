@@ -1,0 +1,141 @@
+"""The measuring of `vlmprune fidelity`, prompt by prompt, into its journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vlmprune.eval.fidelity import measure as fidelity
+from vlmprune.runtime.answering import guarded, patch
+from vlmprune.runtime.errors import CommandError, UserError
+from vlmprune.runtime.loading import model_inputs, strange_pictures, warn_of_photographs
+from vlmprune.runtime.pictures import read_picture
+from vlmprune.runtime.prompts import Pair
+from vlmprune.runtime.status import Bar, note, status
+from vlmprune.runtime.tables import counted
+from vlmprune.spec import Job
+
+if TYPE_CHECKING:
+    from vlmprune.eval.fidelity.journal import Journal
+    from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
+    from vlmprune.runtime.loading import Loaded
+
+__all__ = ["Todo", "measure"]
+
+
+class Todo:
+    """What is to be measured, and what of it the journal has."""
+
+    def __init__(self, journal: Journal, entries: Sequence[StudyEntry], pairs: Sequence[Pair]):
+        self.journal, self.pairs = journal, pairs
+        self.steps = [(entry, seed) for entry in entries for seed in entry.seeds]
+
+    def keys(self, pair: Pair) -> list[str]:
+        """Of the rows of a prompt, in the order of `steps`."""
+        return [self.journal.key(pair.picture, pair.path, pair.prompt, *step) for step in self.steps]
+
+    def left(self) -> list[Pair]:
+        """The prompts that lack a row."""
+        return [pair for pair in self.pairs if any(key not in self.journal.rows for key in self.keys(pair))]
+
+    def rows(self) -> list[StudyRow]:
+        """All rows of the prompts that lack none."""
+        return self.journal.having(map(self.keys, self.pairs))
+
+
+def measure(loaded: Loaded, todo: Todo, batch: int, longest: int, skipped: dict[str, str]) -> bool:
+    """Every prompt under every entry and seed, batch by batch, into the journal; what is there already is left out.
+
+    Args:
+        batch: prompts at a time; halved when memory is short, for the rest of the run.
+        longest: tokens of an answer.
+        skipped: gets the pictures that could not be read, and why.
+
+    Returns:
+        Whether the user interrupted.
+    """
+    left = todo.left()
+    if len(left) < len(todo.pairs):
+        note(f"{counted(len(todo.pairs) - len(left), 'prompt')} of {len(todo.pairs)} measured before")
+    with Bar(len(left)) as bar:
+        try:
+            in_batches(loaded, todo, left, batch, longest, skipped, bar)
+        except KeyboardInterrupt:
+            note("interrupted: reporting on what is finished (--resume goes on)")
+            return True
+    return False
+
+
+def in_batches(
+    loaded: Loaded, todo: Todo, left: list[Pair], batch: int, longest: int, skipped: dict[str, str], bar: Bar
+) -> None:
+    """`measure`, of prompts that lack a row."""
+    ready, waiting = prepared(loaded, left, skipped), []
+    while True:
+        waiting += islice(ready, max(0, batch - len(waiting)))
+        if not waiting:
+            return
+        some, done = waiting[:batch], bar.done
+
+        def tell(step: int, label: str, some: Sequence = some, done: float = done) -> None:
+            status(f"step {step + 1} of {1 + len(todo.steps)}: {label}")
+            bar.at(done + len(some) * step / (1 + len(todo.steps)), sum(pair.picture not in skipped for pair in left))
+
+        try:
+            guarded(one_batch, loaded, todo, some, longest, tell)
+        except CommandError as error:
+            bar.at(done)
+            if batch == 1 or not isinstance(error.__context__, torch.OutOfMemoryError | MemoryError):
+                raise
+            batch = max(1, len(some) // 2)
+            note(f"out of memory: going on with {counted(batch, 'prompt')} at a time")
+            continue
+        bar.at(done + len(some))
+        del waiting[: len(some)]
+
+
+def prepared(loaded: Loaded, pairs: Sequence[Pair], skipped: dict[str, str]) -> Iterator[tuple[Pair, dict[str, Any]]]:
+    """Pairs with the model's inputs, each picture read once; pictures that cannot be read are noted and left out."""
+    name, image, strange = None, None, 0
+    for pair in pairs:
+        if pair.picture in skipped:
+            continue
+        try:
+            if pair.picture != name:
+                name, image = pair.picture, read_picture(pair.path)
+                strange += strange_pictures(loaded, [image])
+            yield pair, model_inputs(loaded, [image], pair.prompt)
+        except UserError as error:
+            skipped[pair.picture] = str(error)
+            note(f"left out: {error}")
+    warn_of_photographs(loaded.source.name, strange)
+
+
+def one_batch(
+    loaded: Loaded, todo: Todo, some: Sequence[tuple[Pair, dict[str, Any]]], longest: int, tell: Callable
+) -> None:
+    """Measure one batch under all entries; the unpruned model answers once for all of them."""
+    tokenizer, journal = loaded.processor.tokenizer, todo.journal
+
+    def text(tokens: list[int]) -> str:
+        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    inputs = fidelity.collate([prompt for _, prompt in some], pad)
+    tell(0, "full model")
+    full = fidelity.reference(loaded.model, inputs, longest)
+    keys = [todo.keys(pair) for pair, _ in some]
+    for step, (entry, seed) in enumerate(todo.steps):
+        if all(mine[step] in journal.rows for mine in keys):
+            continue
+        tell(step + 1, entry.label)
+        with patch(loaded, Job(entry.method, entry.seeded(seed))) as handle:
+            compared = fidelity.compare(handle, inputs, full, longest)
+        made = {}
+        for i, ((pair, _), one, mine) in enumerate(zip(some, compared, keys, strict=True)):
+            said = text(full.answer(i)), text(one.tokens)
+            made[mine[step]] = fidelity.StudyRow(pair.picture, pair.prompt, entry.label, seed, *said, one)
+        journal.add({key: row for key, row in made.items() if key not in journal.rows})

@@ -1,0 +1,1 @@
+"""Evaluation through lmms-eval: the model it finds, the plan of a run, its cells and their store."""

@@ -1,0 +1,133 @@
+"""Kinds of decoder layers: how each makes norm, queries, keys and window, by its own modules.
+
+A kind is chosen by the class of the layer, so that a model whose config says one thing and whose layers are another
+cannot be misread. Modules are called and their weights never read: LoRA, 8 bit and offload stay right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmprune.errors import UnsupportedError
+from vlmprune.parts.attention import split_heads
+
+__all__ = [
+    "LANGUAGE_MODELS",
+    "RotaryLayer",
+    "attention_mask",
+    "counted",
+    "decoder_layer",
+    "sliding_window",
+    "window_of",
+]
+
+#: `model_type` of the language models whose taps were compared with their own eager attention.
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+
+
+@dataclass(frozen=True)
+class RotaryLayer:
+    """A decoder layer of Llama's build: `input_layernorm`, `self_attn` with `q_proj` and `k_proj`, `mlp`."""
+
+    module: nn.Module
+
+    @property
+    def attention(self) -> nn.Module:
+        """The attention block."""
+        return self.module.self_attn
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        """The block behind it."""
+        return self.module.mlp
+
+    @property
+    def index(self) -> int:
+        return self.attention.layer_idx
+
+    @property
+    def scale(self) -> float:
+        return self.attention.scaling
+
+    @property
+    def window(self) -> int | None:
+        return sliding_window(self.attention)
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.module.input_layernorm(hidden)
+
+    def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return self.rotated(split_heads(self.attention.q_proj(rows), self.attention.head_dim), cos, sin)
+
+    def keys(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return self.rotated(split_heads(self.attention.k_proj(rows), self.attention.head_dim), cos, sin)
+
+    def rotated(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """With the rotary embedding, by the function of the attention's own module."""
+        rotate: Callable = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
+        return rotate(x, x[:, :1], cos, sin)[0]
+
+
+LAYERS: dict[str, type[RotaryLayer]] = {
+    "LlamaDecoderLayer": RotaryLayer,
+    "MistralDecoderLayer": RotaryLayer,
+    "Qwen2DecoderLayer": RotaryLayer,
+}
+
+
+def decoder_layer(module: nn.Module) -> RotaryLayer:
+    """What is known of a decoder layer.
+
+    Raises:
+        UnsupportedError: a layer of another class.
+    """
+    for cls in type(module).__mro__:
+        if cls.__name__ in LAYERS:
+            return LAYERS[cls.__name__](module)
+    raise UnsupportedError(
+        f"this patch looks into decoder layers, and {type(module).__name__} is not one that is known "
+        f"({', '.join(LAYERS)}): take a method that cuts before the language model without looking at its layers."
+    )
+
+
+def sliding_window(attention: nn.Module) -> int | None:
+    """The window of a decoder layer's attention in tokens, or None (Mistral keeps it in its config alone)."""
+    return getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+
+
+def attention_mask(
+    layer: nn.Module, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any
+) -> torch.Tensor | None:
+    """The causal mask of decoder layer `index` as the host would build it for these `(batch, length, dim)` inputs.
+
+    `mask` is the 2-D padding mask over everything the layer has cached and `hidden`. Position ids are left out on
+    purpose: gaps in them would be read as packed sequences.
+    """
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+    attention = layer.self_attn
+    make = create_causal_mask if sliding_window(attention) is None else create_sliding_window_causal_mask
+    # asking whether the padding mask could be skipped would wait for the device
+    return make(attention.config, hidden, mask, cache, layer_idx=index, allow_is_causal_skip=mask is None)
+
+
+def counted(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """The `(batch, length)` position ids that count columns, or None where there are none.
+
+    Where the rotary embedding has three axes, `(3, batch, length)` says where a token stands in a picture; in
+    `(4, batch, length)` the first row counts.
+    """
+    if position_ids is None or position_ids.ndim == 2:
+        return position_ids
+    return position_ids[0] if len(position_ids) == 4 else None
+
+
+def window_of(layer: nn.Module) -> int | None:
+    """The window of a decoder layer in tokens, or None."""
+    return sliding_window(layer.self_attn)

@@ -1,0 +1,50 @@
+"""Cases of methods that people compare with, made by their published implementations on made-up tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlmprune.methods.visionzip import zip_view
+from vlmprune.parts.diversity import greedy_diversity, most_apart
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
+CASES = json.loads((GOLDENS / "baselines.json").read_text())["cases"]
+TENSORS = load_file(GOLDENS / "baselines.safetensors")
+
+
+def cases(method: str) -> list:
+    return [pytest.param(case, id=case["name"]) for case in CASES if case["method"] == method]
+
+
+def tensor(case: dict, name: str) -> torch.Tensor:
+    return TENSORS[f"{case['name']}.{name}"]
+
+
+@pytest.mark.parametrize("case", cases("divprune"))
+def test_divprune_picks_in_the_published_order(case):
+    features, picks = tensor(case, "features"), tensor(case, "picks_in_order")
+    everything = torch.ones(1, len(features), dtype=torch.bool)
+    first = most_apart(features[None], everything)
+    _, order = greedy_diversity(features[None], first, [len(picks)], everything, "max_min")
+    assert order[0].tolist() == picks.tolist()
+
+
+@pytest.mark.parametrize("case", cases("visionzip"))
+def test_visionzip_makes_the_published_tokens(case):
+    hidden, row, keys = (tensor(case, name) for name in ("hidden", "cls_attention", "keys"))
+    row = row.sum(0) if row.ndim == 2 else row
+    strong, contextual = case["params"]["dominant"], case["params"]["contextual"]
+    present = torch.ones(1, len(hidden) - 1, dtype=torch.bool)
+    dominant, targets, into, weight = zip_view(row[None], keys[None, 1:], present, [strong], [contextual])
+    assert [0, *(dominant[0].nonzero().flatten() + 1).tolist()] == sorted(tensor(case, "dominant_with_cls").tolist())
+    patches = hidden[None, 1:]
+    merged = patches + torch.zeros_like(patches).scatter_add(
+        1, into[..., None].expand_as(patches), patches * weight[..., None]
+    )
+    made = torch.cat((hidden[:1], patches[0][dominant[0]], merged[0][targets[0]]))
+    torch.testing.assert_close(made, tensor(case, "tokens"))

@@ -1,0 +1,54 @@
+"""What an author of a method imports: `vlmprune.parts`, one line beside the base class."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from vlmprune import parts
+
+ROOT = Path(__file__).parents[2] / "vlmprune"
+METHODS = [*(ROOT / "methods").glob("[!_]*.py"), ROOT / "methods" / "atp" / "method.py"]
+
+
+def imported(path: Path) -> dict[str, list[str]]:
+    """Names by the module of ours that they come from."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    return {n.module: [alias.name for alias in n.names] for n in nodes if n.module.split(".")[0] == "vlmprune"}
+
+
+@pytest.mark.parametrize("path", [p for p in METHODS if p.name != "base.py"], ids=lambda path: path.stem)
+def test_a_method_has_one_import_beside_its_base(path):
+    assert set(imported(path)) - {"vlmprune.methods.atp.modules"} == {"vlmprune.methods.base", "vlmprune.parts"}
+
+
+def test_exports_are_what_their_homes_export():
+    told = imported(ROOT / "parts" / "__init__.py")
+    assert sorted(name for names in told.values() for name in names) == sorted(parts.__all__) == dir(parts)
+    assert set(told) == {f"vlmprune.{home}" for home in parts._HOMES}
+    for home, names in told.items():
+        for name in names:
+            assert getattr(parts, name) is getattr(import_module(home), name)
+    with pytest.raises(ImportError, match="import name 'nothing'"):
+        exec("from vlmprune.parts import nothing")
+
+
+def test_every_export_is_used_or_a_tap_or_for_taps_of_ones_own():
+    used = {name for path in METHODS for name in imported(path).get("vlmprune.parts", [])}
+    used |= set(imported(ROOT / "methods" / "base.py").get("vlmprune.parts.selection", []))
+    rest = {"DecoderLayer", "TowerLayer", "Visible", "attention_mass"}  # what a tap asks and computes with
+    rest |= {"capped", "greedy_diversity", "most_apart", "share"} | set(import_module("vlmprune.parts.taps").__all__)
+    assert set(parts.__all__) - used <= rest, "no method imports these: let `parts/__init__.py` export what one does"
+
+
+def test_parts_know_no_host_and_bring_their_operations():
+    code = (
+        "import sys, torch; from vlmprune.parts import select; print(torch.ops.vlmprune.top_k); "
+        "sys.exit('transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0

@@ -1,0 +1,127 @@
+"""Several pictures, the same ones again, budgets of requests, text among them: batched and cached as vLLM likes."""
+
+from __future__ import annotations
+
+import pytest
+import serving_models
+import torch
+from serving_engine import Prompt, agree, expected, questions, several
+
+pytestmark = pytest.mark.vllm
+
+MODELS = {"scene-llava": ({"keep": 64}, 25, 0.5), "scene-llava-next": ({"keep": 128}, 0.1, 400)}
+
+
+MIXED = [
+    ("scene-llava", "vtc_cls"),
+    ("scene-llava-next", "vtc_cls"),
+    ("scene-llava", "visionzip"),
+    ("scene-llava", "tome"),
+]
+
+
+@pytest.mark.parametrize(("model", "method"), MIXED)
+def test_everything_mixed_in_one_engine(engines, model, method):
+    options, second, third = MODELS[model]
+    if method == "tome":  # at most half of the tokens can go in each of four layers
+        second = 96
+    engine = engines(model, method, **options)
+    one, two = questions(model, 40), several(model, 12)
+    prompts = [prompt.at(keep) for prompt, keep in zip(one, [None, second, third, 1.0] * 10, strict=True)]
+    prompts += [prompt.at(keep) for prompt, keep in zip(two, [None, second, 1.0] * 4, strict=True)]
+    prompts += [Prompt((), prompt.question) for prompt in one[:8]]
+    wanted = expected(model, prompts, method, **options)
+    agree(engine.ask(prompts), wanted)
+    # again, from the caches, and in another order beside other pictures
+    agree(engine.ask(prompts[::-1]), wanted[::-1])
+    asked_anew = [Prompt(prompt.images, "is there a red circle ?", prompt.keep) for prompt in prompts]
+    agree(engine.ask(asked_anew), expected(model, asked_anew, method, **options))
+
+
+def test_several_pictures_of_onevision_have_crops_each(engines, tmp_path):
+    # as vLLM packs them, and transformers where they are not in a list of their own
+    folder = serving_models.save(tmp_path / "onevision", "onevision")
+    prompts = serving_models.prompts(60, pictures=2)
+    found = engines(folder, "fopru", keep=20).ask(prompts)
+    agree(found, expected(folder, prompts, "fopru", nested=False, keep=20))
+
+
+def test_the_picture_decides_what_random_keeps(engines):
+    # on transformers the picture's number in its prompt is added to the seed; here a number made of its content
+    from vllm.multimodal.hasher import MultiModalHasher
+
+    prompts = questions("scene-llava")
+    engine = engines("scene-llava", "random", keep=64, seed=3)
+    found = engine.ask(prompts)
+    algorithm = engine.llm.llm_engine.model_config.multimodal_config.mm_hasher_algorithm
+    wanted = []
+    for prompt in prompts:
+        number = int(MultiModalHasher.hash_kwargs(algorithm, image=prompt.images[0])[:10], 16)
+        wanted += expected("scene-llava", [prompt], "random", keep=64, seed=3 + number)
+    agree(found, wanted)
+    # beside others, and in both orders, a picture keeps what it keeps alone
+    agree(engine.ask(prompts[:6]), found[:6])
+    pairs, seen = several("scene-llava", 9), []
+    rows = engine.inner.embed_multimodal
+    engine.inner.embed_multimodal = lambda **kwargs: seen.extend(rows(**kwargs)) or seen[-len(kwargs["pixel_values"]) :]
+    try:
+        for prompt in pairs:
+            engine.llm.reset_mm_cache()
+            engine.llm.llm_engine.reset_encoder_cache()
+            engine.llm.reset_prefix_cache()
+            engine.ask([prompt])
+    finally:
+        del engine.inner.embed_multimodal
+    assert len({tuple(row.flatten().tolist()) for row in seen}) == len(
+        {p.tobytes() for prompt in pairs for p in prompt.images}
+    )
+
+
+@pytest.mark.parametrize("keep", [0, -3, 1.5, "x", True, [4], 0.0])
+def test_a_wrong_budget_is_an_error_of_that_request_alone(engines, keep):
+    engine = engines("scene-llava", "vtc_cls", keep=64)
+    prompts = questions("scene-llava", 3)
+    with pytest.raises(ValueError, match="vlmprune_keep="):
+        engine.ask([prompts[0].at(keep)])
+    agree(engine.ask(prompts), expected("scene-llava", prompts, "vtc_cls", keep=64))
+
+
+def test_surplus_rows_are_an_error(engines):
+    # vLLM cuts them off without a word
+    engine = engines("scene-llava", "vtc_cls", keep=64)
+    side, note = engine.inner.config.vision_config.image_size, torch.tensor([[float("nan"), 0.0, 63.0, 0.0]])
+    pixels = torch.zeros(1, 3, side, side)
+    with pytest.raises(RuntimeError, match="64 tokens stay of a picture with 63 placeholders"):
+        engine.inner.embed_multimodal(pixel_values=pixels, vlmprune_keep=note)
+    with pytest.raises(RuntimeError, match="without what the front end notes"):
+        engine.inner.embed_multimodal(pixel_values=pixels)
+
+
+def test_the_tower_encodes_no_more_at_once_than_unpruned(engines):
+    model = engines("scene-llava", "vtc_cls", keep=64).inner
+    side = model.config.vision_config.image_size
+    pixels = torch.randn(9, 3, side, side, generator=torch.Generator().manual_seed(0))
+    note = torch.tensor([[float("nan"), 0.0, 64.0, 0.0]]).expand(9, -1)
+    whole, batches = model.embed_multimodal(pixel_values=pixels, vlmprune_keep=note), []
+    handle = model.vision_tower.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
+    before, model.most = model.most, 2 * 256 + 100
+    try:
+        parts = model.embed_multimodal(pixel_values=pixels, vlmprune_keep=note)
+    finally:
+        model.most = before
+        handle.remove()
+    assert batches == [2, 2, 2, 2, 1]
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_hashes_tell_settings_apart(engines):
+    from vllm.multimodal.processing.inputs import ProcessorInputs
+
+    prompt, found = questions("scene-llava", 1), []
+    for options in ({"keep": 64}, {"keep": 64, "start_layer": 1}):
+        engine = engines("scene-llava", "vtc_cls", **options)
+        made = engine.llm.llm_engine.renderer.mm_processor
+        items = made.info.parse_mm_data({"image": list(prompt[0].images)})
+        found.append(made._get_mm_hashes(ProcessorInputs([1], items))["image"][0])
+    assert found[0] != found[1]

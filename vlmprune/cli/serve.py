@@ -1,0 +1,105 @@
+"""`vlmprune serve`: vLLM's OpenAI-compatible server with a pruned model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated
+
+from typer import Context, Option
+
+from vlmprune.cli import flags
+from vlmprune.runtime.errors import UserError, user_mistakes
+from vlmprune.runtime.status import note
+
+__all__ = ["COMMAND", "verb"]
+
+EXAMPLES = """\
+examples:
+  vlmprune serve --model llava-hf/llava-1.5-7b-hf --method vtc_cls --keep 64
+  vlmprune serve --model scene-llava --method fopru --keep 0.25 --port 8001 --dtype float32
+  vlmprune serve --model llava-hf/llava-v1.6-mistral-7b-hf --method divprune --keep 10% --tensor-parallel-size 2
+
+What is not told here goes to vLLM as it is. A request brings its own budget as "mm_processor_kwargs":
+{"vlmprune_keep": 25}. Which methods can be served: vlmprune ls methods
+"""
+TRUST, NO_TRUST = "--trust-request-mm-kwargs", "--no-trust-request-mm-kwargs"
+SERVER = "vllm.entrypoints.openai.api_server"
+
+
+class ServeCommand(flags.Verb):
+    """Flags of vLLM's server pass through."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.context_settings |= {"ignore_unknown_options": True, "allow_extra_args": True}
+
+
+COMMAND = ServeCommand
+
+
+def verb(
+    context: Context,
+    model: Annotated[str, flags.MODEL],
+    method: Annotated[str, Option(metavar="NAME", help="the method (a+b: one after the other)")],
+    keep: Annotated[str | None, Option(metavar="N", help="patches per image (64), or a fraction (0.1 or 10%)")] = None,
+    average: Annotated[str | None, Option(metavar="N", help="the same; of served methods both mean one thing")] = None,
+    option: flags.Options = [],  # noqa: B006 - typer copies it
+) -> None:
+    """Serve a pruned model by vLLM's OpenAI-compatible server; takes all flags of vLLM's own."""
+    from vlmprune.spec import read_budget
+
+    flags.one_of(keep=keep, average=average)
+    options = flags.options_of(option)
+    with user_mistakes():
+        for word, given in (("keep", keep), ("average", average)):
+            if given is not None:
+                options[word] = read_budget(given, word)
+    command = command_for(model, method, options, context.args)
+    note(f"starting {' '.join(command[:4])} ...")
+    sys.stdout.flush()
+    os.execv(command[0], command)  # so that signals are the server's
+
+
+def command_for(model: str, method: str, options: dict, rest: Sequence[str]) -> list[str]:
+    """The command that serves a model: what is not ours goes to vLLM as it is.
+
+    Raises:
+        UserError: there is no vLLM, something that cannot be served, or a flag that is ours to set.
+    """
+    from vlmprune import embedded
+    from vlmprune.serving.settings import check_version
+    from vlmprune.vllm import overrides
+
+    for flag in ("--hf-overrides", "--model"):
+        if has(flag, rest):
+            raise UserError(f"{flag} cannot be given to vLLM here: vlmprune serve sets it.")
+    place = str(embedded.path(model)) if model in embedded.NAMES else model
+    with user_mistakes():
+        check_version()
+        made = overrides(place, method, **options)["hf_overrides"]
+    command = [*server(place), "--hf-overrides", json.dumps(made)]
+    if place != model and not has("--served-model-name", rest):
+        command += ["--served-model-name", model]
+    if not has(TRUST, rest) and not has(NO_TRUST, rest):
+        command.append(TRUST)  # a request may bring its own budget
+    return command + list(rest)
+
+
+def has(flag: str, given: Sequence[str]) -> bool:
+    """Whether a flag is among those given, as `--flag`, `--flag=value` or with underscores."""
+    return any(text.partition("=")[0].replace("_", "-") == flag for text in given)
+
+
+def server(place: str) -> list[str]:
+    """vLLM's server for a model: `vllm serve` where that command works, else the module behind it."""
+    found = shutil.which("vllm", path=os.path.dirname(sys.executable))
+    try:
+        metadata.version("vllm")  # its command asks for that, and dies in builds of another name
+    except metadata.PackageNotFoundError:
+        found = None
+    return [found, "serve", place] if found else [sys.executable, "-m", SERVER, "--model", place]

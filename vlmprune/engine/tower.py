@@ -1,0 +1,313 @@
+"""The hooks inside the vision tower: they measure taps, merge tokens, and leave what was seen on its output.
+
+`BeforeTower` puts a frame into the keyword arguments, the host hands these to every layer, `BeforeTowerLayer` takes it
+out and measures, `AfterTower` leaves what was seen on the output object, which comes back with the image features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, Seen
+from vlmprune.engine.placement import check_device, loaded
+from vlmprune.engine.plan import Hook, Plan, handed
+from vlmprune.engine.watch import Watch
+from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
+from vlmprune.parts.cuts import Pick, ProjectorCut, TowerCut, Vision
+from vlmprune.parts.layout import ImageGrid, Views
+from vlmprune.parts.merging import flow
+from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap
+from vlmprune.patches.tagged import untag
+from vlmprune.patches.towers import tower_layer
+
+__all__ = [
+    "AfterKeys",
+    "AfterTower",
+    "AfterTowerAttention",
+    "BeforeTower",
+    "BeforeTowerAttention",
+    "BeforeTowerLayer",
+]
+
+
+class TowerFrame:
+    """One pass through the vision tower: taps, and what cuts inside it have merged.
+
+    Attributes:
+        note: where `seen` goes if not on the output; of the pixels (see `Tagged`).
+        grids: layouts of the images or videos, where a cut behind the tower wants them.
+        seen: measured taps.
+        sizes: `(views, tokens)` float, patches that every token stands for; None before the first cut.
+        place: `(views, original tokens)` long, the token that each original one is part of; None before the first cut.
+        places: the same at the input of every layer, after the cuts there.
+        inputs: by layer, what it reads after the cuts there, where the host may note something else as its input.
+        inside: the last layer's cut between its two blocks, if it had one.
+    """
+
+    def __init__(self, plan: Plan, note: Any = None, grids: list[ImageGrid] | None = None):
+        self.plan, self.has_cls, self.note, self.grids = plan, plan.facts.has_cls, note, grids
+        self.seen: dict[Tap, torch.Tensor] = {}
+        self.keys: dict[int, torch.Tensor] = {}
+        self.sizes: torch.Tensor | None = None
+        self.place: torch.Tensor | None = None
+        self.places: list[torch.Tensor | None] = []
+        self.inputs: dict[int, torch.Tensor] = {}
+        self.inside: Inside | None = None
+        self.weigh = False
+
+    def enter(
+        self, index: int, layer: nn.Module, hidden: torch.Tensor, rest: tuple, kwargs: dict
+    ) -> tuple[tuple, dict]:
+        """Do all that is to be done at the input of tower layer `index`; returns its new arguments."""
+        check_first_run(index, len(self.places))
+        self.check_inside()
+        check_device(layer, hidden)
+        for tap in self.plan.measured:
+            if tap.layer == index:
+                with torch.no_grad(), loaded(layer):  # scores choose tokens; nothing is learned through them
+                    self.seen[tap] = tap.measure(tower_layer(layer), hidden.detach(), self.has_cls)
+        hidden = self.merge(Vision(index), hidden)
+        self.places.append(self.place)
+        if self.weigh:
+            bias = self.sizes.log().to(hidden.dtype)[:, None, None]
+            rest, kwargs = rest[1:], kwargs | {"attention_mask": bias}
+        for cut in self.plan.tower_cuts:
+            if cut.at == Vision(index, inside=True):
+                self.inputs[index], self.inside = hidden, Inside(self, cut, layer, rest, kwargs)
+                return self.inside.hand_over(hidden)
+        return (hidden, *rest), kwargs
+
+    def check_inside(self) -> None:
+        """Raise if the cut inside the layer that ran last has not run: that layer then saw nothing but zeros."""
+        if self.inside is not None and self.inside.decided is None:
+            raise CutNotRunError(
+                f"the cut inside tower layer {len(self.places) - 1} did not run: what it was to merge did not reach "
+                "that layer's attention."
+            )
+
+    def merge(self, at: Vision, hidden: torch.Tensor) -> torch.Tensor:
+        """Do the cuts of one place on `(views, tokens, dim)`."""
+        for cut in self.plan.tower_cuts:
+            if cut.at == at:
+                hidden = self.inputs[at.layer] = means(hidden, *self.decide(cut, hidden))
+        return hidden
+
+    def decide(self, cut: TowerCut, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """What a cut merges of `(views, tokens, dim)`: the arguments of `means`."""
+        views, tokens, _ = hidden.shape
+        with torch.no_grad():
+            if self.sizes is None:
+                kind = torch.promote_types(hidden.dtype, torch.float32)
+                self.sizes = torch.ones(views, tokens, dtype=kind, device=hidden.device)
+                self.place = torch.arange(tokens, device=hidden.device).expand(views, -1)
+            clusters = cut.reduce({tap: self.look(tap, hidden) for tap in cut.see}, self.sizes)
+            into = clusters.into
+            sizes = self.sizes.new_zeros(views, clusters.count).scatter_add(1, into, self.sizes)
+            share = self.sizes / sizes.gather(1, into)
+            self.sizes, self.weigh, self.place = sizes, cut.weigh, into.gather(1, self.place)
+        return into, share, clusters.count
+
+    def pick(self, cut: ProjectorCut, output: Any) -> None:
+        """Run a cut between tower and projector: exchange what its anchors stand for in the feature layers."""
+        features = output.hidden_states[self.plan.facts.feature_layer + 1].detach()
+        with torch.no_grad():
+            pick: Pick = cut.reduce({tap: self.look(tap, features) for tap in cut.see}, Views(self.grids))
+        if pick.merge is not None:  # hosts hand out the layers that become features and no others
+            output.hidden_states = tuple(h if h is None else flow(h, pick.merge) for h in output.hidden_states)
+        self.seen[Kept()] = pick.keep
+
+    def look(self, tap: Tap, hidden: torch.Tensor) -> torch.Tensor:
+        """What a cut sees that works on `(views, tokens, dim)`; keys are read once, for a cut merges their tokens."""
+        if isinstance(tap, BlockKeys):
+            return self.keys.pop(tap.layer)
+        return hidden if isinstance(tap, Hidden) else self.seen[tap]
+
+    def finish(self, output: Any) -> None:
+        """Do all that is to be done behind the last layer, and leave what was seen on the output."""
+        self.check_inside()
+        if self.plan.tower_cuts:
+            self.unmerge(output)
+        for cut in self.plan.projector_cuts:
+            self.pick(cut, output)
+        self.look_behind(output)
+        # a host that hands on bare tensors takes the note instead of the output
+        noted = output if self.note is None else self.note
+        setattr(noted, SEEN, Seen(self.plan, self.seen))
+
+    def unmerge(self, output: Any) -> None:
+        """Give every original position its cluster's token in all that the tower hands out."""
+        output.last_hidden_state = spread(output.last_hidden_state, self.place)
+        # entry i of hidden_states is the input of layer i, the last one what leaves the tower's layers; a cut at
+        # either comes too late for the host, which noted what it got
+        last = len(self.places)
+        if any(cut.at == Vision(last) for cut in self.plan.tower_cuts):
+            self.merge(Vision(last), output.hidden_states[-1])
+        self.places.append(self.place)
+        inputs = [h if h is None else self.inputs.get(i, h) for i, h in enumerate(output.hidden_states)]
+        output.hidden_states = tuple(spread(h, place) for h, place in zip(inputs, self.places, strict=True))
+
+    def look_behind(self, output: Any) -> None:
+        """Measure what can be seen behind the last layer alone."""
+        for tap in self.plan.tower_taps:
+            if tap.layer == self.plan.facts.tower_layers:  # what becomes the features
+                with torch.no_grad():
+                    self.seen[tap] = tap.measure(None, output.hidden_states[-1].detach(), self.has_cls)
+        if ClusterOf() in self.plan.tower_taps:
+            self.seen[ClusterOf()] = self.cluster_of(output.last_hidden_state)[:, int(self.has_cls) :]
+
+    def cluster_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(views, original tokens)` long, the token of the feature layer that each original one is part of."""
+        place = self.places[self.plan.facts.feature_layer + 1] if self.plan.tower_cuts else None
+        return torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1) if place is None else place
+
+
+def means(hidden: torch.Tensor, into: torch.Tensor, share: torch.Tensor, count: int) -> torch.Tensor:
+    """Weighted means of `(views, tokens, dim)`: `(views, count, dim)`.
+
+    Args:
+        into: `(views, tokens)` long, the cluster of every token.
+        share: `(views, tokens)` float, its weight there.
+    """
+    parts = hidden.to(share.dtype) * share[..., None]
+    merged = parts.new_zeros(len(parts), count, hidden.shape[-1])
+    return merged.scatter_add(1, wide(into, hidden), parts).to(hidden.dtype)
+
+
+class Inside:
+    """A cut between the attention and the feed-forward block of a tower layer, in one call of that layer.
+
+    The layer keeps its input to add the attention's output to it, so it gets one row of zeros as its input: its
+    attention is handed the real one, and writes what is left of the sum. To zeros that is added exactly.
+
+    Where the layer runs again for its gradients, the decision of the first run stands.
+    """
+
+    def __init__(self, frame: TowerFrame, cut: TowerCut, layer: nn.Module, rest: tuple, kwargs: dict):
+        self.frame, self.cut, self.norm = frame, cut, tower_layer(layer).normed
+        self.kwargs = dict(kwargs)
+        self.mask = rest[0] if rest else self.kwargs.pop("attention_mask", None)
+        self.decided: tuple[torch.Tensor, torch.Tensor, int] | None = None
+
+    def hand_over(self, hidden: torch.Tensor) -> tuple[tuple, dict]:
+        """The layer's arguments for its real input `(views, tokens, dim)`.
+
+        That travels in the attention mask's place: re-entrant checkpointing sees positional tensors alone.
+        """
+        return (hidden.new_zeros(len(hidden), 1, hidden.shape[-1]), hidden), self.kwargs | {INSIDE: self}
+
+    def merge(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Merge what the attention and the layer's input add up to, `(views, tokens, dim)`."""
+        if self.decided is None:
+            self.decided = self.frame.decide(self.cut, hidden)
+        return means(hidden, *self.decided)
+
+
+def spread(hidden: torch.Tensor | None, place: torch.Tensor | None) -> torch.Tensor | None:
+    """`(views, clusters, dim)`, or None, back to `(views, original tokens, dim)`."""
+    return hidden if hidden is None or place is None else hidden.gather(1, wide(place, hidden))
+
+
+def wide(index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """`(views, entries)` numbers of tokens as an index into the rows of `(views, tokens, dim)`."""
+    return index[..., None].expand(-1, -1, hidden.shape[-1])
+
+
+@dataclass
+class BeforeTower(Hook):
+    """Pre-hook of the tower: starts a frame in the calls of its own model, which says so."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        pixels, rest, kwargs = handed(args, kwargs, "pixel_values")
+        pixels, note = untag(pixels)
+        call = kwargs.get(OWNER) if note is None else note
+        if not self.owns(call):
+            return None
+        kwargs.pop(OWNER, None)
+        for cut in self.plan.pixel_cuts:
+            pixels = cut.reduce(pixels)
+        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note, call.grids)}
+
+
+@dataclass
+class BeforeTowerLayer(Hook):
+    """Pre-hook of a tower layer: takes the frame out and lets it measure and merge."""
+
+    index: int
+    watching: Watch | None = None
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self.watching is not None:
+            self.watching.end()
+        if not self.owns(kwargs.get(FRAME)):
+            return None
+        frame = kwargs.pop(FRAME)
+        changed = frame.enter(self.index, module, *handed(args, kwargs))
+        if self.watching is not None:
+            self.check_keys(module)
+            self.watching.begin(frame)
+        return changed
+
+    def check_keys(self, layer: nn.Module) -> None:
+        """Refuse a layer whose keys would not be seen."""
+        hooks = tower_layer(layer).key_projection._forward_hooks.values()
+        if not any(isinstance(hook, AfterKeys) and self.owns(hook) for hook in hooks):
+            raise UnsupportedError(
+                f"the key projection of tower layer {self.index} was replaced after patching (an adapter came "
+                "or went), and merging in the tower reads the keys there: patch the model again."
+            )
+
+
+@dataclass
+class BeforeTowerAttention(Hook):
+    """Pre-hook of a tower layer's attention with a cut behind it: gives it the layer's real input (see `Inside`)."""
+
+    watching: Watch
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self.watching.end()
+        inside = kwargs.get(INSIDE)
+        if inside is None or not self.owns(inside.frame):
+            return None
+        hidden = kwargs["attention_mask"]
+        self.watching.begin((inside, hidden))
+        changed = {"hidden_states": inside.norm(hidden), "attention_mask": inside.mask}
+        return (), {name: value for name, value in kwargs.items() if name != INSIDE} | changed
+
+
+@dataclass
+class AfterTowerAttention(Hook):
+    """Hook of a tower layer's attention with a cut behind it: merges (see `Inside`)."""
+
+    watching: Watch
+
+    def __call__(self, module: nn.Module, args: tuple, output: tuple) -> tuple | None:
+        if (watched := self.watching.frame(last=True)) is None:
+            return None
+        inside, hidden = watched
+        return inside.merge(hidden + output[0]), *output[1:]
+
+
+@dataclass
+class AfterKeys(Hook):
+    """Hook of a tower layer's key projection: keeps the head-mean keys for a cut behind this layer."""
+
+    index: int
+    watching: Watch
+    heads: int
+
+    def __call__(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        if (frame := self.watching.frame(last=True)) is not None:
+            frame.keys[self.index] = output.detach().unflatten(-1, (self.heads, -1)).mean(-2)
+
+
+@dataclass
+class AfterTower(Hook):
+    """Hook of the tower: leaves what was seen on its output."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.owns(frame := kwargs.get(FRAME)):
+            frame.finish(output)

@@ -1,0 +1,164 @@
+"""What methods are composed of: pure tensor code that knows no host and no engine, under any transformers.
+
+`from vlmprune.parts import ...` has what an author of a method needs. Each name is imported when it is first asked for,
+so that what reads budgets or options alone does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+_HOMES = ("errors", *(f"parts.{x}" for x in ("attention", "budget", "cells", "cuts", "diversity", "facts")))
+_HOMES += tuple(
+    f"parts.{x}" for x in ("layers", "layout", "merging", "options", "scores", "selection", "taps", "templates")
+)
+
+if TYPE_CHECKING:
+    from vlmprune.errors import UnsupportedError
+    from vlmprune.parts.attention import Visible, attention_mass, upcast
+    from vlmprune.parts.budget import HAIR, count, floored, share
+    from vlmprune.parts.cells import image_cells
+    from vlmprune.parts.cuts import (
+        AnyCut,
+        Clusters,
+        Cut,
+        Decoder,
+        Merge,
+        Pick,
+        PixelCut,
+        Positions,
+        ProjectorCut,
+        Reduction,
+        TowerCut,
+        Vision,
+        schedule_layers,
+    )
+    from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse
+    from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, scale_tower_layer
+    from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
+    from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
+    from vlmprune.parts.merging import first_of_cluster, gather_to, match_alternating, match_energy, spread_evenly
+    from vlmprune.parts.options import Must, Seed, Share, ascending, falling, is_number, is_whole
+    from vlmprune.parts.scores import Ensemble, ensemble_scores, random_scores
+    from vlmprune.parts.selection import (
+        AnyNewlines,
+        Newlines,
+        Scope,
+        candidates,
+        capped,
+        keep_patches,
+        select,
+        select_rows,
+        stride,
+        top_k,
+    )
+    from vlmprune.parts.taps import (
+        BlockKeys,
+        BlockTap,
+        ClsLogits,
+        ClusterOf,
+        CrossShare,
+        DecoderTap,
+        Distinctness,
+        Hidden,
+        Kept,
+        ReceivedAttention,
+        Seen,
+        Tap,
+        TextAttention,
+        TowerTap,
+        VisionAttention,
+    )
+    from vlmprune.parts.templates import system_prefix
+
+__all__ = [
+    "HAIR",
+    "AnyCut",
+    "AnyNewlines",
+    "BlockKeys",
+    "BlockTap",
+    "ClsLogits",
+    "ClusterOf",
+    "Clusters",
+    "CrossShare",
+    "Cut",
+    "Decoder",
+    "DecoderLayer",
+    "DecoderTap",
+    "Distinctness",
+    "Ensemble",
+    "Hidden",
+    "ImageGrid",
+    "Kept",
+    "Layout",
+    "Merge",
+    "ModelFacts",
+    "Must",
+    "Newlines",
+    "Pick",
+    "PixelCut",
+    "Positions",
+    "ProjectorCut",
+    "ReceivedAttention",
+    "Reduction",
+    "Scene",
+    "Scope",
+    "Seed",
+    "Seen",
+    "Share",
+    "Tap",
+    "TextAttention",
+    "TowerCut",
+    "TowerLayer",
+    "TowerTap",
+    "UnsupportedError",
+    "Views",
+    "Visible",
+    "Vision",
+    "VisionAttention",
+    "ascending",
+    "attention_mass",
+    "candidates",
+    "capped",
+    "check_layer",
+    "count",
+    "ensemble_scores",
+    "falling",
+    "first_of_cluster",
+    "floored",
+    "gather_to",
+    "greedy_diversity",
+    "image_cells",
+    "is_number",
+    "is_whole",
+    "keep_patches",
+    "match_alternating",
+    "match_energy",
+    "most_apart",
+    "need_cls",
+    "random_scores",
+    "scale_tower_layer",
+    "schedule_layers",
+    "select",
+    "select_diverse",
+    "select_rows",
+    "share",
+    "spread_evenly",
+    "stride",
+    "system_prefix",
+    "top_k",
+    "upcast",
+    "upload",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        for home in (import_module(f"vlmprune.{home}") for home in _HOMES):
+            if name in home.__all__:
+                value = globals()[name] = getattr(home, name)
+                return value
+    raise AttributeError(f"module 'vlmprune.parts' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

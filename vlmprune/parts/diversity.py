@@ -1,0 +1,85 @@
+"""Greedy diverse subsets: one pick at a time, each in O(tokens), for all images at once."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
+from vlmprune.parts.attention import upcast
+from vlmprune.parts.budget import count
+from vlmprune.parts.cuts import Reduction
+from vlmprune.parts.layout import Layout, upload
+from vlmprune.parts.selection import AnyNewlines, candidates, capped, keep_patches
+
+__all__ = ["Objective", "greedy_diversity", "most_apart", "select_diverse"]
+
+CHUNK = 256  # rows of a cosine matrix that exist at one time
+
+Objective = Literal["max_sum", "max_min", "log_det"]
+
+
+def greedy_diversity(
+    features: torch.Tensor, first: torch.Tensor, counts: list[int], candidates: torch.Tensor, objective: Objective
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pick mutually dissimilar tokens by cosine distance, starting from a given one.
+
+    "max_sum" picks the token with the smallest sum of cosines to all picked ones; "max_min" (k-center, farthest first)
+    the one whose nearest picked token is farthest; "log_det" the one farthest from the span of the picked ones (a
+    determinantal point process on the cosines). Ties go to the lower index. No device sync.
+
+    Args:
+        features: `(images, tokens, dim)`.
+        first: `(images,)` long, the first pick of every image.
+        counts: picks per image, the first included; at most the image's candidates.
+        candidates: `(images, tokens)` bool.
+
+    Returns:
+        `(images, tokens)` bool mask of the picks, and `(images, max(counts))` long their order (arbitrary past an
+        image's count).
+    """
+    budget = upload(counts, features.device)
+    return torch.ops.vlmprune.greedy(features, first, budget, candidates, objective, max(counts, default=0))
+
+
+def most_apart(features: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """The candidate whose most similar other candidate is least similar, by cosine; ties go to the lower index.
+
+    Args:
+        features: `(images, tokens, dim)`.
+        candidates: `(images, tokens)` bool.
+
+    Returns:
+        `(images,)` long.
+    """
+    unit = torch.nn.functional.normalize(upcast(features), dim=-1)
+    number = torch.arange(unit.shape[1], device=unit.device)
+    nearest = []
+    for rows in number.split(CHUNK):
+        cosine = unit[:, rows] @ unit.transpose(-1, -2)
+        others = candidates[:, None] & (rows[:, None] != number)
+        nearest.append(cosine.masked_fill(~others, -torch.inf).amax(-1))
+    return torch.cat(nearest, 1).masked_fill(~candidates, torch.inf).argmin(1)
+
+
+def select_diverse(
+    features: torch.Tensor,
+    first: torch.Tensor | None,
+    keep: int | float,
+    layout: Layout,
+    newlines: AnyNewlines,
+    objective: Objective,
+) -> Reduction:
+    """Keep mutually dissimilar tokens of every image (`greedy_diversity`).
+
+    Args:
+        features: `(images, tokens, dim)`.
+        first: `(images,)` long, the first pick of every image; None starts from the candidate that is `most_apart`.
+        keep: budget in patches per image or video (tokens for `newlines="candidates"`).
+    """
+    among, totals, available = candidates(layout, newlines)
+    counts = [count(keep, total) for total in totals]
+    first = most_apart(features, among) if first is None else first
+    picked, _ = greedy_diversity(features, first, counts, among, objective)
+    return keep_patches(picked & among, layout, capped(counts, available), newlines)

@@ -1,0 +1,60 @@
+"""What methods know of a model: numbers, and no module. And how a user's layer numbers fit them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmprune.errors import UnsupportedError
+
+__all__ = ["ModelFacts", "check_layer", "need_cls", "scale_tower_layer"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The facts about a model that methods choose their layers by.
+
+    Attributes:
+        family: the model's `model_type`.
+        tower_layers: number of layers of the vision tower.
+        feature_layer: 0-based tower layer whose output becomes the visual features.
+        has_cls: whether the tower has a [CLS] token.
+        decoder_layers: number of layers of the language model.
+        views: whether one image may have several views (thumbnail and crops).
+        view_patches: patches of one view.
+    """
+
+    family: str
+    tower_layers: int
+    feature_layer: int
+    has_cls: bool
+    decoder_layers: int
+    views: bool
+    view_patches: int
+
+
+def scale_tower_layer(layer: int, facts: ModelFacts) -> int:
+    """Scale tower layer `layer` of a 24-layer tower to this tower: round(layer * L / 24), at most L - 2."""
+    return max(0, min(round(layer * facts.tower_layers / 24), facts.tower_layers - 2))
+
+
+def check_layer(name: str, layer: int, layers: int, lowest: int = 0) -> int:
+    """Check a user's layer number (negative counts from the end) and return it as an index.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: out of range.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise TypeError(f"{name}={layer!r} must be an int.")
+    index = layer + layers if layer < 0 else layer
+    if not lowest <= index < layers:
+        raise ValueError(f"{name}={layer} is out of range: this model allows {lowest}..{layers - 1}.")
+    return index
+
+
+def need_cls(method: str, facts: ModelFacts, way_out: str) -> None:
+    """Raise UnsupportedError if the tower has no [CLS] token; `way_out` names the documented fallback."""
+    if not facts.has_cls:
+        raise UnsupportedError(
+            f"{method} reads the attention of the tower's [CLS] token, and this tower has none; {way_out}."
+        )

@@ -1,0 +1,76 @@
+"""What a tap may ask of a layer, and of what is left of a prompt where it measures: hosts and engine answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlmprune.parts.layout import Layout
+
+__all__ = ["DecoderLayer", "Remaining", "Scene", "TowerLayer"]
+
+
+class TowerLayer(Protocol):
+    """A layer of a vision tower, as far as taps ask: what attention is computed from, by the layer's own modules."""
+
+    scale: float
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the layer's input `(views, tokens, dim)`."""
+
+    def queries(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(views, heads, rows, head dim)` of normed rows `(views, rows, dim)`."""
+
+    def keys(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(views, key heads, rows, head dim)` of normed rows `(views, rows, dim)`."""
+
+
+class DecoderLayer(Protocol):
+    """A layer of a language model, as far as taps ask; `window` is its sliding window in tokens, or None."""
+
+    index: int
+    scale: float
+    window: int | None
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the attention reads of the layer's input `(batch, length, dim)`."""
+
+    def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`(batch, heads, rows, head dim)` of normed rows and their rotary embedding `(batch, rows, head dim)`."""
+
+    def keys(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`(batch, key heads, rows, head dim)`, as the cache holds them."""
+
+
+class Remaining(Protocol):
+    """What is left of a prompt batch where a tap measures; `bias` `(batch, length)` is of soft masks, or None."""
+
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    bias: torch.Tensor | None
+
+    def asked(self) -> torch.Tensor:
+        """`(batch, length)` bool of the entries that methods may look at."""
+
+    def index_of(self, layout: Layout) -> torch.Tensor:
+        """`(images, tokens)` entry of every visual token."""
+
+
+class Scene(Protocol):
+    """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are.
+
+    `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most;
+    `text_before` is the most that any row has in front of its first one.
+    """
+
+    sequence: Remaining
+    layout: Layout
+    text_after: tuple[torch.Tensor, int]
+    text_before: int
+
+    def past_keys(self, layer: DecoderLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The keys that a decoder layer holds in front of the sequence, or None, and which keys of both are real."""
+
+    def flat_index(self) -> torch.Tensor:
+        """`(images, tokens)` index of every visual token into the flattened `(batch * length)` sequence."""

@@ -1,0 +1,167 @@
+"""Merging tokens in the vision tower and behind it. Everything here is a pure function of tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional
+
+from vlmprune.parts.attention import upcast
+from vlmprune.parts.cuts import Clusters, Merge
+from vlmprune.parts.layout import Layout
+
+__all__ = ["energy", "first_of_cluster", "flow", "gather_to", "match_alternating", "match_energy", "spread_evenly"]
+
+CHUNK = 256  # rows of a cosine matrix that exist at one time
+
+
+def spread_evenly(removed: int, layers: int) -> list[int]:
+    """Tokens to remove per layer: as equal as whole numbers allow, the larger ones first."""
+    base, extra = divmod(removed, layers)
+    return [base + (i < extra) for i in range(layers)]
+
+
+def assign(
+    order_a: torch.Tensor,
+    order_b: torch.Tensor,
+    similarity: torch.Tensor,
+    removed: int,
+    protected: torch.Tensor | None,
+    in_order: bool = True,
+) -> Clusters:
+    """Merge the `removed` tokens of A with the most similar partner into that partner.
+
+    New order: what is protected, what is left of A, B.
+
+    Args:
+        order_a, order_b: `(views, a)` and `(views, b)` long token numbers of the two sides.
+        similarity: `(views, a, b)`.
+        protected: `(views, p)` long, tokens in neither side, or None.
+        in_order: what is left of A keeps A's order; else the more similar its partner, the earlier a token comes.
+    """
+    views, tokens_a, tokens_b = similarity.shape
+    best, partner = similarity.max(-1)
+    rank = best.sort(dim=-1, descending=True, stable=True).indices
+    gone, left = rank[:, :removed], rank[:, removed:]
+    left = left.sort(dim=-1).values if in_order else left
+    first = 0 if protected is None else protected.shape[1]
+    tokens = first + tokens_a + tokens_b
+    into = torch.empty(views, tokens, dtype=torch.long, device=similarity.device)
+    number = torch.arange(tokens, device=similarity.device).expand(views, -1)
+    if protected is not None:
+        into.scatter_(1, protected, number[:, :first])
+    start_b = first + tokens_a - removed
+    into.scatter_(1, order_a.gather(1, left), number[:, first:start_b])
+    into.scatter_(1, order_b, number[:, start_b : start_b + tokens_b])
+    into.scatter_(1, order_a.gather(1, gone), start_b + partner.gather(1, gone))
+    return Clusters(into, start_b + tokens_b)
+
+
+def match_alternating(metric: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
+    """ToMe's bipartite matching: even positions against odd ones, the [CLS] token left out.
+
+    The new order, on which the next matching hangs, is the released code's: it sorts what is left of the even ones only
+    where that brings a [CLS] token to the front.
+
+    Args:
+        metric: `(views, tokens, dim)`, compared by cosine.
+        removed: tokens to merge away, at most half of the patches.
+    """
+    x = functional.normalize(upcast(metric), dim=-1)
+    views, tokens, _ = x.shape
+    number = torch.arange(tokens, device=x.device).expand(views, -1)
+    # with a [CLS] token at position 0 the even patches start at 2: it stays in front, in neither side
+    a, b = number[:, 2 * has_cls :: 2], number[:, 1::2]
+    similarity = x[:, 2 * has_cls :: 2] @ x[:, 1::2].transpose(-1, -2)
+    return assign(a, b, similarity, removed, number[:, :1] if has_cls else None, in_order=has_cls)
+
+
+def energy(x: torch.Tensor, margin: float, alpha: float = 1.0) -> torch.Tensor:
+    """PiToMe's energy of every token: mean over all tokens of ELU(cosine - margin); high in redundant clusters.
+
+    Args:
+        x: `(views, tokens, dim)`, L2-normalised.
+
+    Returns:
+        `(views, tokens)`; cosines exist for `CHUNK` rows at a time.
+    """
+    rows = [
+        functional.elu(x[:, i : i + CHUNK] @ x.transpose(-1, -2) - margin, alpha).mean(-1)
+        for i in range(0, x.shape[1], CHUNK)
+    ]
+    return torch.cat(rows, 1)
+
+
+def match_energy(metric: torch.Tensor, removed: int, margin: float, has_cls: bool) -> Clusters:
+    """PiToMe's matching: the 2 * removed tokens of highest energy are split alternately, the rest is protected.
+
+    New order, as in the released code: [CLS], what is protected by falling energy, the partners.
+
+    Args:
+        metric: `(views, tokens, dim)`.
+        removed: tokens to merge away, at most half of the patches.
+        margin: of the energy.
+    """
+    x = functional.normalize(upcast(metric), dim=-1)
+    first = int(has_cls)
+    order = energy(x[:, first:], margin).sort(dim=-1, descending=True, stable=True).indices + first
+    mergeable, rest = order[:, : 2 * removed], order[:, 2 * removed :]
+    if has_cls:
+        rest = torch.cat((torch.zeros_like(order[:, :1]), rest), 1)
+    a, b = mergeable[:, ::2], mergeable[:, 1::2]
+    take = lambda at: x.gather(1, at[..., None].expand(-1, -1, x.shape[-1]))  # noqa: E731
+    return assign(a, b, take(a) @ take(b).transpose(-1, -2), removed, rest)
+
+
+def gather_to(keys: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The target whose key is most like a source's own, by cosine; ties go to the lower index.
+
+    Args:
+        keys: `(views, tokens, dim)`.
+        sources, targets: `(views, tokens)` bool.
+
+    Returns:
+        `(views, tokens)` long, the target of every source (its own number elsewhere), and `(views, tokens)` bool which
+        tokens flow: sources of views that have a target.
+    """
+    unit = functional.normalize(upcast(keys), dim=-1)
+    own = torch.arange(keys.shape[1], device=keys.device).expand(sources.shape)
+    best = [
+        (unit[:, rows] @ unit.transpose(-1, -2)).masked_fill(~targets[:, None], -torch.inf).argmax(-1)
+        for rows in own[0].split(CHUNK)
+    ]
+    flows = sources & targets.any(1, keepdim=True)
+    return torch.where(flows, torch.cat(best, 1), own), flows
+
+
+def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Mark the first patch of every cluster of every view; all patches of a cluster carry the same token.
+
+    Args:
+        cluster: `(images, tokens)` long, the cluster's number within the token's view.
+
+    Returns:
+        `(images, tokens)` bool.
+    """
+    patches = layout.patches
+    # newlines and padding get a key of their own
+    most = max(math.prod(grid.side) for grid in layout.grids) + 1
+    last = max(grid.views for grid in layout.grids) * most
+    key = torch.where(patches, layout.view * most + cluster, last)
+    token = torch.arange(layout.width, device=key.device).expand_as(key)
+    first = torch.full((len(layout), last + 1), layout.width, device=key.device)
+    first = first.scatter_reduce(1, key, token, "amin")
+    return patches & (first.gather(1, key) == token)
+
+
+def flow(hidden: torch.Tensor, merge: Merge) -> torch.Tensor:
+    """`(views, tokens, dim)` with every anchor that `merge` names replaced by the weighted sum of its sources."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    source = (
+        hidden if merge.source is None else hidden.gather(1, merge.source[..., None].expand(-1, -1, hidden.shape[-1]))
+    )
+    parts = source.to(wide) * merge.weight[..., None].to(wide)
+    summed = parts.new_zeros(hidden.shape).scatter_add(1, merge.into[..., None].expand_as(parts), parts)
+    named = merge.weight.new_zeros(hidden.shape[:2]).scatter_add(1, merge.into, (merge.weight != 0).to(merge.weight))
+    return torch.where(named[..., None] > 0, summed.to(hidden.dtype), hidden)

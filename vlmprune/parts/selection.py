@@ -1,0 +1,191 @@
+"""Choosing tokens: top-k with a documented tie rule, whole rows, and what happens to newlines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
+from vlmprune.parts.budget import count, share
+from vlmprune.parts.cuts import Reduction
+from vlmprune.parts.layout import Layout, upload
+
+__all__ = [
+    "AnyNewlines",
+    "Newlines",
+    "Scope",
+    "candidates",
+    "capped",
+    "keep_patches",
+    "select",
+    "select_rows",
+    "stride",
+    "top_k",
+]
+
+Newlines = Literal["all", "row", "none"]
+#: Of methods that let newlines compete with patches: they count on `candidates` for who competes.
+AnyNewlines = Literal["all", "row", "none", "candidates"]
+Scope = Literal["view", "image"]
+
+
+def top_k(scores: torch.Tensor, counts: list[int] | torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Mark the `counts` best candidates of every row.
+
+    Ties go to the lower index; a row with fewer candidates than its count keeps them all. No device sync.
+
+    Args:
+        scores: `(..., tokens)` float.
+        counts: one count a row, a (nested) list or a `(...)` tensor.
+        candidates: `(..., tokens)` bool.
+
+    Returns:
+        `(..., tokens)` bool.
+    """
+    return torch.ops.vlmprune.top_k(scores, upload(counts, scores.device), candidates)
+
+
+def stride(candidates: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Mark `counts` evenly spaced candidates of every row: every n-th from the first, n the largest that reaches them.
+
+    Args:
+        candidates: `(rows, tokens)` bool.
+
+    Returns:
+        `(rows, tokens)` bool; all candidates of a row that has fewer.
+    """
+    number, total = candidates.cumsum(1) - 1, candidates.sum(1, keepdim=True)
+    wanted = upload(counts, candidates.device)[:, None]
+    step = (total // wanted.clamp(min=1)).clamp(min=1)
+    return candidates & (number % step == 0) & (number // step < wanted)
+
+
+def keep_newlines(keep: torch.Tensor, layout: Layout, policy: AnyNewlines) -> torch.Tensor:
+    """Add the newlines that `policy` keeps to `(images, tokens)` kept patches."""
+    if policy in ("none", "candidates"):
+        return keep
+    newline = layout.newline & layout.alive
+    if policy == "all":
+        return keep | newline
+    # a newline closes the tokens of its canvas since the last newline; of a video, whose only one is the last, all
+    closed = layout.newline.long().cumsum(1) - layout.newline.long()
+    several = upload([len(grid.planes) > 1 and not grid.frames for grid in layout.grids], layout.device)
+    in_row = keep & ((layout.plane == 1) | ~several[:, None])
+    hits = torch.zeros_like(closed).scatter_add_(1, closed, in_row.long())
+    return keep | (newline & (hits.gather(1, closed) > 0))
+
+
+def keep_patches(
+    keep: torch.Tensor,
+    layout: Layout,
+    counts: list[int] | None,
+    newlines: AnyNewlines,
+    scores: torch.Tensor | None = None,
+) -> Reduction:
+    """Turn `(images, tokens)` kept patches into a reduction, adding newlines by policy.
+
+    Args:
+        keep: bool mask of kept patches (of candidates of both kinds for `newlines="candidates"`).
+        counts: number of True per row where known.
+    """
+    total, patches = counts, counts
+    if newlines == "candidates":
+        patches = None
+    elif newlines == "row":
+        total = None if layout.newlines else counts
+    elif newlines == "all" and counts is not None:
+        if layout.alive_patches is None:
+            total = None
+        else:
+            alive = zip(counts, layout.alive_counts, layout.alive_patches, strict=True)
+            total = [c + tokens - patch for c, tokens, patch in alive]
+    return Reduction(keep_newlines(keep, layout, newlines), total, patches, scores=scores)
+
+
+def select(
+    scores: torch.Tensor,
+    keep: int | float | Callable[[int], int],
+    layout: Layout,
+    newlines: AnyNewlines = "all",
+    scope: Scope = "image",
+) -> Reduction:
+    """Keep every image's best-scored tokens.
+
+    Args:
+        scores: `(images, tokens)`; higher is better.
+        keep: budget in patches per image or video (tokens for `newlines="candidates"`, which lets newlines compete), or
+            what says how many stay of so many that entered the LLM (for `scope="image"`).
+        scope: "image" ranks all patches of an image or video together, "view" gives each view (thumbnail, crop, frame)
+            its share of the budget.
+    """
+    if scope == "view":
+        return select_in_views(scores, keep, layout, newlines)
+    among, totals, available = candidates(layout, newlines)
+    counts = [keep(total) if callable(keep) else count(keep, total) for total in totals]
+    mask = top_k(scores, counts, among)
+    return keep_patches(mask, layout, capped(counts, available), newlines, scores)
+
+
+def select_in_views(scores: torch.Tensor, keep: int | float, layout: Layout, newlines: AnyNewlines) -> Reduction:
+    """`select` with a share of the budget for each view."""
+    among, _, available = candidates(layout, newlines)
+    views = max(grid.views for grid in layout.grids)
+    shares = [share(keep, grid.patches_per_view) + [0] * (views - grid.views) for grid in layout.grids]
+    by_view = layout.view[:, None] == torch.arange(views, device=layout.device)[:, None]
+    rows = (among[:, None] & by_view) if views > 1 else among[:, None]
+    untouched = available == [grid.patches for grid in layout.grids]
+    if not untouched and isinstance(keep, float):  # of what an earlier cut has left of each view
+        table = [count(keep, total) for total in range(layout.width + 1)]
+        shares = upload(table, layout.device)[rows.sum(-1)]
+    mask = top_k(scores[:, None].expand_as(rows), shares, rows).any(1)
+    return keep_patches(mask, layout, [sum(s) for s in shares] if untouched else None, newlines, scores)
+
+
+def select_rows(scores: torch.Tensor, keep: int | float, layout: Layout, newlines: Newlines = "all") -> Reduction:
+    """Keep the rows of every plane (the thumbnail, the canvas of crops, a frame) whose mean score is best.
+
+    Args:
+        scores: `(images, tokens)`; higher is better.
+        keep: budget in patches per image or video, of which as many whole rows stay as it pays for: at least one per
+            plane of a fraction, one in all of a count.
+    """
+    planes = max(len(grid.planes) for grid in layout.grids)
+    tallest = max(rows for grid in layout.grids for rows, _ in grid.planes)
+    paid = [rows_per_plane(keep, grid.planes) for grid in layout.grids]
+    line = layout.plane * tallest + layout.row
+    zeros, patches = scores.new_zeros(len(layout), planes * tallest), layout.patches.to(scores.dtype)
+    mass = zeros.scatter_add(1, line, scores * patches).unflatten(1, (planes, tallest))
+    size = zeros.scatter_add(1, line, patches).unflatten(1, (planes, tallest))
+    counts = [rows + [0] * (planes - len(rows)) for rows in paid]
+    best = top_k(mass / size.clamp(min=1), counts, size > 0).flatten(1)
+    total = [
+        sum(n * cols for n, (_, cols) in zip(rows, grid.planes, strict=True))
+        for rows, grid in zip(paid, layout.grids, strict=True)
+    ]
+    whole = layout.alive_patches == [grid.patches for grid in layout.grids]
+    keep_line = best.gather(1, line) & layout.patches
+    return keep_patches(keep_line, layout, total if whole else None, newlines, scores)
+
+
+def rows_per_plane(keep: int | float, planes: tuple[tuple[int, int], ...]) -> list[int]:
+    """Whole rows of every plane that a budget pays for: at least one per plane of a fraction, one in all of a count."""
+    if isinstance(keep, float):
+        return [count(keep, rows) for rows, _ in planes]
+    shares = share(keep, [rows * cols for rows, cols in planes])
+    counts = [min(rows, part // cols) for part, (rows, cols) in zip(shares, planes, strict=True)]
+    return counts if any(counts) else [1] + [0] * (len(planes) - 1)
+
+
+def candidates(layout: Layout, newlines: AnyNewlines) -> tuple[torch.Tensor, list[int], list[int] | None]:
+    """Who competes: `(images, tokens)` bool, their number when they entered the LLM, and now (None if unknown)."""
+    if newlines == "candidates":
+        return layout.alive, layout.entered, layout.alive_counts
+    entered = layout.entered_patches or [grid.patches for grid in layout.grids]
+    return layout.patches, entered, layout.alive_patches
+
+
+def capped(counts: list[int], available: list[int] | None) -> list[int] | None:
+    """Counts that a selection really reaches: at most what is there, unknown if that is unknown."""
+    return None if available is None else [min(c, a) for c, a in zip(counts, available, strict=True)]

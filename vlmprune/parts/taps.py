@@ -1,0 +1,368 @@
+"""Taps: what a method asks to see, measured from one layer's input and what that layer's own modules make of it.
+
+No tap knows a host: `TowerLayer` and `DecoderLayer` are what `vlmprune.patches` says of a layer. No layer needs eager
+attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+import torch
+
+from vlmprune.parts.attention import (
+    Visible,
+    attention_mass,
+    cls_logits,
+    distinctness,
+    last_rows,
+    mean_logits,
+    mean_weight,
+    take_rows,
+)
+from vlmprune.parts.cuts import Decoder, Place, Projector, Vision
+from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
+from vlmprune.parts.layout import upload
+from vlmprune.parts.options import is_whole
+
+if TYPE_CHECKING:
+    from vlmprune.parts.facts import ModelFacts
+
+__all__ = [
+    "BlockKeys",
+    "BlockTap",
+    "ClsLogits",
+    "ClusterOf",
+    "CrossShare",
+    "DecoderTap",
+    "Distinctness",
+    "Hidden",
+    "Kept",
+    "ReceivedAttention",
+    "Seen",
+    "Tap",
+    "TextAttention",
+    "TowerTap",
+    "VisionAttention",
+]
+
+
+NO_CLS = "this tower has no [CLS] token"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Base of all taps; a tap is its own key in what `reduce` sees."""
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        """Why a cut at `at` cannot see this tap in a model, or None: asked before anything runs."""
+        return "nothing would measure it: derive it from TowerTap, DecoderTap or BlockTap"
+
+
+#: What `reduce` sees: the values of the taps that its cut asked for, by tap.
+Seen = dict[Tap, torch.Tensor]
+
+
+def misplaced(at: Place) -> str | None:
+    """Why a cut cannot see what is known when the tower is done, or None."""
+    return "a cut in the tower sees Hidden() and BlockKeys(layer) alone" if isinstance(at, Vision) else None
+
+
+def outside(layer: object, most: int, what: str) -> str | None:
+    """Why `layer` is no layer from 0 to `most`, or None."""
+    return None if is_whole(layer, most=most) else f"{what} 0..{most}"
+
+
+def unknown(name: str, value: object, choices: object) -> str | None:
+    """Why `value` is none of a Literal's, or None."""
+    allowed = get_args(choices)
+    return None if value in allowed else f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}"
+
+
+def of_no_layer(tap: TowerTap) -> str | None:
+    """Why a tap that is known when the tower is done cannot be of a layer, or None."""
+    return None if tap.layer == -1 else f"it is of no layer: write {type(tap).__name__}()"
+
+
+@dataclass(frozen=True)
+class TowerTap(Tap):
+    """A tap measured at the input of tower layer `layer` (0-based)."""
+
+    layer: int
+
+    behind_last: ClassVar[bool] = False  # whether it can be measured of the last layer's output, `measure(None, ...)`
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        # hosts hand out the output of the last layer only where it becomes the features
+        most = facts.tower_layers - 1 + (self.behind_last and facts.feature_layer == facts.tower_layers - 1)
+        return misplaced(at) or outside(self.layer, most, "this tower has layers")
+
+    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        """From the layer's input `(views, tokens, dim)`; returns `(views, patches, ...)`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class DecoderTap(Tap):
+    """A tap measured at the input of decoder layer `layer` (0-based): before a cut there, after it for later cuts."""
+
+    layer: int
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        if isinstance(at, Projector):
+            return "no decoder layer has run before this cut"
+        return misplaced(at) or outside(self.layer, at.layer, "its layer must not lie behind the cut, so be one of")
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        """From the layer's input `(batch, length, dim)`; returns `(images, tokens, ...)`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Hidden(Tap):
+    """The visual tokens' own vectors at the cut, `(images, tokens, dim)`: the projected features at `Decoder(0)`.
+
+    At `Vision(l)` and `Projector()` the tower's, `(views, tokens, dim)`, the [CLS] token's included.
+    """
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        return None
+
+
+@dataclass(frozen=True)
+class VisionAttention(TowerTap):
+    """Attention of a tower layer: post-softmax, head mean.
+
+    `rows="cls"` is the [CLS] query's row over patch keys; `rows="patches"` the mean over patch queries, so the
+    attention each patch receives. Arrives as `(images, tokens)` float32 (newlines and padding are arbitrary).
+    """
+
+    rows: Literal["cls", "patches"] = "cls"
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        no_cls = NO_CLS if self.rows == "cls" and not facts.has_cls else None
+        return super().misfit(at, facts) or unknown("rows", self.rows, Literal["cls", "patches"]) or no_cls
+
+    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        first, normed = int(has_cls), layer.normed(hidden)
+        rows = normed[:, :1] if self.rows == "cls" else normed[:, first:]
+        return attention_mass(layer.queries(rows), layer.keys(normed), layer.scale)[:, first:]
+
+
+@dataclass(frozen=True)
+class ClsLogits(TowerTap):
+    """The [CLS] query's scaled scores over patch keys in a tower layer before the softmax: signed, head mean."""
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        return super().misfit(at, facts) or (None if facts.has_cls else NO_CLS)
+
+    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        normed = layer.normed(hidden)
+        return cls_logits(layer.queries(normed[:, :1])[..., 0, :], layer.keys(normed[:, 1:]), layer.scale)
+
+
+@dataclass(frozen=True)
+class Distinctness(TowerTap):
+    """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer or behind the last."""
+
+    behind_last: ClassVar[bool] = True
+
+    def measure(self, layer: TowerLayer | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        return distinctness(hidden[:, int(has_cls) :])
+
+
+@dataclass(frozen=True)
+class BlockKeys(TowerTap):
+    """Head-mean keys of a tower layer's attention, `(views, tokens, dim)`, for cuts in and behind the tower.
+
+    Taken from the layer's own key projection as it runs.
+    """
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        if isinstance(at, Projector):
+            return outside(self.layer, facts.tower_layers - 1, "this tower has layers")
+        if not isinstance(at, Vision):
+            return "only cuts in the tower, Vision(layer), and behind it, Projector(), see keys"
+        made, which = (at.layer, "its own layer") if at.inside else (at.layer - 1, "the layer before it")
+        return None if self.layer == made else f"this cut sees the keys of {which}, {made}"
+
+
+@dataclass(frozen=True)
+class ClusterOf(TowerTap):
+    """After cuts in the tower: the number of the cluster that every patch belongs to at the feature layer."""
+
+    layer: int = -1  # known when the tower is done
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        return misplaced(at) or of_no_layer(self)
+
+
+@dataclass(frozen=True)
+class Kept(TowerTap):
+    """What a cut between tower and projector has kept, `(images, tokens)` bool; nothing is said of newlines."""
+
+    layer: int = -1  # known when the tower is done
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        wrong = None if isinstance(at, Decoder) else "only cuts in the language model come behind the one that keeps"
+        return wrong or of_no_layer(self)
+
+
+@dataclass(frozen=True)
+class TextAttention(DecoderTap):
+    """Attention that visual tokens receive in a decoder layer: post-softmax, mean over heads and query rows.
+
+    `rows="last"` is the last prompt token's row, `rows="instruction"` the mean over the rows of all text after the
+    last image (the last token's where there is none), `rows="all"` the mean over every real token's row. Arrives as
+    `(images, tokens)` float32.
+    """
+
+    rows: Literal["last", "instruction", "all"] = "last"
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        return super().misfit(at, facts) or unknown("rows", self.rows, Literal["last", "instruction", "all"])
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        real = scene.sequence.asked()
+        if self.rows == "all":
+            at = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+            weight = mean_weight(real)
+        else:
+            at, weight = last_rows(
+                real, *((real.new_ones(len(real), dtype=torch.long), 1) if self.rows == "last" else scene.text_after)
+            )
+        return decoder_mass(layer, hidden, scene, [(at, weight)])[0].flatten()[scene.flat_index()]
+
+
+@dataclass(frozen=True)
+class ReceivedAttention(DecoderTap):
+    """Attention that visual tokens receive in a decoder layer from their own image and from the text.
+
+    Arrives as `(images, tokens, 2)` float32, head mean: the mean over the rows of the image's patches ("self"), and the
+    mean over the rows of all text after the last image ("cross", the last token's where there is none). Under soft
+    masks the rows of patches count by their weight. `logits=True` takes "self" before the softmax, as a mean over the
+    rows that see the token (causal).
+    """
+
+    logits: bool = False
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        wrong = None if isinstance(self.logits, bool) else f"logits={self.logits!r} must be True or False"
+        return super().misfit(at, facts) or wrong
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        layout, at = scene.layout, scene.flat_index()
+        entries = scene.sequence.index_of(layout)
+        part = layout.patches.to(torch.float32) if layout.soft is None else layout.patches * layout.soft
+        part = part / part.sum(1, keepdim=True).clamp(min=torch.finfo(part.dtype).tiny)
+        own = []
+        for ordinal in range(max(layout.ordinal) + 1):
+            images = [-1] * len(hidden)
+            for image, (sample, number) in enumerate(zip(layout.sample, layout.ordinal, strict=True)):
+                images[sample] = image if number == ordinal else images[sample]
+            index = upload(images, hidden.device)  # samples with fewer images take any and weigh it 0
+            own.append((entries[index], part[index] * (index >= 0)[:, None]))
+        text = last_rows(scene.sequence.asked(), *scene.text_after)
+        if self.logits:
+            masses = decoder_mass(layer, hidden, scene, own, mean_logits)
+            masses += decoder_mass(layer, hidden, scene, [text])
+        else:
+            masses = decoder_mass(layer, hidden, scene, [*own, text])
+        mine = at + upload(layout.ordinal, hidden.device)[:, None] * hidden.shape[0] * hidden.shape[1]
+        return torch.stack((torch.stack(masses[:-1]).flatten()[mine], masses[-1].flatten()[at]), -1)
+
+
+@dataclass(frozen=True)
+class CrossShare(DecoderTap):
+    """How much text and image of a sample look at each other in a decoder layer, `(images, 2)` float32.
+
+    Share of the attention of text rows that goes to visual tokens, and share of the attention of visual rows that goes
+    to that text (ToDRE, stage 2). Equal for all images of a sample.
+
+    Text is what is not visual, but for the first `system` tokens of the conversation (where they stand in front of the
+    first image); None takes all that stands in front of it for system text. What a cache holds is no part of it.
+    """
+
+    system: int | None = None
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        told = self.system is None or is_whole(self.system)
+        wrong = None if told else f"system={self.system!r} must be a number of tokens of at least 0, or None"
+        return super().misfit(at, facts) or wrong
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        layout, real = scene.layout, scene.sequence.asked()
+        at, sample = scene.flat_index(), upload(layout.sample, hidden.device)
+        visual = torch.zeros(real.numel(), dtype=torch.long, device=real.device)
+        visual = visual.scatter_add(0, at.flatten(), layout.alive.long().flatten()).view_as(real) > 0
+        text = real & ~visual & ((visual.cumsum(1) > 0) | self.beyond_system(scene, real))
+        alone = self.system is None or (scene.sequence.past is None and scene.text_before <= self.system)
+        if max(layout.ordinal) == 0 and alone:
+            # one image a sample and no text before it: what comes after cannot be seen from it, and the rows of that
+            # alone need to be computed
+            rows = [last_rows(real, *scene.text_after)]
+        else:
+            all_rows = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+            rows = [(all_rows, mean_weight(text)), (all_rows, mean_weight(visual))]
+        mass = decoder_mass(layer, hidden, scene, rows)
+        shares = [
+            (mass[0] * visual).sum(1),
+            (mass[1] * text).sum(1) if len(mass) > 1 else mass[0].new_zeros(len(hidden)),
+        ]
+        return torch.stack(shares, 1)[sample]
+
+    def beyond_system(self, scene: Scene, real: torch.Tensor) -> torch.Tensor:
+        """`(batch, length)` bool of the tokens behind the system prefix, which a cache may hold in part or whole."""
+        if self.system is None:
+            return torch.zeros_like(real)
+        past, number = scene.sequence.past, real.cumsum(1)
+        if past is not None:
+            number = number + (past.length if past.mask is None else past.mask.sum(1, keepdim=True))
+        return number > self.system
+
+
+@dataclass(frozen=True)
+class BlockTap(Tap):
+    """A tap on the two blocks (attention, feed-forward) of decoder layer `layer`: what each did to every token."""
+
+    layer: int
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        if isinstance(at, Projector) or (isinstance(at, Decoder) and at.layer == 0):
+            return "no decoder layer has run before this cut"
+        return misplaced(at) or outside(self.layer, at.layer - 1, "its layer must have run before the cut, one of")
+
+    def measure(self, before: torch.Tensor, after: torch.Tensor, scene: Scene) -> torch.Tensor:
+        """From a block's input and output, both `(batch, length, dim)`; the engine adds up a layer's two blocks.
+
+        Args:
+            before: what the block read (normalised hidden states).
+            after: what it wrote, before the residual is added.
+        """
+        raise NotImplementedError
+
+
+def decoder_mass(
+    layer: DecoderLayer,
+    hidden: torch.Tensor,
+    scene: Scene,
+    rows: list[tuple[torch.Tensor, torch.Tensor]],
+    measure: Callable[..., torch.Tensor] = attention_mass,
+) -> list[torch.Tensor]:
+    """Attention mass `(batch, length)` on every key of a decoder layer, for each set of query rows with weights.
+
+    What the layer's cache holds in front of the sequence takes its share.
+    """
+    normed, (cos, sin) = layer.normed(hidden), scene.sequence.rotary
+    key = layer.keys(normed, cos, sin)
+    past, real = scene.past_keys(layer)
+    columns = 0 if past is None else past.shape[2]
+    key = key if past is None else torch.cat((past.to(key), key), 2)
+    masses = []
+    for at, weight in rows:
+        query = layer.queries(take_rows(normed, at), take_rows(cos, at), take_rows(sin, at))
+        seen = Visible(at + columns, real, layer.window or 0)
+        masses.append(measure(query, key, layer.scale, seen, weight, scene.sequence.bias)[:, columns:])
+    return masses

@@ -1,0 +1,149 @@
+"""What the verbs do with a loaded model: answer, with and without pruning, and time the prefill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
+from vlmprune.runtime.loading import Loaded
+from vlmprune.runtime.status import Bar, quiet, status
+
+if TYPE_CHECKING:
+    from vlmprune.api import Handle
+    from vlmprune.spec import Job
+    from vlmprune.trace import Trace
+
+__all__ = ["Outcome", "check", "guarded", "patch", "run_jobs"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a job did; `pairs` are (plain, pruned) seconds of prefill through the first token."""
+
+    job: Job
+    answer: str
+    trace: Trace
+    pairs: list[tuple[float, float]]
+
+    @property
+    def total(self) -> dict[str, int]:
+        """Counts of `Trace.counts`, summed over images."""
+        return {name: sum(image[name] for image in self.trace.counts) for name in self.trace.counts[0]}
+
+    @property
+    def layer_average(self) -> float:
+        """Visual tokens, newlines included, of all images, averaged over the decoder's layers."""
+        return sum(self.trace.layer_average(i) for i in range(len(self.trace.grids)))
+
+    @property
+    def times(self) -> dict[str, float] | None:
+        """Median milliseconds, and the median over pairs of plain / pruned."""
+        if not self.pairs:
+            return None
+        plain, pruned = zip(*self.pairs, strict=True)
+        return {
+            "plain_ms": 1e3 * median(plain),
+            "pruned_ms": 1e3 * median(pruned),
+            "ratio": median(a / b for a, b in self.pairs),
+            "pairs": len(self.pairs),
+        }
+
+
+def patch(loaded: Loaded, job: Job) -> Handle:
+    """Patch the model for a job.
+
+    Raises:
+        UserError: the method does not fit the model.
+    """
+    import vlmprune
+    from vlmprune import spec
+
+    with user_mistakes(f"{job.method} on {loaded.source.name}: "):
+        methods = spec.build(job.method, job.options)
+        return vlmprune.patch(loaded.model, [made.told_by(loaded.processor) for made in methods])
+
+
+def check(loaded: Loaded, todo: Sequence[Job]) -> None:
+    """Raise UserError if a job does not fit the model, before any work is done."""
+    for job in todo:
+        patch(loaded, job).unpatch()
+
+
+def guarded(run, *args: Any) -> Any:
+    """Call `run` and turn what may go wrong in a model into a CommandError."""
+    import torch
+
+    import vlmprune
+
+    try:
+        with quiet(), torch.no_grad():
+            return run(*args)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise CommandError(f"out of memory: {brief(error)}") from None
+    except (vlmprune.UnsupportedError, vlmprune.CutNotRunError) as error:
+        raise CommandError(str(error)) from error
+    except ValueError as error:  # a budget that this picture cannot meet, too long a prompt
+        raise UserError(brief(error)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # how torch says it on a CPU
+            raise
+        raise CommandError(f"out of memory: {brief(error)}") from None
+
+
+def answer(loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> str:
+    """The model's greedy answer, by whatever patch is on it."""
+
+    def generate() -> str:
+        made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        new = made[:, inputs["input_ids"].shape[1] :]
+        return loaded.processor.batch_decode(new, skip_special_tokens=True)[0].strip()
+
+    return guarded(generate)
+
+
+def seconds(model: Any, inputs: dict[str, Any]) -> float:
+    """Time one prefill through its first token; reading the token waits for the device."""
+    start = time.perf_counter()
+    model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
+    return time.perf_counter() - start
+
+
+def paired_times(handle: Handle, inputs: dict[str, Any], repeats: int, label: str) -> list[tuple[float, float]]:
+    """(plain, pruned) seconds of `repeats` pairs run one after the other, the order alternating, after a warm-up."""
+    pairs = []
+    for i in range(repeats + 1 if repeats else 0):
+        status(f"{label}: timing {i}/{repeats}" if i else f"{label}: warming up")
+        pair = {}
+        for plain in (True, False) if i % 2 else (False, True):
+            with handle.disabled() if plain else nullcontext():
+                pair[plain] = seconds(handle.model, inputs)
+        pairs.append((pair[True], pair[False]))
+    return pairs[1:]
+
+
+def run_job(loaded: Loaded, job: Job, inputs: dict[str, Any], max_new_tokens: int, repeats: int = 0) -> Outcome:
+    """Answer with one method, time it and leave the model as it was."""
+    status(f"{job.label}: answering")
+    with patch(loaded, job) as handle:
+        said = answer(loaded, inputs, max_new_tokens)
+        trace = handle.trace
+        pairs = guarded(paired_times, handle, inputs, repeats, job.label)
+    status()
+    return Outcome(job, said, trace, pairs)
+
+
+def run_jobs(
+    loaded: Loaded, todo: Sequence[Job], inputs: dict[str, Any], max_new_tokens: int, bar: Bar, repeats: int = 0
+) -> tuple[str, list[Outcome]]:
+    """The full model's answer, and what every job did; a step of the bar each."""
+    plain, outcomes = answer(loaded, inputs, max_new_tokens), []
+    bar.step()
+    for job in todo:
+        outcomes.append(run_job(loaded, job, inputs, max_new_tokens, repeats))
+        bar.step()
+    return plain, outcomes

@@ -1,0 +1,370 @@
+"""Pictures of what a method kept: kept patches clear, dropped ones pale and dark, pooled ones in their mean colour.
+
+What the model never sees, since its image processor cuts it off, is striped: no method dropped it.
+
+Where a patch lies in the picture is asked of the image processor itself: a picture of its own coordinates goes through
+it, so crops, padding and squashing need no reimplementation. Only Pillow and numpy are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+
+from vlmprune.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vlmprune.parts.layout import ImageGrid
+    from vlmprune.trace import Trace
+
+__all__ = ["Panel", "answer_panels", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "seen_share", "sheet"]
+
+LONGEST = 384  # pixels of a panel's longer side: small pictures are scaled up by a whole number, large ones down
+GAP, TEXT, HEADING = 14, 15, 18
+LINE = TEXT + 5  # from one line of text to the next
+DARK = 0.45  # brightness of what was dropped
+STRIPE = 10  # pixels from one stripe to the next on what no patch covers
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Pictures side by side under a title and some lines."""
+
+    title: str
+    lines: list[str]
+    pictures: list[Image.Image]
+
+
+def probe(size: tuple[int, int]) -> Image.Image:
+    """A picture of its own coordinates: red grows to the right, green downwards, blue is everywhere full."""
+    width, height = size
+    pixels = np.full((height, width, 3), 255, np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width).round()[None, :]
+    pixels[..., 1] = np.linspace(0, 255, height).round()[:, None]
+    return Image.fromarray(pixels)
+
+
+def line_through(at: np.ndarray, shade: np.ndarray, length: int, whole: int) -> tuple[float, float]:
+    """Slope and start of the line from a plane's pixels to the picture's, by least squares.
+
+    Args:
+        at: pixel centres in the plane.
+        shade: the probe's brightness there, 0 to 255 over the picture's `length` pixels.
+        whole: pixels of the plane, for a picture too thin to measure.
+    """
+    inner = (shade > 8) & (shade < 247)  # resampling bends the ends
+    if inner.sum() > 1 and np.ptp(at[inner]) > 0:
+        at, shade = at[inner], shade[inner]
+    if length == 1 or np.ptp(at) == 0 or np.ptp(shade) == 0:
+        return length / whole, 0.0
+    slope, start = np.polyfit(at, shade * (length - 1) / 255 + 0.5, 1)
+    return float(slope), float(start)
+
+
+def seen_views(image_processor: Any, pictures: Any) -> np.ndarray:
+    """`(views, 3, height, width)` pixels of what the tower sees of pictures, before they are normalised."""
+    made = image_processor(images=pictures, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    return np.asarray(made, np.float64).reshape(-1, 3, *np.shape(made)[-2:])
+
+
+def patch_boxes(image_processor: Any, size: tuple[int, int], grid: ImageGrid) -> list[Box]:
+    """Where every visual token lies in the picture.
+
+    Args:
+        image_processor: the model's; it is called once or twice.
+        size: (width, height) of the picture.
+        grid: the picture's layout, of `Trace.grids`.
+
+    Returns:
+        (left, top, right, bottom) in pixels of the picture for every token; empty boxes for newlines. Boxes of padded
+        patches reach beyond the picture.
+
+    Raises:
+        UnsupportedError: the layout of a video.
+    """
+    if grid.frames:
+        raise UnsupportedError(
+            "videos are not drawn: where a patch lies in the picture is asked of the image processor, which sees no "
+            "frames. What was kept of which frame: trace.kept_patches(i), with view (the frame), row and col of "
+            "trace.grids[i]."
+        )
+    views = seen_views(image_processor, probe(size))
+    if len(views) > 1 and grid.views == 1:  # one of several in its prompt, which has no crops
+        views = seen_views(image_processor, [[probe(size)] * 2])
+    side_y, side_x = grid.side
+    step_y, step_x = views.shape[2] / side_y, views.shape[3] / side_x
+    view, plane_of, newline = grid.view.numpy(), grid.plane.numpy(), grid.newline.numpy()
+
+    boxes = np.zeros((grid.tokens, 4))
+    for plane in range(len(grid.planes)):
+        mine = (plane_of == plane) & ~newline
+        pitch = np.array(grid.pitch[plane])
+        low = grid.centre.numpy() + 0.5 - pitch / 2  # upper left corners of the tokens, in patches
+        corner = low[mine].min(0)
+        xs, ys, shades = [], [], []
+        for number in np.unique(view[mine]):
+            # where the view's corner lies on the plane
+            down, right = np.array(divmod(max(number - 1, 0), max(grid.crops[1], 1))) * (side_y, side_x) - corner
+            red, green, blue = views[number]
+            y, x = np.nonzero(blue > 250)  # padding is not blue
+            xs.append(x + 0.5 + right * step_x)
+            ys.append(y + 0.5 + down * step_y)
+            shades.append(np.stack((red[y, x], green[y, x])))
+        shade_x, shade_y = np.concatenate(shades, 1)
+        (rows, cols), place = grid.planes[plane], (low - corner)[mine]
+        slope_x, left = line_through(np.concatenate(xs), shade_x, size[0], round(cols * pitch[1] * step_x))
+        slope_y, top = line_through(np.concatenate(ys), shade_y, size[1], round(rows * pitch[0] * step_y))
+        edges = np.concatenate((place, place + pitch), 1)[:, [1, 0, 3, 2]] * (step_x, step_y, step_x, step_y)
+        boxes[mine] = edges * (slope_x, slope_y, slope_x, slope_y) + (left, top, left, top)
+    return [tuple(box) for box in boxes.tolist()]
+
+
+def scaled(image: Image.Image, longest: int = LONGEST) -> tuple[Image.Image, float]:
+    """The picture at panel size and the factor; small ones by a whole number, without new colours."""
+    factor = longest / max(image.size)
+    if factor >= 1:
+        factor = max(1, round(factor))
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST), factor
+    size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+    return image.resize(size, Image.Resampling.LANCZOS), factor
+
+
+def striped(pale: Image.Image) -> Image.Image:
+    """What no patch covers: washed out under diagonal stripes."""
+    x, y = np.arange(pale.width)[None, :], np.arange(pale.height)[:, None]
+    stripes = Image.fromarray(((x + y) % STRIPE < 2).astype(np.uint8) * 255)
+    washed = Image.blend(pale, Image.new("RGB", pale.size, "white"), 0.65)
+    return Image.composite(Image.new("RGB", pale.size, (150, 150, 150)), washed, stripes)
+
+
+def paint(
+    image: Image.Image, boxes: Sequence[Box], kept: Sequence[float], longest: int = LONGEST, averaged: bool = False
+) -> Image.Image:
+    """Leave kept boxes as they are, with a thin line around them, dim dropped ones, and stripe what no box covers.
+
+    Args:
+        kept: for every box the share of the cuts that it outlived: 1 stays clear, 0 is darkest.
+        averaged: fill every kept box with its mean colour.
+    """
+    base, factor = scaled(image, longest)
+    inside = [clipped(box, factor, base.size) for box in boxes]
+    shown = [(at, float(level)) for at, level in zip(inside, kept, strict=True) if at is not None]
+    alive = [at for at, level in shown if level]
+    for at in alive if averaged else ():
+        base.paste(base.resize((1, 1), Image.Resampling.BOX, box=at).getpixel((0, 0)), at)
+    layers = {level: Image.new("L", base.size) for level in sorted({0.0, 1.0, *(level for _, level in shown)})}
+    for at, level in shown:
+        layers[level].paste(255, at)
+    pale = ImageEnhance.Color(base).enhance(0.3)
+    made = striped(pale)
+    for level, mask in layers.items():
+        bright = ImageEnhance.Brightness(base if level else pale).enhance(DARK + (1 - DARK) * level)
+        made = Image.composite(bright, made, mask)
+    # the line runs on what was dropped: what was kept stays untouched
+    edge = ImageChops.subtract(layers[1.0].filter(ImageFilter.MaxFilter(3)), layers[1.0])
+    made.paste((255, 255, 255), mask=edge)
+    if averaged:
+        outline(made, alive)
+    return made
+
+
+def clipped(box: Box, factor: float, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
+    """A box in whole pixels of a scaled picture of `size`; None where nothing of it lies in the picture."""
+    left, top, right, bottom = (round(edge * factor) for edge in box)
+    left, top, right, bottom = max(left, 0), max(top, 0), min(right, size[0]), min(bottom, size[1])
+    return (left, top, right, bottom) if right > left and bottom > top else None
+
+
+def outline(picture: Image.Image, boxes: Sequence[tuple[int, int, int, int]]) -> None:
+    """Draw white lines around boxes."""
+    canvas = ImageDraw.Draw(picture)
+    for left, top, right, bottom in boxes:
+        canvas.rectangle((left, top, right - 1, bottom - 1), outline=(255, 255, 255))
+
+
+def seen_share(image_processor: Any, size: tuple[int, int], grid: ImageGrid) -> float:
+    """How much of a picture of `size` (width, height) any visual token covers: 1 unless the processor crops it."""
+    return covered(patch_boxes(image_processor, size, grid), size)
+
+
+def covered(boxes: Sequence[Box], size: tuple[int, int], fine: int = 512) -> float:
+    """The share of a picture's area that boxes cover, to one pixel in `fine`."""
+    mask = Image.new("1", (min(size[0], fine), min(size[1], fine)))
+    canvas, (wide, tall) = ImageDraw.Draw(mask), (mask.width / size[0], mask.height / size[1])
+    for left, top, right, bottom in boxes:
+        at = round(left * wide), round(top * tall), round(right * wide) - 1, round(bottom * tall) - 1
+        if at[2] >= at[0] and at[3] >= at[1]:
+            canvas.rectangle(at, fill=1)
+    return float(np.asarray(mask).mean())
+
+
+def pooled(trace: Trace, index: int) -> dict[int, list[int]]:
+    """For every token of image `index` that averages others, those that flow into it, itself included."""
+    cells: dict[int, list[int]] = {}
+    for cut in trace.cuts:
+        if cut.merge is not None and cut.merge.source is None:
+            into, weight = cut.merge.into[index].tolist(), cut.merge.weight[index].tolist()
+            for token in range(trace.grids[index].tokens):
+                if weight[token] > 0 and not trace.grids[index].newline[token]:
+                    cells.setdefault(into[token], []).append(token)
+    return cells
+
+
+def around(boxes: Sequence[Box]) -> Box:
+    """The smallest box around boxes."""
+    left, top, right, bottom = zip(*boxes, strict=True)
+    return min(left), min(top), max(right), max(bottom)
+
+
+def joined(boxes: Sequence[Box], cells: dict[int, list[int]]) -> dict[int, Box]:
+    """The boxes by token; those that one token of `cells` averages are one around all of them."""
+    merged = {token for members in cells.values() for token in members}
+    shown = {t: box for t, box in enumerate(boxes) if t not in merged}
+    return shown | {t: around([boxes[m] for m in members]) for t, members in sorted(cells.items())}
+
+
+def outlived(trace: Trace, index: int) -> list[float]:
+    """For every token of image `index` the share of the cuts that it outlived."""
+    cuts, tokens = [set(cut.tokens(index)) for cut in trace.cuts], trace.grids[index].tokens
+    return [sum(token in kept for kept in cuts) / len(cuts) for token in range(tokens)]
+
+
+def kept_pictures(
+    image: Image.Image, trace: Trace, image_processor: Any, index: int = 0, longest: int = LONGEST
+) -> list[Image.Image]:
+    """The picture with what was kept of image `index`; of several cuts, what outlived more of them is brighter.
+
+    What averages others is drawn as one box of their mean colour. Of an image with crops: the canvas of crops first,
+    then, smaller, the thumbnail.
+    """
+    grid, kept, cells = trace.grids[index], outlived(trace, index), pooled(trace, index)
+    shown = joined(patch_boxes(image_processor, image.size, grid), cells)
+    planes = []
+    for plane in range(len(grid.planes)):
+        mine = [t for t in shown if grid.plane[t] == plane and not grid.newline[t]]
+        size = longest if len(grid.planes) == 1 or plane else longest // 2
+        planes.append(paint(image, [shown[t] for t in mine], [kept[t] for t in mine], size, bool(cells)))
+    return planes[::-1]
+
+
+def plain_panel(image: Image.Image, title: str, lines: Sequence[str] = (), longest: int = LONGEST) -> Panel:
+    """The picture as it is."""
+    return Panel(title, list(lines), [scaled(image, longest)[0]])
+
+
+def kept_panel(
+    image: Image.Image,
+    trace: Trace,
+    image_processor: Any,
+    index: int,
+    title: str,
+    lines: Sequence[str] = (),
+    longest: int = LONGEST,
+) -> Panel:
+    """The picture with what was kept, and the counts under the title."""
+    grid, count = trace.grids[index], trace.counts[index]
+    merged = ", the rest merged in" if any(cut.merge is not None for cut in trace.cuts) else ""
+    steps = " -> ".join(f"{len(trace.kept_patches(index, cut))}" for cut in range(len(trace.cuts)))
+    about = [f"{steps} of {count['patches_before']} patches{merged}"]
+    if len(grid.planes) > 1:
+        kept = trace.kept_patches(index)
+        small = sum(int(grid.plane[t]) == 0 for t in kept)
+        whole = grid.patches_per_view[0]
+        about = [f"crops {len(kept) - small} of {grid.patches - whole}, thumbnail {small} of {whole}{merged}"]
+    if (share := seen_share(image_processor, image.size, grid)) < 0.99:
+        about.append(f"the model sees {share:.0%} of the picture (striped: cut off)")
+    return Panel(title, about + list(lines), kept_pictures(image, trace, image_processor, index, longest))
+
+
+def answer_panels(
+    image: Image.Image,
+    image_processor: Any,
+    plain: str,
+    answers: Sequence[tuple[str, Trace, str]],
+    index: int = 0,
+    longest: int = LONGEST,
+) -> list[Panel]:
+    """The picture under the full model's answer, then what was kept of it for every (title, trace, answer)."""
+    first = plain_panel(image, "full model", [f"answer: {plain}"], longest)
+    return [
+        first,
+        *(
+            kept_panel(image, trace, image_processor, index, title, [f"answer: {said}"], longest)
+            for title, trace, said in answers
+        ),
+    ]
+
+
+def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own font, in its only size where Pillow was built without FreeType."""
+    try:
+        return ImageFont.load_default(size)
+    except (TypeError, ImportError, OSError):
+        return ImageFont.load_default()
+
+
+def write(canvas: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, room: int) -> None:
+    """Write one line, cut to `room` pixels."""
+    used, text = font(size), " ".join(text.split())
+    if isinstance(used, ImageFont.ImageFont):
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    whole = text
+    while text and canvas.textlength(text if text == whole else text + "...", used) > room:
+        text = text[:-1]
+    canvas.text(at, text if text == whole else text + "...", fill=(20, 20, 20), font=used)
+
+
+def sheet(rows: Sequence[Sequence[Panel]], heading: str = "") -> Image.Image:
+    """Put rows of panels onto one white picture, columns under each other."""
+    wide = [max(panel_size(p)[0] for p in column if p) for column in zip_longest(*rows)]
+    text = [LINE * (1 + max(len(panel.lines) for panel in row)) + 4 for row in rows]
+    tall = [max(panel_size(panel)[1] for panel in row) for row in rows]
+    top = GAP + (HEADING + GAP if heading else 0)
+    size = (sum(wide) + GAP * (len(wide) + 1), top + sum(text) + sum(tall) + GAP * len(rows))
+    made = Image.new("RGB", size, "white")
+    if heading:
+        write(ImageDraw.Draw(made), (GAP, GAP), heading, HEADING, made.width - 2 * GAP)
+    for row, words, height in zip(rows, text, tall, strict=True):
+        left = GAP
+        for panel, room in zip(row, wide, strict=False):
+            put(made, panel, (left, top), room, words)
+            left += room + GAP
+        top += words + height + GAP
+    return made
+
+
+def panel_size(panel: Panel) -> tuple[int, int]:
+    """Width and height of a panel's pictures; no panel is too narrow for words."""
+    wide = sum(p.width for p in panel.pictures) + GAP // 2 * (len(panel.pictures) - 1)
+    return max(wide, 12 * TEXT), max(p.height for p in panel.pictures)
+
+
+def put(page: Image.Image, panel: Panel, corner: tuple[int, int], room: int, words: int) -> None:
+    """Put a panel onto a page: its words, cut to `room` pixels, then its pictures, `words` pixels below the corner."""
+    (x, y), canvas = corner, ImageDraw.Draw(page)
+    for i, line in enumerate((panel.title, *panel.lines)):
+        write(canvas, (x, y + i * LINE), line, TEXT, room)
+    for picture in panel.pictures:
+        page.paste(picture, (x, y + words))
+        x += picture.width + GAP // 2
+
+
+def draw_kept(image: Image.Image, trace: Trace, processor: Any, index: int = 0) -> Image.Image:
+    """A picture of what the last pruned prefill kept of image `index`.
+
+    Args:
+        image: the picture that the processor got.
+        trace: `handle.trace`.
+        processor: the model's processor (or its image processor).
+        index: the image's number in the batch.
+    """
+    image_processor = getattr(processor, "image_processor", processor)
+    title = " + ".join(dict.fromkeys(cut.method for cut in trace.cuts))
+    return sheet([[plain_panel(image, "picture"), kept_panel(image, trace, image_processor, index, title)]])

@@ -1,0 +1,402 @@
+"""From what the user named to a model on a device, and from pictures and a prompt to its inputs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmprune.runtime import interruption
+from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.runtime.prompts import check_text
+from vlmprune.runtime.status import note, quiet
+from vlmprune.runtime.tables import counted
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlmprune.patches import Family
+
+__all__ = ["Loaded", "find_model", "load", "model_inputs", "pick_device"]
+
+ADAPTER = "adapter_config.json"  # of PEFT
+#: Of a processor: how many tokens beside the patches it counts, and whether the first of them is dropped.
+CLS_TOKEN = ("num_additional_image_tokens", "vision_feature_select_strategy")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: a folder (`local`) or an id on the hub; `embedded` models come with the package.
+
+    `adapter` is the folder of a PEFT adapter that goes onto it.
+    """
+
+    name: str
+    place: str
+    local: bool
+    embedded: bool = False
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run, with its processor."""
+
+    source: Source
+    model: Any
+    processor: Any
+
+    @property
+    def description(self) -> str:
+        size = sum(p.numel() for p in self.model.parameters())
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        kind = self.model.config.model_type
+        return f"{self.source.name} ({kind}, {size / 1e6:.3g} M parameters), {self.model.device}, {dtype}"
+
+
+def find_model(name: str) -> Source:
+    """Find out what `name` means: an embedded model, a folder, or an id on the hub.
+
+    Raises:
+        UserError: an embedded model whose weights are missing, no such folder, or a folder without a model.
+    """
+    from vlmprune import embedded
+    from vlmprune.errors import did_you_mean
+
+    if name in embedded.NAMES:
+        try:
+            return Source(name, str(embedded.path(name)), local=True, embedded=True)
+        except FileNotFoundError as error:
+            raise UserError(f"{brief(error)}; name another model with --model.") from None
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if is_adapter(folder):
+            return with_adapter(name, folder)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder} has no config.json: it is not the folder of a model.")
+        return Source(name, str(folder), local=True)
+    if folder.exists():
+        raise UserError(f"{folder} is a file, not the folder of a model.")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        hint = did_you_mean(name, embedded.NAMES)
+        raise UserError(
+            f"no model {name!r}: no such folder, no embedded model ({', '.join(embedded.NAMES)}), and not an id "
+            f"owner/name on the hub.{hint}"
+        )
+    return Source(name, name, local=False)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder has a PEFT adapter and no whole model."""
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def with_adapter(name: str, folder: Path) -> Source:
+    """The base model that the adapter in a folder names, with the adapter on it.
+
+    Raises:
+        UserError: peft is missing, or the base model cannot be found, or is an adapter itself.
+    """
+    from importlib.util import find_spec
+
+    try:
+        base = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        if not isinstance(base, str) or not base:
+            raise ValueError("base_model_name_or_path is empty")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is the folder of a PEFT adapter, and its {ADAPTER} does not say of which model "
+            f"(base_model_name_or_path): {brief(error)}."
+        ) from None
+    if find_spec("peft") is None:
+        raise UserError(
+            f"{folder} is the folder of a PEFT adapter for {base}, not of a whole model: pip install peft, and both "
+            "are loaded together; or merge them (merge_and_unload) and save the whole model."
+        )
+    if is_adapter(Path(base).expanduser()):
+        raise UserError(
+            f"{folder} is the folder of a PEFT adapter for {base}, which is an adapter itself: merge that one into its "
+            "model (merge_and_unload), save the whole model, and name its folder as base_model_name_or_path."
+        )
+    try:
+        source = find_model(base)
+    except UserError as error:
+        raise UserError(f"{folder} is the folder of a PEFT adapter for {base}: {error}") from None
+    return replace(source, name=name, adapter=str(folder))
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        UserError: a device that this machine or this torch lacks.
+    """
+    import torch
+
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        number = re.fullmatch(r"cuda(?::(\d+))?", wanted)
+        if number is None or int(number[1] or 0) >= count:
+            raise UserError(f"there is no device {wanted!r}: torch {torch.__version__} sees {count} CUDA devices.")
+    elif wanted != "cpu":
+        raise UserError(f"unknown device {wanted!r}: cpu, cuda, cuda:N or auto.")
+    return wanted
+
+
+def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: Any) -> Loaded:
+    """Load a model and its processor.
+
+    Args:
+        source: of `find_model`.
+        device: of `pick_device`.
+        dtype: "float32", "bfloat16", "float16" or "auto", which is the checkpoint's own on a GPU and float32 on a CPU.
+        **options: more for `from_pretrained`; a `device_map` places the model instead of `device`.
+
+    Raises:
+        UserError: not there, not reachable, not complete, or of a family that is not supported.
+        CommandError: a release of transformers that is not supported.
+    """
+    check_release()
+    where = "" if source.local else " from the Hugging Face hub"
+    note(f"loading {source.name}{where} ...")
+    with quiet(downloads=not source.local), told(source):
+        refuse_original(source)
+        processor = load_processor(source, type_of(source), local_files_only=source.local)
+        if getattr(processor, "image_processor", None) is None:
+            raise UserError(f"{source.name} has no processor for pictures (processor_config.json).")
+        model, family = load_model(source, device, dtype, **options)
+        interruption.check()
+    fill_in(processor, family.processor_fields(family.inner(model)), source.name)
+    placed = model if options.get("device_map") is not None else model.to(device)
+    return Loaded(source, placed.eval(), processor)
+
+
+@contextmanager
+def told(source: Source) -> Iterator[None]:
+    """Around loading: transformers, the hub and safetensors raise nearly anything, and a user must hear it."""
+    from vlmprune.errors import UnsupportedError
+
+    try:
+        yield
+    except UnsupportedError as error:
+        raise UserError(f"{source.name}: {error}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        interruption.check(error)
+        way = "" if source.local else " (no such folder here, and the hub could not help)"
+        raise UserError(f"cannot load {source.name}{way}: {brief(error)}") from error
+
+
+def type_of(source: Source) -> str:
+    """The model's type, of the families that are supported.
+
+    Raises:
+        UserError: another one.
+    """
+    from transformers import AutoConfig
+
+    from vlmprune.patches import FAMILIES
+
+    kind = AutoConfig.from_pretrained(source.place, local_files_only=source.local).model_type
+    if kind not in FAMILIES:
+        raise UserError(
+            f"{source.name} is a model of type {kind!r}, which is not supported. "
+            f"Supported: {', '.join(FAMILIES)} (see `vlmprune ls models`)."
+        )
+    return kind
+
+
+def load_model(source: Source, device: str, dtype: str, **options: Any) -> tuple[Any, Family]:
+    """The model with its adapter, where `from_pretrained` puts it, and its family, whose facts it has."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from vlmprune.patches import family_of
+
+    if dtype == "auto" and not device.startswith("cuda"):
+        dtype = "float32"
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    options["local_files_only"] = source.local
+    model = AutoModelForImageTextToText.from_pretrained(source.place, dtype=wanted, **options)
+    if source.adapter is not None:
+        model.load_adapter(source.adapter)
+    family = family_of(model)
+    family.facts(family.inner(model))
+    return model, family
+
+
+def fill_in(processor: Any, fields: dict[str, Any], name: str) -> None:
+    """Give the processor what its file lacks, or has wrong, of the model's own facts, and say so.
+
+    Processors of older checkpoints lack `patch_size` and the like; without them placeholders and features do not match.
+    """
+    has = {field: getattr(processor, field, None) for field in fields}
+    right = CLS_TOKEN if counts_without_cls(has) else ()
+    changed = {field: value for field, value in fields.items() if has[field] != value and field not in right}
+    for field, value in changed.items():
+        setattr(processor, field, value)
+    if changed:
+        told = ", ".join(f"{field}={value!r} (was {has[field]!r})" for field, value in changed.items())
+        note(f"{name}: the processor's file does not fit the model; from the model's config: {told}")
+
+
+def counts_without_cls(has: dict[str, Any]) -> bool:
+    """Whether a processor leaves out the [CLS] token on both sides, none added and none dropped: that counts right."""
+    added, strategy = (has.get(field) for field in CLS_TOKEN)
+    return added is not None and added - (strategy == "default") == 0
+
+
+def check_release() -> None:
+    """Refuse another transformers before it fails in words of its own.
+
+    Raises:
+        CommandError: with the way out.
+    """
+    from vlmprune._compat import check_transformers
+
+    try:
+        check_transformers()
+    except ImportError as error:
+        raise CommandError(str(error)) from None
+
+
+def refuse_original(source: Source) -> None:
+    """Refuse checkpoints of the original llava package, of which transformers would load the wrong half or nothing.
+
+    Raises:
+        UserError: with the two ways to run one.
+        Exception: whatever transformers raises where there is no config.
+    """
+    from transformers import PretrainedConfig
+
+    config, _ = PretrainedConfig.get_config_dict(source.place, local_files_only=source.local)
+    if "mm_vision_tower" in config:
+        raise UserError(
+            f"{source.name} is a checkpoint of the original llava package, which this command does not load. Give its "
+            "Hugging Face conversion (llava-hf/... on the hub), or use Python: load it with "
+            "llava.model.builder.load_pretrained_model and call vlmprune.patch(model, ...)."
+        )
+
+
+def load_processor(source: Source, model_type: str, **only: Any) -> Any:
+    """The model's processor; without its part for videos where that cannot be had.
+
+    transformers has no video processor that works without torchvision, and loads no processor that lacks a part.
+
+    Raises:
+        UserError: a family whose processor cannot do without.
+        Exception: whatever transformers raises.
+    """
+    from importlib.util import find_spec
+
+    import transformers
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    from vlmprune.patches import FAMILIES
+
+    if "video" not in FAMILIES[model_type].modalities or find_spec("torchvision") is not None:
+        return transformers.AutoProcessor.from_pretrained(source.place, **only)
+    name = PROCESSOR_MAPPING_NAMES[model_type]
+    if name != "LlavaOnevisionProcessor":
+        raise UserError(
+            f"the processor of {model_type} models needs torchvision, for its videos: install the torchvision that "
+            "fits your torch."
+        )
+    whole = getattr(transformers, name)
+    part = type(name, (whole,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
+    note("no torchvision: images only")
+    return part.from_pretrained(source.place, **only)
+
+
+def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> dict[str, Any]:
+    """Prepare pictures and prompt as the model wants them, by its chat template where it has one.
+
+    A prompt that has the image placeholder in it is taken as it is.
+
+    Raises:
+        UserError: placeholders and pictures do not match, or the processor cannot prepare them.
+    """
+    processor, model = loaded.processor, loaded.model
+    check_text(prompt, "the prompt")
+    text = prompt_text(processor, len(images), prompt)
+    check_shapes(processor, images)
+    # a template that writes the first token itself must not get a second one
+    bos = getattr(processor.tokenizer, "bos_token", None)
+    once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+    try:
+        # in a list of their own: LLaVA-OneVision prepares several pictures of one prompt differently
+        inputs = processor(text=text, images=[list(images)], return_tensors="pt", **once)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise UserError(
+            f"the model's processor cannot prepare these pictures and this prompt: {brief(error)}"
+        ) from error
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return inputs
+
+
+def prompt_text(processor: Any, images: int, prompt: str) -> str:
+    """The prompt about so many pictures with its placeholders.
+
+    Raises:
+        UserError: there are more or fewer of them than pictures.
+    """
+    token = getattr(processor, "image_token", None) or "<image>"
+    if token in prompt:
+        text, made = prompt, f"the prompt has {prompt.count(token)} {token}"
+    elif getattr(processor, "chat_template", None):
+        content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        made = f"the model's chat template writes {text.count(token)} {token}"
+    else:
+        return f"{token * images}\n{prompt}"
+    if text.count(token) != images:
+        raise UserError(f"{made}, and there {'is' if images == 1 else 'are'} {counted(images, 'picture')}.")
+    return text
+
+
+def check_shapes(processor: Any, images: Sequence[Image.Image]) -> None:
+    """Refuse pictures so long and narrow that scaling their shorter side to the tower's would not fit into memory.
+
+    Raises:
+        UserError: more pixels than Pillow takes for a bomb.
+    """
+    from PIL import Image
+
+    edge = (getattr(processor.image_processor, "size", None) or {}).get("shortest_edge")
+    most = Image.MAX_IMAGE_PIXELS
+    for image in images if edge and most else ():
+        if (pixels := edge * edge * max(image.size) / min(image.size)) > 2 * most:
+            raise UserError(
+                f"a picture of {image.width} x {image.height} pixels is too long and narrow: with its shorter side "
+                f"scaled to {edge}, as this model wants it, it would have {pixels:.2g} pixels. Cut it into pieces."
+            )
+
+
+def strange_pictures(loaded: Loaded, images: Sequence[Image.Image]) -> int:
+    """How many pictures an embedded model was not made for: it knows the drawn scenes it was trained on."""
+    from vlmprune.embedded import looks_drawn
+
+    return sum(not looks_drawn(image) for image in images) if loaded.source.embedded else 0
+
+
+def warn_of_photographs(name: str, count: int) -> None:
+    """Say that an embedded model's answers about `count` pictures mean nothing."""
+    if count:
+        look = "looks" if count == 1 else "look"
+        they = f"{counted(count, 'picture')} {look}"
+        note(f"{name} knows drawn scenes only, and {they} like none: its answers about photographs mean nothing")
+
+
+def unknown_words(loaded: Loaded, prompt: str) -> list[str]:
+    """Words that an embedded model, which knows few, reads as <unk>."""
+    tokenizer = loaded.processor.tokenizer
+    words = dict.fromkeys(re.findall(r"[\w:]+|[^\w\s]", prompt.replace("<image>", " ")))
+    return [w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"]]

@@ -1,0 +1,102 @@
+"""Tables of plain text, laid out by Rich, and how values are written in them."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["OVERHEAD", "change", "columns", "counted", "room", "short", "table"]
+
+WIDE = 10_000  # columns, where there is no terminal
+
+#: What is said beside the times of models that are too small.
+OVERHEAD = "On models as small as the embedded ones times are bound by overhead: they say nothing about a real model."
+
+
+def room() -> int | None:
+    """Columns of the terminal that stdout goes to; None where it is a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), limit: int | None = None
+) -> str:
+    """Columns two spaces apart under a header; those named in `right` are flush right, the last one is not padded.
+
+    A row without cells is an empty line. Cells wrap where it is wider than `limit` (None: the terminal, if there is
+    one); where not even their words fit, it is written row by row, one cell a line.
+    """
+    from rich.measure import Measurement
+
+    limit = room() if limit is None else limit
+    if limit is None:
+        return columns(header, rows, right)
+    made, console = grid(header, rows, right), paper(limit)
+    if Measurement.get(console, console.options.update(max_width=WIDE), made).minimum <= limit:
+        return printed(made, limit)
+    return "\n\n".join(printed(block(header, row), max(limit, 20)) for row in rows if row)
+
+
+def block(header: Sequence[str], row: Sequence[str]) -> Table:
+    """A row as lines of `name: cell`, without those that are empty."""
+    lines = [(f"{name}:", cell) for name, cell in zip(header, row, strict=True) if cell]
+    return grid((), [(f"{'  ' * (i > 0)}{name}", cell) for i, (name, cell) in enumerate(lines)], (), gap=1)
+
+
+def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> str:
+    """`table` without a limit."""
+    return printed(grid(header, rows, right), WIDE)
+
+
+def grid(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], gap: int = 2) -> Table:
+    """Rich's table: no box, a rule under the header, every cell as it is written."""
+    from rich.rule import Rule
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table.grid(padding=(0, gap, 0, 0))
+    for name in header or rows[0]:
+        made.add_column(justify="right" if name in right else "left", overflow="fold")
+    if header:
+        made.add_row(*map(Text, header))
+        made.add_row(*(Rule(characters="-", style="") for _ in header))
+    for row in rows:
+        made.add_row(*map(Text, row))
+    return made
+
+
+def paper(wide: int) -> Console:
+    """Where Rich writes without colours."""
+    from rich.console import Console
+
+    return Console(file=io.StringIO(), width=wide, color_system=None, legacy_windows=False)
+
+
+def printed(made: Table, wide: int) -> str:
+    """A table's lines, without spaces at their ends."""
+    console = paper(wide)
+    console.print(made)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def change(before: int, after: int) -> str:
+    """`256 -> 26`, or one number where nothing changed."""
+    return str(before) if before == after else f"{before} -> {after}"
+
+
+def counted(number: int, thing: str) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def short(text: str, limit: int) -> str:
+    """`text` on one line, cut to `limit` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."

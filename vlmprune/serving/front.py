@@ -1,0 +1,131 @@
+"""vLLM's front end with pruned pictures: so many placeholders as stay, and a note of it for the model.
+
+Arguments of overridden methods keep vLLM's names: it passes them by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from vlmprune.serving import host
+from vlmprune.serving.served import Request, Served
+from vlmprune.serving.settings import KEEP
+
+__all__ = ["PrunedInfo", "PrunedNextInfo", "PrunedProcessor", "refuse"]
+
+
+def refuse(model_config: Any, lora_config: Any = None) -> None:
+    """Refuse what would go wrong without a word.
+
+    Raises:
+        ValueError: a setting of the engine that pruning does not allow.
+    """
+    multimodal = model_config.multimodal_config
+    if multimodal.enable_mm_embeds:
+        raise ValueError(
+            "enable_mm_embeds lets requests bring embeddings instead of pictures, which nothing would prune: start a "
+            "server without pruning for them."
+        )
+    if multimodal.get_limit_per_prompt("image") == 0:
+        raise ValueError(
+            "limit_mm_per_prompt allows no pictures, so there is nothing to prune: start vLLM's own class."
+        )
+    if KEEP in (multimodal.mm_processor_kwargs or {}):
+        raise ValueError(f"{KEEP} is for single requests; an engine's own budget is keep, among its vlmprune settings.")
+    if lora_config is not None and lora_config.enable_tower_connector_lora:
+        raise ValueError("enable_tower_connector_lora counts the tower's tokens by those that stay: leave it away.")
+
+
+class PrunedInfo:
+    """Mixin of vLLM's processing info: how many tokens a picture has after pruning."""
+
+    @cached_property
+    def served(self) -> Served:
+        """The settings and methods of this engine.
+
+        Raises:
+            ValueError: they cannot be served.
+        """
+        config = self.get_hf_config()
+        refuse(self.ctx.model_config)
+        return Served(config, host.stand_in(config))
+
+    def whole_image_tokens(self, width: int, height: int) -> int:
+        """Tokens of a picture before pruning, as vLLM counts them."""
+        return super().get_num_image_tokens(image_width=width, image_height=height)
+
+    def kept(self, width: int, height: int, keep: int | float | None) -> int:
+        """Tokens of a picture after pruning.
+
+        Raises:
+            RuntimeError: vLLM counts other tokens before it than its packing makes.
+        """
+        size = (height, width) if self.served.family.needs_sizes else None
+        made, told = self.served.grid(size).tokens, self.whole_image_tokens(width, height)
+        if made != told:
+            raise RuntimeError(f"a picture of {width} x {height}: vLLM counts {told} tokens and packs {made}.")
+        return self.served.kept(size, keep)
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        return self.kept(image_width, image_height, None)
+
+
+class PrunedNextInfo(PrunedInfo):
+    """The same where the largest picture is looked for by its tokens: the tower's memory hangs on all of them."""
+
+    def get_image_size_with_most_features(self) -> Any:
+        pinpoints = self.get_hf_config().image_grid_pinpoints
+        height, width = max(pinpoints, key=lambda size: self.whole_image_tokens(size[1], size[0]))
+        return host.ImageSize(width=width, height=height)
+
+
+class PrunedProcessor:
+    """Mixin of vLLM's processor: placeholders by the budget, which rides along with the pixels."""
+
+    def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
+        salt = self.info.served.salt
+        return {kind: [f"{one}-{salt}" for one in made] for kind, made in super()._get_mm_hashes(inputs).items()}
+
+    def _get_hf_mm_inputs(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        return super()._get_hf_mm_inputs(mm_items, {key: v for key, v in hf_kwargs.items() if key != KEEP})
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        keep = self.info.served.keep_of(hf_kwargs)
+        made = super()._apply_hf_processor_main(mm_items, hf_kwargs)
+        if "pixel_values" in made:
+            images = mm_items.get_items("image", host.ImageProcessorItems)
+            requests = [self.request(images, i, keep) for i in range(len(made["pixel_values"]))]
+            made[KEEP] = torch.tensor([request.row() for request in requests], dtype=torch.float64)
+        return made
+
+    def request(self, images: Any, index: int, keep: int | float | None) -> Request:
+        """What the model is told of one picture."""
+        number = 0
+        if self.info.served.choice(keep).by_content:
+            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+            number = int(host.MultiModalHasher.hash_kwargs(algorithm, image=images.get(index))[:10], 16)
+        return Request(keep, self.placeholders(images, index, keep), number)
+
+    def placeholders(self, images: Any, index: int, keep: int | float | None) -> int:
+        """How many one picture gets."""
+        size = images.get_image_size(index)
+        return self.info.kept(size.width, size.height, keep)
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> dict[str, Any]:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        return fields | {KEEP: host.MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        token, keep = self.info.get_hf_config().image_token_index, self.info.served.keep_of(hf_processor_mm_kwargs)
+
+        def replacement(index: int) -> list[int]:
+            images = mm_items.get_items("image", host.ImageProcessorItems)
+            return [token] * self.placeholders(images, index, keep)
+
+        return [host.PromptReplacement(modality="image", target=[token], replacement=replacement)]

@@ -1,0 +1,147 @@
+"""What methods see of vLLM's vision tower: measured by hooks on its layers as they run.
+
+vLLM's tower projects queries, keys and values in one module, whose output is all that a tap asks of a layer: no tap
+costs a projection of its own. Under tensor parallelism a rank has its share of the heads, and what was measured is
+averaged over the ranks; all of them then choose alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from vlmprune.errors import UnsupportedError
+from vlmprune.parts.attention import split_heads
+from vlmprune.parts.facts import ModelFacts
+from vlmprune.parts.taps import Tap, TowerTap
+
+if TYPE_CHECKING:
+    from vlmprune.serving.merge import Tower
+
+__all__ = ["TowerWatcher", "built_for", "look_only"]
+
+Mean = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What taps ask of a tower layer, answered from `qkv` `(views, tokens, 3 * dim)`, this rank's share of it."""
+
+    qkv: torch.Tensor
+    head_dim: int
+    scale: float
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Rows of the projection stand for rows of the normed input, of which taps only take parts."""
+        return self.qkv
+
+    def queries(self, rows: torch.Tensor) -> torch.Tensor:
+        return split_heads(rows.chunk(3, dim=-1)[0], self.head_dim)
+
+    def keys(self, rows: torch.Tensor) -> torch.Tensor:
+        return split_heads(rows.chunk(3, dim=-1)[1], self.head_dim)
+
+
+class TowerWatcher:
+    """Measures tower taps; `take` hands over what was seen since the last time.
+
+    Args:
+        layers: of the tower, as many as vLLM built.
+        taps: to be measured, each once.
+        keys: layers whose keys somebody wants.
+        mean: averages a tensor over the ranks that share a layer's heads.
+
+    Attributes:
+        tower: who changes tokens in this call, if somebody does (`serving.merge`): keys are for them.
+    """
+
+    def __init__(
+        self, layers: Sequence[nn.Module], taps: Sequence[TowerTap], keys: Iterable[int], facts: ModelFacts, mean: Mean
+    ):
+        self.taps, self.has_cls, self.mean = taps, facts.has_cls, mean
+        self.seen: dict[Tap, list[torch.Tensor]] = {}
+        self.tower: Tower | None = None
+        self.hidden: torch.Tensor | None = None
+        for index in sorted({*(tap.layer for tap in taps), *keys}):
+            if index < len(layers):
+                layers[index].register_forward_pre_hook(self.before)
+                layers[index].self_attn.qkv_proj.register_forward_hook(self.projected(index, layers[index].self_attn))
+            else:  # behind the last one
+                layers[-1].register_forward_hook(self.behind(index))
+
+    def before(self, module: nn.Module, args: tuple) -> None:
+        """Pre-hook of a layer: its input, for taps that look at it."""
+        self.hidden = args[0]
+
+    def projected(self, index: int, attention: nn.Module) -> Callable[..., None]:
+        """Hook of the projection of a layer: measures all that is to be seen of it."""
+
+        def hook(module: nn.Module, args: tuple, output: tuple) -> None:
+            layer = Projected(output[0], attention.head_dim, attention.scale)
+            for tap in self.taps:
+                if tap.layer == index:
+                    self.note(tap, self.over_ranks(tap.measure(layer, self.hidden, self.has_cls), attention))
+            if self.tower is not None and index in self.tower.plan.key_layers:
+                self.tower.keys[index] = self.over_ranks(layer.keys(output[0]).mean(1), attention)
+            self.hidden = None
+
+        return hook
+
+    def over_ranks(self, value: torch.Tensor, attention: nn.Module) -> torch.Tensor:
+        """The mean of what the ranks see, each of its own heads."""
+        # vLLM's reduction on a CPU works in place and does not heed strides: never hand it a view
+        return self.mean(value.contiguous()) if attention.tp_size > 1 else value
+
+    def behind(self, index: int) -> Callable[..., None]:
+        """Hook of the last layer, for taps behind it."""
+
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            for tap in self.taps:
+                if tap.layer == index:
+                    self.note(tap, tap.measure(None, hidden, self.has_cls))
+
+        return hook
+
+    def note(self, tap: Tap, value: torch.Tensor) -> None:
+        """Keep what was measured until somebody takes it."""
+        self.seen.setdefault(tap, []).append(value)
+
+    def take(self) -> dict[Tap, torch.Tensor]:
+        """What was measured in the views that were encoded since the last time, `(views, patches, ...)` by tap."""
+        seen, self.seen = self.seen, {}
+        return {tap: torch.cat(values) for tap, values in seen.items()}
+
+
+def built_for(taps: Sequence[TowerTap], facts: ModelFacts, built: int) -> int:
+    """How many tower layers must exist for these taps; vLLM builds `built`, up to the one that makes the features.
+
+    Raises:
+        UnsupportedError: a tap that lies deeper than the layer behind them.
+    """
+    deepest = max((tap.layer for tap in taps if tap.layer < facts.tower_layers), default=-1)
+    if deepest > built:
+        raise UnsupportedError(
+            f"a method looks at tower layer {deepest}, and vLLM builds {built} layers, which make the features: at "
+            f"most layer {built} can be looked at."
+        )
+    return max(built, deepest + 1)
+
+
+class LooksOnly:
+    """Mixin of a tower layer behind the features: projects what attention would be computed from, changes nothing."""
+
+    bare: bool  # whether the layer returns its output alone
+
+    def forward(self, hidden_states: torch.Tensor) -> Any:
+        self.self_attn.qkv_proj(self.layer_norm1(hidden_states))
+        return hidden_states if self.bare else (hidden_states, None)
+
+
+def look_only(layer: type[nn.Module], bare: bool) -> type[nn.Module]:
+    """The class of a layer that only looks; its weights load under the names of a whole one."""
+    return type(f"LooksOnly{layer.__name__}", (LooksOnly, layer), {"bare": bare})

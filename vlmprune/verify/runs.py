@@ -1,0 +1,336 @@
+"""Running a model as a user does, and by hand, with everything kept that the checks compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from vlmprune.engine.encode import encode
+from vlmprune.patches import Family
+from vlmprune.patches.host import returned_cache, with_cache
+from vlmprune.patches.language_models import window_of
+from vlmprune.trace import CutTrace, Trace
+from vlmprune.verify.byhand import Stretch, flow_of, flows, run_layers, stretches
+
+__all__ = [
+    "FORCED",
+    "Hand",
+    "Rows",
+    "Run",
+    "by_hand",
+    "changes",
+    "dropped_by",
+    "masked",
+    "of_images",
+    "other_positions",
+    "rows_of",
+    "run",
+    "without",
+    "wrong",
+]
+
+FORCED = 4  # tokens that are decoded after every prompt
+
+
+@dataclass(frozen=True)
+class Run:
+    """A prefill and forced decode steps with a cache.
+
+    Attributes:
+        hidden: `(batch, prompt, dim)` last hidden states of the prefill, at the prompt's length.
+        logits: `(batch, 1 + forced, vocab)` after the prompt's last token and after every forced one.
+        lengths: entries that every layer had cached when the prompt was read.
+        keys, values: `(batch, heads, entries, dim)` of every layer in the end.
+    """
+
+    hidden: torch.Tensor
+    logits: torch.Tensor
+    lengths: list[int]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+@contextmanager
+def last_hidden(inner: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The last hidden states of the calls inside the block."""
+    seen: list[torch.Tensor] = []
+    hook = inner.register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequence[int]) -> Run:
+    """Run a padded batch (or one prompt), patched or not.
+
+    Without padding no mask is handed over (`generate` does the same): with one, attention may take another kernel than
+    by hand, which in half precision is seen.
+    """
+    mask, padded = inputs["attention_mask"], not bool(inputs["attention_mask"].all())
+    inputs = inputs if padded else without(inputs, "attention_mask")
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    every = torch.arange(len(mask), device=mask.device)
+    first = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": True, "logits_to_keep": 1}
+    with last_hidden(family.inner(model)) as seen:
+        out = model(**inputs, **first)
+    hidden, cache = seen[0], returned_cache(out)
+    lengths = [layer.keys.shape[2] for layer in cache.layers]
+    logits = [model.get_output_embeddings()(hidden[every, last])]
+    place = mask.sum(1, keepdim=True)
+    for token in forced:
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+        ids = mask.new_full((len(mask), 1), token)
+        given = {"attention_mask": mask} if padded else {}
+        out = model(input_ids=ids, position_ids=place, use_cache=True, **given, **with_cache(cache))
+        logits.append(out.logits[:, -1])
+        place = place + 1
+    keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+    return Run(hidden, torch.stack(logits, 1), lengths, keys, values)
+
+
+def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The other arguments of a call."""
+    return {name: value for name, value in inputs.items() if name not in names}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One prompt as the language model is about to read it.
+
+    Attributes:
+        ids: `(1, length)`.
+        hidden: `(1, length, dim)` embeddings with the visual features in place.
+        images: prompt columns of the tokens of every image, then of every video.
+    """
+
+    ids: torch.Tensor
+    hidden: torch.Tensor
+    images: list[list[int]]
+
+
+def rows_of(family: Family, model: nn.Module, prompt: dict[str, Any]) -> Rows:
+    """Run the model's own vision part (patched, if the model is) and put its features where placeholders are.
+
+    The engine's `encode` is used, which only calls the model's own encoders.
+    """
+    inner, ids = family.inner(model), prompt["input_ids"]
+    hidden, images = model.get_input_embeddings()(ids).clone(), []
+    for modality, encoded in encode(inner, without(prompt, "input_ids", "attention_mask"), family).items():
+        columns = (ids[0] == family.token(inner, modality)).nonzero().flatten()
+        hidden[0, columns] = torch.cat(list(encoded.pooler_output)).to(hidden.dtype)
+        images += [part.tolist() for part in columns.split([len(f) for f in encoded.pooler_output])]
+    return Rows(ids, hidden, images)
+
+
+def extended(model: nn.Module, rows: Rows, forced: Sequence[int]) -> torch.Tensor:
+    """`(1, length + forced, dim)`: with causal layers, a forced token at the end is what decoding computes."""
+    more = torch.tensor([list(forced)], dtype=torch.long, device=rows.ids.device)
+    return torch.cat((rows.hidden, model.get_input_embeddings()(more)), 1)
+
+
+@dataclass(frozen=True)
+class Hand:
+    """What one prompt and its forced tokens come to by hand.
+
+    Attributes:
+        entered: `(entries, dim)` what the first layer reads, forced tokens included.
+        hidden: `(entries, dim)` last hidden states of what is left of the prompt.
+        columns: for every layer, the prompt column of each entry (forced tokens count on).
+        logits, keys, values: as in `Run`, without the batch dimension.
+    """
+
+    entered: torch.Tensor
+    hidden: torch.Tensor
+    columns: list[list[int]]
+    logits: torch.Tensor
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+
+def by_hand(
+    family: Family, model: nn.Module, rows: Rows, cuts: Sequence[CutTrace], forced: Sequence[int], astray: int = 0
+) -> Hand:
+    """Select the rows that `cuts` kept and run the model's layers on them: the prompt, and then token by token.
+
+    Everything has the shape that it has in the pruned model, so that the same kernels give the same bits.
+
+    Args:
+        astray: positions by which the forced tokens stand wrong, on purpose.
+    """
+    language_model, length = family.language_model(family.inner(model)), rows.ids.shape[1]
+    head, embed = model.get_output_embeddings(), model.get_input_embeddings()
+    parts = stretches(cuts, [0] * len(rows.images), rows.images, (1, length), rows.hidden.device)
+    cache = DynamicCache(config=language_model.config)
+    entered = parts[0].take(rows.hidden)
+    prompt = run_layers(language_model, entered, parts, [part.positions for part in parts], cache)
+    logits, tokens = [head(prompt[:, -1])], embed(rows.ids.new_tensor([list(forced)]))
+    for number in range(len(forced)):
+        places = [length + number + astray - part.shift for part in parts]
+        step = run_layers(language_model, tokens[:, number : number + 1], parts, places, cache, number + 1)
+        logits.append(head(step)[:, -1])
+    return Hand(
+        torch.cat((entered, tokens), 1)[0],
+        prompt[0],
+        columns_of(parts, length, len(forced), len(cache.layers)),
+        torch.cat(logits),
+        [layer.keys[0] for layer in cache.layers],
+        [layer.values[0] for layer in cache.layers],
+    )
+
+
+def columns_of(parts: Sequence[Stretch], length: int, forced: int, layers: int) -> list[list[int]]:
+    """As in `Hand`, for a prompt of so many columns and so many tokens behind it."""
+    columns, by_layer = list(range(length)), {}
+    for part in parts:
+        columns = [columns[entry] for entry in part.index[0].tolist()]
+        by_layer[part.first] = columns + list(range(length, length + forced))
+    return [by_layer[max(first for first in by_layer if first <= layer)] for layer in range(layers)]
+
+
+@contextmanager
+def masks_allowed(language_model: nn.Module) -> Iterator[None]:
+    """Let the layers take a 4-D mask, which flash attention does not."""
+    config = language_model.config
+    before = config._attn_implementation
+    if before not in ("sdpa", "eager"):
+        config._attn_implementation = "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def masked(
+    family: Family, model: nn.Module, rows: Rows, cuts: Sequence[CutTrace], forced: Sequence[int], astray: int = 0
+) -> torch.Tensor:
+    """The plain layers on the whole sequence, dropped columns hidden by a 4-D mask from the layers above their cut.
+
+    Nothing is gathered, shortened or cached: every layer has every row.
+
+    Args:
+        astray: as of `by_hand`.
+
+    Returns:
+        Logits as in `Hand`.
+    """
+    language_model = family.language_model(family.inner(model))
+    hidden = extended(model, rows, forced)
+    number = torch.arange(hidden.shape[1], device=hidden.device)
+    alive, place = torch.ones_like(number, dtype=torch.bool), number.clone()
+    place[rows.ids.shape[1] :] += astray
+    masks: dict[Any, torch.Tensor] = {}
+    with masks_allowed(language_model):
+        for index, layer in enumerate(language_model.layers):
+            for cut in (cut for cut in cuts if cut.layer == index):
+                gone, hidden = taken(cut, rows.images, alive, hidden)
+                alive &= ~gone
+                if cut.positions == "contiguous":
+                    place = place - gone.cumsum(0)
+                masks = {}
+            if (window := window_of(layer)) not in masks:
+                masks[window] = mask_of(alive, window, hidden.dtype)
+            hidden = layer(
+                hidden,
+                attention_mask=masks[window][None, None],
+                position_embeddings=language_model.rotary_emb(hidden, position_ids=place[None]),
+                position_ids=number[None],
+            )
+        out = language_model.norm(hidden)[0, -1 - len(forced) :]
+    return model.get_output_embeddings()(out)
+
+
+def taken(
+    cut: CutTrace, images: Sequence[Sequence[int]], alive: torch.Tensor, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The columns that a cut takes of those `alive`, `(length,)` bool, and `(1, length, dim)` as it merges that."""
+    gone, there = torch.zeros_like(alive), alive.tolist()
+    for image, columns in enumerate(images):
+        mine = torch.tensor(columns, dtype=torch.long, device=alive.device)
+        gone[mine] = alive[mine] & ~cut.keep[image, : len(mine)]
+        if flows(cut, gone[mine].any()):
+            hidden = flow_of(cut, image, 0, {c: c for c in columns if there[c]}, columns).apply(hidden)
+    return gone, hidden
+
+
+def mask_of(alive: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+    """The `(length, length)` mask of a layer that hides all columns but those `alive`, and those behind its window."""
+    number, rank = torch.arange(len(alive), device=alive.device), alive.cumsum(0)
+    visible = (number <= number[:, None]) & alive
+    if window is not None:
+        visible &= rank > rank[:, None] - window
+    visible |= torch.eye(len(alive), dtype=torch.bool, device=alive.device)  # rows that nobody reads need something
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def alive_before(trace: Trace, number: int) -> torch.Tensor:
+    """`(images, tokens)` bool of what cut `number` found."""
+    if number:
+        return trace.cuts[number - 1].keep
+    keep = trace.cuts[0].keep
+    tokens = torch.tensor([grid.tokens for grid in trace.grids], device=keep.device)
+    return torch.arange(keep.shape[1], device=keep.device) < tokens[:, None]
+
+
+def changes(trace: Trace) -> list[int]:
+    """Numbers of the cuts that took something, or wrote it anew."""
+    return [
+        number
+        for number, cut in enumerate(trace.cuts)
+        if not torch.equal(cut.keep, alive_before(trace, number)) or (cut.merge and cut.merge.source is not None)
+    ]
+
+
+def wrong(trace: Trace) -> list[CutTrace]:
+    """The cuts with one mistake in the first that took something: a kept token is mistaken for a dropped one.
+
+    A merging cut forgets to merge instead.
+    """
+    made, at = list(trace.cuts), changes(trace)[0]
+    if made[at].merge is not None:
+        made[at] = replace(made[at], merge=None)
+        return made
+    keep = made[at].keep.clone()
+    dropped = alive_before(trace, at) & ~keep
+    image = int(dropped.any(1).nonzero()[0])
+    if keep[image].any():
+        keep[image, keep[image].nonzero()[-1]] = False
+    keep[image, dropped[image].nonzero()[-1]] = True
+    made[at] = replace(made[at], keep=keep)
+    return made
+
+
+def dropped_by(trace: Trace) -> int:
+    """Positions by which decoded tokens would be wrong under the other position policy (for `astray`).
+
+    Where nothing was dropped in the language model, as many as there are visual tokens.
+    """
+    lost = trace.prompt_length - min(trace.kv_lengths)
+    if not lost:
+        return -sum(grid.tokens for grid in trace.grids)
+    return lost if trace.cuts[-1].positions == "contiguous" else -lost
+
+
+def of_images(cut: CutTrace, images: Sequence[int]) -> CutTrace:
+    """What a cut did to some images of a batch."""
+    images = list(images)
+    merge = cut.merge
+    if merge is not None:
+        source = None if merge.source is None else merge.source[images]
+        merge = replace(merge, into=merge.into[images], weight=merge.weight[images], source=source)
+    scores = None if cut.scores is None else cut.scores[images]
+    return replace(cut, keep=cut.keep[images], merge=merge, scores=scores)
+
+
+def other_positions(trace: Trace) -> list[CutTrace]:
+    """The cuts with the other position policy in the last that took something."""
+    made, at = list(trace.cuts), changes(trace)[-1]
+    other = "original" if made[at].positions == "contiguous" else "contiguous"
+    made[at] = replace(made[at], positions=other)
+    return made
