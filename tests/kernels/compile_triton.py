@@ -98,7 +98,7 @@ def everything(go, floats, few):
         if block <= triton_choose.TILE:
             go(triton_choose.top_k_kernel, {"scores": "fp32"}, size, out="*u8")
         else:
-            tiled = {"TILE": triton_choose.TILE, "num_warps": 16}
+            tiled = {"TILE": triton_choose.TILE, "num_warps": triton_common.warps(triton_choose.TILE)}
             go(triton_choose.top_k_tiled_kernel, {"scores": "fp32"}, tiled, out="*u8")
         for objective in ("max_min",) if few else ("max_min", "max_sum", "log_det"):
             constants = {"LOW": 1e-5, "OBJECTIVE": objective}

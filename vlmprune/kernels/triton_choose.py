@@ -93,12 +93,12 @@ def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
             scores.float().contiguous(), counts.expand(scores.shape[:-1]).long().contiguous(),
             candidates.contiguous().view(torch.uint8), out.view(torch.uint8), columns,
         )  # fmt: skip
+        rows = (out.numel() // columns,)
         if columns <= TILE:
             block = block_of(columns)
-            kernel, size = top_k_kernel, {"BLOCK": block, "num_warps": warps(block)}
+            start(scores.device, top_k_kernel, rows, *given, BLOCK=block, num_warps=warps(block))
         else:
-            kernel, size = top_k_tiled_kernel, {"TILE": TILE, "num_warps": 16}
-        start(scores.device, kernel, (out.numel() // columns,), *given, **size)
+            start(scores.device, top_k_tiled_kernel, rows, *given, TILE=TILE, num_warps=warps(TILE))
     return out
 
 
