@@ -90,7 +90,7 @@ def averages_heads(tap: Tap, facts: ModelFacts) -> bool:
     return close(tried(tap, facts), sum(parts) / HEADS)
 
 
-class Plain:
+class SmallLayer:
     """A small layer as hosts have it, with all that `parts.layers.TowerLayer` promises."""
 
     scale = HEAD_DIM**-0.5
@@ -118,7 +118,7 @@ class Plain:
 
 def tried(tap: TowerTap, facts: ModelFacts, heads: slice = slice(None), plain: bool = False) -> torch.Tensor:
     """A tap measured in a small layer: as vLLM shows it, or as other hosts do."""
-    layer = Plain(PATCHES + facts.has_cls)
+    layer = SmallLayer(PATCHES + facts.has_cls)
     shown = layer if plain else layer.projected(heads)
     return tap.measure(None if tap.layer >= facts.tower_layers else shown, layer.hidden, facts.has_cls)
 
