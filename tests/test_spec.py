@@ -19,11 +19,11 @@ import vlmprune
 from vlmprune import Method, UnsupportedError, registry, spec
 from vlmprune.cli import bench, flags
 from vlmprune.eval.config import schema as config
-from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import plan
 from vlmprune.methods import FastV, FoPru, Random, ToDRE, TransPrune
 from vlmprune.parts.budget import SmallBudgetWarning
 from vlmprune.parts.facts import ModelFacts
+from vlmprune.yamls.tree import Mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
 NEXT = ModelFacts("llava_next", 24, 22, True, decoder_layers=32, views=True, view_patches=576)

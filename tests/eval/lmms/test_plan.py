@@ -13,7 +13,6 @@ import tiny_folders
 
 from vlmprune import spec
 from vlmprune.eval.config.schema import load_config
-from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import fingerprints, store
 from vlmprune.eval.lmms.plan import make_plan
 from vlmprune.eval.lmms.run import ledger
@@ -21,6 +20,7 @@ from vlmprune.eval.lmms.survey import survey
 from vlmprune.eval.lmms.taskindex import local_data
 from vlmprune.methods import ToDRE
 from vlmprune.parts.facts import ModelFacts
+from vlmprune.yamls.tree import Mistakes
 
 pytest.importorskip("lmms_eval")
 
