@@ -34,6 +34,8 @@ __all__ = ["Downsample", "Grid", "Pool", "Random"]
 class Control(Pruner):
     """A cut before the LLM that looks at nothing."""
 
+    looks_at = "nothing"
+
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         return [Cut(Decoder(0), (), self.reduce, self.positions)]
 
@@ -139,6 +141,7 @@ class Downsample(Budgeted):
 
     summary = "the picture shrunk and enlarged again, all tokens (control, saves nothing)"
     stage = "pixels"
+    looks_at = "nothing"
 
     def cuts(self, facts: ModelFacts) -> list[PixelCut]:
         budget = self.budget
