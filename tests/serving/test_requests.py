@@ -7,22 +7,23 @@ import serving_models
 import torch
 from serving_engine import Prompt, agree, content_number, expected, questions, several
 
+from vlmprune import registry
+
 pytestmark = pytest.mark.vllm
 
 MODELS = {"scene-llava": ({"keep": 64}, 25, 0.5), "scene-llava-next": ({"keep": 128}, 0.1, 400)}
 
 
 MIXED = [
-    ("scene-llava", "vtc_cls"),
-    ("scene-llava-next", "vtc_cls"),
-    ("scene-llava", "visionzip"),
-    ("scene-llava", "tome"),
+    *(("scene-llava", method) for method in ("divprune", "pool", "todre", "tome", "visionzip", "vtc_cls")),
+    *(("scene-llava-next", method) for method in ("visionzip", "vtc_cls")),
 ]
 
 
 @pytest.mark.parametrize(("model", "method"), MIXED)
 def test_everything_mixed_in_one_engine(engines, model, method):
     options, second, third = MODELS[model]
+    options = options | registry.find(method).served_with
     if method == "tome":  # at most half of the tokens can go in each of four layers
         second = 96
     engine = engines(model, method, **options)
