@@ -83,6 +83,22 @@ def test_a_wrong_budget_is_an_error_of_that_request_alone(engines, keep):
     agree(engine.ask(prompts), expected("scene-llava", prompts, "vtc_cls", keep=64))
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"vlmprune_kepp": 25}, "Did you mean 'vlmprune_keep'"),
+        ({"do_resize": False, "do_center_crop": False}, "takes vlmprune_keep alone"),  # which would end the engine
+        ({"vlmprune_keep": 25, "size": {"height": 32, "width": 32}}, "'size' among a request's mm_processor_kwargs"),
+    ],
+)
+def test_requests_bring_a_budget_and_nothing_else(engines, kwargs, words):
+    engine = engines("scene-llava", "vtc_cls", keep=64)
+    prompts = questions("scene-llava", 2)
+    with pytest.raises(ValueError, match=words):
+        engine.llm.generate([engine.request(prompts[0]) | {"mm_processor_kwargs": kwargs}], use_tqdm=False)
+    agree(engine.ask(prompts), expected("scene-llava", prompts, "vtc_cls", keep=64))
+
+
 def test_surplus_rows_are_an_error(engines):
     # vLLM cuts them off without a word
     engine = engines("scene-llava", "vtc_cls", keep=64)
