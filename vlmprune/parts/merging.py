@@ -10,8 +10,18 @@ from torch.nn import functional
 from vlmprune.parts.attention import upcast
 from vlmprune.parts.cuts import Clusters, Merge
 from vlmprune.parts.layout import Layout
+from vlmprune.parts.selection import top_k
 
-__all__ = ["energy", "first_of_cluster", "flow", "gather_to", "match_alternating", "match_energy", "spread_evenly"]
+__all__ = [
+    "energy",
+    "first_of_cluster",
+    "flow",
+    "gather_to",
+    "match_alternating",
+    "match_energy",
+    "peaks",
+    "spread_evenly",
+]
 
 CHUNK = 256  # rows of a cosine matrix that exist at one time
 
@@ -133,6 +143,39 @@ def gather_to(keys: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) 
     ]
     flows = sources & targets.any(1, keepdim=True)
     return torch.where(flows, torch.cat(best, 1), own), flows
+
+
+def peaks(
+    x: torch.Tensor, among: torch.Tensor, counts: torch.Tensor, neighbours: int = 5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clusters around density peaks (DPC-kNN): centres are dense and far from what is denser.
+
+    Density is exp(-mean squared distance to the `neighbours` nearest, itself included), distances are divided by the
+    root of the dimension. Ties go to the lower index.
+
+    Args:
+        x: `(images, tokens, dim)`; all distances of an image's tokens exist at one time.
+        among: `(images, tokens)` bool, who is clustered.
+        counts: `(images,)` long, centres per image.
+
+    Returns:
+        `(images, tokens)` bool, the centres, and `(images, tokens)` long, the centre of every token of `among` (another
+        token's own number).
+    """
+    x, far = upcast(x), torch.finfo(torch.float32).max
+    pair = among[:, None] & among[:, :, None]
+    apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
+    near = apart.masked_fill(~pair, torch.inf).sort(dim=-1).values[..., :neighbours]
+    real = near < torch.inf
+    density = torch.exp(-(near.where(real, 0) ** 2).sum(-1) / real.sum(-1).clamp(min=1))
+    number = torch.arange(x.shape[1], device=x.device)
+    ahead = (density[:, None] == density[:, :, None]) & (number < number[:, None])
+    denser = pair & ((density[:, None] > density[:, :, None]) | ahead)
+    most = apart.where(pair, 0).flatten(1).amax(1)[:, None]
+    rise = apart.masked_fill(~denser, far).amin(-1)
+    centres = top_k(density * torch.where(rise < far, rise, most), counts, among)
+    into = apart.masked_fill(~(pair & centres[:, None]), torch.inf).argmin(-1)
+    return centres, torch.where(among & ~centres, into, number)
 
 
 def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
