@@ -41,7 +41,7 @@ PIVOTS = 4  # of the image, and as many of the text
 
 @dataclass(frozen=True)
 class KeyLengths(DecoderTap):
-    """L1 length of a decoder layer's keys, heads concatenated, by column of the prompt: `(batch, prompt)`, 0 if gone."""
+    """L1 length of a decoder layer's keys, heads together, by column of the prompt: `(batch, prompt)`, 0 if gone."""
 
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         left = scene.sequence

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from vlmprune.methods.base import register
-from vlmprune.methods.staged import Staged
+from vlmprune.methods.base import Staged, register
 from vlmprune.parts import (
     AnyNewlines,
     Cut,

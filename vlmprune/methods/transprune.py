@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import torch
 
-from vlmprune.methods.base import register
-from vlmprune.methods.staged import DEPTH, Staged
+from vlmprune.methods.base import Staged, register
 from vlmprune.parts import (
+    DEPTH,
     AnyNewlines,
     BlockTap,
     Cut,

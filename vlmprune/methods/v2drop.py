@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
-from vlmprune.methods.base import register
-from vlmprune.methods.staged import DEPTH, Staged
+from vlmprune.methods.base import Staged, register
 from vlmprune.parts import (
+    DEPTH,
     Cut,
     Decoder,
     Hidden,

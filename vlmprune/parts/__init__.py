@@ -13,7 +13,7 @@ _HOMES += tuple(f"parts.{x}" for x in ("selection", "taps", "templates"))
 
 if TYPE_CHECKING:
     from vlmprune.errors import UnsupportedError
-    from vlmprune.parts.attention import Visible, attention_mass, last_rows, take_rows, upcast
+    from vlmprune.parts.attention import Visible, attention_mass, last_rows, mean_weight, take_rows, upcast
     from vlmprune.parts.budget import HAIR, count, floored, share
     from vlmprune.parts.cells import image_cells
     from vlmprune.parts.cuts import (
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         spread_evenly,
     )
     from vlmprune.parts.options import Must, Seed, Share, ascending, falling, is_number, is_whole
-    from vlmprune.parts.schedules import Schedule, decoder_cuts, nearest
+    from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts, nearest
     from vlmprune.parts.scores import Ensemble, ensemble_scores, random_scores
     from vlmprune.parts.selection import (
         AnyNewlines,
@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from vlmprune.parts.templates import system_prefix
 
 __all__ = [
+    "DEPTH",
     "HAIR",
     "AnyCut",
     "AnyNewlines",
@@ -147,6 +148,7 @@ __all__ = [
     "last_rows",
     "match_alternating",
     "match_energy",
+    "mean_weight",
     "most_apart",
     "nearest",
     "need_cls",

@@ -146,7 +146,7 @@ def gather_to(keys: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) 
 
 
 def peaks(
-    x: torch.Tensor, among: torch.Tensor, counts: torch.Tensor, neighbours: int = 5
+    features: torch.Tensor, among: torch.Tensor, counts: list[int], most: int, neighbours: int = 5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clusters around density peaks (DPC-kNN): centres are dense and far from what is denser.
 
@@ -154,28 +154,31 @@ def peaks(
     root of the dimension. Ties go to the lower index.
 
     Args:
-        x: `(images, tokens, dim)`; all distances of an image's tokens exist at one time.
-        among: `(images, tokens)` bool, who is clustered.
-        counts: `(images,)` long, centres per image.
+        features: `(images, tokens, dim)`.
+        among: `(images, tokens)` bool, who is clustered: all distances between them exist at one time.
+        counts: centres per image.
+        most: at least the number of tokens that are clustered in any image.
 
     Returns:
         `(images, tokens)` bool, the centres, and `(images, tokens)` long, the centre of every token of `among` (another
         token's own number).
     """
-    x, far = upcast(x), torch.finfo(torch.float32).max
-    pair = among[:, None] & among[:, :, None]
+    index = among.long().sort(dim=1, descending=True, stable=True).indices[:, : max(most, 1)]
+    own, real = torch.arange(among.shape[1], device=among.device).expand_as(among), among.gather(1, index)
+    x = upcast(features.gather(1, index[..., None].expand(-1, -1, features.shape[-1])))
+    pair = real[:, None] & real[:, :, None]
     apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
     near = apart.masked_fill(~pair, torch.inf).sort(dim=-1).values[..., :neighbours]
-    real = near < torch.inf
-    density = torch.exp(-(near.where(real, 0) ** 2).sum(-1) / real.sum(-1).clamp(min=1))
+    close = near < torch.inf
+    density = torch.exp(-(near.where(close, 0) ** 2).sum(-1) / close.sum(-1).clamp(min=1))
     number = torch.arange(x.shape[1], device=x.device)
     ahead = (density[:, None] == density[:, :, None]) & (number < number[:, None])
-    denser = pair & ((density[:, None] > density[:, :, None]) | ahead)
-    most = apart.where(pair, 0).flatten(1).amax(1)[:, None]
-    rise = apart.masked_fill(~denser, far).amin(-1)
-    centres = top_k(density * torch.where(rise < far, rise, most), counts, among)
+    rise = apart.masked_fill(~(pair & ((density[:, None] > density[:, :, None]) | ahead)), torch.inf).amin(-1)
+    rise = torch.where(rise < torch.inf, rise, apart.where(pair, 0).amax((1, 2))[:, None])
+    centres = top_k(density * rise, counts, real)
     into = apart.masked_fill(~(pair & centres[:, None]), torch.inf).argmin(-1)
-    return centres, torch.where(among & ~centres, into, number)
+    into = torch.where(real & ~centres, into, number)
+    return torch.zeros_like(among).scatter(1, index, centres), own.scatter(1, index, index.gather(1, into))
 
 
 def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:

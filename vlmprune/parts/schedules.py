@@ -9,7 +9,9 @@ from itertools import pairwise
 from vlmprune.parts.budget import count, floored
 from vlmprune.parts.cuts import schedule_layers
 
-__all__ = ["Schedule", "decoder_cuts", "nearest"]
+__all__ = ["DEPTH", "Schedule", "decoder_cuts", "nearest"]
+
+DEPTH = 32  # of the decoder that a user's layer numbers mean
 
 
 def decoder_cuts(name: str, layers: tuple[int, ...], depth: int) -> list[int]:
@@ -88,7 +90,7 @@ class Schedule:
     def factor(self, saved: float) -> float:
         """What to stretch the removed shares by so that a share `saved` of tokens times layers is gone."""
         removed = [1 - ratio for ratio in self.ratios]
-        for full in range(len(removed), -1, -1):  # the last `full` cuts take all
+        for full in range(len(removed)):  # the last `full` cuts take all
             open_ = len(removed) - full
             part = sum(s * r for s, r in zip(self.shares[:open_], removed, strict=False))
             rest = saved - sum(self.shares[open_:])
