@@ -243,6 +243,6 @@ class SparseVLM(Pruner):
         pool = top_k(scores, top, among & ~kept)
         centres, into = peaks(hidden, pool, [n - k for n, k in zip(left, number, strict=True)], max(top))
         size = torch.zeros_like(scores).scatter_add(1, into, pool.to(scores))
-        weight = torch.where(pool, 1 / size.gather(1, into).clamp(min=1), (~pool).to(scores))
+        weight = torch.where(pool, 1 / size.gather(1, into).clamp(min=1), (layout.alive & (kept | ~among)).to(scores))
         reduction = keep_patches(kept | centres, layout, left, self.newlines, scores)
         return replace(reduction, merge=Merge(into, weight))
