@@ -117,6 +117,7 @@ class Dart(Pruner):
 
     summary = "a few tokens with long keys, and those least like them"
     paper = "arXiv 2502.11494"
+    looks_at = "decoder"
     needs = "decoder keys and states (one layer)"
     stage = "decoder layer K"
     optional = True

@@ -43,6 +43,7 @@ class PyramidDrop(Staged):
 
     summary = "what the last prompt token looks at, half as many after each quarter of the decoder"
     paper = "arXiv 2410.17247"
+    looks_at = "decoder"
     needs = "decoder attention (three layers)"
     stage = "decoder layers 8, 16, 24 of 32"
 

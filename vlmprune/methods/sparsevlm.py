@@ -178,6 +178,7 @@ class SparseVLM(Pruner):
 
     summary = "what the question's telling words look at, in three steps; the rest is recycled"
     paper = "arXiv 2410.04417"
+    looks_at = "decoder"
     needs = "embeddings, decoder attention (three layers)"
     stage = "decoder layers 3, 7, 16 of 32"
     optional = True

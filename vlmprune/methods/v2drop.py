@@ -49,6 +49,7 @@ class V2Drop(Staged):
 
     summary = "the tokens that decoder layers change most, in three steps"
     paper = "arXiv 2509.01552"
+    looks_at = "decoder"
     needs = "decoder states"
     stage = "decoder layers 3, 17, 22 of 32"
 
