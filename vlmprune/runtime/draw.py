@@ -229,7 +229,7 @@ def area(box: Box) -> float:
 
 
 def rectangles(boxes: Sequence[Box], cells: dict[int, list[int]]) -> dict[int, list[int]]:
-    """The cells as boxes, where the members of each fill one; none where they are scattered, and show their own patches."""
+    """The cells as boxes, where the members of each fill one; none where they are scattered: each patch is shown."""
     whole = {t: (around([boxes[m] for m in cell]), sum(area(boxes[m]) for m in cell)) for t, cell in cells.items()}
     found = {t: cells[t] for t, (box, filled) in whole.items() if filled > 0.99 * area(box)}
     return found if all(t in found for t, cell in cells.items() if len(cell) > 1) else {}
