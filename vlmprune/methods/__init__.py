@@ -5,6 +5,7 @@ from vlmprune.methods.base import Method
 from vlmprune.methods.controls import Downsample, Grid, Pool, Random
 from vlmprune.methods.dart import Dart
 from vlmprune.methods.divprune import DivPrune
+from vlmprune.methods.evs import Evs
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
@@ -14,6 +15,7 @@ from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
 from vlmprune.methods.v2drop import V2Drop
+from vlmprune.methods.vidcom2 import VidCom2
 from vlmprune.methods.visionzip import VisionZip
 from vlmprune.methods.vtc_cls import VtcCls
 
@@ -22,6 +24,7 @@ __all__ = [
     "Dart",
     "DivPrune",
     "Downsample",
+    "Evs",
     "FastV",
     "FoPru",
     "GlobalCom2",
@@ -36,6 +39,7 @@ __all__ = [
     "ToMe",
     "TransPrune",
     "V2Drop",
+    "VidCom2",
     "VisionZip",
     "VtcCls",
 ]

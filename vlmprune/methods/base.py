@@ -17,7 +17,7 @@ from vlmprune.parts.selection import Newlines
 
 __all__ = ["LOOKS_AT", "REGISTERED", "Budgeted", "Method", "Pruner", "Staged", "register"]
 
-KINDS = ("video", "shrunk", "single")  # of inputs that a method may refuse
+KINDS = ("image", "video", "shrunk", "single")  # of inputs that a method may refuse
 
 #: What a method may look at (`Method.looks_at`), in the order in which they are listed, with a heading for each.
 LOOKS_AT = {
@@ -68,8 +68,8 @@ class Method:
     training: ClassVar[str] = "none"
     served_with: ClassVar[dict[str, Any]] = {}  # options without which vLLM cannot be given it
     refuses: ClassVar[dict[str, str]] = {}  # options that a user may expect, and why the method has none
-    # inputs that the engine refuses for the method, and why: "video", "shrunk" (packing blends neighbouring patches),
-    # "single" (an image without crops)
+    # inputs that the engine refuses for the method, and why: "image" (a still one), "video", "shrunk" (packing
+    # blends neighbouring patches), "single" (an image without crops)
     refuses_inputs: ClassVar[dict[str, str]] = {}
 
     @property
@@ -121,6 +121,7 @@ class Method:
     def check_inputs(self, layout: Layout) -> None:
         """Raise UnsupportedError if the batch has an input of `refuses_inputs`."""
         found: dict[str, bool] = {
+            "image": any(not grid.frames for grid in layout.grids),
             "video": any(grid.frames for grid in layout.grids),
             "shrunk": any(grid.blend is not None for grid in layout.grids),
             "single": any(grid.views == 1 and not grid.frames for grid in layout.grids),

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse
     from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, scale_tower_layer
     from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
-    from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
+    from vlmprune.parts.layout import ImageGrid, Layout, Views, frames_of, upload
     from vlmprune.parts.merging import (
         first_of_cluster,
         gather_to,
@@ -139,6 +139,7 @@ __all__ = [
     "falling",
     "first_of_cluster",
     "floored",
+    "frames_of",
     "gather_to",
     "greedy_diversity",
     "image_cells",
