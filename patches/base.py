@@ -12,10 +12,11 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.facts import ModelFacts
+from vlmprune.parts.layers import TowerLayer
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Packing
 from vlmprune.patches.language_models import LANGUAGE_MODELS
-from vlmprune.patches.towers import TOWERS
+from vlmprune.patches.towers import TOWERS, tower_layer
 
 __all__ = ["Bound", "Family"]
 
@@ -55,6 +56,9 @@ class Family:
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
     # arguments of the encoders that the inner model goes on to need
     shared: ClassVar[tuple[str, ...]] = ()
+    # arguments of the language model: which columns are visual, `(batch, length)` bool, and what it adds to these
+    # behind its layers 0, 1, ...: a list of `(visual tokens of the batch, dim)`
+    injected: ClassVar[tuple[str, str] | None] = None
     # keyword arguments of decoder layers, besides mask, positions and rotary embedding, that hold something for every
     # column of a call, and along which axis (that of its rows is the one before): a cut takes of them what it leaves
     layer_columns: ClassVar[Mapping[str, int]] = {}
@@ -174,6 +178,19 @@ class Family:
             batch, frames = given["pixel_values_videos"].shape[:2]
             return [frames] * batch
         return [tuple(size) for size in given["image_sizes"].tolist()]
+
+    def tower_views(
+        self, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], sizes: Sequence[Any]
+    ) -> list[tuple[TowerLayer, torch.Tensor]]:
+        """What a tap measures a tower layer by: its adapter and its input `(views, patches, dim)`.
+
+        Several of both, in order, where the layer reads views of several sizes (`packed`).
+
+        Args:
+            kwargs: the other arguments of the layer.
+            sizes: of `sizes`, of all that the tower reads.
+        """
+        return [(tower_layer(layer), hidden)]
 
     def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any]) -> torch.Tensor:
         """What was measured of a tower's patches, `(views, patches, ...)`, by token, `(views, tokens, ...)`.
