@@ -32,7 +32,7 @@ if TYPE_CHECKING:
         schedule_layers,
     )
     from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse
-    from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, scale_tower_layer
+    from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, need_views, scale_tower_layer
     from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
     from vlmprune.parts.layout import ImageGrid, Layout, Views, frames_of, upload
     from vlmprune.parts.merging import (
@@ -153,6 +153,7 @@ __all__ = [
     "most_apart",
     "nearest",
     "need_cls",
+    "need_views",
     "peaks",
     "random_scores",
     "scale_tower_layer",
