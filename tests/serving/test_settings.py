@@ -122,6 +122,10 @@ def test_requests_bring_a_budget_and_nothing_else(folder, kwargs, words):
         engine.keep_of(kwargs)
 
 
+def test_a_budget_beyond_all_numbers_is_all_tokens():
+    assert Request.of(Request(10**400, 577, 0).row()).keep == 2**53
+
+
 def test_a_requests_budget_takes_the_place_of_the_engines():
     asked = settings.with_keep({"method": "fopru", "average": 0.5, "strategy": "row"}, 25)
     assert asked == {"method": "fopru", "strategy": "row", "keep": 25}
