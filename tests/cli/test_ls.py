@@ -7,6 +7,7 @@ import pytest
 
 from vlmprune import registry
 from vlmprune.eval import testbed
+from vlmprune.methods.base import LOOKS_AT
 from vlmprune.patches import FAMILIES
 from vlmprune.patches.language_models import LANGUAGE_MODELS
 from vlmprune.patches.towers import TOWERS
@@ -49,6 +50,28 @@ def test_methods_text(cli):
         assert cls.paper in first
         assert f"needs {cls.needs}; stage {cls.stage}; positions " in second
         assert second.endswith(f"syncs {cls.syncs}; training {cls.training}")
+
+
+def test_methods_stand_under_what_they_look_at(cli):
+    lines, listed = cli("ls", "methods")[1].splitlines(), {}
+    headings = {heading: group for group, heading in LOOKS_AT.items()}
+    group = None
+    for line in lines:
+        group = headings.get(line.rpartition(" (")[0], group)
+        if (name := line.partition(": ")[0]) in registry.names():
+            listed.setdefault(group, []).append(name)
+    for group in LOOKS_AT:
+        mine = [name for name in registry.names() if registry.find(name).looks_at == group]
+        assert listed.get(group, []) == mine
+    assert {"fopru", "vtc_cls"} < set(listed["tower"])
+    assert listed["nothing"] == ["downsample", "grid", "pool", "random"]
+    assert "other" not in " ".join(lines[:3])
+
+
+def test_methods_of_others_need_not_say_what_they_look_at(cli, broken_plugin):
+    lines = cli("ls", "methods")[1].splitlines()
+    at = lines.index("others (1)")
+    assert lines[at + 1].startswith("thing")
 
 
 def test_methods_json(cli):

@@ -15,6 +15,7 @@ import torch
 
 import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
 from vlmprune.engine.compile import compile_plan
+from vlmprune.engine.decided import check_flow, check_pick, check_reduction, whose
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
 from vlmprune.parts.facts import ModelFacts
@@ -197,6 +198,7 @@ class Choice:
         kept: dict[Tap, torch.Tensor] = {}
         for cut in self.plan.projector_cuts:
             picked = cut.reduce({tap: seen.get(tap, features) for tap in cut.see}, Views(grids))
+            check_pick(whose(self.plan, cut), picked, features, self.plan.facts.has_cls)
             features = features if picked.merge is None else flow(features, picked.merge)
             kept[Kept()] = picked.keep
         return features, kept
@@ -237,12 +239,14 @@ class Choice:
         values = {tap: layout.from_tower(seen[tap]) for tap in self.plan.tower_taps}
         for name, cut in self.plan.decoder_cuts:
             reduction = cut.reduce({tap: values.get(tap, hidden) for tap in cut.see}, layout)
+            check_reduction(where := whose(self.plan, cut), reduction, layout.alive, layout.alive_counts)
             if reduction.counts is None:
                 raise UnsupportedError(f"{UNKNOWN.format(name)}: take another method, or leave newlines='row' away.")
             if reduction.soft is not None:
                 raise UnsupportedError(f"{name} weakens tokens instead of taking them away: there is nothing to serve.")
             keep = reduction.keep & layout.alive
             if reduction.counts != layout.alive_counts and (flow := reduction.merge) is not None:
+                check_flow(where, flow, layout.width)
                 hidden = torch.ops.vlmprune.merge(hidden, at, layout.alive, keep, flow.into, flow.weight, flow.source)
             counts, patches = reduction.counts, reduction.patches
             if patches is None and not any(grid.newlines for grid in layout.grids):
