@@ -161,7 +161,14 @@ def fine(self, seen, layout):
 
 
 def reads_values(self, seen, layout):
-    return select(norms(seen), max(1, int(norms(seen).sum() * 0) + 5), layout, self.newlines)
+    return select(norms(seen), 5 + int(norms(seen).std() > 0), layout, self.newlines)
+
+
+def loops_by_values(self, seen, layout):
+    scores = norms(seen)
+    while scores.max() > 0.1:  # says nothing of the count
+        scores = scores / 2
+    return select(scores, self.budget, layout, self.newlines)
 
 
 def counts_by_values(self, seen, layout):
@@ -205,8 +212,12 @@ def breaks(self, seen, layout):
     return seen["nothing"]
 
 
-def test_a_method_that_nobody_declared_is_served_if_it_may_be():
-    choice_of(Odd(keep=8, rule=fine)).check()
+@pytest.mark.parametrize("rule", [fine, loops_by_values])
+def test_a_method_that_nobody_declared_is_served_if_it_may_be(rule):
+    choice = choice_of(Odd(keep=8, rule=rule))
+    choice.check()
+    assert choice.blind == (rule is fine)  # whether its count costs nothing
+    assert choice.count(choice.sample) == 8 + choice.sample.newlines
 
 
 @pytest.mark.parametrize(

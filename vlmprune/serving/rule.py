@@ -24,7 +24,7 @@ from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
 from vlmprune.serving.watch import Projected
 
-__all__ = ["averages_heads", "refusing", "why_not"]
+__all__ = ["FAILURES", "averages_heads", "refusing", "why_not"]
 
 #: What code that was written for tensors with values, and for another host, may raise without them.
 FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
