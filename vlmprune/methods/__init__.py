@@ -9,17 +9,21 @@ from vlmprune.methods.evs import Evs
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
+from vlmprune.methods.m3 import M3
 from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
 from vlmprune.methods.v2drop import V2Drop
+from vlmprune.methods.vflowopt import VFlowOpt
 from vlmprune.methods.vidcom2 import VidCom2
 from vlmprune.methods.visionzip import VisionZip
 from vlmprune.methods.vtc_cls import VtcCls
+from vlmprune.methods.zero_tprune import ZeroTPrune
 
 __all__ = [
+    "M3",
     "Atp",
     "Dart",
     "DivPrune",
@@ -39,7 +43,9 @@ __all__ = [
     "ToMe",
     "TransPrune",
     "V2Drop",
+    "VFlowOpt",
     "VidCom2",
     "VisionZip",
     "VtcCls",
+    "ZeroTPrune",
 ]

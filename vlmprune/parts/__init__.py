@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vlmprune.errors import UnsupportedError
     from vlmprune.parts.attention import Visible, attention_mass, last_rows, mean_weight, take_rows, upcast
     from vlmprune.parts.budget import HAIR, count, floored, share
-    from vlmprune.parts.cells import image_cells
+    from vlmprune.parts.cells import image_cells, laid_out, nested_cells
     from vlmprune.parts.cuts import (
         AnyCut,
         Clusters,
@@ -146,6 +146,7 @@ __all__ = [
     "is_number",
     "is_whole",
     "keep_patches",
+    "laid_out",
     "last_rows",
     "match_alternating",
     "match_energy",
@@ -154,6 +155,7 @@ __all__ = [
     "nearest",
     "need_cls",
     "need_views",
+    "nested_cells",
     "peaks",
     "random_scores",
     "scale_tower_layer",
