@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -118,24 +119,28 @@ def one_batch(
     loaded: Loaded, todo: Todo, some: Sequence[tuple[Pair, dict[str, Any]]], longest: int, tell: Callable
 ) -> None:
     """Measure one batch under all entries; the unpruned model answers once for all of them."""
-    tokenizer, journal = loaded.processor.tokenizer, todo.journal
-
-    def text(tokens: list[int]) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
-
+    tokenizer, journal, pairs = loaded.processor.tokenizer, todo.journal, [pair for pair, _ in some]
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     inputs = fidelity.collate([prompt for _, prompt in some], pad)
     tell(0, "full model")
     full = fidelity.reference(loaded.model, inputs, longest)
-    keys = [todo.keys(pair) for pair, _ in some]
+    keys = [todo.keys(pair) for pair in pairs]
     for step, (entry, seed) in enumerate(todo.steps):
         if all(mine[step] in journal.rows for mine in keys):
             continue
         tell(step + 1, entry.label)
         with patch(loaded, Job(entry.method, entry.seeded(seed))) as handle:
             compared = fidelity.compare(handle, inputs, full, longest)
-        made = {}
-        for i, ((pair, _), one, mine) in enumerate(zip(some, compared, keys, strict=True)):
-            said = text(full.answer(i)), text(one.tokens)
-            made[mine[step]] = fidelity.StudyRow(pair.picture, pair.prompt, entry.label, seed, *said, one)
-        journal.add({key: row for key, row in made.items() if key not in journal.rows})
+        read = partial(answer_text, tokenizer)
+        said = [(read(full.answer(i)), read(one.tokens)) for i, one in enumerate(compared)]
+        rows = [
+            fidelity.StudyRow(pair.picture, pair.prompt, entry.label, seed, *texts, one)
+            for pair, texts, one in zip(pairs, said, compared, strict=True)
+        ]
+        made = zip((mine[step] for mine in keys), rows, strict=True)
+        journal.add({key: row for key, row in made if key not in journal.rows})
+
+
+def answer_text(tokenizer: Any, tokens: list[int]) -> str:
+    """An answer's tokens as text."""
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()

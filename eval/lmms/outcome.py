@@ -102,16 +102,20 @@ def main_metric(found: Mapping[str, Any], metrics: Mapping[str, Any], task: Any,
     return main
 
 
+def number_of(value: Any) -> float | None:
+    """A value that lmms-eval computed as a finite number; None where it is none."""
+    number = math.nan if isinstance(value, bool) or not hasattr(value, "__float__") else float(value)
+    return number if math.isfinite(number) else None
+
+
 def metrics_of(found: Mapping[str, Any], higher: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Metrics that are numbers, and the filter that each was computed behind; a second filter is named in brackets."""
     metrics: dict[str, Any] = {}
     filters: dict[str, str] = {}
     for key, value in found.items():
         metric, comma, behind = key.partition(",")
-        if not comma or "_stderr" in metric or isinstance(value, bool) or not hasattr(value, "__float__"):
-            continue
-        number = float(value)
-        if not math.isfinite(number):
+        number = number_of(value)
+        if not comma or "_stderr" in metric or number is None:
             continue
         shown = metric if metric not in metrics else f"{metric} ({behind})"
         up = higher.get(metric)

@@ -69,6 +69,16 @@ def load_run(folder: str | Path) -> StoredRun:
     return StoredRun(folder, info, list(good.values()), [name for name in info["cells"] if name not in good], damaged)
 
 
+def parsed(file: Path) -> dict[str, Any]:
+    """What `run.json` says; raises ValueError, KeyError or TypeError where that is not what was written."""
+    info = json.loads(file.read_text(), parse_constant=no_number)
+    for word in ("cells", "keys"):
+        _ = info[word]  # whatever the format
+    if info.get("format") == FORMAT and not whole_run(info):
+        raise ValueError("not as it was written")
+    return info
+
+
 def open_run(folder: Path) -> dict[str, Any]:
     """What `run.json` says.
 
@@ -76,11 +86,7 @@ def open_run(folder: Path) -> dict[str, Any]:
         StoreError: as of `load_run`.
     """
     try:
-        info = json.loads((folder / RUN).read_text(), parse_constant=no_number)
-        for word in ("cells", "keys"):
-            _ = info[word]  # whatever the format
-        if info.get("format") == FORMAT and not whole_run(info):
-            raise ValueError("not as it was written")
+        info = parsed(folder / RUN)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{folder} has no {RUN}: not the output folder of `vlmprune eval`.") from None
     except OSError as error:

@@ -22,16 +22,20 @@ def overall(blank: Sequence[Row], found: Found) -> list[Row]:
     draws = retention_draws(blank, found)
     full = [pooled[blank[0].name].row for pooled in found.values()]
     for row in blank:
-        pooled = [mine[row.name] for mine in found.values()]
-        add_up(row, [p.row for p in pooled])
-        if all(p.row.retention is not None for p in pooled):
-            average(row, pooled, full, draws)
-        else:
-            leave_open(row, [p.row for p in pooled])
-            draws.pop(row.name, None)
+        over_tasks(row, [mine[row.name] for mine in found.values()], full, draws)
     scores = {name: np.concatenate([pooled[name].scores for pooled in found.values()]) for name in draws}
     contrast(blank, draws, scores)
     return list(blank)
+
+
+def over_tasks(row: Row, pooled: Sequence[Pooled], full: Sequence[Row], draws: Draws) -> None:
+    """Fill in one row from its tasks' rows; without a mean its draws go."""
+    add_up(row, [p.row for p in pooled])
+    if all(p.row.retention is not None for p in pooled):
+        average(row, pooled, full, draws)
+    else:
+        leave_open(row, [p.row for p in pooled])
+        draws.pop(row.name, None)
 
 
 def average(row: Row, pooled: Sequence[Pooled], full: Sequence[Row], draws: Draws) -> None:
@@ -102,7 +106,7 @@ def retention_draws(blank: Sequence[Row], found: Found) -> Draws:
 
     A picture that several tasks ask about is drawn for all of them at once: their errors may be correlated.
     """
-    able = [row.name for row in blank if all(p[row.name].scores is not None for p in found.values())]
+    able = [row.name for row in blank if scored(row.name, found)]
     full = next((row.name for row in blank if row.full), None)
     if full not in able:
         return {}
@@ -111,6 +115,11 @@ def retention_draws(blank: Sequence[Row], found: Found) -> Draws:
         return {}
     ratios = [task_ratios(found[task], able, full, resampler, groups[task]) for task, resampler in resamplers(groups)]
     return dict(zip(able, np.mean(ratios, 0).T, strict=True))
+
+
+def scored(name: str, found: Found) -> bool:
+    """Whether a row has scores per sample in every task."""
+    return all(pooled[name].scores is not None for pooled in found.values())
 
 
 def resamplers(groups: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, statistics.Resampler]]:

@@ -89,13 +89,15 @@ def section(results: Results, model: str, pictures: Sequence[Picture]) -> list[B
     if len(tasks) > 1:
         blocks += [Heading(f"All {len(tasks)} tasks", 3), *told(rows, tables.overview(rows))]
         blocks += [Heading("Scores of all tasks", 3), tables.matrix(results, model)]
-    blocks += pictures
-    for task in tasks:
-        mine = results.of(model, task)
-        blocks += [Heading(task, 3), Text(about(mine)), *told(mine, tables.detail(mine))]
+    blocks += [*pictures, *(block for task in tasks for block in of_task(task, results.of(model, task)))]
     over_all = len(tasks) > 1  # with one task, the row over all of them says the same again
     tested = words.chance([row for row in results.rows if row.model == model and (over_all or row.task is not None)])
     return [*blocks, Text(tested)] if tested else blocks
+
+
+def of_task(task: str, rows: Sequence[Row]) -> list[Block]:
+    """One task of a model."""
+    return [Heading(task, 3), Text(about(rows)), *told(rows, tables.detail(rows))]
 
 
 def told(rows: Sequence[Row], table: Table) -> list[Block]:

@@ -104,12 +104,10 @@ def differences(rows: Sequence[Row]) -> list[str]:
 
 def verdicts(rows: Sequence[Row], base: str, budget: str) -> str:
     """Whose differences to a base at a budget mean what; empty where no row has a verdict."""
-    labels: dict[str | None, list[str]] = {verdict: [] for verdict in VERDICTS}
-    for row in rows:
-        if row.budget == budget and getattr(row, f"{base}_difference") is not None:
-            labels[getattr(row, f"{base}_verdict")].append(row.label)
-    said = [f"{VERDICTS[verdict]}: {', '.join(names)}" for verdict, names in labels.items() if names]
-    return "; ".join(said) if any(names for verdict, names in labels.items() if verdict) else ""
+    compared = [row for row in rows if row.budget == budget and getattr(row, f"{base}_difference") is not None]
+    by_word = [(word, [r.label for r in compared if getattr(r, f"{base}_verdict") == word]) for word in VERDICTS]
+    said = {word: f"{VERDICTS[word]}: {', '.join(names)}" for word, names in by_word if names}
+    return "; ".join(said.values()) if any(said) else ""
 
 
 def chance(rows: Sequence[Row]) -> str | None:
