@@ -85,14 +85,15 @@ def test_methods_json(cli):
 
 def test_methods_say_whether_vllm_can_be_given_them(cli):
     found = {method["name"]: method["vllm"] for method in json.loads(cli("ls", "methods", "--json")[1])}
-    assert [name for name, told in found.items() if told == "yes"] == [
-        "divprune", "fopru", "grid", "pool", "random", "visionzip", "vtc_cls",
-    ]  # fmt: skip
-    assert found["todre"] == "with tau=None"
+    assert {name for name, told in found.items() if told == "yes"} >= {
+        "divprune", "fopru", "grid", "pool", "random", "visionzip",
+    }  # fmt: skip
+    assert found["vtc_cls"].startswith("on llava, llava_next (on others not: vtc_cls reads the attention")
+    assert found["todre"].startswith("on llava, llava_next with tau=None (on others not")
     assert found["tome"].startswith("on llava (on others not: tome merges views whole")
     assert found["fastv"].startswith("no: fastv cuts inside the language model")
     assert found["globalcom2"].startswith("no: how many tokens globalcom2 keeps is not known")
-    assert "vLLM: with tau=None" in cli("ls", "methods")[1]
+    assert "with tau=None" in cli("ls", "methods")[1]
 
 
 def test_one_method(cli):

@@ -111,7 +111,7 @@ def served(cls: type) -> str:
 
     why = refusals(cls)
     if len(why) == len(SERVED):
-        return f"no: {why[SERVED[-1]]}"
+        return f"no: {why['llava_next']}"  # which has most of what methods ask for: crops, and a [CLS] token
     given = ", ".join(f"{key}={value}" for key, value in cls.served_with.items())
     if why:
         kept = ", ".join(name for name in SERVED if name not in why)
