@@ -161,17 +161,22 @@ def stage_seconds(
     took, total = stamped(work, clock, plan)
     count = len(work.family.decoder_layers(work.family.inner(work.model)))
     layers = [took[f"layer {i}"] - took[f"taps in layer {i}"] for i in range(count)]
-    firsts = [part.first for part in parts or []] or [0]
     stages: dict[str, Any] = {
         "tower": took["tower"] - took["taps in tower"] - took["selection in tower"],
         "projector": took["projector"],
         "taps": sum(seconds for name, seconds in took.items() if name.startswith("taps")),
         "selection": took["selection in tower"] + took["selection before layers"],
         "gather": 0.0,
-        "prefill": [sum(layers[a:b]) for a, b in zip(firsts, [*firsts[1:], count], strict=True)],
+        "prefill": by_stretch(layers, parts),
     }
     if plan is not None:
         before = took["before layers"] - took["taps before layers"] - took["selection before layers"]
         stages["gather"] = took["before model"] - took["encode"] + before + took["after layers"]
     known = sum(value if isinstance(value, float) else sum(value) for value in stages.values())
     return stages | {"rest": total - known, "total": total}
+
+
+def by_stretch(layers: list[float], parts: list[Stretch] | None) -> list[float]:
+    """The seconds of every stretch of layers, of those of the layers."""
+    firsts = [part.first for part in parts or []] or [0]
+    return [sum(layers[a:b]) for a, b in zip(firsts, [*firsts[1:], len(layers)], strict=True)]

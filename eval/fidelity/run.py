@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -131,14 +130,11 @@ def one_batch(
         tell(step + 1, entry.label)
         with patch(loaded, Job(entry.method, entry.seeded(seed))) as handle:
             compared = fidelity.compare(handle, inputs, full, longest)
-        read = partial(answer_text, tokenizer)
-        said = [(read(full.answer(i)), read(one.tokens)) for i, one in enumerate(compared)]
-        rows = [
-            fidelity.StudyRow(pair.picture, pair.prompt, entry.label, seed, *texts, one)
-            for pair, texts, one in zip(pairs, said, compared, strict=True)
-        ]
-        made = zip((mine[step] for mine in keys), rows, strict=True)
-        journal.add({key: row for key, row in made if key not in journal.rows})
+        made = {}
+        for i, (pair, one, mine) in enumerate(zip(pairs, compared, keys, strict=True)):
+            said = (answer_text(tokenizer, tokens) for tokens in (full.answer(i), one.tokens))
+            made[mine[step]] = fidelity.StudyRow(pair.picture, pair.prompt, entry.label, seed, *said, one)
+        journal.add({key: row for key, row in made.items() if key not in journal.rows})
 
 
 def answer_text(tokenizer: Any, tokens: list[int]) -> str:

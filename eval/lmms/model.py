@@ -38,7 +38,7 @@ from transformers import GenerationConfig
 import vlmprune
 from vlmprune import spec
 from vlmprune.errors import did_you_mean
-from vlmprune.eval.lmms.measure import Record, StopAt, Stopwatch, criteria, summary
+from vlmprune.eval.lmms.measure import Cost, Record, StopAt, Stopwatch, criteria, summary
 from vlmprune.eval.lmms.parallel import place
 from vlmprune.eval.lmms.pictures import Reader
 from vlmprune.runtime import answering, loading
@@ -255,17 +255,27 @@ class VlmPrune(lmms):
         texts = [cut_off(t, until) for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
         self._seconds += watch.cost.total_s
         speed, prompts = watch.cost.decode_speed(counts), inputs["attention_mask"].sum(1).tolist()
-        results = []
-        for row, (request, text) in enumerate(zip(requests, texts, strict=True)):
-            before, after, average = self.tokens(inputs["input_ids"], row, arguments["num_beams"])
-            record = Record(
-                request.task_name, request.doc_id, before, after, average, watch.cost.ttft_s, counts[row], speed,
-                watch.cost.peak_memory_bytes,
-            )  # fmt: skip
-            if not request.metadata.get(PADDING):
-                self._new.append(record)
-            results.append(GenerationResult(text, Counts(prompts[row], counts[row], record=record)))
-        return results
+        visual = [self.tokens(inputs["input_ids"], row, arguments["num_beams"]) for row in range(len(requests))]
+        records = self.noted(requests, visual, counts, watch.cost, speed)
+        answered = zip(texts, prompts, counts, records, strict=True)
+        return [GenerationResult(text, Counts(*numbers, record=record)) for text, *numbers, record in answered]
+
+    def noted(
+        self,
+        requests: Sequence[Instance],
+        visual: Sequence[tuple[int, int, float]],
+        counts: Sequence[int],
+        cost: Cost,
+        speed: float | None,
+    ) -> list[Record]:
+        """What answering every request took; those that lmms-eval has doubled to fill a batch are not counted."""
+        records = [
+            Record(asked.task_name, asked.doc_id, *tokens, cost.ttft_s, count, speed, cost.peak_memory_bytes)
+            for asked, tokens, count in zip(requests, visual, counts, strict=True)
+        ]
+        real = zip(requests, records, strict=True)
+        self._new += [record for request, record in real if not request.metadata.get(PADDING)]
+        return records
 
     def ask(self, request: Instance) -> ReadyRequest:
         """Turn a request into prompt and images.

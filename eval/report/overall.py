@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from vlmprune.eval import statistics
 from vlmprune.eval.report.compare import Draws, contrast
-from vlmprune.eval.report.pooled import MEASURED, Pooled, clusters, largest, spread
+from vlmprune.eval.report.pooled import MEASURED, Pooled, clusters, spread
 from vlmprune.eval.report.rows import OK, PARTLY, Row
 
 __all__ = ["overall", "together"]
@@ -52,13 +53,17 @@ def average(row: Row, pooled: Sequence[Pooled], full: Sequence[Row], draws: Draw
 def add_up(row: Row, mine: Sequence[Row]) -> None:
     """Write into a row what its tasks' rows cost together; what one of them does not know has no mean."""
     row.metric, row.state, row.seeds = "retention", OK, max(r.seeds for r in mine)
-    row.samples = sum(r.samples or 0 for r in mine)
-    row.clusters = min((r.clusters for r in mine if r.clusters is not None), default=None)  # the weakest task's
-    row.elapsed_s = sum(r.elapsed_s or 0.0 for r in mine)
-    row.peak_memory_bytes = largest(r.peak_memory_bytes for r in mine)
+    row.samples, row.elapsed_s = sum(known("samples", mine)), sum(known("elapsed_s", mine), 0.0)
+    row.clusters = min(known("clusters", mine), default=None)  # the weakest task's
+    row.peak_memory_bytes = max(known("peak_memory_bytes", mine), default=None)
     for name in MEASURED:
-        values = [getattr(r, name) for r in mine]
-        setattr(row, name, None if None in values else float(np.mean(values)))
+        values = known(name, mine)
+        setattr(row, name, None if len(values) < len(mine) else float(np.mean(values)))
+
+
+def known(name: str, rows: Sequence[Row]) -> list[Any]:
+    """What rows say under one name, as far as they say anything."""
+    return [value for row in rows if (value := getattr(row, name)) is not None]
 
 
 def leave_open(row: Row, mine: Sequence[Row]) -> None:

@@ -176,12 +176,9 @@ def train(
 
     start = len(history)
     share = partial(options.rows, length=len(data), part=accelerator.process_index, parts=accelerator.num_processes)
-    loader = torch.utils.data.DataLoader(
-        data,
-        batch_sampler=Steps(share, start, options.steps),
-        collate_fn=partial(encode, processor=processor, template=template),
-        num_workers=workers,
-    )
+    prepare = partial(encode, processor=processor, template=template)
+    steps = Steps(share, start, options.steps)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=steps, collate_fn=prepare, num_workers=workers)
     bar = tqdm(total=options.steps, initial=start, disable=not (progress and accelerator.is_main_process))
     with patch(model, Atp(thresholds=thresholds)) as handle:
         for step, inputs in enumerate(loader, start):
