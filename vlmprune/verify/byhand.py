@@ -133,8 +133,8 @@ def stretches(
     """
     if any(cut.soft is not None for cut in cuts):
         raise ValueError("soft masks remove nothing: there is no oracle for them.")
-    left = Left.whole(*shape)
-    seen, merged = {0: left.copy()}, defaultdict(list)
+    left, whole = Left.whole(*shape), Left.whole(*shape)
+    seen, merged = {0: whole}, defaultdict(list)
     for layer, here in groupby(cuts, key=lambda cut: cut.layer):
         entered = left.copy()
         for cut, (image, (row, mine)) in product(here, enumerate(zip(sample, images, strict=True))):
@@ -145,12 +145,14 @@ def stretches(
                 merged[layer].append(flow_of(cut, image, row, entries, mine))
             left.drop(row, gone, close=cut.positions == "contiguous")
         seen[layer] = left.copy()
-    return told_apart(seen, merged, device)
+    return told_apart(whole, seen, merged, device)
 
 
-def told_apart(seen: Mapping[int, Left], merged: Mapping[int, Sequence[Flow]], device: torch.device) -> list[Stretch]:
-    """The stretches of layers that see what is left from a layer on, where something went or was merged."""
-    made, before = [], seen[0]
+def told_apart(
+    whole: Left, seen: Mapping[int, Left], merged: Mapping[int, Sequence[Flow]], device: torch.device
+) -> list[Stretch]:
+    """The stretches of layers: what is left of the `whole` from a layer on, where something went or was merged."""
+    made, before = [], whole
     for first, now in seen.items():
         if first == 0 or now.columns != before.columns or first in merged:  # else its cuts took nothing
             made.append(stretch_of(first, before, now, merged.get(first, ()), device))
