@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from probes import hand_layout, raster
 from safetensors.torch import load_file
 
+from vlmprune.methods import HiPrune, VisPruner
 from vlmprune.methods.visionzip import zip_view
 from vlmprune.parts.diversity import greedy_diversity, most_apart
 
@@ -48,3 +50,26 @@ def test_visionzip_makes_the_published_tokens(case):
     )
     made = torch.cat((hidden[:1], patches[0][dominant[0]], merged[0][targets[0]]))
     torch.testing.assert_close(made, tensor(case, "tokens"))
+
+
+def decided(method, values: list[torch.Tensor], layout) -> torch.Tensor:
+    """What a method keeps of one picture, `(tokens,)` bool, from what its taps would say."""
+    return method.reduce(dict(enumerate(value[None] for value in values)), layout).keep[0]
+
+
+@pytest.mark.parametrize("case", cases("vispruner"))
+def test_vispruner_keeps_the_published_patches(case):
+    features, row = tensor(case, "features"), tensor(case, "cls_attention").mean(0)
+    layout = hand_layout(raster(1, len(features)))
+    got = decided(VisPruner(**case["params"]), [row, features], layout)
+    assert torch.equal(got, tensor(case, "keep"))
+
+
+@pytest.mark.parametrize("case", cases("hiprune"))
+def test_hiprune_keeps_the_published_patches(case):
+    keep, side = case["params"]["keep"], case["params"]["grid"]
+    method = HiPrune(keep=keep, alpha=case["params"]["alpha"], parity="released")
+    got = decided(
+        method, [tensor(case, "shallow_received"), tensor(case, "deep_received")], hand_layout(raster(side, side))
+    )
+    assert torch.equal(got, tensor(case, "keep"))

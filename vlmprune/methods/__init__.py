@@ -7,10 +7,13 @@ from vlmprune.methods.divprune import DivPrune
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
+from vlmprune.methods.hiprune import HiPrune
+from vlmprune.methods.scope import Scope
 from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
 from vlmprune.methods.visionzip import VisionZip
+from vlmprune.methods.vispruner import FasterVLM, VisPruner
 from vlmprune.methods.vtc_cls import VtcCls
 
 __all__ = [
@@ -18,16 +21,20 @@ __all__ = [
     "DivPrune",
     "Downsample",
     "FastV",
+    "FasterVLM",
     "FoPru",
     "GlobalCom2",
     "Grid",
+    "HiPrune",
     "Method",
     "PiToMe",
     "Pool",
     "Random",
+    "Scope",
     "ToDRE",
     "ToMe",
     "TransPrune",
+    "VisPruner",
     "VisionZip",
     "VtcCls",
 ]

@@ -7,16 +7,16 @@ so that what reads budgets or options alone does not wait for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_HOMES = ("errors", *(f"parts.{x}" for x in ("attention", "budget", "cells", "cuts", "diversity", "facts")))
-_HOMES += tuple(
-    f"parts.{x}" for x in ("layers", "layout", "merging", "options", "scores", "selection", "taps", "templates")
-)
+_PARTS = ("attention", "budget", "cells", "coverage", "cuts", "diversity", "facts", "layers", "layout", "merging")
+_PARTS += ("options", "scores", "selection", "taps", "templates", "vector_taps")
+_HOMES = ("errors", *(f"parts.{name}" for name in _PARTS))
 
 if TYPE_CHECKING:
     from vlmprune.errors import UnsupportedError
     from vlmprune.parts.attention import Visible, attention_mass, upcast
     from vlmprune.parts.budget import HAIR, count, floored, share
     from vlmprune.parts.cells import image_cells
+    from vlmprune.parts.coverage import Cover, select_covering
     from vlmprune.parts.cuts import (
         AnyCut,
         Clusters,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse
     from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, scale_tower_layer
     from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
-    from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
+    from vlmprune.parts.layout import ImageGrid, Layout, Views, download, upload
     from vlmprune.parts.merging import first_of_cluster, gather_to, match_alternating, match_energy, spread_evenly
     from vlmprune.parts.options import Must, Seed, Share, ascending, falling, is_number, is_whole
     from vlmprune.parts.scores import Ensemble, ensemble_scores, random_scores
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         AnyNewlines,
         Newlines,
         Scope,
+        by_view,
         candidates,
         capped,
         keep_patches,
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
         VisionAttention,
     )
     from vlmprune.parts.templates import system_prefix
+    from vlmprune.parts.vector_taps import features_of, row_of
 
 __all__ = [
     "HAIR",
@@ -79,6 +81,7 @@ __all__ = [
     "ClsLogits",
     "ClusterOf",
     "Clusters",
+    "Cover",
     "CrossShare",
     "Cut",
     "Decoder",
@@ -117,12 +120,15 @@ __all__ = [
     "VisionAttention",
     "ascending",
     "attention_mass",
+    "by_view",
     "candidates",
     "capped",
     "check_layer",
     "count",
+    "download",
     "ensemble_scores",
     "falling",
+    "features_of",
     "first_of_cluster",
     "floored",
     "gather_to",
@@ -136,9 +142,11 @@ __all__ = [
     "most_apart",
     "need_cls",
     "random_scores",
+    "row_of",
     "scale_tower_layer",
     "schedule_layers",
     "select",
+    "select_covering",
     "select_diverse",
     "select_rows",
     "share",

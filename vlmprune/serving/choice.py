@@ -117,7 +117,9 @@ class Choice:
             generator = torch.Generator().manual_seed(0)
             views, patches = grid.views, grid.encoded // grid.views
             tokens = patches + self.plan.facts.has_cls  # of the tower
-            seen = {tap: torch.rand(views, patches, generator=generator) for tap in self.plan.measured}
+            seen = {
+                tap: torch.rand(views, patches, *[DIM] * tap.vectors, generator=generator) for tap in self.plan.measured
+            }
             if ClusterOf() in seen:
                 seen[ClusterOf()] = torch.zeros(views, patches, dtype=torch.long)
             for layer in self.plan.key_layers:

@@ -1,0 +1,36 @@
+"""Taps of the vision tower that say more of a patch than one number: features, keys of all heads, values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlmprune.parts.attention import upcast
+from vlmprune.parts.facts import ModelFacts
+from vlmprune.parts.layers import TowerLayer
+from vlmprune.parts.taps import TowerTap, VisionAttention
+
+__all__ = ["TowerFeatures", "features_of", "row_of"]
+
+
+@dataclass(frozen=True)
+class TowerFeatures(TowerTap):
+    """Every patch's vector at the input of a tower layer, or behind the last, `(images, tokens, dim)`."""
+
+    behind_last: ClassVar[bool] = True
+    vectors: ClassVar[bool] = True
+
+    def measure(self, layer: TowerLayer | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        return upcast(hidden[:, int(has_cls) :])
+
+
+def features_of(facts: ModelFacts) -> TowerFeatures:
+    """The tap of what becomes the visual features, before the projector."""
+    return TowerFeatures(facts.feature_layer + 1)
+
+
+def row_of(facts: ModelFacts, layer: int | None = None) -> VisionAttention:
+    """The [CLS] row of a tower layer, that of the features for None; without a [CLS] token what patches receive."""
+    return VisionAttention(facts.feature_layer if layer is None else layer, "cls" if facts.has_cls else "patches")
