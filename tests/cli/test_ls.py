@@ -86,7 +86,8 @@ def test_methods_json(cli):
 def test_methods_say_whether_vllm_can_be_given_them(cli):
     found = {method["name"]: method["vllm"] for method in json.loads(cli("ls", "methods", "--json")[1])}
     assert [name for name, told in found.items() if told == "yes"] == [
-        "divprune", "fopru", "grid", "pool", "random", "visionzip", "vtc_cls",
+        "divprune", "fastervlm", "fopru", "grid", "hiprune", "pool", "random", "scope", "vispruner", "visionzip",
+        "vtc_cls",
     ]  # fmt: skip
     assert found["todre"] == "with tau=None"
     assert found["tome"].startswith("on llava (on others not: tome merges views whole")
