@@ -6,9 +6,9 @@ import pytest
 import torch
 from probes import hand_layout, kept, raster
 
-import vlmprune
 from vlmprune.methods import FasterVLM, VisPruner
 from vlmprune.methods.vispruner import dedupe
+from vlmprune.parts import ModelFacts, VisionAttention
 
 
 def test_near_duplicates_go_first():
@@ -47,8 +47,7 @@ def test_bad_shares(share):
         VisPruner(keep=4, important_ratio=share)
 
 
-def test_fastervlm_looks_at_one_row(tiny_model):
-    model = tiny_model()
-    handle = vlmprune.patch(model, "fastervlm", keep=4)
-    assert len(handle.plan.measured) == 1
-    vlmprune.unpatch(model)
+def test_fastervlm_looks_at_one_row():
+    facts = ModelFacts("llava", 24, 22, True, decoder_layers=32, views=False, view_patches=576)
+    assert FasterVLM(keep=4).cuts(facts)[0].see == (VisionAttention(22),)
+    assert len(VisPruner(keep=4).cuts(facts)[0].see) == 2

@@ -8,12 +8,15 @@ from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
 from vlmprune.methods.hiprune import HiPrune
+from vlmprune.methods.holov import HoloV
+from vlmprune.methods.prunesid import PruneSID
 from vlmprune.methods.scope import Scope
 from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
 from vlmprune.methods.visionzip import VisionZip
 from vlmprune.methods.vispruner import FasterVLM, VisPruner
+from vlmprune.methods.vscan import VScan
 from vlmprune.methods.vtc_cls import VtcCls
 
 __all__ = [
@@ -26,14 +29,17 @@ __all__ = [
     "GlobalCom2",
     "Grid",
     "HiPrune",
+    "HoloV",
     "Method",
     "PiToMe",
     "Pool",
+    "PruneSID",
     "Random",
     "Scope",
     "ToDRE",
     "ToMe",
     "TransPrune",
+    "VScan",
     "VisPruner",
     "VisionZip",
     "VtcCls",

@@ -136,16 +136,23 @@ def select_in_views(scores: torch.Tensor, keep: int | float, layout: Layout, new
 
 
 def by_view(
-    layout: Layout, keep: int | float, newlines: AnyNewlines = "all"
+    layout: Layout, keep: int | float | list[int], newlines: AnyNewlines = "all"
 ) -> tuple[torch.Tensor, list[list[int]] | torch.Tensor, list[int] | None]:
     """Who competes in every view (thumbnail, crop, frame), and its share of a budget.
+
+    Args:
+        keep: budget in patches per image or video, or one count for each.
 
     Returns:
         `(images, views, tokens)` bool; `(images, views)` how many stay; how many do of every image, None if unknown.
     """
     among, _, available = candidates(layout, newlines)
     views = max(grid.views for grid in layout.grids)
-    shares = [share(keep, grid.patches_per_view) + [0] * (views - grid.views) for grid in layout.grids]
+    keeps = keep if isinstance(keep, list) else [keep] * len(layout)
+    shares = [
+        share(each, grid.patches_per_view) + [0] * (views - grid.views)
+        for each, grid in zip(keeps, layout.grids, strict=True)
+    ]
     mine = layout.view[:, None] == torch.arange(views, device=layout.device)[:, None]
     rows = (among[:, None] & mine) if views > 1 else among[:, None]
     untouched = available == [grid.patches for grid in layout.grids]
