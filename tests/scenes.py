@@ -38,6 +38,7 @@ FEW = ["llava", "next", "vip", "onevision", "next-video", "next-video-video"]  #
 CUTTERS = ["fopru", "fastv", "todre", "tome"]  # before the language model, in it, both, and in the tower
 OPTIONS = {
     "todre": lambda model: {"keep": 0.4, "tau": 0.35},
+    "cdpruner": lambda model: {"keep": 0.4, "relevance": "embeddings"},
     "transprune": lambda model: {"keep": 0.3},
     "atp": lambda model: {"thresholds": tiny.modules(model, biases=(-0.3, 1.5))},
 }

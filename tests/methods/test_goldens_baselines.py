@@ -10,9 +10,10 @@ import torch
 from probes import hand_layout, raster
 from safetensors.torch import load_file
 
-from vlmprune.methods import HiPrune, VisPruner
+from vlmprune.methods import CDPruner, HiPrune, VisPruner
+from vlmprune.methods.cdpruner import likeness, rescaled
 from vlmprune.methods.visionzip import zip_view
-from vlmprune.parts.diversity import greedy_diversity, most_apart
+from vlmprune.parts.diversity import greedy_diversity, most_apart, weighted_det
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = json.loads((GOLDENS / "baselines.json").read_text())["cases"]
@@ -50,6 +51,26 @@ def test_visionzip_makes_the_published_tokens(case):
     )
     made = torch.cat((hidden[:1], patches[0][dominant[0]], merged[0][targets[0]]))
     torch.testing.assert_close(made, tensor(case, "tokens"))
+
+
+@pytest.mark.parametrize("case", cases("cdpruner"))
+def test_cdpruner_keeps_the_published_patches(case):
+    features, keep = tensor(case, "features"), case["params"]["keep"]
+    relevance = -likeness(tensor(case, "image_embeds"), tensor(case, "text_embeds"))
+    everything = torch.ones(features.shape[:2], dtype=torch.bool)
+    # the released code rescales over all views of a batch
+    weight = rescaled(relevance.flatten()[None], everything.flatten()[None]).view_as(relevance)
+    order = weighted_det(features, weight, keep, everything)
+    kept, want = everything.logical_not().scatter(1, order, True), tensor(case, "keep")
+    if (dims := features.shape[-1]) < keep:
+        # more picks than numbers: the released code's later ones are of rounding, then of NaN, and it keeps fewer
+        assert kept.sum() == keep > want.sum()
+        assert want.gather(1, order)[:, :dims].all()
+    else:
+        assert torch.equal(kept, want)
+        if len(features) == 1:
+            got = CDPruner(keep=keep).choose(features, relevance, hand_layout(raster(1, features.shape[1]))).keep
+            assert torch.equal(got, want)
 
 
 def decided(method, values: list[torch.Tensor], layout) -> torch.Tensor:

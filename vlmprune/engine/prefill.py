@@ -53,7 +53,7 @@ class Prefill:
         guesses: int = 0,
         positions: torch.Tensor | None = None,
     ):
-        self.plan, self.guesses = plan, guesses
+        self.plan, self.guesses, self.ids = plan, guesses, input_ids
         self.past, self.cache = {segment.first: segment for segment in past}, None
         self.rotary_emb = plan.family.language_model(inner).rotary_emb
         self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions)

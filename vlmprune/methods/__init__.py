@@ -2,6 +2,7 @@
 
 from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method
+from vlmprune.methods.cdpruner import CDPruner
 from vlmprune.methods.controls import Downsample, Grid, Pool, Random
 from vlmprune.methods.divprune import DivPrune
 from vlmprune.methods.fastv import FastV
@@ -9,6 +10,7 @@ from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
 from vlmprune.methods.hiprune import HiPrune
 from vlmprune.methods.holov import HoloV
+from vlmprune.methods.mmtok import MMTok
 from vlmprune.methods.prunesid import PruneSID
 from vlmprune.methods.scope import Scope
 from vlmprune.methods.todre import ToDRE
@@ -21,6 +23,7 @@ from vlmprune.methods.vtc_cls import VtcCls
 
 __all__ = [
     "Atp",
+    "CDPruner",
     "DivPrune",
     "Downsample",
     "FastV",
@@ -30,6 +33,7 @@ __all__ = [
     "Grid",
     "HiPrune",
     "HoloV",
+    "MMTok",
     "Method",
     "PiToMe",
     "Pool",

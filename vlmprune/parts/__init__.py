@@ -7,8 +7,20 @@ so that what reads budgets or options alone does not wait for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_PARTS = ("attention", "budget", "cells", "coverage", "cuts", "diversity", "facts", "layers", "layout", "merging")
-_PARTS += ("options", "scores", "selection", "taps", "templates", "vector_taps")
+_PARTS = (
+    "attention",
+    "budget",
+    "cells",
+    "clip",
+    "coverage",
+    "cuts",
+    "diversity",
+    "facts",
+    "layers",
+    "layout",
+    "merging",
+)
+_PARTS += ("options", "scores", "selection", "taps", "templates", "text_taps", "vector_taps")
 _HOMES = ("errors", *(f"parts.{name}" for name in _PARTS))
 
 if TYPE_CHECKING:
@@ -16,6 +28,7 @@ if TYPE_CHECKING:
     from vlmprune.parts.attention import Visible, attention_mass, upcast
     from vlmprune.parts.budget import HAIR, count, floored, share
     from vlmprune.parts.cells import image_cells
+    from vlmprune.parts.clip import Clip, clip_from
     from vlmprune.parts.coverage import Cover, select_covering
     from vlmprune.parts.cuts import (
         AnyCut,
@@ -32,7 +45,7 @@ if TYPE_CHECKING:
         Vision,
         schedule_layers,
     )
-    from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse
+    from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse, weighted_det
     from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, scale_tower_layer
     from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
     from vlmprune.parts.layout import ImageGrid, Layout, Views, download, upload
@@ -69,7 +82,8 @@ if TYPE_CHECKING:
         TowerTap,
         VisionAttention,
     )
-    from vlmprune.parts.templates import system_prefix
+    from vlmprune.parts.templates import Question, question_of, system_prefix, told_question
+    from vlmprune.parts.text_taps import QuestionIds, QuestionWords
     from vlmprune.parts.vector_taps import features_of, row_of
 
 __all__ = [
@@ -78,6 +92,7 @@ __all__ = [
     "AnyNewlines",
     "BlockKeys",
     "BlockTap",
+    "Clip",
     "ClsLogits",
     "ClusterOf",
     "Clusters",
@@ -101,6 +116,9 @@ __all__ = [
     "PixelCut",
     "Positions",
     "ProjectorCut",
+    "Question",
+    "QuestionIds",
+    "QuestionWords",
     "ReceivedAttention",
     "Reduction",
     "Scene",
@@ -124,6 +142,7 @@ __all__ = [
     "candidates",
     "capped",
     "check_layer",
+    "clip_from",
     "count",
     "download",
     "ensemble_scores",
@@ -141,6 +160,7 @@ __all__ = [
     "match_energy",
     "most_apart",
     "need_cls",
+    "question_of",
     "random_scores",
     "row_of",
     "scale_tower_layer",
@@ -153,9 +173,11 @@ __all__ = [
     "spread_evenly",
     "stride",
     "system_prefix",
+    "told_question",
     "top_k",
     "upcast",
     "upload",
+    "weighted_det",
 ]
 
 

@@ -21,6 +21,7 @@ class ModelFacts:
         decoder_layers: number of layers of the language model.
         views: whether one image may have several views (thumbnail and crops).
         view_patches: patches of one view.
+        tower_from: checkpoint that the vision tower came from, where the model's config tells it.
     """
 
     family: str
@@ -30,6 +31,7 @@ class ModelFacts:
     decoder_layers: int
     views: bool
     view_patches: int
+    tower_from: str | None = None
 
 
 def scale_tower_layer(layer: int, facts: ModelFacts) -> int:

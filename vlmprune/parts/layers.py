@@ -61,13 +61,15 @@ class Scene(Protocol):
     """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are.
 
     `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most;
-    `text_before` is the most that any row has in front of its first one.
+    `text_before` is the most that any row has in front of its first one; `ids` `(batch, length)` are those of the call,
+    whose columns a sequence has that was not cut yet.
     """
 
     sequence: Remaining
     layout: Layout
     text_after: tuple[torch.Tensor, int]
     text_before: int
+    ids: torch.Tensor
 
     def past_keys(self, layer: DecoderLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The keys that a decoder layer holds in front of the sequence, or None, and which keys of both are real."""
