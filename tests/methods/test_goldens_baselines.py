@@ -10,10 +10,12 @@ import torch
 from probes import hand_layout, raster
 from safetensors.torch import load_file
 
-from vlmprune.methods import CDPruner, HiPrune, VisPruner
+from vlmprune.methods import CDPruner, HiPrune, PruMerge, PruMergePlus, VisPruner
 from vlmprune.methods.cdpruner import likeness, rescaled
 from vlmprune.methods.visionzip import zip_view
+from vlmprune.parts import Views
 from vlmprune.parts.diversity import greedy_diversity, most_apart, weighted_det
+from vlmprune.parts.merging import picked
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 CASES = json.loads((GOLDENS / "baselines.json").read_text())["cases"]
@@ -71,6 +73,20 @@ def test_cdpruner_keeps_the_published_patches(case):
         if len(features) == 1:
             got = CDPruner(keep=keep).choose(features, relevance, hand_layout(raster(1, features.shape[1]))).keep
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("case", [*cases("prumerge"), *cases("prumerge_plus")])
+def test_prumerge_makes_the_published_tokens(case):
+    query, key, hidden = (tensor(case, name) for name in ("query", "key", "hidden"))
+    row = torch.softmax(query[0] @ key.T * query.shape[1] ** -0.5, -1)[1:]
+    method = PruMergePlus() if case["method"] == "prumerge_plus" else PruMerge()
+    pick = method.merge({0: row[None], 1: key[None, 1:]}, Views([raster(24, 24)]))
+    made, want = picked(hidden[None], pick)[0, 1:][pick.keep[0]], tensor(case, "tokens")
+    # the released code orders its tokens by attention
+    assert made.shape == want.shape
+    at = torch.cdist(want.double(), made.double()).argmin(1)
+    assert sorted(at.tolist()) == list(range(len(made)))
+    torch.testing.assert_close(made[at], want, rtol=1e-4, atol=1e-5)
 
 
 def decided(method, values: list[torch.Tensor], layout) -> torch.Tensor:

@@ -11,6 +11,7 @@ from vlmprune.methods.globalcom2 import GlobalCom2
 from vlmprune.methods.hiprune import HiPrune
 from vlmprune.methods.holov import HoloV
 from vlmprune.methods.mmtok import MMTok
+from vlmprune.methods.prumerge import PruMerge, PruMergePlus
 from vlmprune.methods.prunesid import PruneSID
 from vlmprune.methods.scope import Scope
 from vlmprune.methods.todre import ToDRE
@@ -37,6 +38,8 @@ __all__ = [
     "Method",
     "PiToMe",
     "Pool",
+    "PruMerge",
+    "PruMergePlus",
     "PruneSID",
     "Random",
     "Scope",

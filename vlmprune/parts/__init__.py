@@ -84,7 +84,7 @@ if TYPE_CHECKING:
     )
     from vlmprune.parts.templates import Question, question_of, system_prefix, told_question
     from vlmprune.parts.text_taps import QuestionIds, QuestionWords
-    from vlmprune.parts.vector_taps import features_of, row_of
+    from vlmprune.parts.vector_taps import WholeKeys, WholeRow, features_of, row_of
 
 __all__ = [
     "HAIR",
@@ -136,6 +136,8 @@ __all__ = [
     "Visible",
     "Vision",
     "VisionAttention",
+    "WholeKeys",
+    "WholeRow",
     "ascending",
     "attention_mass",
     "by_view",

@@ -8,10 +8,11 @@ import torch
 from torch.nn import functional
 
 from vlmprune.parts.attention import upcast
-from vlmprune.parts.cuts import Clusters, Merge
+from vlmprune.parts.cuts import Clusters, Merge, Pick
 from vlmprune.parts.layout import Layout
 
-__all__ = ["energy", "first_of_cluster", "flow", "gather_to", "match_alternating", "match_energy", "spread_evenly"]
+__all__ = ["energy", "first_of_cluster", "flow", "gather_to", "match_alternating", "match_energy", "picked"]
+__all__ += ["spread_evenly"]
 
 CHUNK = 256  # rows of a cosine matrix that exist at one time
 
@@ -153,6 +154,18 @@ def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
     first = torch.full((len(layout), last + 1), layout.width, device=key.device)
     first = first.scatter_reduce(1, key, token, "amin")
     return patches & (first.gather(1, key) == token)
+
+
+def picked(hidden: torch.Tensor, pick: Pick) -> torch.Tensor:
+    """What a cut between tower and projector makes of `(views, tokens, dim)`, the [CLS] token's included."""
+    if pick.merge is not None:
+        return flow(hidden, pick.merge)
+    if pick.mix is None:
+        return hidden
+    patches = pick.mix.shape[-1]
+    wide = torch.promote_types(hidden.dtype, pick.mix.dtype)
+    mixed = pick.mix.to(wide) @ hidden[:, -patches:].to(wide)
+    return torch.cat((hidden[:, :-patches], mixed.to(hidden.dtype)), 1)
 
 
 def flow(hidden: torch.Tensor, merge: Merge) -> torch.Tensor:

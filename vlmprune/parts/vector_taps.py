@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune.parts.attention import upcast
+from vlmprune.parts.attention import attention_mass, upcast
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layers import TowerLayer
 from vlmprune.parts.taps import TowerTap, VisionAttention
 
-__all__ = ["TowerFeatures", "features_of", "row_of"]
+__all__ = ["TowerFeatures", "WholeKeys", "WholeRow", "features_of", "row_of"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,30 @@ class TowerFeatures(TowerTap):
 
     def measure(self, layer: TowerLayer | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return upcast(hidden[:, int(has_cls) :])
+
+
+@dataclass(frozen=True)
+class WholeKeys(TowerTap):
+    """Every patch's keys of all heads side by side in a tower layer, `(images, tokens, dim)`."""
+
+    vectors: ClassVar[bool] = True
+
+    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        return upcast(layer.keys(layer.normed(hidden)).transpose(1, 2).flatten(2)[:, int(has_cls) :])
+
+
+@dataclass(frozen=True)
+class WholeRow(TowerTap):
+    """The [CLS] token's attention in a tower layer as if all heads were one, `(images, tokens)`: post-softmax.
+
+    Without a [CLS] token the attention that a patch receives from all.
+    """
+
+    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        normed, first = layer.normed(hidden), int(has_cls)
+        rows = normed[:, :1] if has_cls else normed
+        query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (layer.queries(rows), layer.keys(normed)))
+        return attention_mass(query, key, query.shape[-1] ** -0.5)[:, first:]
 
 
 def features_of(facts: ModelFacts) -> TowerFeatures:

@@ -20,7 +20,7 @@ from vlmprune.methods.base import Method
 from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, TowerCut
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
-from vlmprune.parts.merging import flow
+from vlmprune.parts.merging import picked
 from vlmprune.parts.scores import STRIDE
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
 from vlmprune.parts.tracing import trace_packing
@@ -143,9 +143,9 @@ class Choice:
         """
         kept: dict[Tap, torch.Tensor] = {}
         for cut in self.plan.projector_cuts:
-            picked = cut.reduce({tap: seen.get(tap, features) for tap in cut.see}, Views(grids))
-            features = features if picked.merge is None else flow(features, picked.merge)
-            kept[Kept()] = picked.keep
+            pick = cut.reduce({tap: seen.get(tap, features) for tap in cut.see}, Views(grids))
+            features = picked(features, pick)
+            kept[Kept()] = pick.keep
         return features, kept
 
     def rows(
