@@ -86,8 +86,8 @@ def test_methods_json(cli):
 def test_methods_say_whether_vllm_can_be_given_them(cli):
     found = {method["name"]: method["vllm"] for method in json.loads(cli("ls", "methods", "--json")[1])}
     assert [name for name, told in found.items() if told == "yes"] == [
-        "divprune", "fastervlm", "fopru", "grid", "hiprune", "pool", "random", "scope", "vispruner", "visionzip",
-        "vtc_cls",
+        "divprune", "fastervlm", "fopru", "grid", "hiprune", "holov", "pool", "prumerge", "prumerge_plus", "prunesid",
+        "random", "scope", "visionzip", "vispruner", "vtc_cls",
     ]  # fmt: skip
     assert found["todre"] == "with tau=None"
     assert found["tome"].startswith("on llava (on others not: tome merges views whole")
@@ -145,8 +145,9 @@ def test_what_cannot_run_on_which_family_is_listed(cli):
     families = {f["model_type"]: f for f in json.loads(cli("ls", "models", "--json")[1])["families"]}
     onevision = families["llava_onevision"]
     assert {"vtc_cls", "globalcom2", "todre"} <= set(onevision["refused_methods"])  # by its usual tower
-    assert set(onevision["refused_inputs"]["videos"]) == {"globalcom2", "tome", "pitome", "visionzip"}
-    assert set(onevision["refused_inputs"]["large images, whose canvas is shrunk"]) == {"tome", "pitome", "visionzip"}
+    merging = {"tome", "pitome", "visionzip", "prumerge", "prumerge_plus"}
+    assert set(onevision["refused_inputs"]["videos"]) == merging | {"globalcom2"}
+    assert set(onevision["refused_inputs"]["large images, whose canvas is shrunk"]) == merging
     assert set(families["llava_next_video"]["refused_inputs"]) == {"videos"}
     assert families["llava_next"]["refused_inputs"] == families["llava"]["refused_inputs"] == {}
     assert (onevision["modalities"], families["vipllava"]["modalities"]) == (["image", "video"], ["image"])

@@ -26,6 +26,15 @@ SETTINGS = [
     ("tome", {"keep": 64}),
     ("tome", {"keep": 128, "place": "behind"}),
     ("pitome", {"keep": 64}),
+    ("vispruner", {"keep": 64}),
+    ("fastervlm", {"keep": 25}),
+    ("hiprune", {"keep": 64}),
+    ("holov", {"keep": 64}),
+    ("prunesid", {"keep": 64}),
+    ("scope", {"keep": 25}),
+    ("vscan", {"keep": 64, "layer": None}),
+    ("prumerge", {"keep": 64}),
+    ("prumerge_plus", {"keep": 25}),
     ("vtc_cls+divprune", {"vtc_cls.keep": 128, "divprune.keep": 0.5}),
 ]
 

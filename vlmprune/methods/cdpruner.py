@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
@@ -17,8 +17,8 @@ from vlmprune.parts import (
     Hidden,
     Layout,
     ModelFacts,
-    Question,
     QuestionIds,
+    QuestionMarks,
     QuestionWords,
     Reduction,
     Seen,
@@ -97,10 +97,11 @@ class CDPruner(Pruner):
     needs = "the question, features; CLIP's text tower (or relevance='embeddings')"
     looks_at = "question"
     syncs = 1
+    plain_with: ClassVar[dict[str, Any]] = {"relevance": "embeddings"}
 
     relevance: Literal["clip", "embeddings"] = "clip"
     clip: Annotated[Any, checked_clip] = None
-    question: Annotated[Question | None, told_question] = None
+    question: Annotated[QuestionMarks | None, told_question] = None
     newlines: AnyNewlines = "all"
 
     def told_by(self, processor: Any) -> CDPruner:

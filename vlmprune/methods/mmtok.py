@@ -16,7 +16,7 @@ from vlmprune.parts import (
     Layout,
     ModelFacts,
     Must,
-    Question,
+    QuestionMarks,
     QuestionWords,
     Reduction,
     Seen,
@@ -76,7 +76,7 @@ class MMTok(Pruner):
     alpha: Annotated[float, Must("a number of at least 0", partial(is_number, most=float("inf")))] = 0.5
     text_temperature: Annotated[float, TEMPERATURE] = 0.02
     vision_temperature: Annotated[float, TEMPERATURE] = 0.2
-    question: Annotated[Question | None, told_question] = None
+    question: Annotated[QuestionMarks | None, told_question] = None
     newlines: AnyNewlines = "all"
 
     def told_by(self, processor: Any) -> MMTok:

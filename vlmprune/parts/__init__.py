@@ -82,7 +82,7 @@ if TYPE_CHECKING:
         TowerTap,
         VisionAttention,
     )
-    from vlmprune.parts.templates import Question, question_of, system_prefix, told_question
+    from vlmprune.parts.templates import QuestionMarks, question_of, system_prefix, told_question
     from vlmprune.parts.text_taps import QuestionIds, QuestionWords
     from vlmprune.parts.vector_taps import WholeKeys, WholeRow, features_of, row_of
 
@@ -116,8 +116,8 @@ __all__ = [
     "PixelCut",
     "Positions",
     "ProjectorCut",
-    "Question",
     "QuestionIds",
+    "QuestionMarks",
     "QuestionWords",
     "ReceivedAttention",
     "Reduction",

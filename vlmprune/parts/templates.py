@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Question", "question_of", "system_prefix", "told_question"]
+__all__ = ["QuestionMarks", "question_of", "system_prefix", "told_question"]
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
+class QuestionMarks:
     """How a question is told from the rest of a prompt: what a chat template writes around a user's words.
 
     Attributes:
@@ -47,7 +47,7 @@ class Question:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def question_of(processor: Any) -> Question | None:
+def question_of(processor: Any) -> QuestionMarks | None:
     """How a model's processor marks questions, or None if it has no chat template."""
     if not getattr(processor, "chat_template", None):
         return None
@@ -61,16 +61,16 @@ def question_of(processor: Any) -> Question | None:
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     silent = {i for i, token in enumerate(tokens) if not any(c.isalnum() for c in (token or "").strip("\u2581\u0120"))}
     silent |= set(tokenizer.all_special_ids)
-    return Question(tuple(opens), tuple(said[0][len(said[0]) - behind :]), tuple(sorted(silent)), tokenizer)
+    return QuestionMarks(tuple(opens), tuple(said[0][len(said[0]) - behind :]), tuple(sorted(silent)), tokenizer)
 
 
-def told_question(name: str, given: Any) -> Question:
-    """The rule of an option that says how questions are marked: a `Question`, or a processor.
+def told_question(name: str, given: Any) -> QuestionMarks:
+    """The rule of an option that says how questions are marked: a `QuestionMarks`, or a processor.
 
     Raises:
         ValueError: neither.
     """
-    if isinstance(given, Question):
+    if isinstance(given, QuestionMarks):
         return given
     if not hasattr(given, "apply_chat_template"):
         raise ValueError(

@@ -11,7 +11,7 @@ from vlmprune.parts.cuts import Decoder, Place
 from vlmprune.parts.layers import DecoderLayer, Scene
 from vlmprune.parts.layout import upload
 from vlmprune.parts.taps import DecoderTap
-from vlmprune.parts.templates import Question
+from vlmprune.parts.templates import QuestionMarks
 
 if TYPE_CHECKING:
     from vlmprune.parts.facts import ModelFacts
@@ -30,11 +30,11 @@ class QuestionTap(DecoderTap):
     Args:
         question: how a chat template marks it.
         without: ids that do not count, as long as others are left.
-        sentences: ids of sentences that do not count (`Question.sentence`).
+        sentences: ids of sentences that do not count (`QuestionMarks.sentence`).
     """
 
     layer: int = 0
-    question: Question | None = None
+    question: QuestionMarks | None = None
     without: tuple[int, ...] = ()
     sentences: tuple[tuple[int, ...], ...] = ()
 

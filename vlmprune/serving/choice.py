@@ -233,7 +233,7 @@ def refusals(cls: type[Method]) -> dict[str, str]:
         family = FAMILIES[name]
         facts = ModelFacts(name, 24, 22, True, decoder_layers=32, views=family.views, view_patches=576)
         try:
-            Choice([cls(**given, **cls.served_with)], family, facts).check()
+            Choice([cls(**given, **cls.plain_with | cls.served_with)], family, facts).check()
         except (UnsupportedError, ValueError) as error:
             found[name] = str(error).removesuffix(".")
     return found
