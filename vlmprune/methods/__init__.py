@@ -4,7 +4,9 @@ from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method
 from vlmprune.methods.cdpruner import CDPruner
 from vlmprune.methods.controls import Downsample, Grid, Pool, Random
+from vlmprune.methods.dart import Dart
 from vlmprune.methods.divprune import DivPrune
+from vlmprune.methods.evs import Evs
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
@@ -13,10 +15,14 @@ from vlmprune.methods.holov import HoloV
 from vlmprune.methods.mmtok import MMTok
 from vlmprune.methods.prumerge import PruMerge, PruMergePlus
 from vlmprune.methods.prunesid import PruneSID
+from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.methods.scope import Scope
+from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
+from vlmprune.methods.v2drop import V2Drop
+from vlmprune.methods.vidcom2 import VidCom2
 from vlmprune.methods.visionzip import VisionZip
 from vlmprune.methods.vispruner import FasterVLM, VisPruner
 from vlmprune.methods.vscan import VScan
@@ -25,8 +31,10 @@ from vlmprune.methods.vtc_cls import VtcCls
 __all__ = [
     "Atp",
     "CDPruner",
+    "Dart",
     "DivPrune",
     "Downsample",
+    "Evs",
     "FastV",
     "FasterVLM",
     "FoPru",
@@ -41,12 +49,16 @@ __all__ = [
     "PruMerge",
     "PruMergePlus",
     "PruneSID",
+    "PyramidDrop",
     "Random",
     "Scope",
+    "SparseVLM",
     "ToDRE",
     "ToMe",
     "TransPrune",
+    "V2Drop",
     "VScan",
+    "VidCom2",
     "VisPruner",
     "VisionZip",
     "VtcCls",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,6 +23,7 @@ from vlmprune.parts import (
     UnsupportedError,
     image_cells,
     keep_patches,
+    need_views,
     random_scores,
     select,
     upload,
@@ -144,6 +146,7 @@ class Downsample(Budgeted):
     looks_at = "nothing"
 
     def cuts(self, facts: ModelFacts) -> list[PixelCut]:
+        need_views(self.name, facts, "a smaller max_pixels of its processor is this control, and saves time")
         budget = self.budget
         share = budget if isinstance(budget, float) else min(1.0, budget / facts.view_patches)
         return [] if share == 1 else [PixelCut(partial(self.shrink, share=share))]
@@ -152,4 +155,8 @@ class Downsample(Budgeted):
         """Pure: `(views, channels, height, width)` in and out, with `share` of the pixels' information."""
         resize = partial(torch.nn.functional.interpolate, mode="bilinear", antialias=True)
         small = [max(1, round(n * share**0.5)) for n in pixels.shape[-2:]]
+        if small == list(pixels.shape[-2:]):
+            told = f"downsample changes nothing: {share:.4g} of {small[0]} x {small[1]} pixels are all of them."
+            warnings.warn(told, stacklevel=2)
+            return pixels
         return resize(resize(pixels.float(), small), pixels.shape[-2:]).to(pixels.dtype)
