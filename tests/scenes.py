@@ -58,7 +58,7 @@ STILL = [name for name in registry.names() if name not in MOVING]
 REFUSED = {("globalcom2", kind): f"{kind} models have a single view" for kind in (*tiny.SINGLE, *tiny_qwen.CLASSES)}
 REFUSED |= {
     (name, kind): "packs pictures of any size"
-    for name in ("downsample", "pitome", "tome", "visionzip")
+    for name in ("downsample", "pitome", "prumerge", "prumerge_plus", "tome", "visionzip")
     for kind in tiny_qwen.CLASSES
 }
 FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}}

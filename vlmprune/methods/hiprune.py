@@ -18,10 +18,10 @@ from vlmprune.parts import (
     Reduction,
     Seen,
     Share,
-    VisionAttention,
     by_view,
     is_whole,
     keep_patches,
+    row_of,
     scale_tower_layer,
     top_k,
     upload,
@@ -88,7 +88,7 @@ class HiPrune(Pruner):
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         layers = scale_tower_layer(self.object_layer - 1, facts), facts.feature_layer
-        return [Cut(Decoder(0), tuple(VisionAttention(x, "all") for x in layers), self.reduce, self.positions)]
+        return [Cut(Decoder(0), tuple(row_of(facts, x, "all") for x in layers), self.reduce, self.positions)]
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` attention received in a middle and a deep layer in, decision out."""

@@ -86,11 +86,13 @@ class MMTok(Pruner):
         asked = self.question
         without = () if asked is None else (asked.words(STOP_WORDS), tuple(map(asked.sentence, FRAMES)))
         words = QuestionWords(0, asked, *without)
-        return [Cut(Decoder(0), (Hidden(), features_of(facts), words), self.reduce, self.positions)]
+        see = dict.fromkeys((Hidden(), features_of(facts), words))
+        return [Cut(Decoder(0), tuple(see), self.reduce, self.positions)]
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: projected patches, tower features and the question's embeddings in, decision out."""
-        projected, features, words = seen.values()
+        values = list(seen.values())
+        projected, features, words = values[0], values[-2], values[-1]  # the first two may be one
         among, _, _ = candidates(layout, self.newlines)
         covers = []
         for i, grid in enumerate(layout.grids):

@@ -22,6 +22,7 @@ from vlmprune.parts import (
     features_of,
     keep_patches,
     row_of,
+    upcast,
 )
 
 __all__ = ["PruneSID", "allotted", "groups", "survivors"]
@@ -130,13 +131,13 @@ class PruneSID(Pruner):
         mask = torch.zeros_like(among)
         for i, (keep, alive) in enumerate(zip(counts, there, strict=True)):
             order = row[i].masked_fill(~among[i], -torch.inf).sort(descending=True, stable=True).indices[:alive]
-            if alive:
+            if alive and not mask.is_meta:  # where only the number is asked for
                 mask[i] = mask[i].scatter(0, order, self.choose(features[i, order], keep))
         return keep_patches(mask, layout, counts, self.newlines, row)
 
     def choose(self, features: torch.Tensor, keep: int) -> torch.Tensor:
         """`(tokens,)` bool of the kept ones among `(tokens, dim)`, from the best to the worst."""
-        tokens = len(features)
+        features, tokens = upcast(features), len(features)
         number = max(1, min(keep // 4, tokens))
         group = groups(features, number)
         unit = torch.nn.functional.normalize(features, dim=-1)

@@ -102,6 +102,8 @@ def greedy_cover(
     Returns:
         `(picks,)` long, in order; arbitrary past the number of candidates.
     """
+    if among.is_meta:  # where only the number is asked for
+        return torch.zeros(picks, dtype=torch.long, device=among.device)
     few = sum(map(len, covers)) * len(among) <= LIMIT
     if torch.compiler.is_compiling() or (among.device.type != "cpu" and few):
         return look_at_all(torch.cat([cover.part() for cover in covers]), picks, among, weight, bonus)

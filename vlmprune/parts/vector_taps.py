@@ -10,7 +10,7 @@ import torch
 from vlmprune.parts.attention import attention_mass, upcast
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layers import TowerLayer
-from vlmprune.parts.taps import TowerTap, VisionAttention
+from vlmprune.parts.taps import Hidden, Tap, TowerTap, VisionAttention, VisionRows
 
 __all__ = ["TowerFeatures", "WholeKeys", "WholeRow", "features_of", "row_of"]
 
@@ -50,11 +50,21 @@ class WholeRow(TowerTap):
         return attention_mass(query, key, query.shape[-1] ** -0.5)[:, first:]
 
 
-def features_of(facts: ModelFacts) -> TowerFeatures:
-    """The tap of what becomes the visual features, before the projector."""
-    return TowerFeatures(facts.feature_layer + 1)
+def features_of(facts: ModelFacts) -> Tap:
+    """The tap of what becomes the visual features, before the projector.
+
+    Of a tower that packs pictures of any size it is the projected features, which alone are one to a token there.
+    """
+    return Hidden() if facts.packed else TowerFeatures(facts.feature_layer + 1)
 
 
-def row_of(facts: ModelFacts, layer: int | None = None) -> VisionAttention:
-    """The [CLS] row of a tower layer, that of the features for None; without a [CLS] token what patches receive."""
-    return VisionAttention(facts.feature_layer if layer is None else layer, "cls" if facts.has_cls else "patches")
+def row_of(facts: ModelFacts, layer: int | None = None, rows: VisionRows = "cls") -> VisionAttention:
+    """Attention on patches in a tower layer, that of the features for None.
+
+    Of the [CLS] token, or without one of all patches. Where patches of a layer see their window alone it is the last
+    layer before in which they see all, or the first such layer.
+    """
+    layer = facts.feature_layer if layer is None else layer
+    whole = [n for n in range(facts.tower_layers) if n not in facts.windowed]
+    layer = max([n for n in whole if n <= layer], default=min(whole, default=layer))
+    return VisionAttention(layer, "patches" if rows == "cls" and not facts.has_cls else rows)
