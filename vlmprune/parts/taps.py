@@ -39,6 +39,7 @@ __all__ = [
     "DecoderTap",
     "Distinctness",
     "Hidden",
+    "Inputs",
     "Kept",
     "ReceivedAttention",
     "Seen",
@@ -46,6 +47,7 @@ __all__ = [
     "TextAttention",
     "TowerTap",
     "VisionAttention",
+    "decoder_mass",
 ]
 
 
@@ -79,6 +81,14 @@ def unknown(name: str, value: object, choices: object) -> str | None:
     """Why `value` is none of a Literal's, or None."""
     allowed = get_args(choices)
     return None if value in allowed else f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}"
+
+
+def windowed(layer: int, facts: ModelFacts) -> str | None:
+    """Why attention received in a tower layer does not compare the patches of a picture, or None."""
+    if layer not in facts.windowed:
+        return None
+    whole = ", ".join(str(n) for n in range(facts.tower_layers) if n not in facts.windowed)
+    return f"in this layer a patch sees its window alone, whose scores do not compare with others'; take one of {whole}"
 
 
 def of_no_layer(tap: TowerTap) -> str | None:
@@ -143,7 +153,8 @@ class VisionAttention(TowerTap):
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         no_cls = NO_CLS if self.rows == "cls" and not facts.has_cls else None
-        return super().misfit(at, facts) or unknown("rows", self.rows, Literal["cls", "patches"]) or no_cls
+        wrong = unknown("rows", self.rows, Literal["cls", "patches"]) or no_cls
+        return super().misfit(at, facts) or wrong or windowed(self.layer, facts)
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         first, normed = int(has_cls), layer.normed(hidden)
@@ -168,6 +179,10 @@ class Distinctness(TowerTap):
     """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer or behind the last."""
 
     behind_last: ClassVar[bool] = True
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        packed = "this tower packs pictures of any size into one sequence, without views" if facts.packed else None
+        return super().misfit(at, facts) or packed
 
     def measure(self, layer: TowerLayer | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return distinctness(hidden[:, int(has_cls) :])
@@ -208,6 +223,14 @@ class Kept(TowerTap):
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         wrong = None if isinstance(at, Decoder) else "only cuts in the language model come behind the one that keeps"
         return wrong or of_no_layer(self)
+
+
+@dataclass(frozen=True)
+class Inputs(DecoderTap):
+    """The visual tokens' own vectors at the input of a decoder layer, `(images, tokens, dim)`."""
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        return hidden.flatten(0, 1)[scene.flat_index()]
 
 
 @dataclass(frozen=True)
