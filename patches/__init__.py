@@ -6,6 +6,7 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.patches.base import Family
+from vlmprune.patches.internvl import InternVL
 from vlmprune.patches.llava import Llava
 from vlmprune.patches.llava_llama import LlavaLlama, LlavaMistral
 from vlmprune.patches.llava_next import LlavaNext
@@ -17,7 +18,16 @@ __all__ = ["FAMILIES", "Family", "family_of"]
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (Llava(), LlavaNext(), LlavaOnevision(), LlavaNextVideo(), VipLlava(), LlavaLlama(), LlavaMistral())
+    for family in (
+        Llava(),
+        LlavaNext(),
+        LlavaOnevision(),
+        LlavaNextVideo(),
+        VipLlava(),
+        InternVL(),
+        LlavaLlama(),
+        LlavaMistral(),
+    )
 }
 
 

@@ -48,6 +48,14 @@ class Family:
     usual_tower: ClassVar[str] = "clip_vision_model"  # of the published checkpoints
     single: ClassVar[str] = ""  # of a family with views: which images have one view alone
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
+    image: ClassVar[str] = "a picture"  # what a budget per image is a budget of
+    trunk: ClassVar[str] = "vision_tower"  # attribute of the inner model that is its tower
+    text: ClassVar[str] = "language_model"  # and the one that is its language model
+    handing: ClassVar[bool] = True  # whether the tower hands its keyword arguments to its layers
+    closed: ClassVar[bool] = False  # whether features leave the tower through a norm behind its last layer
+    any_size: ClassVar[bool] = False  # whether the tower reads pictures of any size, as one packed sequence
+    runs: ClassVar[bool] = False  # whether what stands between two texts is one picture, of as many views as it has
+    origin: ClassVar[int] = 0  # position of a prompt's first token
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
     # keyword arguments of decoder layers, besides mask, positions and rotary embedding, that hold something for every
@@ -56,9 +64,9 @@ class Family:
 
     def inner(self, model: nn.Module) -> nn.Module:
         """The module that joins tower, projector and language model (`LlavaModel`): itself, or inside `model`."""
-        if hasattr(model, "language_model") and hasattr(model, "vision_tower"):
+        if hasattr(model, self.text) and hasattr(model, self.trunk):
             return model
-        if not hasattr(inner := getattr(model, "model", None), "vision_tower"):
+        if not hasattr(inner := getattr(model, "model", None), self.trunk):
             raise UnsupportedError(
                 f"{type(model).__name__} has no vision tower where {self.title} has it: give the whole model, or the "
                 "PEFT model around it."
@@ -67,25 +75,32 @@ class Family:
 
     def towers(self, inner: nn.Module) -> list[nn.Module]:
         """The vision towers, all built alike: one, or one for every modality."""
-        return [inner.vision_tower]
+        return [getattr(inner, self.trunk)]
 
     def tower_layers(self, tower: nn.Module) -> nn.ModuleList:
         return tower.encoder.layers
 
     def language_model(self, inner: nn.Module) -> nn.Module:
-        return inner.language_model
+        return getattr(inner, self.text)
 
     def decoder_layers(self, inner: nn.Module) -> nn.ModuleList:
-        return inner.language_model.layers
+        return self.language_model(inner).layers
 
     def token(self, inner: nn.Module, modality: str = "image") -> int:
         """Id of the placeholder."""
         return getattr(inner.config, f"{modality}_token_id")
 
     def side(self, inner: nn.Module, size: Any = None) -> tuple[int, int]:
-        """(rows, cols) of patches in one view of an image of `size` (of `sizes`); mostly of any."""
+        """(rows, cols) of tokens in one view of an image of `size` (of `sizes`); mostly of any.
+
+        They are the tower's patches where `unit` is 1.
+        """
         vision = inner.config.vision_config
         return (vision.image_size // vision.patch_size,) * 2
+
+    def unit(self, inner: nn.Module) -> int:
+        """Patches along a side of the square that one token is made of."""
+        return 1
 
     def facts(self, inner: nn.Module) -> ModelFacts:
         """Check that the model is one we know, and return its facts.
@@ -121,6 +136,9 @@ class Family:
             decoder_layers=len(self.decoder_layers(inner)),
             views=self.views,
             view_patches=math.prod(self.side(inner)),
+            unit=self.unit(inner),
+            any_size=self.any_size,
+            closed=self.closed,
         )
 
     def strategy(self, inner: nn.Module) -> str:
@@ -159,6 +177,25 @@ class Family:
         """Whether the packing of an image or video depends on more than the model, which `sizes` tells."""
         return self.needs_sizes or modality == "video"
 
+    def items(self, inner: nn.Module, modality: str, features: Any, known: list[Any]) -> list[int]:
+        """Tokens of every image, or of every video, of what an encoder made; not asked where `runs` tells.
+
+        Args:
+            features: the encoder's output, whose `pooler_output` lists `(tokens, dim)` parts.
+            known: what the packing of each depends on (of `sizes`).
+        """
+        return [len(item) for item in features.pooler_output]
+
+    def blocks(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """`(batch, length)` number of the group of neighbours that see each other whatever their order, -1 for none.
+
+        None where attention is causal throughout. A group is a run of columns without a gap.
+
+        Args:
+            kwargs: arguments of the inner model.
+        """
+        return None
+
     def bind(self, model: nn.Module, plan: Any) -> None:
         """Set `Bound` attributes where no hook reaches what the engine has to know."""
 
@@ -189,6 +226,8 @@ class Family:
         """How an image or video of a size (of `sizes`) is packed."""
         if modality == "video":
             return Packing(partial(self.pack_video, inner), size, *self.side(inner), (1, 1), frames=size)
+        if self.runs:
+            return Packing(lambda x, newline: x.flatten(0, 1), size, *self.side(inner), (1, 1), apart=True)
         views, grid = self.grid(inner, size)
         return Packing(lambda x, newline: self.pack(inner, x, newline, size), views, *self.side(inner, size), grid)
 

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 #: `model_type` of the language models whose taps were compared with their own eager attention.
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,24 @@ class RotaryLayer:
         return rotate(x, x[:, :1], cos, sin)[0]
 
 
+@dataclass(frozen=True)
+class NormedLayer(RotaryLayer):
+    """One whose attention has `q_norm` and `k_norm` for every head."""
+
+    def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        heads = split_heads(self.attention.q_proj(rows), self.attention.head_dim)
+        return self.rotated(self.attention.q_norm(heads), cos, sin)
+
+    def keys(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        heads = split_heads(self.attention.k_proj(rows), self.attention.head_dim)
+        return self.rotated(self.attention.k_norm(heads), cos, sin)
+
+
 LAYERS: dict[str, type[RotaryLayer]] = {
     "LlamaDecoderLayer": RotaryLayer,
     "MistralDecoderLayer": RotaryLayer,
     "Qwen2DecoderLayer": RotaryLayer,
+    "Qwen3DecoderLayer": NormedLayer,
 }
 
 

@@ -13,7 +13,7 @@ from vlmprune.parts.attention import split_heads
 __all__ = ["TOWERS", "ClipLayer", "tower_layer"]
 
 #: `model_type` of the towers -> whether they have a [CLS] token.
-TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
+TOWERS = {"clip_vision_model": True, "siglip_vision_model": False, "internvl_vision": True}
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,29 @@ class ClipLayer:
         return split_heads(self.attention.k_proj(rows), self.attention.head_dim)
 
 
-LAYERS: dict[str, type[ClipLayer]] = {"CLIPEncoderLayer": ClipLayer, "SiglipEncoderLayer": ClipLayer}
+@dataclass(frozen=True)
+class InternVLLayer(ClipLayer):
+    """A layer of InternVL's tower: other names, and norms over all heads together that some checkpoints have."""
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.module.attention
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.module.layernorm_before(hidden)
+
+    def queries(self, rows: torch.Tensor) -> torch.Tensor:
+        return split_heads(self.attention.q_norm(self.attention.q_proj(rows)), self.attention.head_dim)
+
+    def keys(self, rows: torch.Tensor) -> torch.Tensor:
+        return split_heads(self.attention.k_norm(self.attention.k_proj(rows)), self.attention.head_dim)
+
+
+LAYERS: dict[str, type[ClipLayer]] = {
+    "CLIPEncoderLayer": ClipLayer,
+    "SiglipEncoderLayer": ClipLayer,
+    "InternVLVisionLayer": InternVLLayer,
+}
 
 
 def tower_layer(module: nn.Module) -> ClipLayer:

@@ -6,11 +6,13 @@ out and measures, `AfterTower` leaves what was seen on the output object, which 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
 from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, Seen
 from vlmprune.engine.placement import check_device, loaded
@@ -134,6 +136,8 @@ class TowerFrame:
         for cut in self.plan.projector_cuts:
             self.pick(cut, output)
         self.look_behind(output)
+        if self.plan.facts.unit > 1:
+            self.seen = {tap: self.of_tokens(tap, values) for tap, values in self.seen.items()}
         # a host that hands on bare tensors takes the note instead of the output
         noted = output if self.note is None else self.note
         setattr(noted, SEEN, Seen(self.plan, self.seen))
@@ -154,15 +158,34 @@ class TowerFrame:
         """Measure what can be seen behind the last layer alone."""
         for tap in self.plan.tower_taps:
             if tap.layer == self.plan.facts.tower_layers:  # what becomes the features
+                behind = output.last_hidden_state if self.plan.facts.closed else output.hidden_states[-1]
                 with torch.no_grad():
-                    self.seen[tap] = tap.measure(None, output.hidden_states[-1].detach(), self.has_cls)
+                    self.seen[tap] = tap.measure(None, behind.detach(), self.has_cls)
         if ClusterOf() in self.plan.tower_taps:
             self.seen[ClusterOf()] = self.cluster_of(output.last_hidden_state)[:, int(self.has_cls) :]
+
+    def of_tokens(self, tap: Tap, values: torch.Tensor) -> torch.Tensor:
+        """Values of patches, `(views, patches, ...)`, as those of the tokens that several of them make."""
+        means, tokens = pooled(values, self.plan.facts.unit), self.plan.facts.view_patches
+        if means.shape[1] != tokens:
+            raise UnsupportedError(
+                f"{tap} sees {values.shape[1]} patches of a view of the vision tower, which do not make {tokens} tokens."
+            )
+        return means
 
     def cluster_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(views, original tokens)` long, the token of the feature layer that each original one is part of."""
         place = self.places[self.plan.facts.feature_layer + 1] if self.plan.tower_cuts else None
         return torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1) if place is None else place
+
+
+def pooled(values: torch.Tensor, unit: int) -> torch.Tensor:
+    """Values of patches `(views, patches[, dim])` as means over the squares of `unit` x `unit` that are one token."""
+    side = math.isqrt(values.shape[1])
+    raster = values.reshape(len(values), side, side, -1).movedim(-1, 1)
+    # a square that reaches beyond the raster is the mean of what it covers
+    means = avg_pool2d(raster, unit, ceil_mode=True, count_include_pad=False)
+    return means.flatten(2).transpose(1, 2).reshape(len(values), -1, *values.shape[2:])
 
 
 def means(hidden: torch.Tensor, into: torch.Tensor, share: torch.Tensor, count: int) -> torch.Tensor:
@@ -220,7 +243,11 @@ def wide(index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 class BeforeTower(Hook):
     """Pre-hook of the tower: starts a frame in the calls of its own model, which says so."""
 
+    through: Watch | None = None
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self.through is not None:
+            self.through.end()
         pixels, rest, kwargs = handed(args, kwargs, "pixel_values")
         pixels, note = untag(pixels)
         call = kwargs.get(OWNER) if note is None else note
@@ -229,22 +256,30 @@ class BeforeTower(Hook):
         kwargs.pop(OWNER, None)
         for cut in self.plan.pixel_cuts:
             pixels = cut.reduce(pixels)
-        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note, call.grids)}
+        frame = TowerFrame(self.plan, note, call.grids)
+        if self.through is not None:
+            self.through.begin(frame)
+        return (pixels, *rest), kwargs | {FRAME: frame}
 
 
 @dataclass
 class BeforeTowerLayer(Hook):
-    """Pre-hook of a tower layer: takes the frame out and lets it measure and merge."""
+    """Pre-hook of a tower layer: takes the frame out and lets it measure and merge.
+
+    `through` has the frame of a tower that hands its layers none of its keyword arguments.
+    """
 
     index: int
     watching: Watch | None = None
+    through: Watch | None = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.watching is not None:
             self.watching.end()
-        if not self.owns(kwargs.get(FRAME)):
+        frame = kwargs.get(FRAME) if self.through is None else self.through.frame(last=False)
+        if not self.owns(frame):
             return None
-        frame = kwargs.pop(FRAME)
+        kwargs.pop(FRAME, None)
         changed = frame.enter(self.index, module, *handed(args, kwargs))
         if self.watching is not None:
             self.check_keys(module)
@@ -308,6 +343,10 @@ class AfterKeys(Hook):
 class AfterTower(Hook):
     """Hook of the tower: leaves what was seen on its output."""
 
+    through: Watch | None = None
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.through is not None:
+            self.through.end()
         if self.owns(frame := kwargs.get(FRAME)):
             frame.finish(output)

@@ -141,6 +141,11 @@ class Downsample(Budgeted):
     stage = "pixels"
 
     def cuts(self, facts: ModelFacts) -> list[PixelCut]:
+        if facts.any_size:
+            raise UnsupportedError(
+                f"downsample shrinks views of one size, and {facts.family} models read pictures of any size: give the "
+                "processor fewer pixels instead, which saves time as well."
+            )
         budget = self.budget
         share = budget if isinstance(budget, float) else min(1.0, budget / facts.view_patches)
         return [] if share == 1 else [PixelCut(partial(self.shrink, share=share))]

@@ -27,6 +27,7 @@ from vlmprune.parts import (
     VisionAttention,
     gather_to,
     keep_patches,
+    need_patches,
     stride,
     top_k,
     upload,
@@ -93,6 +94,7 @@ class VisionZip(Pruner):
     newlines: AnyNewlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        need_patches(self.known_as, facts)
         row = VisionAttention(facts.feature_layer, "cls" if facts.has_cls else "patches")
         return [
             ProjectorCut((row, BlockKeys(facts.feature_layer)), self.merge),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vlmprune.errors import UnsupportedError
 
-__all__ = ["ModelFacts", "check_layer", "need_cls", "scale_tower_layer"]
+__all__ = ["ModelFacts", "check_layer", "need_cls", "need_patches", "scale_tower_layer"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,10 @@ class ModelFacts:
         has_cls: whether the tower has a [CLS] token.
         decoder_layers: number of layers of the language model.
         views: whether one image may have several views (thumbnail and crops).
-        view_patches: patches of one view.
+        view_patches: tokens of one view, which are patches where `unit` is 1; 0 where pictures have any size.
+        unit: patches along a side of the square that one token is made of.
+        any_size: whether the tower reads pictures of any size, as one packed sequence.
+        closed: whether features leave the tower through a norm behind its last layer.
     """
 
     family: str
@@ -30,6 +33,9 @@ class ModelFacts:
     decoder_layers: int
     views: bool
     view_patches: int
+    unit: int = 1
+    any_size: bool = False
+    closed: bool = False
 
 
 def scale_tower_layer(layer: int, facts: ModelFacts) -> int:
@@ -58,3 +64,22 @@ def need_cls(method: str, facts: ModelFacts, way_out: str) -> None:
         raise UnsupportedError(
             f"{method} reads the attention of the tower's [CLS] token, and this tower has none; {way_out}."
         )
+
+
+def need_patches(method: str, facts: ModelFacts) -> None:
+    """Raise UnsupportedError if tokens are not patches of the tower as its layers leave them.
+
+    What is merged or picked inside the tower, or behind it, would then be no tokens.
+    """
+    if facts.any_size:
+        why = "reads pictures of any size as one sequence, which cannot be merged"
+    elif facts.unit > 1:
+        why = f"makes one token of {facts.unit} x {facts.unit} patches"
+    elif facts.closed:
+        why = "hands on its features through a norm, behind which nothing can be merged as its layers left it"
+    else:
+        return
+    raise UnsupportedError(
+        f"{method} merges patches in or behind the vision tower, and that of {facts.family} models {why}: take a "
+        "method that cuts before or in the language model."
+    )
