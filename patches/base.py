@@ -48,12 +48,13 @@ class Family:
     usual_tower: ClassVar[str] = "clip_vision_model"  # of the published checkpoints
     single: ClassVar[str] = ""  # of a family with views: which images have one view alone
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
-    image: ClassVar[str] = "a picture"  # what a budget per image is a budget of
+    usual_unit: ClassVar[int] = 1  # `unit` of the published checkpoints
+    image: ClassVar[str] = ""  # what a budget per image is of, where that is not simply a picture
     trunk: ClassVar[str] = "vision_tower"  # attribute of the inner model that is its tower
     text: ClassVar[str] = "language_model"  # and the one that is its language model
     handing: ClassVar[bool] = True  # whether the tower hands its keyword arguments to its layers
     closed: ClassVar[bool] = False  # whether features leave the tower through a norm behind its last layer
-    any_size: ClassVar[bool] = False  # whether the tower reads pictures of any size, as one packed sequence
+    packed: ClassVar[bool] = False  # whether the tower reads pictures of any size, as one packed sequence
     runs: ClassVar[bool] = False  # whether what stands between two texts is one picture, of as many views as it has
     origin: ClassVar[int] = 0  # position of a prompt's first token
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
@@ -137,7 +138,7 @@ class Family:
             views=self.views,
             view_patches=math.prod(self.side(inner)),
             unit=self.unit(inner),
-            any_size=self.any_size,
+            packed=self.packed,
             closed=self.closed,
         )
 

@@ -21,6 +21,7 @@ class InternVL(Family):
     model_type = "internvl"
     title = "InternVL 2.5, 3, 3.5 (InternVLForConditionalGeneration)"
     usual_tower = "internvl_vision"
+    usual_unit = 2
     image = "a picture with all its tiles, the thumbnail among them; a frame of a video is a picture"
     handing = False
     closed = True

@@ -75,7 +75,7 @@ class RotaryLayer:
 
 
 @dataclass(frozen=True)
-class NormedLayer(RotaryLayer):
+class NormedRotaryLayer(RotaryLayer):
     """One whose attention has `q_norm` and `k_norm` for every head."""
 
     def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ LAYERS: dict[str, type[RotaryLayer]] = {
     "LlamaDecoderLayer": RotaryLayer,
     "MistralDecoderLayer": RotaryLayer,
     "Qwen2DecoderLayer": RotaryLayer,
-    "Qwen3DecoderLayer": NormedLayer,
+    "Qwen3DecoderLayer": NormedRotaryLayer,
 }
 
 

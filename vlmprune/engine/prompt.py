@@ -65,9 +65,7 @@ def prompt_layout(plan: Plan, inner: nn.Module, census: Census, encoded: dict[st
         ValueError: placeholders and features do not match.
         UnsupportedError: features that this model's packing does not explain.
     """
-    found = [
-        find_items(plan, inner, modality, census, encoded[modality]) for modality in census.holes
-    ]
+    found = [find_items(plan, inner, modality, census, encoded[modality]) for modality in census.holes]
     items = reduce(Items.then, found)
     patches = [grid.patches for grid in items.grids]
     width, device = items.position.shape[1], items.position.device
@@ -133,9 +131,7 @@ def known_sizes(plan: Plan, modality: str, features: Any) -> list[Any]:
     return [None] * features.last_hidden_state.shape[0]
 
 
-def pictures(
-    runs: list[list[int]], view: int, views: int, features: Any
-) -> tuple[list[int], list[int]]:
+def pictures(runs: list[list[int]], view: int, views: int, features: Any) -> tuple[list[int], list[int]]:
     """Pictures that stand between texts, each of as many views as it has placeholders for.
 
     Args:

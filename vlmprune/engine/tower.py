@@ -169,7 +169,7 @@ class TowerFrame:
         means, tokens = pooled(values, self.plan.facts.unit), self.plan.facts.view_patches
         if means.shape[1] != tokens:
             raise UnsupportedError(
-                f"{tap} sees {values.shape[1]} patches of a view of the vision tower, which do not make {tokens} tokens."
+                f"{tap} sees {values.shape[1]} patches of a view of the tower, which do not make {tokens} tokens."
             )
         return means
 

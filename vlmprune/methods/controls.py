@@ -141,7 +141,7 @@ class Downsample(Budgeted):
     stage = "pixels"
 
     def cuts(self, facts: ModelFacts) -> list[PixelCut]:
-        if facts.any_size:
+        if facts.packed:
             raise UnsupportedError(
                 f"downsample shrinks views of one size, and {facts.family} models read pictures of any size: give the "
                 "processor fewer pixels instead, which saves time as well."

@@ -22,7 +22,7 @@ class ModelFacts:
         views: whether one image may have several views (thumbnail and crops).
         view_patches: tokens of one view, which are patches where `unit` is 1; 0 where pictures have any size.
         unit: patches along a side of the square that one token is made of.
-        any_size: whether the tower reads pictures of any size, as one packed sequence.
+        packed: whether the tower packs pictures of any size into one sequence.
         closed: whether features leave the tower through a norm behind its last layer.
     """
 
@@ -34,7 +34,7 @@ class ModelFacts:
     views: bool
     view_patches: int
     unit: int = 1
-    any_size: bool = False
+    packed: bool = False
     closed: bool = False
 
 
@@ -71,7 +71,7 @@ def need_patches(method: str, facts: ModelFacts) -> None:
 
     What is merged or picked inside the tower, or behind it, would then be no tokens.
     """
-    if facts.any_size:
+    if facts.packed:
         why = "reads pictures of any size as one sequence, which cannot be merged"
     elif facts.unit > 1:
         why = f"makes one token of {facts.unit} x {facts.unit} patches"

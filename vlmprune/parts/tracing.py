@@ -97,8 +97,9 @@ def trace_packing(
     """Read the layout of an image or video off its family's packing function.
 
     Instead of features, coordinates go through `pack`: (canvas row, canvas column, plane, is-newline). A token of
-    another kind that opens a view, as [CLS] does, is the view's first patch plus twice the newline. Bilinear shrinking turns them into the coordinates between whose neighbours it blends, so these tell the weights too; a
-    fifth channel of noise checks that they do.
+    another kind that opens a view, as [CLS] does, is the view's first patch plus twice the newline. Bilinear shrinking
+    turns them into the coordinates between whose neighbours it blends, so these tell the weights too; a fifth channel
+    of noise checks that they do.
 
     Args:
         pack: maps `(views, rows * cols, 5)` float coordinates and a `(5,)` newline vector to `(tokens, 5)`.

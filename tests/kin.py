@@ -1,0 +1,342 @@
+"""Tiny models of the families beyond LLaVA, what they are shown, and their traces carried out by hand.
+
+The reference takes the embeddings of the whole row off the unpruned model (prompt and forced tokens), and runs the
+host's decoder layers one by one, each with a mask written out as a matrix and no cache. Of the library it shares the
+trace alone: which tokens were kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from inspect import signature
+
+import tiny
+import torch
+from scenes import changes_of
+from tiny import IMAGE, PAD, VIDEO, VOCAB
+from torch import nn
+
+SIDE, PATCH = 36, 6  # pixels of a view, of a patch
+FORCED = [9, 33, 21, 50]
+
+TEXT = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": PAD,
+}  # fmt: skip
+VISION = {
+    "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 3, "image_size": SIDE,
+    "patch_size": PATCH,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The arguments of one call for one row, and the columns of every picture, images before videos."""
+
+    inputs: dict
+    items: list[list[int]]
+
+    @property
+    def ids(self) -> torch.Tensor:
+        return self.inputs["input_ids"]
+
+    def without(self) -> dict:
+        """The text alone, as a later turn brings it."""
+        return {name: self.inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+@dataclass(frozen=True)
+class Kin:
+    """A family: how a tiny model of it is built, and what is special about it.
+
+    Attributes:
+        build: makes the model.
+        pictures: makes the pixel arguments of pictures, one number each: seeds.
+        tokens: placeholders of a picture, by its number.
+        split: placeholders of every part of a picture, by its number, where text stands between them.
+        prefix: whether the prompt up to the answer is one block that sees itself.
+        blocks: whether every picture sees itself.
+        origin: position of the first token.
+        join: arguments of several prompts as one batch's; pixels are concatenated by default.
+        exact: whether the host computes in float64.
+        has_cls: whether the tower has a [CLS] token.
+        refused: methods that cannot be had, by words of the error.
+    """
+
+    name: str
+    build: Callable[..., nn.Module]
+    pictures: Callable[..., dict]
+    tokens: Callable[[nn.Module, int], int]
+    split: Callable[[int], list[int]] | None = None
+    prefix: bool = False
+    blocks: bool = False
+    origin: int = 0
+    join: Callable[[list[dict]], dict] | None = None
+    exact: bool = True
+    has_cls: bool = False
+    refused: dict = field(default_factory=dict)
+
+    def model(self, **options) -> nn.Module:
+        return shared(self.name, **options)
+
+    @cached_property
+    def tolerance(self) -> float:
+        return 1e-9 if self.exact else 2e-5
+
+    def prompt(self, parts: list, seed: int = 0) -> Prompt:
+        """A prompt of `parts`: numbers of text tokens, and ("image", number) or ("video", number)."""
+        model, generator = self.model(), torch.Generator().manual_seed(seed + 100)
+        ids, items, shown = [], {"image": [], "video": []}, {"image": [], "video": []}
+        for part in parts:
+            if isinstance(part, int):
+                ids += torch.randint(6, VOCAB, (part,), generator=generator).tolist()
+                continue
+            kind, number = part
+            shown[kind].append(number)
+            whole = self.tokens(model, number) if kind == "image" else self.video_tokens(model, number)
+            pieces = self.split(number) if self.split and kind == "image" else [whole]
+            for at, piece in enumerate(pieces):
+                ids += [7] if at else []
+                items[kind].append(list(range(len(ids), len(ids) + piece)))
+                ids += [IMAGE if kind == "image" else VIDEO] * piece
+        inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        if self.blocks or self.prefix:
+            inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long() * int(self.blocks)
+        if any(shown.values()):
+            given = self.pictures(model, shown["image"], shown["video"], seed)
+            kind = next(model.parameters()).dtype
+            inputs |= {name: value.to(kind) if value.is_floating_point() else value for name, value in given.items()}
+        return Prompt(inputs, items["image"] + items["video"])
+
+    def video_tokens(self, model: nn.Module, number: int) -> int:
+        raise NotImplementedError
+
+    def batch(self, prompts: list[Prompt], side: str = "left") -> dict:
+        """Single prompts padded into one batch."""
+        width, rows = max(p.ids.shape[1] for p in prompts), {}
+        fills = {"input_ids": PAD, "attention_mask": 0, "token_type_ids": 0}
+        for name, fill in fills.items():
+            if name in prompts[0].inputs:
+                padded = []
+                for p in prompts:
+                    value = p.inputs[name]
+                    more = value.new_full((1, width - value.shape[1]), fill)
+                    padded.append(torch.cat((more, value) if side == "left" else (value, more), 1))
+                rows[name] = torch.cat(padded)
+        shown = [{n: v for n, v in p.inputs.items() if n not in fills} for p in prompts]
+        return rows | (self.join(shown) if self.join else joined(shown))
+
+    def scene(self, seed: int = 0) -> Prompt:
+        """Two pictures with text around them."""
+        return self.prompt([4, ("image", 1), 3, ("image", 0), 5], seed)
+
+    def rows(self) -> list[Prompt]:
+        """Prompts that differ in all they can: one picture, none, two of them and nothing in front."""
+        parts = [[3, ("image", 0), 4], [6], [("image", 1), 2, ("image", 2), 9]]
+        return [self.prompt(each, seed) for seed, each in enumerate(parts)]
+
+
+def joined(shown: list[dict]) -> dict:
+    """The pixel arguments of several prompts side by side."""
+    names = dict.fromkeys(name for each in shown for name in each)
+    return {name: torch.cat([each[name] for each in shown if name in each]) for name in names}
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Weights that make the outputs depend strongly on all that goes in; the default init hardly reacts to anything."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and not weight.any():
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+            elif weight.ndim > 1:
+                weight.mul_(4.0 if "embed" not in name else 12.0)
+            elif "lambda" in name:
+                weight.fill_(1.0)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    return model.eval()
+
+
+@lru_cache
+def shared(name: str, **options) -> nn.Module:
+    """A model of a family, built once a process; what a test leaves on it is taken off (tests/conftest.py)."""
+    torch.manual_seed(0)
+    model = lively(KIN[name].build(**options)).to(torch.float64 if KIN[name].exact else torch.float32)
+    tiny.SHARED.append(model)
+    return model
+
+
+def noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- by hand
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    inner = model.model
+    return inner.text_model if hasattr(inner, "text_model") else inner.language_model
+
+
+@torch.no_grad()
+def embedded(model: nn.Module, prompt: Prompt, forced: list[int]) -> torch.Tensor:
+    """`(length, dim)` what the first decoder layer of the unpruned model reads of prompt and forced tokens."""
+    inputs, found = dict(prompt.inputs), []
+    for name, fill in {"input_ids": forced, "attention_mask": 1, "token_type_ids": 1}.items():
+        if name in inputs:
+            more = torch.tensor([forced]) if name == "input_ids" else torch.full((1, len(forced)), fill)
+            inputs[name] = torch.cat((inputs[name], more.long()), 1)
+    first = language_model(model).layers[0]
+    handle = first.register_forward_pre_hook(
+        lambda m, args, kw: found.append(args[0] if args else kw["hidden_states"]), with_kwargs=True
+    )
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return found[0][0]
+
+
+def mask_of(kin: Kin, model: nn.Module, index: int, columns: list[int], prompt: Prompt) -> torch.Tensor:
+    """`(rows, keys)` bool: what sees what in decoder layer `index`, by the config and the prompt alone."""
+    n, text = len(columns), model.config.get_text_config()
+    row, column = torch.arange(n)[:, None], torch.arange(n)
+    seen = column <= row
+    if kin.blocks or kin.prefix:
+        group = torch.full((n,), -1)
+        for i, c in enumerate(columns):
+            if kin.prefix and c < prompt.ids.shape[1]:
+                group[i] = 0
+            if kin.blocks:
+                group[i] = next((k for k, item in enumerate(prompt.items) if c in item), -1)
+        seen = seen | ((group[:, None] == group) & (group >= 0))
+    types = getattr(text, "layer_types", None) or ["full_attention"] * 99
+    window = getattr(text, "sliding_window", None)
+    if text.model_type == "mistral":
+        types = ["sliding_attention"] * 99
+    if types[index] == "sliding_attention" and window:
+        seen = seen & (column > row - window)
+    return seen
+
+
+@torch.no_grad()
+def by_hand(
+    kin: Kin,
+    prompt: Prompt,
+    trace: object,
+    forced: list[int] = FORCED,
+    wrong: bool = False,
+    positions: str | None = None,
+) -> torch.Tensor:
+    """`(1 + forced, vocab)` logits of the prompt's last token and of every forced one, with what a trace says was kept.
+
+    Args:
+        trace: None for the unpruned model.
+        wrong: swap one kept token of the first image at its first cut for a dropped one.
+        positions: another position policy than the trace's.
+    """
+    model = kin.model()
+    lm, x, length = language_model(model), embedded(model, prompt, forced), prompt.ids.shape[1]
+    cuts = trace.cuts if trace else []
+    changed = changes_of(trace) if wrong else []
+    columns, place = list(range(len(x))), torch.arange(len(x)) + kin.origin
+    alive = [[True] * len(item) for item in prompt.items]
+    for index, layer in enumerate(lm.layers):
+        for cut in [c for c in cuts if c.layer == index]:
+            drop = set()
+            for i, item in enumerate(prompt.items):
+                keep = cut.keep[i, : len(item)].tolist()
+                if changed and cut is changed[0] and i == 0 and any(keep):
+                    gone = max(t for t, k in enumerate(keep) if k)
+                    come = next(t for t in reversed(range(len(keep))) if not keep[t] and alive[i][t])
+                    keep[gone], keep[come] = False, True
+                if cut.merge is not None:
+                    x = merged(x, cut.merge, i, item, columns, alive[i], keep)
+                drop |= {c for c, k, a in zip(item, keep, alive[i], strict=True) if a and not k}
+                alive[i] = [a and k for a, k in zip(alive[i], keep, strict=True)]
+            if (positions or cut.positions) == "contiguous":
+                place = place - torch.tensor([sum(d < c for d in drop) for c in columns])
+            stay = [r for r, c in enumerate(columns) if c not in drop]
+            x, place, columns = x[stay], place[stay], [columns[r] for r in stay]
+        seen = mask_of(kin, model, index, columns, prompt)
+        kind = [layer.self_attn.layer_type] if "layer_type" in signature(lm.rotary_emb.forward).parameters else []
+        mask = torch.zeros(seen.shape, dtype=x.dtype).masked_fill(~seen, torch.finfo(x.dtype).min)
+        out = layer(
+            x[None],
+            attention_mask=mask[None, None],
+            position_embeddings=lm.rotary_emb(x[None], place[None], *kind),
+            position_ids=torch.arange(len(x))[None],
+        )
+        x = (out[0] if isinstance(out, tuple) else out)[0]
+    last = [max(r for r, c in enumerate(columns) if c < length)]
+    rows = lm.norm(x)[last + [r for r, c in enumerate(columns) if c >= length]]
+    return finish(model, model.lm_head(rows))
+
+
+def finish(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
+    """What a host does behind its head."""
+    return logits * getattr(model, "logit_scale", 1.0)
+
+
+def merged(x: torch.Tensor, merge: object, i: int, item: list, columns: list, alive: list, keep: list) -> torch.Tensor:
+    """The rows of one picture with what flows into its anchors."""
+    here, x = {c: r for r, c in enumerate(columns)}, x.clone()
+    flows = zip(merge.into[i].tolist(), merge.weight[i].tolist(), strict=True)
+    rows = {t: torch.zeros_like(x[0]) for t in range(len(item))}
+    for t, (into, weight) in enumerate(flows):
+        if t < len(item) and alive[t] and into in rows:
+            rows[into] = rows[into] + weight * x[here[item[t]]]
+    for t, c in enumerate(item):
+        if keep[t] and alive[t]:
+            x[here[c]] = rows[t]
+    return x
+
+
+# -- families
+
+
+def internvl(text: str = "qwen2", **options) -> nn.Module:
+    from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config, Qwen3Config
+
+    kind = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[text]
+    vision = VISION | {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH], "use_qk_norm": text == "qwen3"}
+    return InternVLForConditionalGeneration(
+        InternVLConfig(
+            vision_config=vision, text_config=kind(**TEXT), image_token_id=IMAGE, tie_word_embeddings=False, **options
+        )
+    )
+
+
+TILES = [1, 3, 2]  # of a picture, by its number
+
+
+def tiles(model: nn.Module, images: list[int], videos: list[int], seed: int) -> dict:
+    """Tiles of several pictures side by side."""
+    made = [noise(TILES[n], 3, SIDE, SIDE, seed=seed + 50 + 7 * i) for i, n in enumerate(images)]
+    return {"pixel_values": torch.cat(made)}
+
+
+WHOLE = "globalcom2 shares a budget among the crops of an image"
+#: What cannot be had where a token is no patch of the tower as its layers leave it.
+UNLIKE = {"globalcom2": WHOLE} | dict.fromkeys(
+    ("tome", "pitome", "visionzip"), "merges patches in or behind the vision"
+)
+
+KIN: dict[str, Kin] = {
+    kin.name: kin
+    for kin in (
+        Kin("internvl", internvl, tiles, lambda model, n: 9 * TILES[n], has_cls=True, refused=UNLIKE),
+        Kin(
+            "internvl-qwen3",
+            lambda: internvl("qwen3"),
+            tiles,
+            lambda model, n: 9 * TILES[n],
+            has_cls=True,
+            refused=UNLIKE,
+        ),
+    )
+}
