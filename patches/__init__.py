@@ -5,13 +5,21 @@ from __future__ import annotations
 from torch import nn
 
 from vlmprune.errors import UnsupportedError, did_you_mean
+from vlmprune.patches.aya_vision import AyaVision
 from vlmprune.patches.base import Family
+from vlmprune.patches.cohere2_vision import Cohere2Vision
+from vlmprune.patches.deepseek_vl import DeepseekVL
+from vlmprune.patches.idefics3 import Idefics3
 from vlmprune.patches.internvl import InternVL
 from vlmprune.patches.llava import Llava
 from vlmprune.patches.llava_llama import LlavaLlama, LlavaMistral
 from vlmprune.patches.llava_next import LlavaNext
 from vlmprune.patches.llava_next_video import LlavaNextVideo
 from vlmprune.patches.llava_onevision import LlavaOnevision
+from vlmprune.patches.mistral3 import Mistral3
+from vlmprune.patches.ovis2 import Ovis2
+from vlmprune.patches.smolvlm import SmolVLM
+from vlmprune.patches.video_llava import VideoLlava
 from vlmprune.patches.vipllava import VipLlava
 
 __all__ = ["FAMILIES", "REFUSED", "Family", "family_of"]
@@ -24,7 +32,15 @@ FAMILIES: dict[str, Family] = {
         LlavaOnevision(),
         LlavaNextVideo(),
         VipLlava(),
+        VideoLlava(),
         InternVL(),
+        Mistral3(),
+        DeepseekVL(),
+        AyaVision(),
+        Cohere2Vision(),
+        SmolVLM(),
+        Idefics3(),
+        Ovis2(),
         LlavaLlama(),
         LlavaMistral(),
     )
@@ -69,4 +85,4 @@ def family_of(model: nn.Module) -> Family:
     if kind not in FAMILIES:
         known, hint = ", ".join(FAMILIES), did_you_mean(kind, FAMILIES)
         raise UnsupportedError(f"models of type {kind!r} are not supported; supported: {known}.{hint}")
-    return FAMILIES[kind]
+    return FAMILIES[kind].suited(model.config)

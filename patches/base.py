@@ -63,6 +63,10 @@ class Family:
     # column of a call, and along which axis (that of its rows is the one before): a cut takes of them what it leaves
     layer_columns: ClassVar[Mapping[str, int]] = {}
 
+    def suited(self, config: Any) -> Family:
+        """The family of a model with this `config`, where one class serves models that are built differently."""
+        return self
+
     def inner(self, model: nn.Module) -> nn.Module:
         """The module that joins tower, projector and language model (`LlavaModel`): itself, or inside `model`."""
         if hasattr(model, self.text) and hasattr(model, self.trunk):
@@ -97,7 +101,7 @@ class Family:
         They are the tower's patches where `unit` is 1.
         """
         vision = inner.config.vision_config
-        return (vision.image_size // vision.patch_size,) * 2
+        return (vision.image_size // vision.patch_size // self.unit(inner),) * 2
 
     def unit(self, inner: nn.Module) -> int:
         """Patches along a side of the square that one token is made of."""
@@ -144,7 +148,8 @@ class Family:
 
     def strategy(self, inner: nn.Module) -> str:
         """Whether the tower's first token is dropped ("default") or not ("full")."""
-        return inner.config.vision_feature_select_strategy
+        # hosts without the choice take all that leaves the tower
+        return getattr(inner.config, "vision_feature_select_strategy", "full")
 
     def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
         """What the processor must know of the model to write one placeholder for every feature."""
@@ -157,7 +162,7 @@ class Family:
 
     def feature_layer(self, inner: nn.Module) -> int | Sequence[int]:
         """As the config counts: entry of the tower's hidden states that becomes the features, or several."""
-        return inner.config.vision_feature_layer
+        return getattr(inner.config, "vision_feature_layer", -1)
 
     def sizes(self, modality: str, given: dict[str, Any]) -> list[Any]:
         """What the packing of every image (`grid`, `pack`) or video depends on besides the model.
@@ -172,6 +177,8 @@ class Family:
         if modality == "video":
             batch, frames = given["pixel_values_videos"].shape[:2]
             return [frames] * batch
+        if given.get("image_sizes") is None:
+            raise ValueError(f"{self.model_type} models need the image_sizes that their processor makes: hand them on.")
         return [tuple(size) for size in given["image_sizes"].tolist()]
 
     def sized(self, modality: str) -> bool:

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 #: `model_type` of the language models whose taps were compared with their own eager attention.
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "cohere2")
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,20 @@ class NormedRotaryLayer(RotaryLayer):
         return self.rotated(self.attention.k_norm(heads), cos, sin)
 
 
+@dataclass(frozen=True)
+class Cohere2Layer(RotaryLayer):
+    """One of Cohere 2's, where layers without a window know no positions."""
+
+    def rotated(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return x if self.window is None else super().rotated(x, cos, sin)
+
+
 LAYERS: dict[str, type[RotaryLayer]] = {
     "LlamaDecoderLayer": RotaryLayer,
     "MistralDecoderLayer": RotaryLayer,
     "Qwen2DecoderLayer": RotaryLayer,
     "Qwen3DecoderLayer": NormedRotaryLayer,
+    "Cohere2DecoderLayer": Cohere2Layer,
 }
 
 

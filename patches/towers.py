@@ -13,7 +13,15 @@ from vlmprune.parts.attention import split_heads
 __all__ = ["TOWERS", "ClipLayer", "tower_layer"]
 
 #: `model_type` of the towers -> whether they have a [CLS] token.
-TOWERS = {"clip_vision_model": True, "siglip_vision_model": False, "internvl_vision": True}
+TOWERS = {
+    "clip_vision_model": True,
+    "siglip_vision_model": False,
+    "internvl_vision": True,
+    "pixtral": False,
+    "smolvlm_vision": False,
+    "idefics3_vision": False,
+    "ovis2_vision": False,
+}
 
 
 @dataclass(frozen=True)
@@ -69,10 +77,29 @@ class InternVLLayer(ClipLayer):
         return split_heads(self.attention.k_norm(self.attention.k_proj(rows)), self.attention.head_dim)
 
 
+@dataclass(frozen=True)
+class Ovis2Layer(ClipLayer):
+    """A layer of Ovis2's tower: other names alone."""
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.module.attention
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        return self.module.ffn
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.module.rms_norm1(hidden)
+
+
 LAYERS: dict[str, type[ClipLayer]] = {
     "CLIPEncoderLayer": ClipLayer,
     "SiglipEncoderLayer": ClipLayer,
     "InternVLVisionLayer": InternVLLayer,
+    "SmolVLMEncoderLayer": ClipLayer,
+    "Idefics3EncoderLayer": ClipLayer,
+    "Ovis2VisionEncoderLayer": Ovis2Layer,
 }
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from inspect import signature
+from itertools import chain
 
 import tiny
 import torch
@@ -55,8 +56,9 @@ class Kin:
     Attributes:
         build: makes the model.
         pictures: makes the pixel arguments of pictures, one number each: seeds.
-        tokens: placeholders of a picture, by its number.
-        split: placeholders of every part of a picture, by its number, where text stands between them.
+        tokens: placeholders of every part of a picture, by its number; text stands between the parts.
+        whole: whether a picture is one item, and not every part of it.
+        shows: what a scene and what three rows consist of.
         prefix: whether the prompt up to the answer is one block that sees itself.
         blocks: whether every picture sees itself.
         origin: position of the first token.
@@ -69,14 +71,15 @@ class Kin:
     name: str
     build: Callable[..., nn.Module]
     pictures: Callable[..., dict]
-    tokens: Callable[[nn.Module, int], int]
-    split: Callable[[int], list[int]] | None = None
+    tokens: Callable[[int], list[int]]
+    whole: bool = False
     prefix: bool = False
     blocks: bool = False
     origin: int = 0
     join: Callable[[list[dict]], dict] | None = None
     exact: bool = True
     has_cls: bool = False
+    shows: list | None = None
     refused: dict = field(default_factory=dict)
 
     def model(self, **options) -> nn.Module:
@@ -96,12 +99,12 @@ class Kin:
                 continue
             kind, number = part
             shown[kind].append(number)
-            whole = self.tokens(model, number) if kind == "image" else self.video_tokens(model, number)
-            pieces = self.split(number) if self.split and kind == "image" else [whole]
+            pieces, found = self.tokens(number) if kind == "image" else [2 * 17], []
             for at, piece in enumerate(pieces):
                 ids += [7] if at else []
-                items[kind].append(list(range(len(ids), len(ids) + piece)))
+                found.append(list(range(len(ids), len(ids) + piece)))
                 ids += [IMAGE if kind == "image" else VIDEO] * piece
+            items[kind] += [list(chain(*found))] if self.whole else found
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         if self.blocks or self.prefix:
             inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long() * int(self.blocks)
@@ -110,9 +113,6 @@ class Kin:
             kind = next(model.parameters()).dtype
             inputs |= {name: value.to(kind) if value.is_floating_point() else value for name, value in given.items()}
         return Prompt(inputs, items["image"] + items["video"])
-
-    def video_tokens(self, model: nn.Module, number: int) -> int:
-        raise NotImplementedError
 
     def batch(self, prompts: list[Prompt], side: str = "left") -> dict:
         """Single prompts padded into one batch."""
@@ -130,13 +130,12 @@ class Kin:
         return rows | (self.join(shown) if self.join else joined(shown))
 
     def scene(self, seed: int = 0) -> Prompt:
-        """Two pictures with text around them."""
-        return self.prompt([4, ("image", 1), 3, ("image", 0), 5], seed)
+        """Several pictures with text around them."""
+        return self.prompt((self.shows or TEXTS)[0], seed)
 
     def rows(self) -> list[Prompt]:
         """Prompts that differ in all they can: one picture, none, two of them and nothing in front."""
-        parts = [[3, ("image", 0), 4], [6], [("image", 1), 2, ("image", 2), 9]]
-        return [self.prompt(each, seed) for seed, each in enumerate(parts)]
+        return [self.prompt(each, seed) for seed, each in enumerate((self.shows or TEXTS)[1:])]
 
 
 def joined(shown: list[dict]) -> dict:
@@ -201,6 +200,17 @@ def embedded(model: nn.Module, prompt: Prompt, forced: list[int]) -> torch.Tenso
     return found[0][0]
 
 
+@torch.no_grad()
+def features_of(model: nn.Module, prompt: Prompt) -> torch.Tensor:
+    """`(tokens, dim)` what the encoders make of a prompt's pictures, images before videos."""
+    made = []
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if name in prompt.inputs:
+            encode = getattr(model.model, f"get_{kind}_features")
+            made += encode(prompt.inputs[name], return_dict=True).pooler_output
+    return torch.cat(made)
+
+
 def mask_of(kin: Kin, model: nn.Module, index: int, columns: list[int], prompt: Prompt) -> torch.Tensor:
     """`(rows, keys)` bool: what sees what in decoder layer `index`, by the config and the prompt alone."""
     n, text = len(columns), model.config.get_text_config()
@@ -231,6 +241,7 @@ def by_hand(
     forced: list[int] = FORCED,
     wrong: bool = False,
     positions: str | None = None,
+    features: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`(1 + forced, vocab)` logits of the prompt's last token and of every forced one, with what a trace says was kept.
 
@@ -238,9 +249,12 @@ def by_hand(
         trace: None for the unpruned model.
         wrong: swap one kept token of the first image at its first cut for a dropped one.
         positions: another position policy than the trace's.
+        features: `(tokens, dim)` of all pictures, where they are not those of the unpruned tower.
     """
     model = kin.model()
     lm, x, length = language_model(model), embedded(model, prompt, forced), prompt.ids.shape[1]
+    if features is not None:
+        x = x.index_put((torch.tensor([c for item in prompt.items for c in item]),), features)
     cuts = trace.cuts if trace else []
     changed = changes_of(trace) if wrong else []
     columns, place = list(range(len(x))), torch.arange(len(x)) + kin.origin
@@ -274,12 +288,7 @@ def by_hand(
         x = (out[0] if isinstance(out, tuple) else out)[0]
     last = [max(r for r, c in enumerate(columns) if c < length)]
     rows = lm.norm(x)[last + [r for r, c in enumerate(columns) if c >= length]]
-    return finish(model, model.lm_head(rows))
-
-
-def finish(model: nn.Module, logits: torch.Tensor) -> torch.Tensor:
-    """What a host does behind its head."""
-    return logits * getattr(model, "logit_scale", 1.0)
+    return model.lm_head(rows)
 
 
 def merged(x: torch.Tensor, merge: object, i: int, item: list, columns: list, alive: list, keep: list) -> torch.Tensor:
@@ -320,23 +329,205 @@ def tiles(model: nn.Module, images: list[int], videos: list[int], seed: int) -> 
     return {"pixel_values": torch.cat(made)}
 
 
+def parts(n: int) -> list[int]:
+    """Placeholders of every tile of a picture, where text stands between them."""
+    return [9] * TILES[n]
+
+
+def aya_vision(**options) -> nn.Module:
+    from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration, Cohere2Config, SiglipVisionConfig
+
+    text = Cohere2Config(**TEXT, sliding_window=12, layer_types=MIXED)
+    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
+    return AyaVisionForConditionalGeneration(
+        AyaVisionConfig(
+            vision_config=vision, text_config=text, image_token_index=IMAGE, downsample_factor=2,
+            adapter_layer_norm_eps=1e-6, tie_word_embeddings=False, **options,
+        )
+    )  # fmt: skip
+
+
+def cohere2_vision(**options) -> nn.Module:
+    from transformers import (
+        Cohere2Config,
+        Cohere2VisionConfig,
+        Cohere2VisionForConditionalGeneration,
+        SiglipVisionConfig,
+    )
+
+    text = Cohere2Config(**TEXT, sliding_window=12, layer_types=MIXED)
+    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
+    return Cohere2VisionForConditionalGeneration(
+        Cohere2VisionConfig(
+            vision_config=vision, text_config=text, image_token_id=IMAGE, alignment_intermediate_size=48,
+            tie_word_embeddings=False, **options,
+        )
+    )  # fmt: skip
+
+
+def deepseek_vl(**options) -> nn.Module:
+    from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration, LlamaConfig, SiglipVisionConfig
+
+    vision = SiglipVisionConfig(**VISION | {"image_size": 24}, vision_use_head=False)
+    return DeepseekVLForConditionalGeneration(
+        DeepseekVLConfig(
+            vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, tie_word_embeddings=False,
+            **options,
+        )
+    )  # fmt: skip
+
+
+def views(model: nn.Module, images: list[int], videos: list[int], seed: int) -> dict:
+    """Pictures of one view each, and videos of two frames."""
+    side, given = 24, {}
+    if images:
+        given["pixel_values"] = torch.cat([noise(1, 3, side, side, seed=seed + 50 + 7 * n) for n in images])
+    if videos:
+        given["pixel_values_videos"] = torch.cat([noise(1, 2, 3, side, side, seed=seed + 90 + 7 * n) for n in videos])
+    return given
+
+
+SIZES = [(24, 36), (36, 24), (12, 48)]  # pixels of a picture, by its number
+
+
+def pixtral(model: nn.Module, images: list[int], videos: list[int], seed: int) -> dict:
+    """Pictures of any size, filled up to the largest height and width."""
+    shown = [noise(1, 3, *SIZES[n], seed=seed + 50 + 7 * n) for n in images]
+    return side_by_side([{"pixel_values": x, "image_sizes": torch.tensor([x.shape[-2:]])} for x in shown])
+
+
+def side_by_side(shown: list[dict]) -> dict:
+    """Pixels of any size as one tensor."""
+    shown = [each for each in shown if each]
+    height, width = (max(each["pixel_values"].shape[axis] for each in shown) for axis in (-2, -1))
+    pixels = [
+        nn.functional.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
+        for x in (each["pixel_values"] for each in shown)
+    ]
+    return {"pixel_values": torch.cat(pixels), "image_sizes": torch.cat([each["image_sizes"] for each in shown])}
+
+
+def grid(step: int) -> Callable[[int], list[int]]:
+    """Placeholders of every row of a picture, by its number, where a break stands behind each."""
+    return lambda n: [SIZES[n][1] // step] * (SIZES[n][0] // step)
+
+
+def mistral3(**options) -> nn.Module:
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+
+    text = MistralConfig(**TEXT, sliding_window=None)
+    return Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            vision_config=PixtralVisionConfig(**VISION), text_config=text, image_token_index=IMAGE,
+            spatial_merge_size=2, tie_word_embeddings=False, **options,
+        )
+    )  # fmt: skip
+
+
+def llava_pixtral(**options) -> nn.Module:
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PixtralVisionConfig
+
+    text = MistralConfig(**TEXT, sliding_window=None)
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=PixtralVisionConfig(**VISION), text_config=text, image_token_index=IMAGE,
+            vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=False, **options,
+        )
+    )  # fmt: skip
+
+
+def smolvlm(family: str = "SmolVLM", **options) -> nn.Module:
+    import transformers
+    from transformers import LlamaConfig
+
+    config, kind = (getattr(transformers, f"{family}{name}") for name in ("Config", "ForConditionalGeneration"))
+    return kind(
+        config(
+            vision_config=VISION, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2,
+            pad_token_id=PAD, tie_word_embeddings=False, **options,
+        )
+    )  # fmt: skip
+
+
+def listed(model: nn.Module, images: list[int], videos: list[int], seed: int) -> dict:
+    """The tiles of all pictures of a row in one list."""
+    return {"pixel_values": tiles(model, images, videos, seed)["pixel_values"][None]}
+
+
+def filled_up(shown: list[dict]) -> dict:
+    """Lists of tiles of several rows, the shorter ones filled up with black tiles."""
+    given = [each["pixel_values"][0] if each else torch.zeros(0, 3, SIDE, SIDE, dtype=torch.float64) for each in shown]
+    most = max(len(x) for x in given)
+    return {"pixel_values": torch.stack([torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:]))) for x in given])}
+
+
+def ovis2(**options) -> nn.Module:
+    from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Qwen2Config
+
+    vision = VISION | {"hidden_stride": 2, "vocab_size": 40}
+    return Ovis2ForConditionalGeneration(
+        Ovis2Config(
+            vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE, vocab_size=VOCAB,
+            hidden_size=TEXT["hidden_size"], visual_indicator_token_ids=[7, 60, 61, 62, 63], tie_word_embeddings=False,
+            **options,
+        )
+    )  # fmt: skip
+
+
+def video_llava(**options) -> nn.Module:
+    from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(**VISION | {"image_size": 24}, projection_dim=16)
+    return VideoLlavaForConditionalGeneration(
+        VideoLlavaConfig(
+            vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, video_token_index=VIDEO,
+            tie_word_embeddings=False, **options,
+        )
+    )  # fmt: skip
+
+
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 WHOLE = "globalcom2 shares a budget among the crops of an image"
 #: What cannot be had where a token is no patch of the tower as its layers leave it.
 UNLIKE = {"globalcom2": WHOLE} | dict.fromkeys(
     ("tome", "pitome", "visionzip"), "merges patches in or behind the vision"
 )
 
+QWEN3 = partial(internvl, "qwen3")
+NO_VIEWS = {"globalcom2": WHOLE}
+PACKED = UNLIKE | {"downsample": "read pictures of any size"} | dict.fromkeys(("fopru", "vtc_cls"), "looks into layers")
+TEXTS = [[4, ("image", 1), 3, ("image", 0), 5], [3, ("image", 0), 4], [6], [("image", 1), 2, ("image", 2), 9]]
+FILMS = [
+    [4, ("video", 1), 3, ("image", 0), 2, ("video", 0), 5],
+    [3, ("video", 0), 4],
+    [6],
+    [("image", 1), 2, ("video", 2), 9],
+]
+
 KIN: dict[str, Kin] = {
     kin.name: kin
     for kin in (
-        Kin("internvl", internvl, tiles, lambda model, n: 9 * TILES[n], has_cls=True, refused=UNLIKE),
+        Kin("internvl", internvl, tiles, lambda n: [9 * TILES[n]], has_cls=True, refused=UNLIKE),
         Kin(
-            "internvl-qwen3",
-            lambda: internvl("qwen3"),
-            tiles,
-            lambda model, n: 9 * TILES[n],
-            has_cls=True,
-            refused=UNLIKE,
+            "internvl-qwen3", partial(internvl, "qwen3"), tiles, lambda n: [9 * TILES[n]], has_cls=True, refused=UNLIKE
         ),
+        Kin("deepseek_vl", deepseek_vl, views, lambda n: [16], refused=UNLIKE),
+        Kin("aya_vision", aya_vision, tiles, parts, refused=UNLIKE),
+        Kin("cohere2_vision", cohere2_vision, tiles, parts, refused=UNLIKE),
+        Kin("mistral3", mistral3, pixtral, partial(grid, step=12), whole=True, join=side_by_side, refused=PACKED),
+        Kin(
+            "llava-pixtral",
+            llava_pixtral,
+            pixtral,
+            partial(grid, step=6),
+            whole=True,
+            join=side_by_side,
+            refused=PACKED,
+        ),
+        Kin("smolvlm", smolvlm, listed, parts, join=filled_up, refused=UNLIKE),
+        Kin("idefics3", partial(smolvlm, "Idefics3"), listed, parts, join=filled_up, refused=UNLIKE),
+        Kin("ovis2", ovis2, tiles, parts, refused=UNLIKE),
+        Kin("video_llava", video_llava, views, lambda n: [16], has_cls=True, shows=TEXTS, refused=NO_VIEWS),
+        Kin("video_llava-video", video_llava, views, lambda n: [16], has_cls=True, shows=FILMS, refused=NO_VIEWS),
     )
 }

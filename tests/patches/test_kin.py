@@ -13,7 +13,7 @@ import probes
 import pytest
 import scenes
 import torch
-from kin import FORCED, KIN, Kin, Prompt, by_hand
+from kin import FORCED, KIN, Kin, Prompt, by_hand, features_of
 from scenes import FALLBACK, OPTIONS, changes_of
 from tiny import CACHE
 
@@ -21,12 +21,13 @@ import vlmprune
 from vlmprune import UnsupportedError, registry
 
 NAMES = registry.names()
+IN_TOWER = ("pitome", "tome", "visionzip")  # features are no longer those of the unpruned tower
 #: Methods that run again in each feature: before the language model, in it, with taps of the tower, and merging.
 FEATURES = ["batch", "static", "beams", "turn", "generate"]
 
 
 def runnable(kin: Kin) -> list[str]:
-    return [name for name in NAMES if name not in kin.refused and name != "downsample"]
+    return [name for name in NAMES if name not in kin.refused and name not in ("downsample", *IN_TOWER)]
 
 
 def chosen(feature: str, number: int, kin: Kin, name: str) -> bool:
@@ -88,13 +89,14 @@ def test_what_the_trace_says_is_what_was_computed(kin, name):
         return is_downsampled(kin, prompt, before)
     with vlmprune.patch(model, name, **options(kin, name)) as handle:
         (got,), _ = answered(kin, prompt.inputs)
+        features = features_of(model, prompt) if name in IN_TOWER else None
     trace = handle.trace
     assert [grid.tokens for grid in trace.grids] == [len(item) for item in prompt.items]
-    same(kin, got, by_hand(kin, prompt, trace))
+    same(kin, got, by_hand(kin, prompt, trace, features=features))
     assert changes_of(trace)
     other = "original" if trace.cuts[0].positions == "contiguous" else "contiguous"
     for twin in ({"positions": other}, *([] if trace.cuts[-1].merge is not None else [{"wrong": True}])):
-        probes.far(got, by_hand(kin, prompt, trace, **twin), kin.tolerance)
+        probes.far(got, by_hand(kin, prompt, trace, **twin, features=features), kin.tolerance)
     assert torch.equal(answered(kin, prompt.inputs)[0], before)
 
 

@@ -183,9 +183,7 @@ def pooled(values: torch.Tensor, unit: int) -> torch.Tensor:
     """Values of patches `(views, patches[, dim])` as means over the squares of `unit` x `unit` that are one token."""
     side = math.isqrt(values.shape[1])
     raster = values.reshape(len(values), side, side, -1).movedim(-1, 1)
-    # a square that reaches beyond the raster is the mean of what it covers
-    means = avg_pool2d(raster, unit, ceil_mode=True, count_include_pad=False)
-    return means.flatten(2).transpose(1, 2).reshape(len(values), -1, *values.shape[2:])
+    return avg_pool2d(raster, unit).flatten(2).transpose(1, 2).reshape(len(values), -1, *values.shape[2:])
 
 
 def means(hidden: torch.Tensor, into: torch.Tensor, share: torch.Tensor, count: int) -> torch.Tensor:
