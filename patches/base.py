@@ -56,6 +56,7 @@ class Family:
     closed: ClassVar[bool] = False  # whether features leave the tower through a norm behind its last layer
     packed: ClassVar[bool] = False  # whether the tower reads pictures of any size, as one packed sequence
     runs: ClassVar[bool] = False  # whether what stands between two texts is one picture, of as many views as it has
+    kinds: ClassVar[tuple[str, ...]] = ()  # arguments that say of every column what it is, for the masks
     origin: ClassVar[int] = 0  # position of a prompt's first token
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")

@@ -6,6 +6,7 @@ cannot be misread. Modules are called and their weights never read: LoRA, 8 bit 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ __all__ = [
     "attention_mask",
     "counted",
     "decoder_layer",
+    "rotary_of",
     "sliding_window",
     "window_of",
 ]
@@ -125,19 +127,51 @@ def sliding_window(attention: nn.Module) -> int | None:
 
 
 def attention_mask(
-    layer: nn.Module, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any
+    layer: nn.Module,
+    index: int,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: Any,
+    blocks: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """The causal mask of decoder layer `index` as the host would build it for these `(batch, length, dim)` inputs.
 
     `mask` is the 2-D padding mask over everything the layer has cached and `hidden`. Position ids are left out on
     purpose: gaps in them would be read as packed sequences.
+
+    Args:
+        blocks: of `Family.blocks`, for these inputs; the cache holds nothing in front of them then.
     """
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
     attention = layer.self_attn
+    if blocks is not None:
+        return blockwise_mask(attention, index, hidden, mask, cache, blocks)
     make = create_causal_mask if sliding_window(attention) is None else create_sliding_window_causal_mask
     # asking whether the padding mask could be skipped would wait for the device
     return make(attention.config, hidden, mask, cache, layer_idx=index, allow_is_causal_skip=mask is None)
+
+
+def blockwise_mask(
+    attention: nn.Module, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, blocks: torch.Tensor
+) -> torch.Tensor:
+    """The mask of a layer where every block sees itself in both directions, as far as the layer's window reaches."""
+    from transformers.masking_utils import blockwise_overlay, create_causal_mask, sliding_window_overlay
+
+    columns = hidden.shape[1] if cache is None else sum(map(int, cache.get_mask_sizes(hidden.shape[1], index)))
+    # a static cache has columns for what is to come
+    blocks = nn.functional.pad(blocks, (0, columns - blocks.shape[1]), value=-1)
+    window = sliding_window(attention)
+    within = {} if window is None else {"and_mask_function": sliding_window_overlay(window)}
+    joined = blockwise_overlay(blocks)
+    return create_causal_mask(attention.config, hidden, mask, cache, layer_idx=index, or_mask_function=joined, **within)
+
+
+def rotary_of(layer: nn.Module, rotary_emb: nn.Module, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    """(cos, sin) for a decoder layer, of whose kind a host's embedding may want to know."""
+    if "layer_type" in inspect.signature(rotary_emb.forward).parameters:
+        return rotary_emb(hidden, position_ids, layer.self_attn.layer_type)
+    return rotary_emb(hidden, position_ids=position_ids)
 
 
 def counted(position_ids: torch.Tensor | None) -> torch.Tensor | None:

@@ -67,19 +67,25 @@ class BeforeModel(Hook):
             return self.prefill(module, kwargs, guesses, segments, length)
         if not segments:
             return None
-        return resume(self.plan, module, catch_up(kwargs, segments, length), segments, length)
+        return resume(self.plan, module, catch_up(kwargs, segments, length, self.plan.family.origin), segments, length)
 
     def prefill(self, module: nn.Module, kwargs: dict, guesses: int, segments: list[Segment], length: int) -> dict:
         """The arguments of a call with pictures, its frame among them."""
         check_call(self.plan.family, module, kwargs)
-        kwargs = catch_up(kwargs, segments, length)
+        kwargs = catch_up(kwargs, segments, length, self.plan.family.origin)
         past, mask = held(kwargs, segments, length), kwargs.get("attention_mask")
         if segments:
             kwargs = resume(self.plan, module, kwargs, segments, length)
         encoded = encode(module, kwargs, self.plan.family)
         kwargs["mm_encoder_outputs"] = {modality: without_notes(output) for modality, output in encoded.items()}
         positions = counted(kwargs.get("position_ids")) if mask is None else None
-        frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions)
+        blocks = self.plan.family.blocks(kwargs)
+        if blocks is not None and length:
+            raise UnsupportedError(
+                f"pictures in a later turn are not supported on {self.plan.family.model_type} models, whose pictures see "
+                "all of themselves: begin a new conversation, or leave the patch out of it."
+            )
+        frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions, blocks)
         return kwargs | {FRAME: frame}
 
 

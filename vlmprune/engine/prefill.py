@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from vlmprune.parts.layers import DecoderLayer
 from vlmprune.parts.layout import Layout, download, upload
 from vlmprune.parts.taps import BlockTap, DecoderTap, Hidden, Tap, TowerTap
 from vlmprune.patches.host import cache_of, returned_cache
-from vlmprune.patches.language_models import decoder_layer
+from vlmprune.patches.language_models import decoder_layer, rotary_of
 from vlmprune.trace import CutTrace, Trace
 
 __all__ = ["Prefill"]
@@ -40,6 +41,7 @@ class Prefill:
         past: what the layers hold in front of them, from layer 0 on; empty on an empty cache.
         guesses: tokens at the end of the prompt that are none of it; methods must not look at them.
         positions: `(batch, length)` position ids, where the call brings them and no mask.
+        blocks: of `Family.blocks`.
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class Prefill:
         past: list[Segment],
         guesses: int = 0,
         positions: torch.Tensor | None = None,
+        blocks: torch.Tensor | None = None,
     ):
-        self.plan, self.guesses = plan, guesses
+        self.plan, self.guesses, self.blocks = plan, guesses, blocks
         self.past, self.cache = {segment.first: segment for segment in past}, None
         self.rotary_emb = plan.family.language_model(inner).rotary_emb
         self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions)
@@ -76,6 +79,7 @@ class Prefill:
         """Do all that is to be done at the input of decoder layer `index`."""
         check_first_run(index, len(self.by_layer))
         check_device(layer, hidden)
+        self.rotary = partial(rotary_of, layer, self.rotary_emb)
         noted = self.go_on(index, hidden, kwargs)
         before, here = self.sequence, [entry for entry in self.pending if entry[1].at.layer == index]
         self.measure(index, layer, hidden, here)
@@ -100,8 +104,8 @@ class Prefill:
         if self.sequence is None:
             self.cache, self.sequence = cache_of(kwargs), self.whole(hidden, kwargs, past)
         elif past is not None:
-            self.sequence = self.sequence.behind(past, hidden, self.rotary_emb)
-        self.sequence = self.sequence.handed(kwargs["position_embeddings"], hidden, self.rotary_emb)
+            self.sequence = self.sequence.behind(past, hidden, self.rotary)
+        self.sequence = self.sequence.handed(kwargs["position_embeddings"], hidden, self.rotary)
         return noted
 
     def whole(self, hidden: torch.Tensor, kwargs: dict, past: Segment | None) -> Sequence:
@@ -118,6 +122,7 @@ class Prefill:
             guesses=self.guesses,
             shift=None if past is None else past.shift,
             past=past,
+            blocks=self.blocks,
         )
 
     def measure(self, index: int, layer: nn.Module, hidden: torch.Tensor, cuts: list[tuple[str, Cut]]) -> None:
@@ -256,7 +261,7 @@ class Prefill:
         gone = dropped.long()
         gone = gone.new_zeros(sequence.columns.numel()).scatter_add(0, at.flatten(), gone.flatten())
         gone = gone.view_as(sequence.columns) > 0
-        hidden, self.sequence = sequence.shorten(hidden, gone, lost, cut.positions, self.rotary_emb)
+        hidden, self.sequence = sequence.shorten(hidden, gone, lost, cut.positions, self.rotary)
         return hidden
 
     def soften(self, name: str, cut: Cut, reduction: Reduction, at: torch.Tensor) -> None:
