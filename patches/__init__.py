@@ -9,6 +9,7 @@ from vlmprune.patches.aya_vision import AyaVision
 from vlmprune.patches.base import Family
 from vlmprune.patches.cohere2_vision import Cohere2Vision
 from vlmprune.patches.deepseek_vl import DeepseekVL
+from vlmprune.patches.gemma3 import Gemma3
 from vlmprune.patches.idefics3 import Idefics3
 from vlmprune.patches.internvl import InternVL
 from vlmprune.patches.llava import Llava
@@ -18,6 +19,7 @@ from vlmprune.patches.llava_next_video import LlavaNextVideo
 from vlmprune.patches.llava_onevision import LlavaOnevision
 from vlmprune.patches.mistral3 import Mistral3
 from vlmprune.patches.ovis2 import Ovis2
+from vlmprune.patches.paligemma import PaliGemma
 from vlmprune.patches.smolvlm import SmolVLM
 from vlmprune.patches.video_llava import VideoLlava
 from vlmprune.patches.vipllava import VipLlava
@@ -41,6 +43,8 @@ FAMILIES: dict[str, Family] = {
         SmolVLM(),
         Idefics3(),
         Ovis2(),
+        Gemma3(),
+        PaliGemma(),
         LlavaLlama(),
         LlavaMistral(),
     )

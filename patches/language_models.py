@@ -6,7 +6,6 @@ cannot be misread. Modules are called and their weights never read: LoRA, 8 bit 
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ __all__ = [
 ]
 
 #: `model_type` of the language models whose taps were compared with their own eager attention.
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "cohere2")
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "cohere2", "gemma", "gemma3_text")
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,11 @@ class RotaryLayer:
     @property
     def window(self) -> int | None:
         return sliding_window(self.attention)
+
+    @property
+    def far_sighted(self) -> tuple[int, ...]:
+        """The layers without a window, where a model has both kinds and methods had better look there."""
+        return ()
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.module.input_layernorm(hidden)
@@ -97,12 +101,31 @@ class Cohere2Layer(RotaryLayer):
         return x if self.window is None else super().rotated(x, cos, sin)
 
 
+@dataclass(frozen=True)
+class Gemma3Layer(NormedRotaryLayer):
+    """One of Gemma 3's, most of which see a short window, and all of which have norms behind their blocks."""
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        raise UnsupportedError(
+            "this patch watches what attention and feed-forward blocks of a decoder layer write, and Gemma 3 puts that "
+            "through norms before it is added: take a method that does not watch blocks."
+        )
+
+    @property
+    def far_sighted(self) -> tuple[int, ...]:
+        kinds = self.attention.config.layer_types
+        return tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
+
+
 LAYERS: dict[str, type[RotaryLayer]] = {
     "LlamaDecoderLayer": RotaryLayer,
     "MistralDecoderLayer": RotaryLayer,
     "Qwen2DecoderLayer": RotaryLayer,
     "Qwen3DecoderLayer": NormedRotaryLayer,
     "Cohere2DecoderLayer": Cohere2Layer,
+    "GemmaDecoderLayer": RotaryLayer,
+    "Gemma3DecoderLayer": Gemma3Layer,
 }
 
 
@@ -169,7 +192,7 @@ def blockwise_mask(
 
 def rotary_of(layer: nn.Module, rotary_emb: nn.Module, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
     """(cos, sin) for a decoder layer, of whose kind a host's embedding may want to know."""
-    if "layer_type" in inspect.signature(rotary_emb.forward).parameters:
+    if hasattr(rotary_emb, "layer_types"):
         return rotary_emb(hidden, position_ids, layer.self_attn.layer_type)
     return rotary_emb(hidden, position_ids=position_ids)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from inspect import signature
 from itertools import chain
 
@@ -63,7 +63,7 @@ class Kin:
         blocks: whether every picture sees itself.
         origin: position of the first token.
         join: arguments of several prompts as one batch's; pixels are concatenated by default.
-        exact: whether the host computes in float64.
+        tolerance: of logits, in float64; PaliGemma is as near by hand unpruned (float32 inside its norms).
         has_cls: whether the tower has a [CLS] token.
         refused: methods that cannot be had, by words of the error.
     """
@@ -77,17 +77,13 @@ class Kin:
     blocks: bool = False
     origin: int = 0
     join: Callable[[list[dict]], dict] | None = None
-    exact: bool = True
+    tolerance: float = 1e-9
     has_cls: bool = False
     shows: list | None = None
     refused: dict = field(default_factory=dict)
 
     def model(self, **options) -> nn.Module:
         return shared(self.name, **options)
-
-    @cached_property
-    def tolerance(self) -> float:
-        return 1e-9 if self.exact else 2e-5
 
     def prompt(self, parts: list, seed: int = 0) -> Prompt:
         """A prompt of `parts`: numbers of text tokens, and ("image", number) or ("video", number)."""
@@ -164,7 +160,7 @@ def lively(model: nn.Module) -> nn.Module:
 def shared(name: str, **options) -> nn.Module:
     """A model of a family, built once a process; what a test leaves on it is taken off (tests/conftest.py)."""
     torch.manual_seed(0)
-    model = lively(KIN[name].build(**options)).to(torch.float64 if KIN[name].exact else torch.float32)
+    model = lively(KIN[name].build(**options)).to(torch.float64)
     tiny.SHARED.append(model)
     return model
 
@@ -486,6 +482,43 @@ def video_llava(**options) -> nn.Module:
     )  # fmt: skip
 
 
+def gemma3(window: int = 24, **options) -> nn.Module:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    text = Gemma3TextConfig(**TEXT, sliding_window=window, layer_types=kinds, query_pre_attn_scalar=8)
+    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            vision_config=vision, text_config=text, image_token_index=IMAGE, mm_tokens_per_image=9,
+            tie_word_embeddings=False, **options,
+        )
+    )  # fmt: skip
+
+
+def paligemma(**options) -> nn.Module:
+    from transformers import (
+        GemmaConfig,
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+        SiglipVisionConfig,
+    )
+
+    vision = SiglipVisionConfig(**VISION | {"image_size": 24}, vision_use_head=False)
+    text = GemmaConfig(**TEXT)
+    return PaliGemmaForConditionalGeneration(
+        PaliGemmaConfig(
+            vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=32, hidden_size=32,
+            tie_word_embeddings=False, **options,
+        )
+    )  # fmt: skip
+
+
+def squares(model: nn.Module, images: list[int], videos: list[int], seed: int) -> dict:
+    """Pictures of one view each, of the side of a tile."""
+    return {"pixel_values": torch.cat([noise(1, 3, SIDE, SIDE, seed=seed + 50 + 7 * n) for n in images])}
+
+
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 WHOLE = "globalcom2 shares a budget among the crops of an image"
 #: What cannot be had where a token is no patch of the tower as its layers leave it.
@@ -503,6 +536,8 @@ FILMS = [
     [6],
     [("image", 1), 2, ("video", 2), 9],
 ]
+
+NORMED = UNLIKE | {"transprune": "puts that through norms", "atp": "sees the last 24 tokens alone"}
 
 KIN: dict[str, Kin] = {
     kin.name: kin
@@ -527,6 +562,8 @@ KIN: dict[str, Kin] = {
         Kin("smolvlm", smolvlm, listed, parts, join=filled_up, refused=UNLIKE),
         Kin("idefics3", partial(smolvlm, "Idefics3"), listed, parts, join=filled_up, refused=UNLIKE),
         Kin("ovis2", ovis2, tiles, parts, refused=UNLIKE),
+        Kin("gemma3", gemma3, squares, lambda n: [9], blocks=True, refused=NORMED),
+        Kin("paligemma", paligemma, views, lambda n: [16], prefix=True, origin=1, tolerance=1e-6, refused=UNLIKE),
         Kin("video_llava", video_llava, views, lambda n: [16], has_cls=True, shows=TEXTS, refused=NO_VIEWS),
         Kin("video_llava-video", video_llava, views, lambda n: [16], has_cls=True, shows=FILMS, refused=NO_VIEWS),
     )

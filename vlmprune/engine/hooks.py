@@ -82,8 +82,8 @@ class BeforeModel(Hook):
         blocks = self.plan.family.blocks(kwargs)
         if blocks is not None and length:
             raise UnsupportedError(
-                f"pictures in a later turn are not supported on {self.plan.family.model_type} models, whose pictures see "
-                "all of themselves: begin a new conversation, or leave the patch out of it."
+                f"pictures in a later turn are not supported on {self.plan.family.model_type} models, whose pictures "
+                "see all of themselves: begin a new conversation, or leave the patch out of it."
             )
         frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions, blocks)
         return kwargs | {FRAME: frame}

@@ -28,11 +28,16 @@ class TowerLayer(Protocol):
 
 
 class DecoderLayer(Protocol):
-    """A layer of a language model, as far as taps ask; `window` is its sliding window in tokens, or None."""
+    """A layer of a language model, as far as taps ask.
+
+    `window` is its sliding window in tokens, or None; `far_sighted` are the model's layers without one, where it has
+    layers of both kinds and attention in windows says little.
+    """
 
     index: int
     scale: float
     window: int | None
+    far_sighted: tuple[int, ...]
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the attention reads of the layer's input `(batch, length, dim)`."""
@@ -45,13 +50,21 @@ class DecoderLayer(Protocol):
 
 
 class Remaining(Protocol):
-    """What is left of a prompt batch where a tap measures; `bias` `(batch, length)` is of soft masks, or None."""
+    """What is left of a prompt batch where a tap measures; `bias` `(batch, length)` is of soft masks, or None.
+
+    `lengths` are the real entries of every row; `blocks` says which entries see each other whatever their order.
+    """
 
     rotary: tuple[torch.Tensor, torch.Tensor]
+    lengths: list[int]
+    blocks: torch.Tensor | None
     bias: torch.Tensor | None
 
     def asked(self) -> torch.Tensor:
         """`(batch, length)` bool of the entries that methods may look at."""
+
+    def reach(self, at: torch.Tensor) -> torch.Tensor:
+        """The last entry that each of some entries `(batch, rows)` sees."""
 
     def index_of(self, layout: Layout) -> torch.Tensor:
         """`(images, tokens)` entry of every visual token."""
