@@ -94,7 +94,12 @@ def find_items(plan: Plan, inner: nn.Module, modality: str, census: Census, feat
             sizes = plan.family.items(inner, modality, features, known)
         sample, ordinal, offset = assign_images(placeholders, sizes, modality)
     except ValueError as error:
-        raise ValueError(f"{error} {processor_needs(plan, inner)}") from None
+        token = plan.family.token(inner, modality)
+        none = (
+            f" No prompt holds token {token}, the {modality} placeholder by the model's config "
+            f"({modality}_token_id): is that the one the processor writes?"
+        )
+        raise ValueError(f"{error}{'' if any(placeholders) else none} {processor_needs(plan, inner)}") from None
     origin = undo_beams(sample, len(placeholders), len(known))
     encoded = [plan.grid(inner, modality, size) for size in known]
     grids = [encoded[o] for o in origin]

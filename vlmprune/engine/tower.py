@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d
 
 from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, Seen
+from vlmprune.engine.decided import check_clusters, check_pick, check_pixels, whose
 from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Hook, Plan, handed
 from vlmprune.engine.watch import Watch
@@ -107,6 +108,7 @@ class TowerFrame:
                 self.sizes = torch.ones(views, tokens, dtype=kind, device=hidden.device)
                 self.place = torch.arange(tokens, device=hidden.device).expand(views, -1)
             clusters = cut.reduce({tap: self.look(tap, hidden) for tap in cut.see}, self.sizes)
+            check_clusters(whose(self.plan, cut), clusters, self.sizes)
             into = clusters.into
             sizes = self.sizes.new_zeros(views, clusters.count).scatter_add(1, into, self.sizes)
             share = self.sizes / sizes.gather(1, into)
@@ -118,6 +120,7 @@ class TowerFrame:
         features = output.hidden_states[self.plan.facts.feature_layer + 1].detach()
         with torch.no_grad():
             pick: Pick = cut.reduce({tap: self.look(tap, features) for tap in cut.see}, Views(self.grids))
+            check_pick(whose(self.plan, cut), pick, features, self.has_cls)
         if pick.merge is not None:  # hosts hand out the layers that become features and no others
             output.hidden_states = tuple(h if h is None else flow(h, pick.merge) for h in output.hidden_states)
         self.seen[Kept()] = pick.keep
@@ -253,7 +256,9 @@ class BeforeTower(Hook):
             return None
         kwargs.pop(OWNER, None)
         for cut in self.plan.pixel_cuts:
-            pixels = cut.reduce(pixels)
+            changed = cut.reduce(pixels)
+            check_pixels(whose(self.plan, cut), changed, pixels)
+            pixels = changed
         frame = TowerFrame(self.plan, note, call.grids)
         if self.through is not None:
             self.through.begin(frame)
