@@ -20,6 +20,10 @@ from vlmprune.patches.llava_onevision import LlavaOnevision
 from vlmprune.patches.mistral3 import Mistral3
 from vlmprune.patches.ovis2 import Ovis2
 from vlmprune.patches.paligemma import PaliGemma
+from vlmprune.patches.qwen2_5_vl import Qwen2_5VL
+from vlmprune.patches.qwen2_vl import Qwen2VL
+from vlmprune.patches.qwen3_vl import Qwen3VL
+from vlmprune.patches.qwen3_vl_moe import Qwen3VLMoe
 from vlmprune.patches.smolvlm import SmolVLM
 from vlmprune.patches.video_llava import VideoLlava
 from vlmprune.patches.vipllava import VipLlava
@@ -47,6 +51,10 @@ FAMILIES: dict[str, Family] = {
         PaliGemma(),
         LlavaLlama(),
         LlavaMistral(),
+        Qwen2VL(),
+        Qwen2_5VL(),
+        Qwen3VL(),
+        Qwen3VLMoe(),
     )
 }
 

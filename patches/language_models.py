@@ -19,6 +19,7 @@ from vlmprune.parts.attention import split_heads
 
 __all__ = [
     "LANGUAGE_MODELS",
+    "NormedRotaryLayer",
     "RotaryLayer",
     "attention_mask",
     "counted",
@@ -29,7 +30,19 @@ __all__ = [
 ]
 
 #: `model_type` of the language models whose taps were compared with their own eager attention.
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "cohere2", "gemma", "gemma3_text")
+LANGUAGE_MODELS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "cohere2",
+    "gemma",
+    "gemma3_text",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,7 @@ class RotaryLayer:
 
 @dataclass(frozen=True)
 class NormedRotaryLayer(RotaryLayer):
-    """One whose attention has `q_norm` and `k_norm` for every head."""
+    """Of Qwen3's build: queries and keys go through a norm, head by head, before they are rotated."""
 
     def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         heads = split_heads(self.attention.q_proj(rows), self.attention.head_dim)
@@ -126,6 +139,10 @@ LAYERS: dict[str, type[RotaryLayer]] = {
     "Cohere2DecoderLayer": Cohere2Layer,
     "GemmaDecoderLayer": RotaryLayer,
     "Gemma3DecoderLayer": Gemma3Layer,
+    "Qwen2VLDecoderLayer": RotaryLayer,
+    "Qwen2_5_VLDecoderLayer": RotaryLayer,
+    "Qwen3VLTextDecoderLayer": NormedRotaryLayer,
+    "Qwen3VLMoeTextDecoderLayer": NormedRotaryLayer,
 }
 
 

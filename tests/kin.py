@@ -528,7 +528,7 @@ UNLIKE = {"globalcom2": WHOLE} | dict.fromkeys(
 
 QWEN3 = partial(internvl, "qwen3")
 NO_VIEWS = {"globalcom2": WHOLE}
-PACKED = UNLIKE | {"downsample": "read pictures of any size"} | dict.fromkeys(("fopru", "vtc_cls"), "looks into layers")
+PACKED = UNLIKE | dict.fromkeys(("downsample", "tome", "pitome", "visionzip"), "packs pictures of any size")
 TEXTS = [[4, ("image", 1), 3, ("image", 0), 5], [3, ("image", 0), 4], [6], [("image", 1), 2, ("image", 2), 9]]
 FILMS = [
     [4, ("video", 1), 3, ("image", 0), 2, ("video", 0), 5],

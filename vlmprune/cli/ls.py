@@ -33,7 +33,8 @@ FACTS = ("needs", "stage", "positions", "syncs", "training")
 WHOLE = {False: "a picture", True: "a picture, its thumbnail and crops together"}
 LEGEND = (
     "",
-    "stage: where tokens go; positions: default position ids after the cut; syncs: device syncs per cut beyond",
+    "stage: where tokens go; positions: default position ids after the cut (family: contiguous, but original",
+    "where they lie on several axes, as M-RoPE's); syncs: device syncs per cut beyond",
     "one read of the placeholder counts; vLLM: whether it can be served. One in full: vlmprune ls methods NAME",
 )
 
@@ -99,7 +100,7 @@ def describe(name: str, cls: type) -> dict[str, Any]:
         "needs": cls.needs,
         "looks_at": cls.looks_at,
         "stage": cls.stage,
-        "positions": options.get("positions", {}).get("default", "-"),
+        "positions": options.get("positions", {}).get("default", "-") or "family",
         "syncs": cls.syncs,
         "training": cls.training,
         "vllm": served(cls),

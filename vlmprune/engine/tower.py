@@ -6,24 +6,24 @@ out and measures, `AfterTower` leaves what was seen on the output object, which 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool2d
 
 from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, Seen
 from vlmprune.engine.decided import check_clusters, check_pick, check_pixels, whose
+from vlmprune.engine.finite import demand
 from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Hook, Plan, handed
+from vlmprune.engine.sequence import visible
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Pick, ProjectorCut, TowerCut, Vision
-from vlmprune.parts.layout import ImageGrid, Views
+from vlmprune.parts.layout import Views
 from vlmprune.parts.merging import flow
-from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap
+from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
 from vlmprune.patches.tagged import untag
 from vlmprune.patches.towers import tower_layer
 
@@ -42,7 +42,8 @@ class TowerFrame:
 
     Attributes:
         note: where `seen` goes if not on the output; of the pixels (see `Tagged`).
-        grids: layouts of the images or videos, where a cut behind the tower wants them.
+        tower: whose pass it is.
+        call: what it is told of the call it is in.
         seen: measured taps.
         sizes: `(views, tokens)` float, patches that every token stands for; None before the first cut.
         place: `(views, original tokens)` long, the token that each original one is part of; None before the first cut.
@@ -51,8 +52,8 @@ class TowerFrame:
         inside: the last layer's cut between its two blocks, if it had one.
     """
 
-    def __init__(self, plan: Plan, note: Any = None, grids: list[ImageGrid] | None = None):
-        self.plan, self.has_cls, self.note, self.grids = plan, plan.facts.has_cls, note, grids
+    def __init__(self, plan: Plan, tower: nn.Module, call: Any, note: Any = None):
+        self.plan, self.has_cls, self.tower, self.call, self.note = plan, plan.facts.has_cls, tower, call, note
         self.seen: dict[Tap, torch.Tensor] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.sizes: torch.Tensor | None = None
@@ -71,8 +72,9 @@ class TowerFrame:
         check_device(layer, hidden)
         for tap in self.plan.measured:
             if tap.layer == index:
+                self.check_sight(rest, kwargs)
                 with torch.no_grad(), loaded(layer):  # scores choose tokens; nothing is learned through them
-                    self.seen[tap] = tap.measure(tower_layer(layer), hidden.detach(), self.has_cls)
+                    self.seen[tap] = self.measure(tap, layer, hidden.detach(), kwargs)
         hidden = self.merge(Vision(index), hidden)
         self.places.append(self.place)
         if self.weigh:
@@ -83,6 +85,37 @@ class TowerFrame:
                 self.inputs[index], self.inside = hidden, Inside(self, cut, layer, rest, kwargs)
                 return self.inside.hand_over(hidden)
         return (hidden, *rest), kwargs
+
+    def measure(self, tap: TowerTap, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """A tap by token, `(views, tokens, ...)`, of a tower layer's input; `(tokens, 1, ...)` of a packed one."""
+        sizes, family, facts = self.call.sizes, self.plan.family, self.plan.facts
+        found = [tap.measure(*view, self.has_cls) for view in family.tower_views(layer, hidden, kwargs, sizes)]
+        if not facts.packed:
+            return self.of_tokens(tap, found[0])
+        values = torch.cat([each.flatten(0, 1) for each in found])[None]
+        return family.tokens_of(self.tower, values, sizes, facts.unit).transpose(0, 1)
+
+    def of_tokens(self, tap: TowerTap, values: torch.Tensor) -> torch.Tensor:
+        """Values of patches, `(views, patches, ...)`, by token, `(views, tokens, ...)`."""
+        facts = self.plan.facts
+        found = self.plan.family.tokens_of(self.tower, values, self.call.sizes, facts.unit)
+        if facts.unit > 1 and found.shape[1] != facts.view_patches:
+            raise UnsupportedError(
+                f"{tap} sees {values.shape[1]} patches of a view of the tower, which do not make {facts.view_patches} "
+                "tokens."
+            )
+        return found
+
+    def check_sight(self, rest: tuple, kwargs: dict) -> None:
+        """Refuse to look at views that are padded inside: a tap would take padding for patches."""
+        mask = rest[0] if rest else kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and not self.plan.facts.packed:
+            demand(
+                visible(mask).all(),
+                "a method of this patch looks at the vision tower, and a picture fills a part of its view alone "
+                "(pixel_attention_mask has zeros): give pictures that fill it, or take a method that does not look "
+                "at the tower.",
+            )
 
     def check_inside(self) -> None:
         """Raise if the cut inside the layer that ran last has not run: that layer then saw nothing but zeros."""
@@ -119,7 +152,7 @@ class TowerFrame:
         """Run a cut between tower and projector: exchange what its anchors stand for in the feature layers."""
         features = output.hidden_states[self.plan.facts.feature_layer + 1].detach()
         with torch.no_grad():
-            pick: Pick = cut.reduce({tap: self.look(tap, features) for tap in cut.see}, Views(self.grids))
+            pick: Pick = cut.reduce({tap: self.look(tap, features) for tap in cut.see}, Views(self.call.grids))
             check_pick(whose(self.plan, cut), pick, features, self.has_cls)
         if pick.merge is not None:  # hosts hand out the layers that become features and no others
             output.hidden_states = tuple(h if h is None else flow(h, pick.merge) for h in output.hidden_states)
@@ -139,8 +172,6 @@ class TowerFrame:
         for cut in self.plan.projector_cuts:
             self.pick(cut, output)
         self.look_behind(output)
-        if self.plan.facts.unit > 1:
-            self.seen = {tap: self.of_tokens(tap, values) for tap, values in self.seen.items()}
         # a host that hands on bare tensors takes the note instead of the output
         noted = output if self.note is None else self.note
         setattr(noted, SEEN, Seen(self.plan, self.seen))
@@ -163,30 +194,14 @@ class TowerFrame:
             if tap.layer == self.plan.facts.tower_layers:  # what becomes the features
                 behind = output.last_hidden_state if self.plan.facts.closed else output.hidden_states[-1]
                 with torch.no_grad():
-                    self.seen[tap] = tap.measure(None, behind.detach(), self.has_cls)
+                    self.seen[tap] = self.of_tokens(tap, tap.measure(None, behind.detach(), self.has_cls))
         if ClusterOf() in self.plan.tower_taps:
             self.seen[ClusterOf()] = self.cluster_of(output.last_hidden_state)[:, int(self.has_cls) :]
-
-    def of_tokens(self, tap: Tap, values: torch.Tensor) -> torch.Tensor:
-        """Values of patches, `(views, patches, ...)`, as those of the tokens that several of them make."""
-        means, tokens = pooled(values, self.plan.facts.unit), self.plan.facts.view_patches
-        if means.shape[1] != tokens:
-            raise UnsupportedError(
-                f"{tap} sees {values.shape[1]} patches of a view of the tower, which do not make {tokens} tokens."
-            )
-        return means
 
     def cluster_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """`(views, original tokens)` long, the token of the feature layer that each original one is part of."""
         place = self.places[self.plan.facts.feature_layer + 1] if self.plan.tower_cuts else None
         return torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1) if place is None else place
-
-
-def pooled(values: torch.Tensor, unit: int) -> torch.Tensor:
-    """Values of patches `(views, patches[, dim])` as means over the squares of `unit` x `unit` that are one token."""
-    side = math.isqrt(values.shape[1])
-    raster = values.reshape(len(values), side, side, -1).movedim(-1, 1)
-    return avg_pool2d(raster, unit).flatten(2).transpose(1, 2).reshape(len(values), -1, *values.shape[2:])
 
 
 def means(hidden: torch.Tensor, into: torch.Tensor, share: torch.Tensor, count: int) -> torch.Tensor:
@@ -259,7 +274,7 @@ class BeforeTower(Hook):
             changed = cut.reduce(pixels)
             check_pixels(whose(self.plan, cut), changed, pixels)
             pixels = changed
-        frame = TowerFrame(self.plan, note, call.grids)
+        frame = TowerFrame(self.plan, module, call, note)
         if self.through is not None:
             self.through.begin(frame)
         return (pixels, *rest), kwargs | {FRAME: frame}

@@ -23,6 +23,7 @@ from vlmprune.parts import (
     UnsupportedError,
     image_cells,
     keep_patches,
+    need_views,
     random_scores,
     select,
     upload,
@@ -145,11 +146,7 @@ class Downsample(Budgeted):
     looks_at = "nothing"
 
     def cuts(self, facts: ModelFacts) -> list[PixelCut]:
-        if facts.packed:
-            raise UnsupportedError(
-                f"downsample shrinks views of one size, and {facts.family} models read pictures of any size: give the "
-                "processor fewer pixels instead, which saves time as well."
-            )
+        need_views(self.name, facts, "a smaller max_pixels of its processor is this control, and saves time")
         budget = self.budget
         share = budget if isinstance(budget, float) else min(1.0, budget / facts.view_patches)
         return [] if share == 1 else [PixelCut(partial(self.shrink, share=share))]

@@ -75,7 +75,7 @@ class VisionZip(Pruner):
             contextual tokens last; here all are in the order of their places).
         contextual: share of the budget that merges: 5/32 gives the released 30 of 192, 20 of 128, 10 of 64. At most
             what the [CLS] token leaves of it.
-        positions: contiguous, as the released code.
+        positions: the family's own; contiguous, as the released code.
         newlines: kept by default; the released code drops them with the un-padding.
 
     A tower without a [CLS] token is read by the mean attention that a patch receives (as the released code does for

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vlmprune.errors import UnsupportedError
 
-__all__ = ["ModelFacts", "check_layer", "need_cls", "need_patches", "scale_tower_layer"]
+__all__ = ["ModelFacts", "check_layer", "need_cls", "need_patches", "need_views", "scale_tower_layer"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,10 @@ class ModelFacts:
         views: whether one image may have several views (thumbnail and crops).
         view_patches: tokens of one view, which are patches where `unit` is 1; 0 where pictures have any size.
         unit: patches along a side of the square that one token is made of.
-        packed: whether the tower packs pictures of any size into one sequence.
         closed: whether features leave the tower through a norm behind its last layer.
+        axes: on how many axes a token's position lies: 1, or 3 (time, height and width: M-RoPE).
+        packed: whether the tower reads pictures of any size as one sequence.
+        windowed: tower layers in which a patch sees its window alone.
     """
 
     family: str
@@ -33,9 +35,16 @@ class ModelFacts:
     decoder_layers: int
     views: bool
     view_patches: int
-    unit: int = 1
+    axes: int = 1
     packed: bool = False
+    windowed: tuple[int, ...] = ()
+    unit: int = 1
     closed: bool = False
+
+    @property
+    def attention_layer(self) -> int:
+        """The last tower layer up to the feature layer whose patches see all of the picture."""
+        return max((layer for layer in range(self.feature_layer + 1) if layer not in self.windowed), default=0)
 
 
 def scale_tower_layer(layer: int, facts: ModelFacts) -> int:
@@ -66,14 +75,22 @@ def need_cls(method: str, facts: ModelFacts, way_out: str) -> None:
         )
 
 
+def need_views(method: str, facts: ModelFacts, way_out: str) -> None:
+    """Raise UnsupportedError if the tower has no views of one size; `way_out` names what to do instead."""
+    if facts.packed:
+        raise UnsupportedError(
+            f"{method} changes what the vision tower reads or makes of equal views, and this tower packs pictures of "
+            f"any size into one sequence; {way_out}."
+        )
+
+
 def need_patches(method: str, facts: ModelFacts) -> None:
     """Raise UnsupportedError if tokens are not patches of the tower as its layers leave them.
 
     What is merged or picked inside the tower, or behind it, would then be no tokens.
     """
-    if facts.packed:
-        why = "reads pictures of any size as one sequence, which cannot be merged"
-    elif facts.unit > 1:
+    need_views(method, facts, "take a method that cuts in the language model")
+    if facts.unit > 1:
         why = f"makes one token of {facts.unit} x {facts.unit} patches"
     elif facts.closed:
         why = "hands on its features through a norm, behind which nothing can be merged as its layers left it"
