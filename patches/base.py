@@ -256,6 +256,19 @@ class Family:
         """
         return None
 
+    def told_kinds(self, kwargs: dict[str, Any]) -> torch.Tensor:
+        """`token_type_ids` of a call with pictures.
+
+        Raises:
+            ValueError: there are none: the host would say nothing and let pictures see less of themselves.
+        """
+        if (types := kwargs.get("token_type_ids")) is None:
+            raise ValueError(
+                f"{self.model_type} models need the token_type_ids that their processor makes, by which pictures see "
+                "all of themselves: hand them on."
+            )
+        return types
+
     def bind(self, model: nn.Module, plan: Any) -> None:
         """Set `Bound` attributes where no hook reaches what the engine has to know."""
 

@@ -16,8 +16,7 @@ __all__ = ["Gemma3"]
 class Gemma3(Family):
     """`Gemma3ForConditionalGeneration`.
 
-    Which tokens are a picture's is told by `token_type_ids`, as the processor makes them; without these the host, and
-    the patched model, let every token see what stands before it alone.
+    Which tokens are a picture's is told by `token_type_ids`, as the processor makes them.
     """
 
     model_type = "gemma3"
@@ -32,10 +31,8 @@ class Gemma3(Family):
         vision = inner.config.vision_config
         return vision.image_size // vision.patch_size // math.isqrt(inner.config.mm_tokens_per_image)
 
-    def blocks(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        if (types := kwargs.get("token_type_ids")) is None:
-            return None
-        picture = types == 1
+    def blocks(self, kwargs: dict[str, Any]) -> torch.Tensor:
+        picture = self.told_kinds(kwargs) == 1
         starts = picture & ~nn.functional.pad(picture, (1, 0))[:, :-1]
         return torch.where(picture, starts.cumsum(1) - 1, -1)
 

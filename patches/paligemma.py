@@ -15,8 +15,7 @@ __all__ = ["PaliGemma"]
 class PaliGemma(Family):
     """`PaliGemmaForConditionalGeneration` with Gemma 1; the host counts positions from 1.
 
-    What is prompt and what answer is told by `token_type_ids` (0 and 1), as the processor makes them; without these the
-    host, and the patched model, let every token see what stands before it alone.
+    What is prompt and what answer is told by `token_type_ids` (0 and 1), as the processor makes them.
     """
 
     model_type = "paligemma"
@@ -26,9 +25,8 @@ class PaliGemma(Family):
     closed = True
     origin = 1
 
-    def blocks(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
-        types = kwargs.get("token_type_ids")
-        return None if types is None else torch.where(types == 0, 0, -1)
+    def blocks(self, kwargs: dict[str, Any]) -> torch.Tensor:
+        return torch.where(self.told_kinds(kwargs) == 0, 0, -1)
 
     def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
         return {"image_seq_length": self.facts(inner).view_patches}

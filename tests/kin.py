@@ -16,7 +16,7 @@ from itertools import chain
 import tiny
 import torch
 from scenes import changes_of
-from tiny import IMAGE, PAD, VIDEO, VOCAB
+from tiny import CACHE, IMAGE, PAD, VIDEO, VOCAB
 from torch import nn
 
 SIDE, PATCH = 36, 6  # pixels of a view, of a patch
@@ -299,6 +299,23 @@ def merged(x: torch.Tensor, merge: object, i: int, item: list, columns: list, al
         if keep[t] and alive[t]:
             x[here[c]] = rows[t]
     return x
+
+
+@torch.no_grad()
+def answered(kin: Kin, inputs: dict, forced: list[int] = FORCED) -> tuple[torch.Tensor, object]:
+    """`(batch, 1 + forced, vocab)` logits at the last token and after every forced one, and the cache."""
+    model, mask = kin.model(), inputs["attention_mask"]
+    real, last = mask.sum(1), (mask * torch.arange(mask.shape[1])).amax(1)
+    out = model(**inputs, position_ids=(mask.cumsum(1) - 1).clamp(min=0) + kin.origin, use_cache=True)
+    logits, cache = [out.logits[torch.arange(len(mask)), last]], out[CACHE]
+    for step, token in enumerate(forced):
+        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
+        out = model(
+            input_ids=torch.full((len(mask), 1), token), attention_mask=mask,
+            position_ids=(real + step)[:, None] + kin.origin, **{CACHE: cache}, use_cache=True,
+        )  # fmt: skip
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, 1), cache
 
 
 # -- families

@@ -13,7 +13,7 @@ import probes
 import pytest
 import scenes
 import torch
-from kin import FORCED, KIN, Kin, Prompt, by_hand, features_of
+from kin import FORCED, KIN, Kin, Prompt, answered, by_hand, features_of
 from scenes import FALLBACK, OPTIONS, changes_of
 from tiny import CACHE
 
@@ -57,23 +57,6 @@ def options(kin: Kin, name: str) -> dict:
 
 def same(kin: Kin, got: torch.Tensor, want: torch.Tensor) -> None:
     probes.same(got.to(want), want, kin.tolerance)
-
-
-@torch.no_grad()
-def answered(kin: Kin, inputs: dict, forced: list[int] = FORCED) -> tuple[torch.Tensor, object]:
-    """`(batch, 1 + forced, vocab)` logits at the last token and after every forced one, and the cache."""
-    model, mask = kin.model(), inputs["attention_mask"]
-    real, last = mask.sum(1), (mask * torch.arange(mask.shape[1])).amax(1)
-    out = model(**inputs, position_ids=(mask.cumsum(1) - 1).clamp(min=0) + kin.origin, use_cache=True)
-    logits, cache = [out.logits[torch.arange(len(mask)), last]], out[CACHE]
-    for step, token in enumerate(forced):
-        mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
-        out = model(
-            input_ids=torch.full((len(mask), 1), token), attention_mask=mask,
-            position_ids=(real + step)[:, None] + kin.origin, **{CACHE: cache}, use_cache=True,
-        )  # fmt: skip
-        logits.append(out.logits[:, -1])
-    return torch.stack(logits, 1), cache
 
 
 @product("exact")
