@@ -83,16 +83,20 @@ def test_what_the_trace_says_is_what_was_computed(kin, name):
     assert torch.equal(answered(kin, prompt.inputs)[0], before)
 
 
+def shrunk(pixels: torch.Tensor, share: float = 0.4) -> torch.Tensor:
+    """Pictures with a share of their pixels, enlarged again."""
+    small = pixels.flatten(0, -4).float()
+    for size in ([round(n * share**0.5) for n in pixels.shape[-2:]], pixels.shape[-2:]):
+        small = torch.nn.functional.interpolate(small, size, mode="bilinear", antialias=True)
+    return small.view(pixels.shape).to(pixels.dtype)
+
+
 def is_downsampled(kin: Kin, prompt: Prompt, before: torch.Tensor) -> None:
     """The control changes the picture alone, and all its tokens stay."""
     with vlmprune.patch(kin.model(), "downsample", keep=0.4):
         got, _ = answered(kin, prompt.inputs)
-    pixels = prompt.inputs["pixel_values"]
-    small = [round(n * 0.4**0.5) for n in pixels.shape[-2:]]
-    shrunk = pixels.flatten(0, -4).float()
-    for size in (small, pixels.shape[-2:]):
-        shrunk = torch.nn.functional.interpolate(shrunk, size, mode="bilinear", antialias=True)
-    want, _ = answered(kin, prompt.inputs | {"pixel_values": shrunk.view(pixels.shape).to(pixels.dtype)})
+    shown = {name: shrunk(value) for name, value in prompt.inputs.items() if name.startswith("pixel_values")}
+    want, _ = answered(kin, prompt.inputs | shown)
     same(kin, got, want)
     probes.far(got, before, kin.tolerance)
 

@@ -207,3 +207,23 @@ def test_a_tower_that_failed_leaves_nothing(name):
         with handle.disabled():
             answered(kin, prompt.inputs)
         assert torch.equal(answered(kin, prompt.inputs)[0][0], want)
+
+
+@pytest.mark.parametrize("method", ["random", "fastv"])
+def test_positions_that_count_from_one(method):
+    """Nobody says positions or masks, in decoding and in a later turn: PaliGemma's own begin at 1."""
+    kin = KIN["paligemma"]
+    prompt, model, said = kin.scene(), kin.model(), [9, 33, 21, 50]
+    bare = {key: value for key, value in prompt.inputs.items() if key != "attention_mask"}
+    with torch.no_grad(), vlmprune.patch(model, method, keep=0.4, positions="original") as handle:
+        out = model(**bare, use_cache=True)
+        logits = [out.logits[:, -1]]
+        for token in said:
+            out = model(input_ids=torch.tensor([[token]]), **{CACHE: out[CACHE]}, use_cache=True)
+            logits.append(out.logits[:, -1])
+        length = prompt.ids.shape[1] + len(said)
+        later = {"input_ids": torch.tensor([[11, 44, 23]]), "position_ids": torch.arange(1, 4)[None] + length}
+        out = model(**later, **{CACHE: out[CACHE]}, use_cache=True)
+    want = by_hand(kin, prompt, handle.trace, [*said, 11, 44, 23])
+    probes.same(torch.cat(logits), want[:5], kin.tolerance)
+    probes.same(out.logits[0, -1], want[-1], kin.tolerance)
