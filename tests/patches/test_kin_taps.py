@@ -11,7 +11,7 @@ from kin import KIN, Kin, Prompt, language_model
 
 import vlmprune
 from vlmprune import Cut, Decoder, Method, Reduction
-from vlmprune.parts import ReceivedAttention, TextAttention, VisionAttention
+from vlmprune.parts import CrossShare, ReceivedAttention, TextAttention, VisionAttention
 from vlmprune.patches import family_of
 
 TOLERANCE = 1e-6  # eager attention takes its softmax in float32
@@ -128,6 +128,21 @@ def test_decoder_taps(kin):
             probes.same(got, want, TOLERANCE)
             apart.append(probes.gap(got, want.flip(0)))
     assert max(apart) > 1e-3  # of single taps a window may hide all
+
+
+@pytest.mark.parametrize("kin", KIN.values(), ids=KIN)
+def test_how_much_text_and_picture_look_at_each_other(kin):
+    """One picture: only where prompts see all of themselves does it look at the text behind it."""
+    prompt, layer = kin.prompt([4, ("image", 0), 7]), 1
+    if len(prompt.items) > 1:
+        pytest.skip("several images")
+    tap = CrossShare(layer)
+    seen, (_, decoder) = seen_by(kin, prompt, (tap,), 3)[tap][0].double(), eager(kin, prompt)
+    mean, (item,) = decoder[layer][0].mean(0).double(), prompt.items
+    text = [column for column in range(item[0], prompt.ids.shape[1]) if column not in item]
+    want = torch.stack([mean[rows][:, keys].sum(1).mean() for rows, keys in ((text, item), (item, text))])
+    probes.same(seen, want, TOLERANCE)
+    assert (want[1] > 0.01) == kin.prefix or kin.whole
 
 
 def is_film(prompt: Prompt, item: list) -> bool:

@@ -40,6 +40,7 @@ __all__ = [
     "DecoderTap",
     "Distinctness",
     "Hidden",
+    "Inputs",
     "Kept",
     "ReceivedAttention",
     "Seen",
@@ -47,6 +48,7 @@ __all__ = [
     "TextAttention",
     "TowerTap",
     "VisionAttention",
+    "decoder_mass",
 ]
 
 
@@ -225,6 +227,14 @@ class Kept(TowerTap):
 
 
 @dataclass(frozen=True)
+class Inputs(DecoderTap):
+    """The visual tokens' own vectors at the input of a decoder layer, `(images, tokens, dim)`."""
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        return hidden.flatten(0, 1)[scene.flat_index()]
+
+
+@dataclass(frozen=True)
 class TextAttention(DecoderTap):
     """Attention that visual tokens receive in a decoder layer: post-softmax, mean over heads and query rows.
 
@@ -314,7 +324,7 @@ class CrossShare(DecoderTap):
         visual = visual.scatter_add(0, at.flatten(), layout.alive.long().flatten()).view_as(real) > 0
         text = real & ~visual & ((visual.cumsum(1) > 0) | self.beyond_system(scene, real))
         alone = self.system is None or (scene.sequence.past is None and scene.text_before <= self.system)
-        if max(layout.ordinal) == 0 and alone:
+        if max(layout.ordinal) == 0 and alone and scene.sequence.blocks is None:
             # one image a sample and no text before it: what comes after cannot be seen from it, and the rows of that
             # alone need to be computed
             rows = [last_rows(real, *scene.text_after)]
