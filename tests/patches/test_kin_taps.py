@@ -132,7 +132,7 @@ def test_decoder_taps(kin):
 
 @pytest.mark.parametrize("kin", KIN.values(), ids=KIN)
 def test_how_much_text_and_picture_look_at_each_other(kin):
-    """One picture: only where prompts see all of themselves does it look at the text behind it."""
+    """One picture: it looks at text where that stands between its rows, or where prompts see all of themselves."""
     prompt, layer = kin.prompt([4, ("image", 0), 7]), 1
     if len(prompt.items) > 1:
         pytest.skip("several images")
@@ -142,7 +142,7 @@ def test_how_much_text_and_picture_look_at_each_other(kin):
     text = [column for column in range(item[0], prompt.ids.shape[1]) if column not in item]
     want = torch.stack([mean[rows][:, keys].sum(1).mean() for rows, keys in ((text, item), (item, text))])
     probes.same(seen, want, TOLERANCE)
-    assert (want[1] > 0.01) == kin.prefix or kin.whole
+    assert (want[1] > 0.01) == (kin.prefix or kin.whole)
 
 
 def is_film(prompt: Prompt, item: list) -> bool:

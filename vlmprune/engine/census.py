@@ -33,6 +33,7 @@ class Census:
         lengths: real tokens of every row.
         text_after: `(batch,)` real tokens after the last visual one, and the largest of these numbers.
         text_before: the most real tokens that a row has before its first visual one.
+        text_between: whether there may be text between the visual tokens of a row.
         runs: by modality, placeholders of every run of them, by row; where a family's pictures are runs.
     """
 
@@ -42,6 +43,7 @@ class Census:
     lengths: list[int]
     text_after: tuple[torch.Tensor, int]
     text_before: int
+    text_between: bool = True
     runs: dict[str, list[list[int]]] = field(default_factory=dict)
 
 
@@ -91,19 +93,20 @@ def count_prompts(
         return Census(holes, {"image": promised}, real, [length] * rows, (text_after, most), most)
     counts = torch.stack([everything, *holes.values(), placeholder & ~everything]).sum(-1)
     where = [found.flatten().long() for found in holes.values()] if plan.family.runs else []
-    told = torch.stack((text_before, one.long(), stands.long()))
+    between = everything & ~placeholder & ~after & (placeholder.cumsum(1) > 0)
+    told = torch.stack((text_before, one.long(), stands.long(), between.any().long()))
     read = download(torch.cat((*where, counts.flatten(), text_after, finite.long(), told)))
     size = rows * length
     runs = {m: runs_of(read[at * size :], rows, length) for at, m in enumerate(holes) if where}
     read = read[len(where) * size :]
     lengths, *wanted, unseen, counts_after = [read[at * rows :][:rows] for at in range(len(counts) + 1)]
-    *good, most_before, single, standing = read[(len(counts) + 1) * rows :]
+    *good, most_before, single, standing, amid = read[(len(counts) + 1) * rows :]
     demand_sound(
         plan, bool(single), bool(standing), [part[:2] for part, ok in zip(given, good, strict=True) if not ok], unseen
     )
     real = None if min(lengths) == length else real
     wanted = dict(zip(encoded, wanted, strict=True))
-    return Census(holes, wanted, real, lengths, (text_after, max(counts_after)), most_before, runs)
+    return Census(holes, wanted, real, lengths, (text_after, max(counts_after)), most_before, bool(amid), runs)
 
 
 def placeholders_in_a_graph(encoded: dict[str, Any], rows: int) -> list[int]:

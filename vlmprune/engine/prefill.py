@@ -68,6 +68,7 @@ class Prefill:
         self.rotary_emb, self.norm = language_model.rotary_emb, language_model.norm
         self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions, stand)
         self.text_after, self.text_before = self.census.text_after, self.census.text_before
+        self.text_between = self.census.text_between
         self.prompt_lengths = self.census.lengths
         self.layout = prompt_layout(plan, inner, self.census, features)
         for method in plan.methods:

@@ -78,13 +78,15 @@ class Scene(Protocol):
     """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are.
 
     `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most;
-    `text_before` is the most that any row has in front of its first one. `seen` has what taps before have measured.
+    `text_before` is the most that any row has in front of its first one, and `text_between` whether there may be any
+    between visual ones. `seen` has what taps before have measured.
     """
 
     sequence: Remaining
     layout: Layout
     text_after: tuple[torch.Tensor, int]
     text_before: int
+    text_between: bool
     seen: dict[Tap, torch.Tensor]
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -324,9 +324,10 @@ class CrossShare(DecoderTap):
         visual = visual.scatter_add(0, at.flatten(), layout.alive.long().flatten()).view_as(real) > 0
         text = real & ~visual & ((visual.cumsum(1) > 0) | self.beyond_system(scene, real))
         alone = self.system is None or (scene.sequence.past is None and scene.text_before <= self.system)
-        if max(layout.ordinal) == 0 and alone and scene.sequence.blocks is None:
-            # one image a sample and no text before it: what comes after cannot be seen from it, and the rows of that
-            # alone need to be computed
+        alone = alone and max(layout.ordinal) == 0 and not scene.text_between
+        if alone and scene.sequence.blocks is None:
+            # one image a sample and no text before or in it: what comes after cannot be seen from it, and the rows of
+            # that alone need to be computed
             rows = [last_rows(real, *scene.text_after)]
         else:
             all_rows = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
