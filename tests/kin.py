@@ -15,7 +15,7 @@ from itertools import chain
 
 import tiny
 import torch
-from scenes import changes_of
+from scenes import MOVING, changes_of
 from tiny import CACHE, IMAGE, PAD, VIDEO, VOCAB
 from torch import nn
 
@@ -81,6 +81,11 @@ class Kin:
     has_cls: bool = False
     shows: list | None = None
     refused: dict = field(default_factory=dict)
+
+    def refusal(self, name: str) -> str | None:
+        """Words of the error by which a method cannot be had, or not with what the scene shows; None if it can."""
+        still = self.shows is not FILMS and "a still picture has none"
+        return self.refused.get(name) or (still if name in MOVING else None) or None
 
     def model(self, **options) -> nn.Module:
         return shared(self.name, **options)
@@ -547,14 +552,15 @@ QWEN3 = partial(internvl, "qwen3")
 NO_VIEWS = {"globalcom2": WHOLE}
 PACKED = UNLIKE | dict.fromkeys(("downsample", "tome", "pitome", "visionzip"), "packs pictures of any size")
 TEXTS = [[4, ("image", 1), 3, ("image", 0), 5], [3, ("image", 0), 4], [6], [("image", 1), 2, ("image", 2), 9]]
-FILMS = [
+BOTH = [
     [4, ("video", 1), 3, ("image", 0), 2, ("video", 0), 5],
     [3, ("video", 0), 4],
     [6],
     [("image", 1), 2, ("video", 2), 9],
 ]
-
-NORMED = UNLIKE | {"transprune": "puts that through norms", "atp": "sees the last 24 tokens alone"}
+FILMS = [[4, ("video", 1), 3, ("video", 0), 5], [3, ("video", 0), 4], [6], [("video", 1), 2, ("video", 2), 9]]
+SHORT = "sees the last 24 tokens alone"
+NORMED = UNLIKE | {"transprune": "puts that through norms", "atp": SHORT, "sparsevlm": SHORT}
 
 KIN: dict[str, Kin] = {
     kin.name: kin
@@ -581,7 +587,7 @@ KIN: dict[str, Kin] = {
         Kin("ovis2", ovis2, tiles, parts, refused=UNLIKE),
         Kin("gemma3", gemma3, squares, lambda n: [9], blocks=True, refused=NORMED),
         Kin("paligemma", paligemma, views, lambda n: [16], prefix=True, origin=1, tolerance=1e-6, refused=UNLIKE),
-        Kin("video_llava", video_llava, views, lambda n: [16], has_cls=True, shows=TEXTS, refused=NO_VIEWS),
+        Kin("video_llava", video_llava, views, lambda n: [16], has_cls=True, shows=BOTH, refused=NO_VIEWS),
         Kin("video_llava-video", video_llava, views, lambda n: [16], has_cls=True, shows=FILMS, refused=NO_VIEWS),
     )
 }

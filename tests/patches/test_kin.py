@@ -27,13 +27,13 @@ FEATURES = ["batch", "static", "beams", "turn", "generate"]
 
 
 def runnable(kin: Kin) -> list[str]:
-    return [name for name in NAMES if name not in kin.refused and name not in ("downsample", *IN_TOWER)]
+    return [name for name in NAMES if not kin.refusal(name) and name not in ("downsample", *IN_TOWER)]
 
 
 def chosen(feature: str, number: int, kin: Kin, name: str) -> bool:
     """Whether every run has a cell of the product."""
     if feature == "exact":
-        return (number + NAMES.index(name)) % 3 == 0 or name in kin.refused
+        return (number + NAMES.index(name)) % 3 == 0 or kin.refusal(name)
     able = runnable(kin)
     return name == able[(3 * number + FEATURES.index(feature)) % len(able)]
 
@@ -63,7 +63,7 @@ def same(kin: Kin, got: torch.Tensor, want: torch.Tensor) -> None:
 def test_what_the_trace_says_is_what_was_computed(kin, name):
     """Several pictures in one row, and four decoded tokens; the model is bitwise its own again afterwards."""
     model, prompt = kin.model(), kin.scene()
-    if words := kin.refused.get(name):
+    if words := kin.refusal(name):
         with pytest.raises(UnsupportedError, match=words), vlmprune.patch(model, name, **options(kin, name)):
             model(**prompt.inputs)
         return
