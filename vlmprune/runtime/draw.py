@@ -121,7 +121,8 @@ def patch_boxes(image_processor: Any, size: tuple[int, int], grid: ImageGrid) ->
         xs, ys, shades = [], [], []
         for number in np.unique(view[mine]):
             # where the view's corner lies on the plane
-            down, right = np.array(divmod(max(number - 1, 0), max(grid.crops[1], 1))) * (side_y, side_x) - corner
+            at = (0, 0) if grid.apart else divmod(max(number - 1, 0), max(grid.crops[1], 1))
+            down, right = np.array(at) * (side_y, side_x) - corner
             red, green, blue = views[number]
             y, x = np.nonzero(blue > 250)  # padding is not blue
             xs.append(x + 0.5 + right * step_x)
