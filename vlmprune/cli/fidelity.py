@@ -48,10 +48,11 @@ def verb(
     images: Annotated[str, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")],
     prompts: Annotated[str, Option(metavar="FILE", help="one prompt a line, or JSON lines (see below)")],
     model: flags.Model = "scene-llava",
-    method: flags.Methods = "fopru",
+    method: flags.SomeMethods = None,
     keep: flags.Keep = None,
     average: flags.Average = None,
     option: flags.Options = [],  # noqa: B006
+    recipe: flags.Recipe = None,
     controls: Annotated[
         str, Option(metavar="NAME[,NAME]", help="what methods are measured against at the same budgets, or none")
     ] = "random,grid,pool",
@@ -72,7 +73,8 @@ def verb(
 
     Asks the full model and pruned ones about your own pictures, and measures how often the first token and the greedy
     answer stay the same and how far the next-token distributions drift apart (KL), with intervals, beside controls that
-    look at nothing. The pictures that suffer most are shown. Without --keep and --average: a quarter of the patches.
+    look at nothing. The pictures that suffer most are shown. Without --method: fopru; without --keep and
+    --average: a quarter of the patches.
     """
     args = SimpleNamespace(**locals())
     from vlmprune.eval.fidelity.journal import JournalError, refuse_second
@@ -93,7 +95,8 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
     flags.least(1, max_new_tokens=args.max_new_tokens, batch=args.batch, seeds=args.seeds, limit=args.limit)
     flags.least(0, worst=args.worst)
-    methods = flags.words_of(args.method, "--method")
+    made = flags.alone(args.recipe, method=args.method, keep=args.keep, average=args.average, option=args.option)
+    methods = flags.words_of("fopru" if args.method is None else args.method, "--method")
     controls = [] if args.controls.strip() == "none" else flags.words_of(args.controls, "--controls")
     budgets, named = flags.budgets_of(args.keep, args.average, KEEP)
     options = flags.options_of(args.option)
@@ -108,8 +111,10 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     from vlmprune.runtime.status import note
 
     with user_mistakes():
-        todo = spec.jobs(methods, budgets, options, named)
-        beside = spec.jobs([name for name in controls if name not in methods], budgets, {})
+        todo = spec.jobs(methods, budgets, options, named) if made is None else [made]
+        if made is not None:
+            methods, budgets = [made.method], [spec.budgets_in(made.options)]
+        beside = spec.jobs([name for name in controls if name not in methods], budgets, {}, named=False)
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
     loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
     answering.check(loaded, [*todo, *beside])

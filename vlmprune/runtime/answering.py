@@ -62,8 +62,10 @@ def patch(loaded: Loaded, job: Job) -> Handle:
     """
     import vlmprune
     from vlmprune import spec
+    from vlmprune.recipe import check_family
 
     with user_mistakes(f"{job.method} on {loaded.source.name}: "):
+        check_family("the recipe", job.family, loaded.model.config.model_type)
         methods = spec.build(job.method, job.options)
         return vlmprune.patch(loaded.model, [made.told_by(loaded.processor) for made in methods])
 
