@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlmprune.methods.base import Method
 
 __all__ = ["BUDGETS", "NONE", "Job", "budget_text", "budgets_in", "build", "jobs", "names_of"]
-__all__ += ["read_budget", "read_given", "read_option", "read_value", "shares", "takes", "write_value"]
+__all__ += ["read_budget", "read_given", "read_option", "read_share", "read_value", "shares", "takes", "write_value"]
 
 NONE = "none"  # the method that leaves the model as it is
 BUDGETS = ("keep", "average")
@@ -100,6 +100,18 @@ def read_budget(given: Any, word: str = "keep") -> int | float:
     if number is None:
         raise ValueError(f"{word}={given!r} is neither a count (36) nor a fraction (0.1, 10%).")
     return check_keep(number / 100 if text.endswith("%") else number, word)
+
+
+def read_share(given: str, word: str) -> float:
+    """`0.5` or `50%` as a number; whether it can be meant is for others to say.
+
+    Raises:
+        ValueError: no number.
+    """
+    number = read_number(given.strip().removesuffix("%").strip())
+    if number is None:
+        raise ValueError(f"{word} {given!r} is no share (0.5, 50%).")
+    return number / 100 if given.strip().endswith("%") else number
 
 
 def read_given(key: str, value: Any) -> Any:
