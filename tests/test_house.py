@@ -39,7 +39,7 @@ ALSO = {
 #: Who may name what rides beside the calls: through transformers, through vLLM, and the help that tells of the latter.
 DECLARE = {"vlmprune.engine.channels", "vlmprune.serving.settings", "vlmprune.cli.serve"}
 #: Of the engine, what serving may use: checks, plans and merging, which need no supported transformers.
-PLANS = {"vlmprune.engine.compile", "vlmprune.engine.plan", "vlmprune.engine.tower"}
+PLANS = {f"vlmprune.engine.{name}" for name in ("compile", "decided", "plan", "tower")}
 
 
 def modules() -> dict[str, Path]:

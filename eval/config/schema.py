@@ -15,7 +15,7 @@ from vlmprune.errors import did_you_mean
 from vlmprune.eval.config import kinds
 from vlmprune.eval.config.entries import STRICT, Budget, Entries, WithBudgets, or_controls
 from vlmprune.eval.config.kinds import Average, Keep, Seeds
-from vlmprune.yamls.kinds import Many, Number, Positive, Some, Text, kind
+from vlmprune.yamls.kinds import Many, Number, Positive, Some, Switch, Text, kind
 from vlmprune.yamls.told import ConfigSource, about, mistakes, must_be
 from vlmprune.yamls.tree import Key, Mistakes, Tree, read_start, read_tree
 
@@ -145,6 +145,7 @@ class Setting(WithBudgets):
     attn_implementation: kinds.Attention | None = None
     device_map: kinds.DeviceMap | None = None
     template: Text | None = None
+    plain_pictures: Switch = False
     limit: Positive | None = None
     generation: kinds.Generation = field(default_factory=dict)
     include_path: Many[Text] = ()

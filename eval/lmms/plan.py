@@ -174,6 +174,8 @@ def shared_by_all(draft: Draft, model: dict[str, Any], device: str) -> dict[str,
         "device": device,
         **{word: getattr(draft.setting, word) for word in words},
         "template": template_of(draft),
+        # only where it is on: results from before there was this key stand
+        **({"plain_pictures": True} if draft.setting.plain_pictures else {}),
     }
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from vlmprune.engine.census import count_prompts
 from vlmprune.engine.channels import SEGMENTS, Seen, seen_on
+from vlmprune.engine.decided import check_flow, check_reduction, whose
 from vlmprune.engine.effect import tell_idle
 from vlmprune.engine.finite import WAY_OUT, cut_is_finite, demand
 from vlmprune.engine.placement import check_device, loaded
@@ -166,6 +167,7 @@ class Prefill:
         layout, at = self.layout, self.flat_index()
         seen = self.seen_by(name, cut, hidden, at)
         reduction = cut.reduce(seen, layout)
+        check_reduction(where := whose(self.plan, cut), reduction, layout.alive, layout.alive_counts)
         if reduction.soft is not None:
             self.soften(name, cut, reduction, at)
             return hidden
@@ -180,6 +182,7 @@ class Prefill:
             return hidden  # a budget of all tokens is the exact identity
         if reduction.merge is not None:
             flow = reduction.merge
+            check_flow(where, flow, layout.width)
             hidden = torch.ops.vlmprune.merge(hidden, at, layout.alive, keep, flow.into, flow.weight, flow.source)
         hidden = self.drop(cut, hidden, layout.alive & ~keep, counts, at)
         self.layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=patches)
@@ -227,6 +230,10 @@ class Prefill:
         # checked where the tensor is, so that nothing waits for it
         told = f"method {name!r} promised {counts} kept tokens per image and kept other numbers."
         torch._assert_async((keep.sum(1) == upload(counts, keep.device)).all(), told)
+        if reduction.patches is not None:
+            told = f"method {name!r} promised {reduction.patches} kept patches per image and kept other numbers."
+            found = (keep & ~layout.newline).sum(1)
+            torch._assert_async((found == upload(reduction.patches, keep.device)).all(), told)
         return counts, patches
 
     def patches(self, cut: Cut, reduction: Reduction, keep: torch.Tensor) -> list[int] | None:

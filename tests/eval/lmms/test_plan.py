@@ -411,6 +411,8 @@ def test_results_are_kept_until_something_they_depend_on_has_another_content(pla
         assert told(make(), folder) == {f"changed: {what}"}, path
         path.unlink() if old is None else path.write_text(old)
     assert told(make(), folder) == set()
+    plainly = plan("[fopru]", *more, "plain_pictures: true", overrides=["tasks=[my_task]", f"include_path={tasks}"])
+    assert told(plainly, folder) == {"changed: how pictures are read"}
     (tasks / "utils.py").write_text("x = 1")
     assert told(make(), folder) == {"changed: the task's files"}
     (tasks / "utils.py").unlink()
