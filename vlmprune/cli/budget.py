@@ -13,7 +13,7 @@ from vlmprune.cli import flags
 from vlmprune.runtime.errors import UserError, user_mistakes
 
 if TYPE_CHECKING:
-    from vlmprune.cost.budget import Cost, Costs
+    from vlmprune.cost.budget import Costs, PromptCost
     from vlmprune.methods.base import Method
     from vlmprune.runtime.loading import Loaded
 
@@ -126,7 +126,12 @@ def solved(costs: Costs, timed: Callable, method: str, options: dict[str, Any], 
 
 
 def in_json(
-    costs: Costs, found: Cost, times: dict[str, float] | None, loaded: Loaded, method: str, options: dict[str, Any]
+    costs: Costs,
+    found: PromptCost,
+    times: dict[str, float] | None,
+    loaded: Loaded,
+    method: str,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     """All words, for a program."""
     whole, shares = costs.unpruned, found.over(costs.unpruned)

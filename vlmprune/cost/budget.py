@@ -18,7 +18,7 @@ from vlmprune.engine.compile import compile_plan
 from vlmprune.methods.base import Method
 from vlmprune.patches import Family, family_of
 
-__all__ = ["TEXT", "WORDS", "Cost", "Costs", "check_share", "solve"]
+__all__ = ["TEXT", "WORDS", "Costs", "PromptCost", "check_share", "solve"]
 
 TEXT = 60  # text tokens of the prompt, as in the benchmark
 #: What a budget may be given in besides `keep` and `average`, and what it is a share of.
@@ -26,7 +26,7 @@ WORDS = {"flops": "FLOPs of a prefill", "kv": "bytes in the cache after it"}
 
 
 @dataclass(frozen=True)
-class Cost:
+class PromptCost:
     """What one prefill costs.
 
     Attributes:
@@ -43,7 +43,7 @@ class Cost:
     language_flops: int
     kv: int
 
-    def over(self, whole: Cost) -> dict[str, float]:
+    def over(self, whole: PromptCost) -> dict[str, float]:
         """As shares of another one."""
         return {name: getattr(self, name) / getattr(whole, name) for name in vars(self)}
 
@@ -71,7 +71,7 @@ class Costs:
         layers = LayerTokens([(whole, whole)] * self.facts.tower_layers, [self.grid.tokens] * self.facts.decoder_layers)
         self.unpruned = self.cost(layers)
 
-    def of(self, methods: Sequence[Method]) -> Cost:
+    def of(self, methods: Sequence[Method]) -> PromptCost:
         """What methods cost.
 
         Raises:
@@ -80,10 +80,10 @@ class Costs:
         """
         return self.cost(tokens_of(compile_plan(methods, self.family, self.facts), self.grid))
 
-    def cost(self, layers: LayerTokens) -> Cost:
+    def cost(self, layers: LayerTokens) -> PromptCost:
         """What layers cost that see so many tokens."""
         tokens = [self.text + n for n in layers.decoder]
-        return Cost(
+        return PromptCost(
             left=layers.decoder[-1],
             layer_average=sum(layers.decoder) / len(layers.decoder),
             flops=formula_flops(self.config, tokens, layers.tower, self.grid.views),

@@ -34,7 +34,7 @@ class LayerTokens:
     decoder: list[int]
 
 
-class Noise:
+class TapNoise:
     """Numbers in the shapes of what cuts see of one picture."""
 
     def __init__(self, grid: ImageGrid, has_cls: bool):
@@ -74,12 +74,12 @@ def tokens_of(plan: Plan, grid: ImageGrid) -> LayerTokens:
         UnsupportedError: a count hangs on the picture, or a method refuses such pictures.
         ValueError: a budget that such a picture cannot meet.
     """
-    noise = Noise(grid, plan.facts.has_cls)
+    noise = TapNoise(grid, plan.facts.has_cls)
     tower, cluster = tower_tokens(plan, noise)
     return LayerTokens(tower, decoder_tokens(plan, noise, cluster))
 
 
-def tower_tokens(plan: Plan, noise: Noise) -> tuple[list[tuple[int, int]], torch.Tensor]:
+def tower_tokens(plan: Plan, noise: TapNoise) -> tuple[list[tuple[int, int]], torch.Tensor]:
     """Tokens of the tower's layers, and the cluster that every token ends in, `(views, tokens)`."""
     views, now = noise.grid.views, noise.grid.encoded // noise.grid.views + noise.has_cls
     sizes, place = torch.ones(views, now), torch.arange(now).expand(views, -1)
@@ -100,7 +100,7 @@ def tower_tokens(plan: Plan, noise: Noise) -> tuple[list[tuple[int, int]], torch
     return layers, place
 
 
-def decoder_tokens(plan: Plan, noise: Noise, cluster: torch.Tensor) -> list[int]:
+def decoder_tokens(plan: Plan, noise: TapNoise, cluster: torch.Tensor) -> list[int]:
     """Visual tokens of the decoder's layers, newlines included."""
     grid = noise.grid
     seen = {tap: noise.tower(tap) for tap in plan.measured}
