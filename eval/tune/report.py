@@ -61,8 +61,14 @@ def per_cent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
+def span(one: Candidate, goal: Goal) -> str:
+    """`1.1 to 1.3`: the interval of the speed-up on this machine."""
+    times = getattr(one.costs, goal.of)
+    return f"{times['low']:.2f} to {times['high']:.2f}"
+
+
 def statement(result: Result, one: Candidate) -> str:
-    """`fopru, keep 0.25: 2.3 times as fast (first token), loss 0.4 points, under 1.0 with 95 % confidence: yes`."""
+    """`fopru, keep 0.25: 2.3 times as fast (first token; ...), loss 0.4 points, under 1.0 with 95 % confidence: yes`."""
     goal, found = result.goal, one.verdict
     what = "first token" if goal.of == "first" else f"answer of {one.costs.tokens} tokens"
     lost = "of the score" if result.scored else "of the answers changed"
@@ -70,7 +76,7 @@ def statement(result: Result, one: Candidate) -> str:
     if found.answer == "open":
         end = f"needs about {found.more} more pictures" if found.more else "no, as it looks, and more pictures may tell"
     return (
-        f"{one.label}: {one.speedup(goal):.2f} times as fast ({what}), loss {per_cent(found.loss)} points {lost}, "
+        f"{one.label}: {one.speedup(goal):.2f} times as fast ({what}; 95 % interval {span(one, goal)}), loss {per_cent(found.loss)} points {lost}, "
         f"under {per_cent(goal.loss)} with {CONFIDENCE:.0%} confidence: {end}."
     )
 

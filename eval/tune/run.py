@@ -1,4 +1,4 @@
-"""The search of `vlmprune tune`: costs of every candidate, then halving on the user's prompts; all is kept as it comes."""
+"""The search of `vlmprune tune`: what candidates cost, then halving on the user's prompts; all is kept as it comes."""
 
 from __future__ import annotations
 
