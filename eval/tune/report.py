@@ -68,16 +68,16 @@ def span(one: Candidate, goal: Goal) -> str:
 
 
 def statement(result: Result, one: Candidate) -> str:
-    """`fopru, keep 0.25: 2.3 times as fast (first token; ...), loss 0.4 points, under 1.0 with 95 % confidence: yes`."""
+    """`fopru, keep 0.25: 2.3 times as fast (...), loss 0.4 points, under 1.0 with 95 % confidence: yes`."""
     goal, found = result.goal, one.verdict
     what = "first token" if goal.of == "first" else f"answer of {one.costs.tokens} tokens"
     lost = "of the score" if result.scored else "of the answers changed"
-    end = {"yes": "yes", "no": "no", "open": "open"}[found.answer]
-    if found.answer == "open":
-        end = f"needs about {found.more} more pictures" if found.more else "no, as it looks, and more pictures may tell"
+    end = {"yes": "yes", "no": "no", "open": "no, as it looks, and more pictures may tell"}[found.answer]
+    if found.more is not None:
+        end = f"needs about {found.more} more pictures"
     return (
-        f"{one.label}: {one.speedup(goal):.2f} times as fast ({what}; 95 % interval {span(one, goal)}), loss {per_cent(found.loss)} points {lost}, "
-        f"under {per_cent(goal.loss)} with {CONFIDENCE:.0%} confidence: {end}."
+        f"{one.label}: {one.speedup(goal):.2f} times as fast ({what}; 95 % interval {span(one, goal)}), loss "
+        f"{per_cent(found.loss)} points {lost}, under {per_cent(goal.loss)} with {CONFIDENCE:.0%} confidence: {end}."
     )
 
 

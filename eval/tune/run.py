@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlmprune.eval.fidelity import measure as fidelity
 from vlmprune.eval.fidelity import run as fidelity_run
-from vlmprune.eval.fidelity.costs import EntryCosts, measure_costs
+from vlmprune.eval.fidelity.costs import CostBook, EntryCosts
 from vlmprune.eval.fidelity.journal import Journal
 from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
 from vlmprune.eval.tune.judge import LossVerdict, judge
 from vlmprune.eval.tune.scores import score
 from vlmprune.eval.tune.search import Standing, better_half, rungs
-from vlmprune.runtime.answering import guarded, patch
-from vlmprune.runtime.files import write_whole
 from vlmprune.runtime.loading import Loaded
 from vlmprune.runtime.prompts import Pair
 from vlmprune.runtime.status import Bar, note, status
 from vlmprune.runtime.tables import counted
-from vlmprune.spec import Job
 
 __all__ = ["Candidate", "Goal", "Tuning", "loss_of"]
-
-COSTS = "costs.json"
 
 
 @dataclass(frozen=True)
@@ -101,11 +92,12 @@ class Tuning:
         now: Callable[[], float] = time.monotonic,
     ):
         self.loaded, self.folder, self.setting, self.goal = loaded, folder, setting, goal
-        self.batch, self.longest, self.repeats, self.now = batch, longest, repeats, now
+        self.batch, self.longest, self.now = batch, longest, now
         self.journal = Journal(folder, setting)
         self.pairs = shuffled(pairs)
         self.pictures = list(dict.fromkeys(pair.picture for pair in self.pairs))
         self.skipped: dict[str, str] = {}
+        self.book = CostBook(loaded, self.journal, self.pairs, batch, longest, repeats, self.skipped)
         self.end = now() + deadline
         self.interrupted = False
 
@@ -114,53 +106,21 @@ class Tuning:
         """Whether there is no time left, or the user said stop."""
         return self.interrupted or self.now() > self.end
 
-    # What candidates cost
-
     def costs(self, entries: Sequence[StudyEntry]) -> list[Candidate]:
         """Measure what entries cost that are not known yet; those that time was too short for are left out."""
-        path = self.folder / COSTS
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        made, inputs, tokens = [], None, 0
+        made = []
         with Bar(len(entries)) as bar:
             for entry in entries:
-                key = self.key(entry)
-                if key not in known:
-                    if self.over:
-                        break
-                    status(f"timing {entry.label}")
-                    try:
-                        if inputs is None:
-                            inputs, tokens = self.timed_batch()
-                        with patch(self.loaded, Job(entry.method, entry.seeded(entry.seeds[0]))) as handle:
-                            known[key] = asdict(guarded(measure_costs, handle, inputs, tokens, self.repeats))
-                    except KeyboardInterrupt:
-                        self.interrupted = True
-                        break
-                    write_whole(path, json.dumps(known, indent=1).encode())
-                made.append(Candidate(entry, EntryCosts(**known[key])))
+                if entry not in self.book and self.over:
+                    break
+                status(f"timing {entry.label}")
+                try:
+                    made.append(Candidate(entry, self.book.of(entry)))
+                except KeyboardInterrupt:
+                    self.interrupted = True
+                    break
                 bar.step()
         return made
-
-    def key(self, entry: StudyEntry) -> str:
-        """What the costs of an entry are found by again."""
-        row = self.journal.key("", Path(), "", entry, entry.seeds[0])
-        about = [row, self.setting, self.batch, self.repeats]
-        return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
-
-    def timed_batch(self) -> tuple[dict[str, Any], int]:
-        """The prompts that are timed, and the length of an answer: what the unpruned model says to them."""
-        some = [inputs for _, inputs in self.first_inputs()]
-        tokenizer = self.loaded.processor.tokenizer
-        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        inputs = fidelity.collate(some, pad)
-        full = guarded(fidelity.reference, self.loaded.model, inputs, self.longest)
-        return inputs, int(full.real.sum(1).max())
-
-    def first_inputs(self) -> Iterator[tuple[Pair, dict[str, Any]]]:
-        """The first prompts that can be read, a batch of them."""
-        yield from islice(fidelity_run.prepared(self.loaded, self.pairs, self.skipped), self.batch)
-
-    # The search
 
     def search(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Halve the candidates on more and more pictures; returns those that were left at the end, best first."""

@@ -1,4 +1,4 @@
-"""`vlmprune tune` end to end: on the trained model and its pictures, and its decisions with a made-up clock and answers."""
+"""`vlmprune tune` end to end: on the trained model and its pictures, and with a made-up clock and answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tiny_folders import answer
 
 import vlmprune
 from vlmprune.cli import tune as verb
-from vlmprune.eval.fidelity import costs
+from vlmprune.eval.fidelity import costs, measure
 from vlmprune.eval.tune import run as tuning
 from vlmprune.recipe import read_recipe
 
@@ -31,7 +31,7 @@ def timed(speed):
 def run(cli, folders, pictures, tmp_path, monkeypatch):
     """`run(flags=...)` on a tiny model with four pictures: code, results.json, stdout, stderr."""
     (tmp_path / "prompts.txt").write_text("what colour is it ?\n")
-    monkeypatch.setattr(tuning, "measure_costs", timed(lambda method: 3 - 2 * (method.keep or 0.5)))
+    monkeypatch.setattr(costs, "measure_costs", timed(lambda method: 3 - 2 * (method.keep or 0.5)))
 
     def call(*more, **given):
         flags = {
@@ -61,7 +61,8 @@ def test_on_the_models_own_pictures(cli, tmp_path):
         "--max-new-tokens",
         "4",
     ]
-    code, said, err = cli("tune", *given, "--out", out, "--speedup", "0.5", "--max-loss", "90%", "--speed-of", "first")
+    short = ["--speed-of", "first", "--max-new-tokens", "4"]
+    code, said, err = cli("tune", *given, "--out", out, "--speedup", "0.5", "--max-loss", "90%", *short)
     assert code == 0, err
     results = json.loads((out / "results.json").read_text())
     assert results["scored"]
@@ -81,7 +82,7 @@ def test_on_the_models_own_pictures(cli, tmp_path):
 
 
 def test_the_fast_enough_with_least_loss_wins(run):
-    code, results, out, err = run(speedup="1.5", max_loss="99%")
+    code, results, _, err = run(speedup="1.5", max_loss="99%")
     assert code == 0, err
     assert not results["scored"]
     # keep 1.0 changes nothing and is too slow, keep 0.5 is twice as fast
@@ -94,7 +95,7 @@ def test_the_fast_enough_with_least_loss_wins(run):
 
 
 def test_what_is_too_slow_is_said(run):
-    code, results, out, _ = run(speedup="4", max_loss="99%")
+    code, _, out, _ = run(speedup="4", max_loss="99%")
     assert code == 0
     assert "Nothing tried is 4 times as fast" in out
     assert "the fastest of all was fopru, keep 0.5, 2.00 times" in out or "grid, keep 0.5, 2.00 times" in out
@@ -124,7 +125,7 @@ def test_given_answers_are_scored(run, folders, pictures, tmp_path):
     said = {name: answer(folders["llava"], pictures / name, "what is it ?", 2, "grid", keep=0.25) for name in right}
     assert losses["grid, keep 0.25"] == sum(said[name] != right[name] for name in right) / 2
     assert losses["grid, keep 1.0"] == 0
-    write(dict.fromkeys(right, ["never said"]))
+    write(dict.fromkeys(right, "never said"))
     code, results, _, err = run("--resume", prompts=None, data=data, keep="0.25", methods="grid")
     assert (code, results["finalists"][0]["verdict"]["loss"]) == (0, 0), err
 
@@ -133,9 +134,9 @@ def test_what_is_there_is_not_measured_again(run, monkeypatch):
     assert run()[0] == 0
     code, _, _, err = run()
     assert (code, "--resume goes on" in err) == (2, True)
-    monkeypatch.setattr(tuning, "measure_costs", lambda *args: pytest.fail("timed again"))
+    monkeypatch.setattr(costs, "measure_costs", lambda *args: pytest.fail("timed again"))
     monkeypatch.setattr(tuning.fidelity_run, "one_batch", lambda *args: pytest.fail("measured again"))
-    monkeypatch.setattr(tuning.Tuning, "timed_batch", lambda self: pytest.fail("timed again"))
+    monkeypatch.setattr(costs.CostBook, "timed", property(lambda self: pytest.fail("timed again")))
     code, results, _, err = run("--resume")
     assert (code, results["complete"]) == (0, True), err
 
@@ -167,7 +168,7 @@ def test_hopeless_candidates_see_few_pictures(folders, tmp_path, cli, monkeypatc
     for i in range(32):
         Image.new("RGB", (24, 24), (i, 0, 0)).save(photos / f"{i}.png")
     (tmp_path / "prompts.txt").write_text("what is it ?\n")
-    monkeypatch.setattr(tuning, "measure_costs", timed(lambda method: 2.0))
+    monkeypatch.setattr(costs, "measure_costs", timed(lambda method: 2.0))
     asked = []
 
     def answered(loaded, todo, some, longest, tell):
@@ -176,8 +177,8 @@ def test_hopeless_candidates_see_few_pictures(folders, tmp_path, cli, monkeypatc
             for (entry, seed), key in zip(todo.steps, todo.keys(pair), strict=True):
                 asked.append(entry.label)
                 same = entry.options["keep"] >= 0.3
-                one = tuning.fidelity.Compared(same, same, 0.0, 0.1, [], 16, 4, 4.0)
-                rows[key] = tuning.fidelity.StudyRow(pair.picture, pair.prompt, entry.label, seed, "a", "b", one)
+                one = measure.Compared(same, same, 0.0, 0.1, [], 16, 4, 4.0)
+                rows[key] = measure.StudyRow(pair.picture, pair.prompt, entry.label, seed, "a", "b", one)
         todo.journal.add(rows)
 
     monkeypatch.setattr(tuning.fidelity_run, "one_batch", answered)
