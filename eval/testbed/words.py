@@ -32,6 +32,9 @@ VOCABULARY: tuple[str, ...] = tuple(
     dict.fromkeys((*SPECIAL_TOKENS, *_WORDS, *COLOUR_NAMES, *VALUES, *(s + "s" for s in SHAPES)))
 )
 
+#: scene-qwen's: the same, and the marks around its pictures.
+QWEN_VOCABULARY: tuple[str, ...] = (*VOCABULARY, "<vision>", "</vision>", "<video>")
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ 'user: ' if message['role'] == 'user' else 'assistant: ' }}"
