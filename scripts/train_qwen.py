@@ -123,8 +123,6 @@ def main() -> None:
     lesson = (TowerLesson if args.stage == "tower" else LanguageLesson)(host, args)
     module = lesson.module
     trained = [p for p in module.parameters() if p.requires_grad]
-    if args.stage == "tower":
-        trained = [p for p in module.parameters()]
     hidden = [p for p in lesson.blocks.parameters() if p.ndim == 2]
     rest = [p for p in trained if not any(p is h for h in hidden)]
     optimizers = [

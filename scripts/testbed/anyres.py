@@ -175,7 +175,7 @@ def positions(rows: int, columns: int, groups: list[torch.Tensor], shift: int) -
 
 
 def visible(start: int, groups: list[torch.Tensor]) -> torch.Tensor:
-    """Who sees whom: the prefix itself causally, every turn the prefix and, causally, itself. (1, 1, N, N) float, added to scores."""
+    """Who sees whom, (1, 1, N, N) float, added to scores: causally, every turn the prefix and itself."""
     lengths = [start] + [g.shape[2] for g in groups for _ in range(g.shape[1])]
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     causal = torch.ones(len(owner), len(owner), dtype=torch.bool).tril()

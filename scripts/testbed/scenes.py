@@ -258,7 +258,7 @@ def loose_scene(
     height: int = TILE,
     lit: bool = False,
 ) -> Scene:
-    """Objects anywhere on a jittered grid of `cells` (rows and columns), edges included: for training the tower only."""
+    """Objects anywhere on a jittered grid of `cells` (rows and columns), edges included: for the tower only."""
     scene = Scene(width, height)
     rows, columns = (cells, cells) if isinstance(cells, int) else cells
     side_x, side_y = width / columns, height / rows
