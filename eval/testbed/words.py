@@ -32,9 +32,6 @@ VOCABULARY: tuple[str, ...] = tuple(
     dict.fromkeys((*SPECIAL_TOKENS, *_WORDS, *COLOUR_NAMES, *VALUES, *(s + "s" for s in SHAPES)))
 )
 
-#: scene-qwen's: the same, and the marks around its pictures.
-QWEN_VOCABULARY: tuple[str, ...] = (*VOCABULARY, "<vision>", "</vision>", "<video>")
-
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ 'user: ' if message['role'] == 'user' else 'assistant: ' }}"
@@ -43,4 +40,11 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }} {% endif %}{% endfor %}"
     "{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+#: scene-qwen's: the same, and the marks around its pictures.
+QWEN_VOCABULARY: tuple[str, ...] = (*VOCABULARY, "<vision>", "</vision>", "<video>")
+QWEN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{% if part['type'] == 'image' %}<image> {% endif %}",
+    "{% if part['type'] in ('image', 'video') %}<vision> <{{ part['type'] }}> </vision> {% endif %}",
 )

@@ -7,16 +7,20 @@ behind the picture, computed by the host's own layers under a mask that says so.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from vlmprune.eval.testbed.words import COLOUR_NAMES, QWEN_VOCABULARY, VALUES
+from vlmprune.eval.testbed.words import COLOUR_NAMES, QWEN_CHAT_TEMPLATE, QWEN_VOCABULARY, VALUES
 
-from .packed import encode_turn
+from .models import tokenizer
 from .scenes import Scene, loose_scene, quadrant_scene
 from .tower import PIXEL_MEAN, PIXEL_STD
 
@@ -27,6 +31,7 @@ NO_COLOUR, NO_VALUE = len(COLOUR_NAMES), len(VALUES)
 #: Columns of the heads that supervise tokens: colour, value, eighth of the height, of the width.
 HEADS = {"colour": NO_COLOUR + 1, "value": NO_VALUE + 1, "row": 8, "column": 8}
 _INDEX = {word: i for i, word in enumerate(QWEN_VOCABULARY)}
+_PARTS = ["image_processor", "tokenizer"]
 _BEFORE = [_INDEX[word] for word in ("<s>", "user:", "<vision>")]
 
 
@@ -76,6 +81,38 @@ def model() -> Qwen2_5_VLForConditionalGeneration:
     host = Qwen2_5_VLForConditionalGeneration(config())
     host.set_attn_implementation("eager")  # at this size the fastest to train
     return host
+
+
+#: What the processors of pictures and of videos share.
+_PIXELS = {
+    "patch_size": PATCH,
+    "merge_size": MERGE,
+    "temporal_patch_size": FRAMES,
+    "image_mean": [PIXEL_MEAN] * 3,
+    "image_std": [PIXEL_STD] * 3,
+}
+#: From 4 to 256 tokens a picture.
+SIZE = {"shortest_edge": 4 * CELL**2, "longest_edge": 256 * CELL**2}
+
+
+def processor() -> Qwen2_5_VLProcessor:
+    """The processor that goes with `model`, for pictures: its part for videos needs torchvision."""
+    kind = type("Qwen2_5_VLProcessor", (Qwen2_5_VLProcessor,), {"get_attributes": classmethod(lambda _: _PARTS)})
+    words = tokenizer(QWEN_VOCABULARY, video_token="<video>", vision_bos_token="<vision>", vision_eos_token="</vision>")
+    return kind(Qwen2VLImageProcessorPil(size=SIZE, **_PIXELS), words, chat_template=QWEN_CHAT_TEMPLATE)
+
+
+def save_processor(folder: Path) -> None:
+    """Writes the processor, with the part for videos that this environment may be unable to make."""
+    processor().save_pretrained(folder)
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text())
+    settings["video_processor"] = settings["image_processor"] | {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        "size": {"shortest_edge": SIZE["shortest_edge"], "longest_edge": 4 * SIZE["longest_edge"]},
+    }
+    del settings["video_processor"]["image_processor_type"]
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def draw_grid(rng: np.random.Generator) -> tuple[int, int]:
@@ -156,11 +193,6 @@ class SupervisedTower(nn.Module):
                 losses[name] = 0.15 * each.mean()
         right = torch.stack([said.argmax(-1) for said in logits], 1) == wanted
         return losses, right
-
-
-def turn(prompt: str, answer: str, length: int) -> tuple[list[int], list[int]]:
-    """`packed.encode_turn`: the words have the same numbers here."""
-    return encode_turn(prompt, answer, length)
 
 
 def positions(rows: int, columns: int, groups: list[torch.Tensor], shift: int) -> torch.Tensor:
