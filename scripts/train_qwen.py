@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -146,6 +148,7 @@ def main() -> None:
 
     log = (args.out / f"{args.stage}.jsonl").open("a")
     hits, total, losses, last, saved = Counter(), Counter(), [], time.time(), spent
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(save()))
     while (done := spent / (60 * args.minutes)) < 1:
         # Constant, then a cosine down: the run can be prolonged while the rate is constant.
         decay = 1.0 if done < 0.5 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
