@@ -34,6 +34,7 @@ def write_demo(folder: Path) -> None:
     for file, model, seed, count, (width, height), category in DEMO:
         size = (12, 17) if model == "scene-llava-next" else (19, 24)
         look = {"size": size, "width": width, "height": height, "lit": model == "scene-qwen"}
+        look |= {"digits": 0.0} if model == "scene-qwen" else {}
         asked, attempt = None, 0
         while asked is None:  # not every scene allows every category
             rng = np.random.default_rng(scenes.TEST_SEED + 5_000_000 + 1000 * attempt + seed)

@@ -4,8 +4,7 @@
     OMP_NUM_THREADS=1 python scripts/train_qwen.py lm --minutes 40
 
 Rerunning the same command resumes. The learning rate follows the minutes spent. Every step draws fresh pictures, so the
-accuracies it logs are those of pictures never seen before (handwriting excepted: only the evaluation uses held-out
-digits).
+accuracies it logs are those of pictures never seen before.
 """
 
 from __future__ import annotations
@@ -45,12 +44,10 @@ class TowerLesson:
         with torch.autocast("cpu", torch.bfloat16):
             losses, right = self.module(anyres.patches(pixels), anyres.grids(size, rows, columns), wanted)
         things = wanted.flatten(0, 1)[:, 0] != anyres.NO_COLOUR
-        digit = things & (wanted.flatten(0, 1)[:, 1] >= 4)
         hits, total = Counter(), Counter()
         for name, mine, column in (
             ("colour", things, 0),
             ("value", things, 1),
-            ("digit", digit, 1),
             ("background", ~things, 0),
             ("row", things, 2),
             ("column", things, 3),

@@ -1,4 +1,4 @@
-"""scene-qwen: pictures of any size, the model and its processor, and how it is taught.
+"""scene-qwen: pictures of any size, the model and its processor, and how it is taught. Its scenes have shapes alone.
 
 The tower is supervised token by token behind its merger, then frozen but for the merger, and the language model learns
 from many turns behind one picture: one row, in which every turn sees the picture and itself and its positions restart
@@ -125,7 +125,7 @@ def scene(rng: np.random.Generator, rows: int, columns: int, **options) -> Scene
     """A scene that fills the grid: one in four is drawn a few pixels larger or smaller and resized, as pictures are."""
     height, width = rows * CELL, columns * CELL
     change = (rng.integers(-7, 8, 2) if rng.random() < 0.25 else np.zeros(2)).astype(int)
-    options = {"size": (18, 26)} | options
+    options = {"size": (18, 26), "digits": 0.0} | options
     found = quadrant_scene(rng, width=width + int(change[0]), height=height + int(change[1]), lit=True, **options)
     if change.any():
         found.pixels = np.asarray(found.image().resize((width, height), Image.Resampling.BICUBIC))
@@ -137,7 +137,7 @@ def full_scene(rng: np.random.Generator, rows: int, columns: int) -> Scene:
     """A picture full of objects, for the tower: it teaches most in a second."""
     cells = max(round(rows / 2.1), 1), max(round(columns / 2.1), 1)
     size = {"width": columns * CELL, "height": rows * CELL}
-    return loose_scene(rng, cells=cells, fill=rng.uniform(0.4, 0.9), size=(17, 28), lit=True, **size)
+    return loose_scene(rng, cells=cells, fill=rng.uniform(0.4, 0.9), size=(17, 28), lit=True, digits=0.0, **size)
 
 
 def patches(pixels: torch.Tensor) -> torch.Tensor:

@@ -257,6 +257,7 @@ def loose_scene(
     width: int = TILE,
     height: int = TILE,
     lit: bool = False,
+    digits: float = 0.38,
 ) -> Scene:
     """Objects anywhere on a jittered grid of `cells` (rows and columns), edges included: for the tower only."""
     scene = Scene(width, height)
@@ -264,7 +265,7 @@ def loose_scene(
     side_x, side_y = width / columns, height / rows
     spots = [c for c in range(rows * columns) if rng.random() < fill]
     for spot in spots:
-        colour, value, instance = choose_pairs(rng, 1, False)[0]
+        colour, value, instance = choose_pairs(rng, 1, False, digits=digits)[0]
         side = int(rng.integers(size[0], size[1] + 1))
         row, column = divmod(spot, columns)
         slack_x, slack_y = side_x - side, side_y - side

@@ -40,7 +40,7 @@ def test_scene(split: str, seed: int) -> Scene:
         return quadrant_scene(rng, size=(11, 17), width=width, height=height, test=True)
     if split == "qwen":
         width, height = QWEN_SIZES[seed % len(QWEN_SIZES)]
-        return quadrant_scene(rng, size=(18, 26), width=width, height=height, test=True, lit=True)
+        return quadrant_scene(rng, size=(18, 26), width=width, height=height, test=True, lit=True, digits=0.0)
     return quadrant_scene(rng, test=True, unseen=split == "unseen")
 
 
