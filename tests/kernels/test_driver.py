@@ -140,7 +140,8 @@ def test_what_a_launch_costs_the_host(cuda_on_cpu, monkeypatch):
         times = []
         for _ in range(200):
             begin = time.perf_counter()
-            torch.ops.vlmprune.select_gather(*args)
+            with kernels.without_autograd():
+                torch.ops.vlmprune.select_gather(*args)
             times.append(time.perf_counter() - begin)
-    assert min(times) < 150e-6, f"{1e6 * min(times):.0f} us"
+    assert min(times) < 100e-6, f"{1e6 * min(times):.0f} us"
     assert ops.library is not None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
+from vlmprune import kernels
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.cuts import Positions
 from vlmprune.parts.layout import Layout, upload
@@ -219,17 +219,18 @@ class Sequence:
         empty = hidden.new_empty(*hidden.shape[:2], 0)
         # contiguous ids have another rotary embedding than the prompt's, and it is not gathered
         cos, sin = (empty, empty) if close else self.rotary
-        hidden, ids, cos, sin, index, mask, lost = torch.ops.vlmprune.select_gather(
-            ~drop,
-            None,
-            self.mask,
-            hidden,
-            self.columns if self.positions is None else self.positions,
-            cos,
-            sin,
-            new,
-            close,
-        )
+        with kernels.without_autograd():
+            hidden, ids, cos, sin, index, mask, lost = torch.ops.vlmprune.select_gather(
+                ~drop,
+                None,
+                self.mask,
+                hidden,
+                self.columns if self.positions is None else self.positions,
+                cos,
+                sin,
+                new,
+                close,
+            )
         left = replace(
             self,
             columns=by_columns(self.columns, index),

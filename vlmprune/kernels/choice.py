@@ -8,7 +8,7 @@ import importlib
 import os
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import util
 from typing import Any
 
@@ -109,16 +109,21 @@ def run(op: str, *args: Any) -> Any:
     checks.check(op, args)
     device, name = args[0].device, wanted(op)
     names = (ON_GPU[op] if device.type == "cuda" else ()) if name == "auto" else () if name == "torch" else (name,)
-    with at_home(device):
-        for name in names:
-            reason = why_not(name, op, device)
-            if reason is None:
-                result = attempt(name, op, args)
-                if not isinstance(result, str):
-                    return result
-                reason = result
-            tell(name, op, device, reason)
-        return plain(op, device)(*args)
+    return at_home(device, first_that_can, op, names, args)
+
+
+def first_that_can(op: str, names: tuple[str, ...], args: tuple) -> Any:
+    """The result of the first implementation that has one; plain torch always has."""
+    device = args[0].device
+    for name in names:
+        reason = why_not(name, op, device)
+        if reason is None:
+            result = attempt(name, op, args)
+            if not isinstance(result, str):
+                return result
+            reason = result
+        tell(name, op, device, reason)
+    return plain(op, device)(*args)
 
 
 def plain(op: str, device: torch.device) -> Callable:
@@ -126,20 +131,21 @@ def plain(op: str, device: torch.device) -> Callable:
     return greedy_cpu.greedy if op == "greedy" and device.type == "cpu" else getattr(reference, op)
 
 
-@contextlib.contextmanager
-def at_home(device: torch.device) -> Iterator[None]:
-    """Launch on the tensors' own GPU, whichever is the current one, and in the dtypes that an op asks for."""
+def at_home(device: torch.device, function: Callable, *args: Any) -> Any:
+    """Call a function on the tensors' own GPU, whichever is the current one, and in the dtypes that an op asks for.
+
+    A function and no context manager, which would cost as much as a launch where there is nothing to change.
+    """
     away = device.type == "cuda" and device.index is not None and device.index != torch.cuda.current_device()
     cast = torch.is_autocast_enabled(device.type)
     if not away and not cast:
-        yield
-        return
+        return function(*args)
     with contextlib.ExitStack() as stack:
         if away:
             stack.enter_context(torch.cuda.device(device))
         if cast:
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        yield
+        return function(*args)
 
 
 def capturing(device: torch.device) -> bool:
@@ -194,4 +200,4 @@ def tell(name: str, op: str, device: torch.device, reason: str) -> None:
     """Say once that an implementation was replaced."""
     if (name, op, str(device), reason) not in told:
         told.add((name, op, str(device), reason))
-        warnings.warn(f"vlmprune.{op}: not on {name}, since {reason}.", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"vlmprune.{op}: not on {name}, since {reason}.", RuntimeWarning, stacklevel=6)

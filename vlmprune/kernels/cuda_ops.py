@@ -83,13 +83,14 @@ def top_k(scores: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     return out
 
 
-def row_steps(x: Tensor) -> tuple[Tensor, list[int]]:
+def row_steps(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """`x` with rows that lie in one piece, and the bytes from one axis, sample and column to the next."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
+    steps = x.stride()
+    if steps[-1] != 1 and x.shape[-1] > 1:
         x = x.contiguous()
+        steps = x.stride()
     size = x.element_size()
-    steps = [s * size for s in x.stride()[:-1]]
-    return x, [0] * (3 - len(steps)) + steps
+    return x, (steps[0] * size if len(steps) == 4 else 0, steps[-3] * size, steps[-2] * size)
 
 
 def select_gather(

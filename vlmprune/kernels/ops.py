@@ -5,6 +5,7 @@ Call them as `torch.ops.vlmprune.<name>`. None of them waits for the device, and
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from vlmprune.kernels.choice import OPS, run
 from vlmprune.kernels.reference import empty_gather, merge_weights
 
-__all__ = ["OPS"]
+__all__ = ["OPS", "without_autograd"]
 
 library = Library("vlmprune", "DEF")
 
@@ -34,6 +35,16 @@ def define(function: Callable) -> Callable:
 def fake(name: str) -> Callable:
     """Register what an op returns for tensors without values."""
     return torch.library.register_fake(f"vlmprune::{name}", lib=library)
+
+
+def without_autograd() -> contextlib.AbstractContextManager:
+    """A context in which ops go past autograd where no gradient is asked for.
+
+    Autograd's part of an op is Python, and finding out there that nothing is to be done takes longer than a launch.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 @define

@@ -76,11 +76,16 @@ def empty_gather(
     scores: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, ...]:
     """Uninitialised results of `select_gather`."""
-    hidden, cos, sin = (x.new_empty((*x.shape[:-2], length, x.shape[-1])) for x in (hidden, cos, sin))
-    index = scores.new_empty((scores.shape[0], length), dtype=torch.long)
-    dropped = scores.new_empty((scores.shape[0],), dtype=torch.long)
-    return hidden, ids.new_empty((*ids.shape[:-1], length)), cos, sin, index, \
-        torch.empty_like(index, dtype=torch.bool), dropped  # fmt: skip
+    short, batch = (length, cos.shape[-1]), scores.shape[0]
+    return (
+        hidden.new_empty((*hidden.shape[:-2], length, hidden.shape[-1])),
+        ids.new_empty((*ids.shape[:-1], length)),
+        cos.new_empty(cos.shape[:-2] + short),
+        sin.new_empty(sin.shape[:-2] + short),
+        scores.new_empty((batch, length), dtype=torch.long),
+        scores.new_empty((batch, length), dtype=torch.bool),
+        scores.new_empty((batch,), dtype=torch.long),
+    )
 
 
 def take(x: torch.Tensor, row: torch.Tensor, index: torch.Tensor, inner: int) -> torch.Tensor:
