@@ -55,7 +55,7 @@ def test_methods_json(cli):
     found = {method["name"]: method for method in json.loads(cli("ls", "methods", "--json")[1])}
     assert sorted(found) == registry.names()
     assert found["fopru"]["paper"] == "arXiv 2411.14164"
-    assert (found["fopru"]["positions"], found["fastv"]["positions"]) == ("contiguous", "original")
+    assert (found["fopru"]["positions"], found["fastv"]["positions"]) == ("family", "original")
     assert found["fopru"]["options"]["strategy"]["default"] == "rank"
     assert found["random"]["from"] == "vlmprune"
 

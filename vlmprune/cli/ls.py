@@ -30,7 +30,8 @@ examples:
 FACTS = ("needs", "stage", "positions", "syncs", "training")
 LEGEND = (
     "",
-    "stage: where tokens go; positions: default position ids after the cut; syncs: device syncs per cut beyond",
+    "stage: where tokens go; positions: default position ids after the cut (family: contiguous, but original",
+    "where they lie on several axes, as M-RoPE's); syncs: device syncs per cut beyond",
     "one read of the placeholder counts; vLLM: whether it can be served. One in full: vlmprune ls methods NAME",
 )
 
@@ -95,7 +96,7 @@ def describe(name: str, cls: type) -> dict[str, Any]:
         "paper": cls.paper,
         "needs": cls.needs,
         "stage": cls.stage,
-        "positions": options.get("positions", {}).get("default", "-"),
+        "positions": options.get("positions", {}).get("default", "-") or "family",
         "syncs": cls.syncs,
         "training": cls.training,
         "vllm": served(cls),

@@ -9,7 +9,15 @@ from torch import nn
 
 from vlmprune import kernels
 from vlmprune.engine.encode import Encode, encoder
-from vlmprune.engine.hooks import AfterBlock, AfterLanguageModel, AfterModel, BeforeHead, BeforeLayer, BeforeModel
+from vlmprune.engine.hooks import (
+    AfterBlock,
+    AfterLanguageModel,
+    AfterModel,
+    BeforeHead,
+    BeforeLanguageModel,
+    BeforeLayer,
+    BeforeModel,
+)
 from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.tower import (
     AfterKeys,
@@ -111,6 +119,8 @@ def hook_language_model(inner: nn.Module, plan: Plan) -> None:
             kind = decoder_layer(layer)
             for block, last in ((kind.attention, False), (kind.feed_forward, True)):
                 block.register_forward_hook(AfterBlock(plan, index, watching, last), with_kwargs=True)
+    if plan.family.axes > 1 or plan.family.injected:
+        plan.family.language_model(inner).register_forward_pre_hook(BeforeLanguageModel(plan), with_kwargs=True)
     # in this order: inner and language model may be one module
     plan.family.language_model(inner).register_forward_hook(AfterLanguageModel(plan), with_kwargs=True)
     inner.register_forward_hook(AfterModel(plan), with_kwargs=True)

@@ -151,9 +151,11 @@ class Pruner(Budgeted):
     """A method with a budget that takes tokens out of the prompt. Subclasses give other defaults, or types.
 
     Args:
-        positions: "contiguous" closes the gaps that a cut makes in the position ids, "original" leaves them.
+        positions: "contiguous" closes the gaps that a cut makes in the position ids, "original" leaves them; None is
+            the family's own: contiguous, and original where positions lie on several axes (M-RoPE), which have no gaps
+            to close.
         newlines: newline tokens of anyres images: "all" stay, those in the "row" of a kept patch do, or "none".
     """
 
-    positions: Positions = "contiguous"
+    positions: Positions | None = None
     newlines: Newlines = "all"

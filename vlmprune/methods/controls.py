@@ -22,6 +22,7 @@ from vlmprune.parts import (
     UnsupportedError,
     image_cells,
     keep_patches,
+    need_views,
     random_scores,
     select,
     upload,
@@ -141,6 +142,7 @@ class Downsample(Budgeted):
     stage = "pixels"
 
     def cuts(self, facts: ModelFacts) -> list[PixelCut]:
+        need_views(self.name, facts, "a smaller max_pixels of its processor is this control, and saves time")
         budget = self.budget
         share = budget if isinstance(budget, float) else min(1.0, budget / facts.view_patches)
         return [] if share == 1 else [PixelCut(partial(self.shrink, share=share))]

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         schedule_layers,
     )
     from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse
-    from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, scale_tower_layer
+    from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, need_views, scale_tower_layer
     from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
     from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
     from vlmprune.parts.merging import first_of_cluster, gather_to, match_alternating, match_energy, spread_evenly
@@ -135,6 +135,7 @@ __all__ = [
     "match_energy",
     "most_apart",
     "need_cls",
+    "need_views",
     "random_scores",
     "scale_tower_layer",
     "schedule_layers",

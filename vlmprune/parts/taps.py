@@ -81,6 +81,14 @@ def unknown(name: str, value: object, choices: object) -> str | None:
     return None if value in allowed else f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}"
 
 
+def windowed(layer: int, facts: ModelFacts) -> str | None:
+    """Why attention received in a tower layer does not compare the patches of a picture, or None."""
+    if layer not in facts.windowed:
+        return None
+    whole = ", ".join(str(n) for n in range(facts.tower_layers) if n not in facts.windowed)
+    return f"in this layer a patch sees its window alone, whose scores do not compare with others'; take one of {whole}"
+
+
 def of_no_layer(tap: TowerTap) -> str | None:
     """Why a tap that is known when the tower is done cannot be of a layer, or None."""
     return None if tap.layer == -1 else f"it is of no layer: write {type(tap).__name__}()"
@@ -143,7 +151,8 @@ class VisionAttention(TowerTap):
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         no_cls = NO_CLS if self.rows == "cls" and not facts.has_cls else None
-        return super().misfit(at, facts) or unknown("rows", self.rows, Literal["cls", "patches"]) or no_cls
+        wrong = unknown("rows", self.rows, Literal["cls", "patches"]) or no_cls
+        return super().misfit(at, facts) or wrong or windowed(self.layer, facts)
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         first, normed = int(has_cls), layer.normed(hidden)
@@ -168,6 +177,10 @@ class Distinctness(TowerTap):
     """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer or behind the last."""
 
     behind_last: ClassVar[bool] = True
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        packed = "this tower packs pictures of any size into one sequence, without views" if facts.packed else None
+        return super().misfit(at, facts) or packed
 
     def measure(self, layer: TowerLayer | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return distinctness(hidden[:, int(has_cls) :])
