@@ -36,7 +36,7 @@ _BEFORE = [_INDEX[word] for word in ("<s>", "user:", "<vision>")]
 
 
 def config() -> Qwen2_5_VLConfig:
-    """Tower: windows of 4 x 4 tokens in layers 0 and 2, the whole picture in 1 and 3. Language model: 6 layers."""
+    """Tower: windows of 4 x 4 tokens in layers 0 and 2, the whole picture in 1 and 3. Language model: 4 layers."""
     index = _INDEX.__getitem__
     return Qwen2_5_VLConfig(
         vision_config={
@@ -55,7 +55,7 @@ def config() -> Qwen2_5_VLConfig:
             "vocab_size": len(QWEN_VOCABULARY),
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 6,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 4096,
