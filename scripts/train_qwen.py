@@ -75,7 +75,7 @@ class LanguageLesson:
         captions = [
             [packed.encode_turn("describe the picture .", asking.caption(s), packed.CAPTION_LENGTH)] for s in scenes
         ]
-        pairs = [asking.training_questions(rng, s, self.questions) for s in scenes]
+        pairs = [asking.training_questions(rng, s, self.questions, 1) for s in scenes]
         asked = [[packed.encode_turn(q, a, packed.QUESTION_LENGTH) for q, a in some] for some in pairs]
         captions, asked = torch.tensor(captions), torch.tensor(asked)  # (B, n, 2, L)
         pixels = torch.from_numpy(np.stack([s.pixels for s in scenes]))
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro", type=int, default=8, help="pictures of one size, computed at once")
-    parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--questions", type=int, default=28)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--every", type=int, default=20, help="steps between two log lines")
