@@ -148,6 +148,15 @@ def equally_long(name: str, parts: Sequence[torch.Tensor], pad: int) -> Sequence
     return parts
 
 
+def chosen(inputs: Inputs, rows: list[int]) -> Inputs:
+    """Some prompts of a batch, of one picture each; the patches of packed pictures lie one picture behind another."""
+    packed = (
+        inputs["pixel_values"].split(inputs["image_grid_thw"].prod(1).tolist()) if "image_grid_thw" in inputs else ()
+    )
+    some = {name: value[rows] for name, value in inputs.items() if name != "pixel_values" or not packed}
+    return some | ({"pixel_values": torch.cat([packed[row] for row in rows])} if packed else {})
+
+
 def greedy(model: Any, inputs: Inputs, max_new_tokens: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """`generate`'s greedy answers: tokens and which of them are real, both `(rows, longest)`, and all it returned."""
     out = model.generate(
@@ -228,8 +237,7 @@ def compare(handle: Handle, inputs: Inputs, full: Reference, max_new_tokens: int
     same = ((log_probs.argmax(-1) == full.tokens) | ~full.real).all(1) & full.pure
     said = {row: full.answer(row) for row in range(len(same))}
     if rows := (~same).nonzero().flatten().tolist():
-        some = {name: value[rows] for name, value in inputs.items()}
-        tokens, real, _ = greedy(handle.model, some, max_new_tokens)
+        tokens, real, _ = greedy(handle.model, chosen(inputs, rows), max_new_tokens)
         said |= {row: tokens[i][real[i]].tolist() for i, row in enumerate(rows)}
     measured = zip(first.tolist(), kl[:, 0].tolist(), mean.tolist(), strict=True)
     return [
