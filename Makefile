@@ -29,7 +29,7 @@ VERSIONS_TESTS ?= tests/trained
 # More threads are slower for models this small, and unbearably so beside another process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo pictures test test-all test-fast test-oldest test-versions test-real test-serving support bench lint format wheel clean
+.PHONY: help install demo pictures test test-all test-fast test-oldest test-versions test-real test-serving support bench docs lint format wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -158,6 +158,10 @@ bench: $(VENV)/.installed ## measure the CPU tables of docs/performance.md (hour
 	$(VENV)/bin/vlmprune bench --device cpu --shape small --method $(BENCH_METHODS) --keep 25%,10% $(BENCH_RUNS) --json benchmarks/cpu-576.json --resume
 	$(VENV)/bin/vlmprune bench --device cpu --shape small-next --method globalcom2,$(BENCH_METHODS) --keep 25%,10% $(BENCH_RUNS) --json benchmarks/cpu-2880.json --resume
 	$(VENV)/bin/python scripts/performance_tables.py
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed ## build the documentation as a site in build/site; fails on a broken link
+	$(VENV)/bin/python -P -m mkdocs build --strict
 
 lint: $(VENV)/.installed ## check style and formatting
 	$(VENV)/bin/ruff check .

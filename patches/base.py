@@ -16,7 +16,7 @@ from vlmprune.parts.layers import TowerLayer
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Packing
 from vlmprune.patches.language_models import LANGUAGE_MODELS
-from vlmprune.patches.towers import TOWERS, tower_layer
+from vlmprune.patches.towers import TOWERS, packed_views, tower_layer
 
 __all__ = ["Bound", "Family"]
 
@@ -190,7 +190,13 @@ class Family:
             kwargs: the other arguments of the layer.
             sizes: of `sizes`, of all that the tower reads.
         """
-        return [(tower_layer(layer), hidden)]
+        if not self.packed:
+            return [(tower_layer(layer), hidden)]
+        return packed_views(layer, hidden, kwargs["position_embeddings"], self.view_sizes(sizes))
+
+    def view_sizes(self, sizes: Sequence[Any]) -> list[int]:
+        """Patches of every view that a packed tower reads, in order; a patch sees its own view alone."""
+        raise NotImplementedError
 
     def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any]) -> torch.Tensor:
         """What was measured of a tower's patches, `(views, patches, ...)`, by token, `(views, tokens, ...)`.

@@ -9,10 +9,8 @@ import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.parts.layers import TowerLayer
 from vlmprune.parts.packing import Packing
 from vlmprune.patches.base import Family
-from vlmprune.patches.towers import packed_views
 
 __all__ = ["Qwen2VL"]
 
@@ -53,11 +51,8 @@ class Qwen2VL(Family):
         frames = size[0] if modality == "video" or size[0] > 1 else 0
         return Packing(lambda x, newline: x.flatten(0, 1), size[0], *self.side(inner, size), (1, 1), frames)
 
-    def tower_views(
-        self, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], sizes: Sequence[Any]
-    ) -> list[tuple[TowerLayer, torch.Tensor]]:
-        frames = [rows * cols for frames, rows, cols in sizes for _ in range(frames)]
-        return packed_views(layer, hidden, kwargs["position_embeddings"], frames)
+    def view_sizes(self, sizes: Sequence[Any]) -> list[int]:
+        return [rows * cols for frames, rows, cols in sizes for _ in range(frames)]
 
     def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any]) -> torch.Tensor:
         # the m x m patches of a token are neighbours in the sequence

@@ -86,7 +86,9 @@ class Scene:
             parts = [([3, "video", 4], [], [3]), ([6], [], []), (["image", 2, "video", 9, "video"], [(20, 70)], [3, 3])]
         else:
             sizes = [LARGE[self.kind], (20, 70), (24, 24)]
-            parts = [([3, "image", 4], sizes[:1], []), ([6], [], []), (["image", "image", 9], sizes[1:], [])]
+            # Qwen-VL tells neighbouring images apart by what stands between them
+            two = ["image", 1, "image", 9] if reference.on_axes(self.model) else ["image", "image", 9]
+            parts = [([3, "image", 4], sizes[:1], []), ([6], [], []), (two, sizes[1:], [])]
             if name and "single" in registry.find(name).refuses_inputs:
                 parts[2] = (["image", 9], sizes[1:2], [])
         return [
@@ -262,11 +264,13 @@ def with_cache(model, inputs, positions=None):
     out = model(**inputs, use_cache=True)
     rows = torch.arange(len(mask))
     logits, cache, step = [out.logits[rows, last]], out[CACHE], mask.sum(1, keepdim=True)
+    pictured = "pixel_values" in inputs or "pixel_values_videos" in inputs
+    delta = model.model.rope_deltas if on_axes and pictured else 0  # the host's note, of which the engine must not ask
     for token in FORCED:
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         ids = torch.full((len(mask), 1), token)
-        place = {} if on_axes else {"position_ids": step}
-        out = model(input_ids=ids, attention_mask=mask, **place, **{CACHE: cache}, use_cache=True)
+        place = torch.stack((step, *[step + delta] * 3)) if on_axes else step
+        out = model(input_ids=ids, attention_mask=mask, position_ids=place, **{CACHE: cache}, use_cache=True)
         logits.append(out.logits[:, -1])
         step = step + 1
     return torch.stack(logits)

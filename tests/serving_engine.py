@@ -109,6 +109,14 @@ def answer(model, prompt, method, options, nested):
     return Answer(tokens, logs, length)
 
 
+def content_number(engine, image):
+    """What is added to the seed of methods that draw: a number of the picture's content."""
+    from vllm.multimodal.hasher import MultiModalHasher
+
+    algorithm = engine.llm.llm_engine.model_config.multimodal_config.mm_hasher_algorithm
+    return int(MultiModalHasher.hash_kwargs(algorithm, image=image)[:10], 16)
+
+
 class Engines:
     """Makes engines, and ends the one before."""
 

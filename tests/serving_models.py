@@ -18,7 +18,8 @@ MODELS = {
     "next-mistral": ("llava_next", "clip", "mistral"),
 }
 # none of a single crop, which is its thumbnail again: between equals, rounding decides
-SIZES = [(25, 40), (70, 30), (30, 70), (96, 96), (90, 50), (20, 96), (48, 48)]
+LARGE = (96, 96)  # OneVision shrinks it
+SIZES = [(25, 40), (70, 30), (30, 70), LARGE, (90, 50), (20, 96), (48, 48)]
 
 
 def save(folder: Path, name: str) -> str:
@@ -49,11 +50,12 @@ def onevision_processor():
     )
 
 
-def prompts(count: int, pictures: int = 1) -> list[Prompt]:
-    """Prompts about pictures of noise, of many shapes."""
+def prompts(count: int, pictures: int = 1, shrunk: bool = True) -> list[Prompt]:
+    """Prompts about pictures of noise, of many shapes; `shrunk` says that there may be some whose canvas is shrunk."""
     rng, made = random.Random(0), []
     for i in range(count):
-        images = [tiny_folders.noise_picture(*rng.choice(SIZES), seed=7 * i + j) for j in range(pictures)]
+        sizes = SIZES if shrunk else [size for size in SIZES if size != LARGE]
+        images = [tiny_folders.noise_picture(*rng.choice(sizes), seed=7 * i + j) for j in range(pictures)]
         question = " ".join(f"word{rng.randrange(40)}" for _ in range(rng.randrange(2, 9)))
         made.append(Prompt(tuple(images), question))
     return made

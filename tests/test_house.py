@@ -19,6 +19,8 @@ BESIDE = {
     "trace": {"parts"},
     "methods": {"parts"},
     "registry": {"methods"},
+    "yamls": set(),
+    "cost": {"engine", "kernels", "methods", "parts", "patches"},
     "spec": {"methods", "registry", "parts"},
     "api": {"engine", "kernels", "methods", "parts", "patches", "registry", "spec", "trace"},
     # a host of its own: what hooks into transformers is not for it
@@ -30,13 +32,13 @@ BESIDE = {
 ALSO = {
     "engine": {"trace", "methods"},  # of methods the base class alone
     "runtime": {"api", "registry", "spec", "trace", "verify", "methods"},
-    "eval": {"api", "registry", "serving", "spec", "vllm", "trace", "verify", "methods"},
-    "cli": {"api", "registry", "serving", "spec", "vllm", "trace", "verify", "methods"},
+    "eval": {"api", "cost", "registry", "serving", "spec", "vllm", "trace", "verify", "methods", "yamls"},
+    "cli": {"api", "cost", "registry", "serving", "spec", "vllm", "trace", "verify", "methods", "yamls"},
 }
 #: Who may name what rides beside the calls: through transformers, through vLLM, and the help that tells of the latter.
 DECLARE = {"vlmprune.engine.channels", "vlmprune.serving.settings", "vlmprune.cli.serve"}
 #: Of the engine, what serving may use: checks, plans and merging, which need no supported transformers.
-PLANS = {"vlmprune.engine.compile", "vlmprune.engine.plan", "vlmprune.engine.tower"}
+PLANS = {f"vlmprune.engine.{name}" for name in ("compile", "decided", "plan", "tower")}
 
 
 def modules() -> dict[str, Path]:

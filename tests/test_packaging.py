@@ -137,7 +137,7 @@ def test_wheel_is_light_and_describes_itself(described: Message) -> None:
     required = [Requirement(line) for line in described.get_all("Requires-Dist", [])]
     plain = sorted(r.name for r in required if r.marker is None)
     assert plain == ["jinja2", "pillow", "pydantic", "pyyaml", "rich", "torch", "transformers", "typer"]
-    assert set(described.get_all("Provides-Extra", [])) == {"eval", "plot", "train", "test", "vllm", "dev"}
+    assert set(described.get_all("Provides-Extra", [])) == {"docs", "eval", "plot", "train", "test", "vllm", "dev"}
     assert described["Version"] == vlmprune.__version__ == __version__
     assert described["Requires-Python"] == ">=3.11"
     assert described["License-Expression"] == "Apache-2.0"
@@ -177,7 +177,7 @@ def test_every_user_extra_is_in_the_developers_environment() -> None:
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     dev = config["options.extras_require"]["dev"]
-    assert "vlmprune[plot,test,train]" in dev
+    assert "vlmprune[docs,plot,test,train]" in dev
 
 
 # Installed, and imported from elsewhere

@@ -19,11 +19,11 @@ import vlmprune
 from vlmprune import Method, UnsupportedError, registry, spec
 from vlmprune.cli import bench, flags
 from vlmprune.eval.config import schema as config
-from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import plan
 from vlmprune.methods import FastV, FoPru, Random, ToDRE, TransPrune
 from vlmprune.parts.budget import SmallBudgetWarning
 from vlmprune.parts.facts import ModelFacts
+from vlmprune.yamls.tree import Mistakes
 
 ROOT = Path(__file__).resolve().parents[1]
 NEXT = ModelFacts("llava_next", 24, 22, True, decoder_layers=32, views=True, view_patches=576)
@@ -175,6 +175,25 @@ def test_a_budget_of_a_methods_own_is_instead_of_the_shared_ones():
     assert [(job.method, job.options) for job in made] == [
         ("fopru+fastv", own), ("random", {"keep": 5}), ("random", {"keep": 6}),
     ]  # fmt: skip
+
+
+def test_a_named_budget_goes_to_the_method_without_one():
+    own = {"fopru.keep": 8}
+    (made,) = spec.jobs(["fopru+fastv"], [{"keep": 4}], own)
+    assert made.options == {"fastv.keep": 4} | own
+    # transprune has a schedule of its own, which a budget that nobody named leaves alone
+    for named, options in ((True, {"transprune.keep": 4} | own), (False, own)):
+        (made,) = spec.jobs(["fopru+transprune"], [{"keep": 4}], own, named)
+        assert made.options == options
+    (fopru, fastv) = spec.jobs(["fopru", "fastv"], [{"keep": 4}], own)
+    assert (fopru.options, fastv.options) == ({"keep": 8}, {"keep": 4})
+    with pytest.raises(ValueError, match="keep= could mean any of"):
+        spec.jobs(["fopru+fastv+random"], [{"keep": 4}], own)
+    for methods in (["fopru"], ["fopru+fastv", "fopru"]):
+        both = own | {"fastv.keep": 3} if len(methods) > 1 else own
+        with pytest.raises(ValueError, match=r"keep 4 would go to nobody: fopru.keep 8.* is given too"):
+            spec.jobs(methods, [{"keep": 4}], both)
+        assert spec.jobs(methods, [{"keep": 4}], both, named=False)
 
 
 @pytest.mark.parametrize(

@@ -342,13 +342,19 @@ def jobs(
         budgets: `{"keep": 64}`, `{"average": 0.1}`, ...
         options: all other options. `fopru.keep` among them is fopru's own budget instead of `budgets`; joined methods
             that have several budgets need that.
-        named: whether the user named the budgets, so that a method without budgets is a mistake.
+        named: whether the user named the budgets, so that a method without budgets is a mistake. They go to methods
+            that have none of their own among `options`.
 
     Raises:
-        ValueError: an unknown method or option, or a bad value; the method is named.
+        ValueError: an unknown method or option, a bad value, or budgets that would go to nobody; the method is named.
     """
     classes = {method: {name: find(name) for name in single(method)} for method in methods}
     check_known(options, classes)
+    if named and any(budgets) and not any(without_budget(mine, options) for mine in classes.values()):
+        raise ValueError(
+            f"{budget_text(budgets[0])} would go to nobody: {budget_text(budgets_in(options))} is given too, and every "
+            "method has a budget of its own."
+        )
     made = [job_of(method, mine, budget, options, named) for budget in budgets for method, mine in classes.items()]
     return [job for number, job in enumerate(made) if job not in made[:number]]
 
@@ -369,12 +375,29 @@ def job_of(
     if named and len(fitting) < len(budget):
         why = " ".join(f": {cls.refuses[word]}" for word in budget for cls in classes.values() if word in cls.refuses)
         raise ValueError(f"method {method!r} has no budget {', '.join(budget)}{why or '.'}")
-    job = Job(method, own if budgets_in(own) else fitting | own)
+    if budgets_in(own):
+        fitting = left_over(fitting, classes, own) if named else {}
+    job = Job(method, fitting | own)
     try:
         job.build()
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"{method}: {error}") from None
     return job
+
+
+def without_budget(classes: Mapping[str, type[Method]], options: Mapping[str, Any]) -> list[str]:
+    """The methods of a job that `options` gives no budget."""
+    own = {name for key in budgets_in(options) for name in takers(key, classes)}
+    return [name for name in classes if name not in own]
+
+
+def left_over(budget: Mapping[str, Any], classes: Mapping[str, type[Method]], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A budget as an option of the one joined method that has none of its own; of several it says nobody's name."""
+    left = without_budget(classes, own)
+    takes_it = {word: [name for name in left if name in takers(word, classes)] for word in budget}
+    return {
+        f"{names[0]}.{word}" if len(names) == 1 else word: budget[word] for word, names in takes_it.items() if names
+    }
 
 
 def own_options(options: Mapping[str, Any], classes: Mapping[str, type[Method]]) -> dict[str, Any]:

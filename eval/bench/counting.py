@@ -1,4 +1,4 @@
-"""What one prefill needs besides time: floating-point operations, memory, and bytes in the cache."""
+"""What one prefill needs besides time, counted while it runs: floating-point operations, memory, bytes in the cache."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from vlmprune.eval.bench.flops import prefill_flops
 from vlmprune.eval.bench.workload import Workload
 from vlmprune.patches.towers import tower_layer
 
-__all__ = ["count", "formula_flops", "kv_bytes", "language_flops"]
+__all__ = ["count", "kv_bytes"]
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to torch's counter
 
@@ -102,39 +101,3 @@ def count(work: Workload, prefill: Callable[[], Any]) -> dict[str, Any]:
 def kv_bytes(cache: Any) -> int:
     """Bytes of the keys and values that a cache really holds."""
     return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-
-
-def language_flops(work: Workload, tokens: list[int]) -> int:
-    """FLOPs of the decoder layers by formula, `tokens` of every layer: 2 n (2 d² + 2 d k + 2 n d + 3 d m) per layer and
-    row, with d the hidden size, k the width of keys and m that of the feed-forward. `tokens` are those of the cache.
-    """
-    text = work.model.config.text_config
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kv = head * text.num_key_value_heads
-    return 2 * work.batch * prefill_flops(tokens, text.hidden_size, text.intermediate_size, kv_hidden=kv)
-
-
-def formula_flops(work: Workload, tokens: list[int], tower_tokens: list[tuple[int, int]]) -> int:
-    """FLOPs of a whole prefill by formula: tower, projector, decoder layers, head on the last token.
-
-    The tower: per view 2 (P p d + sum over layers of 4 T d² + 2 T² d + 2 F d m), with P its patches of p values each, T
-    the tokens of that layer's attention and F those of its feed-forward, which merging makes fewer. The projector: two
-    matrices, on all patches of all views. Norms, activations, taps and decisions are left out.
-
-    Args:
-        work: the workload.
-        tokens: of every decoder layer, those of the cache.
-        tower_tokens: T and F of every tower layer, per view (of `count`).
-    """
-    config = work.model.config
-    vision, text = config.vision_config, config.text_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    d, m = vision.hidden_size, vision.intermediate_size
-    tower = patches * 3 * vision.patch_size**2 * d
-    tower += prefill_flops([attention for attention, _ in tower_tokens], d, 0)
-    tower += 2 * d * m * sum(ffn for _, ffn in tower_tokens)
-    layers = config.vision_feature_layer
-    wide = d * (1 if isinstance(layers, int) else len(layers))
-    projector = patches * (wide + text.hidden_size) * text.hidden_size
-    head = text.hidden_size * text.vocab_size
-    return 2 * work.batch * (work.views * (tower + projector) + head) + language_flops(work, tokens)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from vlmprune.api import Handle
+from vlmprune.cost.flops import formula_flops, language_flops
 from vlmprune.engine.install import install, remove
 from vlmprune.engine.plan import Plan
 from vlmprune.eval.bench.clock import Clock
-from vlmprune.eval.bench.counting import count, formula_flops, kv_bytes, language_flops
+from vlmprune.eval.bench.counting import count, kv_bytes
 from vlmprune.eval.bench.oracle import Oracle, PlainRun, Stretch
 from vlmprune.eval.bench.stages import STAGES, stage_seconds
 from vlmprune.eval.bench.stats import ratio, spread
@@ -118,7 +119,7 @@ def measure_unpruned(work: Workload, effort: Effort, tell: Callable[[str], None]
         "stages_ms": stage_spreads(stages),
         "kv_bytes": cached,
         "peak_bytes": counted["peak_bytes"],
-        "flops": {"counted": counted["flops"], "formula": formula_flops(work, tokens, counted["tower_tokens"])},
+        "flops": flops_of(work, counted, tokens),
     }
 
 
@@ -224,12 +225,15 @@ def run_method(
         "stages_ms": stage_spreads(rounds.stages),
         "kv_bytes": cached,
         "peak_bytes": counted["peak_bytes"],
-        "flops": {
-            "counted": counted["flops"],
-            "formula": formula_flops(work, trace.kv_lengths, counted["tower_tokens"]),
-        },
+        "flops": flops_of(work, counted, trace.kv_lengths),
         **(answers(rounds, effort.new_tokens) if rounds.plain.decode else {}),
     }
+
+
+def flops_of(work: Workload, counted: dict[str, Any], kv_lengths: list[int]) -> dict[str, int]:
+    """FLOPs of a batch by torch's counter and by formula."""
+    formula = formula_flops(work.model.config, kv_lengths, counted["tower_tokens"], work.views)
+    return {"counted": counted["flops"], "formula": work.batch * formula}
 
 
 def tokens_of(work: Workload, trace: Trace) -> dict[str, Any]:
@@ -283,7 +287,8 @@ def amdahl(work: Workload, stages_ms: dict[str, Any], kv_lengths: list[int]) -> 
     """
     total = stages_ms["total"]["median"]
     layers = sum(part["median"] for part in stages_ms["prefill"])
-    left = language_flops(work, kv_lengths) / language_flops(work, [work.length] * len(kv_lengths))
+    config, whole = work.model.config, [work.length] * len(kv_lengths)
+    left = language_flops(config, kv_lengths) / language_flops(config, whole)
     return {"bound": total / (total - layers * (1 - left)), "limit": total / (total - layers)}
 
 

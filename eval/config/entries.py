@@ -10,8 +10,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from vlmprune import registry, spec
-from vlmprune.eval.config.kinds import Average, Keep, Plain, Seeds, Switch, Text
-from vlmprune.eval.config.told import mistakes, must_be
+from vlmprune.eval.config.kinds import Average, Keep, Seeds
+from vlmprune.yamls.kinds import Plain, Switch, Text
+from vlmprune.yamls.told import mistakes, must_be
 
 __all__ = ["STRICT", "Budget", "Entries", "Entry", "Part", "WithBudgets", "or_controls", "unique"]
 

@@ -1,51 +1,20 @@
-"""Kinds of values in a config, as pydantic checks them; nothing is converted, so that `true` is no 1 and 1 no text."""
+"""Kinds of values in a config, as pydantic checks them: those of every YAML file (`yamls.kinds`), and its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationError,
-    WrapValidator,
-    create_model,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, create_model
 
 from vlmprune import spec
 from vlmprune.errors import did_you_mean
-from vlmprune.eval.config.told import about, mistakes, must_be
+from vlmprune.yamls.kinds import AnyText, Many, Number, Plain, Some, Switch, Text, Whole, kind
+from vlmprune.yamls.told import about, mistakes, must_be
 
-T = TypeVar("T")
 #: What `device_map` takes besides a device.
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def kind(wanted: str, known: Iterable[str] = ()) -> WrapValidator:
-    """Says what the value must be, in place of pydantic's words."""
-
-    def check(value: Any, inner: Any) -> Any:
-        try:
-            return inner(value)
-        except ValidationError:
-            raise must_be(wanted, value, known) from None
-
-    return WrapValidator(check)
-
-
-AnyText = Annotated[str, Strict(), kind("text")]
-Text = Annotated[str, Strict(), Field(pattern=r"\S"), kind("text")]
-Switch = Annotated[bool, Strict(), kind("true or false")]
-Whole = Annotated[int, Strict(), Field(ge=0), kind("a whole number of at least 0")]
-Positive = Annotated[int, Strict(), Field(ge=1), kind("a whole number of at least 1")]
-Number = Annotated[float, Strict(), Field(allow_inf_nan=False), kind("a number")]
 #: Whether this machine has the device is another question.
 Device = Annotated[str, Strict(), Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$"), kind("auto, cpu, cuda or cuda:N")]
 DeviceMap = Annotated[
@@ -57,19 +26,7 @@ DeviceMap = Annotated[
 DType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], kind(f"one of {', '.join(DTYPES)}", DTYPES)]
 
 
-# Lists
-
-
-def several(value: Any) -> tuple[Any, ...]:
-    """A list, or one value alone."""
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def some(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """At least one."""
-    if not values:
-        raise about("is an empty list.")
-    return values
+# Seeds and budgets
 
 
 def seeds_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -79,8 +36,6 @@ def seeds_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
-Many = Annotated[tuple[T, ...], BeforeValidator(several)]
-Some = Annotated[Many[T], AfterValidator(some)]
 Seeds = Annotated[Some[Whole], AfterValidator(seeds_once)]
 
 
@@ -114,15 +69,6 @@ Keep, Average = budgets("keep"), budgets("average")
 # Values that methods and transformers give a meaning to
 
 
-def plain(value: Any) -> Any:
-    """An option of a method or of generation: a scalar, or a list of scalars."""
-    if any(isinstance(x, dict | list) for x in (value if isinstance(value, list) else [value])):
-        raise must_be("a number, text, true, false or null, or a list of them", value)
-    if value == "None":
-        raise about("is the text 'None' in YAML: write null for no value.")
-    return value
-
-
 def attention(value: str) -> str:
     """A name that transformers knows; one with a slash is a kernel on the hub, which is found when it is loaded."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -138,7 +84,6 @@ def taken(value: Any) -> None:
     raise about("is given by vlmprune itself: leave it out.")
 
 
-Plain = Annotated[Any, AfterValidator(plain)]
 Taken = Annotated[Any, AfterValidator(taken)]
 Attention = Annotated[Text, AfterValidator(attention)]
 

@@ -14,9 +14,10 @@ from vlmprune import configs, spec
 from vlmprune.errors import did_you_mean
 from vlmprune.eval.config import kinds
 from vlmprune.eval.config.entries import STRICT, Budget, Entries, WithBudgets, or_controls
-from vlmprune.eval.config.kinds import Average, Keep, Positive, Seeds, Text
-from vlmprune.eval.config.told import ConfigSource, about, mistakes, must_be
-from vlmprune.eval.config.tree import Key, Mistakes, Tree, read_start, read_tree
+from vlmprune.eval.config.kinds import Average, Keep, Seeds
+from vlmprune.yamls.kinds import Many, Number, Positive, Some, Switch, Text, kind
+from vlmprune.yamls.told import ConfigSource, about, mistakes, must_be
+from vlmprune.yamls.tree import Key, Mistakes, Tree, read_start, read_tree
 
 __all__ = ["KEYS", "Config", "Published", "Setting", "load_config"]
 
@@ -51,7 +52,7 @@ class Published(WithBudgets):
     method: Text
     task: Text
     metric: Text
-    value: kinds.Number
+    value: Number
     source: Text
     definition: Text
     keep: Keep = ()
@@ -132,7 +133,7 @@ class Setting(WithBudgets):
 
     model: Text
     name: Annotated[Text | None, AfterValidator(name_or_model)] = None
-    suites: kinds.Some[Annotated[Text, AfterValidator(suite)]] = Field(alias="tasks")
+    suites: Some[Annotated[Text, AfterValidator(suite)]] = Field(alias="tasks")
     methods: Annotated[Entries, BeforeValidator(listed)] = field(default_factory=list)
     keep: Keep = ()
     average: Average = ()
@@ -144,9 +145,10 @@ class Setting(WithBudgets):
     attn_implementation: kinds.Attention | None = None
     device_map: kinds.DeviceMap | None = None
     template: Text | None = None
+    plain_pictures: Switch = False
     limit: Positive | None = None
     generation: kinds.Generation = field(default_factory=dict)
-    include_path: kinds.Many[Text] = ()
+    include_path: Many[Text] = ()
     metrics: Annotated[dict[str, Text], AfterValidator(of_tasks)] = field(default_factory=dict)
     published: Annotated[
         tuple[Annotated[Published, BeforeValidator(said)], ...], BeforeValidator(listed), AfterValidator(about_entries)
@@ -161,6 +163,7 @@ class Setting(WithBudgets):
 #: What may be said of a model, and at the top of a file.
 KEYS = tuple("tasks" if one.name == "suites" else one.name for one in fields(Setting) if one.name != "where")
 TOP = ("output", *KEYS, "runs")
+HINTS = {"model": " (an embedded name, a folder or a hub id)", "tasks": " (`lmms-eval tasks list`)"}
 SETTING = TypeAdapter(Annotated[Setting, BeforeValidator(said)])
 
 
@@ -173,6 +176,11 @@ def unknown(loc: Key, key: Key) -> str:
     if loc[0] == "published":
         known = tuple(one.name for one in fields(Published))
     return f"unknown key {word!r}.{did_you_mean(word, known)} Known: {', '.join(known)}."
+
+
+def missing(loc: Key) -> str:
+    """What a word that must be there is."""
+    return f"a published number needs {loc[-1]}." if len(loc) > 1 else f"{loc[0]} is missing{HINTS[str(loc[0])]}."
 
 
 # The file
@@ -192,7 +200,7 @@ class Head:
 
     output: Text = ""
     runs: Annotated[
-        tuple[Annotated[dict[str, Any], kinds.kind("a mapping (key: value)")], ...], BeforeValidator(per_model)
+        tuple[Annotated[dict[str, Any], kind("a mapping (key: value)")], ...], BeforeValidator(per_model)
     ] = ()
 
 
@@ -274,12 +282,12 @@ def models(tree: Tree) -> Iterator[tuple[dict[str, Any], ConfigSource]]:
         return
     shared = {word: value for word, value in top.items() if word not in ("output", "runs")}
     if "runs" not in top:
-        yield shared, ConfigSource(tree, dict.fromkeys(shared, ()), unknown=unknown)
+        yield shared, ConfigSource(tree, dict.fromkeys(shared, ()), unknown=unknown, missing=missing)
     for i, mine in enumerate(top["runs"] if isinstance(top.get("runs"), list) else ()):
         if isinstance(mine, dict):
             place: Key = ("runs", i)
             home = dict.fromkeys(shared, ()) | dict.fromkeys(mine, place)
-            yield shared | mine, ConfigSource(tree, home, place, unknown)
+            yield shared | mine, ConfigSource(tree, home, place, unknown, missing)
 
 
 def validated(adapter: TypeAdapter[Any], given: Any, source: ConfigSource, found: list[tuple[str, str]]) -> Any:

@@ -53,6 +53,6 @@ class Reader:
         else:
             told = (
                 f"{they} read as they are to be seen, where a plain conversion to RGB goes wrong ({how}). Published "
-                "numbers may come from one: plain_pictures=True gives it."
+                "numbers may come from one: plain_pictures (true in a YAML file) gives it."
             )
         warnings.warn(told, stacklevel=3)

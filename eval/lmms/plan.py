@@ -15,13 +15,13 @@ from vlmprune.engine.compile import compile_cuts
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.eval.config.entries import Budget, Entry, unique
 from vlmprune.eval.config.schema import Config, Published, Setting
-from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import fingerprints
 from vlmprune.eval.lmms.taskindex import TaskIndex, no_metric
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.runtime.errors import UserError
 from vlmprune.runtime.loading import pick_device
 from vlmprune.spec import NONE, budget_text
+from vlmprune.yamls.tree import Mistakes
 
 __all__ = ["Cell", "EvalPlan", "ModelJob", "make_plan"]
 
@@ -174,6 +174,8 @@ def shared_by_all(draft: Draft, model: dict[str, Any], device: str) -> dict[str,
         "device": device,
         **{word: getattr(draft.setting, word) for word in words},
         "template": template_of(draft),
+        # only where it is on: results from before there was this key stand
+        **({"plain_pictures": True} if draft.setting.plain_pictures else {}),
     }
 
 

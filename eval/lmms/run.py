@@ -125,6 +125,7 @@ def run_job(job: ModelJob, cells: list[Cell], folder: Path, watcher: Watcher) ->
             attn_implementation=setting.attn_implementation,
             device_map=setting.device_map,
             template=setting.template,
+            plain_pictures=setting.plain_pictures,
         )
         lm.progress = watcher.samples
         tasks: dict[str, Any] = {}

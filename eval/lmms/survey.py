@@ -26,6 +26,7 @@ HASHED = {
     "task.yaml": "the task's YAML",
     "task.data": "the task's data",
     "template": "the chat template",
+    "plain_pictures": "how pictures are read",
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from vlmprune import registry
 from vlmprune.eval import testbed
+from vlmprune.methods.base import LOOKS_AT
 from vlmprune.patches import FAMILIES
 from vlmprune.patches.language_models import LANGUAGE_MODELS
 from vlmprune.patches.towers import TOWERS
@@ -51,6 +52,28 @@ def test_methods_text(cli):
         assert second.endswith(f"syncs {cls.syncs}; training {cls.training}")
 
 
+def test_methods_stand_under_what_they_look_at(cli):
+    lines, listed = cli("ls", "methods")[1].splitlines(), {}
+    headings = {heading: group for group, heading in LOOKS_AT.items()}
+    group = None
+    for line in lines:
+        group = headings.get(line.rpartition(" (")[0], group)
+        if (name := line.partition(": ")[0]) in registry.names():
+            listed.setdefault(group, []).append(name)
+    for group in LOOKS_AT:
+        mine = [name for name in registry.names() if registry.find(name).looks_at == group]
+        assert listed.get(group, []) == mine
+    assert {"fopru", "vtc_cls"} < set(listed["tower"])
+    assert listed["nothing"] == ["downsample", "grid", "pool", "random"]
+    assert "other" not in " ".join(lines[:3])
+
+
+def test_methods_of_others_need_not_say_what_they_look_at(cli, broken_plugin):
+    lines = cli("ls", "methods")[1].splitlines()
+    at = lines.index("others (1)")
+    assert lines[at + 1].startswith("thing")
+
+
 def test_methods_json(cli):
     found = {method["name"]: method for method in json.loads(cli("ls", "methods", "--json")[1])}
     assert sorted(found) == registry.names()
@@ -62,14 +85,15 @@ def test_methods_json(cli):
 
 def test_methods_say_whether_vllm_can_be_given_them(cli):
     found = {method["name"]: method["vllm"] for method in json.loads(cli("ls", "methods", "--json")[1])}
-    assert [name for name, told in found.items() if told == "yes"] == [
-        "divprune", "fopru", "grid", "pool", "random", "visionzip", "vtc_cls",
-    ]  # fmt: skip
-    assert found["todre"] == "with tau=None"
+    assert {name for name, told in found.items() if told == "yes"} >= {
+        "divprune", "fopru", "grid", "pool", "random", "visionzip",
+    }  # fmt: skip
+    assert found["vtc_cls"].startswith("on llava, llava_next (on others not: vtc_cls reads the attention")
+    assert found["todre"].startswith("on llava, llava_next with tau=None (on others not")
     assert found["tome"].startswith("on llava (on others not: tome merges views whole")
     assert found["fastv"].startswith("no: fastv cuts inside the language model")
     assert found["globalcom2"].startswith("no: how many tokens globalcom2 keeps is not known")
-    assert "vLLM: with tau=None" in cli("ls", "methods")[1]
+    assert "with tau=None" in cli("ls", "methods")[1]
 
 
 def test_one_method(cli):

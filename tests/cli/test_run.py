@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vlmprune import embedded
 from vlmprune.embedded import looks_drawn
 from vlmprune.eval import testbed
-from vlmprune.runtime import loading
+from vlmprune.runtime import loading, tables
 from vlmprune.spec import read_budget, read_option
 
 PROMPT = "what colour is it ?"
@@ -59,6 +59,19 @@ def test_text_output(cli, folders, picture):
     assert "newlines " not in out.splitlines()[3]  # a column that would hold nothing but zeros
     warned = "note: keep=1 is a count: one patch per image; keep=1.0 is all of them. A fraction is a float in (0, 1].\n"
     assert err == f"{warned}loading {folders['llava']} ...\n"
+
+
+def test_a_terminal_of_40_columns(cli, folders, picture, monkeypatch):
+    """Every cell is there, and no line of the table is wider: the terminal would break it anywhere."""
+    asked = ("run", "--image", picture, "--prompt", PROMPT, "--model", folders["llava"], "--method", "vtc_cls,fastv")
+    asked += ("--keep", "4", "--max-new-tokens", 6, "--repeats", 0)
+    cells = lambda out: [line for line in out.splitlines()[3:] if line and not line.startswith("Layer average")]  # noqa: E731
+    wide = cells(cli(*asked)[1])
+    monkeypatch.setattr(tables, "room", lambda: 40)
+    narrow = cells(cli(*asked)[1])
+    assert max(map(len, wide)) > 40 >= max(map(len, narrow))
+    words = lambda lines: sorted(word for line in lines for word in line.split() if word.strip("-"))  # noqa: E731
+    assert set(words(wide)) <= {word.rstrip(":") for word in words(narrow)}
 
 
 def test_newlines_and_several_pictures(cli, folders, tmp_path):

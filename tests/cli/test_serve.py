@@ -69,6 +69,15 @@ def test_without_vllm_it_says_how_to_get_it(cli, started, monkeypatch):
     assert "pip install" in err
 
 
+def test_a_vllm_whose_answers_nobody_checked_is_named(cli, started, monkeypatch):
+    given = ["--model", "scene-llava", "--method", "fopru", "--keep", "9"]
+    assert "answers" not in cli("serve", *given)[2]
+    monkeypatch.setattr(settings, "installed", lambda name: "0.33.0")
+    code, _, err = cli("serve", *given)
+    assert (code, len(started)) == (0, 2)
+    assert "vLLM 0.33.0: its files were compared with those of 0.32, its answers were not checked" in err
+
+
 def test_where_vllms_own_command_works_it_is_taken(cli, started, monkeypatch):
     from vlmprune.cli import serve
 

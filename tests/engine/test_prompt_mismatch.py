@@ -45,3 +45,25 @@ def test_a_truncated_prompt_is_named(tiny_model, left):
         with pytest.raises(ValueError, match=r"truncation=True with max_length=\.\.\..* raise max_length"):
             model(**cut)
         model(**prompt)
+
+
+def test_a_placeholder_that_no_prompt_holds_is_named(tiny_model):
+    """Config and processor disagree on the token."""
+    model = tiny.model()
+    prompt = tiny.prompt(model, [3, "image", 2], [(24, 24)])
+    model.config.image_token_id = model.model.config.image_token_id = 3
+    prompt["input_ids"][prompt["input_ids"] == 3] = 5
+    told = r"No prompt holds token 3, the image placeholder .* \(image_token_id\)"
+    with torch.no_grad(), vlmprune.patch(model, "random", keep=3), pytest.raises(ValueError, match=told):
+        model(**prompt)
+
+
+@pytest.mark.parametrize("wrong", [lambda mask: mask[:, 1:], lambda mask: mask.repeat(2, 1)])
+def test_a_mask_that_is_not_over_these_prompts(tiny_model, wrong):
+    model = tiny_model()
+    prompt = tiny.prompt(model, [3, "image", 2], [(24, 24)])
+    mask = torch.ones_like(prompt["input_ids"])
+    with torch.no_grad(), vlmprune.patch(model, "random", keep=3):
+        with pytest.raises(ValueError, match=r"attention_mask is \(\d+, \d+\) and input_ids \(1, \d+\)"):
+            model(**prompt | {"attention_mask": wrong(mask)})
+        model(**prompt | {"attention_mask": mask})

@@ -396,6 +396,31 @@ def test_an_error_that_nobody_pressed_a_key_for_is_no_interruption(cli, asked, t
     assert "Could not import module 'CLIPModel'" in err
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("module", ["vlmprune.cli", "typer", "vlmprune.runtime.errors"])
+def test_ctrl_c_while_the_command_is_imported(tmp_path, module, turned):
+    """Before any handler of ours is there; an import may turn it into an error of another kind."""
+    (tmp_path / "pressed.py").write_text(f"""
+import signal, sys
+class Press:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt as error:
+                raise ImportError("no module") if {turned} else error
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Press())
+from vlmprune.__main__ import main
+sys.exit(main())
+""")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pressed", "--version"], capture_output=True, text=True,
+        env=os.environ | QUIET | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "vlmprune: interrupted")
+
+
 def test_ctrl_c_in_text_that_is_executed(tmp_path):
     """As when a dataclass is made while a module is imported: Python would end itself by the signal, not by 130."""
     (tmp_path / "pressed.py").write_text("""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vlmprune.eval.bench.flops import prefill_flops
+from vlmprune.cost.flops import prefill_flops
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.todre import stage2_layer
 from vlmprune.methods.transprune import TransPrune, transition

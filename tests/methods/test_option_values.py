@@ -96,6 +96,18 @@ def test_downsample_keeps_a_share_of_the_pixels(budget, family):
     probes.far(got, want[1])
 
 
+def test_downsample_that_changes_nothing_says_so():
+    """24 x 24 pixels of which 0.97 are to be left: 23.6 a side, which is 24."""
+    model = tiny.shared(dtype=F64)
+    prompt = tiny.prompt(model, [4, "image", 6], [(24, 24)])
+    with torch.no_grad():
+        plain = model(**prompt).logits
+        with vlmprune.patch(model, "downsample", keep=0.97), pytest.warns(UserWarning, match="changes nothing: 0.97"):
+            assert torch.equal(model(**prompt).logits, plain)
+        with vlmprune.patch(model, "downsample", keep=0.9):
+            probes.far(model(**prompt).logits, plain)
+
+
 def test_random_draws_by_seed_and_image_number():
     model = tiny.shared(dtype=F64)
     prompt = tiny.prompt(model, [2, "image", 3, "image", 1], [(24, 24), (24, 24)])

@@ -78,6 +78,24 @@ def test_table():
     assert short("abcdefgh", 6) == "abc..."
 
 
+def test_a_table_in_40_columns_breaks_no_word():
+    """Though some columns have room to spare and others none."""
+    header = ["method", "keep", "patches left", "layer average", "answer"]
+    rows = [["full model", "-", "16", "16.0", "a red one it is"], ["vtc_cls", "4", "16 -> 4", "4.0", "red"]]
+    assert table(header, rows, header[1:-1], 40).splitlines() == [
+        "method   keep  patches    layer  answer",
+        "                  left  average",
+        "-------  ----  -------  -------  -------",
+        "full        -       16     16.0  a red",
+        "model                            one it",
+        "                                 is",
+        "vtc_cls     4  16 -> 4      4.0  red",
+    ]
+    # and one that is wider than all of it loses nothing
+    long = table(["n", "answer"], [["1", "x" * 50]], (), 40)
+    assert (max(map(len, long.splitlines())), long.count("x")) == (40, 50)
+
+
 def test_a_table_fits_the_terminal(monkeypatch):
     header, rows = ["method", "n", "answer"], [["fopru", "12", "a rather long answer"], [], ["grid", "3", ""]]
     whole = table(header, rows, ["n"])

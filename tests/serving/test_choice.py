@@ -49,5 +49,5 @@ def test_counts_are_those_of_transformers(family, name, keep):
 
 def test_what_is_refused_says_why():
     assert set(refusals(registry.find("fastv"))) == set(SERVED)
-    assert refusals(registry.find("todre")) == {}  # by its served_with
+    assert set(refusals(registry.find("todre"))) == {"llava_onevision"}  # no [CLS]; elsewhere by its served_with
     assert set(refusals(registry.find("tome"))) == {"llava_next", "llava_onevision"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import serving_models
 import torch
-from serving_engine import Prompt, agree, expected, questions, several
+from serving_engine import Prompt, agree, content_number, expected, questions, several
 
 pytestmark = pytest.mark.vllm
 
@@ -48,16 +48,12 @@ def test_several_pictures_of_onevision_have_crops_each(engines, tmp_path):
 
 def test_the_picture_decides_what_random_keeps(engines):
     # on transformers the picture's number in its prompt is added to the seed; here a number made of its content
-    from vllm.multimodal.hasher import MultiModalHasher
-
     prompts = questions("scene-llava")
     engine = engines("scene-llava", "random", keep=64, seed=3)
-    found = engine.ask(prompts)
-    algorithm = engine.llm.llm_engine.model_config.multimodal_config.mm_hasher_algorithm
-    wanted = []
+    found, wanted = engine.ask(prompts), []
     for prompt in prompts:
-        number = int(MultiModalHasher.hash_kwargs(algorithm, image=prompt.images[0])[:10], 16)
-        wanted += expected("scene-llava", [prompt], "random", keep=64, seed=3 + number)
+        seed = 3 + content_number(engine, prompt.images[0])
+        wanted += expected("scene-llava", [prompt], "random", keep=64, seed=seed)
     agree(found, wanted)
     # beside others, and in both orders, a picture keeps what it keeps alone
     agree(engine.ask(prompts[:6]), found[:6])
@@ -113,6 +109,45 @@ def test_the_tower_encodes_no_more_at_once_than_unpruned(engines):
     assert batches == [2, 2, 2, 2, 1]
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_towers_batch_is_counted_in_what_it_encodes(engines):
+    # of a long strip un-padding leaves little, and all of it was encoded
+    model = engines("scene-llava-next", "fopru", keep=32).inner
+    strip = (30, 400)
+    grid = model.served.grid(strip)
+    assert grid.encoded > 1.2 * grid.tokens
+    before, model.most = model.most, 2 * grid.encoded
+    try:
+        assert model.parts([strip] * 5) == [slice(0, 2), slice(2, 4), slice(4, 5)]
+        model.most = 2 * grid.encoded - 1  # and two would still fit by their tokens
+        assert model.most > 2 * grid.tokens
+        assert model.parts([strip] * 3) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    finally:
+        model.most = before
+
+
+def test_memory_is_measured_on_the_largest_picture_that_the_method_takes(engines, tmp_path):
+    # on OneVision visionzip refuses pictures whose canvas is shrunk, which vLLM's own choice may be
+    folder = serving_models.save(tmp_path / "onevision", "onevision")
+    for method, shrunk in (("visionzip", False), ("fopru", True)):
+        info = engines(folder, method, keep=8).llm.llm_engine.renderer.mm_processor.info
+        taken = [one for one in info.candidates() if shrunk or info.served.grid(one).blend is None]
+        size = info.get_image_size_with_most_features()
+        encoded = info.served.grid((size.height, size.width)).encoded
+        assert encoded == max(info.served.grid(one).encoded for one in taken)
+        most = info.get_mm_max_tokens_per_item(seq_len=3072, mm_counts={"image": 1})
+        assert most == {"image": max(map(info.served.kept, taken))}
+
+
+def test_a_picture_that_a_method_refuses_is_an_error_of_that_request_alone(engines, tmp_path):
+    folder = serving_models.save(tmp_path / "onevision", "onevision")
+    engine = engines(folder, "visionzip", keep=8)
+    large = next(p for p in serving_models.prompts(60) if p.images[0].size == serving_models.LARGE)
+    with pytest.raises(ValueError, match="visionzip merges patches"):
+        engine.ask([large])
+    prompts = serving_models.prompts(3, shrunk=False)
+    agree(engine.ask(prompts), expected(folder, prompts, "visionzip", keep=8))
 
 
 def test_hashes_tell_settings_apart(engines):

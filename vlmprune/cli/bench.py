@@ -291,7 +291,8 @@ def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | N
     batches = [batch_size(text) for text in flags.words_of(asked["batch"], "--batch")]
     with user_mistakes():
         todo = spec.jobs(methods, budgets, options, named=False)
-        taken = any(word in job.options for job in todo) or not any(budgets)
+        amounts = [budget[word] for budget in budgets if budget]
+        taken = not amounts or any(job.options.get(word) in amounts for job in todo)
         if getattr(args, word) is not None and not taken:
             todo = spec.jobs(methods, budgets, options)  # says whose budget this cannot be
     return [(job, batch) for batch in batches for job in todo]

@@ -42,8 +42,8 @@ def planned(file: str, overrides: list[str], look_at_model: bool = True) -> Eval
         UserError: everything that is wrong with it, one line each.
     """
     from vlmprune.eval.config.schema import load_config
-    from vlmprune.eval.config.tree import Mistakes
     from vlmprune.eval.lmms.plan import make_plan
+    from vlmprune.yamls.tree import Mistakes
 
     try:
         config = load_config(file, overrides)

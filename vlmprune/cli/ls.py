@@ -95,6 +95,7 @@ def describe(name: str, cls: type) -> dict[str, Any]:
         "summary": cls.summary,
         "paper": cls.paper,
         "needs": cls.needs,
+        "looks_at": cls.looks_at,
         "stage": cls.stage,
         "positions": options.get("positions", {}).get("default", "-") or "family",
         "syncs": cls.syncs,
@@ -111,7 +112,7 @@ def served(cls: type) -> str:
 
     why = refusals(cls)
     if len(why) == len(SERVED):
-        return f"no: {why[SERVED[-1]]}"
+        return f"no: {why['llava_next']}"  # which has most of what methods ask for: crops, and a [CLS] token
     given = ", ".join(f"{key}={value}" for key, value in cls.served_with.items())
     if why:
         kept = ", ".join(name for name in SERVED if name not in why)
@@ -120,9 +121,25 @@ def served(cls: type) -> str:
 
 
 def methods_text(found: list[dict[str, Any]], full: bool) -> str:
-    """A paragraph per method."""
-    lines = [line for method in found for line in [*one_method(method), *(details(method) if full else ())]]
-    return "\n".join(lines if full else [*lines, *LEGEND])
+    """A paragraph per method, under headings that say what methods look at; of one in full, all that is known."""
+    if full:
+        return "\n".join(line for method in found for line in [*one_method(method), *details(method)])
+    from vlmprune.methods.base import LOOKS_AT
+
+    lines = []
+    for group, heading in LOOKS_AT.items():
+        mine = [method for method in found if heading_of(method) == group]
+        lines += [f"{'' if not lines else chr(10)}{heading} ({len(mine)})"] if mine else []
+        lines += [line for method in mine for line in one_method(method)]
+    return "\n".join([*lines, *LEGEND])
+
+
+def heading_of(method: dict[str, Any]) -> str:
+    """The key in `LOOKS_AT` under which a method is listed: "" for what another package made up, or does not say."""
+    from vlmprune.methods.base import LOOKS_AT
+
+    group = method.get("looks_at", "")
+    return group if group in LOOKS_AT else ""
 
 
 def one_method(method: dict[str, Any]) -> list[str]:

@@ -80,7 +80,8 @@ def command_for(model: str, method: str, options: dict, rest: Sequence[str]) -> 
             raise UserError(f"{flag} cannot be given to vLLM here: vlmprune serve sets it.")
     place = str(embedded.path(model)) if model in embedded.NAMES else model
     with user_mistakes():
-        check_version()
+        if unsure := check_version():
+            note(unsure)
         made = overrides(place, method, **options)["hf_overrides"]
     command = [*server(place), "--hf-overrides", json.dumps(made)]
     if place != model and not has("--served-model-name", rest):

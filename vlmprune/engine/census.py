@@ -112,15 +112,25 @@ def placeholders_in_a_graph(encoded: dict[str, Any], rows: int) -> list[int]:
     return images if len(images) == rows else []
 
 
-def check_mask(mask: Any, cache: Any) -> None:
+def check_mask(mask: Any, cache: Any, input_ids: torch.Tensor) -> None:
     """Refuse a mask of the caller's own making: from the first cut on, layers get a causal one over what is left.
 
     Ready 4-D masks are made by `generate` for static caches.
 
     Raises:
         UnsupportedError: any other mask than a 2-D one.
+        ValueError: a 2-D mask that is not over these prompts.
     """
-    if mask is None or getattr(mask, "ndim", 4) == 2 or getattr(cache, "is_compileable", False):
+    if mask is None:
+        return
+    if getattr(mask, "ndim", 4) == 2:
+        if mask.shape[0] != input_ids.shape[0] or mask.shape[1] < input_ids.shape[1]:
+            raise ValueError(
+                f"attention_mask is {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}: a mask has a row for "
+                "every prompt and a column for each of its tokens, in front of them one for each that is cached."
+            )
+        return
+    if getattr(cache, "is_compileable", False):
         return
     raise UnsupportedError(
         "a pruned call with images takes a 2-D attention_mask of padding, (batch, length): another one (prefixes, "

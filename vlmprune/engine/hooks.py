@@ -114,7 +114,7 @@ def check_call(family: Family, module: nn.Module, kwargs: dict) -> None:
             "output_attentions of a pruned forward is not supported: layers see different sequences. "
             "Use `with handle.disabled():` for the plain model's attentions."
         )
-    check_mask(kwargs.get("attention_mask"), cache_of(kwargs))
+    check_mask(kwargs.get("attention_mask"), cache_of(kwargs), kwargs["input_ids"])
 
 
 def brings_pictures(kwargs: dict) -> bool:

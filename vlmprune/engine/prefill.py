@@ -13,6 +13,7 @@ from torch import nn
 from vlmprune.engine.axes import onward
 from vlmprune.engine.census import count_prompts
 from vlmprune.engine.channels import SEGMENTS, Seen, seen_on
+from vlmprune.engine.decided import check_flow, check_reduction, whose
 from vlmprune.engine.effect import tell_idle
 from vlmprune.engine.finite import WAY_OUT, cut_is_finite, demand
 from vlmprune.engine.injected import Injected
@@ -190,6 +191,7 @@ class Prefill:
         layout, at = self.layout, self.flat_index()
         seen = self.seen_by(name, cut, hidden, at)
         reduction = cut.reduce(seen, layout)
+        check_reduction(where := whose(self.plan, cut), reduction, layout.alive, layout.alive_counts)
         if reduction.soft is not None:
             self.soften(name, cut, reduction, at)
             return hidden
@@ -204,6 +206,7 @@ class Prefill:
             return hidden  # a budget of all tokens is the exact identity
         if reduction.merge is not None:
             flow = reduction.merge
+            check_flow(where, flow, layout.width)
             merge = partial(torch.ops.vlmprune.merge, at=at, alive=layout.alive, keep=keep, **vars(flow))
             hidden = merge(hidden)
             if self.injected is not None:
@@ -254,6 +257,10 @@ class Prefill:
         # checked where the tensor is, so that nothing waits for it
         told = f"method {name!r} promised {counts} kept tokens per image and kept other numbers."
         torch._assert_async((keep.sum(1) == upload(counts, keep.device)).all(), told)
+        if reduction.patches is not None:
+            told = f"method {name!r} promised {reduction.patches} kept patches per image and kept other numbers."
+            found = (keep & ~layout.newline).sum(1)
+            torch._assert_async((found == upload(reduction.patches, keep.device)).all(), told)
         return counts, patches
 
     def patches(self, cut: Cut, reduction: Reduction, keep: torch.Tensor) -> list[int] | None:

@@ -93,7 +93,12 @@ def find_items(
     try:
         sample, ordinal, offset = assign_images(placeholders, sizes, modality)
     except ValueError as error:
-        raise ValueError(f"{error} {processor_needs(plan, inner)}") from None
+        token = plan.family.token(inner, modality)
+        none = (
+            f" No prompt holds token {token}, the {modality} placeholder by the model's config "
+            f"({modality}_token_id): is that the one the processor writes?"
+        )
+        raise ValueError(f"{error}{'' if any(placeholders) else none} {processor_needs(plan, inner)}") from None
     known = known_sizes(plan, modality, features)
     origin = undo_beams(sample, len(placeholders), len(known))
     encoded = [plan.grid(inner, modality, size) for size in known]

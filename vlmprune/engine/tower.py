@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, Seen
+from vlmprune.engine.decided import check_clusters, check_pick, check_pixels, whose
 from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Hook, Plan, handed
 from vlmprune.engine.watch import Watch
@@ -115,6 +116,7 @@ class TowerFrame:
                 self.sizes = torch.ones(views, tokens, dtype=kind, device=hidden.device)
                 self.place = torch.arange(tokens, device=hidden.device).expand(views, -1)
             clusters = cut.reduce({tap: self.look(tap, hidden) for tap in cut.see}, self.sizes)
+            check_clusters(whose(self.plan, cut), clusters, self.sizes)
             into = clusters.into
             sizes = self.sizes.new_zeros(views, clusters.count).scatter_add(1, into, self.sizes)
             share = self.sizes / sizes.gather(1, into)
@@ -126,6 +128,7 @@ class TowerFrame:
         features = output.hidden_states[self.plan.facts.feature_layer + 1].detach()
         with torch.no_grad():
             pick: Pick = cut.reduce({tap: self.look(tap, features) for tap in cut.see}, Views(self.call.grids))
+            check_pick(whose(self.plan, cut), pick, features, self.has_cls)
         if pick.merge is not None:  # hosts hand out the layers that become features and no others
             output.hidden_states = tuple(h if h is None else flow(h, pick.merge) for h in output.hidden_states)
         self.seen[Kept()] = pick.keep
@@ -238,7 +241,9 @@ class BeforeTower(Hook):
             return None
         kwargs.pop(OWNER, None)
         for cut in self.plan.pixel_cuts:
-            pixels = cut.reduce(pixels)
+            changed = cut.reduce(pixels)
+            check_pixels(whose(self.plan, cut), changed, pixels)
+            pixels = changed
         return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, module, call, note)}
 
 

@@ -14,9 +14,19 @@ from vlmprune.parts.layout import Layout
 from vlmprune.parts.options import checked, hints
 from vlmprune.parts.selection import Newlines
 
-__all__ = ["REGISTERED", "Budgeted", "Method", "Pruner", "register"]
+__all__ = ["LOOKS_AT", "REGISTERED", "Budgeted", "Method", "Pruner", "register"]
 
 KINDS = ("video", "shrunk", "single")  # of inputs that a method may refuse
+
+#: What a method may look at (`Method.looks_at`), in the order in which they are listed, with a heading for each.
+LOOKS_AT = {
+    "tower": "what the vision tower attends to",
+    "features": "how much tokens are alike",
+    "question": "what was asked, before the language model",
+    "decoder": "what happens inside the language model",
+    "nothing": "nothing: controls, what a method must beat",
+    "": "others",
+}
 
 REGISTERED: dict[str, type[Method]] = {}  # what `register` has seen in this process, by name
 
@@ -51,6 +61,7 @@ class Method:
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     needs: ClassVar[str] = "nothing"
+    looks_at: ClassVar[str] = ""  # one of `LOOKS_AT`, under whose heading it is listed
     stage: ClassVar[str] = "before the LLM"
     syncs: ClassVar[int] = 0  # device syncs a cut adds beyond the host read of the placeholder counts
     training: ClassVar[str] = "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,6 +35,8 @@ __all__ = ["Downsample", "Grid", "Pool", "Random"]
 @dataclass(frozen=True)
 class Control(Pruner):
     """A cut before the LLM that looks at nothing."""
+
+    looks_at = "nothing"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         return [Cut(Decoder(0), (), self.reduce, self.positions)]
@@ -140,6 +143,7 @@ class Downsample(Budgeted):
 
     summary = "the picture shrunk and enlarged again, all tokens (control, saves nothing)"
     stage = "pixels"
+    looks_at = "nothing"
 
     def cuts(self, facts: ModelFacts) -> list[PixelCut]:
         need_views(self.name, facts, "a smaller max_pixels of its processor is this control, and saves time")
@@ -151,4 +155,8 @@ class Downsample(Budgeted):
         """Pure: `(views, channels, height, width)` in and out, with `share` of the pixels' information."""
         resize = partial(torch.nn.functional.interpolate, mode="bilinear", antialias=True)
         small = [max(1, round(n * share**0.5)) for n in pixels.shape[-2:]]
+        if small == list(pixels.shape[-2:]):
+            told = f"downsample changes nothing: {share:.4g} of {small[0]} x {small[1]} pixels are all of them."
+            warnings.warn(told, stacklevel=2)
+            return pixels
         return resize(resize(pixels.float(), small), pixels.shape[-2:]).to(pixels.dtype)

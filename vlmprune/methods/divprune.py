@@ -29,6 +29,7 @@ class DivPrune(Pruner):
     summary = "patches that differ most from each other"
     paper = "arXiv 2503.02175"
     needs = "features"
+    looks_at = "features"
 
     newlines: AnyNewlines = "all"
 

@@ -48,6 +48,7 @@ class FastV(Pruner):
     summary = "the tokens that the last prompt token attends to in decoder layer K - 1"
     paper = "arXiv 2403.06764"
     needs = "decoder attention (one layer)"
+    looks_at = "decoder"
     stage = "decoder layer K"
     optional = True
 

@@ -54,6 +54,7 @@ class FoPru(Pruner):
     summary = "the patches that get most attention in the vision tower"
     paper = "arXiv 2411.14164"
     needs = "tower attention (one layer)"
+    looks_at = "tower"
 
     strategy: Literal["rank", "row"] = "rank"
     score: Literal["received", "cls"] = "received"

@@ -109,6 +109,7 @@ class GlobalCom2(Pruner):
     summary = "the thumbnail sets each crop's budget and guides its choice"
     paper = "arXiv 2501.05179"
     needs = "a family with views; tower [CLS] logits (or score='distinct')"
+    looks_at = "tower"
     syncs = 1
     optional = True
     refuses_inputs: ClassVar[dict[str, str]] = {

@@ -91,6 +91,7 @@ class ToDRE(Pruner):
     summary = "mutually dissimilar patches; late in the LLM none, once text and image stop looking at each other"
     paper = "arXiv 2505.18757"
     needs = "features, [CLS] token (or another pivot), decoder attention (one layer)"
+    looks_at = "features"
     stage = "before the LLM + decoder layer 7L/8"
     syncs = 1
     served_with: ClassVar[dict[str, Any]] = {"tau": None}

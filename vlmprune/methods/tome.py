@@ -50,6 +50,7 @@ class EncoderMerge(Pruner):
 
     stage = "vision tower, every layer"
     needs = "the tower's keys or hidden states"
+    looks_at = "features"
     refuses_inputs: ClassVar[dict[str, str]] = {
         "shrunk": "merges patches inside the tower, and tokens that blend several patches (a shrunken canvas, pooled "
         "frames) belong to no single cluster"

@@ -115,6 +115,7 @@ class TransPrune(Pruner):
     summary = "the tokens that middle layers change most and the instruction looks at, in three steps"
     paper = "arXiv 2507.20630"
     needs = "decoder blocks' inputs and outputs, decoder attention (three layers)"
+    looks_at = "decoder"
     stage = "decoder layers 7, 9, 12 of 32"
     optional = True
 

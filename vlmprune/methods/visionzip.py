@@ -85,6 +85,7 @@ class VisionZip(Pruner):
     summary = "patches that [CLS] looks at, and a few that the others are merged into"
     paper = "arXiv 2412.04467"
     needs = "tower attention and keys"
+    looks_at = "tower"
     stage = "between tower and projector, then before the LLM"
     refuses_inputs: ClassVar[dict[str, str]] = {
         "shrunk": "merges patches, and tokens that blend several of them belong to no single cluster"

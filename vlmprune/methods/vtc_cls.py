@@ -51,6 +51,7 @@ class VtcCls(Pruner):
     summary = "the patches that the tower's [CLS] token looks at"
     paper = "arXiv 2412.05819"
     needs = "tower attention, [CLS] token (or fallback='received')"
+    looks_at = "tower"
 
     start_layer: int | None = None
     ensemble: Ensemble = "sum"

@@ -33,21 +33,19 @@ def table(
     A row without cells is an empty line. Cells wrap where it is wider than `limit` (None: the terminal, if there is
     one); where not even their words fit, it is written row by row, one cell a line.
     """
-    from rich.measure import Measurement
-
     limit = room() if limit is None else limit
     if limit is None:
         return columns(header, rows, right)
-    made, console = grid(header, rows, right), paper(limit)
-    if Measurement.get(console, console.options.update(max_width=WIDE), made).minimum <= limit:
-        return printed(made, limit)
-    return "\n\n".join(printed(block(header, row), max(limit, 20)) for row in rows if row)
+    if widths(header, rows, limit) is None:
+        return "\n\n".join(block(header, row, max(limit, 20)) for row in rows if row)
+    return printed(grid(header, rows, right, limit), limit)
 
 
-def block(header: Sequence[str], row: Sequence[str]) -> Table:
+def block(header: Sequence[str], row: Sequence[str], limit: int) -> str:
     """A row as lines of `name: cell`, without those that are empty."""
-    lines = [(f"{name}:", cell) for name, cell in zip(header, row, strict=True) if cell]
-    return grid((), [(f"{'  ' * (i > 0)}{name}", cell) for i, (name, cell) in enumerate(lines)], (), gap=1)
+    told = [(name, cell) for name, cell in zip(header, row, strict=True) if cell]
+    lines = [(f"{'  ' * (i > 0)}{name}:", cell) for i, (name, cell) in enumerate(told)]
+    return printed(grid((), lines, (), limit, gap=1), limit)
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> str:
@@ -55,15 +53,37 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequenc
     return printed(grid(header, rows, right), WIDE)
 
 
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], gap: int = 2) -> Table:
+def widths(header: Sequence[str], rows: Sequence[Sequence[str]], limit: int, gap: int = 2) -> list[int] | None:
+    """How wide every column may be: the widest give room until all fit, but none less than its longest word needs.
+
+    None where that does not fit. (Rich would take room from all of them, and break words that could stay whole.)
+    """
+    from rich.cells import cell_len
+
+    cells = list(zip(*filter(None, (header, *rows)), strict=True))
+    least = [max(cell_len(word) for cell in column for word in cell.split() or [""]) for column in cells]
+    wide = [max(map(cell_len, column)) for column in cells]
+    room = limit - gap * (len(cells) - 1)
+    if sum(least) > room:
+        return None
+    while sum(wide) > room:
+        i = max(range(len(wide)), key=lambda i: (wide[i] > least[i], wide[i]))
+        wide[i] -= 1
+    return wide
+
+
+def grid(
+    header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str], limit: int = WIDE, gap: int = 2
+) -> Table:
     """Rich's table: no box, a rule under the header, every cell as it is written."""
     from rich.rule import Rule
     from rich.table import Table
     from rich.text import Text
 
     made = Table.grid(padding=(0, gap, 0, 0))
-    for name in header or rows[0]:
-        made.add_column(justify="right" if name in right else "left", overflow="fold")
+    names = header or rows[0]
+    for name, wide in zip(names, widths(header, rows, limit, gap) or [None] * len(names), strict=True):
+        made.add_column(justify="right" if name in right else "left", overflow="fold", width=wide)
     if header:
         made.add_row(*map(Text, header))
         made.add_row(*(Rule(characters="-", style="") for _ in header))

@@ -1,7 +1,7 @@
 """Which rows of a picture stay, and how many: tensors in and out, without any module of a host's.
 
-The count is asked for where there are no weights (vLLM's front end writes the placeholders), so it is read off what the
-methods decide about noise; a method whose count hangs on what it sees is refused by that.
+The count is asked for where there are no weights (vLLM's front end writes the placeholders): methods decide about
+tensors that have no values either, and one whose count hangs on what it sees is refused by that.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ import torch
 
 import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
 from vlmprune.engine.compile import compile_plan
+from vlmprune.engine.decided import check_flow, check_pick, check_reduction, whose
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
-from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, TowerCut
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
 from vlmprune.parts.merging import flow
 from vlmprune.parts.scores import STRIDE
-from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
+from vlmprune.parts.taps import BlockKeys, ClusterOf, Kept, Tap
 from vlmprune.parts.tracing import trace_packing
 from vlmprune.patches import FAMILIES, Family
+from vlmprune.patches.towers import TOWERS
 from vlmprune.registry import options, required
 from vlmprune.serving.plugin import ARCHITECTURES
+from vlmprune.serving.rule import refusing, why_not
+from vlmprune.serving.watch import Projected
 
-__all__ = ["Choice", "ServedPicture", "refusals", "why_not"]
+__all__ = ["Choice", "ServedPicture", "refusals"]
 
 #: Families that are served.
 SERVED = tuple(ARCHITECTURES)
-DIM = 8  # of the noise that stands for features where only the count is asked for
+UNKNOWN = "how many tokens {} keeps is not known before it has seen the picture, and vLLM writes placeholders before"
+HEADS, DIM = 2, 8  # of what stands for a model where there is none
 
 
 @dataclass(frozen=True)
@@ -47,28 +51,6 @@ class ServedPicture:
 
     grid: ImageGrid
     number: int = 0
-
-
-def why_not(name: str, cut: AnyCut, facts: ModelFacts) -> str | None:
-    """Why vLLM cannot be given what a method asks for on a model, or None."""
-    match cut:
-        case PixelCut():
-            return f"{name} changes the picture and leaves all its tokens: there is nothing to serve faster"
-        case TowerCut() if cut.weigh:
-            return f"{name} with weigh=True weighs the tower's attention, and vLLM's takes no weights"
-        case TowerCut() if facts.views:
-            return f"{name} merges views whole, and how much un-padding leaves of that is not known beforehand"
-        case Cut() if cut.at.layer > 0:
-            return (
-                f"{name} cuts inside the language model (decoder layer {cut.at.layer}), and vLLM keeps as many keys in "
-                "every layer: take a method that cuts before it"
-            )
-        case Cut() if cut.positions == "original":
-            return f"{name} has positions='original', and vLLM counts positions through: use positions='contiguous'"
-        case Cut() if cut.reorders:
-            return f"{name} writes its tokens in an order of its own: leave parity='released' away"
-    strange = next((tap for tap in cut.see if not isinstance(tap, Hidden | TowerTap)), None)  # of the language model
-    return None if strange is None else f"{name} looks at {strange}, which is not known before the language model"
 
 
 class Choice:
@@ -95,17 +77,27 @@ class Choice:
         """Whether the choice hangs on the number of the picture."""
         return any(hasattr(method, "seed") for method in self.plan.methods)
 
-    def check(self) -> None:
-        """Refuse methods whose count is not known beforehand, by a picture that stands for all; errors of `count`."""
+    @property
+    def names(self) -> str:
+        """The methods, for errors."""
+        return "+".join(method.known_as for method in self.plan.methods)
+
+    @property
+    def sample(self) -> ImageGrid:
+        """The layout of a picture that stands for all."""
         side = math.isqrt(self.plan.facts.view_patches)
         views, crops = (3, (1, 2)) if self.plan.facts.views else (1, (1, 1))
         # a newline, where there are crops, makes rules about them act
         ends = views > 1
-        self.count(
-            trace_packing(
-                lambda x, newline: torch.cat((x.flatten(0, 1), newline[None][:ends])), views, side, side, crops
-            )
+        return trace_packing(
+            lambda x, newline: torch.cat((x.flatten(0, 1), newline[None][:ends])), views, side, side, crops
         )
+
+    def check(self) -> None:
+        """Refuse what vLLM cannot be given (`serving.rule`); errors of `count` and `check_alone`."""
+        grid = self.sample
+        self.count(grid)
+        self.check_alone(grid)
 
     def count(self, grid: ImageGrid) -> int:
         """Tokens that stay of a picture, newlines included.
@@ -114,18 +106,61 @@ class Choice:
             UnsupportedError: that is not known before the picture was seen, or a method refuses such pictures.
         """
         if grid not in self.counts:
-            generator = torch.Generator().manual_seed(0)
-            views, patches = grid.views, grid.encoded // grid.views
-            tokens = patches + self.plan.facts.has_cls  # of the tower
-            seen = {tap: torch.rand(views, patches, generator=generator) for tap in self.plan.measured}
-            if ClusterOf() in seen:
-                seen[ClusterOf()] = torch.zeros(views, patches, dtype=torch.long)
-            for layer in self.plan.key_layers:
-                seen[BlockKeys(layer)] = torch.rand(views, tokens, DIM, generator=generator)
-            seen |= self.pick(torch.rand(views, tokens, DIM, generator=generator), seen, [grid])[1]
-            hidden = torch.rand(1, grid.tokens, DIM, generator=generator)
-            self.counts[grid] = self.decide([ServedPicture(grid)], seen, hidden)[1].alive_counts[0]
+            device = torch.device("meta")
+            with refusing(UNKNOWN.format(self.names)):
+                seen, hidden = self.imagined(grid, device)
+                left = self.decide(layout_of([ServedPicture(grid)], device), seen, hidden)[1]
+            self.counts[grid] = left.alive_counts[0]
         return self.counts[grid]
+
+    def check_alone(self, grid: ImageGrid) -> None:
+        """Refuse methods to which the rest of a prompt matters, for vLLM encodes every picture apart from it.
+
+        Raises:
+            UnsupportedError: a picture is cut otherwise beside others, and at another place, than alone; or not as the
+                method promised.
+        """
+        names, device, generator = self.names, torch.device("cpu"), torch.Generator().manual_seed(0)
+        places = torch.tensor([5, 9 + grid.tokens, 30 + 2 * grid.tokens])
+        with refusing(f"{names} could not be tried on noise, as serving does before it takes a method"):
+            one, other = (self.imagined(grid, device, generator) for _ in range(2))
+            own = (layout_of([ServedPicture(grid, number)], device) for number in (0, 2))
+            alone = [self.decide(layout, *picture) for layout, picture in zip(own, (one, other), strict=True)]
+            seen = {tap: torch.cat((one[0][tap], one[0][tap], other[0][tap])) for tap in one[0]}
+            layout = layout_of([ServedPicture(grid, number) for number in range(3)], device)
+            layout = replace(layout, sample=[0, 0, 0], position=layout.position + places[:, None])
+            hidden, left = self.decide(layout, seen, torch.cat((one[1], one[1], other[1])))
+        if len({count for cut in (left, *(mine for _, mine in alone)) for count in cut.alive_counts}) > 1:
+            raise UnsupportedError(f"{UNKNOWN.format(names)}.")
+        for at, (rows, mine) in zip((0, 2), alone, strict=True):
+            if not torch.equal(mine.alive[0], left.alive[at]) or not torch.allclose(rows[0], hidden[at], atol=1e-5):
+                raise UnsupportedError(
+                    f"what {names} keeps of a picture hangs on what else is in its prompt, and vLLM encodes pictures "
+                    "apart from their prompts."
+                )
+        if not self.by_content and not torch.equal(left.alive[0], left.alive[1]):
+            raise UnsupportedError(f"{names} draws by the picture's number in its prompt, and has no seed to draw by.")
+        if ClusterOf() not in self.plan.tower_taps and left.alive.sum(1).tolist() != left.alive_counts:
+            raise UnsupportedError(f"{names} keeps other numbers of tokens than it promises.")
+
+    def imagined(
+        self, grid: ImageGrid, device: torch.device, generator: torch.Generator | None = None
+    ) -> tuple[dict[Tap, torch.Tensor], torch.Tensor]:
+        """What might be seen of a picture, its taps by views and its features: noise, on "meta" without values."""
+        facts, views, patches = self.plan.facts, grid.views, grid.encoded // grid.views
+        tokens = patches + facts.has_cls  # of the tower
+
+        def rand(*shape: int) -> torch.Tensor:
+            return torch.rand(*shape, device=device, generator=generator)
+
+        layer, hidden = Projected(rand(views, tokens, 3 * DIM), DIM // HEADS, 1.0), rand(views, tokens, DIM)
+        seen: dict[Tap, torch.Tensor] = {BlockKeys(layer): rand(views, tokens, DIM) for layer in self.plan.key_layers}
+        for tap in self.plan.measured:
+            if tap == ClusterOf():
+                seen[tap] = torch.arange(patches, device=device).expand(views, -1)
+            elif tap.layer >= 0:  # what merges tells the others
+                seen[tap] = tap.measure(None if tap.layer >= facts.tower_layers else layer, hidden, facts.has_cls)
+        return seen | self.pick(hidden, seen, [grid])[1], rand(1, grid.tokens, DIM)
 
     def pick(
         self, features: torch.Tensor, seen: dict[Tap, torch.Tensor], grids: Sequence[ImageGrid]
@@ -142,6 +177,7 @@ class Choice:
         kept: dict[Tap, torch.Tensor] = {}
         for cut in self.plan.projector_cuts:
             picked = cut.reduce({tap: seen.get(tap, features) for tap in cut.see}, Views(grids))
+            check_pick(whose(self.plan, cut), picked, features, self.plan.facts.has_cls)
             features = features if picked.merge is None else flow(features, picked.merge)
             kept[Kept()] = picked.keep
         return features, kept
@@ -164,7 +200,8 @@ class Choice:
         found, told = [len(rows) for rows in features], [picture.grid.tokens for picture in pictures]
         if found != told:
             raise RuntimeError(f"vLLM made {found} tokens of these pictures, and their layouts say {told}.")
-        hidden, layout = self.decide(pictures, seen, torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True))
+        padded = torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True)
+        hidden, layout = self.decide(layout_of(pictures, padded.device), seen, padded)
         promised = upload(layout.alive_counts, hidden.device)
         torch._assert_async((layout.alive.sum(1) == promised).all(), "a method kept other numbers than it promised.")
         order = (~layout.alive).to(torch.uint8).sort(dim=1, stable=True).indices
@@ -172,23 +209,23 @@ class Choice:
         return [rows.index_select(0, places[:count]) for rows, places, count in chosen]
 
     def decide(
-        self, pictures: Sequence[ServedPicture], seen: dict[Tap, torch.Tensor], hidden: torch.Tensor
+        self, layout: Layout, seen: dict[Tap, torch.Tensor], hidden: torch.Tensor
     ) -> tuple[torch.Tensor, Layout]:
         """Run all cuts on `(pictures, width, dim)`: the same with merges done, and the layout of what is left."""
-        layout = layout_of(pictures, hidden.device)
         for method in self.plan.methods:
             method.check_inputs(layout)
         at = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
         values = {tap: layout.from_tower(seen[tap]) for tap in self.plan.tower_taps}
         for name, cut in self.plan.decoder_cuts:
             reduction = cut.reduce({tap: values.get(tap, hidden) for tap in cut.see}, layout)
+            check_reduction(where := whose(self.plan, cut), reduction, layout.alive, layout.alive_counts)
             if reduction.counts is None:
-                raise UnsupportedError(
-                    f"how many tokens {name} keeps is not known before it has seen the picture, and vLLM writes the "
-                    "placeholders before: take another method, or leave newlines='row' away."
-                )
+                raise UnsupportedError(f"{UNKNOWN.format(name)}: take another method, or leave newlines='row' away.")
+            if reduction.soft is not None:
+                raise UnsupportedError(f"{name} weakens tokens instead of taking them away: there is nothing to serve.")
             keep = reduction.keep & layout.alive
             if reduction.counts != layout.alive_counts and (flow := reduction.merge) is not None:
+                check_flow(where, flow, layout.width)
                 hidden = torch.ops.vlmprune.merge(hidden, at, layout.alive, keep, flow.into, flow.weight, flow.source)
             counts, patches = reduction.counts, reduction.patches
             if patches is None and not any(grid.newlines for grid in layout.grids):
@@ -229,9 +266,11 @@ def refusals(cls: type[Method]) -> dict[str, str]:
     found = {}
     for name in SERVED:
         family = FAMILIES[name]
-        facts = ModelFacts(name, 24, 22, True, decoder_layers=32, views=family.views, view_patches=576)
+        has_cls = TOWERS[family.usual_tower]
+        facts = ModelFacts(name, 24, 22, has_cls, decoder_layers=32, views=family.views, view_patches=144)
         try:
-            Choice([cls(**given, **cls.served_with)], family, facts).check()
+            choice = Choice([cls(**given, **cls.served_with)], family, facts)
+            choice.check_alone(choice.sample)  # to ask without values too, torch gets ready for a second
         except (UnsupportedError, ValueError) as error:
             found[name] = str(error).removesuffix(".")
     return found

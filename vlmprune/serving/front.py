@@ -75,12 +75,43 @@ class PrunedInfo:
 
 
 class PrunedNextInfo(PrunedInfo):
-    """The same where the largest picture is looked for by its tokens: the tower's memory hangs on all of them."""
+    """The same where a picture's size says how much there is to encode.
+
+    vLLM measures its memory on one picture, and makes room in its caches for the tokens of one. Its own choices for
+    both go by the tokens: with pruning these say nothing of the work, and the picture may be one that a method refuses.
+    """
+
+    def candidates(self) -> set[tuple[int, int]]:
+        """(height, width) of pictures among which are the largest: no padding is taken away from these."""
+        return {tuple(size) for size in self.get_hf_config().image_grid_pinpoints}
+
+    @cached_property
+    def largest(self) -> tuple[tuple[int, int], int]:
+        """(height, width) of the picture with most to encode, and the most tokens that stay of a picture.
+
+        Raises:
+            ValueError: the methods take no picture at all.
+        """
+        sizes, kept, refused = self.candidates(), {}, None
+        for of in ("encoded", "tokens", "newlines"):
+            # most first; the first that is taken is enough, for a grid is read off faster than a count
+            for size in sorted(sizes, key=lambda one: (-getattr(self.served.grid(one), of), one)):
+                try:
+                    kept[of] = size, self.kept(size[1], size[0], None)
+                except ValueError as error:
+                    refused = error
+                else:
+                    break
+        if not kept:
+            raise refused
+        return kept["encoded"][0], max(count for _, count in kept.values())
 
     def get_image_size_with_most_features(self) -> Any:
-        pinpoints = self.get_hf_config().image_grid_pinpoints
-        height, width = max(pinpoints, key=lambda size: self.whole_image_tokens(size[1], size[0]))
+        height, width = self.largest[0]
         return host.ImageSize(width=width, height=height)
+
+    def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> dict[str, int]:
+        return {"image": self.largest[1]}
 
 
 class PrunedProcessor:

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from vlmprune.errors import UnsupportedError
 from vlmprune.parts.taps import ClusterOf
 from vlmprune.serving import host
 from vlmprune.serving.choice import ServedPicture
 from vlmprune.serving.front import PrunedInfo, PrunedNextInfo, PrunedProcessor, refuse
 from vlmprune.serving.merge import Tower, install
+from vlmprune.serving.rule import averages_heads
 from vlmprune.serving.served import Request, Served
 from vlmprune.serving.settings import KEEP
 from vlmprune.serving.watch import TowerWatcher, built_for, look_only
@@ -48,6 +50,12 @@ class PrunedEncoding:
                     prefix=f"{prefix}vision_tower.vision_model.encoder.layers.{index}",
                     attn_cls=host.MMEncoderAttention,
                 )
+            )
+        odd = next((tap for tap in taps if not averages_heads(tap, facts)), None)
+        if odd is not None and layers[0].self_attn.tp_size > 1:
+            raise UnsupportedError(
+                f"{self.served.choice().names} looks at {odd}, which ranks of tensor parallelism, each seeing its own "
+                "heads, cannot average: leave --tensor-parallel-size away, and use --data-parallel-size."
             )
         watcher = TowerWatcher(layers, taps, keys, facts, host.mean_over_ranks)
         if merges:
@@ -87,17 +95,17 @@ class PrunedEncoding:
         return [tuple(size) for size in torch.as_tensor(given).tolist()]
 
     def parts(self, sizes: list) -> list[slice]:
-        """Pictures that the tower encodes together: as many as vLLM would of an unpruned model.
+        """Pictures that the tower encodes together: with as many patches as vLLM lets tokens into one step.
 
-        It counts them by what stays, which would make the tower's batches larger the more is pruned.
+        It counts pictures by the tokens that stay, which would make the tower's batches larger the more is pruned.
         """
         cuts, held = [0], 0
         for index, size in enumerate(sizes):
-            tokens = self.served.grid(size).tokens
-            if held and held + tokens > self.most:
+            patches = self.served.grid(size).encoded  # what un-padding takes away was encoded too
+            if held and held + patches > self.most:
                 cuts.append(index)
                 held = 0
-            held += tokens
+            held += patches
         return [slice(start, end) for start, end in zip(cuts, [*cuts[1:], len(sizes)], strict=True)]
 
     def encode(self, requests: list[Request], sizes: list, pixels: Any) -> list[torch.Tensor]:
@@ -183,11 +191,15 @@ class VlmpruneLlavaNextForConditionalGeneration(PrunedEncoding, host.LlavaNextFo
     hf_to_vllm_mapper = host.NAMES | host.LlavaNextForConditionalGeneration.hf_to_vllm_mapper
 
 
-class OnevisionInfo(PrunedInfo, host.LlavaOnevisionProcessingInfo):
+class OnevisionInfo(PrunedNextInfo, host.LlavaOnevisionProcessingInfo):
     """Of `llava_onevision`; prompts with videos are refused by vLLM, which counts those that a model takes."""
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:
         return {"image": None}
+
+    def candidates(self) -> set[tuple[int, int]]:
+        own = host.LlavaOnevisionProcessingInfo.get_image_size_with_most_features(self)  # just not shrunk
+        return {(own.height, own.width), *super().candidates()}
 
 
 class OnevisionProcessor(PrunedProcessor, host.LlavaOnevisionMultiModalProcessor):

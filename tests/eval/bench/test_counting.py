@@ -6,9 +6,14 @@ import pytest
 import torch
 
 import vlmprune
-from vlmprune.eval.bench.counting import AliveBytes, count, formula_flops, kv_bytes, language_flops
-from vlmprune.eval.bench.flops import prefill_flops
+from vlmprune.cost.flops import formula_flops
+from vlmprune.eval.bench.counting import AliveBytes, count, kv_bytes
 from vlmprune.eval.bench.oracle import PlainRun
+
+
+def by_formula(work, tokens, counted):
+    return work.batch * formula_flops(work.model.config, tokens, counted["tower_tokens"], work.views)
+
 
 KINDS = [
     {},
@@ -26,7 +31,7 @@ def test_the_formula_is_what_the_counter_counts(work, kind, batch):
     with torch.no_grad():
         counted = count(here, PlainRun(here).prefill)
     assert counted["tower_tokens"] == [(16 + (kind.get("tower") != "siglip"),) * 2] * 6
-    assert counted["flops"] == formula_flops(here, [here.length] * 4, counted["tower_tokens"])
+    assert counted["flops"] == by_formula(here, [here.length] * 4, counted)
 
 
 @pytest.mark.parametrize("method", ["random", "grid"])
@@ -35,7 +40,7 @@ def test_the_formula_follows_the_cut(work, method):
     with vlmprune.patch(here.model, method, keep=4) as handle, torch.no_grad():
         counted = count(here, PlainRun(here).prefill)
         assert handle.trace.kv_lengths == [11] * 4
-        assert counted["flops"] == formula_flops(here, handle.trace.kv_lengths, counted["tower_tokens"])
+        assert counted["flops"] == by_formula(here, handle.trace.kv_lengths, counted)
 
 
 def test_the_formula_follows_merging_inside_the_tower(work):
@@ -44,10 +49,10 @@ def test_the_formula_follows_merging_inside_the_tower(work):
     with vlmprune.patch(here.model, "tome", keep=0.5) as handle, torch.no_grad():
         counted = count(here, PlainRun(here).prefill)
     assert counted["tower_tokens"] == [(17, 15), (15, 13), (13, 11), (11, 10), (10, 9), (9, 9)]
-    by_formula = formula_flops(here, handle.trace.kv_lengths, counted["tower_tokens"])
+    formula = by_formula(here, handle.trace.kv_lengths, counted)
     wide = here.model.config.vision_config.hidden_size // here.model.config.vision_config.num_attention_heads
     cosines = sum((n // 2) * ((n + 1) // 2) * wide for n in (16, 14, 12, 10, 9))
-    assert counted["flops"] - by_formula == 2 * here.batch * cosines
+    assert counted["flops"] - formula == 2 * here.batch * cosines
 
 
 def test_counting_leaves_no_hooks(work):
@@ -56,16 +61,6 @@ def test_counting_leaves_no_hooks(work):
     with torch.no_grad():
         count(here, PlainRun(here).prefill)
     assert sum(len(module._forward_pre_hooks) for module in here.model.modules()) == before
-
-
-def test_language_flops_by_hand(work):
-    # d 32, k 16 (2 of 4 heads), m 48; 5 tokens in one layer
-    assert language_flops(work(3), [5]) == 3 * 2 * (5 * (2 * 32 * 32 + 2 * 32 * 16) + 2 * 25 * 32 + 3 * 5 * 32 * 48)
-
-
-def test_grouped_queries_in_the_published_formula():
-    assert prefill_flops([7], 8, 12) == prefill_flops([7], 8, 12, kv_hidden=8) == 4 * 7 * 64 + 2 * 49 * 8 + 3 * 7 * 96
-    assert prefill_flops([7], 8, 12, kv_hidden=2) == prefill_flops([7], 8, 12) - 2 * 7 * 8 * 6
 
 
 def test_bytes_in_the_cache(work):

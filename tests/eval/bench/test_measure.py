@@ -10,6 +10,7 @@ from clocks import FakeClock
 from leftovers import ours
 
 import vlmprune
+from vlmprune.cost.flops import formula_flops
 from vlmprune.eval.bench import measure
 from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.measure import Effort, amdahl, measure_method, measure_unpruned
@@ -143,7 +144,7 @@ def test_what_pruning_costs_is_compared_with_the_nearest_unpruned_run(cell, monk
 
 
 def test_amdahl_by_hand(work, monkeypatch):
-    monkeypatch.setattr(measure, "language_flops", lambda work, tokens: sum(tokens))
+    monkeypatch.setattr(measure, "language_flops", lambda config, tokens: sum(tokens))
     stages = {"total": {"median": 10.0}, "prefill": [{"median": 8.0}]}
     found = amdahl(work(), stages, [23, 0, 0, 0])
     assert found == {"bound": 10 / (2 + 8 / 4), "limit": 10 / 2}
@@ -309,7 +310,7 @@ def test_tokens_and_memory_by_hand(scripted):
     assert (found["flops"]["counted"], base["flops"]["counted"]) == (100, 900)
     lengths = ([23, 23, 11, 11], [23] * 4)
     for one, tokens in zip((found, base), lengths, strict=True):
-        assert one["flops"]["formula"] == measure.formula_flops(here, tokens, [(17, 17)] * 6)
+        assert one["flops"]["formula"] == 2 * formula_flops(here.model.config, tokens, [(17, 17)] * 6, 1)
         assert one["kv_bytes"] == 2 * 2 * 2 * 8 * 4 * sum(tokens)  # rows, keys and values, heads, width, bytes
     assert base["batch"] == 2
     assert base["tokens"] == {"visual": 16, "patches": 16, "prompt": 23}

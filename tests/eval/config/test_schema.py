@@ -11,7 +11,7 @@ import pytest
 from vlmprune import configs
 from vlmprune.eval.config.entries import Entry, Part
 from vlmprune.eval.config.schema import load_config
-from vlmprune.eval.config.tree import Mistakes
+from vlmprune.yamls.tree import Mistakes
 
 GOOD = """\
 model: scene-llava

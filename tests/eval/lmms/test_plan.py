@@ -13,7 +13,6 @@ import tiny_folders
 
 from vlmprune import spec
 from vlmprune.eval.config.schema import load_config
-from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import fingerprints, store
 from vlmprune.eval.lmms.plan import make_plan
 from vlmprune.eval.lmms.run import ledger
@@ -21,6 +20,7 @@ from vlmprune.eval.lmms.survey import survey
 from vlmprune.eval.lmms.taskindex import local_data
 from vlmprune.methods import ToDRE
 from vlmprune.parts.facts import ModelFacts
+from vlmprune.yamls.tree import Mistakes
 
 pytest.importorskip("lmms_eval")
 
@@ -411,6 +411,8 @@ def test_results_are_kept_until_something_they_depend_on_has_another_content(pla
         assert told(make(), folder) == {f"changed: {what}"}, path
         path.unlink() if old is None else path.write_text(old)
     assert told(make(), folder) == set()
+    plainly = plan("[fopru]", *more, "plain_pictures: true", overrides=["tasks=[my_task]", f"include_path={tasks}"])
+    assert told(plainly, folder) == {"changed: how pictures are read"}
     (tasks / "utils.py").write_text("x = 1")
     assert told(make(), folder) == {"changed: the task's files"}
     (tasks / "utils.py").unlink()

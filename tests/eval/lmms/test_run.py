@@ -17,12 +17,12 @@ from lmms_eval import evaluator
 
 from vlmprune.cli import main
 from vlmprune.eval.config.schema import load_config
-from vlmprune.eval.config.tree import Mistakes
 from vlmprune.eval.lmms import plan as plans
 from vlmprune.eval.lmms import run as runner
 from vlmprune.eval.lmms import store
 from vlmprune.eval.lmms.plan import make_plan
 from vlmprune.eval.lmms.survey import estimate, survey
+from vlmprune.yamls.tree import Mistakes
 
 CONFIG = """\
 model: scene-llava

@@ -115,6 +115,7 @@ class Atp(Method):
     summary = "tokens over thresholds that trained modules set per image and question"
     paper = "arXiv 2412.00447"
     needs = "decoder attention of all visual rows (three layers)"
+    looks_at = "decoder"
     stage = "decoder layers 4, 14, 24 of 32"
     syncs = 1
     training = "modules (scripts/train_atp.py)"

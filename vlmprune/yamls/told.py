@@ -1,4 +1,4 @@
-"""What pydantic found wrong, told in the words of a config and with the lines of its file."""
+"""What pydantic found wrong, told in the words of a file and with its lines."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from vlmprune.errors import did_you_mean
-from vlmprune.eval.config.tree import Key, Tree
+from vlmprune.yamls.tree import Key, Tree
 
 __all__ = ["ConfigSource", "about", "mistakes", "must_be"]
-
-HINTS = {"model": " (an embedded name, a folder or a hub id)", "tasks": " (`lmms-eval tasks list`)"}
 
 
 def about(what: str) -> PydanticCustomError:
@@ -42,6 +40,7 @@ class ConfigSource:
         home: key of the mapping that each word of the model stands in: () for the top, or the run's.
         place: the run's key, () for a file without runs.
         unknown: says what is known where a word is not, by its location and key.
+        missing: says what a word that must be there is, by its location.
         thorough: look methods and their options up, too.
     """
 
@@ -49,6 +48,7 @@ class ConfigSource:
     home: Mapping[str | int, Key] = field(default_factory=dict)
     place: Key = ()
     unknown: Callable[[Key, Key], str] = lambda loc, key: f"unknown key {key[-1]!r}."
+    missing: Callable[[Key], str] = lambda loc: f"{name_of(loc)} is missing."
     thorough: bool = False
 
     def key(self, loc: Key) -> Key:
@@ -81,11 +81,11 @@ class ConfigSource:
     def sentence(self, line: ErrorDetails) -> str:
         """One of pydantic's own errors, or `about`."""
         loc, kind = line["loc"], line["type"]
-        word, name = loc[-1] if loc else "", name_of(self.key(loc))
+        name = name_of(self.key(loc))
         if kind == "about":
             return f"{name} {line['ctx']['what']}"
         if kind == "missing":
-            return f"a published number needs {word}." if len(loc) > 1 else f"{word} is missing{HINTS[str(word)]}."
+            return self.missing(loc)
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
             return self.unknown(loc, self.key(loc))
         if kind in ("dataclass_type", "dict_type"):

@@ -1,0 +1,1 @@
+"""YAML read safely, every mistake told with its line."""
