@@ -179,6 +179,14 @@ class Family:
             return [frames] * batch
         return [tuple(size) for size in given["image_sizes"].tolist()]
 
+    def given(self, inner: nn.Module, modality: str, clips: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The arguments that processors of a `packed` family make of the `(frames, 3, height, width)` pixels of each.
+
+        Args:
+            clips: an image is a clip of one frame; sides are multiples of a token's.
+        """
+        raise NotImplementedError
+
     def tower_views(
         self, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], sizes: Sequence[Any]
     ) -> list[tuple[TowerLayer, torch.Tensor]]:

@@ -38,7 +38,7 @@ def about(model: nn.Module) -> dict[str, Any]:
         "tower": {
             "type": vision.model_type,
             "layers": vision.num_hidden_layers,
-            "image_size": vision.image_size,
+            "image_size": getattr(vision, "image_size", None),  # None: pictures of any size
             "patch_size": vision.patch_size,
         },
     }

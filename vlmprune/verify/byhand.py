@@ -89,7 +89,7 @@ class Stretch:
 
     Attributes:
         index: `(batch, length)` entries of the stretch before (of the prompt, for the first one).
-        positions: `(batch, length)` position ids.
+        positions: `(batch, length)` position ids, `(axes, batch, length)` where they lie on several axes.
         mask: `(batch, length)` bool of real entries, or None if rows are equally long.
         shift: `(batch, 1)` positions by which decoded tokens move down.
         flows: what is merged in front of the selection.
@@ -119,6 +119,7 @@ def stretches(
     images: Sequence[Sequence[int]],
     shape: tuple[int, int],
     device: torch.device,
+    places: torch.Tensor | None = None,
 ) -> list[Stretch]:
     """What every layer of a pruned prefill saw, as index tensors on `device`.
 
@@ -127,6 +128,7 @@ def stretches(
         sample: batch row of every image.
         images: prompt columns of every image's tokens.
         shape: rows and columns of the prompt batch, which has no padding.
+        places: `(axes, batch, columns)` where positions lie on several axes: no cut closes gaps there.
 
     Raises:
         ValueError: soft masks, which remove nothing.
@@ -148,7 +150,7 @@ def stretches(
     made, before = [], whole
     for first, now in seen.items():
         if first == 0 or now.columns != before.columns or first in merged:  # else its cuts took nothing
-            made.append(stretch_of(first, before, now, merged.get(first, ()), device))
+            made.append(stretch_of(first, before, now, merged.get(first, ()), device, places))
             before = now
     return made
 
@@ -198,7 +200,14 @@ class Left:
         self.shift[row] += lost
 
 
-def stretch_of(first: int, before: Left, now: Left, flows: Sequence[Flow], device: torch.device) -> Stretch:
+def stretch_of(
+    first: int,
+    before: Left,
+    now: Left,
+    flows: Sequence[Flow],
+    device: torch.device,
+    places: torch.Tensor | None,
+) -> Stretch:
     """The layers from `first` on, by what the stretch before them had; rows are left-padded to the longest."""
     index, padded, mask = [], [], []
     for row, mine, position in zip(before.columns, now.columns, now.positions, strict=True):
@@ -211,10 +220,13 @@ def stretch_of(first: int, before: Left, now: Left, flows: Sequence[Flow], devic
     def upload(values: list, dtype: torch.dtype = torch.long) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
+    positions = upload(padded)
+    if places is not None:  # what counts is a column's own number
+        positions = places.to(device).gather(2, positions.expand(len(places), -1, -1))
     return Stretch(
         first,
         upload(index),
-        upload(padded),
+        positions,
         None if all(map(all, mask)) else upload(mask, torch.bool),
         upload([[down] for down in now.shift]),
         tuple(flows),
@@ -228,14 +240,16 @@ def run_layers(
     positions: Sequence[torch.Tensor],
     cache: Any,
     decoded: int = 0,
+    injected: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """All decoder layers and the norm, called as the model calls them, each stretch with its own rows and positions.
 
     Args:
         hidden: `(batch, length, dim)` what the first stretch runs on.
-        positions: `(batch, length)` position ids, one per stretch.
+        positions: position ids, one per stretch, as its own are.
         cache: is filled.
         decoded: tokens after the prompt, `hidden` included; 0 in the prefill.
+        injected: `(batch, length, dim)` what the host adds to the outputs of layers 0, 1, ... (DeepStack).
     """
     number, masks = -1, {}
     for index, layer in enumerate(language_model.layers):
@@ -243,7 +257,7 @@ def run_layers(
             number += 1
             part, masks = parts[number], {}
             if number and not decoded:
-                hidden = part.take(hidden)
+                hidden, injected = part.take(hidden), [part.take(x) for x in injected]
             rotary = language_model.rotary_emb(hidden, position_ids=positions[number])
         if (window := window_of(layer)) not in masks:  # full and sliding layers may take turns
             masks[window] = attention_mask(layer, index, hidden, part.longer(decoded), cache)
@@ -251,8 +265,10 @@ def run_layers(
             hidden,
             attention_mask=masks[window],
             position_embeddings=rotary,
-            position_ids=positions[number],
+            position_ids=positions[number] if positions[number].ndim == 2 else None,
             use_cache=True,
             **with_cache(cache),
         )
+        if index < len(injected):
+            hidden = hidden + injected[index]
     return language_model.norm(hidden)

@@ -16,7 +16,7 @@ from vlmprune.engine.finite import WAY_OUT, each_finite
 from vlmprune.patches import Family
 from vlmprune.patches.language_models import window_of
 from vlmprune.trace import CutTrace, Trace
-from vlmprune.verify.prompts import batch
+from vlmprune.verify.prompts import TYPES, batch
 from vlmprune.verify.runs import (
     FORCED,
     Hand,
@@ -233,7 +233,7 @@ def intruded(prompt: dict[str, Any]) -> dict[str, Any]:
     def longer(row: torch.Tensor) -> torch.Tensor:
         return torch.cat((row[:, :-2], row[:, -1:].expand(-1, INTRUDERS), row[:, -2:]), 1)
 
-    return prompt | {name: longer(prompt[name]) for name in ("input_ids", "attention_mask")}
+    return prompt | {name: longer(prompt[name]) for name in ("input_ids", "attention_mask", TYPES) if name in prompt}
 
 
 def pruned_of(family: Family, handle: Handle, plain: Plain) -> Pruned:
@@ -275,7 +275,7 @@ class Evidence:
         mistake: rows and cuts with a deliberate mistake, None where nothing is pruned.
         twin: what these come to.
         astray: what the prompt comes to with its forced tokens at other positions, None where nothing is pruned.
-        moved: what the prompt comes to under the other position policy, None where no cut took anything.
+        moved: what the prompt comes to at other positions, None where no cut took anything.
     """
 
     family: Family
@@ -297,6 +297,11 @@ class Evidence:
     def rows_of(self, prompt: int) -> Rows:
         """The embeddings of a prompt, its pictures seen by the unpatched tower."""
         return rows_of(self.family, self.model, self.plain.prompts[prompt])
+
+
+def moved(hand: Callable[[Rows, Sequence[CutTrace]], Hand], rows: Rows, trace: Trace) -> Hand:
+    """What a prompt comes to at other positions: by the other policy, or by a plain count where there is one alone."""
+    return hand(rows, other_positions(trace)) if rows.places is None else hand(rows.counted(), trace.cuts)
 
 
 def gathered(family: Family, model: nn.Module, plain: Plain, pruned: Pruned, in_tower: bool) -> Evidence:
@@ -325,5 +330,5 @@ def gathered(family: Family, model: nn.Module, plain: Plain, pruned: Pruned, in_
         mistake,
         hand(*mistake) if mistake else None,
         hand(rows, trace.cuts, dropped_by(trace)) if mistake else None,
-        hand(rows, other_positions(trace)) if changed else None,
+        moved(hand, rows, trace) if changed else None,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain, repeat
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.patches import Family
 
 __all__ = ["batch", "check_placeholders", "check_rotary", "make_prompt", "prompts_for", "random_pixels", "random_text"]
+__all__ += ["TYPES", "tile_of"]
 
 FRAMES = 2  # of a video
+PACKED = 6  # tokens along the side of a picture where towers take any
+TYPES = "mm_token_type_ids"  # 1 for tokens of images, 2 for those of videos
 ROOM = 16  # positions beside those of a prompt: tokens that are decoded, columns that a mistake lets through
 
 
@@ -36,6 +39,14 @@ def random_pixels(shape: tuple[int, ...], generator: torch.Generator) -> torch.T
     return (torch.nn.functional.interpolate(coarse, flat.shape[-2:], mode="bilinear") + 0.5 * flat).view(shape)
 
 
+def tile_of(family: Family, inner: nn.Module) -> int:
+    """Pixels along the side of a square picture that a model reads as it is."""
+    vision = inner.config.vision_config
+    if family.packed:
+        return PACKED * vision.patch_size * vision.spatial_merge_size
+    return vision.image_size
+
+
 def make_prompt(
     family: Family, model: nn.Module, parts: Sequence[int | str], sizes: Sequence[tuple[int, int]], seed: int
 ) -> dict[str, Any]:
@@ -46,14 +57,10 @@ def make_prompt(
         sizes: (height, width) of the pictures in pixels.
     """
     inner, generator = family.inner(model), torch.Generator().manual_seed(seed)
-    tile, videos = inner.config.vision_config.image_size, sum(part == "video" for part in parts)
-    pictures, images, frames = {}, [], 0
-    if sizes:
-        pictures, images = pictures_of(family, inner, sizes, generator)
-    if videos:
-        pictures["pixel_values_videos"] = random_pixels((videos, FRAMES, 3, tile, tile), generator)
-        frames = family.video_grid(inner, FRAMES).tokens
-    features = {"image": iter(images), "video": repeat(frames)}
+    pictures, images = pictures_of(family, inner, sizes, generator) if sizes else ({}, [])
+    videos = sum(part == "video" for part in parts)
+    clips, frames = videos_of(family, inner, videos, generator) if videos else ({}, [])
+    features = {"image": iter(images), "video": iter(frames)}
     ids = [
         random_text(family, inner, (part,), generator)
         if isinstance(part, int)
@@ -61,7 +68,9 @@ def make_prompt(
         for part in parts
     ]
     tokens = torch.cat(ids)[None]
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures | clips
+    if family.axes > 1:
+        inputs[TYPES] = sum(n * (tokens == family.token(inner, m)) for n, m in enumerate(family.modalities, 1))
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
@@ -72,6 +81,9 @@ def pictures_of(
     family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """The arguments that bring random pictures of some sizes, and how many tokens each becomes."""
+    if family.packed:
+        clips = [random_pixels((1, 3, *whole_cells(inner, size)), generator) for size in sizes]
+        return packed_of(family, inner, "image", clips)
     given, tile = {"image_sizes": torch.tensor(sizes)}, inner.config.vision_config.image_size
     if "batch_num_images" in family_arguments(inner):
         given["batch_num_images"] = torch.tensor([len(sizes)])
@@ -80,6 +92,35 @@ def pictures_of(
     pixels = random_pixels((len(sizes), *((views,) if family.views else ()), 3, tile, tile), generator)
     inputs = {"pixel_values": pixels} | (given if family.needs_sizes else {})
     return inputs, [family.image_grid(inner, size).tokens for size in known]
+
+
+def videos_of(
+    family: Family, inner: nn.Module, videos: int, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """The same for videos of `FRAMES` frames that the language model is shown."""
+    tile = tile_of(family, inner)
+    if family.packed:
+        frames = FRAMES * inner.config.vision_config.temporal_patch_size
+        clips = [random_pixels((frames, 3, tile // 2, tile), generator) for _ in range(videos)]
+        return packed_of(family, inner, "video", clips)
+    pixels = random_pixels((videos, FRAMES, 3, tile, tile), generator)
+    return {"pixel_values_videos": pixels}, [family.video_grid(inner, FRAMES).tokens] * videos
+
+
+def packed_of(
+    family: Family, inner: nn.Module, modality: str, clips: Sequence[torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """The same from pixels, where the tower reads pictures of any size as one sequence."""
+    given = family.given(inner, modality, clips)
+    return given, [family.packing(inner, modality, size).trace().tokens for size in family.sizes(modality, given)]
+
+
+def whole_cells(inner: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels, at least one token each, that the model's tokens cover."""
+    vision = inner.config.vision_config
+    cell = vision.patch_size * vision.spatial_merge_size
+    height, width = (max(1, round(side / cell)) * cell for side in size)
+    return height, width
 
 
 def family_arguments(inner: nn.Module) -> list[str]:
@@ -91,7 +132,7 @@ def family_arguments(inner: nn.Module) -> list[str]:
 
 def prompts_for(family: Family, model: nn.Module, videos: bool) -> list[dict[str, Any]]:
     """Three prompts that differ in all they can: two pictures (a video and one, with `videos`), one, and none."""
-    tile = family.inner(model).config.vision_config.image_size
+    tile = tile_of(family, family.inner(model))
     wide, tall = (tile, 2 * tile), (2 * tile, tile - tile // 3)
     if videos:
         first = make_prompt(family, model, [7, "video", 5, "image", 9], [tall], 1)
@@ -153,6 +194,8 @@ def batch(prompts: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
     ids = [padded(prompt["input_ids"], width, side, int(prompt["input_ids"][0, -1])) for prompt in prompts]
     masks = [padded(prompt["attention_mask"], width, side, 0) for prompt in prompts]
     out = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
+    if TYPES in prompts[0]:
+        out[TYPES] = torch.cat([padded(prompt[TYPES], width, side, 0) for prompt in prompts])
     for name in [name for name in dict.fromkeys(chain(*prompts)) if name not in out]:
         values = [prompt[name] for prompt in prompts if name in prompt]
         out[name] = torch.cat(equal_views(values) if name == "pixel_values" else values)

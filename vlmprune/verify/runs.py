@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -77,13 +78,15 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
     inputs = inputs if padded else without(inputs, "attention_mask")
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     every = torch.arange(len(mask), device=mask.device)
-    first = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": True, "logits_to_keep": 1}
+    places = places_of(family, family.inner(model), inputs | {"attention_mask": mask})
+    counted = (mask.cumsum(1) - 1).clamp(min=0) if places is None else places
+    first = {"position_ids": counted, "use_cache": True, "logits_to_keep": 1}
     with last_hidden(family.inner(model)) as seen:
         out = model(**inputs, **first)
     hidden, cache = seen[0], returned_cache(out)
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     logits = [model.get_output_embeddings()(hidden[every, last])]
-    place = mask.sum(1, keepdim=True)
+    place = mask.sum(1, keepdim=True) if places is None else places.amax((0, 2))[:, None].expand(len(places), -1, 1) + 1
     for token in forced:
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         ids = mask.new_full((len(mask), 1), token)
@@ -93,6 +96,17 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
         place = place + 1
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
     return Run(hidden, torch.stack(logits, 1), lengths, keys, values)
+
+
+def places_of(family: Family, inner: nn.Module, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """`(axes, batch, length)` where a padded batch stands, by the host's own rule; None where positions count."""
+    if family.axes == 1:
+        return None
+    mask = inputs["attention_mask"]
+    if not any(name in inputs for name in family.shared):  # no pictures
+        return (mask.cumsum(1) - 1).clamp(min=0).expand(family.axes, -1, -1)
+    wanted = inspect.signature(inner.get_rope_index).parameters.keys() & inputs.keys()
+    return inner.get_rope_index(**{name: inputs[name] for name in wanted})[0]
 
 
 def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -108,11 +122,26 @@ class Rows:
         ids: `(1, length)`.
         hidden: `(1, length, dim)` embeddings with the visual features in place.
         images: prompt columns of the tokens of every image, then of every video.
+        places: `(axes, 1, length)` where positions lie on several axes, else None.
+        injected: `(1, length, dim)` what is added to the outputs of layers 0, 1, ... (DeepStack).
     """
 
     ids: torch.Tensor
     hidden: torch.Tensor
     images: list[list[int]]
+    places: torch.Tensor | None = None
+    injected: tuple[torch.Tensor, ...] = ()
+
+    def onward(self, number: int) -> torch.Tensor | int:
+        """Where the token stands that is decoded after `number` others: a position, or `(axes, 1, 1)`."""
+        if self.places is None:
+            return self.ids.shape[1] + number
+        return (self.places.amax() + 1 + number).expand(len(self.places), 1, 1)
+
+    def counted(self) -> Rows:
+        """The same with positions that count columns, on every axis alike."""
+        count = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return replace(self, places=None if self.places is None else count.expand(len(self.places), 1, -1))
 
 
 def rows_of(family: Family, model: nn.Module, prompt: dict[str, Any]) -> Rows:
@@ -121,12 +150,16 @@ def rows_of(family: Family, model: nn.Module, prompt: dict[str, Any]) -> Rows:
     The engine's `encode` is used, which only calls the model's own encoders.
     """
     inner, ids = family.inner(model), prompt["input_ids"]
-    hidden, images = model.get_input_embeddings()(ids).clone(), []
+    hidden, images, injected = model.get_input_embeddings()(ids).clone(), [], []
     for modality, encoded in encode(inner, without(prompt, "input_ids", "attention_mask"), family).items():
         columns = (ids[0] == family.token(inner, modality)).nonzero().flatten()
         hidden[0, columns] = torch.cat(list(encoded.pooler_output)).to(hidden.dtype)
         images += [part.tolist() for part in columns.split([len(f) for f in encoded.pooler_output])]
-    return Rows(ids, hidden, images)
+        for layer, features in enumerate(getattr(encoded, "deepstack_features", None) or ()):
+            if layer == len(injected):
+                injected.append(torch.zeros_like(hidden))
+            injected[layer][0, columns] = torch.cat(list(features)).to(hidden.dtype)
+    return Rows(ids, hidden, images, places_of(family, inner, prompt), tuple(injected))
 
 
 def extended(model: nn.Module, rows: Rows, forced: Sequence[int]) -> torch.Tensor:
@@ -166,13 +199,15 @@ def by_hand(
     """
     language_model, length = family.language_model(family.inner(model)), rows.ids.shape[1]
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
-    parts = stretches(cuts, [0] * len(rows.images), rows.images, (1, length), rows.hidden.device)
+    parts = stretches(cuts, [0] * len(rows.images), rows.images, (1, length), rows.hidden.device, rows.places)
     cache = DynamicCache(config=language_model.config)
     entered = parts[0].take(rows.hidden)
-    prompt = run_layers(language_model, entered, parts, [part.positions for part in parts], cache)
+    injected = [parts[0].take(x) for x in rows.injected]
+    places = [part.positions for part in parts]
+    prompt = run_layers(language_model, entered, parts, places, cache, injected=injected)
     logits, tokens = [head(prompt[:, -1])], embed(rows.ids.new_tensor([list(forced)]))
     for number in range(len(forced)):
-        places = [length + number + astray - part.shift for part in parts]
+        places = [rows.onward(number) + astray - part.shift for part in parts]
         step = run_layers(language_model, tokens[:, number : number + 1], parts, places, cache, number + 1)
         logits.append(head(step)[:, -1])
     return Hand(
@@ -223,12 +258,16 @@ def masked(
     language_model = family.language_model(family.inner(model))
     hidden = extended(model, rows, forced)
     number = torch.arange(hidden.shape[1], device=hidden.device)
+    injected = [nn.functional.pad(x, (0, 0, 0, len(forced))) for x in rows.injected]
     alive, place = torch.ones_like(number, dtype=torch.bool), number.clone()
-    place[rows.ids.shape[1] :] += astray
+    if rows.places is not None:
+        place = torch.cat((rows.places, *(rows.onward(i) for i in range(len(forced)))), 2)[:, 0]
+    place[..., rows.ids.shape[1] :] += astray
     masks: dict[Any, torch.Tensor] = {}
     with masks_allowed(language_model):
         for index, layer in enumerate(language_model.layers):
             for cut in (cut for cut in cuts if cut.layer == index):
+                injected = [taken(cut, rows.images, alive, x)[1] for x in injected]
                 gone, hidden = taken(cut, rows.images, alive, hidden)
                 alive &= ~gone
                 if cut.positions == "contiguous":
@@ -239,9 +278,10 @@ def masked(
             hidden = layer(
                 hidden,
                 attention_mask=masks[window][None, None],
-                position_embeddings=language_model.rotary_emb(hidden, position_ids=place[None]),
+                position_embeddings=language_model.rotary_emb(hidden, position_ids=place[..., None, :]),
                 position_ids=number[None],
             )
+            hidden = hidden + injected[index] if index < len(injected) else hidden
         out = language_model.norm(hidden)[0, -1 - len(forced) :]
     return model.get_output_embeddings()(out)
 

@@ -36,7 +36,7 @@ from vlmprune.patches.language_models import decoder_layer
 from vlmprune.patches.towers import tower_layer
 from vlmprune.verify.checks import raised, severest
 from vlmprune.verify.evidence import attempt
-from vlmprune.verify.prompts import make_prompt
+from vlmprune.verify.prompts import make_prompt, tile_of
 from vlmprune.verify.verdict import Line, Noise, judge, worst
 
 __all__ = ["taps_line"]
@@ -141,8 +141,12 @@ def rerun(attention: nn.Module, args: tuple, kwargs: dict, nudge: bool) -> tuple
     with AttentionWatch() as watch:
         out = attention.forward(*given[0], **given[1])  # not called: hooks are for the model's own calls
     weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
-    if weights is None or watch.scores is None or watch.keys is None:
+    if watch.scores is None or watch.keys is None:
         raise UnsupportedError(f"{type(attention).__name__} hands back no weights of eager attention")
+    if weights is None:  # of a packed tower: it throws them away
+        if watch.scores.shape[-1] != len(hidden):
+            raise UnsupportedError(f"{type(attention).__name__} looks at one window after another")
+        weights = watch.scores.softmax(-1, dtype=torch.float32)
     return weights, watch.scores, watch.keys
 
 
@@ -245,6 +249,7 @@ class Places:
         tokens: numbers of the patches among the picture's tokens.
         numbers: of the patches among all that the tower made, `view * patches of a view + patch`.
         first: tokens in front of a view's patches.
+        by_token: what the tower's patches have, `(views, patches)`, by token.
     """
 
     visual: torch.Tensor
@@ -252,13 +257,16 @@ class Places:
     tokens: torch.Tensor
     numbers: torch.Tensor
     first: int
+    by_token: Callable[[torch.Tensor], torch.Tensor]
 
     @classmethod
-    def of(cls, visual: torch.Tensor, layout: Layout, has_cls: bool) -> Places:
+    def of(
+        cls, visual: torch.Tensor, layout: Layout, has_cls: bool, by_token: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Places:
         grid, device = layout.grids[0], visual.device
         tokens = (~grid.newline).nonzero().flatten().to(device)
         numbers = grid.source[~grid.newline].to(device)
-        return cls(visual, visual.nonzero().flatten()[tokens], tokens, numbers, int(has_cls))
+        return cls(visual, visual.nonzero().flatten()[tokens], tokens, numbers, int(has_cls), by_token)
 
 
 def wanted(tap: Tap, host: Attended, at: Places) -> torch.Tensor:
@@ -266,7 +274,7 @@ def wanted(tap: Tap, host: Attended, at: Places) -> torch.Tensor:
     if isinstance(tap, BlockKeys):
         return host.keys
     if isinstance(tap, TowerTap):
-        return of_tower(tap, host, at).flatten()[at.numbers][None]
+        return at.by_token(of_tower(tap, host, at)).flatten()[at.numbers][None]
     weights, here = host.weights[0], at.patches
     after = weights[int(at.visual.nonzero().max()) + 1 :]
     match tap:
@@ -334,14 +342,16 @@ def hidden_line(layer: int, value: torch.Tensor, host: torch.Tensor, at: Places,
 
 def compared(family: Family, model: nn.Module, asked: Asked, most: float) -> Line:
     """All taps: the line that says most against the model."""
-    tile, look = family.inner(model).config.vision_config.image_size, Look(asked)
+    tile, look = tile_of(family, family.inner(model)), Look(asked)
     inputs = make_prompt(family, model, [5, "image", 7], [(tile, tile)], 4)
     with eager(model):
         host = host_of(family, model, inputs, asked)
         with patch(model, look) as handle:
             model(**inputs, use_cache=False)
     inner = family.inner(model)
-    at = Places.of(inputs["input_ids"][0] == family.token(inner), look.layout, handle._plan.facts.has_cls)
+    sizes = family.sizes("image", inputs) if family.packed else []
+    by_token = partial(family.tokens_of, family.towers(inner)[0], sizes=sizes)
+    at = Places.of(inputs["input_ids"][0] == family.token(inner), look.layout, handle._plan.facts.has_cls, by_token)
     lines = [tap_line(tap, look.seen[tap], host.blocks[site_of(tap)], at, model.dtype, most) for tap in asked.taps]
     lines += [hidden_line(n, look.seen[n], host.hidden[n], at, model.dtype) for n in asked.hidden]
     return severest(lines)
