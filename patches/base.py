@@ -47,6 +47,7 @@ class Family:
     axes: ClassVar[int] = 1  # on how many axes a token's position lies: 1, or 3 (M-RoPE)
     packed: ClassVar[bool] = False  # whether the tower reads pictures of any size as one sequence
     views: ClassVar[bool] = False
+    stamped: ClassVar[bool] = False  # whether text stands in front of every frame of a video
     needs_sizes: ClassVar[bool] = False  # whether the packing of images depends on more than the model
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     usual_tower: ClassVar[str] = "clip_vision_model"  # of the published checkpoints

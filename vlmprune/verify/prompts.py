@@ -60,13 +60,17 @@ def make_prompt(
     pictures, images = pictures_of(family, inner, sizes, generator) if sizes else ({}, [])
     videos = sum(part == "video" for part in parts)
     clips, frames = videos_of(family, inner, videos, generator) if videos else ({}, [])
-    features = {"image": iter(images), "video": iter(frames)}
-    ids = [
-        random_text(family, inner, (part,), generator)
-        if isinstance(part, int)
-        else torch.full((next(features[part]),), family.token(inner, part))
-        for part in parts
-    ]
+    features, ids = {"image": iter(images), "video": iter(frames)}, []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(random_text(family, inner, (part,), generator))
+            continue
+        shown = torch.full((next(features[part]),), family.token(inner, part))
+        if part == "video" and family.stamped:
+            for frame in shown.chunk(FRAMES):
+                ids += [random_text(family, inner, (2,), generator), frame]
+        else:
+            ids.append(shown)
     tokens = torch.cat(ids)[None]
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures | clips
     if family.axes > 1:
