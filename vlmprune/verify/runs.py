@@ -80,7 +80,9 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
     every = torch.arange(len(mask), device=mask.device)
     places = places_of(family, family.inner(model), inputs | {"attention_mask": mask})
     counted = (mask.cumsum(1) - 1).clamp(min=0) if places is None else places
-    first = {"position_ids": counted, "use_cache": True, "logits_to_keep": 1}
+    # a host whose positions lie on several axes works them out itself, but for padded steps, and behind text alone
+    own = places is not None and not padded and any(name in inputs for name in family.shared)
+    first = {"use_cache": True, "logits_to_keep": 1} | ({} if own else {"position_ids": counted})
     with last_hidden(family.inner(model)) as seen:
         out = model(**inputs, **first)
     hidden, cache = seen[0], returned_cache(out)
@@ -90,8 +92,8 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
     for token in forced:
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         ids = mask.new_full((len(mask), 1), token)
-        given = {"attention_mask": mask} if padded else {}
-        out = model(input_ids=ids, position_ids=place, use_cache=True, **given, **with_cache(cache))
+        given = ({"attention_mask": mask} if padded else {}) | ({} if own else {"position_ids": place})
+        out = model(input_ids=ids, use_cache=True, **given, **with_cache(cache))
         logits.append(out.logits[:, -1])
         place = place + 1
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
