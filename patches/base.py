@@ -47,7 +47,6 @@ class Family:
     axes: ClassVar[int] = 1  # on how many axes a token's position lies: 1, or 3 (M-RoPE)
     packed: ClassVar[bool] = False  # whether the tower reads pictures of any size as one sequence
     views: ClassVar[bool] = False
-    stamped: ClassVar[bool] = False  # whether text stands in front of every frame of a video
     needs_sizes: ClassVar[bool] = False  # whether the packing of images depends on more than the model
     modalities: ClassVar[tuple[str, ...]] = ("image",)
     usual_tower: ClassVar[str] = "clip_vision_model"  # of the published checkpoints
@@ -55,6 +54,7 @@ class Family:
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
+    stamped: ClassVar[bool] = False  # whether text stands between the frames of a video
     # arguments of the encoders that the inner model goes on to need
     shared: ClassVar[tuple[str, ...]] = ()
     # arguments of the language model: which columns are visual, `(batch, length)` bool, and what it adds to these
@@ -179,14 +179,6 @@ class Family:
             batch, frames = given["pixel_values_videos"].shape[:2]
             return [frames] * batch
         return [tuple(size) for size in given["image_sizes"].tolist()]
-
-    def given(self, inner: nn.Module, modality: str, clips: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The arguments that processors of a `packed` family make of the `(frames, 3, height, width)` pixels of each.
-
-        Args:
-            clips: an image is a clip of one frame; sides are multiples of a token's.
-        """
-        raise NotImplementedError
 
     def tower_views(
         self, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], sizes: Sequence[Any]

@@ -47,19 +47,6 @@ class Qwen2VL(Family):
             raise UnsupportedError(f"pictures of {self.model_type} models come with {modality}_grid_thw.")
         return [tuple(size) for size in torch.as_tensor(grid).tolist()]
 
-    def given(self, inner: nn.Module, modality: str, clips: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        vision = inner.config.vision_config
-        patch, merge, at_once = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-        rows, sizes = [], []
-        for clip in clips:
-            clip = clip.repeat(at_once, 1, 1, 1) if len(clip) == 1 else clip  # a picture is its own next frame
-            size = len(clip) // at_once, clip.shape[2] // patch, clip.shape[3] // patch
-            shape = size[0], at_once, 3, size[1] // merge, merge, patch, size[2] // merge, merge, patch
-            rows.append(clip.reshape(shape).permute(0, 3, 6, 4, 7, 2, 1, 5, 8).flatten(0, 4).flatten(1))
-            sizes.append(size)
-        pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
-        return {pixels: torch.cat(rows), f"{modality}_grid_thw": torch.tensor(sizes)}
-
     def packing(self, inner: nn.Module, modality: str, size: Any) -> Packing:
         frames = size[0] if modality == "video" or size[0] > 1 else 0
         return Packing(lambda x, newline: x.flatten(0, 1), size[0], *self.side(inner, size), (1, 1), frames)

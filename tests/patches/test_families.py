@@ -52,7 +52,8 @@ def test_facts_of_packed_families(family):
     assert (grid.planes, grid.tokens, grid.views, grid.frames, grid.side) == (((3, 5),), 15, 1, 0, (3, 5))
     grid = found.packing(model.model, "video", (2, 6, 10)).trace()
     assert (grid.planes, grid.tokens, grid.views, grid.frames) == (((3, 5), (3, 5)), 30, 2, 2)
-    assert grid.view.tolist() == [0] * 15 + [1] * 15 and grid.col.tolist() == [0, 1, 2, 3, 4] * 6
+    assert grid.view.tolist() == [0] * 15 + [1] * 15
+    assert grid.col.tolist() == [0, 1, 2, 3, 4] * 6
 
 
 @pytest.mark.parametrize(("given", "want"), [(-1, 5), (-2, 4), (-6, 0), (3, 2), (6, 5), ([2, -2], 4), ([-3, 1], 3)])

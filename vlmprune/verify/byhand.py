@@ -89,7 +89,7 @@ class Stretch:
 
     Attributes:
         index: `(batch, length)` entries of the stretch before (of the prompt, for the first one).
-        positions: `(batch, length)` position ids, `(axes, batch, length)` where they lie on several axes.
+        positions: `(batch, length)` position ids.
         mask: `(batch, length)` bool of real entries, or None if rows are equally long.
         shift: `(batch, 1)` positions by which decoded tokens move down.
         flows: what is merged in front of the selection.
@@ -119,7 +119,6 @@ def stretches(
     images: Sequence[Sequence[int]],
     shape: tuple[int, int],
     device: torch.device,
-    places: torch.Tensor | None = None,
 ) -> list[Stretch]:
     """What every layer of a pruned prefill saw, as index tensors on `device`.
 
@@ -128,7 +127,6 @@ def stretches(
         sample: batch row of every image.
         images: prompt columns of every image's tokens.
         shape: rows and columns of the prompt batch, which has no padding.
-        places: `(axes, batch, columns)` where positions lie on several axes: no cut closes gaps there.
 
     Raises:
         ValueError: soft masks, which remove nothing.
@@ -150,7 +148,7 @@ def stretches(
     made, before = [], whole
     for first, now in seen.items():
         if first == 0 or now.columns != before.columns or first in merged:  # else its cuts took nothing
-            made.append(stretch_of(first, before, now, merged.get(first, ()), device, places))
+            made.append(stretch_of(first, before, now, merged.get(first, ()), device))
             before = now
     return made
 
@@ -200,14 +198,7 @@ class Left:
         self.shift[row] += lost
 
 
-def stretch_of(
-    first: int,
-    before: Left,
-    now: Left,
-    flows: Sequence[Flow],
-    device: torch.device,
-    places: torch.Tensor | None,
-) -> Stretch:
+def stretch_of(first: int, before: Left, now: Left, flows: Sequence[Flow], device: torch.device) -> Stretch:
     """The layers from `first` on, by what the stretch before them had; rows are left-padded to the longest."""
     index, padded, mask = [], [], []
     for row, mine, position in zip(before.columns, now.columns, now.positions, strict=True):
@@ -220,13 +211,10 @@ def stretch_of(
     def upload(values: list, dtype: torch.dtype = torch.long) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    positions = upload(padded)
-    if places is not None:  # what counts is a column's own number
-        positions = places.to(device).gather(2, positions.expand(len(places), -1, -1))
     return Stretch(
         first,
         upload(index),
-        positions,
+        upload(padded),
         None if all(map(all, mask)) else upload(mask, torch.bool),
         upload([[down] for down in now.shift]),
         tuple(flows),
@@ -246,18 +234,22 @@ def run_layers(
 
     Args:
         hidden: `(batch, length, dim)` what the first stretch runs on.
-        positions: position ids, one per stretch, as its own are.
+        positions: `(batch, length)` position ids, or `(axes, batch, length)`, one per stretch.
         cache: is filled.
         decoded: tokens after the prompt, `hidden` included; 0 in the prefill.
-        injected: `(batch, length, dim)` what the host adds to the outputs of layers 0, 1, ... (DeepStack).
+        injected: `(batch, length, dim)` what is added to the hidden states behind layers 0, 1, ..., for the entries of
+            the first stretch.
     """
-    number, masks = -1, {}
+    number, masks, more = -1, {}, list(injected)
     for index, layer in enumerate(language_model.layers):
+        if 0 < index <= len(more):
+            hidden = hidden + more[index - 1]
         if number + 1 < len(parts) and parts[number + 1].first == index:
             number += 1
             part, masks = parts[number], {}
             if number and not decoded:
-                hidden, injected = part.take(hidden), [part.take(x) for x in injected]
+                hidden = part.take(hidden)
+                more[index:] = [part.take(x) for x in more[index:]]
             rotary = language_model.rotary_emb(hidden, position_ids=positions[number])
         if (window := window_of(layer)) not in masks:  # full and sliding layers may take turns
             masks[window] = attention_mask(layer, index, hidden, part.longer(decoded), cache)
@@ -269,6 +261,4 @@ def run_layers(
             use_cache=True,
             **with_cache(cache),
         )
-        if index < len(injected):
-            hidden = hidden + injected[index]
     return language_model.norm(hidden)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -12,12 +12,19 @@ from torch import nn
 from vlmprune.errors import UnsupportedError
 from vlmprune.patches import Family
 
-__all__ = ["batch", "check_placeholders", "check_rotary", "make_prompt", "prompts_for", "random_pixels", "random_text"]
-__all__ += ["TYPES", "tile_of"]
+__all__ = [
+    "batch",
+    "check_placeholders",
+    "check_rotary",
+    "make_prompt",
+    "prompts_for",
+    "random_pixels",
+    "random_text",
+    "side_of",
+]
 
 FRAMES = 2  # of a video
-PACKED = 6  # tokens along the side of a picture where towers take any
-TYPES = "mm_token_type_ids"  # 1 for tokens of images, 2 for those of videos
+SIDE = 6  # tokens along a side of a picture, where pictures have any size
 ROOM = 16  # positions beside those of a prompt: tokens that are decoded, columns that a mistake lets through
 
 
@@ -39,12 +46,10 @@ def random_pixels(shape: tuple[int, ...], generator: torch.Generator) -> torch.T
     return (torch.nn.functional.interpolate(coarse, flat.shape[-2:], mode="bilinear") + 0.5 * flat).view(shape)
 
 
-def tile_of(family: Family, inner: nn.Module) -> int:
-    """Pixels along the side of a square picture that a model reads as it is."""
+def side_of(family: Family, inner: nn.Module) -> int:
+    """Pixels along a side of a small picture: of a view, or of some tokens where pictures have any size."""
     vision = inner.config.vision_config
-    if family.packed:
-        return PACKED * vision.patch_size * vision.spatial_merge_size
-    return vision.image_size
+    return SIDE * vision.spatial_merge_size * vision.patch_size if family.packed else vision.image_size
 
 
 def make_prompt(
@@ -57,28 +62,62 @@ def make_prompt(
         sizes: (height, width) of the pictures in pixels.
     """
     inner, generator = family.inner(model), torch.Generator().manual_seed(seed)
-    pictures, images = pictures_of(family, inner, sizes, generator) if sizes else ({}, [])
-    videos = sum(part == "video" for part in parts)
-    clips, frames = videos_of(family, inner, videos, generator) if videos else ({}, [])
-    features, ids = {"image": iter(images), "video": iter(frames)}, []
-    for part in parts:
-        if isinstance(part, int):
-            ids.append(random_text(family, inner, (part,), generator))
-            continue
-        shown = torch.full((next(features[part]),), family.token(inner, part))
-        if part == "video" and family.stamped:
-            for frame in shown.chunk(FRAMES):
-                ids += [random_text(family, inner, (2,), generator), frame]
-        else:
-            ids.append(shown)
+    tile, videos = side_of(family, inner), sum(part == "video" for part in parts)
+    pictures, images, frames = {}, [], 0
+    if sizes:
+        pictures, images = pictures_of(family, inner, sizes, generator)
+    if videos and family.packed:
+        more, (frames, *_) = packed_pictures(family, inner, "video", [(FRAMES, tile, tile // 2)] * videos, generator)
+        pictures |= more
+    elif videos:
+        pictures["pixel_values_videos"] = random_pixels((videos, FRAMES, 3, tile, tile), generator)
+        frames = family.video_grid(inner, FRAMES).tokens
+    features = {"image": iter(images), "video": repeat(frames)}
+    ids = [
+        random_text(family, inner, (part,), generator)
+        if isinstance(part, int)
+        else placeholders(family, inner, part, next(features[part]), generator)
+        for part in parts
+    ]
     tokens = torch.cat(ids)[None]
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures | clips
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures
     if family.axes > 1:
-        inputs[TYPES] = sum(n * (tokens == family.token(inner, m)) for n, m in enumerate(family.modalities, 1))
+        kinds = (tokens == family.token(inner, modality) for modality in family.modalities)
+        inputs["mm_token_type_ids"] = sum(number * kind for number, kind in enumerate(kinds, 1))
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
+
+
+def placeholders(
+    family: Family, inner: nn.Module, modality: str, tokens: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Ids of the tokens of a picture; between the frames of a video stands text where a family has it so."""
+    token = family.token(inner, modality)
+    if modality == "image" or not family.stamped:
+        return torch.full((tokens,), token)
+    frame = torch.full((tokens // FRAMES,), token)
+    return torch.cat([torch.cat((random_text(family, inner, (2,), generator), frame)) for _ in range(FRAMES)])
+
+
+def packed_pictures(
+    family: Family, inner: nn.Module, modality: str, sizes: Sequence[tuple[int, int, int]], generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """As `pictures_of`, of (frames, height, width) each, for towers that read patches of any number in one sequence."""
+    vision, pixels = inner.config.vision_config, {"image": "pixel_values", "video": "pixel_values_videos"}
+    patch, grid = (
+        vision.patch_size,
+        [(t, height // vision.patch_size, width // vision.patch_size) for t, height, width in sizes],
+    )
+    patches = [
+        random_pixels((t, 3, rows * patch, cols * patch), generator).unfold(2, patch, patch).unfold(3, patch, patch)
+        for t, rows, cols in grid
+    ]
+    flat = [x.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1) for x in patches]
+    values = torch.cat(flat).repeat(1, vision.temporal_patch_size)
+    tokens = [family.packing(inner, modality, size).trace().tokens for size in grid]
+    return {pixels[modality]: values, f"{modality}_grid_thw": torch.tensor(grid)}, tokens
 
 
 def pictures_of(
@@ -86,8 +125,7 @@ def pictures_of(
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """The arguments that bring random pictures of some sizes, and how many tokens each becomes."""
     if family.packed:
-        clips = [random_pixels((1, 3, *whole_cells(inner, size)), generator) for size in sizes]
-        return packed_of(family, inner, "image", clips)
+        return packed_pictures(family, inner, "image", [(1, *size) for size in sizes], generator)
     given, tile = {"image_sizes": torch.tensor(sizes)}, inner.config.vision_config.image_size
     if "batch_num_images" in family_arguments(inner):
         given["batch_num_images"] = torch.tensor([len(sizes)])
@@ -96,35 +134,6 @@ def pictures_of(
     pixels = random_pixels((len(sizes), *((views,) if family.views else ()), 3, tile, tile), generator)
     inputs = {"pixel_values": pixels} | (given if family.needs_sizes else {})
     return inputs, [family.image_grid(inner, size).tokens for size in known]
-
-
-def videos_of(
-    family: Family, inner: nn.Module, videos: int, generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The same for videos of `FRAMES` frames that the language model is shown."""
-    tile = tile_of(family, inner)
-    if family.packed:
-        frames = FRAMES * inner.config.vision_config.temporal_patch_size
-        clips = [random_pixels((frames, 3, tile // 2, tile), generator) for _ in range(videos)]
-        return packed_of(family, inner, "video", clips)
-    pixels = random_pixels((videos, FRAMES, 3, tile, tile), generator)
-    return {"pixel_values_videos": pixels}, [family.video_grid(inner, FRAMES).tokens] * videos
-
-
-def packed_of(
-    family: Family, inner: nn.Module, modality: str, clips: Sequence[torch.Tensor]
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The same from pixels, where the tower reads pictures of any size as one sequence."""
-    given = family.given(inner, modality, clips)
-    return given, [family.packing(inner, modality, size).trace().tokens for size in family.sizes(modality, given)]
-
-
-def whole_cells(inner: nn.Module, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in pixels, at least one token each, that the model's tokens cover."""
-    vision = inner.config.vision_config
-    cell = vision.patch_size * vision.spatial_merge_size
-    height, width = (max(1, round(side / cell)) * cell for side in size)
-    return height, width
 
 
 def family_arguments(inner: nn.Module) -> list[str]:
@@ -136,7 +145,7 @@ def family_arguments(inner: nn.Module) -> list[str]:
 
 def prompts_for(family: Family, model: nn.Module, videos: bool) -> list[dict[str, Any]]:
     """Three prompts that differ in all they can: two pictures (a video and one, with `videos`), one, and none."""
-    tile = tile_of(family, family.inner(model))
+    tile = side_of(family, family.inner(model))
     wide, tall = (tile, 2 * tile), (2 * tile, tile - tile // 3)
     if videos:
         first = make_prompt(family, model, [7, "video", 5, "image", 9], [tall], 1)
@@ -198,8 +207,8 @@ def batch(prompts: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
     ids = [padded(prompt["input_ids"], width, side, int(prompt["input_ids"][0, -1])) for prompt in prompts]
     masks = [padded(prompt["attention_mask"], width, side, 0) for prompt in prompts]
     out = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
-    if TYPES in prompts[0]:
-        out[TYPES] = torch.cat([padded(prompt[TYPES], width, side, 0) for prompt in prompts])
+    if "mm_token_type_ids" in prompts[0]:
+        out["mm_token_type_ids"] = torch.cat([padded(p["mm_token_type_ids"], width, side, 0) for p in prompts])
     for name in [name for name in dict.fromkeys(chain(*prompts)) if name not in out]:
         values = [prompt[name] for prompt in prompts if name in prompt]
         out[name] = torch.cat(equal_views(values) if name == "pixel_values" else values)
