@@ -1,7 +1,8 @@
-"""Trains scene-qwen from nothing, in one single-threaded process: first the tower, then the language model.
+"""Trains scene-qwen from nothing, in one single-threaded process: the tower, where it looks, the language model.
 
     OMP_NUM_THREADS=1 python scripts/train_qwen.py tower --minutes 12
-    OMP_NUM_THREADS=1 python scripts/train_qwen.py lm --minutes 40
+    OMP_NUM_THREADS=1 python scripts/train_qwen.py look --minutes 4 --start .train/scene-qwen/tower.pt
+    OMP_NUM_THREADS=1 python scripts/train_qwen.py lm --minutes 40 --start .train/scene-qwen/look.pt
 
 Rerunning the same command resumes. The learning rate follows the minutes spent. Every step draws fresh pictures, so the
 accuracies it logs are those of pictures never seen before.
@@ -16,6 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +58,56 @@ class TowerLesson:
         return sum(losses.values()), hits, total
 
 
+def visual_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights of the tower in a checkpoint of any stage."""
+    state = torch.load(checkpoint, weights_only=True)["model"]
+    heads = ("tower.", "model.visual.")
+    found = {k.removeprefix(head): v for head in heads for k, v in state.items() if k.startswith(head)}
+    return found or state
+
+
+class LookLesson:
+    """The last layer, which sees all of a picture, is taught to look at every object, and to make the same tokens.
+
+    What a patch needs to tell its own object stands within its window: nothing else asks that layer to look anywhere,
+    and the attention received there would be chance. A [CLS] token would have been taught by what it must tell.
+    """
+
+    def __init__(self, host: torch.nn.Module, args: argparse.Namespace) -> None:
+        self.module, self.before = host.model.visual, deepcopy(host.model.visual)
+        for tower in (self.module, self.before):
+            tower.load_state_dict(visual_of(args.start))
+            tower.requires_grad_(False)
+        self.last = len(self.module.blocks) - 1
+        self.blocks = self.module.blocks[self.last].requires_grad_(True)
+
+    def __call__(self, rng: np.random.Generator, size: int, progress: float) -> tuple[torch.Tensor, Counter, Counter]:
+        """Loss of one microbatch, objects found among a tenth of the tokens, and out of how many."""
+        rows, columns = anyres.draw_grid(rng)
+        scenes = [anyres.scene(rng, rows, columns) for _ in range(size)]
+        pixels = anyres.patches(torch.from_numpy(np.stack([s.pixels for s in scenes])))
+        grid, hits, total = anyres.grids(size, rows, columns), Counter(), Counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            looked, merged = anyres.received(self.module, self.last, pixels, grid)
+            with torch.no_grad():
+                wanted = self.before(pixels, grid_thw=grid).pooler_output
+        same = (merged.float() - wanted.float()).square().mean() / wanted.float().var()
+        shares = []
+        for mine, scene in zip(looked, scenes, strict=True):
+            owner = torch.from_numpy(anyres.owners(scene, rows, columns))
+            top = mine.topk(round(0.1 * len(mine))).indices
+            for thing in range(1, len(scene.things) + 1):
+                shares.append(mine[owner == thing].sum())
+                hits["found"], total["found"] = hits["found"] + int((owner[top] == thing).any()), total["found"] + 1
+        hits["same"], total["same"] = float(same.detach()), 1
+        return 5 * same - (torch.stack(shares) + 1e-6).log().mean(), hits, total
+
+
 class LanguageLesson:
     """A caption and many questions behind one picture; of the tower only the merger still learns."""
 
     def __init__(self, host: torch.nn.Module, args: argparse.Namespace) -> None:
-        tower = torch.load(args.tower, weights_only=True)["model"]
-        host.model.visual.load_state_dict({k[6:]: v for k, v in tower.items() if k.startswith("tower.")})
+        host.model.visual.load_state_dict(visual_of(args.start))
         host.model.visual.requires_grad_(False)
         host.model.visual.merger.requires_grad_(True)
         self.module, self.questions = host, args.questions
@@ -103,9 +149,9 @@ class LanguageLesson:
 def main() -> None:
     """Trains, resumes, logs a JSON line now and then."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["tower", "lm"])
+    parser.add_argument("stage", choices=["tower", "look", "lm"])
     parser.add_argument("--out", type=Path, default=Path(".train/scene-qwen"))
-    parser.add_argument("--tower", type=Path, help="checkpoint of the first stage; default OUT/tower.pt")
+    parser.add_argument("--start", type=Path, help="checkpoint with the tower to start from; default OUT/tower.pt")
     parser.add_argument("--minutes", type=float, default=12)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--micro", type=int, default=8, help="pictures of one size, computed at once")
@@ -114,12 +160,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--every", type=int, default=20, help="steps between two log lines")
     args = parser.parse_args()
-    args.tower = args.tower or args.out / "tower.pt"
+    args.start = args.start or args.out / "tower.pt"
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     host = anyres.model()
-    lesson = (TowerLesson if args.stage == "tower" else LanguageLesson)(host, args)
+    lesson = {"tower": TowerLesson, "look": LookLesson, "lm": LanguageLesson}[args.stage](host, args)
     module = lesson.module
     trained = [p for p in module.parameters() if p.requires_grad]
     hidden = [p for p in lesson.blocks.parameters() if p.ndim == 2]

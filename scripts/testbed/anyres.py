@@ -16,7 +16,9 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.vision_utils import get_vision_window_index
 
 from vlmprune.eval.testbed.words import COLOUR_NAMES, QWEN_CHAT_TEMPLATE, QWEN_VOCABULARY, VALUES
 
@@ -154,13 +156,17 @@ def grids(batch: int, rows: int, columns: int) -> torch.Tensor:
     return torch.tensor([[1, rows * MERGE, columns * MERGE]]).expand(batch, 3)
 
 
-def targets(found: Scene, rows: int, columns: int, minimum: int = 20) -> np.ndarray:
-    """Colour, value, eighth of the height and of the width, for every token: (rows * columns, 4) int64."""
-    kinds = len(found.things) + 1
+def owners(found: Scene, rows: int, columns: int, minimum: int = 20) -> np.ndarray:
+    """Which thing each token shows, (rows * columns,) int64: 0 where no thing covers `minimum` pixels of it."""
     cells = found.owner.reshape(rows, CELL, columns, CELL).transpose(0, 2, 1, 3).reshape(rows * columns, -1)
-    counts = np.stack([(cells == kind).sum(1) for kind in range(1, kinds)], 1)
+    counts = np.stack([(cells == kind).sum(1) for kind in range(1, len(found.things) + 1)], 1)
     best = counts.argmax(1)
-    owner = np.where(counts[np.arange(len(best)), best] >= minimum, best + 1, 0)
+    return np.where(counts[np.arange(len(best)), best] >= minimum, best + 1, 0)
+
+
+def targets(found: Scene, rows: int, columns: int) -> np.ndarray:
+    """Colour, value, eighth of the height and of the width, for every token: (rows * columns, 4) int64."""
+    owner = owners(found, rows, columns)
     colours = np.array([NO_COLOUR, *(COLOUR_NAMES.index(t.colour) for t in found.things)])
     values = np.array([NO_VALUE, *(VALUES.index(t.value) for t in found.things)])
     row, column = np.divmod(np.arange(rows * columns), columns)
@@ -193,6 +199,27 @@ class SupervisedTower(nn.Module):
                 losses[name] = 0.15 * each.mean()
         right = torch.stack([said.argmax(-1) for said in logits], 1) == wanted
         return losses, right
+
+
+def received(tower: nn.Module, layer: int, pixels: torch.Tensor, grid: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Runs the tower on pictures of one size and looks into a layer of it that sees all of a picture.
+
+    Returns:
+        (B, tokens) the attention that every token receives, mean over heads and all patches that look, and what the
+        tower makes of the pictures, (B * tokens, D).
+    """
+    caught: dict = {}
+    block = tower.blocks[layer]
+    hook = block.register_forward_pre_hook(lambda _, args, kw: caught.update(kw, hidden=args[0]), with_kwargs=True)
+    merged = tower(pixels, grid_thw=grid).pooler_output
+    hook.remove()
+    attention, hidden = block.attn, block.norm1(caught["hidden"])
+    query, key, _ = attention.qkv(hidden).reshape(len(hidden), 3, attention.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
+    query, key = apply_rotary_pos_emb_vision(query, key, *caught["position_embeddings"])
+    query, key = (x.unflatten(0, (len(grid), -1)).transpose(1, 2).float() for x in (query, key))
+    weights = (query @ key.mT * attention.scaling).softmax(-1).mean((1, 2))
+    window = get_vision_window_index(grid[:1], MERGE, tower.window_size, PATCH)[0]
+    return weights.unflatten(1, (-1, MERGE**2)).sum(2)[:, window.argsort()], merged
 
 
 def positions(rows: int, columns: int, groups: list[torch.Tensor], shift: int) -> torch.Tensor:
