@@ -1,7 +1,7 @@
 """Trains scene-qwen from nothing, in one single-threaded process: the tower, where it looks, the language model.
 
     OMP_NUM_THREADS=1 python scripts/train_qwen.py tower --minutes 12
-    OMP_NUM_THREADS=1 python scripts/train_qwen.py look --minutes 4 --start .train/scene-qwen/tower.pt
+    OMP_NUM_THREADS=1 python scripts/train_qwen.py look --minutes 8 --warm 10 --lr 4e-3 --batch 8 --start .train/scene-qwen/tower.pt
     OMP_NUM_THREADS=1 python scripts/train_qwen.py lm --minutes 40 --start .train/scene-qwen/look.pt
 
 Rerunning the same command resumes. The learning rate follows the minutes spent. Every step draws fresh pictures, so the
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=8, help="pictures of one size, computed at once")
     parser.add_argument("--questions", type=int, default=28)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--warm", type=int, default=60, help="steps until the rate is full")
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--every", type=int, default=20, help="steps between two log lines")
     args = parser.parse_args()
@@ -195,7 +196,7 @@ def main() -> None:
     while (done := spent / (60 * args.minutes)) < 1:
         # Constant, then a cosine down: the run can be prolonged while the rate is constant.
         decay = 1.0 if done < 0.5 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
-        rate = min(1, (step + 1) / 60) * decay
+        rate = min(1, (step + 1) / args.warm) * decay
         rates(optimizers, (args.lr, args.lr / 2), rate)
         for index in range(args.batch // args.micro):
             rng = np.random.default_rng([args.seed, args.stage == "lm", step, index])
