@@ -1,8 +1,8 @@
 """Trains scene-qwen from nothing, in one single-threaded process: the tower, where it looks, the language model.
 
-    OMP_NUM_THREADS=1 python scripts/train_qwen.py tower --minutes 12
-    OMP_NUM_THREADS=1 python scripts/train_qwen.py look --minutes 8 --warm 10 --lr 4e-3 --batch 8 --start .train/scene-qwen/tower.pt
-    OMP_NUM_THREADS=1 python scripts/train_qwen.py lm --minutes 40 --start .train/scene-qwen/look.pt
+    python scripts/train_qwen.py tower --minutes 12
+    python scripts/train_qwen.py look --minutes 4 --warm 10 --lr 4e-3 --batch 8
+    python scripts/train_qwen.py lm --minutes 40 --batch 8 --micro 4 --start .train/scene-qwen/look.pt
 
 Rerunning the same command resumes. The learning rate follows the minutes spent. Every step draws fresh pictures, so the
 accuracies it logs are those of pictures never seen before.

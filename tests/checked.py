@@ -17,10 +17,6 @@ FAMILIES = {
     "vip": {"family": "vipllava"},
     "onevision": {"family": "llava_onevision", "tower": "siglip", "text": "qwen2"},
     "next-video": {"family": "llava_next_video"},
-    "qwen2-vl": {"family": "qwen2_vl"},
-    "qwen2.5-vl": {"family": "qwen2_5_vl"},
-    "qwen3-vl": {"family": "qwen3_vl"},
-    "qwen3-vl-moe": {"family": "qwen3_vl_moe"},
     "mixed": {"text": "qwen2", "use_sliding_window": True, "max_window_layers": 2, "sliding_window": 12},
 }
 

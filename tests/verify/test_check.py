@@ -17,7 +17,7 @@ from vlmprune.verify.runs import masks_allowed
 from vlmprune.verify.verdict import Noise, judge, relative
 
 METHODS = ["fopru", "transprune", "pool", "tome"]
-PLAIN = {name: kind for name, kind in FAMILIES.items() if name != "mixed" and not name.startswith("qwen")}
+PLAIN = {name: kind for name, kind in FAMILIES.items() if name != "mixed"}
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,50 +1,93 @@
-"""`vlmprune.check` where pictures have any size and positions three axes: it passes, and says what is broken."""
+"""The self-test on models whose positions lie on three axes, and on engines that get them wrong."""
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
+import tiny
+import tiny_qwen
 import torch
-from checked import FAMILIES, passes, subject
-from transformers.vision_utils import get_vision_window_index
+from checked import passes
+from scenes import FALLBACK, OPTIONS, REFUSED
 
-from vlmprune.engine import prefill
+from vlmprune import registry
+from vlmprune.engine import decode
 from vlmprune.engine.injected import Injected
-from vlmprune.engine.tower import TowerFrame
+from vlmprune.patches.qwen2_5_vl import Qwen2_5VL
+from vlmprune.patches.qwen2_vl import Qwen2VL
+from vlmprune.verify import Subject
 
-KINDS = [kind for kind in FAMILIES if kind.startswith("qwen")]
-METHODS = {"fopru": {}, "todre": {"pivot": "mean", "tau": None}, "transprune": {}, "pool": {}, "fastv": {}}
-
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_family_passes(support, kind, name):
-    support("vlmprune check", subject(kind).model, name)
-    passes(subject(kind).check(name, keep=0.4, **METHODS[name]))
+FAMILIES = list(tiny_qwen.CLASSES)
 
 
-def failing(kind, name="fopru"):
-    return set(subject(kind).check(name, keep=0.4).failed)
+@cache
+def subject(family, dtype=torch.float32):
+    return Subject(tiny.shared(family=family, dtype=dtype))
 
 
-def test_decoded_tokens_that_count_on_from_the_columns(monkeypatch):
-    """What a cache is without the note where its conversation goes on: its prefill is right all the same."""
-    monkeypatch.setattr(
-        prefill, "onward", lambda positions, real: torch.full((positions.shape[1], 1), positions.shape[-1])
-    )
-    assert {"decode", "positions", "generate"} <= failing("qwen2.5-vl")
+def options(family, name):
+    given = OPTIONS[name](subject(family).model) if name in OPTIONS else {"keep": 0.4}
+    return given | FALLBACK.get(name, {})
 
 
-def test_features_that_are_not_added_behind_a_cut(monkeypatch):
+def cells():
+    """Every method on every family; one family a method in every run."""
+    for number, name in enumerate(registry.names()):
+        for place, family in enumerate(FAMILIES):
+            if (name, family) not in REFUSED:
+                often = place == number % len(FAMILIES)
+                yield pytest.param(family, name, marks=[] if often else [pytest.mark.exhaustive])
+
+
+@pytest.mark.parametrize(("family", "name"), list(cells()))
+def test_a_sound_engine_passes(family, name):
+    passes(subject(family).check(name, **options(family, name)))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_half_precision_passes(family):
+    passes(subject(family, torch.bfloat16).check("fopru", keep=0.4))
+
+
+def failed(family, name="fopru", **given):
+    return subject(family).check(name, **({"keep": 0.4} | given)).failed
+
+
+def test_decoding_that_counts_on_by_columns(monkeypatch):
+    monkeypatch.setattr(decode, "behind_pictures", decode.unpruned_positions)
+    assert "decode" in failed("qwen2_vl")
+
+
+def test_tokens_of_windows_that_do_not_come_home(monkeypatch):
+    def astray(self, tower, values, sizes):
+        from transformers.vision_utils import get_vision_window_index
+
+        order, _ = get_vision_window_index(
+            torch.tensor(sizes), tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        return Qwen2VL.tokens_of(self, tower, values, sizes)[:, order]  # and not its inverse
+
+    monkeypatch.setattr(Qwen2_5VL, "tokens_of", astray)
+    assert failed("qwen2_5_vl") == ["taps"]
+    monkeypatch.setattr(Qwen2_5VL, "tokens_of", Qwen2VL.tokens_of)
+    assert failed("qwen2_5_vl") == ["taps"]
+
+
+def test_features_that_are_not_added_behind_layers(monkeypatch):
     monkeypatch.setattr(Injected, "before", lambda self, index, hidden, columns: hidden)
-    assert {"rows", "cache"} <= failing("qwen3-vl")
+    assert "rows" in failed("qwen3_vl")
+    assert "rows" in failed("qwen3_vl", "fastv")
 
 
-def test_taps_in_the_order_of_windows(monkeypatch):
-    """The tower reads window by window, and the tap must bring its tokens home."""
-    measure = TowerFrame.measure
+def test_features_that_are_not_merged_as_hidden_states_are(monkeypatch):
+    monkeypatch.setattr(Injected, "merged", lambda self, index, columns, merge: self)
+    assert "rows" in failed("qwen3_vl", "pool")
+    assert failed("qwen3_vl", "fopru") == []
 
-    def as_read(self, *args):
-        return measure(self, *args)[get_vision_window_index(torch.tensor(self.call.sizes), 2, 16, 4)[0]]
 
-    monkeypatch.setattr(TowerFrame, "measure", as_read)
-    assert failing("qwen2.5-vl") == {"taps"}
+def test_norms_of_queries_and_keys_that_are_left_out(monkeypatch):
+    from vlmprune.patches.language_models import NormedRotaryLayer, RotaryLayer
+
+    monkeypatch.setattr(NormedRotaryLayer, "queries", RotaryLayer.queries)
+    assert "taps" in failed("qwen3_vl", "fastv")
