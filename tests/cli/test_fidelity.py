@@ -435,7 +435,7 @@ def test_time_and_memory_stand_beside_agreement(run, monkeypatch):
 
 
 def test_costs_are_measured_once(run, monkeypatch):
-    code, out, _, results = run(repeats=1, controls="none", batch=2)
+    code, _, _, results = run(repeats=1, controls="none", batch=2)
     found = results["summary"][0]["costs"]
     assert (code, found["batch"], found["first"]["pairs"]) == (0, 2, 1)
     assert found["kv"][1] < found["kv"][0]
@@ -446,7 +446,7 @@ def test_costs_are_measured_once(run, monkeypatch):
 
 def test_exit_codes_for_ci(run, monkeypatch, tmp_path):
     monkeypatch.setattr(costs.CostBook, "of", costing({"fopru, keep 4": 2.5, "random, keep 4": 0.5}))
-    code, out, err, results = run(repeats=3, controls="random")
+    code, _, err, results = run(repeats=3, controls="random")
     same = results["summary"][0]["measures"]["answer_agrees"]["value"]
     assert code == 0
     assert 0 < same < 1
