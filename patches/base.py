@@ -54,6 +54,7 @@ class Family:
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
+    stamped: ClassVar[bool] = False  # whether text stands between the frames of a video
     # arguments of the encoders that the inner model goes on to need
     shared: ClassVar[tuple[str, ...]] = ()
     # arguments of the language model: which columns are visual, `(batch, length)` bool, and what it adds to these
@@ -116,6 +117,7 @@ class Family:
             axes=self.axes,
             packed=self.packed,
             windowed=self.windowed(inner),
+            tower_from=tower_from(inner.config.vision_config),
         )
 
     def check_parts(self, inner: nn.Module) -> bool:
@@ -252,3 +254,11 @@ class Family:
     def image_grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
         """The layout of one image, traced through `pack`."""
         return self.packing(inner, "image", size).trace()
+
+
+def tower_from(vision: Any) -> str | None:
+    """The checkpoint that a vision tower came from: as its config says, or the CLIP tower that LLaVA models have."""
+    if name := getattr(vision, "_name_or_path", None):
+        return name
+    told = tuple(getattr(vision, field, None) for field in ("model_type", "hidden_size", "patch_size", "image_size"))
+    return "openai/clip-vit-large-patch14-336" if told == ("clip_vision_model", 1024, 14, 336) else None

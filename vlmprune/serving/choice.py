@@ -20,7 +20,7 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
-from vlmprune.parts.merging import flow
+from vlmprune.parts.merging import picked
 from vlmprune.parts.scores import STRIDE
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Kept, Tap
 from vlmprune.parts.tracing import trace_packing
@@ -197,10 +197,10 @@ class Choice:
         """
         kept: dict[Tap, torch.Tensor] = {}
         for cut in self.plan.projector_cuts:
-            picked = cut.reduce({tap: seen.get(tap, features) for tap in cut.see}, Views(grids))
-            check_pick(whose(self.plan, cut), picked, features, self.plan.facts.has_cls)
-            features = features if picked.merge is None else flow(features, picked.merge)
-            kept[Kept()] = picked.keep
+            pick = cut.reduce({tap: seen.get(tap, features) for tap in cut.see}, Views(grids))
+            check_pick(whose(self.plan, cut), pick, features, self.plan.facts.has_cls)
+            features = picked(features, pick)
+            kept[Kept()] = pick.keep
         return features, kept
 
     def rows(
@@ -288,9 +288,9 @@ def refusals(cls: type[Method]) -> dict[str, str]:
     for name in SERVED:
         family = FAMILIES[name]
         has_cls = TOWERS[family.usual_tower]
-        facts = ModelFacts(name, 24, 22, has_cls, decoder_layers=32, views=family.views, view_patches=144)
+        facts = ModelFacts(name, 24, 22, has_cls, decoder_layers=32, views=family.views, view_patches=36)  # few: in no time
         try:
-            choice = Choice([cls(**given, **cls.served_with)], family, facts)
+            choice = Choice([cls(**given, **cls.plain_with | cls.served_with)], family, facts)
             choice.check_alone(choice.sample)  # to ask without values too, torch gets ready for a second
         except (UnsupportedError, ValueError) as error:
             found[name] = str(error).removesuffix(".")
