@@ -54,6 +54,7 @@ class Family:
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
+    stamped: ClassVar[bool] = False  # whether text stands between the frames of a video
     # arguments of the encoders that the inner model goes on to need
     shared: ClassVar[tuple[str, ...]] = ()
     # arguments of the language model: which columns are visual, `(batch, length)` bool, and what it adds to these

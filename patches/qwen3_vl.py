@@ -13,4 +13,5 @@ class Qwen3VL(Qwen2VL):
     model_type = "qwen3_vl"
     title = "Qwen3-VL (Qwen3VLForConditionalGeneration)"
     usual_tower = "qwen3_vl_vision"
+    stamped = True
     injected = ("visual_pos_masks", "deepstack_visual_embeds")

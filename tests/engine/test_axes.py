@@ -15,6 +15,7 @@ from tiny import CACHE
 from transformers import DynamicCache
 
 import vlmprune
+from vlmprune import UnsupportedError
 
 F64 = torch.float64
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
@@ -235,3 +236,89 @@ def test_a_padded_batch_goes_on(family):
                 mine = [conversations.with_answer(turns[0], forced[row : row + 1, :1]), turns[1]]
                 want = conversations.expect(model, mine, [CUTS[name], []], forced[row : row + 1])
                 same(got[row], want)
+
+
+# -- refused by name
+
+
+def fails(match):
+    return pytest.raises(UnsupportedError, match=match)
+
+
+@family
+def test_positions_that_would_close_gaps_are_refused(family):
+    with fails("positions='contiguous' closes the gaps .* lie on 3 axes"):
+        vlmprune.patch(shared(family), "random", keep=4, positions="contiguous")
+    with vlmprune.patch(shared(family), "random", keep=0.4) as handle, torch.no_grad():
+        shared(family)(**prompt_of(shared(family)))
+        assert handle.trace.cuts[0].positions == "original"
+
+
+@family
+@pytest.mark.parametrize("name", ["mm_token_type_ids", "image_grid_thw"])
+def test_a_call_without_what_positions_are_made_of(family, name):
+    """The host counts pictures as text then, and most say nothing."""
+    model = shared(family)
+    prompt = {key: value for key, value in prompt_of(model).items() if key != name}
+    with vlmprune.patch(model, "random", keep=0.4), torch.no_grad(), fails(name):
+        model(**prompt)
+    if name == "mm_token_type_ids":
+        with vlmprune.patch(model, "random", keep=0.4), fails("the positions of this call count pictures as text"):
+            model.generate(**prompt, max_new_tokens=2)
+
+
+@family
+def test_positions_and_types_that_count_pictures_as_text(family):
+    model = shared(family)
+    prompt, length = prompt_of(model), prompt_of(model)["input_ids"].shape[1]
+    count = torch.arange(length)[None]
+    with vlmprune.patch(model, "random", keep=0.4), torch.no_grad():
+        with fails("position_ids of shape .* count pictures as text"):
+            model(**prompt, position_ids=count)
+        with fails("the positions of this call count pictures as text"):
+            model(**prompt, position_ids=count.expand(3, 1, -1))
+        with fails("the positions of this call count pictures as text"):
+            model(**prompt | {"mm_token_type_ids": torch.zeros_like(prompt["mm_token_type_ids"])})
+        place = reference.places(model, prompt)[:, None]
+        same(model(**prompt, position_ids=place).logits, model(**prompt).logits)
+
+
+@family
+def test_a_picture_of_one_token_stands_where_a_word_would(family):
+    model = shared(family)
+    prompt = tiny.prompt(model, [3, "image", 2], [(8, 8)])
+    del prompt["mm_token_type_ids"]
+    with vlmprune.patch(model, "random", keep=1), torch.no_grad():
+        assert model.generate(**prompt, max_new_tokens=2).shape == (1, 8)
+
+
+@family
+def test_pictures_behind_a_cache_that_the_patch_did_not_fill(family):
+    model = shared(family)
+    text, turn = tiny.prompt(model, [5], [], 1), tiny.prompt(model, [2, "image", 4], [(40, 24)])
+    both = conversations.joined([text, turn])
+    with torch.no_grad(), vlmprune.patch(model, rules(*CUTS["2"])):
+        cache = model(input_ids=text["input_ids"], use_cache=True)[CACHE]
+        with fails("pictures behind a cache that this patch did not fill"):
+            model(**turn | {"attention_mask": both["attention_mask"]}, **{CACHE: cache})
+        place = reference.places(model, both)[:, None, 5:]
+        got = model(**turn | {"attention_mask": both["attention_mask"]}, position_ids=place, **{CACHE: cache}).logits
+        same(got[0, -1:], reference.run(model, both, CUTS["2"]).logits)
+
+
+@family
+@pytest.mark.parametrize("name", ["tome", "pitome", "downsample", "visionzip"])
+def test_what_changes_equal_views_is_refused(family, name):
+    for keep in (0.5, 4):
+        with fails(f"{name} changes what the vision tower reads .* any size"):
+            vlmprune.patch(shared(family), name, keep=keep)
+
+
+def test_scores_of_windows_are_refused():
+    model = shared("qwen2_5_vl")
+    with pytest.raises(ValueError, match=r"a patch sees its window alone.*take one of 1, 4"):
+        vlmprune.patch(model, "fopru", keep=4, layer=3)
+    model = tiny.model(family="qwen2_5_vl")
+    model.config.vision_config.fullatt_block_indexes = [1]
+    with fails(r"reads tower layers 2..4 here, .* its window alone: set start_layer to 1 or less"):
+        vlmprune.patch(model, "vtc_cls", keep=4, fallback="received", start_layer=-4)

@@ -12,6 +12,7 @@ from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
 from vlmprune.methods.hiprune import HiPrune
 from vlmprune.methods.holov import HoloV
+from vlmprune.methods.m3 import M3
 from vlmprune.methods.mmtok import MMTok
 from vlmprune.methods.prumerge import PruMerge, PruMergePlus
 from vlmprune.methods.prunesid import PruneSID
@@ -22,13 +23,16 @@ from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
 from vlmprune.methods.v2drop import V2Drop
+from vlmprune.methods.vflowopt import VFlowOpt
 from vlmprune.methods.vidcom2 import VidCom2
 from vlmprune.methods.visionzip import VisionZip
 from vlmprune.methods.vispruner import FasterVLM, VisPruner
 from vlmprune.methods.vscan import VScan
 from vlmprune.methods.vtc_cls import VtcCls
+from vlmprune.methods.zero_tprune import ZeroTPrune
 
 __all__ = [
+    "M3",
     "Atp",
     "CDPruner",
     "Dart",
@@ -57,9 +61,11 @@ __all__ = [
     "ToMe",
     "TransPrune",
     "V2Drop",
+    "VFlowOpt",
     "VScan",
     "VidCom2",
     "VisPruner",
     "VisionZip",
     "VtcCls",
+    "ZeroTPrune",
 ]

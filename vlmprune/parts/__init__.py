@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vlmprune.errors import UnsupportedError
     from vlmprune.parts.attention import Visible, attention_mass, last_rows, mean_weight, take_rows, upcast
     from vlmprune.parts.budget import HAIR, count, floored, share
-    from vlmprune.parts.cells import image_cells
+    from vlmprune.parts.cells import image_cells, laid_out, nested_cells
     from vlmprune.parts.clip import Clip, clip_from
     from vlmprune.parts.coverage import Cover, select_covering
     from vlmprune.parts.cuts import (
@@ -162,6 +162,7 @@ __all__ = [
     "is_number",
     "is_whole",
     "keep_patches",
+    "laid_out",
     "last_rows",
     "match_alternating",
     "match_energy",
@@ -170,6 +171,7 @@ __all__ = [
     "nearest",
     "need_cls",
     "need_views",
+    "nested_cells",
     "peaks",
     "question_of",
     "random_scores",
