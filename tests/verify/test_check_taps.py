@@ -28,7 +28,8 @@ from vlmprune.verify.taps import eager, taps_line
 
 EVERY = (
     VisionAttention(0), VisionAttention(3), VisionAttention(2, "patches"), VisionAttention(1, "all"), ClsLogits(5),
-    TextAttention(0), TextAttention(1, "instruction"), TextAttention(2, "all"), ReceivedAttention(1), ReceivedAttention(2, logits=True),
+    TextAttention(0), TextAttention(1, "instruction"), TextAttention(2, "all"),
+    ReceivedAttention(1), ReceivedAttention(2, logits=True),
     CrossShare(2), CrossShare(1, 3),
 )  # fmt: skip
 
