@@ -18,7 +18,7 @@ from vlmprune.parts import (
     Views,
     VisionAttention,
     gather_to,
-    need_views,
+    need_patches,
     stride,
     top_k,
     upload,
@@ -81,7 +81,7 @@ class VisionZip(BehindTower):
     contextual: Share = 5 / 32
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
-        need_views(self.name, facts, "take a method that cuts in the language model")
+        need_patches(self.known_as, facts)
         row = VisionAttention(facts.feature_layer, "cls" if facts.has_cls else "patches")
         return self.behind(row, BlockKeys(facts.feature_layer))
 
