@@ -545,12 +545,14 @@ MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_atten
 WHOLE = "globalcom2 shares a budget among the crops of an image"
 #: What cannot be had where a token is no patch of the tower as its layers leave it.
 UNLIKE = {"globalcom2": WHOLE} | dict.fromkeys(
-    ("tome", "pitome", "visionzip"), "merges patches in or behind the vision"
+    ("tome", "pitome", "prumerge", "prumerge_plus", "visionzip"), "merges patches in or behind the vision"
 )
 
 QWEN3 = partial(internvl, "qwen3")
 NO_VIEWS = {"globalcom2": WHOLE}
-PACKED = UNLIKE | dict.fromkeys(("downsample", "tome", "pitome", "visionzip"), "packs pictures of any size")
+PACKED = UNLIKE | dict.fromkeys(
+    ("downsample", "tome", "pitome", "prumerge", "prumerge_plus", "visionzip"), "packs pictures of any size"
+)
 TEXTS = [[4, ("image", 1), 3, ("image", 0), 5], [3, ("image", 0), 4], [6], [("image", 1), 2, ("image", 2), 9]]
 BOTH = [
     [4, ("video", 1), 3, ("image", 0), 2, ("video", 0), 5],
