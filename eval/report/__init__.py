@@ -79,7 +79,7 @@ def write(folder: str | Path, results: Results | None = None) -> list[Path]:
 
 def draw(results: Results, folder: Path) -> dict[str, Sequence[Picture]]:
     """Every model's pictures; those of an older report are removed."""
-    for old in folder.glob("*.png"):
+    for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
         old.unlink()
     stems = [re.sub(r"[^\w.+-]+", "_", model) for model in results.models]
     stems = [stem if stems.count(stem) == 1 else f"{i}-{stem}" for i, stem in enumerate(stems)]

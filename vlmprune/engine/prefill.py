@@ -62,7 +62,8 @@ class Prefill:
     ):
         self.plan, self.guesses = plan, guesses
         self.past, self.cache = {segment.first: segment for segment in past}, None
-        self.rotary_emb = plan.family.language_model(inner).rotary_emb
+        language_model = plan.family.language_model(inner)
+        self.rotary_emb, self.norm = language_model.rotary_emb, language_model.norm
         self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions, stand)
         self.text_after, self.text_before = self.census.text_after, self.census.text_before
         self.prompt_lengths = self.census.lengths
@@ -180,6 +181,10 @@ class Prefill:
             )
         real = self.sequence.with_past(self.sequence.mask)
         return keys[:, :, :columns], None if real is None else real[:, past.length - columns :]
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The language model's own last norm of `(batch, length, dim)`."""
+        return self.norm(hidden)
 
     def flat_index(self) -> torch.Tensor:
         """`(images, tokens)` index of every visual token into `(batch * length)` of the current sequence."""

@@ -3,20 +3,28 @@
 from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method
 from vlmprune.methods.controls import Downsample, Grid, Pool, Random
+from vlmprune.methods.dart import Dart
 from vlmprune.methods.divprune import DivPrune
+from vlmprune.methods.evs import Evs
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
+from vlmprune.methods.pyramiddrop import PyramidDrop
+from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
+from vlmprune.methods.v2drop import V2Drop
+from vlmprune.methods.vidcom2 import VidCom2
 from vlmprune.methods.visionzip import VisionZip
 from vlmprune.methods.vtc_cls import VtcCls
 
 __all__ = [
     "Atp",
+    "Dart",
     "DivPrune",
     "Downsample",
+    "Evs",
     "FastV",
     "FoPru",
     "GlobalCom2",
@@ -24,10 +32,14 @@ __all__ = [
     "Method",
     "PiToMe",
     "Pool",
+    "PyramidDrop",
     "Random",
+    "SparseVLM",
     "ToDRE",
     "ToMe",
     "TransPrune",
+    "V2Drop",
+    "VidCom2",
     "VisionZip",
     "VtcCls",
 ]

@@ -8,13 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOMES = ("errors", *(f"parts.{x}" for x in ("attention", "budget", "cells", "cuts", "diversity", "facts")))
-_HOMES += tuple(
-    f"parts.{x}" for x in ("layers", "layout", "merging", "options", "scores", "selection", "taps", "templates")
-)
+_HOMES += tuple(f"parts.{x}" for x in ("layers", "layout", "merging", "options", "schedules", "scores"))
+_HOMES += tuple(f"parts.{x}" for x in ("selection", "taps", "templates"))
 
 if TYPE_CHECKING:
     from vlmprune.errors import UnsupportedError
-    from vlmprune.parts.attention import Visible, attention_mass, upcast
+    from vlmprune.parts.attention import Visible, attention_mass, last_rows, mean_weight, take_rows, upcast
     from vlmprune.parts.budget import HAIR, count, floored, share
     from vlmprune.parts.cells import image_cells
     from vlmprune.parts.cuts import (
@@ -35,9 +34,17 @@ if TYPE_CHECKING:
     from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse
     from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, need_views, scale_tower_layer
     from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
-    from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
-    from vlmprune.parts.merging import first_of_cluster, gather_to, match_alternating, match_energy, spread_evenly
+    from vlmprune.parts.layout import ImageGrid, Layout, Views, frames_of, upload
+    from vlmprune.parts.merging import (
+        first_of_cluster,
+        gather_to,
+        match_alternating,
+        match_energy,
+        peaks,
+        spread_evenly,
+    )
     from vlmprune.parts.options import Must, Seed, Share, ascending, falling, is_number, is_whole
+    from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts, nearest
     from vlmprune.parts.scores import Ensemble, ensemble_scores, random_scores
     from vlmprune.parts.selection import (
         AnyNewlines,
@@ -60,6 +67,7 @@ if TYPE_CHECKING:
         DecoderTap,
         Distinctness,
         Hidden,
+        Inputs,
         Kept,
         ReceivedAttention,
         Seen,
@@ -67,10 +75,12 @@ if TYPE_CHECKING:
         TextAttention,
         TowerTap,
         VisionAttention,
+        decoder_mass,
     )
     from vlmprune.parts.templates import system_prefix
 
 __all__ = [
+    "DEPTH",
     "HAIR",
     "AnyCut",
     "AnyNewlines",
@@ -88,6 +98,7 @@ __all__ = [
     "Ensemble",
     "Hidden",
     "ImageGrid",
+    "Inputs",
     "Kept",
     "Layout",
     "Merge",
@@ -101,6 +112,7 @@ __all__ = [
     "ReceivedAttention",
     "Reduction",
     "Scene",
+    "Schedule",
     "Scope",
     "Seed",
     "Seen",
@@ -121,21 +133,28 @@ __all__ = [
     "capped",
     "check_layer",
     "count",
+    "decoder_cuts",
+    "decoder_mass",
     "ensemble_scores",
     "falling",
     "first_of_cluster",
     "floored",
+    "frames_of",
     "gather_to",
     "greedy_diversity",
     "image_cells",
     "is_number",
     "is_whole",
     "keep_patches",
+    "last_rows",
     "match_alternating",
     "match_energy",
+    "mean_weight",
     "most_apart",
+    "nearest",
     "need_cls",
     "need_views",
+    "peaks",
     "random_scores",
     "scale_tower_layer",
     "schedule_layers",
@@ -146,6 +165,7 @@ __all__ = [
     "spread_evenly",
     "stride",
     "system_prefix",
+    "take_rows",
     "top_k",
     "upcast",
     "upload",

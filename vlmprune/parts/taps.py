@@ -39,6 +39,7 @@ __all__ = [
     "DecoderTap",
     "Distinctness",
     "Hidden",
+    "Inputs",
     "Kept",
     "ReceivedAttention",
     "Seen",
@@ -46,6 +47,7 @@ __all__ = [
     "TextAttention",
     "TowerTap",
     "VisionAttention",
+    "decoder_mass",
 ]
 
 
@@ -221,6 +223,14 @@ class Kept(TowerTap):
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         wrong = None if isinstance(at, Decoder) else "only cuts in the language model come behind the one that keeps"
         return wrong or of_no_layer(self)
+
+
+@dataclass(frozen=True)
+class Inputs(DecoderTap):
+    """The visual tokens' own vectors at the input of a decoder layer, `(images, tokens, dim)`."""
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        return hidden.flatten(0, 1)[scene.flat_index()]
 
 
 @dataclass(frozen=True)
