@@ -60,7 +60,7 @@ class Prefill:
         positions: torch.Tensor | None = None,
         stand: Callable[[dict[str, torch.Tensor]], torch.Tensor] | None = None,
     ):
-        self.plan, self.guesses = plan, guesses
+        self.plan, self.guesses, self.ids = plan, guesses, input_ids
         self.past, self.cache = {segment.first: segment for segment in past}, None
         language_model = plan.family.language_model(inner)
         self.rotary_emb, self.norm = language_model.rotary_emb, language_model.norm
