@@ -43,16 +43,20 @@ def product(feature):
 def test_what_the_trace_says_is_what_was_computed(label, name):
     """Several pictures in one row, with videos among them; then forced tokens, one by one."""
     scene = Scene(*QWEN[label])
-    model, prompt = scene.model, scene.prompt()
+    model, prompt = scene.model, scene.prompt(name)
     with torch.no_grad(), start(scene, name) as handle:
         got = with_cache(model, prompt)[:, 0]
     trace, features = handle.trace, (reference.image_features(model, prompt), reference.video_features(model, prompt))
     with torch.no_grad():
         want, cut = replay(model, prompt, features, trace)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-        assert cut
+        assert cut or name == "m3"  # which has no smaller scale of a grid with an odd side
         # forced tokens that count on by columns; a kept token taken for a dropped one
-        for twin in ({"positions": "counted"}, *([] if trace.cuts[-1].merge is not None else [{"wrong": True}])):
+        for twin in (
+            ()
+            if not cut
+            else ({"positions": "counted"}, *([] if trace.cuts[-1].merge is not None else [{"wrong": True}]))
+        ):
             astray = replay(model, prompt, features, trace, **twin)[0]
             assert (astray - got)[1:].abs().max() > 1e-5, twin
 
