@@ -52,11 +52,8 @@ def test_what_the_trace_says_is_what_was_computed(label, name):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         assert cut or name == "m3"  # which has no smaller scale of a grid with an odd side
         # forced tokens that count on by columns; a kept token taken for a dropped one
-        for twin in (
-            ()
-            if not cut
-            else ({"positions": "counted"}, *([] if trace.cuts[-1].merge is not None else [{"wrong": True}]))
-        ):
+        twins = [{"positions": "counted"}] * cut + [{"wrong": True}] * (cut and trace.cuts[-1].merge is None)
+        for twin in twins:
             astray = replay(model, prompt, features, trace, **twin)[0]
             assert (astray - got)[1:].abs().max() > 1e-5, twin
 
