@@ -228,3 +228,16 @@ def test_positions_that_count_from_one(method):
     want = by_hand(kin, prompt, handle.trace, [*said, 11, 44, 23])
     probes.same(torch.cat(logits), want[:5], kin.tolerance)
     probes.same(out.logits[0, -1], want[-1], kin.tolerance)
+
+
+@pytest.mark.parametrize("kin", [pytest.param(kin, id=name) for name, kin in KIN.items()])
+def test_the_self_test(kin):
+    """`vlmprune check` proves a family on the user's machine, but for pictures that see all of themselves."""
+    from vlmprune.verify import check
+
+    if kin.blocks or kin.prefix:
+        with pytest.raises(UnsupportedError, match="the self-test does not know pictures that see all of themselves"):
+            check(kin.model(), "random", keep=0.4)
+        return
+    report = check(kin.model(), "fastv", keep=0.4)
+    assert {line.check for line in report.lines if line.outcome != "pass"} == {"syncs"}, str(report)
