@@ -137,6 +137,7 @@ class Family:
             axes=self.axes,
             packed=self.packed,
             windowed=self.windowed(inner),
+            tower_from=tower_from(inner.config.vision_config),
             unit=self.unit(inner),
             closed=self.closed,
         )
@@ -313,3 +314,11 @@ class Family:
     def image_grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
         """The layout of one image, traced through `pack`."""
         return self.packing(inner, "image", size).trace()
+
+
+def tower_from(vision: Any) -> str | None:
+    """The checkpoint that a vision tower came from: as its config says, or the CLIP tower that LLaVA models have."""
+    if name := getattr(vision, "_name_or_path", None):
+        return name
+    told = tuple(getattr(vision, field, None) for field in ("model_type", "hidden_size", "patch_size", "image_size"))
+    return "openai/clip-vit-large-patch14-336" if told == ("clip_vision_model", 1024, 14, 336) else None

@@ -48,6 +48,7 @@ FEW = ["llava", "next", "vip", "onevision", "next-video", "next-video-video"]  #
 CUTTERS = ["fopru", "fastv", "todre", "tome"]  # before the language model, in it, both, and in the tower
 OPTIONS = {
     "todre": lambda model: {"keep": 0.4, "tau": 0.35},
+    "cdpruner": lambda model: {"keep": 0.4, "relevance": "embeddings"},
     "transprune": lambda model: {"keep": 0.3},
     "atp": lambda model: {"thresholds": tiny.modules(model, biases=(-0.3, 1.5))},
 }
@@ -57,7 +58,7 @@ STILL = [name for name in registry.names() if name not in MOVING]
 REFUSED = {("globalcom2", kind): f"{kind} models have a single view" for kind in (*tiny.SINGLE, *tiny_qwen.CLASSES)}
 REFUSED |= {
     (name, kind): "packs pictures of any size"
-    for name in ("downsample", "pitome", "tome", "visionzip")
+    for name in ("downsample", "pitome", "prumerge", "prumerge_plus", "tome", "visionzip")
     for kind in tiny_qwen.CLASSES
 }
 FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}}

@@ -65,16 +65,20 @@ def write(folder: str | Path, results: Results | None = None) -> list[Path]:
     results = results or read(folder)
     try:
         pictures = draw(results, folder / "plots") if plots.available() else None
-        files = render.pages(page.build(results, pictures), page.title(results), folder)
-        files["results.csv"] = as_csv(results).encode(errors=render.ESCAPED)
-        told = json.dumps(as_json(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        files["results.json"] = told.encode(errors=render.ESCAPED)
+        files = render.pages(page.build(results, pictures), page.title(results), folder) | data(results)
         for name, content in files.items():
             write_whole(folder / name, content)
     except OSError as error:
         raise store.StoreError(f"cannot write the report into {folder}: {error.strerror or error}.") from None
     drawn = [picture.path for mine in (pictures or {}).values() for picture in mine]
     return [*(folder / name for name in files), *drawn]
+
+
+def data(results: Results) -> dict[str, bytes]:
+    """The files for programs."""
+    told = json.dumps(as_json(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    texts = {"results.csv": as_csv(results), "results.json": told}
+    return {name: text.encode(errors=render.ESCAPED) for name, text in texts.items()}
 
 
 def draw(results: Results, folder: Path) -> dict[str, Sequence[Picture]]:

@@ -129,25 +129,31 @@ def control_style(i: int) -> dict[str, Any]:
 
 def scatter(results: Results, model: str, axis: Axis, panels: Sequence[str | None]) -> Any:
     """One panel per task (None: over all tasks); None without any point."""
-    from matplotlib.figure import Figure
-
     panels = [p for p in panels if any(point(r, axis) for r in results.of(model, p))]
     if not panels:
         return None
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    wide, high = PANEL_SIZES[columns]
-    figure = Figure(figsize=(wide * columns, high * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for spare in axes[len(panels) :]:
-        spare.set_visible(False)
+    figure, axes = room_for(len(panels))
     looks, handles = styles(results.of(model, None)), {}
-    for panel, task in zip(axes, panels, strict=False):
+    for panel, task in zip(axes, panels, strict=True):
         handles |= draw_panel(panel, results.of(model, task), axis, looks)
     order = [label for label in ("full model", *looks, "Pareto front") if label in handles]
     shown = [handles[label] for label in order]
     figure.legend(shown, order, loc="outside right upper", frameon=False, fontsize=9, handlelength=3)
     return figure
+
+
+def room_for(panels: int) -> tuple[Any, Sequence[Any]]:
+    """A figure with so many panels, and these."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, panels)
+    lines = math.ceil(panels / columns)
+    wide, high = PANEL_SIZES[columns]
+    figure = Figure(figsize=(wide * columns, high * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for spare in axes[panels:]:
+        spare.set_visible(False)
+    return figure, axes[:panels]
 
 
 @dataclass(frozen=True)

@@ -39,24 +39,30 @@ def in_short(rows: Sequence[Row]) -> list[str]:
         rows: of one model over all its tasks, or over its only one.
     """
     pruned = [row for row in rows if not row.full and row.retention is not None]
-    told = []
-    for budget in dict.fromkeys(row.budget for row in pruned):
-        here = [row for row in pruned if row.budget == budget]
-        methods = [row for row in here if not row.control]
-        if not methods:
-            continue
-        best = max(methods, key=lambda row: row.retention or 0)
-        text = f"{budget or 'Own budgets'}: {best.label} holds most, {held(best)}"
-        if best.ttft_s and (full := next((row.ttft_s for row in rows if row.full), None)):
-            text += f", with {best.ttft_s / full:.2f} times its time to first token"
-        chance = next((row for row in here if row.method == "random"), None)
-        if chance is not None:
-            text += f"; random holds {held(chance, '')}"
-        better = [row.label for row in methods if row.random_verdict == "better"]
-        if any(row.random_verdict for row in methods):
-            text += f". Better than random: {', '.join(better) if better else 'none that can be told'}"
-        told.append(f"{text}.")
-    return told
+    full = next((row.ttft_s for row in rows if row.full), None)
+    budgets = dict.fromkeys(row.budget for row in pruned if not row.control)
+    return [at_budget(budget, [row for row in pruned if row.budget == budget], full) for budget in budgets]
+
+
+def at_budget(budget: str, rows: Sequence[Row], full: float | None) -> str:
+    """The sentence about one budget; `full` is the time to the unpruned model's first token."""
+    methods = [row for row in rows if not row.control]
+    best = max(methods, key=lambda row: row.retention or 0)
+    text = f"{budget or 'Own budgets'}: {best.label} holds most, {held(best)}"
+    if best.ttft_s and full:
+        text += f", with {best.ttft_s / full:.2f} times its time to first token"
+    chance = next((row for row in rows if row.method == "random"), None)
+    if chance is not None:
+        text += f"; random holds {held(chance, '')}"
+    return f"{text}{above_random(methods)}."
+
+
+def above_random(methods: Sequence[Row]) -> str:
+    """Who is better than `random`, as the end of a sentence; empty where nobody was compared."""
+    better = [row.label for row in methods if row.random_verdict == "better"]
+    if not any(row.random_verdict for row in methods):
+        return ""
+    return f". Better than random: {', '.join(better) if better else 'none that can be told'}"
 
 
 def held(row: Row, of: str = " of the full model's score") -> str:
@@ -150,12 +156,10 @@ def differences(rows: Sequence[Row]) -> list[str]:
 
 def verdicts(rows: Sequence[Row], base: str, budget: str) -> str:
     """Whose differences to a base at a budget mean what; empty where no row has a verdict."""
-    labels: dict[str | None, list[str]] = {verdict: [] for verdict in VERDICTS}
-    for row in rows:
-        if row.budget == budget and getattr(row, f"{base}_difference") is not None:
-            labels[getattr(row, f"{base}_verdict")].append(row.label)
-    said = [f"{VERDICTS[verdict]}: {', '.join(names)}" for verdict, names in labels.items() if names]
-    return "; ".join(said) if any(names for verdict, names in labels.items() if verdict) else ""
+    compared = [row for row in rows if row.budget == budget and getattr(row, f"{base}_difference") is not None]
+    by_word = [(word, [r.label for r in compared if getattr(r, f"{base}_verdict") == word]) for word in VERDICTS]
+    said = {word: f"{VERDICTS[word]}: {', '.join(names)}" for word, names in by_word if names}
+    return "; ".join(said.values()) if any(said) else ""
 
 
 def chance(rows: Sequence[Row]) -> str | None:

@@ -117,9 +117,13 @@ def test_requests_bring_a_budget_and_nothing_else(folder, kwargs, words):
     config.vlmprune = {"method": "fopru", "keep": 4}
     engine = Served(config, stand_in(config))
     assert engine.keep_of({}) is None
-    assert engine.keep_of({"vlmprune_keep": 3}) == 3
+    assert engine.keep_of({"vlmprune_keep": 0.5}) == 0.5
     with pytest.raises(ValueError, match=words):
         engine.keep_of(kwargs)
+
+
+def test_a_budget_beyond_all_numbers_is_all_tokens():
+    assert Request.of(Request(10**400, 577, 0).row()).keep == 2**53
 
 
 def test_a_requests_budget_takes_the_place_of_the_engines():

@@ -242,7 +242,8 @@ def refused(facts: ModelFacts) -> dict[str, str]:
     for name, cls in loadable():
         try:
             if set(registry.required(cls)) <= {"keep"}:
-                compile_cuts([cls(**({"keep": 0.5} if "keep" in registry.options(cls) else {}))], facts)
+                given = {"keep": 0.5} if "keep" in registry.options(cls) else {}
+                compile_cuts([cls(**given, **cls.plain_with)], facts)
         except UnsupportedError as error:
             why[name] = str(error)
         except Exception:  # another package's code

@@ -99,6 +99,8 @@ def hook_towers(inner: nn.Module, plan: Plan) -> None:
         tower.register_forward_pre_hook(BeforeTower(plan, through), with_kwargs=True)
         for index, layer in enumerate(plan.family.tower_layers(tower)):
             watching = Watch() if index in plan.key_layers else None
+            if any(tap.layer == index for tap in plan.measured):
+                tower_layer(layer)  # one that is not known is refused here, and not in the first call
             layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching, through), with_kwargs=True)
             if watching is not None:
                 kind = tower_layer(layer)
@@ -115,6 +117,8 @@ def hook_language_model(inner: nn.Module, plan: Plan) -> None:
     inner.register_forward_pre_hook(BeforeModel(plan), with_kwargs=True)
     for index, layer in enumerate(plan.family.decoder_layers(inner)):
         watching = Watch() if index in plan.block_layers else None
+        if index in plan.decoder_tap_layers:
+            decoder_layer(layer)  # as in towers
         layer.register_forward_pre_hook(BeforeLayer(plan, index, watching), with_kwargs=True)
         if watching is not None:
             kind = decoder_layer(layer)

@@ -62,7 +62,7 @@ class Prefill:
         blocks: torch.Tensor | None = None,
         stand: Callable[[dict[str, torch.Tensor]], torch.Tensor] | None = None,
     ):
-        self.plan, self.guesses, self.blocks = plan, guesses, blocks
+        self.plan, self.guesses, self.ids, self.blocks = plan, guesses, input_ids, blocks
         self.past, self.cache = {segment.first: segment for segment in past}, None
         language_model = plan.family.language_model(inner)
         self.rotary_emb, self.norm = language_model.rotary_emb, language_model.norm

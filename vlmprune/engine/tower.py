@@ -22,7 +22,7 @@ from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Pick, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.layout import Views
-from vlmprune.parts.merging import flow
+from vlmprune.parts.merging import picked
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
 from vlmprune.patches.tagged import untag
 from vlmprune.patches.towers import tower_layer
@@ -154,8 +154,8 @@ class TowerFrame:
         with torch.no_grad():
             pick: Pick = cut.reduce({tap: self.look(tap, features) for tap in cut.see}, Views(self.call.grids))
             check_pick(whose(self.plan, cut), pick, features, self.has_cls)
-        if pick.merge is not None:  # hosts hand out the layers that become features and no others
-            output.hidden_states = tuple(h if h is None else flow(h, pick.merge) for h in output.hidden_states)
+        # hosts hand out the layers that become features and no others
+        output.hidden_states = tuple(h if h is None else picked(h, pick) for h in output.hidden_states)
         self.seen[Kept()] = pick.keep
 
     def look(self, tap: Tap, hidden: torch.Tensor) -> torch.Tensor:

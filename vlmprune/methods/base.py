@@ -67,6 +67,7 @@ class Method:
     syncs: ClassVar[int] = 0  # device syncs a cut adds beyond the host read of the placeholder counts
     training: ClassVar[str] = "none"
     served_with: ClassVar[dict[str, Any]] = {}  # options without which vLLM cannot be given it
+    plain_with: ClassVar[dict[str, Any]] = {}  # options that spare it what is no part of a model
     refuses: ClassVar[dict[str, str]] = {}  # options that a user may expect, and why the method has none
     # inputs that the engine refuses for the method, and why: "image" (a still one), "video", "shrunk" (packing
     # blends neighbouring patches), "single" (an image without crops)

@@ -26,6 +26,7 @@ class ModelFacts:
         axes: on how many axes a token's position lies: 1, or 3 (time, height and width: M-RoPE).
         packed: whether the tower reads pictures of any size as one sequence.
         windowed: tower layers in which a patch sees its window alone.
+        tower_from: checkpoint that the vision tower came from, where the model's config tells it.
     """
 
     family: str
@@ -38,6 +39,7 @@ class ModelFacts:
     axes: int = 1
     packed: bool = False
     windowed: tuple[int, ...] = ()
+    tower_from: str | None = None
     unit: int = 1
     closed: bool = False
 

@@ -79,13 +79,15 @@ class Scene(Protocol):
 
     `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most;
     `text_before` is the most that any row has in front of its first one, and `text_between` whether there may be any
-    between visual ones. `seen` has what taps before have measured.
+    between visual ones. `seen` has what taps before have measured. `ids` `(batch, length)` are those of the call, whose
+    columns a sequence has that was not cut yet.
     """
 
     sequence: Remaining
     layout: Layout
     text_after: tuple[torch.Tensor, int]
     text_before: int
+    ids: torch.Tensor
     text_between: bool
     seen: dict[Tap, torch.Tensor]
 

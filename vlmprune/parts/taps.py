@@ -52,6 +52,7 @@ __all__ = [
 ]
 
 
+VisionRows = Literal["cls", "patches", "all"]
 NO_CLS = "this tower has no [CLS] token"
 
 
@@ -104,6 +105,7 @@ class TowerTap(Tap):
     layer: int
 
     behind_last: ClassVar[bool] = False  # whether it can be measured of the last layer's output, `measure(None, ...)`
+    vectors: ClassVar[bool] = False  # whether it says more of a patch than one number
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         # hosts hand out the output of the last layer only where it becomes the features
@@ -147,19 +149,20 @@ class VisionAttention(TowerTap):
     """Attention of a tower layer: post-softmax, head mean.
 
     `rows="cls"` is the [CLS] query's row over patch keys; `rows="patches"` the mean over patch queries, so the
-    attention each patch receives. Arrives as `(images, tokens)` float32 (newlines and padding are arbitrary).
+    attention each patch receives, and `rows="all"` that over all queries, the [CLS] token's included. Arrives as
+    `(images, tokens)` float32 (newlines and padding are arbitrary).
     """
 
-    rows: Literal["cls", "patches"] = "cls"
+    rows: VisionRows = "cls"
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         no_cls = NO_CLS if self.rows == "cls" and not facts.has_cls else None
-        wrong = unknown("rows", self.rows, Literal["cls", "patches"]) or no_cls
+        wrong = unknown("rows", self.rows, VisionRows) or no_cls
         return super().misfit(at, facts) or wrong or windowed(self.layer, facts)
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         first, normed = int(has_cls), layer.normed(hidden)
-        rows = normed[:, :1] if self.rows == "cls" else normed[:, first:]
+        rows = {"cls": normed[:, :1], "patches": normed[:, first:], "all": normed}[self.rows]
         return attention_mass(layer.queries(rows), layer.keys(normed), layer.scale)[:, first:]
 
 

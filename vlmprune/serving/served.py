@@ -67,7 +67,7 @@ class Request:
 
     def row(self) -> list[float]:
         """As float64, which holds all of it exactly."""
-        keep = math.nan if self.keep is None else float(self.keep)
+        keep = math.nan if self.keep is None else float(min(self.keep, 2**53))  # more than any picture has
         return [keep, float(isinstance(self.keep, int)), float(self.placeholders), float(self.number)]
 
     @classmethod
