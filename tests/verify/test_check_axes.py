@@ -33,7 +33,9 @@ def options(family, name):
 
 def cells():
     """Every method on every family; one family a method in every run."""
-    for number, name in enumerate(registry.names()):
+    # those of videos alone are not checked: the prompts of the self-test have pictures too
+    names = [name for name in registry.names() if "image" not in registry.find(name).refuses_inputs]
+    for number, name in enumerate(names):
         for place, family in enumerate(FAMILIES):
             if (name, family) not in REFUSED:
                 often = place == number % len(FAMILIES)

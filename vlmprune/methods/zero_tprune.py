@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch.nn import functional
@@ -46,6 +46,8 @@ class PageRank(TowerTap):
     In every head s becomes A^T s, `iterations` times from a start that is equal for all patches and, where there is a
     [CLS] token, the root of the number of tokens times as much for it. Arrives as `(images, tokens)` float32.
     """
+
+    attends: ClassVar[bool] = True
 
     iterations: int = 1
 
@@ -123,7 +125,7 @@ class ZeroTPrune(Pruner):
     newlines: AnyNewlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
-        see = (PageRank(facts.feature_layer, self.iterations), KeyVectors(facts.feature_layer))
+        see = (PageRank(facts.attention_layer, self.iterations), KeyVectors(facts.attention_layer))
         return [Cut(Decoder(0), see, self.reduce, self.positions)]
 
     def at_point(self, count: int, total: int, point: int) -> int:

@@ -43,6 +43,8 @@ class WholeRow(TowerTap):
     Without a [CLS] token the attention that a patch receives from all.
     """
 
+    attends: ClassVar[bool] = True
+
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         normed, first = layer.normed(hidden), int(has_cls)
         rows = normed[:, :1] if has_cls else normed
