@@ -44,8 +44,9 @@ OPTIONS = {
 # methods of videos alone
 MOVING = [name for name in registry.names() if "image" in registry.find(name).refuses_inputs]
 STILL = [name for name in registry.names() if name not in MOVING]
-REFUSED = {("globalcom2", kind): f"{kind} models have a single view" for kind in tiny.SINGLE}
-FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}}
+CROPS = ("globalcom2", "lrs")  # methods of images that are cut into crops
+REFUSED = {(name, kind): f"{kind} models have a single view" for kind in tiny.SINGLE for name in CROPS}
+FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}, "tcc": {"fallback": "received"}}
 
 
 @dataclass(frozen=True)

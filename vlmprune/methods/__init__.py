@@ -9,9 +9,12 @@ from vlmprune.methods.evs import Evs
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
+from vlmprune.methods.lrs import Lrs
 from vlmprune.methods.m3 import M3
 from vlmprune.methods.pyramiddrop import PyramidDrop
+from vlmprune.methods.quota import Quota
 from vlmprune.methods.sparsevlm import SparseVLM
+from vlmprune.methods.tcc import Tcc
 from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
@@ -33,12 +36,15 @@ __all__ = [
     "FoPru",
     "GlobalCom2",
     "Grid",
+    "Lrs",
     "Method",
     "PiToMe",
     "Pool",
     "PyramidDrop",
+    "Quota",
     "Random",
     "SparseVLM",
+    "Tcc",
     "ToDRE",
     "ToMe",
     "TransPrune",

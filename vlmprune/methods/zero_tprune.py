@@ -14,6 +14,7 @@ from vlmprune.parts import (
     AnyNewlines,
     Cut,
     Decoder,
+    KeyVectors,
     Layout,
     ModelFacts,
     Must,
@@ -61,14 +62,6 @@ class PageRank(TowerTap):
         for _ in range(self.iterations):
             score = attention_mass(query, key, layer.scale, weight=score)
         return (score.unflatten(0, (views, heads)) ** 2).mean(1).sqrt()[:, int(has_cls) :]
-
-
-@dataclass(frozen=True)
-class KeyVectors(TowerTap):
-    """Keys of a tower layer, all heads side by side, `(images, tokens, dim)`."""
-
-    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-        return layer.keys(layer.normed(hidden))[:, :, int(has_cls) :].transpose(1, 2).flatten(2)
 
 
 def without_doubles(scores: torch.Tensor, keys: torch.Tensor, among: torch.Tensor, removed: list[int]) -> torch.Tensor:
