@@ -46,7 +46,17 @@ MOVING = [name for name in registry.names() if "image" in registry.find(name).re
 STILL = [name for name in registry.names() if name not in MOVING]
 CROPS = ("globalcom2", "lrs")  # methods of images that are cut into crops
 REFUSED = {(name, kind): f"{kind} models have a single view" for kind in tiny.SINGLE for name in CROPS}
-FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}, "tcc": {"fallback": "received"}}
+FALLBACK = {
+    "vtc_cls": {"fallback": "received"},
+    "globalcom2": {"score": "distinct"},
+    "todre": {"pivot": "mean"},
+    "tcc": {"fallback": "received"},
+}
+    "vtc_cls": {"fallback": "received"},
+    "globalcom2": {"score": "distinct"},
+    "todre": {"pivot": "mean"},
+    "tcc": {"fallback": "received"},
+}
 
 
 @dataclass(frozen=True)

@@ -87,10 +87,9 @@ class Lrs(Pruner):
         for i, grid in enumerate(layout.grids):
             patches, view = layout.patches[i], layout.view[i]
             small = patches & (view == 0)
-            best = top_k(attention[i], count(self.coarse or 1, grid.patches_per_view[0]), small)
-            tile = upload(tile_of(grid), view.device)[
-                layout.row[i].clamp(max=grid.side[0] - 1), layout.col[i].clamp(max=grid.side[1] - 1)
-            ]
+            best = top_k(attention[i], count(float(self.coarse), grid.patches_per_view[0]), small)
+            row, col = (x[i].clamp(max=n - 1) for x, n in zip((layout.row, layout.col), grid.side, strict=True))
+            tile = upload(tile_of(grid), view.device)[row, col]
             chosen = torch.zeros(grid.views, device=view.device).index_add(0, torch.where(best, tile, 0), best.float())
             level[i] = torch.where(small, 2.0, (chosen[view] > 0).to(level))
         # attention is at most 1: a level counts for more than any
