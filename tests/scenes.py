@@ -52,11 +52,6 @@ FALLBACK = {
     "todre": {"pivot": "mean"},
     "tcc": {"fallback": "received"},
 }
-    "vtc_cls": {"fallback": "received"},
-    "globalcom2": {"score": "distinct"},
-    "todre": {"pivot": "mean"},
-    "tcc": {"fallback": "received"},
-}
 
 
 @dataclass(frozen=True)
