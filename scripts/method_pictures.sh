@@ -9,7 +9,7 @@ draw() { # model, method, further options
     --method "$2" --save "docs/methods/$2.png" "${@:3}"
 }
 
-for method in fopru vtc_cls divprune visionzip todre transprune fastv pyramiddrop sparsevlm dart v2drop vflowopt zero_tprune m3 tcc random grid pool; do
+for method in fopru vtc_cls divprune visionzip todre transprune fastv pyramiddrop sparsevlm dart v2drop vflowopt zero_tprune m3 tcc showui random grid pool; do
   draw scene-llava "$method" --keep 0.25,0.1
 done
 # ToMe merges equally many in each of four layers, at most half of what is there

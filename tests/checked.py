@@ -21,7 +21,20 @@ FAMILIES = {
 }
 
 # methods that ask to see nothing that eager attention has
-BLIND = {"dart", "m3", "vflowopt", "zero_tprune", "random", "grid", "pool", "downsample", "pitome"}
+BLIND = {
+    "dart",
+    "m3",
+    "quota",
+    "showui",
+    "tcc",
+    "vflowopt",
+    "zero_tprune",
+    "random",
+    "grid",
+    "pool",
+    "downsample",
+    "pitome",
+}
 
 
 def unseen(method):

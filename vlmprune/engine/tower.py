@@ -21,7 +21,7 @@ from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Pick, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.layout import ImageGrid, Views
 from vlmprune.parts.merging import flow
-from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap
+from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Pixels, Tap
 from vlmprune.patches.tagged import untag
 from vlmprune.patches.towers import tower_layer
 
@@ -234,7 +234,10 @@ class BeforeTower(Hook):
             changed = cut.reduce(pixels)
             check_pixels(whose(self.plan, cut), changed, pixels)
             pixels = changed
-        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note, call.grids)}
+        frame = TowerFrame(self.plan, note, call.grids)
+        if Pixels() in self.plan.measured:
+            frame.seen[Pixels()] = Pixels.of(pixels.detach(), self.plan.facts.view_patches)
+        return (pixels, *rest), kwargs | {FRAME: frame}
 
 
 @dataclass

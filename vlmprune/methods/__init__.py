@@ -13,6 +13,7 @@ from vlmprune.methods.lrs import Lrs
 from vlmprune.methods.m3 import M3
 from vlmprune.methods.pyramiddrop import PyramidDrop
 from vlmprune.methods.quota import Quota
+from vlmprune.methods.showui import ShowUI
 from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.methods.tcc import Tcc
 from vlmprune.methods.todre import ToDRE
@@ -43,6 +44,7 @@ __all__ = [
     "PyramidDrop",
     "Quota",
     "Random",
+    "ShowUI",
     "SparseVLM",
     "Tcc",
     "ToDRE",

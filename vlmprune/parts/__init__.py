@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse
     from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, scale_tower_layer
     from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
-    from vlmprune.parts.layout import ImageGrid, Layout, Views, frames_of, upload
+    from vlmprune.parts.layout import ImageGrid, Layout, Views, download, frames_of, upload
     from vlmprune.parts.merging import (
         first_of_cluster,
         gather_to,
@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         Inputs,
         Kept,
         KeyVectors,
+        Pixels,
         ReceivedAttention,
         Seen,
         Tap,
@@ -109,6 +110,7 @@ __all__ = [
     "Newlines",
     "Pick",
     "PixelCut",
+    "Pixels",
     "Positions",
     "ProjectorCut",
     "ReceivedAttention",
@@ -137,6 +139,7 @@ __all__ = [
     "count",
     "decoder_cuts",
     "decoder_mass",
+    "download",
     "ensemble_scores",
     "falling",
     "first_of_cluster",
