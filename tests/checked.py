@@ -24,9 +24,7 @@ FAMILIES = {
 BLIND = {
     "dart",
     "m3",
-    "quota",
     "showui",
-    "tcc",
     "vflowopt",
     "zero_tprune",
     "random",

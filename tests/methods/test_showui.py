@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -49,31 +50,29 @@ def test_of_every_region_a_part_stays():
 
 def test_spacing_keeps_what_it_says():
     for size in range(1, 40):
-        label, among = torch.zeros(size, dtype=torch.long), torch.ones(size, dtype=torch.bool)
+        label = np.zeros(size, dtype=int)
         for gone in range(size):
-            kept = kept_of_regions(label, among, gone / size, None)
+            kept = kept_of_regions(label, gone / size, None)
             assert int(kept.sum()) == max(1, size - round(gone / size * size))
             assert kept[0]
             assert kept[-1] or int(kept.sum()) == 1
 
 
 def test_a_budget_is_met():
-    label = torch.tensor([0] * 9 + [9] + [10] * 5 + [15])
-    among = torch.tensor([True] * 15 + [False])
+    label = np.array([0] * 9 + [9] + [10] * 5)
     for budget in range(1, 16):
-        kept = kept_of_regions(label, among, 0.5, budget)
+        kept = kept_of_regions(label, 0.5, budget)
         assert int(kept.sum()) == budget
-        assert not kept[15]
-    assert kept_of_regions(label, among, 0.5, 3).nonzero().flatten().tolist() == [0, 9, 10]
-    assert kept_of_regions(label, among, 0.5, 2).nonzero().flatten().tolist() == [0, 10]  # the largest
+    assert kept_of_regions(label, 0.5, 3).nonzero()[0].tolist() == [0, 9, 10]
+    assert kept_of_regions(label, 0.5, 2).nonzero()[0].tolist() == [0, 10]  # the largest
 
 
 def test_regions():
     ring = torch.tensor([[0, 1], [1, 2], [2, 3], [5, 4], [6, 5], [7, 6], [4, 7]])
-    assert regions(9, ring).tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8]
+    assert regions(9, ring.numpy()).tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8]
     snake = torch.stack((torch.arange(0, 99), torch.arange(1, 100)), 1).flip(0)
-    assert regions(100, snake).tolist() == [0] * 100
-    assert regions(3, snake[:0]).tolist() == [0, 1, 2]
+    assert regions(100, snake.numpy()).tolist() == [0] * 100
+    assert regions(3, snake.numpy()[:0]).tolist() == [0, 1, 2]
 
 
 def test_pixels_of_patches():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import numpy as np
 import torch
 
 from vlmprune.methods.base import Pruner, register
@@ -32,58 +33,50 @@ from vlmprune.parts import (
 __all__ = ["ShowUI", "kept_of_regions", "regions"]
 
 
-def regions(tokens: int, edges: torch.Tensor) -> torch.Tensor:
+def regions(tokens: int, edges: np.ndarray) -> np.ndarray:
     """Connected components: the smallest number in the component of each of so many tokens.
 
     Args:
-        edges: `(edges, 2)` long, tokens that belong together.
+        edges: `(edges, 2)` whole numbers, tokens that belong together.
     """
-    label = torch.arange(tokens)
+    label = np.arange(tokens)
     while True:
-        pair = label[edges]
-        low = pair.amin(1, keepdim=True).expand_as(pair)
-        new = label.scatter_reduce(0, pair.flatten(), low.flatten(), "amin")
+        pair, new = label[edges], label.copy()
+        for end in pair.T:
+            np.minimum.at(new, end, pair.min(1, initial=tokens))
         new = new[new][new]  # whoever joined a component follows it
-        if torch.equal(new, label):
+        if np.array_equal(new, label):
             return label
         label = new
 
 
-def kept_of_regions(label: torch.Tensor, among: torch.Tensor, ratio: float, budget: int | None) -> torch.Tensor:
+def kept_of_regions(label: np.ndarray, ratio: float, budget: int | None) -> np.ndarray:
     """`(tokens,)` bool: of every region of c tokens max(1, c - round(c * ratio)), evenly spaced.
 
     Args:
-        label: `(tokens,)` long, the region of every token; among: `(tokens,)` bool.
+        label: `(tokens,)`, the region of every token.
         budget: tokens that stay at most, which sets the ratio; where there are more regions, the largest keep one each.
             None takes `ratio`.
     """
-    mine = among.nonzero().flatten()
-    _, region, sizes = label[mine].unique(return_inverse=True, return_counts=True)
-
-    def stay(share: float) -> torch.Tensor:
-        return (sizes - (sizes * share).round().long()).clamp(min=1)
-
+    _, region, sizes = np.unique(label, return_inverse=True, return_counts=True)
     if budget is None:
-        left = stay(ratio)
+        left = np.maximum(1, sizes - np.round(sizes * ratio)).astype(int)
     elif budget <= len(sizes):
-        order = sizes.sort(descending=True, stable=True).indices[:budget]
-        left = torch.zeros_like(sizes).index_fill(0, order, 1)
+        left = np.zeros_like(sizes)
+        left[np.argsort(-sizes, kind="stable")[:budget]] = 1
     else:
-        # tokens beyond the first of each region, in turns that are proportional to its size
-        extra = budget - len(sizes)
-        most = sizes - 1
-        part = (most * extra / most.sum().clamp(min=1)).double()
-        left = part.floor().long()
-        rest = (part - left).sort(descending=True, stable=True).indices[: extra - int(left.sum())]
-        left = 1 + (left.index_add(0, rest, torch.ones_like(rest))).minimum(most)
-    order = region.sort(stable=True).indices
-    start = sizes.cumsum(0) - sizes
-    rank = torch.empty_like(region).scatter(0, order, torch.arange(len(order)) - start[region[order]])
-    size, wanted = sizes[region].double(), left[region].double()
-    step = (size - 1) / (wanted - 1).clamp(min=1)
-    near = (rank / step.clamp(min=1)).round()
-    chosen = torch.where(wanted > 1, ((near * step).round() == rank) & (near < wanted), (rank == 0) & (wanted > 0))
-    return torch.zeros_like(among).index_fill(0, mine[chosen], True)
+        # tokens beyond the first of each region, in proportion to what there is, the largest remainders up
+        most, extra = sizes - 1, budget - len(sizes)
+        part = most * extra / max(1, most.sum())
+        left = 1 + np.floor(part).astype(int)
+        left[np.argsort(np.floor(part) - part, kind="stable")[: budget - left.sum()]] += 1
+    order = np.argsort(region, kind="stable")
+    rank = np.empty_like(region)
+    rank[order] = np.arange(len(order)) - (sizes.cumsum() - sizes)[region[order]]
+    wanted = left[region]
+    step = np.maximum(1, (sizes[region] - 1) / np.maximum(1, wanted - 1))
+    near = np.round(rank / step)
+    return np.where(wanted > 1, (np.round(near * step) == rank) & (near < wanted), (rank == 0) & (wanted > 0))
 
 
 def neighbours(grid: ImageGrid) -> torch.Tensor:
@@ -154,15 +147,16 @@ class ShowUI(Pruner):
         edges, flat = [], []
         for image, grid in enumerate(layout.grids):
             if "neighbours" not in grid.memo:
-                grid.memo["neighbours"] = neighbours(grid)
+                edge = neighbours(grid)
+                grid.memo["neighbours"] = edge, edge.numpy(), (~grid.newline).numpy()
             edges.append(grid.memo["neighbours"])
-            one, other = (upcast(pixels[image, upload(end, pixels.device)]) for end in edges[-1].unbind(1))
+            one, other = (upcast(pixels[image, upload(end, pixels.device)]) for end in edges[-1][0].unbind(1))
             flat.append((one - other).norm(dim=-1) < self.difference)
-        same = torch.tensor(download(torch.cat(flat)), dtype=torch.bool).split([len(e) for e in edges])
-        keep, counts = torch.zeros(layout.position.shape, dtype=torch.bool), []
-        for image, grid in enumerate(layout.grids):
-            label = regions(grid.tokens, edges[image][same[image]])
-            budget = None if self.budget is None else count(self.budget, grid.patches)
-            keep[image, : grid.tokens] = kept_of_regions(label, ~grid.newline, float(self.ratio), budget)
+        same = np.array(download(torch.cat(flat)), dtype=bool)
+        keep, counts = np.zeros(layout.position.shape, dtype=bool), []
+        for image, (grid, (_, edge, patch)) in enumerate(zip(layout.grids, edges, strict=True)):
+            label = regions(grid.tokens, edge[same[: len(edge)]])
+            same, budget = same[len(edge) :], None if self.budget is None else count(self.budget, grid.patches)
+            keep[image, : grid.tokens][patch] = kept_of_regions(label[patch], float(self.ratio), budget)
             counts.append(int(keep[image].sum()))
-        return keep_patches(upload(keep, pixels.device), layout, counts, self.newlines)
+        return keep_patches(upload(torch.from_numpy(keep), pixels.device), layout, counts, self.newlines)
