@@ -67,6 +67,7 @@ class Method:
     syncs: ClassVar[int] = 0  # device syncs a cut adds beyond the host read of the placeholder counts
     training: ClassVar[str] = "none"
     served_with: ClassVar[dict[str, Any]] = {}  # options without which vLLM cannot be given it
+    plain_with: ClassVar[dict[str, Any]] = {}  # options that spare it what is no part of a model
     refuses: ClassVar[dict[str, str]] = {}  # options that a user may expect, and why the method has none
     # inputs that the engine refuses for the method, and why: "image" (a still one), "video", "shrunk" (packing
     # blends neighbouring patches), "single" (an image without crops)
@@ -164,11 +165,13 @@ class Pruner(Budgeted):
     """A method with a budget that takes tokens out of the prompt. Subclasses give other defaults, or types.
 
     Args:
-        positions: "contiguous" closes the gaps that a cut makes in the position ids, "original" leaves them.
+        positions: "contiguous" closes the gaps that a cut makes in the position ids, "original" leaves them; None is
+            the family's own: contiguous, and original where positions lie on several axes (M-RoPE), which have no gaps
+            to close.
         newlines: newline tokens of anyres images: "all" stay, those in the "row" of a kept patch do, or "none".
     """
 
-    positions: Positions = "contiguous"
+    positions: Positions | None = None
     newlines: Newlines = "all"
 
 

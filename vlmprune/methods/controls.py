@@ -23,6 +23,7 @@ from vlmprune.parts import (
     image_cells,
     keep_patches,
     laid_out,
+    need_views,
     random_scores,
     select,
 )
@@ -131,6 +132,7 @@ class Downsample(Budgeted):
     looks_at = "nothing"
 
     def cuts(self, facts: ModelFacts) -> list[PixelCut]:
+        need_views(self.name, facts, "a smaller max_pixels of its processor is this control, and saves time")
         budget = self.budget
         share = budget if isinstance(budget, float) else min(1.0, budget / facts.view_patches)
         return [] if share == 1 else [PixelCut(partial(self.shrink, share=share))]

@@ -137,6 +137,11 @@ class ShowUI(Pruner):
     positions: Positions = "original"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
+        if facts.packed:
+            raise UnsupportedError(
+                "showui looks at the pixels of equal views, and this tower packs pictures of any size into one sequence: "
+                "take another method."
+            )
         return [Cut(Decoder(0), (Pixels(),), self.reduce, self.positions)]
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:

@@ -104,7 +104,8 @@ class TransPrune(Staged):
         keep_ratios: of the tokens that entered the LLM, one per cut, floored, but never fewer than 1 of an
             image that has tokens (code: 0 is possible).
         alpha: weight of the transition score; the official code has none, which is 0.5.
-        positions: contiguous, re-indexed at every cut, as the source; its decode positions differ by layer.
+        positions: the family's own; contiguous, re-indexed at every cut, as the source; its decode positions differ by
+            layer.
         newlines: "candidates" (source: all tokens of the image compete).
     """
 

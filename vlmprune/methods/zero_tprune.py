@@ -116,7 +116,7 @@ class ZeroTPrune(Pruner):
     newlines: AnyNewlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
-        see = (PageRank(facts.feature_layer, self.iterations), KeyVectors(facts.feature_layer))
+        see = (PageRank(facts.attention_layer, self.iterations), KeyVectors(facts.attention_layer))
         return [Cut(Decoder(0), see, self.reduce, self.positions)]
 
     def at_point(self, count: int, total: int, point: int) -> int:

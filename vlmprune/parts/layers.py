@@ -68,12 +68,14 @@ class Scene(Protocol):
 
     `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most;
     `text_before` is the most that any row has in front of its first one. `seen` has what taps before have measured.
+    `ids` `(batch, length)` are those of the call, whose columns a sequence has that was not cut yet.
     """
 
     sequence: Remaining
     layout: Layout
     text_after: tuple[torch.Tensor, int]
     text_before: int
+    ids: torch.Tensor
     seen: dict[Tap, torch.Tensor]
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from vlmprune.parts.attention import upcast
-from vlmprune.parts.cuts import Clusters, Merge
+from vlmprune.parts.cuts import Clusters, Merge, Pick
 from vlmprune.parts.layout import Layout
 from vlmprune.parts.selection import top_k
 
@@ -20,6 +20,7 @@ __all__ = [
     "match_alternating",
     "match_energy",
     "peaks",
+    "picked",
     "spread_evenly",
 ]
 
@@ -199,6 +200,18 @@ def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
     first = torch.full((len(layout), last + 1), layout.width, device=key.device)
     first = first.scatter_reduce(1, key, token, "amin")
     return patches & (first.gather(1, key) == token)
+
+
+def picked(hidden: torch.Tensor, pick: Pick) -> torch.Tensor:
+    """What a cut between tower and projector makes of `(views, tokens, dim)`, the [CLS] token's included."""
+    if pick.merge is not None:
+        return flow(hidden, pick.merge)
+    if pick.mix is None:
+        return hidden
+    patches = pick.mix.shape[-1]
+    wide = torch.promote_types(hidden.dtype, pick.mix.dtype)
+    mixed = pick.mix.to(wide) @ hidden[:, -patches:].to(wide)
+    return torch.cat((hidden[:, :-patches], mixed.to(hidden.dtype)), 1)
 
 
 def flow(hidden: torch.Tensor, merge: Merge) -> torch.Tensor:

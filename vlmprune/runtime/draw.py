@@ -9,7 +9,7 @@ it, so crops, padding and squashing need no reimplementation. Only Pillow and nu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from vlmprune.parts.layout import ImageGrid
     from vlmprune.trace import Trace
 
-__all__ = ["Panel", "answer_panels", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "seen_share", "sheet"]
+__all__ = [
+    "Panel",
+    "answer_panels",
+    "cut_by_cut",
+    "draw_kept",
+    "kept_panel",
+    "patch_boxes",
+    "plain_panel",
+    "seen_share",
+    "sheet",
+]
 
 LONGEST = 384  # pixels of a panel's longer side: small pictures are scaled up by a whole number, large ones down
 GAP, TEXT, HEADING = 14, 15, 18
@@ -266,6 +276,11 @@ def kept_pictures(
         size = longest if len(grid.planes) == 1 or plane else longest // 2
         planes.append(paint(image, [shown[t] for t in mine], [kept[t] for t in mine], size, bool(cells)))
     return planes[::-1]
+
+
+def cut_by_cut(trace: Trace) -> list[tuple[int, Trace]]:
+    """Every cut's layer, and the trace as if it had been the only one: what was left behind it."""
+    return [(cut.layer, replace(trace, cuts=[cut])) for cut in trace.cuts]
 
 
 def plain_panel(image: Image.Image, title: str, lines: Sequence[str] = (), longest: int = LONGEST) -> Panel:
