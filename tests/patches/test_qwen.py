@@ -44,7 +44,7 @@ def test_what_the_trace_says_is_what_was_computed(label, name, support):
     """Several pictures in one row, with videos among them; then forced tokens, one by one."""
     scene = Scene(*QWEN[label])
     claim(support, scene, name, "exact")
-    model, prompt = scene.model, scene.prompt()
+    model, prompt = scene.model, scene.prompt(name)
     with torch.no_grad(), start(scene, name) as handle:
         got = with_cache(model, prompt)[:, 0]
     trace, features = handle.trace, (reference.image_features(model, prompt), reference.video_features(model, prompt))
