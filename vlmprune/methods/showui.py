@@ -139,8 +139,8 @@ class ShowUI(Pruner):
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         if facts.packed:
             raise UnsupportedError(
-                "showui looks at the pixels of equal views, and this tower packs pictures of any size into one sequence: "
-                "take another method."
+                "showui looks at the pixels of equal views, and this tower packs pictures of any size into one "
+                "sequence: take another method."
             )
         return [Cut(Decoder(0), (Pixels(),), self.reduce, self.positions)]
 

@@ -13,7 +13,6 @@ from vlmprune.methods.base import Pruner, register
 from vlmprune.parts import (
     Cut,
     Decoder,
-    KeyVectors,
     Layout,
     Merge,
     ModelFacts,
@@ -25,6 +24,7 @@ from vlmprune.parts import (
     TowerLayer,
     TowerTap,
     VisionAttention,
+    WholeKeys,
     capped,
     count,
     gather_to,
@@ -76,7 +76,7 @@ class Density(TowerTap):
     doubles: int = 0
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-        keys = KeyVectors(self.layer).measure(layer, hidden, has_cls)
+        keys = WholeKeys(self.layer).measure(layer, hidden, has_cls)
         return density(keys, self.alike, self.doubles)[:, None].expand(-1, keys.shape[1])
 
 
@@ -125,7 +125,7 @@ class Tcc(Pruner):
             Outlying(deep, rows),
             Density(shallow, self.alike, self.doubles),
             VisionAttention(shallow, rows),
-            KeyVectors(shallow),
+            WholeKeys(shallow),
         )
         return [Cut(Decoder(0), see, self.reduce, self.positions)]
 

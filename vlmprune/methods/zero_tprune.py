@@ -14,7 +14,6 @@ from vlmprune.parts import (
     AnyNewlines,
     Cut,
     Decoder,
-    KeyVectors,
     Layout,
     ModelFacts,
     Must,
@@ -23,6 +22,7 @@ from vlmprune.parts import (
     Share,
     TowerLayer,
     TowerTap,
+    WholeKeys,
     attention_mass,
     candidates,
     capped,
@@ -116,7 +116,7 @@ class ZeroTPrune(Pruner):
     newlines: AnyNewlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
-        see = (PageRank(facts.attention_layer, self.iterations), KeyVectors(facts.attention_layer))
+        see = (PageRank(facts.attention_layer, self.iterations), WholeKeys(facts.attention_layer))
         return [Cut(Decoder(0), see, self.reduce, self.positions)]
 
     def at_point(self, count: int, total: int, point: int) -> int:

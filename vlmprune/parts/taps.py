@@ -42,7 +42,6 @@ __all__ = [
     "Hidden",
     "Inputs",
     "Kept",
-    "KeyVectors",
     "Pixels",
     "ReceivedAttention",
     "Seen",
@@ -192,14 +191,6 @@ class Distinctness(TowerTap):
 
     def measure(self, layer: TowerLayer | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return distinctness(hidden[:, int(has_cls) :])
-
-
-@dataclass(frozen=True)
-class KeyVectors(TowerTap):
-    """Keys of a tower layer, all heads side by side, `(images, tokens, dim)`."""
-
-    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-        return layer.keys(layer.normed(hidden))[:, :, int(has_cls) :].transpose(1, 2).flatten(2)
 
 
 @dataclass(frozen=True)
