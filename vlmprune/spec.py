@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlmprune.methods.base import Method
 
 __all__ = ["BUDGETS", "NONE", "Job", "budget_text", "budgets_in", "build", "jobs", "names_of"]
-__all__ += ["read_budget", "read_given", "read_option", "read_value", "takes", "write_value"]
+__all__ += ["read_budget", "read_given", "read_option", "read_share", "read_value", "shares", "takes", "write_value"]
 
 NONE = "none"  # the method that leaves the model as it is
 BUDGETS = ("keep", "average")
@@ -100,6 +100,18 @@ def read_budget(given: Any, word: str = "keep") -> int | float:
     if number is None:
         raise ValueError(f"{word}={given!r} is neither a count (36) nor a fraction (0.1, 10%).")
     return check_keep(number / 100 if text.endswith("%") else number, word)
+
+
+def read_share(given: str, word: str) -> float:
+    """`0.5` or `50%` as a number; whether it can be meant is for others to say.
+
+    Raises:
+        ValueError: no number.
+    """
+    number = read_number(given.strip().removesuffix("%").strip())
+    if number is None:
+        raise ValueError(f"{word} {given!r} is no share (0.5, 50%).")
+    return number / 100 if given.strip().endswith("%") else number
 
 
 def read_given(key: str, value: Any) -> Any:
@@ -232,6 +244,11 @@ def parts_in(one: Any) -> list[str | Method]:
     raise TypeError(f"method must be a name, a method object or a list of them, not {type(one).__name__}.")
 
 
+def shares(methods: Iterable[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of every method of several, each as that method calls it; errors as of `build`."""
+    return shared_out(options, {name: find(name) for name in methods})
+
+
 def check_without(options: Mapping[str, Any]) -> None:
     """Refuse options beside "none"."""
     if options:
@@ -311,10 +328,11 @@ def make(name: str, cls: type[Method], options: dict[str, Any]) -> Method:
 
 @dataclass(frozen=True)
 class Job:
-    """A method, or several joined by `+`, with options."""
+    """A method, or several joined by `+`, with options; a recipe's may be for one family of models alone."""
 
     method: str
     options: dict[str, Any]
+    family: str | None = None
 
     @property
     def budget(self) -> str:

@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from vlmprune._compat import VersionError
-from vlmprune.cli import app, bench, check, demo, eval, fidelity, init, ls, report, run, serve, validate
+from vlmprune.cli import app, bench, budget, check, demo, eval, fidelity, init, ls, report, run, serve, tune, validate
 from vlmprune.cli.flags import Group, Verb, versions
 from vlmprune.runtime.errors import CommandError, brief
 from vlmprune.runtime.interruption import check as check_interruption
@@ -50,7 +50,7 @@ def about(version: Annotated[bool, VERSION] = False) -> None:
     """Visual token pruning for LLaVA-style Hugging Face models."""
 
 
-for module in (run, app, init, eval, validate, report, fidelity, bench, check, serve, ls, demo):
+for module in (run, app, init, eval, validate, report, fidelity, tune, budget, bench, check, serve, ls, demo):
     name = module.__name__.rpartition(".")[2]
     command.command(name, cls=getattr(module, "COMMAND", Verb), epilog=getattr(module, "EXAMPLES", None))(module.verb)
 

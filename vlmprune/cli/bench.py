@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -90,6 +91,7 @@ def verb(
     ] = None,
     average: flags.Average = None,
     option: flags.Options = [],  # noqa: B006
+    recipe: flags.Recipe = None,
     batch: Annotated[str | None, Option(metavar="N[,N]", help="prompts at a time (default: 1)")] = None,
     prompt_tokens: Annotated[int | None, number("text tokens of a prompt (default: 60)")] = None,
     new_tokens: Annotated[int | None, number("tokens of an answer, 1 for the first alone (default: 32)")] = None,
@@ -132,6 +134,9 @@ def verb(
     which tokens stay. Without --method: fopru,random; on a GPU shapes are bfloat16.
     """
     args = SimpleNamespace(**locals())
+    args.family = None
+    if made := flags.alone(recipe, method=method, keep=keep, average=average, option=option):
+        say_recipe(args, made)
     flags.one_of(model=model, shape=shape)
     flags.one_of(keep=keep, average=average)
     refuse_idle_flags(args)
@@ -162,6 +167,14 @@ def verb(
     if old is not None:
         changes, differing = comparing.changes(old, found), comparing.differing_settings(old, found)
         print(f"\nChanges since {compare}\n\n{report.changes_text(changes, differing)}")
+
+
+def say_recipe(args: SimpleNamespace, made: Job) -> None:
+    """Put the flags that mean a recipe in its place: results keep what they were asked for in flags."""
+    budgets = {word: str(made.options[word]) for word in spec.BUDGETS if word in made.options}
+    vars(args).update({"keep": None if budgets else "none"} | budgets)
+    args.method, args.option = made.method, option_texts(made.options)
+    args.recipe, args.family = None, made.family
 
 
 def time_selection(args: SimpleNamespace) -> None:
@@ -296,7 +309,7 @@ def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | N
         todo = spec.jobs(methods, budgets, options, named=False)
         if getattr(args, word) is not None and idle(budgets, word, todo):
             todo = spec.jobs(methods, budgets, options)  # says whose budget this cannot be
-    return [(job, batch) for batch in batches for job in todo]
+    return [(replace(job, family=args.family), batch) for batch in batches for job in todo]
 
 
 def idle(budgets: list[dict[str, Any]], word: str, todo: list[Job]) -> bool:

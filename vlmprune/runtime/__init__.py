@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 from vlmprune._compat import check_transformers
 
-__all__ = ["load"]
+__all__ = ["from_pretrained", "load"]
 
 
 def load(
@@ -20,8 +20,8 @@ def load(
     """Load a model that can be patched, and its processor.
 
     Args:
-        name: an embedded model (`scene-llava`, `scene-llava-next`: they come with the package), a folder, or an id on
-            the hub. Nothing is downloaded but for an id.
+        name: an embedded model (`scene-llava`, `scene-llava-next`, `scene-qwen`: they come with the package), a folder,
+            or an id on the hub. Nothing is downloaded but for an id.
         device: "cpu", "cuda", "cuda:N" (as text or torch's), or "auto", which is the GPU where there is one.
         dtype: "float32", "bfloat16", "float16" (as text or torch's), or "auto", which is the checkpoint's own on a GPU
             and float32 on a CPU.
@@ -45,3 +45,28 @@ def load(
     except UserError as error:
         raise ValueError(str(error)) from error
     return loaded.model, loaded.processor
+
+
+def from_pretrained(
+    name: str | os.PathLike[str], *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[nn.Module, Any]:
+    """Load a model, its processor and the recipe beside it (`Handle.save_pretrained`), and patch the model by it.
+
+    Args:
+        name: a folder, or an id on the hub, with a recipe (vlmprune.yaml) beside the model.
+        device, dtype: as of `load`.
+
+    Returns:
+        (patched model in eval mode, processor).
+
+    Raises:
+        ValueError: as `load`; no recipe there, or one that is not understood.
+        UnsupportedError: the recipe is for another family of models.
+    """
+    from vlmprune.api import patch
+    from vlmprune.runtime import pretrained
+
+    recipe = pretrained.recipe_beside(os.fspath(name))
+    model, processor = load(name, device=device, dtype=dtype)
+    patch(model, recipe)
+    return model, processor
