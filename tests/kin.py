@@ -547,17 +547,17 @@ def squares(model: nn.Module, images: list[int], videos: list[int], seed: int) -
 
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-WHOLE = "globalcom2 shares a budget among the crops of an image"
+WHOLE = {
+    "globalcom2": "globalcom2 shares a budget among the crops of an image",
+    "lrs": "lrs chooses among the crops of an image",
+}
 #: What cannot be had where a token is no patch of the tower as its layers leave it.
-UNLIKE = {"globalcom2": WHOLE} | dict.fromkeys(
-    ("tome", "pitome", "prumerge", "prumerge_plus", "visionzip"), "merges patches in or behind the vision"
-)
+MERGING = ("tome", "pitome", "prumerge", "prumerge_plus", "visionzip")
+UNLIKE = WHOLE | dict.fromkeys(MERGING, "merges patches in or behind the vision")
 
 QWEN3 = partial(internvl, "qwen3")
-NO_VIEWS = {"globalcom2": WHOLE}
-PACKED = UNLIKE | dict.fromkeys(
-    ("downsample", "tome", "pitome", "prumerge", "prumerge_plus", "visionzip"), "packs pictures of any size"
-)
+NO_SCREENS = WHOLE | {"showui": "frames of a video are no screenshots"}
+PACKED = UNLIKE | dict.fromkeys(("downsample", "showui", *MERGING), "packs pictures of any size")
 TEXTS = [[4, ("image", 1), 3, ("image", 0), 5], [3, ("image", 0), 4], [6], [("image", 1), 2, ("image", 2), 9]]
 BOTH = [
     [4, ("video", 1), 3, ("image", 0), 2, ("video", 0), 5],
@@ -594,7 +594,7 @@ KIN: dict[str, Kin] = {
         Kin("ovis2", ovis2, tiles, parts, refused=UNLIKE),
         Kin("gemma3", gemma3, squares, lambda n: [9], blocks=True, refused=NORMED),
         Kin("paligemma", paligemma, views, lambda n: [16], prefix=True, origin=1, tolerance=1e-6, refused=UNLIKE),
-        Kin("video_llava", video_llava, views, lambda n: [16], has_cls=True, shows=BOTH, refused=NO_VIEWS),
-        Kin("video_llava-video", video_llava, views, lambda n: [16], has_cls=True, shows=FILMS, refused=NO_VIEWS),
+        Kin("video_llava", video_llava, views, lambda n: [16], has_cls=True, shows=BOTH, refused=NO_SCREENS),
+        Kin("video_llava-video", video_llava, views, lambda n: [16], has_cls=True, shows=FILMS, refused=NO_SCREENS),
     )
 }
