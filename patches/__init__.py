@@ -11,13 +11,29 @@ from vlmprune.patches.llava_llama import LlavaLlama, LlavaMistral
 from vlmprune.patches.llava_next import LlavaNext
 from vlmprune.patches.llava_next_video import LlavaNextVideo
 from vlmprune.patches.llava_onevision import LlavaOnevision
+from vlmprune.patches.qwen2_5_vl import Qwen2_5VL
+from vlmprune.patches.qwen2_vl import Qwen2VL
+from vlmprune.patches.qwen3_vl import Qwen3VL
+from vlmprune.patches.qwen3_vl_moe import Qwen3VLMoe
 from vlmprune.patches.vipllava import VipLlava
 
 __all__ = ["FAMILIES", "Family", "family_of"]
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
-    for family in (Llava(), LlavaNext(), LlavaOnevision(), LlavaNextVideo(), VipLlava(), LlavaLlama(), LlavaMistral())
+    for family in (
+        Llava(),
+        LlavaNext(),
+        LlavaOnevision(),
+        LlavaNextVideo(),
+        VipLlava(),
+        LlavaLlama(),
+        LlavaMistral(),
+        Qwen2VL(),
+        Qwen2_5VL(),
+        Qwen3VL(),
+        Qwen3VLMoe(),
+    )
 }
 
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.facts import ModelFacts
+from vlmprune.parts.layers import TowerLayer
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Packing
 from vlmprune.patches.language_models import LANGUAGE_MODELS
-from vlmprune.patches.towers import TOWERS
+from vlmprune.patches.towers import TOWERS, packed_views, tower_layer
 
 __all__ = ["Bound", "Family"]
 
@@ -42,6 +43,9 @@ class Family:
 
     model_type: ClassVar[str]
     title: ClassVar[str]
+    trunk: ClassVar[str] = "vision_tower"  # the inner model's attribute that the tower is
+    axes: ClassVar[int] = 1  # on how many axes a token's position lies: 1, or 3 (M-RoPE)
+    packed: ClassVar[bool] = False  # whether the tower reads pictures of any size as one sequence
     views: ClassVar[bool] = False
     needs_sizes: ClassVar[bool] = False  # whether the packing of images depends on more than the model
     modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -50,15 +54,21 @@ class Family:
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
+    stamped: ClassVar[bool] = False  # whether text stands between the frames of a video
+    # arguments of the encoders that the inner model goes on to need
+    shared: ClassVar[tuple[str, ...]] = ()
+    # arguments of the language model: which columns are visual, `(batch, length)` bool, and what it adds to these
+    # behind its layers 0, 1, ...: a list of `(visual tokens of the batch, dim)`
+    injected: ClassVar[tuple[str, str] | None] = None
     # keyword arguments of decoder layers, besides mask, positions and rotary embedding, that hold something for every
     # column of a call, and along which axis (that of its rows is the one before): a cut takes of them what it leaves
     layer_columns: ClassVar[Mapping[str, int]] = {}
 
     def inner(self, model: nn.Module) -> nn.Module:
         """The module that joins tower, projector and language model (`LlavaModel`): itself, or inside `model`."""
-        if hasattr(model, "language_model") and hasattr(model, "vision_tower"):
+        if hasattr(model, "language_model") and hasattr(model, self.trunk):
             return model
-        if not hasattr(inner := getattr(model, "model", None), "vision_tower"):
+        if not hasattr(inner := getattr(model, "model", None), self.trunk):
             raise UnsupportedError(
                 f"{type(model).__name__} has no vision tower where {self.title} has it: give the whole model, or the "
                 "PEFT model around it."
@@ -67,7 +77,7 @@ class Family:
 
     def towers(self, inner: nn.Module) -> list[nn.Module]:
         """The vision towers, all built alike: one, or one for every modality."""
-        return [inner.vision_tower]
+        return [getattr(inner, self.trunk)]
 
     def tower_layers(self, tower: nn.Module) -> nn.ModuleList:
         return tower.encoder.layers
@@ -93,15 +103,37 @@ class Family:
         Raises:
             UnsupportedError: an unknown tower or language model, or an unsupported feature selection.
         """
-        config = inner.config
-        tower, text = config.vision_config.model_type, config.text_config.model_type
+        has_cls = self.check_parts(inner)
+        self.check_strategy(inner, has_cls)
+        layers = len(self.tower_layers(self.towers(inner)[0]))
+        return ModelFacts(
+            family=self.model_type,
+            tower_layers=layers,
+            feature_layer=feature_index(self.feature_layer(inner), layers),
+            has_cls=has_cls,
+            decoder_layers=len(self.decoder_layers(inner)),
+            views=self.views,
+            view_patches=math.prod(self.side(inner)),
+            axes=self.axes,
+            packed=self.packed,
+            windowed=self.windowed(inner),
+            tower_from=tower_from(inner.config.vision_config),
+        )
+
+    def check_parts(self, inner: nn.Module) -> bool:
+        """Refuse an unknown tower or language model; returns whether the tower has a [CLS] token."""
+        tower, text = inner.config.vision_config.model_type, inner.config.text_config.model_type
         if tower not in TOWERS:
             raise UnsupportedError(f"vision tower {tower!r} is not supported; supported: {', '.join(TOWERS)}.")
         if text not in LANGUAGE_MODELS:
             raise UnsupportedError(
                 f"language model {text!r} is not supported; supported: {', '.join(LANGUAGE_MODELS)}."
             )
-        has_cls, strategy = TOWERS[tower], self.strategy(inner)
+        return TOWERS[tower]
+
+    def check_strategy(self, inner: nn.Module, has_cls: bool) -> None:
+        """Refuse a feature selection that makes [CLS] a visual token, or a patch none."""
+        strategy = self.strategy(inner)
         if has_cls and strategy != "default":
             raise UnsupportedError(
                 f"vision_feature_select_strategy={strategy!r} makes the tower's [CLS] token a visual token, which is "
@@ -112,16 +144,10 @@ class Family:
                 f"vision_feature_select_strategy={strategy!r} drops the first patch of a tower without a [CLS] token; "
                 "use 'full'."
             )
-        layers = len(self.tower_layers(self.towers(inner)[0]))
-        return ModelFacts(
-            family=self.model_type,
-            tower_layers=layers,
-            feature_layer=feature_index(self.feature_layer(inner), layers),
-            has_cls=has_cls,
-            decoder_layers=len(self.decoder_layers(inner)),
-            views=self.views,
-            view_patches=math.prod(self.side(inner)),
-        )
+
+    def windowed(self, inner: nn.Module) -> tuple[int, ...]:
+        """Tower layers in which a patch sees its window alone."""
+        return ()
 
     def strategy(self, inner: nn.Module) -> str:
         """Whether the tower's first token is dropped ("default") or not ("full")."""
@@ -154,6 +180,35 @@ class Family:
             batch, frames = given["pixel_values_videos"].shape[:2]
             return [frames] * batch
         return [tuple(size) for size in given["image_sizes"].tolist()]
+
+    def tower_views(
+        self, layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], sizes: Sequence[Any]
+    ) -> list[tuple[TowerLayer, torch.Tensor]]:
+        """What a tap measures a tower layer by: its adapter and its input `(views, patches, dim)`.
+
+        Several of both, in order, where the layer reads views of several sizes (`packed`).
+
+        Args:
+            kwargs: the other arguments of the layer.
+            sizes: of `sizes`, of all that the tower reads.
+        """
+        if not self.packed:
+            return [(tower_layer(layer), hidden)]
+        return packed_views(layer, hidden, kwargs["position_embeddings"], self.view_sizes(sizes))
+
+    def view_sizes(self, sizes: Sequence[Any]) -> list[int]:
+        """Patches of every view that a packed tower reads, in order; a patch sees its own view alone."""
+        raise NotImplementedError
+
+    def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any]) -> torch.Tensor:
+        """What was measured of a tower's patches, `(views, patches, ...)`, by token, `(views, tokens, ...)`.
+
+        They differ where one token is made of several patches, or where the tower reads these in an order of its own.
+
+        Args:
+            sizes: of `sizes`, of all that the tower read.
+        """
+        return values
 
     def sized(self, modality: str) -> bool:
         """Whether the packing of an image or video depends on more than the model, which `sizes` tells."""
@@ -199,3 +254,11 @@ class Family:
     def image_grid(self, inner: nn.Module, size: tuple[int, int] | None) -> ImageGrid:
         """The layout of one image, traced through `pack`."""
         return self.packing(inner, "image", size).trace()
+
+
+def tower_from(vision: Any) -> str | None:
+    """The checkpoint that a vision tower came from: as its config says, or the CLIP tower that LLaVA models have."""
+    if name := getattr(vision, "_name_or_path", None):
+        return name
+    told = tuple(getattr(vision, field, None) for field in ("model_type", "hidden_size", "patch_size", "image_size"))
+    return "openai/clip-vit-large-patch14-336" if told == ("clip_vision_model", 1024, 14, 336) else None

@@ -19,6 +19,7 @@ from vlmprune.parts.attention import split_heads
 
 __all__ = [
     "LANGUAGE_MODELS",
+    "NormedRotaryLayer",
     "RotaryLayer",
     "attention_mask",
     "counted",
@@ -28,7 +29,15 @@ __all__ = [
 ]
 
 #: `model_type` of the language models whose taps were compared with their own eager attention.
-LANGUAGE_MODELS = ("llama", "mistral", "qwen2")
+LANGUAGE_MODELS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2_vl_text",
+    "qwen2_5_vl_text",
+    "qwen3_vl_text",
+    "qwen3_vl_moe_text",
+)
 
 
 @dataclass(frozen=True)
@@ -74,10 +83,27 @@ class RotaryLayer:
         return rotate(x, x[:, :1], cos, sin)[0]
 
 
+@dataclass(frozen=True)
+class NormedRotaryLayer(RotaryLayer):
+    """Of Qwen3's build: queries and keys go through a norm, head by head, before they are rotated."""
+
+    def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        heads = split_heads(self.attention.q_proj(rows), self.attention.head_dim)
+        return self.rotated(self.attention.q_norm(heads), cos, sin)
+
+    def keys(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        heads = split_heads(self.attention.k_proj(rows), self.attention.head_dim)
+        return self.rotated(self.attention.k_norm(heads), cos, sin)
+
+
 LAYERS: dict[str, type[RotaryLayer]] = {
     "LlamaDecoderLayer": RotaryLayer,
     "MistralDecoderLayer": RotaryLayer,
     "Qwen2DecoderLayer": RotaryLayer,
+    "Qwen2VLDecoderLayer": RotaryLayer,
+    "Qwen2_5_VLDecoderLayer": RotaryLayer,
+    "Qwen3VLTextDecoderLayer": NormedRotaryLayer,
+    "Qwen3VLMoeTextDecoderLayer": NormedRotaryLayer,
 }
 
 

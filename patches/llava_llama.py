@@ -212,6 +212,7 @@ class Prompt:
     tokens: list[list[int]]
     unread: list[bool] | None
     vlmprune_seen: Any = None  # the engine's channel SEEN
+    sizes: None = None  # its views are all of one
     grids: list[ImageGrid] = field(default_factory=list)
 
     def for_rows(self, embeds: torch.Tensor) -> dict[str, Any]:

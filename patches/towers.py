@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.attention import split_heads
+from vlmprune.parts.layers import TowerLayer
 
-__all__ = ["TOWERS", "ClipLayer", "tower_layer"]
+__all__ = ["TOWERS", "ClipLayer", "RotaryTowerLayer", "packed_views", "tower_layer"]
 
 #: `model_type` of the towers -> whether they have a [CLS] token.
-TOWERS = {"clip_vision_model": True, "siglip_vision_model": False}
+TOWERS = {
+    "clip_vision_model": True,
+    "siglip_vision_model": False,
+    "qwen2_vl_vision": False,
+    "qwen2_5_vl_vision": False,
+    "qwen3_vl_vision": False,
+    "qwen3_vl_moe_vision": False,
+}
 
 
 @dataclass(frozen=True)
@@ -51,18 +63,88 @@ class ClipLayer:
         return split_heads(self.attention.k_proj(rows), self.attention.head_dim)
 
 
-LAYERS: dict[str, type[ClipLayer]] = {"CLIPEncoderLayer": ClipLayer, "SiglipEncoderLayer": ClipLayer}
+@dataclass(frozen=True)
+class RotaryTowerLayer:
+    """A layer of Qwen-VL's build: `norm1`, `attn` with one projection for all, `norm2`, `mlp`.
+
+    Attributes:
+        rotary: (cos, sin) of what it reads, each `(views, tokens, head dim)`.
+    """
+
+    module: nn.Module
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def attention(self) -> nn.Module:
+        """The attention block."""
+        return self.module.attn
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        """The block behind it."""
+        return self.module.mlp
+
+    @property
+    def scale(self) -> float:
+        return self.attention.scaling
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.module.norm1(hidden)
+
+    def queries(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.rotated(rows, 0)
+
+    def keys(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.rotated(rows, 1)
+
+    def rotated(self, rows: torch.Tensor, which: int) -> torch.Tensor:
+        """Queries (0) or keys (1) of all rows, by the rotary embedding of the attention's own module."""
+        heads = self.attention.qkv(rows).unflatten(-1, (3, self.attention.num_heads, -1))[..., which, :, :]
+        rotate: Callable = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb_vision
+        return rotate(heads, heads[..., :1, :], *self.rotary)[0].transpose(-2, -3)
 
 
-def tower_layer(module: nn.Module) -> ClipLayer:
+LAYERS: dict[str, Callable] = {
+    "CLIPEncoderLayer": ClipLayer,
+    "SiglipEncoderLayer": ClipLayer,
+    "Qwen2VLVisionBlock": RotaryTowerLayer,
+    "Qwen2_5_VLVisionBlock": RotaryTowerLayer,
+    "Qwen3VLVisionBlock": RotaryTowerLayer,
+    "Qwen3VLMoeVisionBlock": RotaryTowerLayer,
+}
+
+
+def packed_views(
+    module: nn.Module, hidden: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], patches: Iterable[int]
+) -> list[tuple[TowerLayer, torch.Tensor]]:
+    """A layer that reads views of several sizes as one sequence: its adapter and its input for views of one size each.
+
+    Args:
+        hidden: `(patches of all, dim)`.
+        rotary: (cos, sin), each `(patches of all, head dim)`.
+        patches: of every view, in order.
+    """
+    views, start = [], 0
+    for size, equal in groupby(patches):
+        count = len(list(equal))
+        here = slice(start, start := start + count * size)
+        part, *turn = (x[here].unflatten(0, (count, size)) for x in (hidden, *rotary))
+        views.append((tower_layer(module, tuple(turn)), part))
+    return views
+
+
+def tower_layer(module: nn.Module, *given: Any) -> TowerLayer:
     """What is known of a tower layer.
+
+    Args:
+        given: what its adapter must know of a call.
 
     Raises:
         UnsupportedError: a layer of another class.
     """
     for cls in type(module).__mro__:
         if cls.__name__ in LAYERS:
-            return LAYERS[cls.__name__](module)
+            return LAYERS[cls.__name__](module, *given)
     raise UnsupportedError(
         f"this patch looks into layers of the vision tower, and {type(module).__name__} is not one that is known "
         f"({', '.join(LAYERS)}): take a method that does not look at the tower."

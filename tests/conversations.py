@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import probes
 import reference
 import tiny
+import tiny_qwen
 import torch
 from reference import Rule
 from scenes import Turn
@@ -44,11 +45,11 @@ def joined(turns, *, images=True):
     """Turns as one prompt; `images=False` has those of the last turn alone."""
     ids = torch.cat([turn["input_ids"] for turn in turns], 1)
     pictured = [turn for turn in (turns if images else turns[-1:]) if "pixel_values" in turn]
-    return (tiny.batch(pictured) if pictured else {}) | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return (tiny.batch(pictured) if pictured else {}) | text(ids, turns[0])
 
 
 def count(turn):
-    return len(turn.get("pixel_values", ()))
+    return len(turn.get("image_grid_thw", turn.get("pixel_values", ())))
 
 
 def expect(model, turns, rules, forced):
@@ -65,7 +66,13 @@ def moved(rules):
 
 def with_answer(turn, answer):
     ids = torch.cat((turn["input_ids"], answer), 1)
-    return turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return turn | text(ids, turn)
+
+
+def text(ids, turn):
+    """What goes with the ids of one row, as in a turn of the same model."""
+    types = {"mm_token_type_ids": tiny_qwen.types(ids)} if "mm_token_type_ids" in turn else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | types
 
 
 def answered(turns, answer):

@@ -62,15 +62,54 @@ def image_features(model: nn.Module, prompt: dict) -> list[torch.Tensor]:
     """`(tokens, dim)` features per image, as the model makes them."""
     if "pixel_values" not in prompt:
         return []
-    vision = {k: prompt[k] for k in ("pixel_values", "image_sizes", "batch_num_images") if k in prompt}
-    return list(model.model.get_image_features(**vision, return_dict=True).pooler_output)
+    return list(image_output(model, prompt).pooler_output)
+
+
+def image_output(model: nn.Module, prompt: dict) -> object:
+    names = ("pixel_values", "image_sizes", "batch_num_images", "image_grid_thw")
+    return model.model.get_image_features(**{k: prompt[k] for k in names if k in prompt}, return_dict=True)
 
 
 def video_features(model: nn.Module, prompt: dict) -> list[torch.Tensor]:
     """`(tokens, dim)` features per video, as the model makes them."""
     if "pixel_values_videos" not in prompt:
         return []
-    return list(model.model.get_video_features(prompt["pixel_values_videos"], return_dict=True).pooler_output)
+    return list(video_output(model, prompt).pooler_output)
+
+
+def video_output(model: nn.Module, prompt: dict) -> object:
+    names = ("pixel_values_videos", "video_grid_thw")
+    return model.model.get_video_features(**{k: prompt[k] for k in names if k in prompt}, return_dict=True)
+
+
+def on_axes(model: nn.Module) -> bool:
+    """Whether a token's position has an axis for time, height and width each."""
+    return hasattr(model.model, "get_rope_index")
+
+
+def places(model: nn.Module, prompt: dict, forced: int = 0) -> torch.Tensor:
+    """`(length + forced,)` positions of a prompt and of what is forced behind it, or `(3, length + forced)`."""
+    length = prompt["input_ids"].shape[1]
+    if not on_axes(model):
+        return torch.arange(length + forced)
+    if "image_grid_thw" not in prompt and "video_grid_thw" not in prompt:
+        return torch.arange(length + forced).expand(3, -1)
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    at, _ = model.model.get_rope_index(**{k: prompt[k] for k in names if k in prompt})
+    return torch.cat((at[:, 0], (at.max() + 1 + torch.arange(forced)).expand(3, -1)), 1)
+
+
+def injected(model: nn.Module, prompt: dict, length: int) -> list[torch.Tensor]:
+    """`(length, dim)` what is added to the hidden states behind layers 0, 1, ..., 0 in columns of text."""
+    ids, made = prompt["input_ids"][0], []
+    for token, name, output in ((IMAGE, "pixel_values", image_output), (VIDEO, "pixel_values_videos", video_output)):
+        for layer, features in enumerate(
+            getattr(output(model, prompt), "deepstack_features", ()) if name in prompt else ()
+        ):
+            if layer == len(made):
+                made.append(torch.zeros(length, features[0].shape[-1], dtype=features[0].dtype))
+            made[layer][: len(ids)][ids == token] = torch.cat(list(features))
+    return made
 
 
 def embed(model: nn.Module, prompt: dict) -> tuple[torch.Tensor, list[range]]:
@@ -107,11 +146,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def probabilities(model: nn.Module, index: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """`(heads, rows, keys)` attention of decoder layer `index` for its input `(length, dim)`."""
     layer, attention = model.model.language_model.layers[index], model.model.language_model.layers[index].self_attn
-    dim = attention.head_dim
+    dim, nothing = attention.head_dim, nn.Identity()
     normed = layer.input_layernorm(x)
-    cos, sin = (c[0] for c in model.model.language_model.rotary_emb(x[None], position_ids=positions[None]))
-    query = rotate(attention.q_proj(normed).view(len(x), -1, dim).transpose(0, 1), cos, sin)
-    key = rotate(attention.k_proj(normed).view(len(x), -1, dim).transpose(0, 1), cos, sin)
+    cos, sin = (c[0] for c in model.model.language_model.rotary_emb(x[None], position_ids=positions[..., None, :]))
+    query = getattr(attention, "q_norm", nothing)(attention.q_proj(normed).view(len(x), -1, dim))
+    key = getattr(attention, "k_norm", nothing)(attention.k_proj(normed).view(len(x), -1, dim))
+    query, key = (rotate(side.transpose(0, 1), cos, sin) for side in (query, key))
     key = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
     row, column = torch.arange(len(x))[:, None], torch.arange(len(x))
     hidden = column > row
@@ -127,7 +167,7 @@ def run_layer(model: nn.Module, index: int, x: torch.Tensor, positions: torch.Te
     value = layer.self_attn.v_proj(layer.input_layernorm(x)).view(len(x), -1, layer.self_attn.head_dim).transpose(0, 1)
     value = value.repeat_interleave(weights.shape[0] // value.shape[0], 0)
     x = x + layer.self_attn.o_proj((weights @ value).transpose(0, 1).flatten(1))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    return x + layer.mlp(layer.post_attention_layernorm(x)[None])[0]
 
 
 @dataclass
@@ -178,8 +218,8 @@ def run(
     length = len(x)
     if forced:
         x = torch.cat((x, model.get_input_embeddings()(torch.tensor(forced))))
-    columns, positions = list(range(len(x))), torch.arange(len(x))
-    alive = [[True] * len(image) for image in images]
+    columns, positions = list(range(len(x))), places(model, prompt, len(forced))
+    alive, more = [[True] * len(image) for image in images], injected(model, prompt, len(x))
     cuts, start = [], 0
     for number, mine in [(len(images), rules)] if turns is None else turns:
         cuts += [(rule, range(start, start + number)) for rule in mine]
@@ -187,6 +227,7 @@ def run(
     assert start == len(images)
     inputs, kv, kept, history = [], [], [], []
     for index in range(len(model.model.language_model.layers)):
+        x = x + more[index - 1][columns] if 0 < index <= len(more) else x
         for rule, mine in [(r, mine) for r, mine in cuts if r.layer == index]:
             drop, cut_kept = set(), []
             for o in mine:
@@ -199,14 +240,11 @@ def run(
                     for t, (anchor, w) in enumerate(zip(into, weight, strict=True)):
                         matrix[anchor, t] = w
                     here = {c: i for i, c in enumerate(columns)}
-                    tokens = torch.stack(
-                        [x[here[c]] if a else torch.zeros_like(x[0]) for c, a in zip(image, alive[o], strict=True)]
-                    )
-                    merged, rows = matrix @ tokens, list(x)
-                    for t, c in enumerate(image):
-                        if keep[t]:
-                            rows[here[c]] = merged[t]
-                    x = torch.stack(rows)
+                    x = merged(matrix, x, [here.get(c) for c in image], alive[o], keep)
+                    more = [
+                        merged(matrix, side, image, alive[o], keep) if number >= index else side
+                        for number, side in enumerate(more)
+                    ]
                 drop |= {c for c, k, a in zip(image, keep, alive[o], strict=True) if a and not k}
                 alive[o] = keep
                 cut_kept.append([t for t, k in enumerate(keep) if k])
@@ -215,7 +253,7 @@ def run(
                 lost = torch.tensor([sum(d < c for d in drop) for c in columns])
                 positions = positions - lost
             stay = [i for i, c in enumerate(columns) if c not in drop]
-            x, positions, columns = x[stay], positions[stay], [columns[i] for i in stay]
+            x, positions, columns = x[stay], positions[..., stay], [columns[i] for i in stay]
         inputs.append((x, columns))
         history.append(positions)
         kv.append(sum(c < length for c in columns))
@@ -224,6 +262,16 @@ def run(
     last = [max(i for i, c in enumerate(columns) if c < length)]
     last += [i for i, c in enumerate(columns) if c >= length]
     return Result(model.lm_head(x[last]), x, columns, inputs, history, kv, kept)
+
+
+def merged(matrix, x, rows, alive, keep):
+    """`(length, dim)` with the tokens of an image, which are so many rows, merged by X' = M X."""
+    tokens = torch.stack([x[r] if a else torch.zeros_like(x[0]) for r, a in zip(rows, alive, strict=True)])
+    new, out = matrix @ tokens, list(x)
+    for t, row in enumerate(rows):
+        if keep[t]:
+            out[row] = new[t]
+    return torch.stack(out)
 
 
 def short_sequence(model: nn.Module, prompt: dict, rule: Rule, forced: list[int]) -> torch.Tensor:

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 import pytest
 import reference
 import tiny
+import tiny_qwen
 import torch
 from tiny import CACHE
 
@@ -31,6 +32,15 @@ FAMILIES = {
     "next-video": ({"family": "llava_next_video"}, "images"),
     "next-video-video": ({"family": "llava_next_video"}, "videos"),
 }
+# the same, for families whose positions lie on three axes (tests/patches/test_qwen.py)
+QWEN = {
+    "qwen2-vl": ({"family": "qwen2_vl"}, "images"),
+    "qwen2-vl-video": ({"family": "qwen2_vl"}, "videos"),
+    "qwen2.5-vl": ({"family": "qwen2_5_vl"}, "images"),
+    "qwen2.5-vl-video": ({"family": "qwen2_5_vl"}, "videos"),
+    "qwen3-vl": ({"family": "qwen3_vl"}, "images"),
+    "qwen3-vl-video": ({"family": "qwen3_vl"}, "videos"),
+}
 # (height, width) of the first image, large where its canvas is to be shrunk
 LARGE = {"images": (40, 24), "shrunk": (90, 96), "videos": (40, 24)}
 FORCED = [9, 33, 21]
@@ -38,10 +48,19 @@ FEW = ["llava", "next", "vip", "onevision", "next-video", "next-video-video"]  #
 CUTTERS = ["fopru", "fastv", "todre", "tome"]  # before the language model, in it, both, and in the tower
 OPTIONS = {
     "todre": lambda model: {"keep": 0.4, "tau": 0.35},
+    "cdpruner": lambda model: {"keep": 0.4, "relevance": "embeddings"},
     "transprune": lambda model: {"keep": 0.3},
     "atp": lambda model: {"thresholds": tiny.modules(model, biases=(-0.3, 1.5))},
 }
-REFUSED = {("globalcom2", kind): f"{kind} models have a single view" for kind in tiny.SINGLE}
+# methods of videos alone
+MOVING = [name for name in registry.names() if "image" in registry.find(name).refuses_inputs]
+STILL = [name for name in registry.names() if name not in MOVING]
+REFUSED = {("globalcom2", kind): f"{kind} models have a single view" for kind in (*tiny.SINGLE, *tiny_qwen.CLASSES)}
+REFUSED |= {
+    (name, kind): "packs pictures of any size"
+    for name in ("downsample", "pitome", "prumerge", "prumerge_plus", "tome", "visionzip")
+    for kind in tiny_qwen.CLASSES
+}
 FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}}
 
 
@@ -58,11 +77,13 @@ class Scene:
 
     @property
     def label(self):
-        """The scene's name in `FAMILIES`."""
-        return next(name for name, given in FAMILIES.items() if given == (self.options, self.kind))
+        """The scene's name."""
+        return next(name for name, given in (FAMILIES | QWEN).items() if given == (self.options, self.kind))
 
-    def prompt(self):
-        """Several pictures in one prompt; with videos, images and videos mixed."""
+    def prompt(self, name=None):
+        """Several pictures in one prompt; with videos, images and videos mixed, where a method takes images."""
+        if self.kind == "videos" and name in MOVING:
+            return tiny.prompt(self.model, [4, "video", 3, "video", 5], [], videos=[3, 3])
         if self.kind == "videos":
             parts = [4, "video", 3, "image", 2, "video", 5]
             return tiny.prompt(self.model, parts, [(40, 24)], videos=[3, 3])
@@ -72,9 +93,13 @@ class Scene:
         """Prompts that differ in all they can, of what a method takes: several images have one view each, to some."""
         if self.kind == "videos":
             parts = [([3, "video", 4], [], [3]), ([6], [], []), (["image", 2, "video", 9, "video"], [(20, 70)], [3, 3])]
+            if name in MOVING:
+                parts[2] = (["video", 9, "video"], [], [3, 3])
         else:
             sizes = [LARGE[self.kind], (20, 70), (24, 24)]
-            parts = [([3, "image", 4], sizes[:1], []), ([6], [], []), (["image", "image", 9], sizes[1:], [])]
+            # Qwen-VL tells neighbouring images apart by what stands between them
+            two = ["image", 1, "image", 9] if reference.on_axes(self.model) else ["image", "image", 9]
+            parts = [([3, "image", 4], sizes[:1], []), ([6], [], []), (two, sizes[1:], [])]
             if name and "single" in registry.find(name).refuses_inputs:
                 parts[2] = (["image", 9], sizes[1:2], [])
         return [
@@ -96,7 +121,7 @@ class Scene:
     def refusal(self, name):
         """Why a method is not run on what it is shown, in its own words."""
         why = registry.find(name).refuses_inputs
-        kinds = {"images": [], "shrunk": ["shrunk"], "videos": ["video", "shrunk"]}[self.kind]
+        kinds = {"images": ["image"], "shrunk": ["image", "shrunk"], "videos": ["video", "shrunk"]}[self.kind]
         return next((why[kind] for kind in kinds if kind in why), None)
 
 
@@ -150,7 +175,7 @@ class Turn:
 def replay(model, prompt, features, trace, wrong=False, positions=None, forced=FORCED):
     """As `replay_turns`, for a prompt that is all there is; also whether anything was cut."""
     turn = Turn(prompt["input_ids"][0].tolist(), features, trace)
-    return replay_turns(model, [turn], wrong, positions, forced=forced), bool(changes_of(trace))
+    return replay_turns(model, [turn], wrong, positions, forced=forced, prompt=prompt), bool(changes_of(trace))
 
 
 def changes_of(trace):
@@ -164,16 +189,30 @@ def changes_of(trace):
     return changes
 
 
-def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED):
+def stands(model, prompt, forced, astray):
+    """Where the tokens of a prompt stand, and what is added behind layers (`reference.places`, `reference.injected`).
+
+    Args:
+        astray: whether forced tokens count on by their columns, wrong where positions lie on several axes.
+    """
+    place, length = reference.places(model, prompt, forced), prompt["input_ids"].shape[1]
+    if astray and place.ndim > 1:
+        place = torch.cat((place[:, :length], torch.arange(length, length + forced).expand(3, -1)), 1)
+    return place, reference.injected(model, prompt, length + forced)
+
+
+def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED, prompt=None):
     """Logits of the last turn's last token and of every forced one, from what the turns' traces say was kept.
 
     Args:
         wrong: swap one kept token of the first image of turn `at` at its first cut for a dropped one.
         positions: another position policy than the trace's in turn `at`.
+        prompt: all turns in one, where positions lie on several axes.
     """
     config = model.config
     ids = torch.tensor([token for turn in turns for token in turn.ids] + list(forced))
     x, length = model.get_input_embeddings()(ids), len(ids) - len(forced)
+    place, more = (torch.arange(len(x)), []) if prompt is None else stands(model, prompt, len(forced), positions)
     images, cuts, start = [], [], 0
     for turn in turns:
         first, end = len(images), start + len(turn.ids)
@@ -188,9 +227,10 @@ def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED
         cuts += [(cut, first, len(images), turn is turns[at]) for cut in (turn.trace.cuts if turn.trace else [])]
         start = end
     changes = changes_of(turns[at].trace) if wrong else []
-    columns, place = list(range(len(x))), torch.arange(len(x))
+    columns = list(range(len(x)))
     alive = [[True] * len(image) for image in images]
     for index in range(config.text_config.num_hidden_layers):
+        x = x + more[index - 1][columns] if 0 < index <= len(more) else x
         for cut, first, end, twin in [c for c in cuts if c[0].layer == index]:
             drop = set()
             for i, image in list(enumerate(images))[first:end]:
@@ -202,22 +242,23 @@ def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED
                     keep[gone], keep[come] = False, True
                 if cut.merge is not None:
                     here = {c: r for r, c in enumerate(columns)}
-                    rows = {t: torch.zeros_like(x[0]) for t in range(len(image))}
-                    for t, (into, weight) in enumerate(
-                        zip(cut.merge.into[own].tolist(), cut.merge.weight[own].tolist(), strict=True)
-                    ):
-                        if t < len(image) and alive[i][t] and into in rows:
-                            rows[into] = rows[into] + weight * x[here[image[t]]]
-                    x = x.clone()
+                    matrix = x.new_zeros(len(image), len(image))
                     for t in range(len(image)):
-                        if keep[t] and alive[i][t]:
-                            x[here[image[t]]] = rows[t]
+                        if cut.merge.into[own, t] < len(image) and alive[i][t]:
+                            matrix[cut.merge.into[own, t], t] += cut.merge.weight[own, t]
+                    stay = [k and a for k, a in zip(keep, alive[i], strict=True)]
+                    x = reference.merged(matrix, x, [here.get(c) for c in image], alive[i], stay)
+                    more = [
+                        reference.merged(matrix, side, image, alive[i], stay) if number >= index else side
+                        for number, side in enumerate(more)
+                    ]
                 drop |= {c for c, k, a in zip(image, keep, alive[i], strict=True) if a and not k}
                 alive[i] = [a and k for a, k in zip(alive[i], keep, strict=True)]
-            if (positions if positions and twin else cut.positions) == "contiguous":
+            policy = positions if positions and twin and place.ndim == 1 else cut.positions
+            if policy == "contiguous":
                 place = place - torch.tensor([sum(d < c for d in drop) for c in columns])
             stay = [r for r, c in enumerate(columns) if c not in drop]
-            x, place, columns = x[stay], place[stay], [columns[r] for r in stay]
+            x, place, columns = x[stay], place[..., stay], [columns[r] for r in stay]
         x = reference.run_layer(model, index, x, place)
     x = model.model.language_model.norm(x)
     last = [max(r for r, c in enumerate(columns) if c < length)]
@@ -227,16 +268,20 @@ def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED
 def with_cache(model, inputs, positions=None):
     """Logits at the last token and after every forced token, `(1 + forced, batch, vocab)`, with a cache."""
     inputs = dict(inputs)
-    mask = inputs["attention_mask"]
-    inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    mask, on_axes = inputs["attention_mask"], reference.on_axes(model)
+    if not on_axes:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     out = model(**inputs, use_cache=True)
     rows = torch.arange(len(mask))
     logits, cache, step = [out.logits[rows, last]], out[CACHE], mask.sum(1, keepdim=True)
+    pictured = "pixel_values" in inputs or "pixel_values_videos" in inputs
+    delta = model.model.rope_deltas if on_axes and pictured else 0  # the host's note, of which the engine must not ask
     for token in FORCED:
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         ids = torch.full((len(mask), 1), token)
-        out = model(input_ids=ids, attention_mask=mask, position_ids=step, **{CACHE: cache}, use_cache=True)
+        place = torch.stack((step, *[step + delta] * 3)) if on_axes else step
+        out = model(input_ids=ids, attention_mask=mask, position_ids=place, **{CACHE: cache}, use_cache=True)
         logits.append(out.logits[:, -1])
         step = step + 1
     return torch.stack(logits)

@@ -49,10 +49,24 @@ CLASSES = {
 }
 
 
+def tiny_qwen():
+    """The other file, which imports this one."""
+    import tiny_qwen
+
+    return tiny_qwen
+
+
+def qwen(family):
+    """Whether a family, or a model, is one of `tiny_qwen`."""
+    return (family if isinstance(family, str) else family.config.model_type) in tiny_qwen().CLASSES
+
+
 def model(
     family="llava", text="llama", tower="clip", dtype=torch.float32, seed=0, attn="sdpa", tower_layers=6, **text_options
 ):
     """A random model whose outputs depend strongly on its picture."""
+    if qwen(family):
+        return tiny_qwen().model(family, dtype, seed, attn, **text_options)
     torch.manual_seed(seed)
     vision = {
         "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": tower_layers, "num_attention_heads": 3,
@@ -126,6 +140,8 @@ def pixels(made, sizes, seed=0, together=False):
 
     `together` says that they are the images of one prompt, where the family wants to know.
     """
+    if qwen(made):
+        return tiny_qwen().pixels(made, sizes, seed)
     generator = torch.Generator().manual_seed(seed)
     if made.config.model_type in SINGLE:
         values = torch.randn(len(sizes), 3, TILE, TILE, generator=generator)
@@ -147,6 +163,8 @@ def pixels(made, sizes, seed=0, together=False):
 
 def video_pixels(made, videos, seed=0):
     """Random pixel values for videos with so many frames each (all alike)."""
+    if qwen(made):
+        return tiny_qwen().video_pixels(made, videos, seed)
     generator = torch.Generator().manual_seed(seed + 50)
     values = torch.randn(len(videos), videos[0], 3, TILE, TILE, generator=generator)
     return {"pixel_values_videos": values.to(made.dtype)}
@@ -177,13 +195,18 @@ def prompt(made, parts, sizes, seed=0, videos=(), together=False):
         "image": iter(tokens_per_image(made, sizes, seed, together) if sizes else []),
         "video": iter(tokens_per_video(made, videos, seed) if videos else []),
     }
-    ids = []
+    ids, frames = [], iter(videos)
     for part in parts:
-        if part in counts:
+        if part in counts and qwen(made):
+            of = next(frames) if part == "video" else 1
+            ids += tiny_qwen().placeholders(made, part, next(counts[part]), of, generator)
+        elif part in counts:
             ids += [IMAGE if part == "image" else VIDEO] * next(counts[part])
         else:
             ids += torch.randint(6, VOCAB, (part,), generator=generator).tolist()
     inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+    if qwen(made):
+        inputs["mm_token_type_ids"] = tiny_qwen().types(inputs["input_ids"])
     inputs |= pixels(made, sizes, seed, together) if sizes else {}
     return inputs | (video_pixels(made, videos, seed) if videos else {})
 
@@ -207,7 +230,10 @@ def batch(prompts, side="left"):
             images = [torch.cat((x, x.new_zeros(len(x), most - x.shape[1], *x.shape[2:])), 1) for x in images]
             out["image_sizes"] = torch.cat([p["image_sizes"] for p in prompts if "image_sizes" in p])
         out["pixel_values"] = torch.cat(images)
-    for name in ("batch_num_images", "pixel_values_videos"):
+    if "mm_token_type_ids" in prompts[0]:
+        out["mm_token_type_ids"] = tiny_qwen().types(out["input_ids"])
+    names = ("batch_num_images", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    for name in names:
         if given := [p[name] for p in prompts if name in p]:
             out[name] = torch.cat(given)
     return out

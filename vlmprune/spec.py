@@ -206,10 +206,12 @@ def build(
     classes = {part: find(part, none) for part in parts if isinstance(part, str)}
     shares = shared_out(options, classes)
     made = [make(part, classes[part], shares[part]) if isinstance(part, str) else part for part in parts]
+    told = []
     for one in made:
         one.check_fields()
-        for told in filter(None, (unlikely(getattr(one, word, None), word) for word in BUDGETS)):
-            warnings.warn(told, SmallBudgetWarning, stacklevel=3)
+        told += filter(None, (unlikely(getattr(one, word, None), word) for word in BUDGETS))
+    for text in told:
+        warnings.warn(text, SmallBudgetWarning, stacklevel=3)
     return made
 
 
@@ -368,13 +370,21 @@ def jobs(
     """
     classes = {method: {name: find(name) for name in single(method)} for method in methods}
     check_known(options, classes)
-    if named and any(budgets) and not any(without_budget(mine, options) for mine in classes.values()):
+    if named and any(budgets):
+        check_taken(budgets[0], options, classes)
+    made = [job_of(method, mine, budget, options, named) for budget in budgets for method, mine in classes.items()]
+    return [job for i, job in enumerate(made) if job not in made[:i]]
+
+
+def check_taken(
+    budget: Mapping[str, Any], options: Mapping[str, Any], classes: Mapping[str, Mapping[str, type[Method]]]
+) -> None:
+    """Refuse a budget beside options that give every method one of its own."""
+    if not any(without_budget(mine, options) for mine in classes.values()):
         raise ValueError(
-            f"{budget_text(budgets[0])} would go to nobody: {budget_text(budgets_in(options))} is given too, and every "
+            f"{budget_text(budget)} would go to nobody: {budget_text(budgets_in(options))} is given too, and every "
             "method has a budget of its own."
         )
-    made = [job_of(method, mine, budget, options, named) for budget in budgets for method, mine in classes.items()]
-    return [job for number, job in enumerate(made) if job not in made[:number]]
 
 
 def check_known(options: Mapping[str, Any], classes: Mapping[str, Mapping[str, type[Method]]]) -> None:
@@ -391,8 +401,7 @@ def job_of(
     own = own_options(options, classes)
     fitting = {word: amount for word, amount in budget.items() if takers(word, classes)}
     if named and len(fitting) < len(budget):
-        why = " ".join(f": {cls.refuses[word]}" for word in budget for cls in classes.values() if word in cls.refuses)
-        raise ValueError(f"method {method!r} has no budget {', '.join(budget)}{why or '.'}")
+        raise ValueError(f"method {method!r} has no budget {', '.join(budget)}{why_refused(budget, classes)}")
     if budgets_in(own):
         fitting = left_over(fitting, classes, own) if named else {}
     job = Job(method, fitting | own)
@@ -401,6 +410,12 @@ def job_of(
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"{method}: {error}") from None
     return job
+
+
+def why_refused(budget: Mapping[str, Any], classes: Mapping[str, type[Method]]) -> str:
+    """What methods say of a budget that they refuse."""
+    told = [f": {cls.refuses[word]}" for word in budget for cls in classes.values() if word in cls.refuses]
+    return " ".join(told) or "."
 
 
 def without_budget(classes: Mapping[str, type[Method]], options: Mapping[str, Any]) -> list[str]:

@@ -36,14 +36,18 @@ class AliveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given:  # a view of what was there before is nothing new
-                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        for storage in storages(result):
+            if storage._cdata not in given:  # a view of what was there before is nothing new
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return result
+
+
+def storages(values: Any) -> list[Any]:
+    """The memory of all tensors in nested values, as far as they have some."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
 
 
 @contextmanager

@@ -210,8 +210,6 @@ def title(study: Study) -> str:
 
 def build(study: Study, sheets: Mapping[str, Path]) -> list[Block]:
     """The whole report; `sheets` are the files of the worst pictures by label."""
-    lines, (header, rows) = study.lines, table_of(study.lines, study.costs)
-    kinds = ["control" if line.entry.control else "" for line in lines]
     blocks: list[Block] = [
         Heading(title(study), 1),
         Text(
@@ -219,6 +217,19 @@ def build(study: Study, sheets: Mapping[str, Path]) -> list[Block]:
             f"{study.about['max_new_tokens']} tokens). Nothing was labelled."
         ),
         *troubles(study),
+        *numbers(study),
+    ]
+    for label in (entry.label for entry in study.entries if not entry.control):
+        blocks += [Heading(f"Worst pictures: {label}"), *worst_pictures(study, label, sheets)]
+    facts = {name: value for name, value in study.about.items() if name != "command"}
+    return blocks + left_out(study) + repeat(facts, study.about["command"])
+
+
+def numbers(study: Study) -> list[Block]:
+    """The table, in words too, and how to read it."""
+    lines, (header, rows) = study.lines, table_of(study.lines, study.costs)
+    kinds = ["control" if line.entry.control else "" for line in lines]
+    return [
         Table(header, rows, range(2), kinds),
         Bullets([in_words(line, study.pictures) for line in lines if not line.entry.control]),
         Text(INTERVALS),
@@ -226,10 +237,6 @@ def build(study: Study, sheets: Mapping[str, Path]) -> list[Block]:
         Heading("What the columns are"),
         Bullets([f"{name}: {text}" for name, text in (*DEFINITIONS, *COSTS.items()) if name in header]),
     ]
-    for label in (entry.label for entry in study.entries if not entry.control):
-        blocks += [Heading(f"Worst pictures: {label}"), *worst_pictures(study, label, sheets)]
-    facts = {name: value for name, value in study.about.items() if name != "command"}
-    return blocks + left_out(study) + repeat(facts, study.about["command"])
 
 
 def troubles(study: Study) -> list[Block]:

@@ -65,7 +65,7 @@ class Narrower(Typed):
         ({"few": 4}, "few=4 must be at most 3."),
         ({"layers": (2, 1)}, "layers=(2, 1) must be one or more ascending layer numbers from 1 to 32"),
         ({"ratios": ()}, "ratios=() must be one or more numbers in (0, 1] that do not grow."),
-        ({"positions": "kept"}, "positions='kept' is not one of 'original', 'contiguous'."),
+        ({"positions": "kept"}, "positions='kept' is not one of 'original', 'contiguous', None."),
         ({"newlines": "candidates"}, "newlines='candidates' is not one of 'all', 'row', 'none'."),
     ],
     ids=str,
@@ -120,7 +120,7 @@ def test_types_that_nobody_can_read():
 def test_types_are_read_where_they_were_written():
     """`Colour` means nothing in the base's module, and `Positions` nothing here."""
     found = hints(Narrower)
-    assert found["positions"] == Literal["original", "contiguous"]
+    assert found["positions"] == Literal["original", "contiguous"] | None
     assert found["either"] == Literal["a"] | Colour
     assert found["colour"] == Literal["blue"]
 

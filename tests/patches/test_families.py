@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tiny
+import tiny_qwen
 import torch
 
 import vlmprune
@@ -34,6 +35,25 @@ def test_facts(family, tower, text):
     assert len(found.tower_layers(*found.towers(model.model))) == 6
     assert len(found.decoder_layers(model.model)) == 4
     assert [found.token(model.model, m) for m in found.modalities] == [tiny.IMAGE, tiny.VIDEO][: len(found.modalities)]
+
+
+@pytest.mark.parametrize("family", tiny_qwen.CLASSES)
+def test_facts_of_packed_families(family):
+    model = tiny.shared(family=family)
+    found = family_of(model)
+    facts, windows = found.facts(model.model), family == "qwen2_5_vl"
+    assert (facts.family, facts.has_cls, facts.views, facts.view_patches) == (family, False, False, 0)
+    assert (facts.tower_layers, facts.feature_layer, facts.decoder_layers) == (tiny_qwen.DEPTH, tiny_qwen.DEPTH - 1, 4)
+    assert (facts.axes, facts.packed, facts.windowed) == (3, True, (0, 2, 3, 5) if windows else ())
+    assert facts.attention_layer == (4 if windows else tiny_qwen.DEPTH - 1)
+    assert found.inner(model) is found.inner(model.model) is model.model
+    assert [found.token(model.model, m) for m in found.modalities] == [tiny.IMAGE, tiny.VIDEO]
+    grid = found.packing(model.model, "image", (1, 6, 10)).trace()
+    assert (grid.planes, grid.tokens, grid.views, grid.frames, grid.side) == (((3, 5),), 15, 1, 0, (3, 5))
+    grid = found.packing(model.model, "video", (2, 6, 10)).trace()
+    assert (grid.planes, grid.tokens, grid.views, grid.frames) == (((3, 5), (3, 5)), 30, 2, 2)
+    assert grid.view.tolist() == [0] * 15 + [1] * 15
+    assert grid.col.tolist() == [0, 1, 2, 3, 4] * 6
 
 
 @pytest.mark.parametrize(("given", "want"), [(-1, 5), (-2, 4), (-6, 0), (3, 2), (6, 5), ([2, -2], 4), ([-3, 1], 3)])
@@ -70,7 +90,7 @@ def test_a_family_is_small_enough_to_copy():
     import inspect
     from importlib import import_module
 
-    for module in [import_module(f"vlmprune.patches.{family}") for family in FAMILIES]:
+    for module in [import_module(f"vlmprune.patches.{family}") for family in (*FAMILIES, *tiny_qwen.CLASSES)]:
         assert len(inspect.getsource(module).splitlines()) < 60
 
 
@@ -88,5 +108,6 @@ def test_a_layer_of_an_unknown_kind_is_refused_where_a_method_looks_at_it(monkey
         model(**prompt)  # which looks at no layer
         assert len(handle.trace.kept()) == 6
     told = pytest.raises(vlmprune.UnsupportedError, match=f"looks into {where}, and {kind} is not one that is known")
-    with torch.no_grad(), told, vlmprune.patch(model, looking, keep=6):
-        model(**prompt)
+    with told:
+        vlmprune.patch(model, looking, keep=6)
+    assert not any(module._forward_pre_hooks for module in model.modules())

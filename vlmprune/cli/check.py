@@ -82,11 +82,16 @@ def verb(
     if as_json:
         print(json.dumps(in_json(loaded, reports, skipped), indent=2))
     else:
-        print(in_text(reports, skipped))
-    if (wrong or report) and not as_json:
-        print("", block(loaded, reports, skipped), sep="\n")
+        tell(loaded, reports, skipped, bug_report=bool(wrong or report))
     if wrong:
         raise CommandError(wrong + ("" if as_json else " (block for a bug report above)"))
+
+
+def tell(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str], bug_report: bool) -> None:
+    """Print what a person reads below the rows."""
+    print(in_text(reports, skipped))
+    if bug_report:
+        print("", block(loaded, reports, skipped), sep="\n")
 
 
 def methods_of(

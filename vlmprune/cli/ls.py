@@ -30,7 +30,8 @@ examples:
 FACTS = ("needs", "stage", "positions", "syncs", "training")
 LEGEND = (
     "",
-    "stage: where tokens go; positions: default position ids after the cut; syncs: device syncs per cut beyond",
+    "stage: where tokens go; positions: default position ids after the cut (family: contiguous, but original",
+    "where they lie on several axes, as M-RoPE's); syncs: device syncs per cut beyond",
     "one read of the placeholder counts; vLLM: whether it can be served. One in full: vlmprune ls methods NAME",
 )
 
@@ -96,7 +97,7 @@ def describe(name: str, cls: type) -> dict[str, Any]:
         "needs": cls.needs,
         "looks_at": cls.looks_at,
         "stage": cls.stage,
-        "positions": options.get("positions", {}).get("default", "-"),
+        "positions": options.get("positions", {}).get("default", "-") or "family",
         "syncs": cls.syncs,
         "training": cls.training,
         "vllm": served(cls),
@@ -219,7 +220,8 @@ def refused(family: str, views: bool, has_cls: bool) -> dict[str, str]:
     for name, cls in loadable():
         try:
             if set(registry.required(cls)) <= {"keep"}:
-                compile_cuts([cls(**({"keep": 0.5} if "keep" in registry.options(cls) else {}))], facts)
+                given = {"keep": 0.5} if "keep" in registry.options(cls) else {}
+                compile_cuts([cls(**given, **cls.plain_with)], facts)
         except UnsupportedError as error:
             why[name] = str(error)
         except Exception:  # another package's code

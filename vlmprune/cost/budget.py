@@ -15,6 +15,7 @@ from torch import nn
 from vlmprune.cost.flops import formula_flops, kv_width, language_flops
 from vlmprune.cost.tokens import LayerTokens, tokens_of
 from vlmprune.engine.compile import compile_plan
+from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
 from vlmprune.patches import Family, family_of
 
@@ -56,14 +57,19 @@ class Costs:
         text: text tokens of the prompt.
 
     Raises:
-        UnsupportedError: a model that is none.
+        UnsupportedError: a model that is none, or one whose tower takes pictures of any size.
     """
 
     def __init__(self, model: nn.Module, text: int = TEXT):
         self.family: Family = family_of(model)
         inner = self.family.inner(model)
         self.config, self.facts, self.text = inner.config, self.family.facts(inner), text
-        tile = self.config.vision_config.image_size
+        tile = getattr(self.config.vision_config, "image_size", None)
+        if not isinstance(tile, int):
+            raise UnsupportedError(
+                f"what a prefill of {self.family.model_type} costs is not computed: its tower has no picture size of its "
+                "own. Give keep= or average=; `vlmprune bench` and `tune` measure."
+            )
         self.size = (2 * tile, 2 * tile) if self.family.views else (tile, tile)
         self.grid = self.family.image_grid(inner, self.size)
         self.bytes = model.dtype.itemsize

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ def count_prompts(
     encoded: dict[str, Any],
     guesses: int = 0,
     positions: torch.Tensor | None = None,
+    stand: Callable[[dict[str, torch.Tensor]], torch.Tensor] | None = None,
 ) -> Census:
     """Count real tokens and placeholders, a few counts per row, and see whether all is sound.
 
@@ -58,10 +60,12 @@ def count_prompts(
         encoded: for "image" and "video" the encoder's output, whose `pooler_output` lists `(tokens, dim)` per item.
         guesses: columns at the end that are no prompt: they do not count as tokens after the last visual one.
         positions: `(batch, length)` position ids of a call that brings no mask, or None.
+        stand: tells of `Census.holes`, as `()` bool, whether positions on several axes show where pictures stand.
 
     Raises:
         ValueError: features or taps of the tower that are not finite.
-        UnsupportedError: several prompts packed into one row, or a mask that hides visual tokens.
+        UnsupportedError: several prompts packed into one row, a mask that hides visual tokens, or pictures that would
+            be counted as text.
     """
     length = input_ids.shape[1]
     holes = {modality: input_ids == plan.family.token(inner, modality) for modality in encoded}
@@ -76,17 +80,20 @@ def count_prompts(
     finite = each_finite([values for _, _, values in given], input_ids.device)
     # without a mask the host takes a jump in the positions for the start of another prompt
     one = finite.new_ones(()) if positions is None else (positions.diff(dim=-1) == 1).all()
-    rows = len(input_ids)
+    rows, stands = len(input_ids), finite.new_ones(()) if stand is None else stand(holes).to(finite.device)
     if promised := placeholders_in_a_graph(encoded, rows):
-        demand_on_device(placeholder, everything, promised, finite.all() & one)
+        demand_on_device(placeholder, everything, promised, finite.all() & one & stands)
         most = length - min(promised)
         # padding is not counted, so it stays where it is, masked
         return Census(holes, {"image": promised}, real, [length] * rows, (text_after, most), most)
     counts = torch.stack([everything, *holes.values(), placeholder & ~everything]).sum(-1)
-    read = download(torch.cat((counts.flatten(), text_after, finite.long(), torch.stack((text_before, one.long())))))
+    last = torch.stack((text_before, one.long(), stands.long()))
+    read = download(torch.cat((counts.flatten(), text_after, finite.long(), last)))
     lengths, *wanted, unseen, counts_after = [read[at * rows :][:rows] for at in range(len(counts) + 1)]
-    *good, most_before, single = read[(len(counts) + 1) * rows :]
-    demand_sound(plan, bool(single), [part[:2] for part, ok in zip(given, good, strict=True) if not ok], unseen)
+    *good, most_before, single, standing = read[(len(counts) + 1) * rows :]
+    demand_sound(
+        plan, bool(single), bool(standing), [part[:2] for part, ok in zip(given, good, strict=True) if not ok], unseen
+    )
     real = None if min(lengths) == length else real
     wanted = dict(zip(encoded, wanted, strict=True))
     return Census(holes, wanted, real, lengths, (text_after, max(counts_after)), most_before)
@@ -137,17 +144,21 @@ def demand_on_device(
     """What `demand_sound` and the assignment of images check, inside a graph and without their details."""
     told = "compiled prompts with images need one image each, and as many placeholders as it has tokens."
     torch._assert_async((placeholder.sum(1) == upload(placeholders, placeholder.device)).all(), told)
-    told = f"image features or taps of the tower are not finite ({WAY_OUT}), or prompts are packed into one row."
+    told = (
+        f"image features or taps of the tower are not finite ({WAY_OUT}), prompts are packed into one row, or pictures "
+        "are counted as text."
+    )
     torch._assert_async(sound, told)
     told = f"the attention mask hides visual tokens: {HIDDEN}."
     torch._assert_async((everything | ~placeholder).all(), told)
 
 
-def demand_sound(plan: Plan, single: bool, strange: list[tuple[str, Any]], unseen: list[int]) -> None:
+def demand_sound(plan: Plan, single: bool, standing: bool, strange: list[tuple[str, Any]], unseen: list[int]) -> None:
     """Raise for prompts that cannot be pruned.
 
     Args:
         single: every row is one prompt.
+        standing: positions show where pictures stand.
         strange: (what, which) of `numbers` that are not finite.
         unseen: visual tokens of every row that the mask hides.
     """
@@ -155,6 +166,12 @@ def demand_sound(plan: Plan, single: bool, strange: list[tuple[str, Any]], unsee
         raise UnsupportedError(
             "position_ids that do not count up by one mean several prompts packed into one row, and a pruned call "
             "takes one prompt per row: give a padded batch with its attention_mask."
+        )
+    if not standing:
+        raise UnsupportedError(
+            "the positions of this call count pictures as text: a model whose positions lie on several axes does so, "
+            "and says nothing, without mm_token_type_ids and image_grid_thw (video_grid_thw), or with others than its "
+            "processor's. Give both, as the processor makes them."
         )
     if strange:
         what, which = strange[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, get_args
 
 from vlmprune.engine.plan import Plan
@@ -41,6 +42,7 @@ def compile_cuts(methods: Sequence[Method], facts: ModelFacts) -> list[tuple[str
     check_keys(cuts)
     check_kept(cuts)
     check_merged_tower(cuts)
+    cuts = [(name, placed(cut, facts)) for name, cut in cuts]
     return sorted(cuts, key=lambda entry: (STAGES.index(type(entry[1])), entry[1].at))
 
 
@@ -51,6 +53,13 @@ def cuts_of(method: Method, facts: ModelFacts) -> list[AnyCut]:
     if not isinstance(cuts, list | tuple) or not all(type(cut) in STAGES for cut in cuts):
         raise TypeError(f"{method.known_as}.cuts must return a list of Cut, not {cuts!r}.")
     return list(cuts)
+
+
+def placed(cut: AnyCut, facts: ModelFacts) -> AnyCut:
+    """A cut with the family's own position policy where it has none."""
+    if not isinstance(cut, Cut) or cut.positions is not None:
+        return cut
+    return replace(cut, positions="contiguous" if facts.axes == 1 else "original")
 
 
 def place(cut: AnyCut) -> str:
@@ -71,7 +80,13 @@ def check_cut(name: str, cut: AnyCut, facts: ModelFacts) -> None:
         check_layer(name, cut, facts)
     where = f"{name}, {place(cut)}"
     if isinstance(cut, Cut):
-        check_positions(where, cut.positions)
+        check_positions(where, cut.positions, facts)
+    elif facts.packed:
+        raise UnsupportedError(
+            f"{where}: this tower packs pictures of any size into one sequence, in and around which nothing can be "
+            "merged or shrunk. Take a method that cuts in the language model, or give the processor a smaller "
+            "max_pixels, which saves time too."
+        )
     if not callable(cut.reduce):
         raise TypeError(f"{where}: reduce={cut.reduce!r} cannot be called.")
     if not isinstance(cut.see, list | tuple):
@@ -80,10 +95,16 @@ def check_cut(name: str, cut: AnyCut, facts: ModelFacts) -> None:
         check_tap(where, tap, cut, facts)
 
 
-def check_positions(where: str, positions: str) -> None:
-    """Refuse a word that is no position policy."""
+def check_positions(where: str, positions: str | None, facts: ModelFacts) -> None:
+    """Refuse a word that is no position policy, and one that the model's positions have no meaning for."""
     known = get_args(Positions)
-    if positions not in known:
+    if positions == "contiguous" and facts.axes > 1:
+        raise UnsupportedError(
+            f"{where}: positions='contiguous' closes the gaps that a cut makes in position ids, and those of "
+            f"{facts.family} models lie on {facts.axes} axes (time, height, width), where there is nothing to close: "
+            "use positions='original', or leave it out."
+        )
+    if positions is not None and positions not in known:
         words = ", ".join(map(repr, known))
         raise ValueError(f"{where}: positions={positions!r} is not one of {words}.{did_you_mean(positions, known)}")
 

@@ -60,7 +60,10 @@ def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], 
     batch, queries = tokens.shape[:2]
     check_cache(segments, batch)
     new = mask[:, prompt:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-    positions = unpruned_positions(kwargs, segments, length)
+    if first.onward is None:
+        positions = unpruned_positions(kwargs, segments, length)
+    else:
+        positions = behind_pictures(kwargs, segments, length)
     rotary_emb, shift = plan.family.language_model(inner).rotary_emb, first.shift if first.first == 0 else None
     # it also shows the layers that this call was recognised
     kwargs[FRAME] = Decode(plan, segments, rotary_emb, positions, new, shift)
@@ -79,6 +82,27 @@ def unpruned_positions(kwargs: dict, segments: list[Segment], length: int | None
     return positions.expand(*positions.shape[:-2], len(tokens), -1)
 
 
+def behind_pictures(kwargs: dict, segments: list[Segment], length: int | None) -> torch.Tensor:
+    """`(3, batch, queries)` positions of text behind a cache whose pictures were pruned.
+
+    Of what a call brings only a mask is asked, and positions on three axes, which are as they are: those that
+    `generate` counts come from the model's own note, which may be of another conversation.
+
+    Args:
+        length: of `decode.length_of`.
+    """
+    given, tokens, first = kwargs.get("position_ids"), given_tokens(kwargs), segments[0]
+    if given is not None and (given.ndim == 2 or len(given) == 3):
+        return given.expand(3, len(tokens), -1)
+    mask, queries = kwargs.get("attention_mask"), tokens.shape[1]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= first.prompt + queries:
+        number = mask[:, first.prompt :].long().cumsum(1)[:, -queries:] - 1
+    else:
+        columns = (cache_of(kwargs).get_seq_length() if length is None else length) + missing(segments)
+        number = columns - first.prompt + torch.arange(queries, device=tokens.device)[None]
+    return (first.onward + number).expand(3, len(tokens), -1)
+
+
 def check_cache(segments: list[Segment], batch: int) -> None:
     """Refuse a cache that was filled in training, and a call of other rows than those that filled it."""
     if any(segment.soft for segment in segments):
@@ -86,7 +110,7 @@ def check_cache(segments: list[Segment], batch: int) -> None:
             "this cache was filled under soft masks, which are for training alone: call .eval() on the method's "
             "modules before generating."
         )
-    noted = [x for segment in segments for x in (segment.mask, segment.shift) if x is not None]
+    noted = [x for segment in segments for x in (segment.mask, segment.shift, segment.onward) if x is not None]
     if noted and len(noted[0]) != batch:
         raise UnsupportedError(
             f"this pruned cache was filled by {len(noted[0])} rows, and this call brings {batch}: its rows cannot be "

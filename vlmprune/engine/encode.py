@@ -54,7 +54,7 @@ def encode(module: nn.Module, kwargs: dict, family: Family) -> dict[str, Any]:
             ready[modality] = run(
                 **{name: kwargs[name] for name in known if kwargs[name] is not None}, return_dict=True
             )
-        used |= known
+        used |= known - {*family.shared}
     for name in used:
         del kwargs[name]
     return ready
@@ -81,10 +81,12 @@ class Call:
 
     Attributes:
         plan: of the model whose call it is.
+        sizes: of `Family.sizes` of what it encodes; None where packing depends on the model alone.
         grids: layouts of what it encodes, where a cut behind the tower wants them.
     """
 
     plan: Plan
+    sizes: list[Any] | None = None
     grids: list[ImageGrid] | None = None
 
 
@@ -110,14 +112,16 @@ class Encode(Bound):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan, known = self.plan, self.plan.family.sized(self.modality)
-        if plan.in_tower and plan.enabled:
-            kwargs[OWNER] = Call(plan)
         if not known and not plan.projector_cuts:
+            if plan.in_tower and plan.enabled:
+                kwargs[OWNER] = Call(plan)
             return self.encode()(self.module, *args, **kwargs)
         given = self.named(args, kwargs)
         sizes = self.sizes(given)
-        if plan.projector_cuts and plan.enabled:
-            given[OWNER] = Call(plan, [plan.grid(self.module, self.modality, size) for size in sizes])
+        if plan.in_tower and plan.enabled:
+            wanted = plan.projector_cuts
+            grids = [plan.grid(self.module, self.modality, size) for size in sizes] if wanted else None
+            given[OWNER] = Call(plan, sizes, grids)
         output = self.encode()(self.module, **given)
         if known and not isinstance(output, tuple):
             setattr(output, SIZES, sizes)

@@ -1,10 +1,11 @@
 """The hooks, and the frame of one call that rides through them in the keyword arguments.
 
-Life of a pruned prefill: `BeforeModel` makes a `Prefill` frame and puts it into the keyword arguments; the host hands
-these to every decoder layer, where `BeforeLayer` takes it out, measures taps and cuts; `AfterLanguageModel` restores
-lengths, leaves the decode state on the cache (a list of `Segment`s) and files the trace; `AfterModel` notices a frame
-that was lost. `BeforeHead`, on the model around the inner one, hands on what that would not get. `BeforeTower`,
-`BeforeTowerLayer` and `AfterTower` do the same inside the vision tower.
+Life of a pruned prefill: `BeforeModel` makes a `Prefill` frame and puts it into the keyword arguments;
+`BeforeLanguageModel` shows it what layers do not get; the host hands these arguments to every decoder layer, where
+`BeforeLayer` takes it out, measures taps and cuts; `AfterLanguageModel` restores lengths, leaves the decode state on
+the cache (a list of `Segment`s) and files the trace; `AfterModel` notices a frame that was lost. `BeforeHead`, on the
+model around the inner one, hands on what that would not get. `BeforeTower`, `BeforeTowerLayer` and `AfterTower` do the
+same inside the vision tower.
 
 Life of a later call without images on that cache: `BeforeModel` turns its arguments to what the segments say, and lets
 a `Decode` frame ride along, which does so for every layer where layers hold different lengths. A pruned cache that
@@ -17,11 +18,13 @@ from __future__ import annotations
 import inspect
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from vlmprune.engine.axes import check_given, counted_again, places_of_turn, stand_on_axes
 from vlmprune.engine.census import check_mask
 from vlmprune.engine.channels import FRAME, NOTES, SEEN, SEGMENTS, SIZES
 from vlmprune.engine.decode import held, length_of, resume, rolled_back
@@ -36,7 +39,15 @@ from vlmprune.patches import Family
 from vlmprune.patches.host import cache_of, in_words_of
 from vlmprune.patches.language_models import counted
 
-__all__ = ["AfterBlock", "AfterLanguageModel", "AfterModel", "BeforeHead", "BeforeLayer", "BeforeModel"]
+__all__ = [
+    "AfterBlock",
+    "AfterLanguageModel",
+    "AfterModel",
+    "BeforeHead",
+    "BeforeLanguageModel",
+    "BeforeLayer",
+    "BeforeModel",
+]
 
 
 @dataclass
@@ -61,6 +72,8 @@ class BeforeModel(Hook):
         segments = getattr(cache, SEGMENTS, None) or []
         if not pictured and not segments:
             return None
+        if segments and self.plan.facts.axes > 1:
+            kwargs = counted_again(module, kwargs)
         length = length_of(kwargs, pictured)
         segments = rolled_back(cache, segments, length)
         if pictured:
@@ -74,12 +87,20 @@ class BeforeModel(Hook):
         check_call(self.plan.family, module, kwargs)
         kwargs = catch_up(kwargs, segments, length)
         past, mask = held(kwargs, segments, length), kwargs.get("attention_mask")
+        on_axes, stand = self.plan.facts.axes > 1, None
         if segments:
             kwargs = resume(self.plan, module, kwargs, segments, length)
         encoded = encode(module, kwargs, self.plan.family)
         kwargs["mm_encoder_outputs"] = {modality: without_notes(output) for modality, output in encoded.items()}
+        if on_axes and not segments:
+            check_given(self.plan.family, kwargs, encoded, length)
+            stand = partial(stand_on_axes, kwargs, encoded)
         positions = counted(kwargs.get("position_ids")) if mask is None else None
-        frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions)
+        frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions, stand)
+        if on_axes and segments:
+            kwargs["position_ids"] = places_of_turn(
+                self.plan.family, module, kwargs, frame.layout, frame.census.real, past[0]
+            )
         return kwargs | {FRAME: frame}
 
 
@@ -187,6 +208,16 @@ def check_plain(layer: nn.Module, kwargs: dict) -> None:
             "it are wrong: call the patched model itself, not its language model, and let what is around it hand on "
             "all keyword arguments."
         )
+
+
+@dataclass
+class BeforeLanguageModel(Hook):
+    """Pre-hook of the language model: shows a prefill what the layers do not get."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if isinstance(frame := kwargs.get(FRAME), Prefill) and self.owns(frame):
+            return args, frame.begin(kwargs)
+        return None
 
 
 @dataclass

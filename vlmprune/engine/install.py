@@ -9,7 +9,15 @@ from torch import nn
 
 from vlmprune import kernels
 from vlmprune.engine.encode import Encode, encoder
-from vlmprune.engine.hooks import AfterBlock, AfterLanguageModel, AfterModel, BeforeHead, BeforeLayer, BeforeModel
+from vlmprune.engine.hooks import (
+    AfterBlock,
+    AfterLanguageModel,
+    AfterModel,
+    BeforeHead,
+    BeforeLanguageModel,
+    BeforeLayer,
+    BeforeModel,
+)
 from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.tower import (
     AfterKeys,
@@ -90,6 +98,8 @@ def hook_towers(inner: nn.Module, plan: Plan) -> None:
         tower.register_forward_pre_hook(BeforeTower(plan), with_kwargs=True)
         for index, layer in enumerate(plan.family.tower_layers(tower)):
             watching = Watch() if index in plan.key_layers else None
+            if any(tap.layer == index for tap in plan.measured):
+                tower_layer(layer)  # one that is not known is refused here, and not in the first call
             layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching), with_kwargs=True)
             if watching is not None:
                 kind = tower_layer(layer)
@@ -106,11 +116,15 @@ def hook_language_model(inner: nn.Module, plan: Plan) -> None:
     inner.register_forward_pre_hook(BeforeModel(plan), with_kwargs=True)
     for index, layer in enumerate(plan.family.decoder_layers(inner)):
         watching = Watch() if index in plan.block_layers else None
+        if index in plan.decoder_tap_layers:
+            decoder_layer(layer)  # as in towers
         layer.register_forward_pre_hook(BeforeLayer(plan, index, watching), with_kwargs=True)
         if watching is not None:
             kind = decoder_layer(layer)
             for block, last in ((kind.attention, False), (kind.feed_forward, True)):
                 block.register_forward_hook(AfterBlock(plan, index, watching, last), with_kwargs=True)
+    if plan.family.axes > 1 or plan.family.injected:
+        plan.family.language_model(inner).register_forward_pre_hook(BeforeLanguageModel(plan), with_kwargs=True)
     # in this order: inner and language model may be one module
     plan.family.language_model(inner).register_forward_hook(AfterLanguageModel(plan), with_kwargs=True)
     inner.register_forward_hook(AfterModel(plan), with_kwargs=True)

@@ -14,7 +14,7 @@ from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, ProjectorCut, TowerCut
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Layouts
-from vlmprune.parts.taps import BlockKeys, BlockTap, Tap, TowerTap
+from vlmprune.parts.taps import BlockKeys, BlockTap, DecoderTap, Tap, TowerTap
 from vlmprune.patches import Family
 from vlmprune.trace import Trace
 
@@ -124,6 +124,11 @@ class Plan:
     def inside_layers(self) -> set[int]:
         """Tower layers between whose two blocks there is a cut."""
         return {cut.at.layer for cut in self.tower_cuts if cut.at.inside}
+
+    @property
+    def decoder_tap_layers(self) -> set[int]:
+        """Decoder layers at whose input a tap measures."""
+        return {tap.layer for tap in wanted_taps((cut for _, cut in self.decoder_cuts), DecoderTap)}
 
     @property
     def block_layers(self) -> set[int]:

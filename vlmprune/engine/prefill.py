@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from vlmprune.engine.axes import onward
 from vlmprune.engine.census import count_prompts
 from vlmprune.engine.channels import SEGMENTS, Seen, seen_on
 from vlmprune.engine.decided import check_flow, check_reduction, whose
 from vlmprune.engine.effect import tell_idle
 from vlmprune.engine.finite import WAY_OUT, cut_is_finite, demand
+from vlmprune.engine.injected import Injected
 from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Plan
 from vlmprune.engine.prompt import prompt_layout
@@ -41,6 +45,7 @@ class Prefill:
         past: what the layers hold in front of them, from layer 0 on; empty on an empty cache.
         guesses: tokens at the end of the prompt that are none of it; methods must not look at them.
         positions: `(batch, length)` position ids, where the call brings them and no mask.
+        stand: as of `count_prompts`.
     """
 
     def __init__(
@@ -53,11 +58,13 @@ class Prefill:
         past: list[Segment],
         guesses: int = 0,
         positions: torch.Tensor | None = None,
+        stand: Callable[[dict[str, torch.Tensor]], torch.Tensor] | None = None,
     ):
-        self.plan, self.guesses = plan, guesses
+        self.plan, self.guesses, self.ids = plan, guesses, input_ids
         self.past, self.cache = {segment.first: segment for segment in past}, None
-        self.rotary_emb = plan.family.language_model(inner).rotary_emb
-        self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions)
+        language_model = plan.family.language_model(inner)
+        self.rotary_emb, self.norm = language_model.rotary_emb, language_model.norm
+        self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions, stand)
         self.text_after, self.text_before = self.census.text_after, self.census.text_before
         self.prompt_lengths = self.census.lengths
         self.layout = prompt_layout(plan, inner, self.census, features)
@@ -72,12 +79,27 @@ class Prefill:
         self.last: dict[str, list[int]] = {}
         self.segments: list[Segment] = []
         self.finished = False
+        self.onward: torch.Tensor | None = None  # what `begin` is shown
+        self.injected: Injected | None = None
+
+    def begin(self, kwargs: dict) -> dict:
+        """Take what the language model gets, and its layers do not, out of its arguments."""
+        family = self.plan.family
+        if family.axes > 1:
+            self.onward = onward(kwargs["position_ids"], self.census.real)
+        if family.injected is None or kwargs.get(family.injected[1]) is None:
+            return kwargs
+        visual, features = (kwargs[name] for name in family.injected)
+        self.injected = Injected.of(visual, features, self.plan.facts.decoder_layers)
+        return kwargs | dict.fromkeys(family.injected)
 
     def enter(self, index: int, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, dict]:
         """Do all that is to be done at the input of decoder layer `index`."""
         check_first_run(index, len(self.by_layer))
         check_device(layer, hidden)
         noted = self.go_on(index, hidden, kwargs)
+        if self.injected is not None:
+            hidden = self.injected.before(index, hidden, self.sequence.columns)
         before, here = self.sequence, [entry for entry in self.pending if entry[1].at.layer == index]
         self.measure(index, layer, hidden, here)
         while self.pending and self.pending[0][1].at.layer == index:
@@ -100,6 +122,8 @@ class Prefill:
         noted = past is None or (self.sequence is None and past.whole)
         if self.sequence is None:
             self.cache, self.sequence = cache_of(kwargs), self.whole(hidden, kwargs, past)
+            # where positions lie on several axes, the host does not keep with the cache where they go on
+            noted = noted and self.onward is None
         elif past is not None:
             self.sequence = self.sequence.behind(past, hidden, self.rotary_emb)
         self.sequence = self.sequence.handed(kwargs["position_embeddings"], hidden, self.rotary_emb)
@@ -108,7 +132,7 @@ class Prefill:
     def whole(self, hidden: torch.Tensor, kwargs: dict, past: Segment | None) -> Sequence:
         """What the first layer gets `(batch, length, dim)` of, before any cut."""
         batch, length, _ = hidden.shape
-        positions = kwargs.get("position_ids")
+        positions = kwargs.get("position_ids") if self.onward is None else None
         return Sequence(
             prompt=length,
             columns=torch.arange(length, device=hidden.device).expand(batch, -1),
@@ -119,6 +143,7 @@ class Prefill:
             guesses=self.guesses,
             shift=None if past is None else past.shift,
             past=past,
+            onward=self.onward,
         )
 
     def measure(self, index: int, layer: nn.Module, hidden: torch.Tensor, cuts: list[tuple[str, Cut]]) -> None:
@@ -157,6 +182,10 @@ class Prefill:
         real = self.sequence.with_past(self.sequence.mask)
         return keys[:, :, :columns], None if real is None else real[:, past.length - columns :]
 
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The language model's own last norm of `(batch, length, dim)`."""
+        return self.norm(hidden)
+
     def flat_index(self) -> torch.Tensor:
         """`(images, tokens)` index of every visual token into `(batch * length)` of the current sequence."""
         sample = upload(self.layout.sample, self.layout.device)
@@ -183,7 +212,10 @@ class Prefill:
         if reduction.merge is not None:
             flow = reduction.merge
             check_flow(where, flow, layout.width)
-            hidden = torch.ops.vlmprune.merge(hidden, at, layout.alive, keep, flow.into, flow.weight, flow.source)
+            merge = partial(torch.ops.vlmprune.merge, at=at, alive=layout.alive, keep=keep, **vars(flow))
+            hidden = merge(hidden)
+            if self.injected is not None:
+                self.injected = self.injected.merged(cut.at.layer, self.sequence.columns, merge)
         hidden = self.drop(cut, hidden, layout.alive & ~keep, counts, at)
         self.layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=patches)
         if cut.at.layer == 0:

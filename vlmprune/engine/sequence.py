@@ -30,6 +30,7 @@ class Segment:
         mask: `(batch, length)` bool of real columns, or None if all are.
         shift: `(batch, 1)` positions by which a decoded token moves down, or None.
         soft: whether tokens were weakened instead of removed; such a cache cannot be decoded from.
+        onward: `(batch, 1)` the position of what comes next where they lie on several axes; None where they count.
     """
 
     first: int
@@ -38,6 +39,7 @@ class Segment:
     mask: torch.Tensor | None
     shift: torch.Tensor | None
     soft: bool = False
+    onward: torch.Tensor | None = None
 
     @property
     def whole(self) -> bool:
@@ -55,7 +57,11 @@ class Segment:
         since = None if mask is None or more <= 0 else mask[:, self.prompt : column]
         real = beside(self.mask, self.length, since, max(more, 0))
         length = self.length + more
-        return replace(self, prompt=column, length=length, mask=None if real is None else real[:, :length])
+        onward = self.onward
+        if onward is not None:
+            onward = onward + (more if since is None else since.sum(1, keepdim=True))
+        real = None if real is None else real[:, :length]
+        return replace(self, prompt=column, length=length, mask=real, onward=onward)
 
 
 def beside(left: torch.Tensor | None, columns: int, right: torch.Tensor | None, more: int) -> torch.Tensor | None:
@@ -155,6 +161,7 @@ class Sequence:
         past: what the cache holds in front of it, up to its first column; None if nothing.
         bias: `(batch, length)` float added to the attention scores on every entry (soft masks in training), or None.
         guesses: prompt columns at the end that are guesses at what comes after the prompt (assisted decoding).
+        onward: as of `Segment`.
     """
 
     prompt: int
@@ -170,6 +177,7 @@ class Sequence:
     past: Segment | None = None
     source: torch.Tensor | None = None
     moved: bool = False
+    onward: torch.Tensor | None = None
     masks: dict[Any, torch.Tensor | None] = field(default_factory=dict, compare=False)
 
     @property
@@ -291,7 +299,7 @@ class Sequence:
         """The decode state of the layers from `first` on."""
         before, held = (0, 0) if self.past is None else (self.past.prompt, self.past.length)
         mask, soft = self.with_past(self.mask), self.bias is not None
-        return Segment(first, before + self.prompt, held + self.length, mask, self.shift, soft)
+        return Segment(first, before + self.prompt, held + self.length, mask, self.shift, soft, self.onward)
 
     def swap(
         self, layer: nn.Module, index: int, hidden: torch.Tensor, kwargs: dict[str, Any], axes: Mapping[str, int]

@@ -19,9 +19,9 @@ from vlmprune.engine.plan import Hook, Plan, handed
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Pick, ProjectorCut, TowerCut, Vision
-from vlmprune.parts.layout import ImageGrid, Views
-from vlmprune.parts.merging import flow
-from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap
+from vlmprune.parts.layout import Views
+from vlmprune.parts.merging import picked
+from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
 from vlmprune.patches.tagged import untag
 from vlmprune.patches.towers import tower_layer
 
@@ -40,7 +40,8 @@ class TowerFrame:
 
     Attributes:
         note: where `seen` goes if not on the output; of the pixels (see `Tagged`).
-        grids: layouts of the images or videos, where a cut behind the tower wants them.
+        tower: whose pass it is.
+        call: what it is told of the call it is in.
         seen: measured taps.
         sizes: `(views, tokens)` float, patches that every token stands for; None before the first cut.
         place: `(views, original tokens)` long, the token that each original one is part of; None before the first cut.
@@ -49,8 +50,8 @@ class TowerFrame:
         inside: the last layer's cut between its two blocks, if it had one.
     """
 
-    def __init__(self, plan: Plan, note: Any = None, grids: list[ImageGrid] | None = None):
-        self.plan, self.has_cls, self.note, self.grids = plan, plan.facts.has_cls, note, grids
+    def __init__(self, plan: Plan, tower: nn.Module, call: Any, note: Any = None):
+        self.plan, self.has_cls, self.tower, self.call, self.note = plan, plan.facts.has_cls, tower, call, note
         self.seen: dict[Tap, torch.Tensor] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.sizes: torch.Tensor | None = None
@@ -70,7 +71,7 @@ class TowerFrame:
         for tap in self.plan.measured:
             if tap.layer == index:
                 with torch.no_grad(), loaded(layer):  # scores choose tokens; nothing is learned through them
-                    self.seen[tap] = tap.measure(tower_layer(layer), hidden.detach(), self.has_cls)
+                    self.seen[tap] = self.measure(tap, layer, hidden.detach(), kwargs)
         hidden = self.merge(Vision(index), hidden)
         self.places.append(self.place)
         if self.weigh:
@@ -81,6 +82,15 @@ class TowerFrame:
                 self.inputs[index], self.inside = hidden, Inside(self, cut, layer, rest, kwargs)
                 return self.inside.hand_over(hidden)
         return (hidden, *rest), kwargs
+
+    def measure(self, tap: TowerTap, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
+        """A tap by token, `(views, tokens, ...)`, of a tower layer's input; `(tokens, 1, ...)` of a packed one."""
+        sizes, family = self.call.sizes, self.plan.family
+        found = [tap.measure(*view, self.has_cls) for view in family.tower_views(layer, hidden, kwargs, sizes)]
+        if not self.plan.facts.packed:
+            return family.tokens_of(self.tower, found[0], sizes)
+        values = torch.cat([each.flatten(0, 1) for each in found])[None]
+        return family.tokens_of(self.tower, values, sizes).transpose(0, 1)
 
     def check_inside(self) -> None:
         """Raise if the cut inside the layer that ran last has not run: that layer then saw nothing but zeros."""
@@ -117,10 +127,10 @@ class TowerFrame:
         """Run a cut between tower and projector: exchange what its anchors stand for in the feature layers."""
         features = output.hidden_states[self.plan.facts.feature_layer + 1].detach()
         with torch.no_grad():
-            pick: Pick = cut.reduce({tap: self.look(tap, features) for tap in cut.see}, Views(self.grids))
+            pick: Pick = cut.reduce({tap: self.look(tap, features) for tap in cut.see}, Views(self.call.grids))
             check_pick(whose(self.plan, cut), pick, features, self.has_cls)
-        if pick.merge is not None:  # hosts hand out the layers that become features and no others
-            output.hidden_states = tuple(h if h is None else flow(h, pick.merge) for h in output.hidden_states)
+        # hosts hand out the layers that become features and no others
+        output.hidden_states = tuple(h if h is None else picked(h, pick) for h in output.hidden_states)
         self.seen[Kept()] = pick.keep
 
     def look(self, tap: Tap, hidden: torch.Tensor) -> torch.Tensor:
@@ -234,7 +244,7 @@ class BeforeTower(Hook):
             changed = cut.reduce(pixels)
             check_pixels(whose(self.plan, cut), changed, pixels)
             pixels = changed
-        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, note, call.grids)}
+        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, module, call, note)}
 
 
 @dataclass

@@ -21,7 +21,7 @@ class DivPrune(Pruner):
     Args:
         keep, average: patches per image, or a fraction. The official default is 0.098 of the tokens, rounded to the
             nearest number; fractions are floored here as everywhere (`keep=56` is the published count of 576).
-        positions: contiguous, as the official code (it cuts the embeddings before positions are made).
+        positions: the family's own; contiguous, as the official code (it cuts before positions are made).
         newlines: what happens to newline tokens. The official code lets them compete with the patches of an anyres
             image ("candidates"), which its published numbers for LLaVA-1.5 do not depend on; they are kept by default.
     """

@@ -41,11 +41,13 @@ class FoPru(Pruner):
             at least one row.
         strategy: "rank" (global top-k) or "row" (rows of the raster by mean score).
         score: "received" (any tower) or "cls" (towers with a [CLS] token).
-        layer: 0-based tower layer, negative from the end, or several; default the feature layer.
+        layer: 0-based tower layer, negative from the end, or several; default the feature layer, in a tower with
+            windows the last one up to it whose patches see all of the picture.
         ensemble: how the scores of several layers become one: "mean", "sum" (same ranking), "max" or "min".
         scope: "view" gives each view of an anyres image its share, "image" ranks all its patches together; rows are
             always taken per plane (the thumbnail, and the stitched canvas of crops).
-        positions: position ids after the cut; contiguous, as in code that embeds the kept tokens alone.
+        positions: position ids after the cut; the family's own, which where positions count is contiguous, as in code
+            that embeds the kept tokens alone.
         newlines: what happens to newline tokens.
     """
 
@@ -70,7 +72,7 @@ class FoPru(Pruner):
     def layers(self, facts: ModelFacts) -> list[int]:
         """The tower layers that are read."""
         if self.layer is None:
-            return [facts.feature_layer]
+            return [facts.attention_layer]
         given = self.layer if isinstance(self.layer, tuple) else (self.layer,)
         layers = [check_layer("layer", layer, facts.tower_layers) for layer in given]
         if not layers or len({*layers}) != len(layers):

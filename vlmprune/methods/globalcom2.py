@@ -102,7 +102,7 @@ class GlobalCom2(Pruner):
             newline after every canvas row, padded rows included, so a budget near all patches can make more tokens than
             there were, which is an error. It cannot be combined with other methods that cut, and at R = 1 it leaves the
             image as it is (the released code still thins dull crops).
-        positions: contiguous (code).
+        positions: the family's own; contiguous (code).
         newlines: what happens to newline tokens; `parity="released"` has its own rule.
     """
 

@@ -84,7 +84,7 @@ class ToDRE(Pruner):
             evaluation ask their processor. None takes all that stands in front of the first image for it, which is
             right where the image comes first; a question in front of the image then counts for nothing.
         seed: for `pivot="random"`; a whole number of at least 0.
-        positions: stage 1, contiguous (inferred); stage 2 always leaves the ids of the text alone.
+        positions: stage 1, the family's own, contiguous (inferred); stage 2 always leaves the ids of the text alone.
         newlines: stage 1; the paper is silent (its budget counts patches). Stage 2 drops newlines too.
     """
 

@@ -33,6 +33,7 @@ from vlmprune.parts import (
     keep_patches,
     match_alternating,
     match_energy,
+    need_views,
     spread_evenly,
 )
 
@@ -58,6 +59,7 @@ class EncoderMerge(Pruner):
     weigh: bool = False
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        need_views(self.name, facts, "take a method that cuts in the language model")
         word = "average" if self.keep is None else "keep"
         if facts.views and isinstance(self.budget, int):
             raise UnsupportedError(

@@ -27,6 +27,7 @@ from vlmprune.parts import (
     VisionAttention,
     gather_to,
     keep_patches,
+    need_views,
     stride,
     top_k,
     upload,
@@ -74,7 +75,7 @@ class VisionZip(Pruner):
             contextual tokens last; here all are in the order of their places).
         contextual: share of the budget that merges: 5/32 gives the released 30 of 192, 20 of 128, 10 of 64. At most
             what the [CLS] token leaves of it.
-        positions: contiguous, as the released code.
+        positions: the family's own; contiguous, as the released code.
         newlines: kept by default; the released code drops them with the un-padding.
 
     A tower without a [CLS] token is read by the mean attention that a patch receives (as the released code does for
@@ -94,6 +95,7 @@ class VisionZip(Pruner):
     newlines: AnyNewlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        need_views(self.name, facts, "take a method that cuts in the language model")
         row = VisionAttention(facts.feature_layer, "cls" if facts.has_cls else "patches")
         return [
             ProjectorCut((row, BlockKeys(facts.feature_layer)), self.merge),

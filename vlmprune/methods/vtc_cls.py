@@ -15,6 +15,7 @@ from vlmprune.parts import (
     Reduction,
     Scope,
     Seen,
+    UnsupportedError,
     VisionAttention,
     check_layer,
     ensemble_scores,
@@ -39,10 +40,11 @@ class VtcCls(Pruner):
             layers, which is the default here, scaled to the tower's depth; notes on the paper say 20 (three layers).
         ensemble: "sum" (code), "mean" (same ranking), "max" or "min" (ablations).
         fallback: None refuses towers without a [CLS] token; "received" scores by the mean attention received from all
-            patches over the same layers, a recognised stand-in that is not VTC-CLS.
+            patches over the same layers (in a tower with windows over those whose patches see all of the picture), a
+            recognised stand-in that is not VTC-CLS.
         scope: "view" gives each view of an anyres image its share (patches are split by largest remainder, so that the
             budget is met), "image" ranks all its patches together (the official code knows single views only).
-        positions: contiguous, as the official code (its prepare step drops the original ids).
+        positions: the family's own; contiguous, as the official code (its prepare step drops the original ids).
         newlines: what happens to newline tokens.
     """
 
@@ -72,7 +74,13 @@ class VtcCls(Pruner):
         if self.fallback is None:
             need_cls("vtc_cls", facts, "fallback='received' scores by attention received instead")
         rows = "cls" if facts.has_cls else "patches"
-        taps = tuple(VisionAttention(layer, rows) for layer in self.layers(facts))
+        layers = [layer for layer in self.layers(facts) if layer not in facts.windowed]
+        if not layers:
+            raise UnsupportedError(
+                f"vtc_cls reads tower layers {self.layers(facts)[0]}..{facts.tower_layers - 2} here, in all of which a "
+                f"patch sees its window alone: set start_layer to {facts.attention_layer} or less."
+            )
+        taps = tuple(VisionAttention(layer, rows) for layer in layers)
         return [Cut(Decoder(0), taps, self.reduce, self.positions)]
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:

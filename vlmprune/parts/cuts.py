@@ -101,10 +101,13 @@ class Pick:
         keep: `(views, patches)` bool, the patches (anchors) that stay.
         merge: what becomes of features, or None. Its numbers count the tower's tokens, [CLS] first where there is one,
             and its first axis is views; anchors that it names become the weighted sum of their sources.
+        mix: the same as a matrix, or None: `(views, patches, patches)`, by which every patch becomes a mixture of all;
+            the [CLS] token stays what it is. One of the two.
     """
 
     keep: torch.Tensor
     merge: Merge | None = None
+    mix: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ class Cut:
         at: the layer at whose input the sequence gets shorter.
         see: taps handed to `reduce`, keyed by themselves.
         reduce: pure function `(seen, layout) -> Reduction`; picklable (a bound method of the method object).
-        positions: "original" leaves the position ids of what is kept, "contiguous" closes the gaps that this cut makes.
+        positions: "original" leaves the position ids of what is kept, "contiguous" closes the gaps that this cut makes;
+            None is contiguous where positions count, and original where they lie on several axes (M-RoPE).
         reorders: whether the reduction writes tokens in an order of its own (`Merge.source`). The layout does not
             follow that, so no other method may cut the sequence.
     """
@@ -147,7 +151,7 @@ class Cut:
     at: Decoder
     see: tuple[Tap, ...]
     reduce: Callable[[dict[Tap, Any], Layout], Reduction]
-    positions: Positions = "contiguous"
+    positions: Positions | None = None
     reorders: bool = False
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vlmprune.errors import UnsupportedError
 
-__all__ = ["ModelFacts", "check_layer", "need_cls", "scale_tower_layer"]
+__all__ = ["ModelFacts", "check_layer", "need_cls", "need_views", "scale_tower_layer"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,11 @@ class ModelFacts:
         has_cls: whether the tower has a [CLS] token.
         decoder_layers: number of layers of the language model.
         views: whether one image may have several views (thumbnail and crops).
-        view_patches: patches of one view.
+        view_patches: patches of one view; 0 where pictures have any size.
+        axes: on how many axes a token's position lies: 1, or 3 (time, height and width: M-RoPE).
+        packed: whether the tower reads pictures of any size as one sequence.
+        windowed: tower layers in which a patch sees its window alone.
+        tower_from: checkpoint that the vision tower came from, where the model's config tells it.
     """
 
     family: str
@@ -30,6 +34,15 @@ class ModelFacts:
     decoder_layers: int
     views: bool
     view_patches: int
+    axes: int = 1
+    packed: bool = False
+    windowed: tuple[int, ...] = ()
+    tower_from: str | None = None
+
+    @property
+    def attention_layer(self) -> int:
+        """The last tower layer up to the feature layer whose patches see all of the picture."""
+        return max((layer for layer in range(self.feature_layer + 1) if layer not in self.windowed), default=0)
 
 
 def scale_tower_layer(layer: int, facts: ModelFacts) -> int:
@@ -57,4 +70,13 @@ def need_cls(method: str, facts: ModelFacts, way_out: str) -> None:
     if not facts.has_cls:
         raise UnsupportedError(
             f"{method} reads the attention of the tower's [CLS] token, and this tower has none; {way_out}."
+        )
+
+
+def need_views(method: str, facts: ModelFacts, way_out: str) -> None:
+    """Raise UnsupportedError if the tower has no views of one size; `way_out` names what to do instead."""
+    if facts.packed:
+        raise UnsupportedError(
+            f"{method} changes what the vision tower reads or makes of equal views, and this tower packs pictures of "
+            f"any size into one sequence; {way_out}."
         )

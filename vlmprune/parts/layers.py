@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import torch
 
     from vlmprune.parts.layout import Layout
+    from vlmprune.parts.taps import Tap
 
 __all__ = ["DecoderLayer", "Remaining", "Scene", "TowerLayer"]
 
@@ -45,8 +46,13 @@ class DecoderLayer(Protocol):
 
 
 class Remaining(Protocol):
-    """What is left of a prompt batch where a tap measures; `bias` `(batch, length)` is of soft masks, or None."""
+    """What is left of a prompt batch where a tap measures; `bias` `(batch, length)` is of soft masks, or None.
 
+    `columns` `(batch, length)` is the prompt column of every entry, of `prompt` columns.
+    """
+
+    prompt: int
+    columns: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
     bias: torch.Tensor | None
 
@@ -61,13 +67,19 @@ class Scene(Protocol):
     """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are.
 
     `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most;
-    `text_before` is the most that any row has in front of its first one.
+    `text_before` is the most that any row has in front of its first one. `seen` has what taps before have measured.
+    `ids` `(batch, length)` are those of the call, whose columns a sequence has that was not cut yet.
     """
 
     sequence: Remaining
     layout: Layout
     text_after: tuple[torch.Tensor, int]
     text_before: int
+    ids: torch.Tensor
+    seen: dict[Tap, torch.Tensor]
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The language model's own last norm of `(batch, length, dim)`."""
 
     def past_keys(self, layer: DecoderLayer) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The keys that a decoder layer holds in front of the sequence, or None, and which keys of both are real."""

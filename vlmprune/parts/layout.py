@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from vlmprune.errors import UnsupportedError
 from vlmprune.parts.budget import share
 
-__all__ = ["ImageGrid", "Layout", "Views", "download", "upload"]
+__all__ = ["ImageGrid", "Layout", "Views", "download", "frames_of", "upload"]
 
 
 class cached_property:  # as in functools, whose own takes a lock that torch.compile cannot trace
@@ -281,3 +282,18 @@ class Layout:
         return sum(
             flat[parts[..., i]] * weights[..., i].view(*parts.shape[:2], *[1] * (flat.ndim - 1)) for i in range(4)
         )
+
+
+def frames_of(name: str, layout: Layout) -> list[torch.Tensor]:
+    """Of every video `(frames, patches)` long: the tokens of its frames, in order.
+
+    Args:
+        name: of the method that asks, for the error.
+
+    Raises:
+        UnsupportedError: an earlier cut took patches, so that places of frames no longer correspond.
+    """
+    if layout.alive_patches != [grid.patches for grid in layout.grids]:
+        raise UnsupportedError(f"{name} compares whole frames, and an earlier cut has taken patches: put {name} first.")
+    places = [(~grid.newline).nonzero().flatten().view(grid.frames, -1) for grid in layout.grids]
+    return [upload(tokens, layout.device) for tokens in places]

@@ -39,6 +39,7 @@ __all__ = [
     "DecoderTap",
     "Distinctness",
     "Hidden",
+    "Inputs",
     "Kept",
     "ReceivedAttention",
     "Seen",
@@ -46,9 +47,11 @@ __all__ = [
     "TextAttention",
     "TowerTap",
     "VisionAttention",
+    "decoder_mass",
 ]
 
 
+VisionRows = Literal["cls", "patches", "all"]
 NO_CLS = "this tower has no [CLS] token"
 
 
@@ -81,6 +84,14 @@ def unknown(name: str, value: object, choices: object) -> str | None:
     return None if value in allowed else f"{name}={value!r} is not one of {', '.join(map(repr, allowed))}"
 
 
+def windowed(layer: int, facts: ModelFacts) -> str | None:
+    """Why attention received in a tower layer does not compare the patches of a picture, or None."""
+    if layer not in facts.windowed:
+        return None
+    whole = ", ".join(str(n) for n in range(facts.tower_layers) if n not in facts.windowed)
+    return f"in this layer a patch sees its window alone, whose scores do not compare with others'; take one of {whole}"
+
+
 def of_no_layer(tap: TowerTap) -> str | None:
     """Why a tap that is known when the tower is done cannot be of a layer, or None."""
     return None if tap.layer == -1 else f"it is of no layer: write {type(tap).__name__}()"
@@ -93,6 +104,7 @@ class TowerTap(Tap):
     layer: int
 
     behind_last: ClassVar[bool] = False  # whether it can be measured of the last layer's output, `measure(None, ...)`
+    vectors: ClassVar[bool] = False  # whether it says more of a patch than one number
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         # hosts hand out the output of the last layer only where it becomes the features
@@ -136,18 +148,20 @@ class VisionAttention(TowerTap):
     """Attention of a tower layer: post-softmax, head mean.
 
     `rows="cls"` is the [CLS] query's row over patch keys; `rows="patches"` the mean over patch queries, so the
-    attention each patch receives. Arrives as `(images, tokens)` float32 (newlines and padding are arbitrary).
+    attention each patch receives, and `rows="all"` that over all queries, the [CLS] token's included. Arrives as
+    `(images, tokens)` float32 (newlines and padding are arbitrary).
     """
 
-    rows: Literal["cls", "patches"] = "cls"
+    rows: VisionRows = "cls"
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         no_cls = NO_CLS if self.rows == "cls" and not facts.has_cls else None
-        return super().misfit(at, facts) or unknown("rows", self.rows, Literal["cls", "patches"]) or no_cls
+        wrong = unknown("rows", self.rows, VisionRows) or no_cls
+        return super().misfit(at, facts) or wrong or windowed(self.layer, facts)
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         first, normed = int(has_cls), layer.normed(hidden)
-        rows = normed[:, :1] if self.rows == "cls" else normed[:, first:]
+        rows = {"cls": normed[:, :1], "patches": normed[:, first:], "all": normed}[self.rows]
         return attention_mass(layer.queries(rows), layer.keys(normed), layer.scale)[:, first:]
 
 
@@ -168,6 +182,10 @@ class Distinctness(TowerTap):
     """Negated cosine of every patch to the mean patch of its view, at the input of a tower layer or behind the last."""
 
     behind_last: ClassVar[bool] = True
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        packed = "this tower packs pictures of any size into one sequence, without views" if facts.packed else None
+        return super().misfit(at, facts) or packed
 
     def measure(self, layer: TowerLayer | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return distinctness(hidden[:, int(has_cls) :])
@@ -208,6 +226,14 @@ class Kept(TowerTap):
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         wrong = None if isinstance(at, Decoder) else "only cuts in the language model come behind the one that keeps"
         return wrong or of_no_layer(self)
+
+
+@dataclass(frozen=True)
+class Inputs(DecoderTap):
+    """The visual tokens' own vectors at the input of a decoder layer, `(images, tokens, dim)`."""
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        return hidden.flatten(0, 1)[scene.flat_index()]
 
 
 @dataclass(frozen=True)

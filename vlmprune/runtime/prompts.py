@@ -108,14 +108,19 @@ def read_pairs(images: str, prompts: str, limit: int | None = None) -> list[Pair
     for line, image, prompt, answers in read_prompts(prompts):
         mine = named if image is None else meant(image, base, named)
         if not mine:
-            pattern = f" It fits none of the names there, such as {printable(next(iter(named)))!r}."
-            hint = pattern if glob.has_magic(image) else did_you_mean(image, named)
-            raise UserError(f"{prompts}, line {line}: no picture {printable(image)!r} in {base}.{hint}")
+            raise UserError(f"{prompts}, line {line}: {no_picture(image, base, named)}")
         for name, path in mine.items():
             found.setdefault((name, prompt), Pair(name, path, prompt, line, answers))
     chosen = sorted({pair.picture for pair in found.values()})[:limit]
     order = {name: i for i, name in enumerate(chosen)}
     return sorted((pair for pair in found.values() if pair.picture in order), key=lambda p: (order[p.picture], p.line))
+
+
+def no_picture(image: str, base: Path, named: dict[str, Path]) -> str:
+    """What to say of an image that means none of the pictures there are."""
+    pattern = f" It fits none of the names there, such as {printable(next(iter(named)))!r}."
+    hint = pattern if glob.has_magic(image) else did_you_mean(image, named)
+    return f"no picture {printable(image)!r} in {base}.{hint}"
 
 
 def meant(image: str, base: Path, named: dict[str, Path]) -> dict[str, Path]:
@@ -138,8 +143,18 @@ def is_file(path: Path) -> bool:
 def read_prompts(file: str) -> Iterator[tuple[int, str | None, str, tuple[str, ...]]]:
     """Line number, image (None for all), prompt and right answers of every line that is not blank."""
     path = Path(file).expanduser()
+    lines = [(i, line.strip()) for i, line in enumerate(text_of(path, file).split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{file} has no prompt in it: write one a line, or one JSON object a line.")
+    as_json = path.suffix.lower() in JSON_LINES or is_object(lines[0][1])
+    for number, line in lines:
+        yield (number, *parse_object(line, f"{file}, line {number}")) if as_json else (number, None, line, ())
+
+
+def text_of(path: Path, file: str) -> str:
+    """The text of a prompts file, which errors call `file`."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{file}, line {line}: this is not UTF-8 text.") from None
@@ -147,12 +162,6 @@ def read_prompts(file: str) -> Iterator[tuple[int, str | None, str, tuple[str, .
         raise UserError(f"no such prompts file: {file}") from None
     except OSError as error:
         raise UserError(f"cannot read the prompts file {file}: {brief(error)}") from None
-    lines = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UserError(f"{file} has no prompt in it: write one a line, or one JSON object a line.")
-    as_json = path.suffix.lower() in JSON_LINES or is_object(lines[0][1])
-    for number, line in lines:
-        yield (number, *parse_object(line, f"{file}, line {number}")) if as_json else (number, None, line, ())
 
 
 def is_object(line: str) -> bool:

@@ -37,8 +37,8 @@ def about(model: nn.Module) -> dict[str, Any]:
         "language_model": {"type": text.model_type} | {name: getattr(text, key, None) for name, key in sizes.items()},
         "tower": {
             "type": vision.model_type,
-            "layers": vision.num_hidden_layers,
-            "image_size": vision.image_size,
+            "layers": getattr(vision, "num_hidden_layers", None) or vision.depth,
+            "image_size": getattr(vision, "image_size", None),  # None where pictures have any size
             "patch_size": vision.patch_size,
         },
     }

@@ -9,7 +9,7 @@ both sides, so `vlmprune check` also compares decoding with masks of the whole s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Any
@@ -145,6 +145,13 @@ def stretches(
                 merged[layer].append(flow_of(cut, image, row, entries, mine))
             left.drop(row, gone, close=cut.positions == "contiguous")
         seen[layer] = left.copy()
+    return told_apart(whole, seen, merged, device)
+
+
+def told_apart(
+    whole: Left, seen: Mapping[int, Left], merged: Mapping[int, Sequence[Flow]], device: torch.device
+) -> list[Stretch]:
+    """The stretches of layers: what is left of the `whole` from a layer on, where something went or was merged."""
     made, before = [], whole
     for first, now in seen.items():
         if first == 0 or now.columns != before.columns or first in merged:  # else its cuts took nothing
@@ -228,22 +235,28 @@ def run_layers(
     positions: Sequence[torch.Tensor],
     cache: Any,
     decoded: int = 0,
+    injected: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
     """All decoder layers and the norm, called as the model calls them, each stretch with its own rows and positions.
 
     Args:
         hidden: `(batch, length, dim)` what the first stretch runs on.
-        positions: `(batch, length)` position ids, one per stretch.
+        positions: `(batch, length)` position ids, or `(axes, batch, length)`, one per stretch.
         cache: is filled.
         decoded: tokens after the prompt, `hidden` included; 0 in the prefill.
+        injected: `(batch, length, dim)` what is added to the hidden states behind layers 0, 1, ..., for the entries of
+            the first stretch.
     """
-    number, masks = -1, {}
+    number, masks, more = -1, {}, list(injected)
     for index, layer in enumerate(language_model.layers):
+        if 0 < index <= len(more):
+            hidden = hidden + more[index - 1]
         if number + 1 < len(parts) and parts[number + 1].first == index:
             number += 1
             part, masks = parts[number], {}
             if number and not decoded:
                 hidden = part.take(hidden)
+                more[index:] = [part.take(x) for x in more[index:]]
             rotary = language_model.rotary_emb(hidden, position_ids=positions[number])
         if (window := window_of(layer)) not in masks:  # full and sliding layers may take turns
             masks[window] = attention_mask(layer, index, hidden, part.longer(decoded), cache)
@@ -251,7 +264,7 @@ def run_layers(
             hidden,
             attention_mask=masks[window],
             position_embeddings=rotary,
-            position_ids=positions[number],
+            position_ids=positions[number] if positions[number].ndim == 2 else None,
             use_cache=True,
             **with_cache(cache),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from vlmprune.verify.runs import (
     by_hand,
     changes,
     dropped_by,
+    has_pictures,
     masked,
     other_positions,
     rows_of,
@@ -233,7 +234,8 @@ def intruded(prompt: dict[str, Any]) -> dict[str, Any]:
     def longer(row: torch.Tensor) -> torch.Tensor:
         return torch.cat((row[:, :-2], row[:, -1:].expand(-1, INTRUDERS), row[:, -2:]), 1)
 
-    return prompt | {name: longer(prompt[name]) for name in ("input_ids", "attention_mask")}
+    rows = ("input_ids", "attention_mask", "mm_token_type_ids")
+    return prompt | {name: longer(prompt[name]) for name in rows if name in prompt}
 
 
 def pruned_of(family: Family, handle: Handle, plain: Plain) -> Pruned:
@@ -244,7 +246,7 @@ def pruned_of(family: Family, handle: Handle, plain: Plain) -> Pruned:
     forced = answer.tokens[:FORCED].tolist() if isinstance(answer, Answer) else forced_tokens(prompts[0])
 
     def traced(inputs: dict[str, Any]) -> tuple[Run, Trace | None] | Exception:
-        made = attempt(lambda: run(family, model, inputs, forced))
+        made = attempt(lambda: run(family, model, inputs, forced, alone=has_pictures(inputs)))
         return made if isinstance(made, Exception) else (made, handle.trace if has_pictures(inputs) else None)
 
     return Pruned(
@@ -254,12 +256,11 @@ def pruned_of(family: Family, handle: Handle, plain: Plain) -> Pruned:
         attempt(lambda: rows_of(family, model, prompts[0])),
         [traced(prompt) for prompt in prompts],
         {side: traced(batch(prompts, side)) for side in SIDES},
-        [attempt(lambda prompt=prompt: run(family, model, intruded(prompt), forced)) for prompt in prompts],
+        [
+            attempt(lambda prompt=prompt: run(family, model, intruded(prompt), forced, alone=has_pictures(prompt)))
+            for prompt in prompts
+        ],
     )
-
-
-def has_pictures(prompt: dict[str, Any]) -> bool:
-    return "pixel_values" in prompt or "pixel_values_videos" in prompt
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ class Evidence:
         mistake: rows and cuts with a deliberate mistake, None where nothing is pruned.
         twin: what these come to.
         astray: what the prompt comes to with its forced tokens at other positions, None where nothing is pruned.
-        moved: what the prompt comes to under the other position policy, None where no cut took anything.
+        moved: what the prompt comes to at other positions (of `elsewhere`), None where no cut took anything.
     """
 
     family: Family
@@ -297,6 +298,14 @@ class Evidence:
     def rows_of(self, prompt: int) -> Rows:
         """The embeddings of a prompt, its pictures seen by the unpatched tower."""
         return rows_of(self.family, self.model, self.plain.prompts[prompt])
+
+
+def elsewhere(hand: Callable[[Rows, Sequence[CutTrace]], Hand], rows: Rows, trace: Trace) -> Hand:
+    """What the prompt comes to at other positions: another policy, or, on several axes, a plain count."""
+    if rows.places.ndim == 1:
+        return hand(rows, other_positions(trace))
+    count = torch.arange(rows.places.shape[-1], device=rows.places.device)
+    return hand(replace(rows, places=count.expand_as(rows.places)), trace.cuts)
 
 
 def gathered(family: Family, model: nn.Module, plain: Plain, pruned: Pruned, in_tower: bool) -> Evidence:
@@ -325,5 +334,5 @@ def gathered(family: Family, model: nn.Module, plain: Plain, pruned: Pruned, in_
         mistake,
         hand(*mistake) if mistake else None,
         hand(rows, trace.cuts, dropped_by(trace)) if mistake else None,
-        hand(rows, other_positions(trace)) if changed else None,
+        elsewhere(hand, rows, trace) if changed else None,
     )

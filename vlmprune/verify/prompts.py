@@ -12,9 +12,19 @@ from torch import nn
 from vlmprune.errors import UnsupportedError
 from vlmprune.patches import Family
 
-__all__ = ["batch", "check_placeholders", "check_rotary", "make_prompt", "prompts_for", "random_pixels", "random_text"]
+__all__ = [
+    "batch",
+    "check_placeholders",
+    "check_rotary",
+    "make_prompt",
+    "prompts_for",
+    "random_pixels",
+    "random_text",
+    "side_of",
+]
 
 FRAMES = 2  # of a video
+SIDE = 6  # tokens along a side of a picture, where pictures have any size
 ROOM = 16  # positions beside those of a prompt: tokens that are decoded, columns that a mistake lets through
 
 
@@ -36,6 +46,12 @@ def random_pixels(shape: tuple[int, ...], generator: torch.Generator) -> torch.T
     return (torch.nn.functional.interpolate(coarse, flat.shape[-2:], mode="bilinear") + 0.5 * flat).view(shape)
 
 
+def side_of(family: Family, inner: nn.Module) -> int:
+    """Pixels along a side of a small picture: of a view, or of some tokens where pictures have any size."""
+    vision = inner.config.vision_config
+    return SIDE * vision.spatial_merge_size * vision.patch_size if family.packed else vision.image_size
+
+
 def make_prompt(
     family: Family, model: nn.Module, parts: Sequence[int | str], sizes: Sequence[tuple[int, int]], seed: int
 ) -> dict[str, Any]:
@@ -46,32 +62,70 @@ def make_prompt(
         sizes: (height, width) of the pictures in pixels.
     """
     inner, generator = family.inner(model), torch.Generator().manual_seed(seed)
-    tile, videos = inner.config.vision_config.image_size, sum(part == "video" for part in parts)
+    tile, videos = side_of(family, inner), sum(part == "video" for part in parts)
     pictures, images, frames = {}, [], 0
     if sizes:
         pictures, images = pictures_of(family, inner, sizes, generator)
-    if videos:
+    if videos and family.packed:
+        more, (frames, *_) = packed_pictures(family, inner, "video", [(FRAMES, tile, tile // 2)] * videos, generator)
+        pictures |= more
+    elif videos:
         pictures["pixel_values_videos"] = random_pixels((videos, FRAMES, 3, tile, tile), generator)
         frames = family.video_grid(inner, FRAMES).tokens
     features = {"image": iter(images), "video": repeat(frames)}
     ids = [
         random_text(family, inner, (part,), generator)
         if isinstance(part, int)
-        else torch.full((next(features[part]),), family.token(inner, part))
+        else placeholders(family, inner, part, next(features[part]), generator)
         for part in parts
     ]
     tokens = torch.cat(ids)[None]
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures
+    if family.axes > 1:
+        kinds = (tokens == family.token(inner, modality) for modality in family.modalities)
+        inputs["mm_token_type_ids"] = sum(number * kind for number, kind in enumerate(kinds, 1))
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
     }
 
 
+def placeholders(
+    family: Family, inner: nn.Module, modality: str, tokens: int, generator: torch.Generator
+) -> torch.Tensor:
+    """Ids of the tokens of a picture; between the frames of a video stands text where a family has it so."""
+    token = family.token(inner, modality)
+    if modality == "image" or not family.stamped:
+        return torch.full((tokens,), token)
+    frame = torch.full((tokens // FRAMES,), token)
+    return torch.cat([torch.cat((random_text(family, inner, (2,), generator), frame)) for _ in range(FRAMES)])
+
+
+def packed_pictures(
+    family: Family, inner: nn.Module, modality: str, sizes: Sequence[tuple[int, int, int]], generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """As `pictures_of`, of (frames, height, width) each, for towers that read patches of any number in one sequence."""
+    vision, pixels = inner.config.vision_config, {"image": "pixel_values", "video": "pixel_values_videos"}
+    patch, grid = (
+        vision.patch_size,
+        [(t, height // vision.patch_size, width // vision.patch_size) for t, height, width in sizes],
+    )
+    patches = [
+        random_pixels((t, 3, rows * patch, cols * patch), generator).unfold(2, patch, patch).unfold(3, patch, patch)
+        for t, rows, cols in grid
+    ]
+    flat = [x.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1) for x in patches]
+    values = torch.cat(flat).repeat(1, vision.temporal_patch_size)
+    tokens = [family.packing(inner, modality, size).trace().tokens for size in grid]
+    return {pixels[modality]: values, f"{modality}_grid_thw": torch.tensor(grid)}, tokens
+
+
 def pictures_of(
     family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """The arguments that bring random pictures of some sizes, and how many tokens each becomes."""
+    if family.packed:
+        return packed_pictures(family, inner, "image", [(1, *size) for size in sizes], generator)
     given, tile = {"image_sizes": torch.tensor(sizes)}, inner.config.vision_config.image_size
     if "batch_num_images" in family_arguments(inner):
         given["batch_num_images"] = torch.tensor([len(sizes)])
@@ -91,7 +145,7 @@ def family_arguments(inner: nn.Module) -> list[str]:
 
 def prompts_for(family: Family, model: nn.Module, videos: bool) -> list[dict[str, Any]]:
     """Three prompts that differ in all they can: two pictures (a video and one, with `videos`), one, and none."""
-    tile = family.inner(model).config.vision_config.image_size
+    tile = side_of(family, family.inner(model))
     wide, tall = (tile, 2 * tile), (2 * tile, tile - tile // 3)
     if videos:
         first = make_prompt(family, model, [7, "video", 5, "image", 9], [tall], 1)
@@ -153,10 +207,15 @@ def batch(prompts: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
     ids = [padded(prompt["input_ids"], width, side, int(prompt["input_ids"][0, -1])) for prompt in prompts]
     masks = [padded(prompt["attention_mask"], width, side, 0) for prompt in prompts]
     out = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
-    for name in [name for name in dict.fromkeys(chain(*prompts)) if name not in out]:
-        values = [prompt[name] for prompt in prompts if name in prompt]
-        out[name] = torch.cat(equal_views(values) if name == "pixel_values" else values)
-    return out
+    if "mm_token_type_ids" in prompts[0]:
+        out["mm_token_type_ids"] = torch.cat([padded(p["mm_token_type_ids"], width, side, 0) for p in prompts])
+    others = dict.fromkeys(name for name in chain(*prompts) if name not in out)
+    return out | {name: joined(name, [prompt[name] for prompt in prompts if name in prompt]) for name in others}
+
+
+def joined(name: str, values: list[torch.Tensor]) -> torch.Tensor:
+    """What several prompts say under one name, one after the other."""
+    return torch.cat(equal_views(values) if name == "pixel_values" else values)
 
 
 def padded(row: torch.Tensor, width: int, side: str, value: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from vlmprune.patches import Family
 from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.patches.language_models import window_of
 from vlmprune.trace import CutTrace, Trace
-from vlmprune.verify.byhand import Stretch, flow_of, flows, run_layers, stretches
+from vlmprune.verify.byhand import Flow, Stretch, flow_of, flows, run_layers, stretches
 
 __all__ = [
     "FORCED",
@@ -26,6 +26,7 @@ __all__ = [
     "by_hand",
     "changes",
     "dropped_by",
+    "has_pictures",
     "masked",
     "of_images",
     "other_positions",
@@ -67,28 +68,43 @@ def last_hidden(inner: nn.Module) -> Iterator[list[torch.Tensor]]:
         hook.remove()
 
 
-def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequence[int]) -> Run:
+def has_pictures(prompt: dict[str, Any]) -> bool:
+    """Whether a call brings pictures."""
+    return "pixel_values" in prompt or "pixel_values_videos" in prompt
+
+
+def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequence[int], alone: bool = False) -> Run:
     """Run a padded batch (or one prompt), patched or not.
 
     Without padding no mask is handed over (`generate` does the same): with one, attention may take another kernel than
     by hand, which in half precision is seen.
+
+    Args:
+        alone: whether the model is to place decoded tokens alone where positions lie on several axes; an unpatched one
+            cannot, since it counts a mask that is longer than the call.
     """
     mask, padded = inputs["attention_mask"], not bool(inputs["attention_mask"].all())
     inputs = inputs if padded else without(inputs, "attention_mask")
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     every = torch.arange(len(mask), device=mask.device)
-    first = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": True, "logits_to_keep": 1}
+    first, on_axes = {"use_cache": True, "logits_to_keep": 1}, family.axes > 1
+    if not on_axes:
+        first["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     with last_hidden(family.inner(model)) as seen:
         out = model(**inputs, **first)
     hidden, cache = seen[0], returned_cache(out)
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     logits = [model.get_output_embeddings()(hidden[every, last])]
     place = mask.sum(1, keepdim=True)
+    if on_axes:
+        place = place + (family.inner(model).rope_deltas if has_pictures(inputs) else 0)
     for token in forced:
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         ids = mask.new_full((len(mask), 1), token)
         given = {"attention_mask": mask} if padded else {}
-        out = model(input_ids=ids, position_ids=place, use_cache=True, **given, **with_cache(cache))
+        if not alone or not on_axes:
+            given["position_ids"] = place.expand(family.axes, -1, -1) if on_axes else place
+        out = model(input_ids=ids, use_cache=True, **given, **with_cache(cache))
         logits.append(out.logits[:, -1])
         place = place + 1
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
@@ -108,11 +124,15 @@ class Rows:
         ids: `(1, length)`.
         hidden: `(1, length, dim)` embeddings with the visual features in place.
         images: prompt columns of the tokens of every image, then of every video.
+        places: `(length,)` position ids, or `(axes, length)`.
+        injected: `(1, length, dim)` what is added to the hidden states behind layers 0, 1, ...
     """
 
     ids: torch.Tensor
     hidden: torch.Tensor
     images: list[list[int]]
+    places: torch.Tensor
+    injected: list[torch.Tensor]
 
 
 def rows_of(family: Family, model: nn.Module, prompt: dict[str, Any]) -> Rows:
@@ -121,12 +141,27 @@ def rows_of(family: Family, model: nn.Module, prompt: dict[str, Any]) -> Rows:
     The engine's `encode` is used, which only calls the model's own encoders.
     """
     inner, ids = family.inner(model), prompt["input_ids"]
-    hidden, images = model.get_input_embeddings()(ids).clone(), []
+    hidden, images, injected = model.get_input_embeddings()(ids).clone(), [], []
     for modality, encoded in encode(inner, without(prompt, "input_ids", "attention_mask"), family).items():
         columns = (ids[0] == family.token(inner, modality)).nonzero().flatten()
         hidden[0, columns] = torch.cat(list(encoded.pooler_output)).to(hidden.dtype)
         images += [part.tolist() for part in columns.split([len(f) for f in encoded.pooler_output])]
-    return Rows(ids, hidden, images)
+        for layer, features in enumerate(getattr(encoded, "deepstack_features", ())):
+            injected += [torch.zeros_like(hidden)] * (layer == len(injected))
+            injected[layer][0, columns] = torch.cat(list(features)).to(hidden.dtype)
+    return Rows(ids, hidden, images, places_of(family, inner, prompt), injected)
+
+
+def places_of(family: Family, inner: nn.Module, prompt: dict[str, Any]) -> torch.Tensor:
+    """As `Rows.places`, on several axes by the host's own rule."""
+    length, device = prompt["input_ids"].shape[1], prompt["input_ids"].device
+    count = torch.arange(length, device=device)
+    if family.axes == 1:
+        return count
+    if not has_pictures(prompt):
+        return count.expand(family.axes, -1)
+    wanted = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw")
+    return inner.get_rope_index(**{name: prompt[name] for name in wanted if name in prompt})[0][:, 0]
 
 
 def extended(model: nn.Module, rows: Rows, forced: Sequence[int]) -> torch.Tensor:
@@ -168,11 +203,16 @@ def by_hand(
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     parts = stretches(cuts, [0] * len(rows.images), rows.images, (1, length), rows.hidden.device)
     cache = DynamicCache(config=language_model.config)
-    entered = parts[0].take(rows.hidden)
-    prompt = run_layers(language_model, entered, parts, [part.positions for part in parts], cache)
+    columns = columns_of(parts, length, 0, len(language_model.layers))
+    entered, injected = parts[0].take(rows.hidden), [parts[0].take(x) for x in rows.injected]
+    places, end = [part.positions for part in parts], length
+    if rows.places.ndim > 1:
+        places = [rows.places[:, None, columns[part.first]] for part in parts]
+        end = int(rows.places.max()) + 1
+    prompt = run_layers(language_model, entered, parts, places, cache, injected=injected)
     logits, tokens = [head(prompt[:, -1])], embed(rows.ids.new_tensor([list(forced)]))
     for number in range(len(forced)):
-        places = [length + number + astray - part.shift for part in parts]
+        places = [end + number + astray - part.shift for part in parts]
         step = run_layers(language_model, tokens[:, number : number + 1], parts, places, cache, number + 1)
         logits.append(head(step)[:, -1])
     return Hand(
@@ -223,13 +263,19 @@ def masked(
     language_model = family.language_model(family.inner(model))
     hidden = extended(model, rows, forced)
     number = torch.arange(hidden.shape[1], device=hidden.device)
-    alive, place = torch.ones_like(number, dtype=torch.bool), number.clone()
-    place[rows.ids.shape[1] :] += astray
+    alive = torch.ones_like(number, dtype=torch.bool)
+    behind = rows.places.max() + 1 + astray + torch.arange(len(forced), device=number.device)
+    place = torch.cat((rows.places, behind.expand(*rows.places.shape[:-1], -1)), -1)
+    more = [nn.functional.pad(x, (0, 0, 0, len(forced))) for x in rows.injected]
     masks: dict[Any, torch.Tensor] = {}
     with masks_allowed(language_model):
         for index, layer in enumerate(language_model.layers):
+            hidden = hidden + more[index - 1] if 0 < index <= len(more) else hidden
             for cut in (cut for cut in cuts if cut.layer == index):
-                gone, hidden = taken(cut, rows.images, alive, hidden)
+                gone, merging = taken(cut, rows.images, alive)
+                for flow in merging:
+                    hidden = flow.apply(hidden)
+                    more = [flow.apply(x) if later >= index else x for later, x in enumerate(more)]
                 alive &= ~gone
                 if cut.positions == "contiguous":
                     place = place - gone.cumsum(0)
@@ -239,24 +285,22 @@ def masked(
             hidden = layer(
                 hidden,
                 attention_mask=masks[window][None, None],
-                position_embeddings=language_model.rotary_emb(hidden, position_ids=place[None]),
+                position_embeddings=language_model.rotary_emb(hidden, position_ids=place[..., None, :]),
                 position_ids=number[None],
             )
         out = language_model.norm(hidden)[0, -1 - len(forced) :]
     return model.get_output_embeddings()(out)
 
 
-def taken(
-    cut: CutTrace, images: Sequence[Sequence[int]], alive: torch.Tensor, hidden: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns that a cut takes of those `alive`, `(length,)` bool, and `(1, length, dim)` as it merges that."""
-    gone, there = torch.zeros_like(alive), alive.tolist()
+def taken(cut: CutTrace, images: Sequence[Sequence[int]], alive: torch.Tensor) -> tuple[torch.Tensor, list[Flow]]:
+    """The columns that a cut takes of those `alive`, `(length,)` bool, and how it merges them."""
+    gone, there, merging = torch.zeros_like(alive), alive.tolist(), []
     for image, columns in enumerate(images):
         mine = torch.tensor(columns, dtype=torch.long, device=alive.device)
         gone[mine] = alive[mine] & ~cut.keep[image, : len(mine)]
         if flows(cut, gone[mine].any()):
-            hidden = flow_of(cut, image, 0, {c: c for c in columns if there[c]}, columns).apply(hidden)
-    return gone, hidden
+            merging.append(flow_of(cut, image, 0, {c: c for c in columns if there[c]}, columns))
+    return gone, merging
 
 
 def mask_of(alive: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:

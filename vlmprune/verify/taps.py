@@ -36,7 +36,7 @@ from vlmprune.patches.language_models import decoder_layer
 from vlmprune.patches.towers import tower_layer
 from vlmprune.verify.checks import raised, severest
 from vlmprune.verify.evidence import attempt
-from vlmprune.verify.prompts import make_prompt
+from vlmprune.verify.prompts import make_prompt, side_of
 from vlmprune.verify.verdict import Line, Noise, judge, worst
 
 __all__ = ["taps_line"]
@@ -60,11 +60,15 @@ class Asked:
 
     @classmethod
     def of(cls, cuts: Sequence[AnyCut]) -> Asked:
-        asked = dict.fromkeys((cut.at, tap) for cut in cuts for tap in cut.see)
-        taps = dict.fromkeys(tap for _, tap in asked if isinstance(tap, ATTENTION))
-        hidden = dict.fromkeys(at.layer for at, tap in asked if tap == Hidden() and isinstance(at, Decoder))
-        rest = [tap for at, tap in asked if tap not in taps and not (tap == Hidden() and isinstance(at, Decoder))]
-        return cls(tuple(taps), tuple(hidden), tuple(dict.fromkeys(type(tap).__name__ for tap in rest)))
+        made: dict[str, dict[Any, None]] = {"taps": {}, "hidden": {}, "others": {}}
+        for at, tap in dict.fromkeys((cut.at, tap) for cut in cuts for tap in cut.see):
+            if isinstance(tap, ATTENTION):
+                made["taps"][tap] = None
+            elif tap == Hidden() and isinstance(at, Decoder):
+                made["hidden"][at.layer] = None
+            else:
+                made["others"][type(tap).__name__] = None
+        return cls(**{name: tuple(found) for name, found in made.items()})
 
 
 class Look(Method):
@@ -118,12 +122,15 @@ class AttentionWatch(TorchFunctionMode):
     """Notes what eager attention hands to its softmax, and the keys that it multiplies queries by."""
 
     scores: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
     keys: torch.Tensor | None = None
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is nn.functional.softmax:
             self.scores = args[0]
-        elif func in (torch.matmul, torch.Tensor.matmul) and self.keys is None and args[1].ndim == 4:
+            self.weights = func(*args, **(kwargs or {}))
+            return self.weights
+        if func in (torch.matmul, torch.Tensor.matmul) and self.keys is None and args[1].ndim == 4:
             self.keys = args[1].transpose(-1, -2)
         return func(*args, **(kwargs or {}))
 
@@ -140,7 +147,7 @@ def rerun(attention: nn.Module, args: tuple, kwargs: dict, nudge: bool) -> tuple
     given = ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})
     with AttentionWatch() as watch:
         out = attention.forward(*given[0], **given[1])  # not called: hooks are for the model's own calls
-    weights = out[1] if isinstance(out, tuple) and len(out) > 1 else None
+    weights = out[1] if isinstance(out, tuple) and len(out) > 1 else watch.weights  # towers that throw them away
     if weights is None or watch.scores is None or watch.keys is None:
         raise UnsupportedError(f"{type(attention).__name__} hands back no weights of eager attention")
     return weights, watch.scores, watch.keys
@@ -193,6 +200,7 @@ class Host:
 
     blocks: dict[Site, Block]
     hidden: dict[int, torch.Tensor]
+    rotary: tuple[torch.Tensor, ...] = ()  # what a packed tower turned its patches by
 
 
 def host_of(family: Family, model: nn.Module, inputs: dict[str, Any], asked: Asked) -> Host:
@@ -206,6 +214,8 @@ def host_of(family: Family, model: nn.Module, inputs: dict[str, Any], asked: Ask
 
     def note(site: Site, attention: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
         found.blocks[site] = block_of(attention, args, kwargs)
+        if family.packed and site[0] is TowerTap:
+            found.rotary = kwargs["position_embeddings"]
 
     def states(layer: int, module: nn.Module, args: tuple, kwargs: dict) -> None:
         found.hidden[layer] = args[0] if args else kwargs["hidden_states"]
@@ -245,6 +255,7 @@ class Places:
         tokens: numbers of the patches among the picture's tokens.
         numbers: of the patches among all that the tower made, `view * patches of a view + patch`.
         first: tokens in front of a view's patches.
+        home: `(tokens, patches of one)` numbers of the tower's patches by token, where a token is made of several.
     """
 
     visual: torch.Tensor
@@ -252,13 +263,14 @@ class Places:
     tokens: torch.Tensor
     numbers: torch.Tensor
     first: int
+    home: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, visual: torch.Tensor, layout: Layout, has_cls: bool) -> Places:
+    def of(cls, visual: torch.Tensor, layout: Layout, has_cls: bool, home: torch.Tensor | None = None) -> Places:
         grid, device = layout.grids[0], visual.device
         tokens = (~grid.newline).nonzero().flatten().to(device)
         numbers = grid.source[~grid.newline].to(device)
-        return cls(visual, visual.nonzero().flatten()[tokens], tokens, numbers, int(has_cls))
+        return cls(visual, visual.nonzero().flatten()[tokens], tokens, numbers, int(has_cls), home)
 
 
 def wanted(tap: Tap, host: Attended, at: Places) -> torch.Tensor:
@@ -266,7 +278,9 @@ def wanted(tap: Tap, host: Attended, at: Places) -> torch.Tensor:
     if isinstance(tap, BlockKeys):
         return host.keys
     if isinstance(tap, TowerTap):
-        return of_tower(tap, host, at).flatten()[at.numbers][None]
+        patches = of_tower(tap, host, at)
+        tokens = patches if at.home is None else patches[:, at.home].mean(-1)
+        return tokens.flatten()[at.numbers][None]
     weights, here = host.weights[0], at.patches
     after = weights[int(at.visual.nonzero().max()) + 1 :]
     match tap:
@@ -277,6 +291,15 @@ def wanted(tap: Tap, host: Attended, at: Places) -> torch.Tensor:
             own = mean_score(host.scores[0][here][:, here]) if tap.logits else weights[here].mean(0)[here]
             return torch.stack((own, after.mean(0)[here]))
     return shares(tap, weights, at.visual)[None]
+
+
+def home_of(tower: nn.Module, rotary: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor:
+    """As `Places.home` of one picture, told by what the tower turned every patch by: that is another in each place."""
+    (rows, cols), merge = layout.grids[0].side, tower.spatial_merge_size
+    down, right, i, j = torch.meshgrid(*map(torch.arange, (rows, cols, merge, merge)), indexing="ij")
+    places = torch.stack((down * merge + i, right * merge + j), -1).flatten(0, 3).to(rotary[0].device)
+    due, there = (torch.cat(list(pair), -1).double() for pair in (tower.rotary_pos_emb(rotary[0], places), rotary))
+    return torch.cdist(due, there).argmin(1).view(-1, merge**2)
 
 
 def of_tower(tap: Tap, host: Attended, at: Places) -> torch.Tensor:
@@ -334,14 +357,16 @@ def hidden_line(layer: int, value: torch.Tensor, host: torch.Tensor, at: Places,
 
 def compared(family: Family, model: nn.Module, asked: Asked, most: float) -> Line:
     """All taps: the line that says most against the model."""
-    tile, look = family.inner(model).config.vision_config.image_size, Look(asked)
-    inputs = make_prompt(family, model, [5, "image", 7], [(tile, tile)], 4)
+    tile, look = side_of(family, family.inner(model)), Look(asked)
+    # a picture of any size is no square of windows, whose order could be its own inverse
+    inputs = make_prompt(family, model, [5, "image", 7], [(tile, tile // 2 if family.packed else tile)], 4)
     with eager(model):
         host = host_of(family, model, inputs, asked)
         with patch(model, look) as handle:
             model(**inputs, use_cache=False)
     inner = family.inner(model)
-    at = Places.of(inputs["input_ids"][0] == family.token(inner), look.layout, handle._plan.facts.has_cls)
+    home = home_of(family.towers(inner)[0], host.rotary, look.layout) if host.rotary else None
+    at = Places.of(inputs["input_ids"][0] == family.token(inner), look.layout, handle._plan.facts.has_cls, home)
     lines = [tap_line(tap, look.seen[tap], host.blocks[site_of(tap)], at, model.dtype, most) for tap in asked.taps]
     lines += [hidden_line(n, look.seen[n], host.hidden[n], at, model.dtype) for n in asked.hidden]
     return severest(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -142,8 +142,10 @@ class Atp(Method):
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         config, mine = self.thresholds.config, asdict(facts)
-        if other := [k for k in mine if config.model.get(k) != mine[k]]:
-            told = ", ".join(f"{k} {config.model.get(k)!r} (this model: {mine[k]!r})" for k in other)
+        # files may be older than a fact
+        theirs = {f.name: f.default for f in fields(facts) if f.default is not MISSING} | config.model
+        if other := [k for k in mine if theirs.get(k) != mine[k]]:
+            told = ", ".join(f"{k} {theirs.get(k)!r} (this model: {mine[k]!r})" for k in other)
             raise ValueError(f"these weights are for another model: {told}. Train modules for this one: {TRAIN}")
         logits = config.score_norm == "logits"
         # layers count from 1: "after layer p" is the input of layer p counted from 0

@@ -1,0 +1,35 @@
+"""Qwen2.5-VL: most layers of the tower look at windows, and all of them read patches window by window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmprune.parts.layout import upload
+from vlmprune.patches.qwen2_vl import Qwen2VL
+
+__all__ = ["Qwen2_5VL"]
+
+
+class Qwen2_5VL(Qwen2VL):
+    """`Qwen2_5_VLForConditionalGeneration`."""
+
+    model_type = "qwen2_5_vl"
+    title = "Qwen2.5-VL (Qwen2_5_VLForConditionalGeneration)"
+    usual_tower = "qwen2_5_vl_vision"
+
+    def windowed(self, inner: nn.Module) -> tuple[int, ...]:
+        vision = inner.config.vision_config
+        return tuple(layer for layer in range(vision.depth) if layer not in vision.fullatt_block_indexes)
+
+    def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any]) -> torch.Tensor:
+        from transformers.vision_utils import get_vision_window_index
+
+        order, _ = get_vision_window_index(
+            torch.tensor(sizes), tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        # `order` says which token stands where; its inverse brings every token home
+        return super().tokens_of(tower, values, sizes)[:, upload(order.argsort(), values.device)]
