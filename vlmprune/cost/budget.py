@@ -67,8 +67,8 @@ class Costs:
         tile = getattr(self.config.vision_config, "image_size", None)
         if not isinstance(tile, int):
             raise UnsupportedError(
-                f"what a prefill of {self.family.model_type} costs is not computed: its tower takes pictures of any size. "
-                "Give keep= or average=; `vlmprune tune` measures."
+                f"what a prefill of {self.family.model_type} costs is not computed: its tower takes pictures of any "
+                "size. Give keep= or average=; `vlmprune tune` measures."
             )
         self.size = (2 * tile, 2 * tile) if self.family.views else (tile, tile)
         self.grid = self.family.image_grid(inner, self.size)
