@@ -29,7 +29,7 @@ VERSIONS_TESTS ?= tests/trained
 # More threads are slower for models this small, and unbearably so beside another process.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo pictures test test-all test-fast test-oldest test-versions test-real test-serving support bench docs lint format wheel clean
+.PHONY: help install demo pictures test test-all test-fast test-oldest test-versions test-real test-app test-serving support bench docs lint format wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -115,6 +115,22 @@ $(REAL_VENV)/.installed: $(VENV)/.installed
 test-real: export HF_HUB_OFFLINE = 1
 test-real: $(REAL_VENV)/.installed ## run the tests on real weights (downloads 180 MB; takes long)
 	VLMPRUNE_REAL="$(abspath $(REAL))" $(REAL_VENV)/bin/python -P -m pytest -rP $(PYTEST_ARGS) $(REAL_TESTS)
+
+# Gradio asks for an older Pillow than the rest is tested with.
+APP_VENV := .venv-app
+APP_TESTS ?= tests/runtime/test_app.py
+$(APP_VENV)/.installed: $(VENV)/.installed
+	rm -rf $(APP_VENV)
+	$(VENV)/bin/python -m venv --without-pip $(APP_VENV)
+	@shared=$$($(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	own=$$($(APP_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$shared')" > "$$own/shared.pth"
+	$(APP_VENV)/bin/python -m pip --disable-pip-version-check install --quiet gradio==6.31.0
+	@touch $@
+
+test-app: export HF_HUB_OFFLINE = 1
+test-app: $(APP_VENV)/.installed ## run the tests of the page of `vlmprune app` (needs Chromium)
+	VLMPRUNE_BROWSER=required $(APP_VENV)/bin/python -P -m pytest $(PYTEST_ARGS) $(APP_TESTS)
 
 # vLLM in an environment of its own (3.5 GB): its pin of transformers (below 5.20) is not ours, and its torchvision, which
 # it cannot do without, is a CUDA build, which a shim lets in. Not part of `test`.

@@ -46,9 +46,9 @@ def included(name: str) -> str:
 
 def command_line() -> str:
     """All verbs, from what they say of themselves."""
-    from vlmprune.cli import app
+    from vlmprune.cli import command
 
-    group = typer.main.get_command(app)
+    group = typer.main.get_command(command)
     with group.make_context("vlmprune", [], resilient_parsing=True) as context:
         return "\n\n".join(verb(name, group.get_command(context, name)) for name in group.list_commands(context))
 

@@ -48,13 +48,17 @@ FEW = ["llava", "next", "vip", "onevision", "next-video", "next-video-video"]  #
 CUTTERS = ["fopru", "fastv", "todre", "tome"]  # before the language model, in it, both, and in the tower
 OPTIONS = {
     "todre": lambda model: {"keep": 0.4, "tau": 0.35},
+    "cdpruner": lambda model: {"keep": 0.4, "relevance": "embeddings"},
     "transprune": lambda model: {"keep": 0.3},
     "atp": lambda model: {"thresholds": tiny.modules(model, biases=(-0.3, 1.5))},
 }
+# methods of videos alone
+MOVING = [name for name in registry.names() if "image" in registry.find(name).refuses_inputs]
+STILL = [name for name in registry.names() if name not in MOVING]
 REFUSED = {("globalcom2", kind): f"{kind} models have a single view" for kind in (*tiny.SINGLE, *tiny_qwen.CLASSES)}
 REFUSED |= {
     (name, kind): "packs pictures of any size"
-    for name in ("downsample", "pitome", "tome", "visionzip")
+    for name in ("downsample", "pitome", "prumerge", "prumerge_plus", "tome", "visionzip")
     for kind in tiny_qwen.CLASSES
 }
 FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}}
@@ -76,8 +80,10 @@ class Scene:
         """The scene's name."""
         return next(name for name, given in (FAMILIES | QWEN).items() if given == (self.options, self.kind))
 
-    def prompt(self):
-        """Several pictures in one prompt; with videos, images and videos mixed."""
+    def prompt(self, name=None):
+        """Several pictures in one prompt; with videos, images and videos mixed, where a method takes images."""
+        if self.kind == "videos" and name in MOVING:
+            return tiny.prompt(self.model, [4, "video", 3, "video", 5], [], videos=[3, 3])
         if self.kind == "videos":
             parts = [4, "video", 3, "image", 2, "video", 5]
             return tiny.prompt(self.model, parts, [(40, 24)], videos=[3, 3])
@@ -87,6 +93,8 @@ class Scene:
         """Prompts that differ in all they can, of what a method takes: several images have one view each, to some."""
         if self.kind == "videos":
             parts = [([3, "video", 4], [], [3]), ([6], [], []), (["image", 2, "video", 9, "video"], [(20, 70)], [3, 3])]
+            if name in MOVING:
+                parts[2] = (["video", 9, "video"], [], [3, 3])
         else:
             sizes = [LARGE[self.kind], (20, 70), (24, 24)]
             # Qwen-VL tells neighbouring images apart by what stands between them
@@ -113,7 +121,7 @@ class Scene:
     def refusal(self, name):
         """Why a method is not run on what it is shown, in its own words."""
         why = registry.find(name).refuses_inputs
-        kinds = {"images": [], "shrunk": ["shrunk"], "videos": ["video", "shrunk"]}[self.kind]
+        kinds = {"images": ["image"], "shrunk": ["image", "shrunk"], "videos": ["video", "shrunk"]}[self.kind]
         return next((why[kind] for kind in kinds if kind in why), None)
 
 

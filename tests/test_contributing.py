@@ -138,7 +138,7 @@ def test_its_family_is_computed_as_its_trace_says(example, monkeypatch):
 
 def test_its_verb_prints_facts(example, cli, monkeypatch, tmp_path):
     module = example("vlmprune facts")
-    command.app.command("facts", cls=Verb, epilog=module.EXAMPLES)(module.verb)
+    command.command.command("facts", cls=Verb, epilog=module.EXAMPLES)(module.verb)
     try:
         code, out, err = cli("facts", "--model", tiny_folders.save(tmp_path), "--json")
         told = json.loads(out)
@@ -147,7 +147,7 @@ def test_its_verb_prints_facts(example, cli, monkeypatch, tmp_path):
         assert (code, module.EXAMPLES in out) == (0, True)
         assert cli("facts", "--model", "nowhere")[0] == 2
     finally:
-        command.app.registered_commands.pop()
+        command.command.registered_commands.pop()
 
 
 def test_its_taps_measure_what_they_say(example):

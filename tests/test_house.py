@@ -20,9 +20,10 @@ BESIDE = {
     "methods": {"parts"},
     "registry": {"methods"},
     "yamls": set(),
+    "recipe": {"methods", "registry", "spec", "yamls"},
     "cost": {"engine", "kernels", "methods", "parts", "patches"},
     "spec": {"methods", "registry", "parts"},
-    "api": {"engine", "kernels", "methods", "parts", "patches", "registry", "spec", "trace"},
+    "api": {"cost", "engine", "kernels", "methods", "parts", "patches", "recipe", "registry", "spec", "trace"},
     # a host of its own: what hooks into transformers is not for it
     "serving": {"engine", "methods", "parts", "patches", "registry", "spec", "trace", "kernels"},
     "vllm": {"serving"},
@@ -31,9 +32,9 @@ BESIDE = {
 #: What a floor may see besides those below it.
 ALSO = {
     "engine": {"trace", "methods"},  # of methods the base class alone
-    "runtime": {"api", "registry", "spec", "trace", "verify", "methods"},
-    "eval": {"api", "cost", "registry", "serving", "spec", "vllm", "trace", "verify", "methods", "yamls"},
-    "cli": {"api", "cost", "registry", "serving", "spec", "vllm", "trace", "verify", "methods", "yamls"},
+    "runtime": {"api", "recipe", "registry", "spec", "trace", "verify", "methods"},
+    "eval": {"api", "cost", "recipe", "registry", "serving", "spec", "vllm", "trace", "verify", "methods", "yamls"},
+    "cli": {"api", "cost", "recipe", "registry", "serving", "spec", "vllm", "trace", "verify", "methods", "yamls"},
 }
 #: Who may name what rides beside the calls: through transformers, through vLLM, and the help that tells of the latter.
 DECLARE = {"vlmprune.engine.channels", "vlmprune.serving.settings", "vlmprune.cli.serve"}

@@ -137,7 +137,16 @@ def test_wheel_is_light_and_describes_itself(described: Message) -> None:
     required = [Requirement(line) for line in described.get_all("Requires-Dist", [])]
     plain = sorted(r.name for r in required if r.marker is None)
     assert plain == ["jinja2", "pillow", "pydantic", "pyyaml", "rich", "torch", "transformers", "typer"]
-    assert set(described.get_all("Provides-Extra", [])) == {"docs", "eval", "plot", "train", "test", "vllm", "dev"}
+    assert set(described.get_all("Provides-Extra", [])) == {
+        "app",
+        "docs",
+        "eval",
+        "plot",
+        "train",
+        "test",
+        "vllm",
+        "dev",
+    }
     assert described["Version"] == vlmprune.__version__ == __version__
     assert described["Requires-Python"] == ">=3.11"
     assert described["License-Expression"] == "Apache-2.0"
@@ -155,12 +164,12 @@ def test_wheel_brings_the_licence(wheel: Path) -> None:
 
 
 def test_constraints_pin_what_setup_cfg_asks_for(described: Message) -> None:
-    """By exact versions inside the declared ranges; the extras `eval` and `vllm` are for users, not installed in CI."""
+    """By exact versions inside the declared ranges, but for `app`, `eval` and `vllm`, which CI does not install."""
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = {canonicalize_name(name): pin for name, _, pin in (line.partition("==") for line in lines)}
     assert pins["torch"] == "2.13.0"
     for requirement in map(Requirement, described.get_all("Requires-Dist", [])):
-        if requirement.name != "vlmprune" and not {"eval", "vllm"} & set(str(requirement.marker).split('"')):
+        if requirement.name != "vlmprune" and not {"app", "eval", "vllm"} & set(str(requirement.marker).split('"')):
             assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 

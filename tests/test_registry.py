@@ -53,7 +53,7 @@ def test_unknown_options_get_a_suggestion(method, options, said):
         ("fopru", {"layer": -7}), ("vtc_cls", {"ensemble": "median"}), ("vtc_cls", {"start_layer": 5}),
         ("vtc_cls", {"fallback": "cls"}), ("fastv", {"layer": 0}), ("fastv", {"layer": 4}),
         ("fastv", {"rows": "first"}),
-        ("random", {"seed": -1}), ("grid", {"newlines": "some"}), ("pool", {"positions": None}),
+        ("random", {"seed": -1}), ("grid", {"newlines": "some"}), ("pool", {"positions": "none"}),
     ],
 )  # fmt: skip
 def test_bad_values_name_the_option(method, options):

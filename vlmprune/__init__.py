@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlmprune.methods.base import Method, Pruner, register
     from vlmprune.parts.cuts import Cut, Decoder, Merge, Reduction
     from vlmprune.parts.layout import Layout
-    from vlmprune.runtime import load
+    from vlmprune.runtime import from_pretrained, load
     from vlmprune.trace import Trace
     from vlmprune.verify import check
 
@@ -39,6 +39,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "check",
+    "from_pretrained",
     "load",
     "patch",
     "register",
@@ -54,7 +55,7 @@ _HOMES = {
     "errors": ("CutNotRunError", "UnsupportedError"),
     "parts.layout": ("Layout",),
     "methods.base": ("Method", "Pruner", "register"),
-    "runtime": ("load",),
+    "runtime": ("from_pretrained", "load"),
     "verify": ("check",),
     "trace": ("Trace",),
 }

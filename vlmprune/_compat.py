@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 
 from vlmprune._version import __version__
@@ -83,6 +83,8 @@ def _transformers_version() -> str | None:
 
 
 def _distribution_version(name: str) -> str | None:
+    from importlib import metadata  # late: it is most of what `import vlmprune` would cost
+
     try:
         return metadata.version(name) or None
     except metadata.PackageNotFoundError:
@@ -133,6 +135,8 @@ def _mismatch(torch: str) -> str:
 
 
 def _requirements(name: str) -> list[str]:
+    from importlib import metadata
+
     try:
         return metadata.requires(name) or []
     except metadata.PackageNotFoundError:

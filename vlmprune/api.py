@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vlmprune import spec
 from vlmprune._compat import check_transformers
+from vlmprune.cost.budget import Costs, check_share, solve
 from vlmprune.engine import install as engine
 from vlmprune.engine.compile import compile_plan
 from vlmprune.engine.plan import Plan
 from vlmprune.methods.base import Method
 from vlmprune.patches import family_of
+from vlmprune.recipe import FILE, check_family, is_recipe, read_recipe, recipe_of
 from vlmprune.trace import Trace
 
 __all__ = ["Handle", "patch", "unpatch"]
@@ -51,6 +55,21 @@ class Handle:
                 "nothing was pruned since this patch was made: a trace comes with the first call that carries images."
             )
         return self._plan.trace
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the recipe of this patch into a folder, beside what `model.save_pretrained(folder)` put there.
+
+        `vlmprune.from_pretrained(folder)` loads both.
+
+        Raises:
+            ValueError: a method without a registered name, or with an option that is no plain value.
+            OSError: it cannot be written.
+        """
+        folder = Path(folder).expanduser()
+        recipe = recipe_of(self.methods, family=self._plan.family.model_type)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE).write_text(recipe.text(), encoding="utf-8")
+        return folder / FILE
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
@@ -117,6 +136,8 @@ def patch(
     method: str | Method | Iterable[str | Method],
     *,
     keep: int | float | None = None,
+    flops: float | None = None,
+    kv: float | None = None,
     warmup: bool = True,
     **options: Any,
 ) -> Handle:
@@ -129,9 +150,12 @@ def patch(
     Args:
         model: a Hugging Face model of a supported family (`vlmprune ls models`), or a PEFT model around one.
         method: a name (`vlmprune ls methods`), a method object, or a list of them (or names joined by `+`) that run one
-            after the other.
+            after the other; or a recipe, the path of a .yaml file, which says all options itself.
         keep: patches per image (int), or a fraction of them (float), that enter the LLM or are left after the last cut;
             of a video, patches of all its frames together.
+        flops, kv: the budget in another word, as a share of the unpruned model's: FLOPs of a whole prefill, or bytes
+            in the cache behind it (of one picture of the tower's own size and 60 text tokens; `vlmprune budget` shows
+            all words beside each other). The largest `keep` that meets it is taken.
         warmup: on a CUDA device load the kernels now (the first time on a machine they are tried too, which takes
             minutes), so that the first prefill does not, and one that is captured into a CUDA graph need not.
         **options: the method's other options, such as `average=` or `positions=`.
@@ -147,8 +171,12 @@ def patch(
     """
     check_transformers()
     model = unwrap(model)
-    methods = spec.build(method, options if keep is None else {"keep": keep, **options})
+    given = options if keep is None else {"keep": keep, **options}
     family = family_of(model)
+    told = {word: share for word, share in (("flops", flops), ("kv", kv)) if share is not None}
+    if told:
+        given = given | {"keep": keep_for(model, method, given, told)}
+    methods = methods_of(method, given, family.model_type)
     plan = compile_plan(methods, family, family.facts(family.inner(model)))
     before = plan.before = engine.current(model)
     engine.swap(model, plan)
@@ -157,6 +185,41 @@ def patch(
     if warmup:
         engine.warm_up(model)
     return Handle(model, plan)
+
+
+def methods_of(method: Any, given: dict[str, Any], family: str) -> list[Method]:
+    """The method objects that `patch` is asked for, on a model of a family."""
+    if not is_recipe(method):
+        return spec.build(method, given)
+    if given:
+        raise TypeError(f"{next(iter(given))}= cannot be combined with a recipe: change {method}, or name its method.")
+    recipe = read_recipe(method)
+    check_family(str(method), recipe.family, family)
+    return recipe.build()
+
+
+def keep_for(model: nn.Module, method: Any, given: dict[str, Any], told: dict[str, float]) -> float:
+    """The fraction that a budget in FLOPs or bytes of the cache means for a method on a model.
+
+    Raises:
+        TypeError, ValueError: no such share, no budget in one word, or one that the method cannot meet.
+        UnsupportedError: what the method costs is not known before it has seen a picture.
+    """
+    (word, share), *more = told.items()
+    if more or spec.budgets_in(given) or is_recipe(method):
+        raise ValueError(
+            f"{word}={share} is a budget, and there is another one: give one of keep, average, flops and kv."
+        )
+    if not isinstance(method, str):
+        raise TypeError(f"{word}= needs the method's name: a method object has its budget.")
+    share, costs = check_share(word, share), Costs(model)
+    return solve(
+        costs.grid.patches,
+        lambda keep: spec.build(method, {"keep": keep, **given}),
+        lambda methods: costs.of(methods).over(costs.unpruned)[word],
+        share,
+        f"{word}={share} by {method}",
+    )
 
 
 def unpatch(model: nn.Module) -> nn.Module:

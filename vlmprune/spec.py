@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vlmprune.methods.base import Method
 
 __all__ = ["BUDGETS", "NONE", "Job", "budget_text", "budgets_in", "build", "jobs", "names_of"]
-__all__ += ["read_budget", "read_given", "read_option", "read_value", "takes", "write_value"]
+__all__ += ["read_budget", "read_given", "read_option", "read_share", "read_value", "shares", "takes", "write_value"]
 
 NONE = "none"  # the method that leaves the model as it is
 BUDGETS = ("keep", "average")
@@ -100,6 +100,18 @@ def read_budget(given: Any, word: str = "keep") -> int | float:
     if number is None:
         raise ValueError(f"{word}={given!r} is neither a count (36) nor a fraction (0.1, 10%).")
     return check_keep(number / 100 if text.endswith("%") else number, word)
+
+
+def read_share(given: str, word: str) -> float:
+    """`0.5` or `50%` as a number; whether it can be meant is for others to say.
+
+    Raises:
+        ValueError: no number.
+    """
+    number = read_number(given.strip().removesuffix("%").strip())
+    if number is None:
+        raise ValueError(f"{word} {given!r} is no share (0.5, 50%).")
+    return number / 100 if given.strip().endswith("%") else number
 
 
 def read_given(key: str, value: Any) -> Any:
@@ -194,10 +206,12 @@ def build(
     classes = {part: find(part, none) for part in parts if isinstance(part, str)}
     shares = shared_out(options, classes)
     made = [make(part, classes[part], shares[part]) if isinstance(part, str) else part for part in parts]
+    told = []
     for one in made:
         one.check_fields()
-        for told in filter(None, (unlikely(getattr(one, word, None), word) for word in BUDGETS)):
-            warnings.warn(told, SmallBudgetWarning, stacklevel=3)
+        told += filter(None, (unlikely(getattr(one, word, None), word) for word in BUDGETS))
+    for text in told:
+        warnings.warn(text, SmallBudgetWarning, stacklevel=3)
     return made
 
 
@@ -228,6 +242,11 @@ def parts_in(one: Any) -> list[str | Method]:
     if isinstance(one, type) and issubclass(one, Method):
         raise TypeError(f"method {one.__name__} is a class: pass an object, {one.__name__}(keep=64), or its name.")
     raise TypeError(f"method must be a name, a method object or a list of them, not {type(one).__name__}.")
+
+
+def shares(methods: Iterable[str], options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of every method of several, each as that method calls it; errors as of `build`."""
+    return shared_out(options, {name: find(name) for name in methods})
 
 
 def check_without(options: Mapping[str, Any]) -> None:
@@ -309,10 +328,11 @@ def make(name: str, cls: type[Method], options: dict[str, Any]) -> Method:
 
 @dataclass(frozen=True)
 class Job:
-    """A method, or several joined by `+`, with options."""
+    """A method, or several joined by `+`, with options; a recipe's may be for one family of models alone."""
 
     method: str
     options: dict[str, Any]
+    family: str | None = None
 
     @property
     def budget(self) -> str:
@@ -350,13 +370,21 @@ def jobs(
     """
     classes = {method: {name: find(name) for name in single(method)} for method in methods}
     check_known(options, classes)
-    if named and any(budgets) and not any(without_budget(mine, options) for mine in classes.values()):
+    if named and any(budgets):
+        check_taken(budgets[0], options, classes)
+    made = [job_of(method, mine, budget, options, named) for budget in budgets for method, mine in classes.items()]
+    return [job for i, job in enumerate(made) if job not in made[:i]]
+
+
+def check_taken(
+    budget: Mapping[str, Any], options: Mapping[str, Any], classes: Mapping[str, Mapping[str, type[Method]]]
+) -> None:
+    """Refuse a budget beside options that give every method one of its own."""
+    if not any(without_budget(mine, options) for mine in classes.values()):
         raise ValueError(
-            f"{budget_text(budgets[0])} would go to nobody: {budget_text(budgets_in(options))} is given too, and every "
+            f"{budget_text(budget)} would go to nobody: {budget_text(budgets_in(options))} is given too, and every "
             "method has a budget of its own."
         )
-    made = [job_of(method, mine, budget, options, named) for budget in budgets for method, mine in classes.items()]
-    return [job for number, job in enumerate(made) if job not in made[:number]]
 
 
 def check_known(options: Mapping[str, Any], classes: Mapping[str, Mapping[str, type[Method]]]) -> None:
@@ -373,8 +401,7 @@ def job_of(
     own = own_options(options, classes)
     fitting = {word: amount for word, amount in budget.items() if takers(word, classes)}
     if named and len(fitting) < len(budget):
-        why = " ".join(f": {cls.refuses[word]}" for word in budget for cls in classes.values() if word in cls.refuses)
-        raise ValueError(f"method {method!r} has no budget {', '.join(budget)}{why or '.'}")
+        raise ValueError(f"method {method!r} has no budget {', '.join(budget)}{why_refused(budget, classes)}")
     if budgets_in(own):
         fitting = left_over(fitting, classes, own) if named else {}
     job = Job(method, fitting | own)
@@ -383,6 +410,12 @@ def job_of(
     except (TypeError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"{method}: {error}") from None
     return job
+
+
+def why_refused(budget: Mapping[str, Any], classes: Mapping[str, type[Method]]) -> str:
+    """What methods say of a budget that they refuse."""
+    told = [f": {cls.refuses[word]}" for word in budget for cls in classes.values() if word in cls.refuses]
+    return " ".join(told) or "."
 
 
 def without_budget(classes: Mapping[str, type[Method]], options: Mapping[str, Any]) -> list[str]:

@@ -59,18 +59,13 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[dict[str, Any]]:
             was, now = figure(before[key], path), figure(cell, path)
             if was is None or now is None:
                 continue
-            apart = now[1] > was[2] or now[2] < was[1]
-            verdict = ("better" if (now[0] > was[0]) == more else "worse") if apart else ""
-            made.append(
-                {
-                    "method": cell["method"],
-                    "budget": cell["budget"],
-                    "batch": cell["batch"],
-                    "figure": name,
-                    "old": was[0],
-                    "new": now[0],
-                    "change": now[0] / was[0] - 1 if was[0] else 0.0,
-                    "verdict": verdict,
-                }
-            )
+            made.append({word: cell[word] for word in ("method", "budget", "batch")} | change(name, was, now, more))
     return made
+
+
+def change(name: str, was: tuple[float, ...], now: tuple[float, ...], more: bool) -> dict[str, Any]:
+    """What became of one figure, of which more is better or less."""
+    apart = now[1] > was[2] or now[2] < was[1]
+    verdict = ("better" if (now[0] > was[0]) == more else "worse") if apart else ""
+    ratio = now[0] / was[0] - 1 if was[0] else 0.0
+    return {"figure": name, "old": was[0], "new": now[0], "change": ratio, "verdict": verdict}

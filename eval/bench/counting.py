@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from vlmprune.eval.bench.workload import Workload
 from vlmprune.patches.towers import tower_layer
 
-__all__ = ["count", "kv_bytes"]
+__all__ = ["count", "kv_bytes", "peak_bytes"]
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # unknown to torch's counter
 
@@ -36,14 +36,18 @@ class AliveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                storage = tensor.untyped_storage()
-                if storage._cdata not in given:  # a view of what was there before is nothing new
-                    self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        for storage in storages(result):
+            if storage._cdata not in given:  # a view of what was there before is nothing new
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
         return result
+
+
+def storages(values: Any) -> list[Any]:
+    """The memory of all tensors in nested values, as far as they have some."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return [tensor.untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
 
 
 @contextmanager
@@ -70,6 +74,20 @@ def tower_tokens(work: Workload) -> Iterator[dict[int, list[int]]]:
             handle.remove()
 
 
+def peak_bytes(device: torch.device, call: Callable[[], Any]) -> int:
+    """The most bytes above those there before while something runs: the allocator's on a GPU, all tensors' on a CPU."""
+    if device.type != "cuda":
+        with AliveBytes() as alive:
+            call()
+        return alive.peak
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def count(work: Workload, prefill: Callable[[], Any]) -> dict[str, Any]:
     """Run a prefill once and return `flops` by torch's counter, `peak_bytes` above the weights and `tower_tokens`.
 
@@ -77,23 +95,15 @@ def count(work: Workload, prefill: Callable[[], Any]) -> dict[str, Any]:
     operations per multiply-add, and what vlmprune's own operators multiply by their formulas. Peak memory is the
     allocator's on a GPU, and on a CPU the bytes of all tensors that exist at one time.
     """
-    device, alive = work.model.device, AliveBytes()
+    device = work.model.device
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        prefill()
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
+    peak = peak_bytes(device, prefill) if cuda else 0
     counter = FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention_flops})
     with tower_tokens(work) as seen, counter:
         if cuda:
             prefill()
         else:
-            with alive:
-                prefill()
-            peak = alive.peak
+            peak = peak_bytes(device, prefill)
     tokens = [tuple(blocks) for blocks in seen.values()]
     return {"flops": counter.get_total_flops(), "peak_bytes": peak, "tower_tokens": tokens}
 

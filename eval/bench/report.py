@@ -78,39 +78,55 @@ def head(results: dict[str, Any]) -> str:
 
 def as_text(results: dict[str, Any]) -> str:
     """Tables: the first token and its ceilings, tokens after it, stages, memory and operations."""
-    parts = [head(results)]
     if not results["cells"]:
-        return "\n".join([*parts, "nothing was measured"])
+        return f"{head(results)}\nnothing was measured"
+    parts = [speed_text(results), decode_text(results), stages_text(results), needs_text(results)]
+    parts += [sizes_text(results["sizes"])] if results.get("sizes") else []
+    return "\n\n".join([head(results), *filter(None, parts)]) + "".join(f"\n{line}" for line in unlike(results))
+
+
+def speed_text(results: dict[str, Any]) -> str:
+    """The first token and its ceilings."""
     first = results["cells"][0]
-    how = ", the allocator's" if results["machine"].get("gpu") else ", all tensors alive at one time"
     legend = SPEED.format(
         plain=behind(first["speedup"]),
         pairs=behind(first["overhead"]),
         fewer=", of which there are fewer" * (first["speedup"]["pairs"] < first["overhead"]["pairs"]),
         spread=SPREAD,
     )
-    parts += ["", speed_table(results["cells"]), "", paragraph(legend)]
-    if decoded := [cell for cell in results["cells"] if "decode_ms" in cell]:
-        new = results["settings"]["new_tokens"]
-        legend = DECODE.format(pairs=behind(decoded[0]["decode_overhead"]), new_tokens=new)
-        parts += ["", decode_table(decoded, new), "", paragraph(legend)]
-    runs = first["stages_ms"]["total"]["runs"]
-    parts += [
-        "",
-        stage_table(results),
-        "",
-        paragraph(STAGES.format(runs=f"medians of {runs}" if runs > 1 else "one each")),
+    return f"{speed_table(results['cells'])}\n\n{paragraph(legend)}"
+
+
+def decode_text(results: dict[str, Any]) -> str:
+    """Tokens after the first; empty where none were measured."""
+    decoded, new = [cell for cell in results["cells"] if "decode_ms" in cell], results["settings"]["new_tokens"]
+    if not decoded:
+        return ""
+    legend = DECODE.format(pairs=behind(decoded[0]["decode_overhead"]), new_tokens=new)
+    return f"{decode_table(decoded, new)}\n\n{paragraph(legend)}"
+
+
+def stages_text(results: dict[str, Any]) -> str:
+    """Stage by stage."""
+    runs = results["cells"][0]["stages_ms"]["total"]["runs"]
+    legend = STAGES.format(runs=f"medians of {runs}" if runs > 1 else "one each")
+    return f"{stage_table(results)}\n\n{paragraph(legend)}"
+
+
+def needs_text(results: dict[str, Any]) -> str:
+    """Memory and operations."""
+    how = ", the allocator's" if results["machine"].get("gpu") else ", all tensors alive at one time"
+    return f"{needs_table(results)}\n\n{paragraph(NEEDS.format(how=how))}"
+
+
+def unlike(results: dict[str, Any]) -> list[str]:
+    """A warning for every cell whose oracle may not have computed the same."""
+    return [
+        f"WARNING: {cell['method']} {cell['budget']}: the oracle's logits differ by {cell['same_as_oracle']:.1e} "
+        "of the largest one, so the two may not have computed the same."
+        for cell in results["cells"]
+        if (cell["same_as_oracle"] or 0) > tolerance(results)
     ]
-    parts += ["", needs_table(results), "", paragraph(NEEDS.format(how=how))]
-    if sizes := results.get("sizes"):
-        parts += ["", sizes_text(sizes)]
-    strange = [c for c in results["cells"] if (c["same_as_oracle"] or 0) > tolerance(results)]
-    for cell in strange:
-        parts.append(
-            f"WARNING: {cell['method']} {cell['budget']}: the oracle's logits differ by {cell['same_as_oracle']:.1e} "
-            "of the largest one, so the two may not have computed the same."
-        )
-    return "\n".join(parts)
 
 
 def sizes_text(sizes: dict[str, Any]) -> str:

@@ -123,12 +123,16 @@ def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
         mine = dict(cell)
         # one prefill column per stretch would differ from method to method
         mine["stages_ms"] = cell["stages_ms"] | {"prefill": [part["median"] for part in cell["stages_ms"]["prefill"]]}
-        plain = base[cell["batch"]]
-        beside = {"kv_bytes": plain["kv_bytes"], "peak_bytes": plain["peak_bytes"], "flops": plain["flops"]}
-        stages = {name: s["median"] for name, s in plain["stages_ms"].items() if name != "prefill"}
-        stages["prefill"] = sum(part["median"] for part in plain["stages_ms"]["prefill"])
-        made.append(flat(settings, "") | flat(mine, "") | flat(beside | {"stages_ms": stages}, "unpruned"))
+        made.append(flat(settings, "") | flat(mine, "") | flat(plain(base[cell["batch"]]), "unpruned"))
     return made
+
+
+def plain(unpruned: dict[str, Any]) -> dict[str, Any]:
+    """What stands beside a cell of the unpruned model."""
+    beside = {name: unpruned[name] for name in ("kv_bytes", "peak_bytes", "flops")}
+    stages = {name: s["median"] for name, s in unpruned["stages_ms"].items() if name != "prefill"}
+    stages["prefill"] = sum(part["median"] for part in unpruned["stages_ms"]["prefill"])
+    return beside | {"stages_ms": stages}
 
 
 def write_csv(results: dict[str, Any], path: str | Path) -> None:

@@ -59,11 +59,7 @@ def measured(
     check_length(loaded, first.length + asked["new_tokens"])
     tell_idle(pairs, first, effort)
     found["settings"]["dtype"] = str(loaded.model.dtype).removeprefix("torch.")
-    found["model"] = {
-        "description": loaded.description.partition("), ")[0] + ")",
-        "random_weights": asked["model"] is None,
-        "visual": first.visual,
-    }
+    found["model"] = described(loaded, first) | {"random_weights": asked["model"] is None}
     if there is not None:
         check_same(there, found, json)
         found = there | {"asked": asked, "settings": there["settings"] | found["settings"]}
@@ -87,6 +83,11 @@ def measured(
             note(f"{json} has {len(found['cells'])} cells: the same call with --resume goes on.")
         raise
     return found
+
+
+def described(loaded: loading.Loaded, work: Workload) -> dict[str, Any]:
+    """The model, as results hold it."""
+    return {"description": loaded.description.partition("), ")[0] + ")", "visual": work.visual}
 
 
 @dataclass

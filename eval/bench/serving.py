@@ -7,8 +7,9 @@ kept: the ceiling, which pays neither tower nor choice), and the pruned one, who
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from math import ceil
 from pathlib import Path
@@ -217,15 +218,20 @@ def embedding(engines: Engines, keeps: Sequence[int | float], rounds: int, pictu
     pixels = torch.randn(pictures, *views, 3, tile, tile, generator=torch.Generator().manual_seed(0))
     given = {"pixel_values": pixels} | ({"image_sizes": torch.tensor([size] * pictures)} if packed else {})
     notes = {keep: served.note(keep, packed, pictures) for keep in keeps}
-    times: dict[Any, list[float]] = {None: []} | {keep: [] for keep in keeps}
-    with torch.inference_mode():
-        for turn in range(rounds + 1):
-            for keep in times:
-                start = time.perf_counter()
-                if keep is None:
-                    own.embed_multimodal(**given)
-                else:
-                    served.embed_multimodal(**given, **{KEEP: notes[keep]})
-                if turn:  # the first warms up
-                    times[keep].append(time.perf_counter() - start)
+    runs = {None: partial(own.embed_multimodal, **given)}
+    runs |= {keep: partial(served.embed_multimodal, **given, **{KEEP: notes[keep]}) for keep in keeps}
+    times = in_turns(runs, rounds)
     return [{"keep": keep, "pictures": pictures, "cost": ratio(times[keep], times[None])} for keep in keeps]
+
+
+@torch.inference_mode()
+def in_turns(runs: Mapping[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
+    """Seconds of every run in every round but a first one, which warms up."""
+    times: dict[Any, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds + 1):
+        for name, run_it in runs.items():
+            start = time.perf_counter()
+            run_it()
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return times

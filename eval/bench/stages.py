@@ -129,6 +129,20 @@ def stamps(work: Workload, spans: Spans) -> Iterator[None]:
             handle.remove()
 
 
+def stamped(work: Workload, clock: Clock, plan: Plan | None) -> tuple[dict[str, float], float]:
+    """The seconds of every span of one prefill, and of all of it."""
+    spans = Spans(clock)
+    remove(work.model)
+    if plan is not None:
+        install(work.model, instrumented_plan(plan, spans))
+    try:
+        with stamps(work, spans):
+            _, total = clock.time(PlainRun(work).prefill)
+    finally:
+        remove(work.model)
+    return spans.seconds(), total
+
+
 def stage_seconds(
     work: Workload, clock: Clock, plan: Plan | None = None, parts: list[Stretch] | None = None
 ) -> dict[str, Any]:
@@ -144,29 +158,25 @@ def stage_seconds(
         shortening, positions, masks, restoring lengths); "prefill" has one number per stretch of decoder layers; "rest"
         is the host's remainder: packing of crops, embedding, masks, norm and head.
     """
-    spans = Spans(clock)
-    remove(work.model)
-    if plan is not None:
-        install(work.model, instrumented_plan(plan, spans))
-    try:
-        with stamps(work, spans):
-            _, total = clock.time(PlainRun(work).prefill)
-    finally:
-        remove(work.model)
-    took = spans.seconds()
+    took, total = stamped(work, clock, plan)
     count = len(work.family.decoder_layers(work.family.inner(work.model)))
     layers = [took[f"layer {i}"] - took[f"taps in layer {i}"] for i in range(count)]
-    firsts = [part.first for part in parts or []] or [0]
     stages: dict[str, Any] = {
         "tower": took["tower"] - took["taps in tower"] - took["selection in tower"],
         "projector": took["projector"],
         "taps": sum(seconds for name, seconds in took.items() if name.startswith("taps")),
         "selection": took["selection in tower"] + took["selection before layers"],
         "gather": 0.0,
-        "prefill": [sum(layers[a:b]) for a, b in zip(firsts, [*firsts[1:], count], strict=True)],
+        "prefill": by_stretch(layers, parts),
     }
     if plan is not None:
         before = took["before layers"] - took["taps before layers"] - took["selection before layers"]
         stages["gather"] = took["before model"] - took["encode"] + before + took["after layers"]
     known = sum(value if isinstance(value, float) else sum(value) for value in stages.values())
     return stages | {"rest": total - known, "total": total}
+
+
+def by_stretch(layers: list[float], parts: list[Stretch] | None) -> list[float]:
+    """The seconds of every stretch of layers, of those of the layers."""
+    firsts = [part.first for part in parts or []] or [0]
+    return [sum(layers[a:b]) for a, b in zip(firsts, [*firsts[1:], len(layers)], strict=True)]

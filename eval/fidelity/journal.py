@@ -23,7 +23,7 @@ class JournalError(Exception):
     """A folder that cannot be written to or gone on with; the message says why and what to do."""
 
 
-def refuse_second(folder: Path, resume: bool) -> None:
+def refuse_second(folder: Path, resume: bool, verb: str = "fidelity") -> None:
     """Refuse to begin in a folder where another run's rows are.
 
     Raises:
@@ -32,7 +32,7 @@ def refuse_second(folder: Path, resume: bool) -> None:
     lines = len((folder / FILE).read_bytes().splitlines()) - 1 if (folder / FILE).is_file() else 0
     if lines > 0 and not resume:
         raise JournalError(
-            f"{folder} holds another run of `vlmprune fidelity` ({folder / FILE}, {lines} results): --resume goes on "
+            f"{folder} holds another run of `vlmprune {verb}` ({folder / FILE}, {lines} results): --resume goes on "
             "with it (what is there is not measured again), --out names another folder."
         )
 

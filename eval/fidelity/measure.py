@@ -19,7 +19,7 @@ last token must see the prompt that they would see in use.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -141,11 +141,15 @@ def equally_long(name: str, parts: Sequence[torch.Tensor], pad: int) -> Sequence
     """The inputs called `name` of several prompts, padded to the longest of them where they may differ."""
     longest = max(x.shape[1] for x in parts) if parts[0].ndim > 1 else 0
     if name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
-        fill = pad if name == "input_ids" else 0
-        return [torch.nn.functional.pad(x, (longest - x.shape[1], 0), value=fill) for x in parts]
+        return padded(parts, longest, pad if name == "input_ids" else 0)
     if name == "pixel_values" and parts[0].ndim == 5:  # pictures of different numbers of views
         return [torch.cat((x, x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])), 1) for x in parts]
     return parts
+
+
+def padded(parts: Sequence[torch.Tensor], longest: int, fill: int) -> list[torch.Tensor]:
+    """`(1, length)` each, with `fill` in front."""
+    return [torch.nn.functional.pad(x, (longest - x.shape[1], 0), value=fill) for x in parts]
 
 
 def chosen(inputs: Inputs, rows: list[int]) -> Inputs:
@@ -287,14 +291,18 @@ def summarise(entries: Sequence[StudyEntry], rows: Iterable[StudyRow]) -> list[S
     """
     by_entry = by_prompt(rows)
     values = {label: {pair: mean_of(some, MEASURES) for pair, some in by.items()} for label, by in by_entry.items()}
-    lines = []
-    for entry in (entry for entry in entries if entry.label in by_entry):
-        every = [row for some in by_entry[entry.label].values() for row in some]
-        tokens = mean_of(every, ("tokens_before", "tokens_after", "layer_average"))
-        mine, control = values[entry.label], values.get(StudyEntry("random", entry.options).label)
-        beside = (None, None) if control is None or entry.method == "random" else over(mine, control)
-        lines.append(StudyLine(entry, *tokens, estimates(mine), *beside))
-    return lines
+    return [line_of(entry, by_entry[entry.label], values) for entry in entries if entry.label in by_entry]
+
+
+def line_of(
+    entry: StudyEntry, by_prompt: Mapping[tuple[str, str], Sequence[StudyRow]], values: Mapping[str, Values]
+) -> StudyLine:
+    """The line of one entry, of its own rows and the values of all by label."""
+    every = [row for some in by_prompt.values() for row in some]
+    tokens = mean_of(every, ("tokens_before", "tokens_after", "layer_average"))
+    mine, control = values[entry.label], values.get(StudyEntry("random", entry.options).label)
+    beside = (None, None) if control is None or entry.method == "random" else over(mine, control)
+    return StudyLine(entry, *tokens, estimates(mine), *beside)
 
 
 def by_prompt(rows: Iterable[StudyRow]) -> dict[str, dict[tuple[str, str], list[StudyRow]]]:

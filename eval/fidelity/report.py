@@ -7,7 +7,7 @@ import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from vlmprune.eval import statistics
+from vlmprune.eval.fidelity.costs import EntryCosts
 from vlmprune.eval.fidelity.measure import StudyEntry, StudyLine, StudyRow, summarise
 from vlmprune.eval.report import render
 from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Heading, Table, Text, repeat
@@ -50,6 +51,14 @@ DEFINITIONS = (
     ("layer average", "visual tokens that a decoder layer sees, averaged over all layers"),
     ("answer - random", "difference to `random` at the same budget in percentage points, paired prompt by prompt"),
 )
+#: Columns of what was timed, and what they are.
+COSTS = {
+    "speed-up first": "how many times as soon as the unpruned model's the first token is there, in pairs run in turns "
+    "on this machine; in brackets the 95 % interval of the median",
+    "speed-up answer": "the same for a whole answer, as long for both models",
+    "memory": "bytes above the weights while the prompt is read, as a share of the unpruned model's",
+    "cache": "bytes that the cache holds behind the prompt, as a share of the unpruned model's",
+}
 INTERVALS = (
     f"In brackets: 95 % intervals, from drawing whole pictures with replacement ({statistics.DRAWS} times), since "
     "prompts about one picture are not independent. Where all pictures have the same share the interval is the exact "
@@ -81,6 +90,7 @@ class Study:
         skipped: (picture, why) of what could not be read.
         cards: the worst pictures of every entry that is no control, worst first, by label.
         planned: how many prompts there were to be (fewer were measured if it was interrupted).
+        costs: time and memory by label, where they were measured.
     """
 
     about: dict[str, Any]
@@ -89,6 +99,7 @@ class Study:
     skipped: Sequence[tuple[str, str]]
     cards: dict[str, list[Card]]
     planned: int
+    costs: Mapping[str, EntryCosts] = field(default_factory=dict)
 
     @cached_property
     def lines(self) -> list[StudyLine]:
@@ -133,8 +144,11 @@ def few_pictures(pictures: int) -> str:
     return f"{few}: below {statistics.FEW_CLUSTERS} the intervals are too narrow to trust."
 
 
-def table_of(lines: Sequence[StudyLine]) -> tuple[list[str], list[list[str]]]:
+def table_of(
+    lines: Sequence[StudyLine], costs: Mapping[str, EntryCosts] | None = None
+) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table of a study; columns that would be empty are left out."""
+    costs = costs or {}
     header = ["method", "budget", "entering", "layer average", "first token", "answer", "KL first", "KL answer"]
     compared = any(line.over_random is not None for line in lines)
     rows = []
@@ -153,8 +167,18 @@ def table_of(lines: Sequence[StudyLine]) -> tuple[list[str], list[list[str]]]:
         ]
         if compared:
             row.append("" if line.over_random is None else spread(line.over_random, "+.1f", 100))
+        if costs:
+            row += cost_cells(costs.get(line.entry.label))
         rows.append(row)
-    return header + (["answer - random"] if compared else []), rows
+    return header + (["answer - random"] if compared else []) + (list(COSTS) if costs else []), rows
+
+
+def cost_cells(costs: EntryCosts | None) -> list[str]:
+    """The cells of the columns `COSTS`."""
+    if costs is None:
+        return [""] * len(COSTS)
+    fast = [f"{one['median']:.2f}x [{one['low']:.2f}, {one['high']:.2f}]" for one in (costs.first, costs.answer)]
+    return [*fast, *(f"{100 * part[1] / part[0]:.0f} %" for part in (costs.peak, costs.kv))]
 
 
 def in_words(line: StudyLine, pictures: int) -> str:
@@ -186,8 +210,6 @@ def title(study: Study) -> str:
 
 def build(study: Study, sheets: Mapping[str, Path]) -> list[Block]:
     """The whole report; `sheets` are the files of the worst pictures by label."""
-    lines, (header, rows) = study.lines, table_of(study.lines)
-    kinds = ["control" if line.entry.control else "" for line in lines]
     blocks: list[Block] = [
         Heading(title(study), 1),
         Text(
@@ -195,17 +217,28 @@ def build(study: Study, sheets: Mapping[str, Path]) -> list[Block]:
             f"{study.about['max_new_tokens']} tokens). Nothing was labelled."
         ),
         *troubles(study),
-        Table(header, rows, range(2), kinds),
-        Bullets([in_words(line, study.pictures) for line in lines if not line.entry.control]),
-        Text(INTERVALS),
-        Text(CAVEAT),
-        Heading("What the columns are"),
-        Bullets([f"{name}: {text}" for name, text in DEFINITIONS if name in header]),
+        *numbers(study),
     ]
     for label in (entry.label for entry in study.entries if not entry.control):
         blocks += [Heading(f"Worst pictures: {label}"), *worst_pictures(study, label, sheets)]
     facts = {name: value for name, value in study.about.items() if name != "command"}
     return blocks + left_out(study) + repeat(facts, study.about["command"])
+
+
+def numbers(study: Study) -> list[Block]:
+    """The table, in words too, and how to read it."""
+    lines, (header, rows) = study.lines, table_of(study.lines, study.costs)
+    kinds = ["control" if line.entry.control else "" for line in lines]
+    return [
+        Heading("In short"),
+        Bullets([in_words(line, study.pictures) for line in lines if not line.entry.control]),
+        Heading("Numbers"),
+        Table(header, rows, range(2), kinds),
+        Text(INTERVALS),
+        Text(CAVEAT),
+        Heading("What the columns are"),
+        Bullets([f"{name}: {text}" for name, text in (*DEFINITIONS, *COSTS.items()) if name in header]),
+    ]
 
 
 def troubles(study: Study) -> list[Block]:
@@ -309,7 +342,10 @@ def as_json(study: Study) -> dict[str, Any]:
         "planned": study.planned,
         "skipped": [{"picture": name, "why": why} for name, why in study.skipped],
         "summary": [
-            {"label": line.entry.label} | asdict(line.entry) | {k: v for k, v in asdict(line).items() if k != "entry"}
+            {"label": line.entry.label}
+            | asdict(line.entry)
+            | {k: v for k, v in asdict(line).items() if k != "entry"}
+            | ({"costs": asdict(study.costs[line.entry.label])} if line.entry.label in study.costs else {})
             for line in study.lines
         ],
         "rows": [row.as_json() for row in study.rows],

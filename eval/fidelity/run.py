@@ -118,16 +118,12 @@ def one_batch(
     loaded: Loaded, todo: Todo, some: Sequence[tuple[Pair, dict[str, Any]]], longest: int, tell: Callable
 ) -> None:
     """Measure one batch under all entries; the unpruned model answers once for all of them."""
-    tokenizer, journal = loaded.processor.tokenizer, todo.journal
-
-    def text(tokens: list[int]) -> str:
-        return tokenizer.decode(tokens, skip_special_tokens=True).strip()
-
+    tokenizer, journal, pairs = loaded.processor.tokenizer, todo.journal, [pair for pair, _ in some]
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     inputs = fidelity.collate([prompt for _, prompt in some], pad)
     tell(0, "full model")
     full = fidelity.reference(loaded.model, inputs, longest)
-    keys = [todo.keys(pair) for pair, _ in some]
+    keys = [todo.keys(pair) for pair in pairs]
     for step, (entry, seed) in enumerate(todo.steps):
         if all(mine[step] in journal.rows for mine in keys):
             continue
@@ -135,7 +131,12 @@ def one_batch(
         with patch(loaded, Job(entry.method, entry.seeded(seed))) as handle:
             compared = fidelity.compare(handle, inputs, full, longest)
         made = {}
-        for i, ((pair, _), one, mine) in enumerate(zip(some, compared, keys, strict=True)):
-            said = text(full.answer(i)), text(one.tokens)
+        for i, (pair, one, mine) in enumerate(zip(pairs, compared, keys, strict=True)):
+            said = (answer_text(tokenizer, tokens) for tokens in (full.answer(i), one.tokens))
             made[mine[step]] = fidelity.StudyRow(pair.picture, pair.prompt, entry.label, seed, *said, one)
         journal.add({key: row for key, row in made.items() if key not in journal.rows})
+
+
+def answer_text(tokenizer: Any, tokens: list[int]) -> str:
+    """An answer's tokens as text."""
+    return tokenizer.decode(tokens, skip_special_tokens=True).strip()

@@ -48,10 +48,9 @@ def device(wanted: str) -> str:
 
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and torch.cuda.is_available():
-        number = wanted.partition(":")[2]
-        if not number or (number.isdigit() and int(number) < torch.cuda.device_count()):
-            return torch.cuda.get_device_name(int(number or 0))
+    number = wanted.partition(":")[2] or "0"
+    if wanted.startswith("cuda") and number.isdigit() and int(number) < torch.cuda.device_count():
+        return torch.cuda.get_device_name(int(number))
     return wanted
 
 
@@ -131,17 +130,23 @@ def of_files(folder: Path, paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
+def shared_files() -> list[Path]:
+    """Those that `library` hashes, and others beside them."""
+    root, patches, mine = (Path(inspect.getfile(one)).parent for one in (errors, family_of, library))
+    found = [path for path in root.rglob("*") if not APART & {*path.relative_to(root).parts}]
+    found += [path for path in patches.rglob("*") if "__pycache__" not in path.parts]
+    found += [path for path in mine.glob("*.py") if path.stem not in ABOUT]
+    return found + [root / "runtime" / f"{name}.py" for name in ("answering", "loading", "pictures")]
+
+
 def library() -> str:
     """A hash of the code of vlmprune that every result depends on, so that an edit is noticed at the same version.
 
     Methods are not in it, which `method` hashes, nor what only checks, draws or describes.
     """
-    root, patches, mine = (Path(inspect.getfile(one)).parent for one in (errors, family_of, library))
-    found = [path for path in root.rglob("*") if not APART & {*path.relative_to(root).parts}]
-    found += [path for path in patches.rglob("*") if "__pycache__" not in path.parts]
-    found += [path for path in mine.glob("*.py") if path.stem not in ABOUT]
-    found += [root / "runtime" / f"{name}.py" for name in ("answering", "loading", "pictures")]
-    code = sorted((path for path in found if path.suffix in CODE), key=lambda path: (path.parent.name, path.name))
+    code = sorted(
+        (path for path in shared_files() if path.suffix in CODE), key=lambda path: (path.parent.name, path.name)
+    )
     return hashlib.sha256("".join(f"{path.name} {code_of(str(path))}\n" for path in code).encode()).hexdigest()
 
 

@@ -38,7 +38,7 @@ from transformers import GenerationConfig
 import vlmprune
 from vlmprune import spec
 from vlmprune.errors import did_you_mean
-from vlmprune.eval.lmms.measure import Record, StopAt, Stopwatch, criteria, summary
+from vlmprune.eval.lmms.measure import Cost, Record, StopAt, Stopwatch, criteria, summary
 from vlmprune.eval.lmms.parallel import place
 from vlmprune.eval.lmms.pictures import Reader
 from vlmprune.runtime import answering, loading
@@ -179,13 +179,17 @@ class VlmPrune(lmms):
         self._records, self._new, self._seconds = [], [], 0.0
         return [record.as_dict() for record in records]
 
+    def gathered(self) -> tuple[list[Record], float]:
+        """What all processes have measured since the last evaluation ended, and their seconds together."""
+        if self.world_size == 1:
+            return self._new, self._seconds
+        parts: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(parts, (self._new, self._seconds))
+        return [record for part, _ in parts for record in part], sum(seconds for _, seconds in parts)
+
     def clean(self) -> None:
         """Called by lmms-eval in every process when all is answered: sums up, and keeps the model for what comes."""
-        records, seconds = self._new, self._seconds
-        if self.world_size > 1:
-            parts: list[Any] = [None] * self.world_size
-            torch.distributed.all_gather_object(parts, (records, seconds))
-            records, seconds = [r for part, _ in parts for r in part], sum(s for _, s in parts)
+        records, seconds = self.gathered()
         self._records += records
         self._new, self._seconds = [], 0.0
         if records:
@@ -251,17 +255,27 @@ class VlmPrune(lmms):
         texts = [cut_off(t, until) for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
         self._seconds += watch.cost.total_s
         speed, prompts = watch.cost.decode_speed(counts), inputs["attention_mask"].sum(1).tolist()
-        results = []
-        for row, (request, text) in enumerate(zip(requests, texts, strict=True)):
-            before, after, average = self.tokens(inputs["input_ids"], row, arguments["num_beams"])
-            record = Record(
-                request.task_name, request.doc_id, before, after, average, watch.cost.ttft_s, counts[row], speed,
-                watch.cost.peak_memory_bytes,
-            )  # fmt: skip
-            if not request.metadata.get(PADDING):
-                self._new.append(record)
-            results.append(GenerationResult(text, Counts(prompts[row], counts[row], record=record)))
-        return results
+        visual = [self.tokens(inputs["input_ids"], row, arguments["num_beams"]) for row in range(len(requests))]
+        records = self.noted(requests, visual, counts, watch.cost, speed)
+        answered = zip(texts, prompts, counts, records, strict=True)
+        return [GenerationResult(text, Counts(*numbers, record=record)) for text, *numbers, record in answered]
+
+    def noted(
+        self,
+        requests: Sequence[Instance],
+        visual: Sequence[tuple[int, int, float]],
+        counts: Sequence[int],
+        cost: Cost,
+        speed: float | None,
+    ) -> list[Record]:
+        """What answering every request took; those that lmms-eval has doubled to fill a batch are not counted."""
+        records = [
+            Record(asked.task_name, asked.doc_id, *tokens, cost.ttft_s, count, speed, cost.peak_memory_bytes)
+            for asked, tokens, count in zip(requests, visual, counts, strict=True)
+        ]
+        real = zip(requests, records, strict=True)
+        self._new += [record for request, record in real if not request.metadata.get(PADDING)]
+        return records
 
     def ask(self, request: Instance) -> ReadyRequest:
         """Turn a request into prompt and images.
@@ -274,18 +288,22 @@ class VlmPrune(lmms):
         images, videos, audios = messages.extract_media()
         if videos or audios:
             raise UserError(f"video and audio are not supported, and a document of {task} has some.")
+        text = self.prompt_text(messages.to_hf_messages(), len(images))
+        return ReadyRequest(request, text, [self.read(image) for image in images])
+
+    def prompt_text(self, turns: list[dict[str, Any]], images: int) -> str:
+        """The prompt by the chat template; raises as `ask` does."""
         processor = self.loaded.processor
         token = getattr(processor, "image_token", None) or "<image>"
-        turns = messages.to_hf_messages()
         for part in (part for turn in turns for part in turn["content"] if part["type"] == "text"):
             part["text"] = part["text"].replace(token, "")  # the images come apart, and each has its placeholder
         text = processor.apply_chat_template(turns, add_generation_prompt=True)
-        if text.count(token) != len(images):
+        if text.count(token) != images:
             raise UserError(
-                f"the chat template of {self.loaded.source.name} writes {text.count(token)} {token} for {len(images)} "
+                f"the chat template of {self.loaded.source.name} writes {text.count(token)} {token} for {images} "
                 "images: give another one with template=FILE."
             )
-        return ReadyRequest(request, text, [self.read(image) for image in images])
+        return text
 
     def inputs(self, asked: Sequence[ReadyRequest]) -> dict[str, torch.Tensor]:
         """Processor's output for a left-padded batch, on the device."""

@@ -95,11 +95,22 @@ def main_metric(found: Mapping[str, Any], metrics: Mapping[str, Any], task: Any,
         raise NoMetric(f"this task has no metric {wanted!r}; it has {', '.join(metrics) or 'none that is a number'}")
     if not metrics:
         raise Incomplete("no metric of this task is a number (does it only write a file to submit?)")
-    listed = [entry["metric"] for entry in task.config.metric_list or () if entry.get("metric") in metrics]
-    main = wanted or next(iter([*listed, *metrics]))
+    main = wanted or first_of(metrics, task)
     if main not in metrics:
         raise Incomplete(f"{main} is not a number here; this task has {', '.join(metrics)}")
     return main
+
+
+def first_of(metrics: Mapping[str, Any], task: Any) -> str:
+    """The first metric of a task's list that is there, else the first there is."""
+    listed = [entry["metric"] for entry in task.config.metric_list or () if entry.get("metric") in metrics]
+    return next(iter([*listed, *metrics]))
+
+
+def number_of(value: Any) -> float | None:
+    """A value that lmms-eval computed as a finite number; None where it is none."""
+    number = math.nan if isinstance(value, bool) or not hasattr(value, "__float__") else float(value)
+    return number if math.isfinite(number) else None
 
 
 def metrics_of(found: Mapping[str, Any], higher: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -108,10 +119,8 @@ def metrics_of(found: Mapping[str, Any], higher: Mapping[str, Any]) -> tuple[dic
     filters: dict[str, str] = {}
     for key, value in found.items():
         metric, comma, behind = key.partition(",")
-        if not comma or "_stderr" in metric or isinstance(value, bool) or not hasattr(value, "__float__"):
-            continue
-        number = float(value)
-        if not math.isfinite(number):
+        number = number_of(value)
+        if not comma or "_stderr" in metric or number is None:
             continue
         shown = metric if metric not in metrics else f"{metric} ({behind})"
         up = higher.get(metric)

@@ -28,16 +28,27 @@ def place(device: str, device_map: str | None) -> tuple[str, Accelerator | None]
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world < 2:
-        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") and "MASTER_ADDR" in os.environ:
-            note(f"accelerate launch --cpu started one process only. For N processes on a CPU: {CPU_COMMAND}")
-        return pick_device(device), None
+        return alone(device), None
     if device_map is not None:
         raise UserError("device_map spreads one model over GPUs, and here every process has its own: use one of both.")
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={device}: with several processes it is auto, cuda or cpu, and each takes its own GPU.")
+    kind = pick_device(device)
+    accelerator = tied(kind, world)
+    return "cpu" if kind == "cpu" else f"cuda:{accelerator.local_process_index}", accelerator
+
+
+def alone(device: str) -> str:
+    """The device of a process that is the only one, which somebody may not have meant."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") and "MASTER_ADDR" in os.environ:
+        note(f"accelerate launch --cpu started one process only. For N processes on a CPU: {CPU_COMMAND}")
+    return pick_device(device)
+
+
+def tied(kind: str, world: int) -> Accelerator:
+    """What ties `world` processes on devices of a kind together; raises as of `place`."""
     from accelerate import Accelerator
 
-    kind = pick_device(device)
     way = f"For processes on a CPU, start them by: {CPU_COMMAND}"
     try:
         accelerator = Accelerator(cpu=True) if kind == "cpu" else Accelerator()
@@ -45,4 +56,4 @@ def place(device: str, device_map: str | None) -> tuple[str, Accelerator | None]
         raise UserError(f"the processes cannot be tied together: {brief(error)} {way}") from error
     if accelerator.num_processes != world:  # lmms-eval's command made an accelerator that knows of one process
         raise UserError(f"there are {world} processes, and accelerate ties {accelerator.num_processes} together. {way}")
-    return "cpu" if kind == "cpu" else f"cuda:{accelerator.local_process_index}", accelerator
+    return accelerator

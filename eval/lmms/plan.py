@@ -273,16 +273,23 @@ def budgets_of(draft: Draft, entry: Entry, takes: set[str]) -> Sequence[Budget |
     """What to try an entry at: (None,) runs it once, as it is; nothing where a control would need a budget."""
     if entry.budgets:
         return entry.budgets
-    budgets: Sequence[Budget | None] = setting_budgets(draft.setting, entry) or (None,)
-    free = entry.alone and not entry.own_budget and entry.parts[0].name != NONE
-    if free and budgets != (None,) and not takes & set(spec.BUDGETS):
-        draft.notes.append(f"{entry.label} takes no budget: it is run once.")
-    if not free or not takes & set(spec.BUDGETS):
-        budgets = (None,)
+    budgets = shared_budgets(draft, entry, takes)
     if entry.control and budgets == (None,) and "keep" in takes:
         draft.skip(entry, None, "there is no budget (keep or average) to run it at")
         return ()
     return budgets
+
+
+def shared_budgets(draft: Draft, entry: Entry, takes: set[str]) -> Sequence[Budget | None]:
+    """The setting's budgets for an entry that takes one and has none of its own; else (None,)."""
+    budgets: Sequence[Budget | None] = setting_budgets(draft.setting, entry) or (None,)
+    if not entry.alone or entry.own_budget or entry.parts[0].name == NONE:
+        return (None,)
+    if takes & set(spec.BUDGETS):
+        return budgets
+    if budgets != (None,):
+        draft.notes.append(f"{entry.label} takes no budget: it is run once.")
+    return (None,)
 
 
 def seeds_of(draft: Draft, entry: Entry, takes: set[str]) -> Sequence[int | None]:

@@ -86,14 +86,20 @@ def run_plan(plan: EvalPlan, watcher: Watcher | None = None, command: list[str] 
         if rank() == 0:
             store.write_run(folder, info)
             watcher.start(found)
-        done = Done((), {})
-        for job in plan.jobs:
-            mine = [cell for name in found.todo for cell in job.cells if cell.id == name]
-            if mine:
-                part = run_job(job, mine, folder, watcher)
-                done = Done(done.measured + part.measured, done.failed | part.failed)
+        done = run_jobs(plan, found, watcher)
         if rank() == 0:
             store.write_run(folder, info | {"finished": now()})
+    return done
+
+
+def run_jobs(plan: EvalPlan, found: Survey, watcher: Watcher) -> Done:
+    """Run what is to do of every model, in the order in which it was found."""
+    done = Done((), {})
+    for job in plan.jobs:
+        mine = [cell for name in found.todo for cell in job.cells if cell.id == name]
+        if mine:
+            part = run_job(job, mine, plan.config.output, watcher)
+            done = Done(done.measured + part.measured, done.failed | part.failed)
     return done
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +69,16 @@ def load_run(folder: str | Path) -> StoredRun:
     return StoredRun(folder, info, list(good.values()), [name for name in info["cells"] if name not in good], damaged)
 
 
+def parsed(file: Path) -> dict[str, Any]:
+    """What `run.json` says; raises ValueError, KeyError or TypeError where that is not what was written."""
+    info = json.loads(file.read_text(), parse_constant=no_number)
+    for word in ("cells", "keys"):
+        _ = info[word]  # whatever the format
+    if info.get("format") == FORMAT and not whole_run(info):
+        raise ValueError("not as it was written")
+    return info
+
+
 def open_run(folder: Path) -> dict[str, Any]:
     """What `run.json` says.
 
@@ -76,11 +86,7 @@ def open_run(folder: Path) -> dict[str, Any]:
         StoreError: as of `load_run`.
     """
     try:
-        info = json.loads((folder / RUN).read_text(), parse_constant=no_number)
-        for word in ("cells", "keys"):
-            _ = info[word]  # whatever the format
-        if info.get("format") == FORMAT and not whole_run(info):
-            raise ValueError("not as it was written")
+        info = parsed(folder / RUN)
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{folder} has no {RUN}: not the output folder of `vlmprune eval`.") from None
     except OSError as error:
@@ -145,11 +151,16 @@ def no_number(text: str) -> None:
 def whole_run(info: dict[str, Any]) -> bool:
     """Whether `run.json` has the shape that it was written with, as far as it is read."""
     ids, keys = info["cells"], info["keys"]
-    if not isinstance(ids, list) or not all(isinstance(name, str) and isinstance(keys[name], str) for name in ids):
+    if not isinstance(ids, list) or not (all_texts(ids) and all_texts([keys[name] for name in ids])):
         return False
     if not all(isinstance(info.get(word) or kind(), kind) for word, kind in PARTS.items()):
         return False
     return all(isinstance(one, dict) for word in ("published", "skipped") for one in info.get(word) or ())
+
+
+def all_texts(values: Sequence[Any]) -> bool:
+    """Whether all values are texts."""
+    return all(isinstance(value, str) for value in values)
 
 
 def whole_cell(cell: Any, name: str) -> bool:
@@ -170,7 +181,7 @@ def whole_cell(cell: Any, name: str) -> bool:
 def whole_about(about: Any, name: str) -> bool:
     """Whether a cell says whose it is; as of `whole_cell`."""
     budget = about["budget"]
-    texts = all(isinstance(about[word], str) for word in ("model", "method", "label", "task"))
+    texts = all_texts([about[word] for word in ("model", "method", "label", "task")])
     amounts = budget is None or (isinstance(budget, dict) and all(map(is_number, budget.values())))
     return texts and amounts and {*about} >= ABOUT and about["id"] == name
 

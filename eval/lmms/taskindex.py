@@ -110,12 +110,17 @@ class TaskIndex:
         made = {"files": self._hashes[folder]}
         if about["type"] != "task":
             return made
-        config = config_of(yaml_path)
-        said = json.dumps(config, sort_keys=True, default=str)
-        made["yaml"] = hashlib.sha256(said.encode()).hexdigest()
-        if elsewhere := [path for path in local_data(config) if not path.is_relative_to(folder)]:
-            made["data"] = fingerprints.of_files(folder, elsewhere)
-        return made
+        return made | said_in(yaml_path)
+
+
+def said_in(path: Path) -> dict[str, str]:
+    """Fingerprints of all that a task's YAML says, and of local data elsewhere."""
+    config = config_of(path)
+    said = json.dumps(config, sort_keys=True, default=str)
+    made = {"yaml": hashlib.sha256(said.encode()).hexdigest()}
+    if elsewhere := [one for one in local_data(config) if not one.is_relative_to(path.parent)]:
+        made["data"] = fingerprints.of_files(path.parent, elsewhere)
+    return made
 
 
 def members(name: str, about: Mapping[str, Any]) -> list[str]:
@@ -157,12 +162,17 @@ def no_metric(index: TaskIndex, task: str, metric: str) -> str | None:
 
 def local_data(config: Mapping[str, Any]) -> list[Path]:
     """The files of a data set on this disk: `data_files`, and those of the folder that is its `dataset_path`."""
-    named = [Path(text) for text in texts((config.get("dataset_kwargs") or {}).get("data_files")) if "://" not in text]
-    found = [Path(path) for one in named for path in glob.glob(str(one), recursive=True)]
+    found = data_files(config)
     place = Path(str(config.get("dataset_path") or ""))
     if place.is_dir() and place != Path():
         found += place.rglob("*")
     return [path.resolve() for path in found if path.is_file()]
+
+
+def data_files(config: Mapping[str, Any]) -> list[Path]:
+    """What the patterns of `data_files` fit."""
+    named = [text for text in texts((config.get("dataset_kwargs") or {}).get("data_files")) if "://" not in text]
+    return [Path(path) for one in named for path in glob.glob(str(Path(one)), recursive=True)]
 
 
 def texts(value: Any) -> Iterator[str]:

@@ -65,10 +65,7 @@ def write(folder: str | Path, results: Results | None = None) -> list[Path]:
     results = results or read(folder)
     try:
         pictures = draw(results, folder / "plots") if plots.available() else None
-        files = render.pages(page.build(results, pictures), page.title(results), folder)
-        files["results.csv"] = as_csv(results).encode(errors=render.ESCAPED)
-        told = json.dumps(as_json(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
-        files["results.json"] = told.encode(errors=render.ESCAPED)
+        files = render.pages(page.build(results, pictures), page.title(results), folder) | data(results)
         for name, content in files.items():
             write_whole(folder / name, content)
     except OSError as error:
@@ -77,9 +74,16 @@ def write(folder: str | Path, results: Results | None = None) -> list[Path]:
     return [*(folder / name for name in files), *drawn]
 
 
+def data(results: Results) -> dict[str, bytes]:
+    """The files for programs."""
+    told = json.dumps(as_json(results), indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    texts = {"results.csv": as_csv(results), "results.json": told}
+    return {name: text.encode(errors=render.ESCAPED) for name, text in texts.items()}
+
+
 def draw(results: Results, folder: Path) -> dict[str, Sequence[Picture]]:
     """Every model's pictures; those of an older report are removed."""
-    for old in folder.glob("*.png"):
+    for old in (*folder.glob("*.png"), *folder.glob("*.svg")):
         old.unlink()
     stems = [re.sub(r"[^\w.+-]+", "_", model) for model in results.models]
     stems = [stem if stems.count(stem) == 1 else f"{i}-{stem}" for i, stem in enumerate(stems)]

@@ -22,10 +22,7 @@ def compare(pooled: Sequence[Pooled]) -> None:
     draws, top = drawn(scored), top_of(scored)
     bound(rows, draws, top)
     contrast(rows, draws, {p.row.name: p.scores for p in scored}, top)
-    known = [row for row in rows if row.value is not None]
-    full = next((row for row in known if row.full), None)
-    for row in known if full is not None else []:
-        retain(row, full, draws)
+    retain_all([row for row in rows if row.value is not None], draws)
 
 
 def bound(rows: Sequence[Row], draws: Draws, top: float | None) -> None:
@@ -57,6 +54,13 @@ def top_of(pooled: Sequence[Pooled]) -> float | None:
     return tops.pop() if len(tops) == 1 else None
 
 
+def retain_all(known: Sequence[Row], draws: Draws) -> None:
+    """Fill in the retention of rows with a score, where the full model has one."""
+    full = next((row for row in known if row.full), None)
+    for row in known if full is not None else []:
+        retain(row, full, draws)
+
+
 def retain(row: Row, full: Row, draws: Draws) -> None:
     """Fill in a row's retention of the full model's score, with its interval where both have draws."""
     ratio = float(statistics.retention(row.value, full.value, row.higher_is_better))
@@ -83,13 +87,19 @@ def contrast(rows: Sequence[Row], draws: Draws, scores: Mapping[str, np.ndarray]
         for name, base in bases(rows, row).items():
             if base.value is None:
                 continue
-            far, gap, same = row.value - base.value, None, False
-            if row.name in draws and base.name in draws:
-                gap = draws[row.name] - draws[base.name]
-                same = bool(np.abs(scores[row.name] - scores[base.name]).max() <= statistics.ROUND_OFF)
+            far = row.value - base.value
+            gap, same = drawn_apart(row.name, base.name, draws, scores)
             found, word = statistics.difference(gap, far, row.clusters, top, same, row.higher_is_better)
             for part, value in {"difference": far, "low": found.low, "high": found.high, "verdict": word}.items():
                 setattr(row, f"{name}_{part}", value)
+
+
+def drawn_apart(name: str, base: str, draws: Draws, scores: Mapping[str, np.ndarray]) -> tuple[np.ndarray | None, bool]:
+    """The difference of two rows within each draw, if both have draws, and whether all samples score the same."""
+    if name not in draws or base not in draws:
+        return None, False
+    same = np.abs(scores[name] - scores[base]).max() <= statistics.ROUND_OFF
+    return draws[name] - draws[base], bool(same)
 
 
 def bases(rows: Sequence[Row], row: Row) -> dict[str, Row]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Block", "Bullets", "Captioned", "Cards", "Code", "Heading", "Picture", "Table", "Text", "repeat"]
+__all__ = ["Block", "Bullets", "Captioned", "Cards", "Code", "Heading", "Picture", "Plot", "Table", "Text", "repeat"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,18 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """Points that a reader can turn over (`interactive.points`), and the same as pictures.
+
+    The pictures are shown where nothing can be drawn: in Markdown, without scripts, without Plotly.
+    """
+
+    points: Mapping[str, Any]
+    caption: str
+    still: Sequence[Picture]
+
+
+@dataclass(frozen=True)
 class Captioned:
     """One picture of `Cards`: a JPEG or PNG file's content, what it shows, and what is said beside it, by name."""
 
@@ -87,7 +99,7 @@ class Cards:
     caption: str
 
 
-Block = Heading | Text | Bullets | Code | Table | Picture | Cards
+Block = Heading | Text | Bullets | Code | Table | Picture | Plot | Cards
 
 
 def repeat(facts: Mapping[str, Any], command: str) -> list[Block]:

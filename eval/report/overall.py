@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from vlmprune.eval import statistics
 from vlmprune.eval.report.compare import Draws, contrast
-from vlmprune.eval.report.pooled import MEASURED, Pooled, clusters, largest, spread
+from vlmprune.eval.report.pooled import MEASURED, Pooled, clusters, spread
 from vlmprune.eval.report.rows import OK, PARTLY, Row
 
 __all__ = ["overall", "together"]
@@ -22,16 +23,20 @@ def overall(blank: Sequence[Row], found: Found) -> list[Row]:
     draws = retention_draws(blank, found)
     full = [pooled[blank[0].name].row for pooled in found.values()]
     for row in blank:
-        pooled = [mine[row.name] for mine in found.values()]
-        add_up(row, [p.row for p in pooled])
-        if all(p.row.retention is not None for p in pooled):
-            average(row, pooled, full, draws)
-        else:
-            leave_open(row, [p.row for p in pooled])
-            draws.pop(row.name, None)
+        over_tasks(row, [mine[row.name] for mine in found.values()], full, draws)
     scores = {name: np.concatenate([pooled[name].scores for pooled in found.values()]) for name in draws}
     contrast(blank, draws, scores)
     return list(blank)
+
+
+def over_tasks(row: Row, pooled: Sequence[Pooled], full: Sequence[Row], draws: Draws) -> None:
+    """Fill in one row from its tasks' rows; without a mean its draws go."""
+    add_up(row, [p.row for p in pooled])
+    if all(p.row.retention is not None for p in pooled):
+        average(row, pooled, full, draws)
+    else:
+        leave_open(row, [p.row for p in pooled])
+        draws.pop(row.name, None)
 
 
 def average(row: Row, pooled: Sequence[Pooled], full: Sequence[Row], draws: Draws) -> None:
@@ -48,13 +53,17 @@ def average(row: Row, pooled: Sequence[Pooled], full: Sequence[Row], draws: Draw
 def add_up(row: Row, mine: Sequence[Row]) -> None:
     """Write into a row what its tasks' rows cost together; what one of them does not know has no mean."""
     row.metric, row.state, row.seeds = "retention", OK, max(r.seeds for r in mine)
-    row.samples = sum(r.samples or 0 for r in mine)
-    row.clusters = min((r.clusters for r in mine if r.clusters is not None), default=None)  # the weakest task's
-    row.elapsed_s = sum(r.elapsed_s or 0.0 for r in mine)
-    row.peak_memory_bytes = largest(r.peak_memory_bytes for r in mine)
+    row.samples, row.elapsed_s = sum(known("samples", mine)), sum(known("elapsed_s", mine), 0.0)
+    row.clusters = min(known("clusters", mine), default=None)  # the weakest task's
+    row.peak_memory_bytes = max(known("peak_memory_bytes", mine), default=None)
     for name in MEASURED:
-        values = [getattr(r, name) for r in mine]
-        setattr(row, name, None if None in values else float(np.mean(values)))
+        values = known(name, mine)
+        setattr(row, name, None if len(values) < len(mine) else float(np.mean(values)))
+
+
+def known(name: str, rows: Sequence[Row]) -> list[Any]:
+    """What rows say under one name, as far as they say anything."""
+    return [value for row in rows if (value := getattr(row, name)) is not None]
 
 
 def leave_open(row: Row, mine: Sequence[Row]) -> None:
@@ -102,7 +111,7 @@ def retention_draws(blank: Sequence[Row], found: Found) -> Draws:
 
     A picture that several tasks ask about is drawn for all of them at once: their errors may be correlated.
     """
-    able = [row.name for row in blank if all(p[row.name].scores is not None for p in found.values())]
+    able = [row.name for row in blank if scored(row.name, found)]
     full = next((row.name for row in blank if row.full), None)
     if full not in able:
         return {}
@@ -111,6 +120,11 @@ def retention_draws(blank: Sequence[Row], found: Found) -> Draws:
         return {}
     ratios = [task_ratios(found[task], able, full, resampler, groups[task]) for task, resampler in resamplers(groups)]
     return dict(zip(able, np.mean(ratios, 0).T, strict=True))
+
+
+def scored(name: str, found: Found) -> bool:
+    """Whether a row has scores per sample in every task."""
+    return all(pooled[name].scores is not None for pooled in found.values())
 
 
 def resamplers(groups: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, statistics.Resampler]]:

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmprune.eval import statistics, testbed
-from vlmprune.eval.report import document, ledger, tables, words
-from vlmprune.eval.report.document import Block, Bullets, Code, Heading, Picture, Table, Text
+from vlmprune.eval.report import document, interactive, ledger, plots, tables, words
+from vlmprune.eval.report.document import Block, Bullets, Code, Heading, Picture, Plot, Table, Text
 from vlmprune.eval.report.rows import DAMAGED, MISSING, OK, Problem, Results, Row
 from vlmprune.runtime.tables import counted, short
 from vlmprune.spec import budget_text
@@ -26,7 +26,7 @@ def title(results: Results) -> str:
 
 def build(results: Results, pictures: Mapping[str, Sequence[Picture]] | None) -> list[Block]:
     """All blocks; `pictures` per model, None where they could not be drawn."""
-    blocks: list[Block] = [Heading(title(results), 1), Text(state(results)), *troubles(results)]
+    blocks: list[Block] = [Heading(title(results), 1), *summary(results), Text(state(results)), *troubles(results)]
     if pictures is None:
         blocks.append(Text(NO_PLOTS, warning=True))
     for model in results.models:
@@ -43,6 +43,17 @@ def build(results: Results, pictures: Mapping[str, Sequence[Picture]] | None) ->
         *repeat(results),
     ]
     return blocks
+
+
+def summary(results: Results) -> list[Block]:
+    """What came out, in words."""
+    several = len(results.models) > 1
+    told = []
+    for model in results.models:
+        tasks = results.tasks(model)
+        rows = results.of(model, None if len(tasks) > 1 or not tasks else tasks[0])
+        told += [f"{model}, {text}" if several else text for text in words.in_short(rows)]
+    return [Heading("In short"), Bullets(told)] if told else []
 
 
 def state(results: Results) -> str:
@@ -86,16 +97,25 @@ def section(results: Results, model: str, pictures: Sequence[Picture]) -> list[B
     """One model."""
     tasks, rows = results.tasks(model), results.of(model, None)
     blocks: list[Block] = [Heading(model), *(Text(text, warning=True) for text in words.no_bases(rows))]
+    blocks += drawn(results, model, pictures)
     if len(tasks) > 1:
         blocks += [Heading(f"All {len(tasks)} tasks", 3), *told(rows, tables.overview(rows))]
         blocks += [Heading("Scores of all tasks", 3), tables.matrix(results, model)]
-    blocks += pictures
     for task in tasks:
         mine = results.of(model, task)
         blocks += [Heading(task, 3), Text(about(mine)), *told(mine, tables.detail(mine))]
     over_all = len(tasks) > 1  # with one task, the row over all of them says the same again
     tested = words.chance([row for row in results.rows if row.model == model and (over_all or row.task is not None)])
     return [*blocks, Text(tested)] if tested else blocks
+
+
+def drawn(results: Results, model: str, pictures: Sequence[Picture]) -> list[Block]:
+    """A model's pictures; those of points as one that can be turned over."""
+    found = interactive.points(results, model)
+    still = [picture for picture in pictures if not picture.path.stem.endswith(plots.HEAT)]
+    if found is None or not still:
+        return list(pictures)
+    return [Plot(found, f"{model}: {plots.TURN}", still), *(picture for picture in pictures if picture not in still)]
 
 
 def told(rows: Sequence[Row], table: Table) -> list[Block]:

@@ -27,8 +27,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 GREYS = ("#404040", "#8c8c8c", "#5f5f5f", "#adadad")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d")
 CONTROL_MARKERS = ("x", "+", "1", "2")
-#: Of the PNG files.
-DPI = 130
 
 
 @dataclass(frozen=True)
@@ -48,6 +46,9 @@ TIME = Axis("ttft_s", "time", "measured time to first token, ms", scale=1000.0)
 MARKS = "Rings and the broad stepped line mark the Pareto front: no other point has as high a score for as little. "
 MARKS += "Thin bars are 95 % intervals (of scores, not of differences: the tables have those). Controls are grey."
 SIDEWAYS = "Points of the same token count are drawn side by side."
+TURN = "bars are 95 % intervals; a click on a name in the legend takes a method off, a double click all others."
+#: What the file of retention task by task ends with.
+HEAT = "retention"
 HEAT_CAPTION = "retention task by task, in per cent of the full model's score on the same samples. "
 HEAT_CAPTION += "White: failed, missing, or no ratio."
 #: Inches of a panel, by how many stand in a line.
@@ -71,7 +72,7 @@ def draw(results: Results, model: str, folder: Path, stem: str) -> list[Picture]
     Args:
         results: the run.
         model: one of its models.
-        folder: where the PNG files go; it is made.
+        folder: where the SVG files go; it is made.
         stem: what the files' names start with.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,9 +83,9 @@ def draw(results: Results, model: str, folder: Path, stem: str) -> list[Picture]
         for axis in (TOKENS, TIME)
         for end, panels in groups.items()
     ]
-    todo.append((heat(results, model), "retention", HEAT_CAPTION))
+    todo.append((heat(results, model), HEAT, HEAT_CAPTION))
     return [
-        save(figure, folder / f"{stem}-{name}.png", f"{model}: {caption}")
+        save(figure, folder / f"{stem}-{name}.svg", f"{model}: {caption}")
         for figure, name, caption in todo
         if figure is not None
     ]
@@ -99,7 +100,7 @@ def points_caption(axis: Axis, panels: Sequence[str | None]) -> str:
 def save(figure: Any, path: Path, caption: str) -> Picture:
     """Write a figure."""
     made = io.BytesIO()
-    figure.savefig(made, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
+    figure.savefig(made, format="svg", bbox_inches="tight", facecolor="white", metadata={"Date": None})
     write_whole(path, made.getvalue())
     return Picture(path, caption)
 
@@ -128,25 +129,31 @@ def control_style(i: int) -> dict[str, Any]:
 
 def scatter(results: Results, model: str, axis: Axis, panels: Sequence[str | None]) -> Any:
     """One panel per task (None: over all tasks); None without any point."""
-    from matplotlib.figure import Figure
-
     panels = [p for p in panels if any(point(r, axis) for r in results.of(model, p))]
     if not panels:
         return None
-    columns = min(3, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    wide, high = PANEL_SIZES[columns]
-    figure = Figure(figsize=(wide * columns, high * lines), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    for spare in axes[len(panels) :]:
-        spare.set_visible(False)
+    figure, axes = room_for(len(panels))
     looks, handles = styles(results.of(model, None)), {}
-    for panel, task in zip(axes, panels, strict=False):
+    for panel, task in zip(axes, panels, strict=True):
         handles |= draw_panel(panel, results.of(model, task), axis, looks)
     order = [label for label in ("full model", *looks, "Pareto front") if label in handles]
     shown = [handles[label] for label in order]
     figure.legend(shown, order, loc="outside right upper", frameon=False, fontsize=9, handlelength=3)
     return figure
+
+
+def room_for(panels: int) -> tuple[Any, Sequence[Any]]:
+    """A figure with so many panels, and these."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, panels)
+    lines = math.ceil(panels / columns)
+    wide, high = PANEL_SIZES[columns]
+    figure = Figure(figsize=(wide * columns, high * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for spare in axes[panels:]:
+        spare.set_visible(False)
+    return figure, axes[:panels]
 
 
 @dataclass(frozen=True)

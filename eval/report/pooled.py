@@ -90,11 +90,16 @@ def fill(pooled: Pooled, planned: int, samples: int) -> None:
     pooled.values = [float(cell["metrics"][row.metric]["value"]) for cell in cells]
     row.value, row.spread = float(np.mean(pooled.values)), spread(pooled.values)
     for name in MEASURED:
-        setattr(row, name, average(cell["summary"].get(name) for cell in cells))
-    row.peak_memory_bytes = largest(cell["summary"].get("peak_memory_bytes") for cell in cells)
+        setattr(row, name, average(measured(cells, name)))
+    row.peak_memory_bytes = largest(measured(cells, "peak_memory_bytes"))
     row.elapsed_s = float(sum(cell.get("elapsed_s") or 0 for cell in cells))
     pooled.scores, lacking = sample_scores(pooled)
     row.note = row.note or lacking
+
+
+def measured(cells: Sequence[Cell], name: str) -> list[Any]:
+    """What every cell says of one thing that was measured; None where it does not."""
+    return [cell["summary"].get(name) for cell in cells]
 
 
 def average(values: Iterable[float | None]) -> float | None:

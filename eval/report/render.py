@@ -1,7 +1,8 @@
-"""A document as one HTML file that needs nothing else (no script, no network, pictures inlined), and as Markdown.
+"""A document as one HTML file that needs nothing else (no network; pictures and scripts inlined), and as Markdown.
 
-What the pages look like is in templates/: `page.html.jinja`, `page.md.jinja` and `style.css`. Both templates escape for
-HTML whatever no filter of `FILTERS` has made safe, so that a forgotten filter shows too many signs and never markup.
+What the pages look like is in templates/: `page.html.jinja`, `page.md.jinja`, `style.css` and `page.js`. Both templates
+escape for HTML whatever no filter of `FILTERS` has made safe, so that a forgotten filter shows too many signs and never
+markup.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmprune.eval.report.document import Block
+from vlmprune.eval.report.document import Block, Plot
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -37,7 +38,20 @@ def pages(blocks: Sequence[Block], title: str, folder: Path) -> dict[str, bytes]
 
 def html(blocks: Sequence[Block], title: str) -> str:
     """The text of the HTML file."""
-    return environment().get_template("page.html.jinja").render(blocks=blocks, title=title)
+    drawing = plotly() if any(isinstance(block, Plot) for block in blocks) else None
+    return environment().get_template("page.html.jinja").render(blocks=blocks, title=title, plotly=drawing)
+
+
+@cache
+def plotly() -> str | None:
+    """The library that draws plots on the page, to be inlined once; None where it is not installed."""
+    from markupsafe import Markup
+
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError:
+        return None
+    return Markup(get_plotlyjs())
 
 
 def markdown(blocks: Sequence[Block], folder: Path) -> str:
@@ -58,6 +72,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        extensions=["jinja2.ext.do"],
     )
     made.filters |= {name: lambda *given, make=make: Markup(make(*given)) for name, make in FILTERS.items()}
     made.filters["kind"] = kind
@@ -73,7 +88,8 @@ def kind(block: Block) -> str:
 
 def inlined(content: bytes) -> str:
     """A picture file's content as an address that fetches nothing."""
-    kind = "png" if content.startswith(b"\x89PNG") else "jpeg"
+    kinds = {b"\x89PNG": "png", b"<?xm": "svg+xml"}
+    kind = kinds.get(content[:4], "jpeg")
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 

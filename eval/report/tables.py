@@ -137,7 +137,7 @@ def matrix(results: Results, model: str) -> Table:
         ]
         for row in rows
     ]
-    heads = [f"{task} ({next((r.metric for r in of[task].values() if r.metric), 'no metric')})" for task in tasks]
+    heads = [f"{task} ({metric_of(list(of[task].values()), 'no metric')})" for task in tasks]
     return Table(["method", "budget", *COUNTS, *heads, "retention, % [95 %]"], cells, range(2), kinds(rows))
 
 
@@ -168,16 +168,26 @@ def summary(results: Results, wide: int = 120) -> str:
 def model_summary(results: Results, model: str, wide: int) -> str:
     """One model's block: over all tasks, or with the scores of its only one."""
     tasks, rows = results.tasks(model), results.of(model, None)
-    scores = scores_of(results.of(model, tasks[0])) if len(tasks) == 1 else {}
+    first = results.of(model, tasks[0])
+    scores = scores_of(first) if len(tasks) == 1 else {}
     header = ["method", "budget", "entering", "average", *(["score"] if scores else [])]
     header += ["retention % [95 %]", "- random, points", "first token"]
     cells = summary_cells(rows, scores)
-    metric = next((row.metric for row in results.of(model, tasks[0]) if row.metric), "")
-    about = f"{tasks[0]} ({metric})" if scores else f"mean over {len(tasks)} tasks"
-    room = wide - len(terminal.columns(header[1:], [row[1:] for row in cells], header[1:]).split("\n")[1]) - 2
-    cells = [[terminal.short(row[0], max(12, room)), *row[1:]] if row else row for row in cells]
+    about = f"{tasks[0]} ({metric_of(first, '')})" if scores else f"mean over {len(tasks)} tasks"
+    cells = shortened(header, cells, wide)
     body = terminal.table(header, cells, [name for name in header[2:] if not name.startswith("- ")], wide)
     return f"{terminal.short(f'{model}: {about}', wide)}\n{body}"
+
+
+def metric_of(rows: Sequence[Row], none: str) -> str:
+    """The metric of a task's rows, or what is said where none has a result."""
+    return next((row.metric for row in rows if row.metric), none)
+
+
+def shortened(header: Sequence[str], cells: Sequence[list[str]], wide: int) -> list[list[str]]:
+    """Rows whose methods' names are cut to the room that the other columns leave."""
+    room = wide - len(terminal.columns(header[1:], [row[1:] for row in cells], header[1:]).split("\n")[1]) - 2
+    return [[terminal.short(row[0], max(12, room)), *row[1:]] if row else row for row in cells]
 
 
 def summary_cells(rows: Sequence[Row], scores: Mapping[str, str]) -> list[list[str]]:

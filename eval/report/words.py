@@ -8,7 +8,7 @@ from vlmprune.eval import statistics
 from vlmprune.eval.report.rows import NEAR, Row
 from vlmprune.runtime.tables import OVERHEAD
 
-__all__ = ["chance", "definitions", "differences", "few", "no_bases", "own_schedules"]
+__all__ = ["chance", "definitions", "differences", "few", "in_short", "no_bases", "own_schedules", "short_names"]
 
 VERDICTS = {
     "better": "better",
@@ -19,6 +19,58 @@ VERDICTS = {
 }
 BASES = {"full": "the full model", "random": "random at the same budget"}
 OWN = "random of about the same layer average"
+
+
+def short_names(tasks: Sequence[str]) -> dict[str, str]:
+    """Every task's name without the words with which all of them begin."""
+    parts = [task.split("_") for task in tasks]
+    shared = 0
+    if len(parts) > 1:
+        least = min(map(len, parts)) - 1
+        while shared < least and len({tuple(words[: shared + 1]) for words in parts}) == 1:
+            shared += 1
+    return {task: "_".join(words[shared:]) for task, words in zip(tasks, parts, strict=True)}
+
+
+def in_short(rows: Sequence[Row]) -> list[str]:
+    """A sentence per budget: which method holds most, what `random` holds, and who is better than that.
+
+    Args:
+        rows: of one model over all its tasks, or over its only one.
+    """
+    pruned = [row for row in rows if not row.full and row.retention is not None]
+    full = next((row.ttft_s for row in rows if row.full), None)
+    budgets = dict.fromkeys(row.budget for row in pruned if not row.control)
+    return [at_budget(budget, [row for row in pruned if row.budget == budget], full) for budget in budgets]
+
+
+def at_budget(budget: str, rows: Sequence[Row], full: float | None) -> str:
+    """The sentence about one budget; `full` is the time to the unpruned model's first token."""
+    methods = [row for row in rows if not row.control]
+    best = max(methods, key=lambda row: row.retention or 0)
+    text = f"{budget or 'Own budgets'}: {best.label} holds most, {held(best)}"
+    if best.ttft_s and full:
+        text += f", with {best.ttft_s / full:.2f} times its time to first token"
+    chance = next((row for row in rows if row.method == "random"), None)
+    if chance is not None:
+        text += f"; random holds {held(chance, '')}"
+    return f"{text}{above_random(methods)}."
+
+
+def above_random(methods: Sequence[Row]) -> str:
+    """Who is better than `random`, as the end of a sentence; empty where nobody was compared."""
+    better = [row.label for row in methods if row.random_verdict == "better"]
+    if not any(row.random_verdict for row in methods):
+        return ""
+    return f". Better than random: {', '.join(better) if better else 'none that can be told'}"
+
+
+def held(row: Row, of: str = " of the full model's score") -> str:
+    """`97.9 % of the full model's score [96.0, 99.1]`."""
+    ends = ""
+    if row.retention_low is not None and row.retention_high is not None:
+        ends = f" [{100 * row.retention_low:.1f}, {100 * row.retention_high:.1f}]"
+    return f"{100 * (row.retention or 0):.1f} %{of}{ends}"
 
 
 def definitions(batched: bool, embedded: bool) -> list[str]:
@@ -104,12 +156,10 @@ def differences(rows: Sequence[Row]) -> list[str]:
 
 def verdicts(rows: Sequence[Row], base: str, budget: str) -> str:
     """Whose differences to a base at a budget mean what; empty where no row has a verdict."""
-    labels: dict[str | None, list[str]] = {verdict: [] for verdict in VERDICTS}
-    for row in rows:
-        if row.budget == budget and getattr(row, f"{base}_difference") is not None:
-            labels[getattr(row, f"{base}_verdict")].append(row.label)
-    said = [f"{VERDICTS[verdict]}: {', '.join(names)}" for verdict, names in labels.items() if names]
-    return "; ".join(said) if any(names for verdict, names in labels.items() if verdict) else ""
+    compared = [row for row in rows if row.budget == budget and getattr(row, f"{base}_difference") is not None]
+    by_word = [(word, [r.label for r in compared if getattr(r, f"{base}_verdict") == word]) for word in VERDICTS]
+    said = {word: f"{VERDICTS[word]}: {', '.join(names)}" for word, names in by_word if names}
+    return "; ".join(said.values()) if any(said) else ""
 
 
 def chance(rows: Sequence[Row]) -> str | None:

@@ -17,6 +17,7 @@ from tiny_folders import PICTURES, answer
 
 import vlmprune
 from vlmprune.eval import testbed
+from vlmprune.eval.fidelity import costs
 from vlmprune.eval.fidelity import measure as fidelity
 from vlmprune.eval.fidelity import run as fidelity_run
 from vlmprune.eval.lmms import store
@@ -39,7 +40,7 @@ def run(cli, folders, pictures, prompts, tmp_path):
     def call(**given):
         flags = {
             "images": pictures, "prompts": prompts, "model": folders["next"], "method": "fopru", "keep": "4",
-            "max_new_tokens": 4, "out": tmp_path / "out",
+            "max_new_tokens": 4, "out": tmp_path / "out", "repeats": 0,
         } | given  # fmt: skip
         argv = ["fidelity"]
         for flag, value in flags.items():
@@ -413,3 +414,51 @@ def test_embedded_model_and_pictures(cli, tmp_path):
     assert "does not know these words: zebra" in err
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert all(row["unpruned"] == row["pruned"] != "" for row in rows)
+
+
+def costing(times):
+    """Costs as a clock would tell them: `times` as fast by label."""
+
+    def measured(self, entry):
+        one = {"median": times[entry.label], "low": 1.0, "high": 9.0, "pairs": 3}
+        return costs.EntryCosts((10, 5), (20, 10), one, one, (100, 60), (100, 40), 4, 1)
+
+    return measured
+
+
+def test_time_and_memory_stand_beside_agreement(run, monkeypatch):
+    monkeypatch.setattr(costs.CostBook, "of", costing({"fopru, keep 4": 2.5, "grid, keep 4": 3.0}))
+    code, out, _, results = run(repeats=3, controls="grid")
+    assert code == 0
+    assert re.search(r"^fopru .* 2\.50x \[1\.00, 9\.00\] +2\.50x .* 60 % +40 %$", out, re.M)
+    assert [line["costs"]["kv"] for line in results["summary"]] == [[100, 40]] * 2
+
+
+def test_costs_are_measured_once(run, monkeypatch):
+    code, _, _, results = run(repeats=1, controls="none", batch=2)
+    found = results["summary"][0]["costs"]
+    assert (code, found["batch"], found["first"]["pairs"]) == (0, 2, 1)
+    assert found["kv"][1] < found["kv"][0]
+    assert found["peak"][1] < found["peak"][0]
+    monkeypatch.setattr(costs, "measure_costs", lambda *args: pytest.fail("measured again"))
+    assert run(repeats=1, controls="none", batch=2, resume=True)[3]["summary"][0]["costs"] == found
+
+
+def test_exit_codes_for_ci(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(costs.CostBook, "of", costing({"fopru, keep 4": 2.5, "random, keep 4": 0.5}))
+    code, _, err, results = run(repeats=3, controls="random")
+    same = results["summary"][0]["measures"]["answer_agrees"]["value"]
+    assert code == 0
+    assert 0 < same < 1
+    again = {"repeats": 3, "controls": "random", "resume": True}
+    assert run(**again, min_agreement=f"{same:.4f}", min_speedup=2)[0] == 0  # of controls nothing is asked
+    code, _, err, _ = run(**again, min_agreement=f"{100 * same + 1:.4f}%")
+    assert (code, "of the answers stay the same, under" in err) == (1, True)
+    code, _, err, _ = run(**again, min_speedup=2.6)
+    assert (code, "fopru, keep 4: the first token comes 2.50 times as fast, under 2.6" in err) == (1, True)
+
+
+def test_what_ci_cannot_mean_is_refused(refused):
+    assert "must be above 0 and at most 1" in refused(min_agreement="98")
+    assert "is no share" in refused(min_agreement="most")
+    assert "--min-speedup needs times" in refused(min_speedup=2, repeats=0)

@@ -145,8 +145,9 @@ def test_what_cannot_run_on_which_family_is_listed(cli):
     families = {f["model_type"]: f for f in json.loads(cli("ls", "models", "--json")[1])["families"]}
     onevision = families["llava_onevision"]
     assert {"vtc_cls", "globalcom2", "todre"} <= set(onevision["refused_methods"])  # by its usual tower
-    assert set(onevision["refused_inputs"]["videos"]) == {"globalcom2", "tome", "pitome", "visionzip"}
-    assert set(onevision["refused_inputs"]["large images, whose canvas is shrunk"]) == {"tome", "pitome", "visionzip"}
+    merging = {"tome", "pitome", "visionzip", "prumerge", "prumerge_plus"}
+    assert set(onevision["refused_inputs"]["videos"]) == merging | {"globalcom2"}
+    assert set(onevision["refused_inputs"]["large images, whose canvas is shrunk"]) == merging
     assert set(families["llava_next_video"]["refused_inputs"]) == {"videos"}
     assert families["llava_next"]["refused_inputs"] == families["llava"]["refused_inputs"] == {}
     assert (onevision["modalities"], families["vipllava"]["modalities"]) == (["image", "video"], ["image"])

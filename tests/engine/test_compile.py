@@ -49,7 +49,7 @@ def explain(model, prompt):
 
 
 # one of each kind of cut in every run; the others differ from these in how they score
-ALIKE = ("pool", "fopru", "vtc_cls", "pitome")
+ALIKE = ("pool", "fopru", "vtc_cls", "todre", "transprune", "pitome")
 
 
 @captured
@@ -90,9 +90,10 @@ def test_no_more_graph_breaks_than_the_plain_model(tiny_model, method, options):
 
 
 @captured
+@pytest.mark.exhaustive  # half a minute, most of it torch's own
 def test_counts_that_a_method_finds_out_break_the_graph_and_nothing_else(tiny_model):
     """Also where numbers are captured as symbols, which say nothing about shapes."""
-    model = tiny_model(**SMALL)
+    model = tiny_model(tower_layers=2, num_hidden_layers=2)
     prompt = prompt_of(model)
     with torch.no_grad(), vlmprune.patch(model, "todre", keep=5, tau=1.0) as handle:
         eager = model(**prompt).logits
@@ -134,7 +135,15 @@ def test_a_wrong_prompt_fails_on_the_device(tiny_model):
             compiled(**swapped)
 
 
-@pytest.mark.parametrize(("method", "rows"), [(None, 1), ("random", 2), ("fastv", 2), ("todre", 1)])
+@pytest.mark.parametrize(
+    ("method", "rows"),
+    [
+        ("random", 2),
+        ("fastv", 2),
+        pytest.param(None, 1, marks=pytest.mark.exhaustive),
+        pytest.param("todre", 1, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_decoding_on_a_static_cache_compiles(tiny_model, method, rows):
     """`generate` compiles its decode steps itself where it can; here it is told to, without a single break."""
     model = tiny_model(**SMALL)

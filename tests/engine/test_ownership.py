@@ -324,3 +324,55 @@ def test_features_that_lack_what_the_patch_does_in_front_of_the_model(tiny_model
             with pytest.raises(CutNotRunError, match="features"):
                 model(**given)
         assert torch.equal(model(**encoded()).logits, model(**prompt).logits)
+
+
+# Adapters
+
+
+ADAPTED = r".*language_model.*(q_proj|v_proj)|.*vision_tower.*k_proj"
+
+
+def with_adapter(model, targets=ADAPTED):
+    peft = pytest.importorskip("peft", reason="peft is not installed (make install does)")
+    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+@pytest.mark.parametrize("method", ["tome", "fastv"])
+def test_adapters_on_models_that_share_a_tower(method):
+    """The second one's goes into the tower of both; each model is what it is when patched anew."""
+    one, two = tiny.model(), tiny.model()
+    two.model.vision_tower = one.model.vision_tower
+    prompt = prompt_of(one)
+    first = with_adapter(one)
+    vlmprune.patch(first, method, keep=4)
+    vlmprune.patch(two, "fopru", keep=5)
+    before = logits(first, prompt), logits(two, prompt)
+    second = with_adapter(two, r".*language_model.*(q_proj|v_proj)")
+    assert torch.equal(logits(first, prompt), before[0])
+    far(logits(second, prompt), before[1])
+    for model, name, keep in ((first, method, 4), (second, "fopru", 5)):
+        got = logits(model, prompt)
+        vlmprune.unpatch(model)
+        far(logits(model, prompt), got)
+        vlmprune.patch(model, name, keep=keep)
+        assert torch.equal(logits(model, prompt), got)
+
+
+def test_two_adapters_around_one_model_are_one_patch():
+    model = tiny.model()
+    prompt = prompt_of(model)
+    first = with_adapter(model)
+    first.add_adapter("other", first.peft_config["default"])
+    handle = vlmprune.patch(first, "tome", keep=4)
+    one = logits(first, prompt)
+    first.set_adapter("other")
+    far(logits(first, prompt), one)
+    first.set_adapter("default")
+    assert torch.equal(logits(first, prompt), one)
+    # whichever of the wrapped and the bare model is patched, it is the same patch
+    vlmprune.patch(first.get_base_model(), "random", keep=4)
+    with pytest.raises(RuntimeError, match="no longer on the model"):
+        handle.unpatch()
+    vlmprune.unpatch(first)
+    assert_clean(model)

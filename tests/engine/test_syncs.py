@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from reference import Rule
+from scenes import STILL
 from tiny import CACHE
 from transformers import DynamicCache, StaticCache
 from waits import reads
@@ -64,7 +65,7 @@ def test_prefill_reads_the_counts_once(tiny_model, monkeypatch, method, family, 
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
-@pytest.mark.parametrize("name", vlmprune.registry.names())
+@pytest.mark.parametrize("name", STILL)
 def test_ls_says_how_many_reads_a_method_adds(tiny_model, monkeypatch, name, family):
     model = tiny_model(family=family)
     prompt = tiny.prompt(model, [4, "image", 6], [(40, 24)])

@@ -25,7 +25,7 @@ def scene(request):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_the_trace_says_is_what_was_computed(scene, name, support):
     claim(support, scene, name, "exact")
-    model, prompt = scene.model, scene.prompt()
+    model, prompt = scene.model, scene.prompt(name)
     with torch.no_grad(), start(scene, name) as handle:
         got = with_cache(model, prompt)[:, 0]
         features = reference.image_features(model, prompt), reference.video_features(model, prompt)

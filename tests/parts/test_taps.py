@@ -19,6 +19,7 @@ import vlmprune
 from vlmprune import Cut, Decoder, Method, Reduction
 from vlmprune.parts.attention import Visible, attention_mass
 from vlmprune.parts.taps import Hidden, ReceivedAttention, TextAttention, VisionAttention
+from vlmprune.parts.vector_taps import TowerFeatures
 
 F64 = torch.float64
 
@@ -52,7 +53,7 @@ def test_tower_attention_is_what_eager_attention_computes(tiny_model, tower, fam
     options = {"tower": tower, "family": family, "dtype": dtype}
     model, plain, first = tiny_model(**options), eager(**options), int(tower == "clip")
     prompt = prompt_of(model)
-    rows = ["patches", "cls"] if first else ["patches"]
+    rows = ["patches", "all", "cls"] if first else ["patches", "all"]
     spy = See(*[VisionAttention(layer, row) for layer in range(6) for row in rows])
     with torch.no_grad(), vlmprune.patch(model, spy):
         model(**prompt)
@@ -64,7 +65,12 @@ def test_tower_attention_is_what_eager_attention_computes(tiny_model, tower, fam
         attentions = plain.model.vision_tower(torch.stack(views), output_attentions=True).attentions
     for tap, got in spy.seen.items():
         mean = attentions[tap.layer].mean(1)
-        want = mean[:, 0, 1:] if tap.rows == "cls" else mean[:, first:, first:].mean(1)
+        want = {
+            "cls": mean[:, 0, first:],
+            "patches": mean[:, first:, first:].mean(1),
+            "all": mean[:, :, first:].mean(1),
+        }
+        want = want[tap.rows]
         twin = mean[:, first:, 0] if tap.rows == "cls" and first else mean[:, first:, first:].mean(2)
         start = 0
         for i, grid in enumerate(spy.layout.grids):
@@ -173,6 +179,7 @@ def test_taps_in_a_padded_batch_are_those_of_each_prompt_alone(tiny_model, side)
     model = tiny_model(family="llava_next", dtype=F64, text="mistral", sliding_window=30)
     prompts = [prompt_of(model), tiny.prompt(model, [9], []), tiny.prompt(model, [2, "image", 11], [(20, 70)], 3)]
     taps = [TextAttention(1), TextAttention(1, "all"), VisionAttention(3), VisionAttention(4, "patches")]
+    taps += [TowerFeatures(4)]
     spy, alone = See(*taps, layer=2), []
     with torch.no_grad(), vlmprune.patch(model, spy):
         for p in (prompts[0], prompts[2]):
@@ -182,6 +189,25 @@ def test_taps_in_a_padded_batch_are_those_of_each_prompt_alone(tiny_model, side)
     for i, want in enumerate(alone):
         for tap in taps:
             same(spy.seen[tap][i][spy.layout.patches[i]], want[tap])
+
+
+def test_tower_features_are_its_hidden_states(tiny_model):
+    """The input of a layer; where the last one makes the features, what it gives."""
+    for options, layers in (({}, (2, 5)), ({"family": "llava_onevision", "tower": "siglip", "text": "qwen2"}, (2, 6))):
+        model, spy = tiny_model(dtype=F64, **options), See(*[TowerFeatures(layer) for layer in layers])
+        prompt = tiny.prompt(model, [4, "image", 3], [(24, 24)], together=True)
+        with torch.no_grad(), vlmprune.patch(model, spy):
+            model(**prompt)
+            views = prompt["pixel_values"].flatten(0, -4)
+            states = (
+                tiny.shared(dtype=F64, **options).model.vision_tower(views, output_hidden_states=True).hidden_states
+            )
+        for layer, (tap, got) in zip(layers, spy.seen.items(), strict=True):
+            grid, first = spy.layout.grids[0], int(options == {})
+            patches = ~grid.newline
+            want = states[tap.layer][:, first:].flatten(0, 1)[grid.source[patches]]
+            same(got[0, : grid.tokens][patches], want)
+            far(got[0, : grid.tokens][patches], states[layer - 1][:, first:].flatten(0, 1)[grid.source[patches]])
 
 
 def test_hidden_at_decoder_0_are_the_projected_features(tiny_model):

@@ -15,13 +15,14 @@ from original import GREEDY, PARTS, SIZES
 from probes import Force, far, random_tokens, rules, same
 from probes import forced_logits as theirs_forced
 from reference import Rule
+from scenes import STILL
 from tiny import CACHE
 
 import vlmprune
 from vlmprune import UnsupportedError, registry
 from vlmprune.patches import family_of
 
-NAMES = [name for name in registry.names() if registry.find(name).training == "none"]
+NAMES = [name for name in STILL if registry.find(name).training == "none"]
 OPTIONS = {"todre": {"keep": 0.4, "tau": 0.35}, "transprune": {"keep": 0.3}}
 MIXED = [([3, "image", 4], [(40, 24)]), ([6], []), (["image", "image", 9], [(20, 70), (24, 24)])]
 

@@ -23,6 +23,7 @@ SIZES = [(40, 24), (20, 70), (90, 96)]
 
 
 ANYRES = ["divprune", "fopru", "grid", "pool", "random", "todre", "visionzip", "vtc_cls"]
+ANYRES += ["fastervlm", "hiprune", "holov", "prumerge", "prumerge_plus", "prunesid", "scope", "vispruner", "vscan"]
 CASES = [(family, name) for family in FAMILIES for name in ANYRES] + [("llava", "tome"), ("llava", "pitome")]
 
 

@@ -71,6 +71,7 @@ SETTINGS = [
     ("todre", {"keep": 25, "tau": None, "objective": "max_min", "pivot": "mean"}),
     ("visionzip", {"keep": 64, "contextual": 0.5}),
     ("tome", {"keep": 128, "place": "behind"}),
+    ("vscan", {"keep": 64, "layer": None}),
     ("vtc_cls+divprune", {"vtc_cls.keep": 128, "divprune.keep": 0.5}),
 ]
 

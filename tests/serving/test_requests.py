@@ -7,22 +7,23 @@ import serving_models
 import torch
 from serving_engine import Prompt, agree, content_number, expected, questions, several
 
+from vlmprune import registry
+
 pytestmark = pytest.mark.vllm
 
 MODELS = {"scene-llava": ({"keep": 64}, 25, 0.5), "scene-llava-next": ({"keep": 128}, 0.1, 400)}
 
 
 MIXED = [
-    ("scene-llava", "vtc_cls"),
-    ("scene-llava-next", "vtc_cls"),
-    ("scene-llava", "visionzip"),
-    ("scene-llava", "tome"),
+    *(("scene-llava", method) for method in ("divprune", "pool", "todre", "tome", "visionzip", "vtc_cls")),
+    *(("scene-llava-next", method) for method in ("visionzip", "vtc_cls")),
 ]
 
 
 @pytest.mark.parametrize(("model", "method"), MIXED)
 def test_everything_mixed_in_one_engine(engines, model, method):
     options, second, third = MODELS[model]
+    options = options | registry.find(method).served_with
     if method == "tome":  # at most half of the tokens can go in each of four layers
         second = 96
     engine = engines(model, method, **options)
@@ -79,6 +80,22 @@ def test_a_wrong_budget_is_an_error_of_that_request_alone(engines, keep):
     prompts = questions("scene-llava", 3)
     with pytest.raises(ValueError, match="vlmprune_keep="):
         engine.ask([prompts[0].at(keep)])
+    agree(engine.ask(prompts), expected("scene-llava", prompts, "vtc_cls", keep=64))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"vlmprune_kepp": 25}, "Did you mean 'vlmprune_keep'"),
+        ({"do_resize": False, "do_center_crop": False}, "takes vlmprune_keep alone"),  # which would end the engine
+        ({"vlmprune_keep": 25, "size": {"height": 32, "width": 32}}, "'size' among a request's mm_processor_kwargs"),
+    ],
+)
+def test_requests_bring_a_budget_and_nothing_else(engines, kwargs, words):
+    engine = engines("scene-llava", "vtc_cls", keep=64)
+    prompts = questions("scene-llava", 2)
+    with pytest.raises(ValueError, match=words):
+        engine.llm.generate([engine.request(prompts[0]) | {"mm_processor_kwargs": kwargs}], use_tqdm=False)
     agree(engine.ask(prompts), expected("scene-llava", prompts, "vtc_cls", keep=64))
 
 

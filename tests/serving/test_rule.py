@@ -13,6 +13,7 @@ import pytest
 import scenes
 import tiny
 import torch
+from torch import nn
 
 from vlmprune import registry
 from vlmprune.errors import UnsupportedError
@@ -22,11 +23,12 @@ from vlmprune.parts.cuts import Clusters, Merge, Pick, PixelCut, ProjectorCut, T
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout, Views
 from vlmprune.parts.packing import Layouts
-from vlmprune.parts.taps import BlockKeys, Tap
+from vlmprune.parts.taps import Tap
 from vlmprune.patches import FAMILIES, family_of
 from vlmprune.serving.choice import SERVED, Choice, ServedPicture, refusals
+from vlmprune.serving.merge import Tower, install
 from vlmprune.serving.rule import averages_heads
-from vlmprune.serving.watch import Projected
+from vlmprune.serving.watch import TowerWatcher, built_for, look_only
 from vlmprune.spec import build
 
 MODELS = {"llava": {}, "llava_next": {"family": "llava_next"}, "llava_onevision": scenes.ONEVISION}
@@ -71,8 +73,6 @@ def test_what_is_served_keeps_the_rows_of_transformers(family, name, keep):
         choice.check()
     except (UnsupportedError, ValueError) as error:
         pytest.skip(f"refused: {error}")
-    if choice.plan.tower_cuts:
-        pytest.skip("merges in vLLM's own tower: run there, and counted in test_choice.py")
     sizes = [(40, 24), (20, 70)] if served.needs_sizes else [None]
     for seed, size in enumerate(sizes):
         grid = Layouts().find(size, lambda size=size: served.packing(inner, "image", size))
@@ -82,41 +82,83 @@ def test_what_is_served_keeps_the_rows_of_transformers(family, name, keep):
         torch.testing.assert_close(rows, prefilled(model, prompt, name, options)[3:-4], rtol=1e-4, atol=1e-5)
 
 
+class Projection(nn.Module):
+    """Queries, keys and values by one module, as in vLLM."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.parts = nn.ModuleList([attention.q_proj, attention.k_proj, attention.v_proj])
+
+    def forward(self, rows):
+        return torch.cat([part(rows) for part in self.parts], -1), None
+
+
+class Attention(nn.Module):
+    """The attention of a layer of transformers, built as vLLM's."""
+
+    tp_size = 1
+
+    def __init__(self, attention):
+        super().__init__()
+        self.qkv_proj, self.out_proj = Projection(attention), attention.out_proj
+        self.head_dim, self.scale = attention.head_dim, attention.scale
+
+    def forward(self, hidden_states):
+        heads = [
+            x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in self.qkv_proj(hidden_states)[0].chunk(3, -1)
+        ]
+        made = nn.functional.scaled_dot_product_attention(*heads, scale=self.scale)
+        return self.out_proj(made.transpose(1, 2).flatten(2)), None
+
+
+class Layer(nn.Module):
+    """A layer of transformers' towers, built as vLLM's."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer_norm1, self.layer_norm2, self.mlp = layer.layer_norm1, layer.layer_norm2, layer.mlp
+        self.self_attn = Attention(layer.self_attn)
+
+    def forward(self, hidden_states):
+        hidden_states = hidden_states + self.self_attn(hidden_states=self.layer_norm1(hidden_states))[0]
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+class Encoder(nn.Module):
+    """The layers that vLLM builds: up to the features, and those that only look."""
+
+    def __init__(self, layers, built, looking):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(layer) for layer in layers[:looking]])
+        for layer in self.layers[built:]:
+            layer.__class__ = look_only(Layer, bare=True)
+
+    def forward(self, hidden):
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
 @torch.no_grad()
 def served_rows(inner, family, choice, grid, size, pixels):
-    """What serving hands to the language model, with transformers' tower in the place of vLLM's."""
-    (layers, tower), seen, inputs = (family.tower_layers(inner.vision_tower), inner.vision_tower), {}, {}
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs, i=i: inputs.update({i: args[0] if args else kwargs["hidden_states"]}),
-            with_kwargs=True,
-        )
-        for i, layer in enumerate(layers)
-    ]
-    out = tower(pixels.flatten(0, -4)[: grid.views], output_hidden_states=True)
-    for hook in hooks:
-        hook.remove()
-    inputs[len(layers)] = out.hidden_states[-1]
-
-    def shown(index):
-        if index == len(layers):
-            return None
-        attention = layers[index].self_attn
-        rows = layers[index].layer_norm1(inputs[index])
-        qkv = torch.cat([project(rows) for project in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
-        return Projected(qkv, attention.head_dim, attention.scale)
-
-    facts = choice.plan.facts
-    for tap in choice.plan.measured:
-        if tap.layer >= 0:
-            seen[tap] = tap.measure(shown(tap.layer), inputs[tap.layer], facts.has_cls)
-    for index in choice.plan.key_layers:
-        seen[BlockKeys(index)] = shown(index).keys(shown(index).qkv).mean(1)
-    features, kept = choice.pick(out.hidden_states[facts.feature_layer + 1], seen, [grid])
+    """What serving hands to the language model: its hooks on transformers' weights in layers like vLLM's."""
+    layers, facts, plan, entered = family.tower_layers(inner.vision_tower), choice.plan.facts, choice.plan, []
+    hook = layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    inner.vision_tower(pixels.flatten(0, -4)[: grid.views])
+    hook.remove()
+    taps, built = [tap for tap in plan.measured if tap.layer >= 0], facts.feature_layer + 1
+    encoder = Encoder(layers, built, built_for(taps, facts, built))
+    watcher = TowerWatcher(encoder.layers, taps, plan.key_layers, facts, mean=None)
+    if choice.merges:
+        install(encoder, watcher)
+        watcher.tower = Tower(choice, [grid])
+    features = encoder(entered[0])
     views = inner.multi_modal_projector(features[:, int(facts.has_cls) :])
     newline = getattr(inner, "image_newline", None)
     packed = views[0] if newline is None else family.pack(inner, views, newline, size)
-    return choice.rows([ServedPicture(grid)], seen | kept, [packed])[0]
+    return choice.rows([ServedPicture(grid)], watcher.take(), [packed])[0]
 
 
 @torch.no_grad()
@@ -161,7 +203,14 @@ def fine(self, seen, layout):
 
 
 def reads_values(self, seen, layout):
-    return select(norms(seen), max(1, int(norms(seen).sum() * 0) + 5), layout, self.newlines)
+    return select(norms(seen), 5 + int(norms(seen).std() > 0), layout, self.newlines)
+
+
+def loops_by_values(self, seen, layout):
+    scores = norms(seen)
+    while scores.max() > 0.1:  # says nothing of the count
+        scores = scores / 2
+    return select(scores, self.budget, layout, self.newlines)
 
 
 def counts_by_values(self, seen, layout):
@@ -205,8 +254,12 @@ def breaks(self, seen, layout):
     return seen["nothing"]
 
 
-def test_a_method_that_nobody_declared_is_served_if_it_may_be():
-    choice_of(Odd(keep=8, rule=fine)).check()
+@pytest.mark.parametrize("rule", [fine, loops_by_values])
+def test_a_method_that_nobody_declared_is_served_if_it_may_be(rule):
+    choice = choice_of(Odd(keep=8, rule=rule))
+    choice.check()
+    assert choice.blind == (rule is fine)  # whether its count costs nothing
+    assert choice.count(choice.sample) == 8 + choice.sample.newlines
 
 
 @pytest.mark.parametrize(
@@ -275,7 +328,7 @@ def test_what_ranks_cannot_average_is_known(how, wanted):
 def test_a_tap_that_nobody_knows_is_refused(tap):
     from vlmprune.serving.rule import why_not
 
-    why = why_not("it", Cut(Decoder(0), (tap,), fine), FACTS)
+    why = why_not("it", Cut(Decoder(0), (tap,), fine, "contiguous"), FACTS)
     assert "which is not known before the language model" in why
 
 

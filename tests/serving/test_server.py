@@ -125,6 +125,18 @@ def test_a_wrong_budget_is_a_400_of_that_request_alone(server, keep):
     )
 
 
+def test_a_request_cannot_end_the_server(server):
+    from openai import BadRequestError, OpenAI
+
+    client, prompt = OpenAI(base_url=server[1], api_key="none", max_retries=0), questions(MODEL, 1)[0]
+    small = Prompt((prompt.images[0].resize((40, 30)),), prompt.question)
+    strange = {"extra_body": {"mm_processor_kwargs": {"do_resize": False, "do_center_crop": False}}}
+    with pytest.raises(BadRequestError, match="takes vlmprune_keep alone"):
+        client.chat.completions.create(**told(small), **strange)
+    wanted = expected(MODEL, [prompt], "vtc_cls", **OPTIONS)[0]
+    check(client.chat.completions.create(**told(prompt), logprobs=True), wanted)
+
+
 def test_200_concurrent_mixed_requests(server):
     from openai import AsyncOpenAI
 

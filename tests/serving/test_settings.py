@@ -12,7 +12,7 @@ import vlmprune.vllm
 from vlmprune.errors import UnsupportedError
 from vlmprune.serving import settings
 from vlmprune.serving.plugin import ARCHITECTURES
-from vlmprune.serving.served import Request
+from vlmprune.serving.served import Request, Served, stand_in
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +99,31 @@ def test_what_rides_along_comes_back_exactly(keep):
     back = Request.of(sent.row())
     assert back == sent
     assert type(back.keep) is type(keep)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"vlmprune_kepp": 25}, "Did you mean 'vlmprune_keep'"),
+        ({"do_resize": False}, "takes vlmprune_keep alone"),
+        ({"vlmprune_keep": 25, "size": 32}, "'size' among a request's"),
+        ({"vlmprune_keep": 0}, "keeps nothing"),
+    ],
+)
+def test_requests_bring_a_budget_and_nothing_else(folder, kwargs, words):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    config.vlmprune = {"method": "fopru", "keep": 4}
+    engine = Served(config, stand_in(config))
+    assert engine.keep_of({}) is None
+    assert engine.keep_of({"vlmprune_keep": 0.5}) == 0.5
+    with pytest.raises(ValueError, match=words):
+        engine.keep_of(kwargs)
+
+
+def test_a_budget_beyond_all_numbers_is_all_tokens():
+    assert Request.of(Request(10**400, 577, 0).row()).keep == 2**53
 
 
 def test_a_requests_budget_takes_the_place_of_the_engines():

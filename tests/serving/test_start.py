@@ -74,7 +74,10 @@ def test_a_plugin_that_is_not_loaded_does_not_start():
     assert "'VlmpruneLlavaForConditionalGeneration'] are not supported" in done.stderr + done.stdout
 
 
-@pytest.mark.parametrize(("method", "options"), [("fopru", {"keep": 64}), ("vtc_cls", {"keep": 25})])
+RANKS = [("fopru", {"keep": 64}), ("vtc_cls", {"keep": 25}), ("visionzip", {"keep": 64}), ("tome", {"keep": 64})]
+
+
+@pytest.mark.parametrize(("method", "options"), RANKS)
 def test_two_ranks(engines, method, options, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
     prompts = questions("scene-llava")

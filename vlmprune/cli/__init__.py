@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from vlmprune._compat import VersionError
-from vlmprune.cli import bench, check, demo, eval, fidelity, init, ls, report, run, serve, validate
+from vlmprune.cli import app, bench, budget, check, demo, eval, fidelity, init, ls, report, run, serve, tune, validate
 from vlmprune.cli.flags import Group, Verb, versions
 from vlmprune.runtime.errors import CommandError, brief
 from vlmprune.runtime.interruption import check as check_interruption
@@ -30,7 +30,7 @@ examples:
 exit codes: 0 done, 1 failed, 2 wrong usage (a missing file, an unknown method, ...), 130 interrupted
 """
 
-app = typer.Typer(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+command = typer.Typer(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 
 
 def tell_versions(wanted: bool) -> None:
@@ -45,14 +45,14 @@ VERSION = typer.Option(
 )
 
 
-@app.callback(epilog=EXAMPLES)
+@command.callback(epilog=EXAMPLES)
 def about(version: Annotated[bool, VERSION] = False) -> None:
     """Visual token pruning for LLaVA-style Hugging Face models."""
 
 
-for module in (run, init, eval, validate, report, fidelity, bench, check, serve, ls, demo):
+for module in (run, app, init, eval, validate, report, fidelity, tune, budget, bench, check, serve, ls, demo):
     name = module.__name__.rpartition(".")[2]
-    app.command(name, cls=getattr(module, "COMMAND", Verb), epilog=getattr(module, "EXAMPLES", None))(module.verb)
+    command.command(name, cls=getattr(module, "COMMAND", Verb), epilog=getattr(module, "EXAMPLES", None))(module.verb)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,12 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_verb(argv: list[str]) -> int:
     """Read the arguments, run the verb, and say in one line what went wrong."""
-    command = typer.main.get_command(app)
+    group = typer.main.get_command(command)
     try:
         if "_VLMPRUNE_COMPLETE" in os.environ:  # the shell asks what could come next
-            command.main(argv, prog_name="vlmprune")
-        with command.make_context("vlmprune", argv) as context:
-            command.invoke(context)
+            group.main(argv, prog_name="vlmprune")
+        with group.make_context("vlmprune", argv) as context:
+            group.invoke(context)
         sys.stdout.flush()
         check_interruption()  # swallowed somewhere on the way
     except typer.Exit as stop:  # after --help

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -90,6 +91,7 @@ def verb(
     ] = None,
     average: flags.Average = None,
     option: flags.Options = [],  # noqa: B006
+    recipe: flags.Recipe = None,
     batch: Annotated[str | None, Option(metavar="N[,N]", help="prompts at a time (default: 1)")] = None,
     prompt_tokens: Annotated[int | None, number("text tokens of a prompt (default: 60)")] = None,
     new_tokens: Annotated[int | None, number("tokens of an answer, 1 for the first alone (default: 32)")] = None,
@@ -132,6 +134,9 @@ def verb(
     which tokens stay. Without --method: fopru,random; on a GPU shapes are bfloat16.
     """
     args = SimpleNamespace(**locals())
+    args.family = None
+    if made := flags.alone(recipe, method=method, keep=keep, average=average, option=option):
+        say_recipe(args, made)
     flags.one_of(model=model, shape=shape)
     flags.one_of(keep=keep, average=average)
     refuse_idle_flags(args)
@@ -162,6 +167,14 @@ def verb(
     if old is not None:
         changes, differing = comparing.changes(old, found), comparing.differing_settings(old, found)
         print(f"\nChanges since {compare}\n\n{report.changes_text(changes, differing)}")
+
+
+def say_recipe(args: SimpleNamespace, made: Job) -> None:
+    """Put the flags that mean a recipe in its place: results keep what they were asked for in flags."""
+    budgets = {word: str(made.options[word]) for word in spec.BUDGETS if word in made.options}
+    vars(args).update({"keep": None if budgets else "none"} | budgets)
+    args.method, args.option = made.method, option_texts(made.options)
+    args.recipe, args.family = None, made.family
 
 
 def time_selection(args: SimpleNamespace) -> None:
@@ -253,15 +266,18 @@ def asked_in(old: dict[str, Any], methods: str | None = None) -> dict[str, Any]:
     """
     named = None if methods is None else flags.words_of(methods, "--method")
     mine = [cell for cell in old["cells"] if named is None or cell["method"] in named]
-    cells, word = mine or old["cells"], word_of(old["asked"])
+    options = dict.fromkeys(text for cell in mine for text in option_texts(cell["options"]))
+    return old["asked"] | united(mine or old["cells"], word_of(old["asked"])) | {"option": list(options)}
+
+
+def united(cells: list[dict[str, Any]], word: str) -> dict[str, str]:
+    """The methods, budgets and batches of cells, as their flags take them."""
     found = {
         "method": [cell["method"] for cell in cells],
         word: [str(cell["options"][word]) for cell in cells if word in cell["options"]],
         "batch": [str(cell["batch"]) for cell in cells],
     }
-    union = {name: ",".join(dict.fromkeys(values)) for name, values in found.items() if values}
-    options = dict.fromkeys(text for cell in mine for text in option_texts(cell["options"]))
-    return old["asked"] | union | {"option": list(options)}
+    return {name: ",".join(dict.fromkeys(values)) for name, values in found.items() if values}
 
 
 def word_of(asked: dict[str, Any]) -> str:
@@ -291,11 +307,15 @@ def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | N
     batches = [batch_size(text) for text in flags.words_of(asked["batch"], "--batch")]
     with user_mistakes():
         todo = spec.jobs(methods, budgets, options, named=False)
-        amounts = [budget[word] for budget in budgets if budget]
-        taken = not amounts or any(job.options.get(word) in amounts for job in todo)
-        if getattr(args, word) is not None and not taken:
+        if getattr(args, word) is not None and idle(budgets, word, todo):
             todo = spec.jobs(methods, budgets, options)  # says whose budget this cannot be
-    return [(job, batch) for batch in batches for job in todo]
+    return [(replace(job, family=args.family), batch) for batch in batches for job in todo]
+
+
+def idle(budgets: list[dict[str, Any]], word: str, todo: list[Job]) -> bool:
+    """Whether there are budgets, and no job has one of them."""
+    amounts = [budget[word] for budget in budgets if budget]
+    return bool(amounts) and not any(job.options.get(word) in amounts for job in todo)
 
 
 def again(cells: list[dict[str, Any]]) -> list[tuple[Job, int]]:
@@ -329,11 +349,10 @@ def check_paths(args: SimpleNamespace) -> None:
     Raises:
         UserError: they cannot, or results are there already and nobody said --resume.
     """
+    named = {name: path for name in ("source", "compare", *WRITTEN) if (path := getattr(args, name)) is not None}
     taken: dict[str, str] = {}
-    for name in ("source", "compare", "json", "csv", "plot"):
-        path, word = getattr(args, name), flags.flag(name)
-        if path is None:
-            continue
+    for name, path in named.items():
+        word = flags.flag(name)
         if name in WRITTEN:
             check_writable(path, word)
         other = taken.setdefault(os.path.realpath(Path(path).expanduser()), word)

@@ -46,6 +46,7 @@ def verb(
     keep: flags.Keep = None,
     average: flags.Average = None,
     option: flags.Options = [],  # noqa: B006
+    recipe: flags.Recipe = None,
     device: flags.Device = "auto",
     dtype: flags.DType = "auto",
     report: Annotated[bool, Option("--report", help="end with a block for a bug report though nothing failed")] = False,
@@ -62,12 +63,17 @@ def verb(
     if len(budgets) > 1:
         raise UserError("check takes one budget.")
     options = flags.options_of(option)
+    made = flags.alone(recipe, method=method, keep=keep, average=average, option=option)
 
     # from here on it takes seconds: torch and transformers are imported
-    from vlmprune.runtime import loading
+    from vlmprune.runtime import answering, loading
 
-    todo = methods_of(asked, budgets, options, named and method is not None)
+    if made is None:
+        todo = methods_of(asked, budgets, options, named and method is not None)
+    else:
+        todo = {made.method: made.build()}
     loaded = loading.load(loading.find_model(model), loading.pick_device(device), dtype)
+    answering.check(loaded, [] if made is None else [made])
     subject = subject_of(loaded)
     skipped = {name: why for name, methods in todo.items() if (why := refusal(loaded, name, methods))}
     refuse_skipped(loaded, skipped, len(todo), named=method is not None)
@@ -76,11 +82,16 @@ def verb(
     if as_json:
         print(json.dumps(in_json(loaded, reports, skipped), indent=2))
     else:
-        print(in_text(reports, skipped))
-    if (wrong or report) and not as_json:
-        print("", block(loaded, reports, skipped), sep="\n")
+        tell(loaded, reports, skipped, bug_report=bool(wrong or report))
     if wrong:
         raise CommandError(wrong + ("" if as_json else " (block for a bug report above)"))
+
+
+def tell(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str], bug_report: bool) -> None:
+    """Print what a person reads below the rows."""
+    print(in_text(reports, skipped))
+    if bug_report:
+        print("", block(loaded, reports, skipped), sep="\n")
 
 
 def methods_of(

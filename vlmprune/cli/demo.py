@@ -80,8 +80,9 @@ def shipped() -> list[dict[str, Any]]:
     except FileNotFoundError as error:
         raise CommandError(f"the demo's pictures are missing from this installation: {brief(error)}") from None
     lacks = {name: lack_of(name) for name in testbed.NAMES}
-    there = [picture for name in lacks if not lacks[name] for picture in pictures if picture["model"] == name]
-    reasons = sorted({why for why in lacks.values() if why})
+    present = [name for name, why in lacks.items() if not why]
+    there = sorted((p for p in pictures if p["model"] in present), key=lambda p: present.index(p["model"]))
+    reasons = sorted({*filter(None, lacks.values())})
     if not there:
         raise CommandError(f"nothing to show: {'; '.join(reasons) or 'no pictures'}")
     for reason in reasons:
@@ -159,15 +160,18 @@ def as_table(asked: list[AnsweredPicture]) -> str:
     from vlmprune.runtime.tables import table
 
     header = ["picture", "question", "expected", "full model", "method", *(f"{keep:.0%} kept" for keep in KEEPS)]
-    rows: list[list[str]] = []
-    for one in asked:
-        before = one.outcomes[0].total
-        whole = one.cell(one.plain, before["patches_before"] + before["newlines_before"])
-        start = [Path(one.picture["file"]).name, one.picture["question"], one.expected, whole]
-        rows += [*block(start, {method: one.cells(method) for method in METHODS}), []]
+    rows = [row for one in asked for row in rows_of(one)]
     start = ["right answers", f"of {len(asked)}", "", str(sum(one.right(one.plain) for one in asked))]
     rows += block(start, {method: totals([one.rights(method) for one in asked]) for method in METHODS})
     return table(header, rows) + "\n\nIn brackets: visual tokens left after the last cut, newlines included."
+
+
+def rows_of(one: AnsweredPicture) -> list[list[str]]:
+    """The rows about one picture, and an empty one."""
+    before = one.outcomes[0].total
+    whole = one.cell(one.plain, before["patches_before"] + before["newlines_before"])
+    start = [Path(one.picture["file"]).name, one.picture["question"], one.expected, whole]
+    return [*block(start, {method: one.cells(method) for method in METHODS}), []]
 
 
 def totals(rights: list[list[bool]]) -> list[str]:

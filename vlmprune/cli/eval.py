@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from vlmprune.cli import flags
-from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
 from vlmprune.runtime.status import Bar, note, status
 from vlmprune.runtime.tables import counted
 
@@ -56,9 +57,28 @@ def planned(file: str, overrides: list[str], look_at_model: bool = True) -> Eval
         raise UserError(start + "\n".join(lines)) from None
 
 
+def with_recipe(config: str, overrides: list[str], recipe: str) -> EvalPlan:
+    """The plan in which a recipe has the place of the config's methods.
+
+    Raises:
+        UserError: as `planned`; a mistake in the recipe, or one for another family of models.
+    """
+    from vlmprune.recipe import read_recipe
+
+    with user_mistakes():
+        made = read_recipe(recipe)
+    plan = planned(config, [*overrides, f"methods={json.dumps([made.entry()])}"])
+    for job in plan.jobs:
+        flags.refuse_family(job.setting.model, made.job)
+    return plan
+
+
 def verb(
     config: flags.Config,
     overrides: flags.Overrides = [],  # noqa: B006
+    recipe: Annotated[
+        str | None, Option(metavar="FILE", help="a recipe (a YAML file) in the place of the config's methods")
+    ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="print the plan and how long it may take, and stop")] = False,
 ) -> None:
     """Measure methods at budgets on benchmarks through lmms-eval, as a YAML file says, and report."""
@@ -70,7 +90,7 @@ def verb(
     if not have_lmms_eval() and not dry_run:
         raise UserError(f"{INSTALL}.")
     first = runner.rank() == 0
-    plan = planned(config, overrides)
+    plan = planned(config, overrides) if recipe is None else with_recipe(config, overrides, recipe)
     if first:
         print("\n".join(about(plan)), flush=True)
     if dry_run:

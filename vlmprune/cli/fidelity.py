@@ -41,6 +41,8 @@ The prompts file has one prompt a line, each asked about every picture; or one J
 It writes report.html (self-contained), report.md with worst-*.png, and results.json with every row. What the measures
 mean is told there. Every result is kept in rows.jsonl as it comes: Ctrl-C stops and reports on what is finished, and
 --resume goes on, after a crash too, with other methods, budgets, pictures or prompts as well.
+
+exit codes: 0 done, 1 failed or under --min-agreement or --min-speedup, 2 wrong usage, 130 interrupted
 """
 
 
@@ -48,16 +50,24 @@ def verb(
     images: Annotated[str, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")],
     prompts: Annotated[str, Option(metavar="FILE", help="one prompt a line, or JSON lines (see below)")],
     model: flags.Model = "scene-llava",
-    method: flags.Methods = "fopru",
+    method: flags.SomeMethods = None,
     keep: flags.Keep = None,
     average: flags.Average = None,
     option: flags.Options = [],  # noqa: B006
+    recipe: flags.Recipe = None,
     controls: Annotated[
         str, Option(metavar="NAME[,NAME]", help="what methods are measured against at the same budgets, or none")
     ] = "random,grid,pool",
     seeds: Annotated[int, Option(metavar="N", help="seeds of `random`, averaged")] = 3,
     limit: Annotated[int | None, Option(metavar="N", help="only the first N pictures by name")] = None,
     worst: Annotated[int, Option(metavar="N", help="pictures shown per method and budget")] = 10,
+    repeats: Annotated[int, Option(metavar="N", help="timed pairs with the unpruned model, 0 for none")] = 3,
+    min_agreement: Annotated[
+        str | None, Option(metavar="SHARE", help="fail (exit code 1) where fewer answers stay the same (0.98 or 98%)")
+    ] = None,
+    min_speedup: Annotated[
+        float | None, Option(metavar="X", help="fail where the first token comes less than X times as fast")
+    ] = None,
     max_new_tokens: flags.Longest = 64,
     batch: Annotated[int, Option(metavar="N", help="prompts at a time; halved by itself where memory is short")] = 4,
     out: Annotated[str, Option(metavar="FOLDER", help="folder for the report")] = "fidelity-out",
@@ -72,7 +82,8 @@ def verb(
 
     Asks the full model and pruned ones about your own pictures, and measures how often the first token and the greedy
     answer stay the same and how far the next-token distributions drift apart (KL), with intervals, beside controls that
-    look at nothing. The pictures that suffer most are shown. Without --keep and --average: a quarter of the patches.
+    look at nothing. The pictures that suffer most are shown. Without --method: fopru; without --keep and
+    --average: a quarter of the patches.
     """
     args = SimpleNamespace(**locals())
     from vlmprune.eval.fidelity.journal import JournalError, refuse_second
@@ -92,8 +103,10 @@ def verb(
 def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
     flags.least(1, max_new_tokens=args.max_new_tokens, batch=args.batch, seeds=args.seeds, limit=args.limit)
-    flags.least(0, worst=args.worst)
-    methods = flags.words_of(args.method, "--method")
+    flags.least(0, worst=args.worst, repeats=args.repeats)
+    least = least_of(args)
+    made = flags.alone(args.recipe, method=args.method, keep=args.keep, average=args.average, option=args.option)
+    methods = flags.words_of("fopru" if args.method is None else args.method, "--method")
     controls = [] if args.controls.strip() == "none" else flags.words_of(args.controls, "--controls")
     budgets, named = flags.budgets_of(args.keep, args.average, KEEP)
     options = flags.options_of(args.option)
@@ -103,13 +116,16 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     from vlmprune import spec
     from vlmprune.eval.fidelity import report as fidelity_report
     from vlmprune.eval.fidelity import run as fidelity_run
+    from vlmprune.eval.fidelity.costs import CostBook
     from vlmprune.eval.fidelity.journal import Journal
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import note
 
     with user_mistakes():
-        todo = spec.jobs(methods, budgets, options, named)
-        beside = spec.jobs([name for name in controls if name not in methods], budgets, {})
+        todo = spec.jobs(methods, budgets, options, named) if made is None else [made]
+        if made is not None:
+            methods, budgets = [made.method], [spec.budgets_in(made.options)]
+        beside = spec.jobs([name for name in controls if name not in methods], budgets, {}, named=False)
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
     loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
     answering.check(loaded, [*todo, *beside])
@@ -124,14 +140,54 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     rows = plan.rows()
     if not rows:
         refuse_nothing(skipped, interrupted)
+    book = CostBook(loaded, journal, pairs, args.batch, args.max_new_tokens, args.repeats, skipped)
+    costs = {entry.label: book.of(entry) for entry in entries if args.repeats and not interrupted}
     cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst) for entry in entries if not entry.control}
     about = about_run(loaded, args, sum(pair.picture in skipped for pair in pairs))
-    told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs))
+    told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs), costs)
     show(told, fidelity_report.write(folder, told), args.as_json)
     if skipped:
         note(left_out(list(skipped)))
     if interrupted:
         raise KeyboardInterrupt
+    refuse_worse(told, *least)
+
+
+def least_of(args: SimpleNamespace) -> tuple[float | None, float | None]:
+    """The shares of --min-agreement and --min-speedup.
+
+    Raises:
+        UserError: no share, or a speed-up that nothing measures.
+    """
+    from vlmprune.spec import read_share
+
+    if args.min_speedup is not None and not args.repeats:
+        raise UserError("--min-speedup needs times: give --repeats.")
+    if args.min_agreement is None:
+        return None, args.min_speedup
+    with user_mistakes():
+        share = read_share(args.min_agreement, "--min-agreement")
+    if not 0 < share <= 1:
+        raise UserError(f"--min-agreement {args.min_agreement} must be above 0 and at most 1 (100%).")
+    return share, args.min_speedup
+
+
+def refuse_worse(told: Study, agreement: float | None, speedup: float | None) -> None:
+    """Fail where a method (no control) is under what was asked for.
+
+    Raises:
+        CommandError: one is.
+    """
+    wrong = []
+    for line in (line for line in told.lines if not line.entry.control):
+        same = line.measures["answer_agrees"].value
+        if agreement is not None and same < agreement:
+            wrong.append(f"{line.entry.label}: {same:.3f} of the answers stay the same, under {agreement:g}")
+        fast = told.costs[line.entry.label].first["median"] if line.entry.label in told.costs else None
+        if speedup is not None and fast is not None and fast < speedup:
+            wrong.append(f"{line.entry.label}: the first token comes {fast:.2f} times as fast, under {speedup:g}")
+    if wrong:
+        raise CommandError("; ".join(wrong))
 
 
 def left_out(names: Sequence[str]) -> str:
@@ -251,7 +307,7 @@ def show(told: Study, files: Sequence[Path], as_json: bool) -> None:
         print(json.dumps(fidelity_report.as_json(told), indent=2))
         print(f"report: {files[0]}", file=sys.stderr)
         return
-    header, rows = fidelity_report.table_of(told.lines)
+    header, rows = fidelity_report.table_of(told.lines, told.costs)
     print(f"{told.about['model']}: {told.asked}\n")
     print(table(header, rows, header[2:]))
     print("\nAgreement in per cent, KL in nats (per token); in brackets 95 % intervals over pictures.")

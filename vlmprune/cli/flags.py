@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
@@ -16,7 +16,11 @@ from vlmprune._version import __version__
 from vlmprune.runtime.errors import UserError, brief, user_mistakes
 from vlmprune.runtime.status import noted_warnings
 
-__all__ = ["Group", "Verb", "budgets_of", "flag", "folder", "least", "one_of", "options_of", "versions", "words_of"]
+if TYPE_CHECKING:
+    from vlmprune.spec import Job
+
+__all__ = ["Group", "Verb", "alone", "budgets_of", "flag", "folder", "least", "one_of", "options_of", "refuse_family"]
+__all__ += ["versions", "words_of"]
 
 MODEL = Option(metavar="NAME", help="embedded model, folder or hub id")
 METHOD = Option("--method", metavar="NAME[,NAME]", help="methods (`vlmprune ls methods`; a+b: one after the other)")
@@ -36,6 +40,9 @@ Options = Annotated[
         help="an option of the methods that have it (`vlmprune ls methods NAME`); may be repeated; "
         "layer=3, tau=None, prune_layers=[7,9,12], fopru.keep=64 (of that method alone)",
     ),
+]
+Recipe = Annotated[
+    str | None, Option(metavar="FILE", help="a recipe (a YAML file), instead of --method, budget and --option")
 ]
 Device = Annotated[str, DEVICE]
 DTypes = Literal["auto", "float32", "bfloat16", "float16"]
@@ -103,6 +110,37 @@ def one_of(**given: Any) -> None:
     named = [flag(name) for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise UserError(f"{named[1]} is not allowed with {named[0]}.")
+
+
+def alone(recipe: str | None, **given: Any) -> Job | None:
+    """What a recipe says, or None where there is none.
+
+    Raises:
+        UserError: a mistake in it, or flags beside it that say the same.
+    """
+    if recipe is None:
+        return None
+    from vlmprune.recipe import read_recipe
+
+    if beside := [flag(name) for name, value in given.items() if value]:
+        raise UserError(f"{', '.join(beside)} cannot be combined with --recipe, which says all of that.")
+    with user_mistakes():
+        return read_recipe(recipe).job
+
+
+def refuse_family(model: str, made: Job) -> None:
+    """Refuse a recipe for another family than a model's, before its weights are loaded.
+
+    Raises:
+        UserError: it is for another one, or there is no such model.
+    """
+    from vlmprune.recipe import check_family
+    from vlmprune.runtime.loading import find_model, told, type_of
+
+    if made.family is not None:
+        source = find_model(model)
+        with told(source), user_mistakes():
+            check_family("the recipe", made.family, type_of(source))
 
 
 def least(lowest: int, **given: int | None) -> None:

@@ -72,10 +72,11 @@ def verb(
     image: Annotated[list[str], Option(metavar="FILE", help="picture, or several")],
     prompt: Annotated[str, Option(metavar="TEXT", help="what to ask; the model's chat template is put around it")],
     model: flags.Model = "scene-llava",
-    method: flags.Methods = "fopru",
+    method: flags.SomeMethods = None,
     keep: flags.Keep = None,
     average: flags.Average = None,
     option: flags.Options = [],  # noqa: B006
+    recipe: flags.Recipe = None,
     save: Annotated[str | None, Option(metavar="FILE", help="draw the kept tokens over the picture")] = None,
     max_new_tokens: flags.Longest = 64,
     repeats: Annotated[int, Option(metavar="N", help="timed pairs of prefills, 0 for none")] = 5,
@@ -85,7 +86,8 @@ def verb(
 ) -> None:
     """Answer a prompt about pictures, with and without pruning.
 
-    Shows what it costs, of the full model and of pruned ones (without --keep and --average: a quarter of the patches).
+    Shows what it costs, of the full model and of pruned ones (without --method: fopru; without --keep and --average: a
+    quarter of the patches).
     """
     from vlmprune.runtime.pictures import check_target, read_picture
 
@@ -94,9 +96,10 @@ def verb(
     if not prompt.strip():
         raise UserError("--prompt is empty.")
     check_text(prompt, "--prompt")
-    methods = flags.words_of(method, "--method")
+    methods = flags.words_of("fopru" if method is None else method, "--method")
     budgets, named = flags.budgets_of(keep, average, KEEP)
     options = flags.options_of(option)
+    made = flags.alone(recipe, method=method, keep=keep, average=average, option=option)
     target = check_target(save) if save else None
     images = [read_picture(path) for path in image]
 
@@ -106,7 +109,7 @@ def verb(
     from vlmprune.runtime.status import Bar, note, show, status
 
     with user_mistakes():
-        todo = spec.jobs(methods, budgets, options, named)
+        todo = spec.jobs(methods, budgets, options, named) if made is None else [made]
     loaded = loading.load(loading.find_model(model), loading.pick_device(device), dtype)
     answering.check(loaded, todo)
     inputs = loading.model_inputs(loaded, images, prompt)

@@ -22,6 +22,7 @@ EXAMPLES = """\
 examples:
   vlmprune serve --model llava-hf/llava-1.5-7b-hf --method vtc_cls --keep 64
   vlmprune serve --model scene-llava --method fopru --keep 0.25 --port 8001 --dtype float32
+  vlmprune serve --model llava-hf/llava-1.5-7b-hf --recipe tune-out/recipe.yaml
   vlmprune serve --model llava-hf/llava-v1.6-mistral-7b-hf --method divprune --keep 10% --tensor-parallel-size 2
 
 What is not told here goes to vLLM as it is. A request brings its own budget as "mm_processor_kwargs":
@@ -45,10 +46,11 @@ COMMAND = ServeCommand
 def verb(
     context: Context,
     model: Annotated[str, flags.MODEL],
-    method: Annotated[str, Option(metavar="NAME", help="the method (a+b: one after the other)")],
+    method: Annotated[str | None, Option(metavar="NAME", help="the method (a+b: one after the other)")] = None,
     keep: Annotated[str | None, Option(metavar="N", help="patches per image (64), or a fraction (0.1 or 10%)")] = None,
     average: Annotated[str | None, Option(metavar="N", help="the same; of served methods both mean one thing")] = None,
     option: flags.Options = [],  # noqa: B006 - typer copies it
+    recipe: flags.Recipe = None,
 ) -> None:
     """Serve a pruned model by vLLM's OpenAI-compatible server; takes all flags of vLLM's own."""
     from vlmprune.spec import read_budget
@@ -59,6 +61,11 @@ def verb(
         for word, given in (("keep", keep), ("average", average)):
             if given is not None:
                 options[word] = read_budget(given, word)
+    if made := flags.alone(recipe, method=method, keep=keep, average=average, option=option):
+        method, options = made.method, made.options
+        flags.refuse_family(model, made)
+    if method is None:
+        raise UserError("name a --method, or a --recipe.")
     command = command_for(model, method, options, context.args)
     note(f"starting {' '.join(command[:4])} ...")
     sys.stdout.flush()

@@ -162,9 +162,18 @@ def difference(op: str, args: tuple, got: object, expected: object) -> str | Non
         if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
             return f"output {i} is {mine.dtype} {tuple(mine.shape)}, not {theirs.dtype} {tuple(theirs.shape)}"
         allowed = EPSILON[theirs.dtype] if op in ("attention_mass", "merge") else 0.0
-        if not torch.allclose(mine.double(), theirs.double(), rtol=allowed, atol=allowed, equal_nan=True):
-            apart = ~torch.isclose(mine.double(), theirs.double(), rtol=allowed, atol=allowed, equal_nan=True)
-            at = tuple(apart.nonzero()[0].tolist())
-            return (f"output {i} differs in {int(apart.sum())} of {apart.numel()} places, first at {at}: "
-                    f"{mine[at].item()} instead of {theirs[at].item()}")  # fmt: skip
+        if told := first_apart(mine, theirs, allowed):
+            return f"output {i} {told}"
     return None
+
+
+def first_apart(mine: Tensor, theirs: Tensor, allowed: float) -> str | None:
+    """Where two outputs of one shape are further apart than allowed; None if nowhere."""
+    apart = ~torch.isclose(mine.double(), theirs.double(), rtol=allowed, atol=allowed, equal_nan=True)
+    if not apart.any():
+        return None
+    at = tuple(apart.nonzero()[0].tolist())
+    return (
+        f"differs in {int(apart.sum())} of {apart.numel()} places, first at {at}: "
+        f"{mine[at].item()} instead of {theirs[at].item()}"
+    )

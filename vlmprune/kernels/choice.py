@@ -88,16 +88,25 @@ def why_not(name: str, op: str, device: torch.device) -> str | None:
     """Why an implementation cannot run on `device`, or None. Finds out about a device that is new (`trial.py`)."""
     if (name, op, str(device)) in broken:
         return broken[name, op, str(device)]
-    if name == "cuda":
-        if op not in ("top_k", "select_gather"):
-            return "there is no CUDA C++ for it"
-        if device.type != "cuda" or torch.version.hip:
-            return "the tensors are not on an NVIDIA GPU"
-    elif util.find_spec("triton") is None:
-        return "triton is not installed"
-    elif device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "the tensors are not on a GPU (TRITON_INTERPRET=1 interprets the kernels on a CPU)"
+    if reason := (no_cuda if name == "cuda" else no_triton)(op, device):
+        return reason
     return trial.verdict(name, op, device) if device.type == "cuda" else None
+
+
+def no_cuda(op: str, device: torch.device) -> str | None:
+    """Why there can be no CUDA C++ of an op on a device, or None."""
+    if op not in ("top_k", "select_gather"):
+        return "there is no CUDA C++ for it"
+    return "the tensors are not on an NVIDIA GPU" if device.type != "cuda" or torch.version.hip else None
+
+
+def no_triton(op: str, device: torch.device) -> str | None:
+    """Why Triton cannot run on a device, or None."""
+    if util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are not on a GPU (TRITON_INTERPRET=1 interprets the kernels on a CPU)"
+    return None
 
 
 def run(op: str, *args: Any) -> Any:

@@ -135,16 +135,21 @@ class Worth:
         return Worth(self.x[columns], self.value[columns], basis, self.objective), columns, others.max()
 
 
+def worth_at_first(x: Tensor, twins: np.ndarray | None, count: int, candidates: np.ndarray, objective: str) -> Worth:
+    """What all tokens are worth before the first of `count` picks."""
+    kind = np.float64 if x.dtype == torch.float64 else np.float32
+    start = {"max_sum": 0.0, "max_min": np.inf, "log_det": 1.0}[objective]
+    basis = np.empty((count - 1 if objective == "log_det" else 0, len(x)), kind)
+    return Worth(x, np.where(candidates, kind(start), kind(-np.inf)), basis, objective, twins)
+
+
 def pick(
     x: Tensor, twins: np.ndarray | None, first: int, count: int, candidates: np.ndarray, objective: str
 ) -> list[int]:
     """The picks of one image in their order; a NaN is worth most, as in torch."""
     if count <= 0:
         return []
-    kind = np.float64 if x.dtype == torch.float64 else np.float32
-    start = {"max_sum": 0.0, "max_min": np.inf, "log_det": 1.0}[objective]
-    basis = np.empty((count - 1 if objective == "log_det" else 0, len(x)), kind)
-    every = Worth(x, np.where(candidates, kind(start), kind(-np.inf)), basis, objective, twins)
+    every = worth_at_first(x, twins, count, candidates, objective)
     many = len(x) // SHARE
     falls = len(x) >= LATE.get(objective, np.inf) and twins is None and bool(np.isfinite(array(x.sum())))
     picks, done, some = [first], 0, None
@@ -163,7 +168,6 @@ def pick(
             if falls:
                 some, columns, bound = every.best(many, done)
                 place = int(np.searchsorted(columns, picks[-1]))
-                some = (
-                    some if place < many and columns[place] == picks[-1] else None
-                )  # one of many that are worth as much
+                if place >= many or columns[place] != picks[-1]:  # one of many that are worth as much
+                    some = None
     return picks

@@ -118,20 +118,30 @@ def greedy(
     for i in range(1, steps):
         like = twin[row, pick]
         cosine = product(x, x[row, like, :, None]).squeeze(-1) if cosines is None else cosines[row, like]
-        cosine = cosine.gather(1, twin)
-        if objective == "max_sum":
-            value.sub_(cosine)
-        elif objective == "max_min":
-            value = torch.minimum(value, 1 - cosine)
-        else:
-            value = value - project(cosine, basis[:, : i - 1], pick, value, twin, basis[:, i - 1])
-            value = torch.where((value > -torch.inf) & (value < floor(x.dtype)), 0, value)
+        value = after_pick(objective, value, cosine.gather(1, twin), basis[:, :i], pick, twin)
         value.scatter_(1, pick[:, None], -torch.inf)
         pick = order[:, i] = value.argmax(1)
     inside = torch.arange(steps, device=x.device) < counts[:, None]
     # an order past the image's count goes to one spare column
     spare = torch.zeros(images, tokens + 1, dtype=torch.bool, device=x.device)
     return spare.scatter_(1, torch.where(inside, order, tokens), True)[:, :tokens].clone(), order
+
+
+def after_pick(
+    objective: str,
+    value: torch.Tensor,
+    cosine: torch.Tensor,
+    basis: torch.Tensor,
+    pick: torch.Tensor,
+    twin: torch.Tensor,
+) -> torch.Tensor:
+    """What tokens are worth after a pick, which `cosine` is to, `(images, tokens)`; `basis` ends with its row."""
+    if objective == "max_sum":
+        return value.sub_(cosine)
+    if objective == "max_min":
+        return torch.minimum(value, 1 - cosine)
+    value = value - project(cosine, basis[:, :-1], pick, value, twin, basis[:, -1])
+    return torch.where((value > -torch.inf) & (value < floor(value.dtype)), 0, value)
 
 
 def first_of_equal(x: torch.Tensor) -> torch.Tensor:

@@ -71,16 +71,21 @@ def examine(name: str, op: str, device: torch.device) -> dict[str, Any]:
                 torch.cuda.synchronize(device)
         except Refused:
             continue  # in use the next implementation gets these arguments
-        except torch.OutOfMemoryError:
-            return {"reason": "there was no memory to try it", "lasting": False}
         except Exception as error:  # whatever goes wrong in here is what a trial is for
-            first = (str(error).strip().splitlines() or [""])[0]
-            lasting = isinstance(error, torch.AcceleratorError)  # not a compiler that is missing today
-            return {"reason": f"it failed in a trial ({label}: {type(error).__name__}: {first})", "lasting": lasting}
+            return failed(label, error)
         apart = difference(op, args, got, getattr(reference, op)(*args))
         if apart:
             return {"reason": f"it failed in a trial ({label}: {apart})", "lasting": True}
     return {"reason": None, "lasting": True}
+
+
+def failed(label: str, error: Exception) -> dict[str, Any]:
+    """The verdict of a case that ended with an error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"reason": "there was no memory to try it", "lasting": False}
+    first = (str(error).strip().splitlines() or [""])[0]
+    lasting = isinstance(error, torch.AcceleratorError)  # not a compiler that is missing today
+    return {"reason": f"it failed in a trial ({label}: {type(error).__name__}: {first})", "lasting": lasting}
 
 
 COMMAND = "import sys; from vlmprune.kernels import trial; trial.main(*sys.argv[1:])"

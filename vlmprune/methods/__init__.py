@@ -2,32 +2,70 @@
 
 from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method
+from vlmprune.methods.cdpruner import CDPruner
 from vlmprune.methods.controls import Downsample, Grid, Pool, Random
+from vlmprune.methods.dart import Dart
 from vlmprune.methods.divprune import DivPrune
+from vlmprune.methods.evs import Evs
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
+from vlmprune.methods.hiprune import HiPrune
+from vlmprune.methods.holov import HoloV
+from vlmprune.methods.m3 import M3
+from vlmprune.methods.mmtok import MMTok
+from vlmprune.methods.prumerge import PruMerge, PruMergePlus
+from vlmprune.methods.prunesid import PruneSID
+from vlmprune.methods.pyramiddrop import PyramidDrop
+from vlmprune.methods.scope import Scope
+from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
+from vlmprune.methods.v2drop import V2Drop
+from vlmprune.methods.vflowopt import VFlowOpt
+from vlmprune.methods.vidcom2 import VidCom2
 from vlmprune.methods.visionzip import VisionZip
+from vlmprune.methods.vispruner import FasterVLM, VisPruner
+from vlmprune.methods.vscan import VScan
 from vlmprune.methods.vtc_cls import VtcCls
+from vlmprune.methods.zero_tprune import ZeroTPrune
 
 __all__ = [
+    "M3",
     "Atp",
+    "CDPruner",
+    "Dart",
     "DivPrune",
     "Downsample",
+    "Evs",
     "FastV",
+    "FasterVLM",
     "FoPru",
     "GlobalCom2",
     "Grid",
+    "HiPrune",
+    "HoloV",
+    "MMTok",
     "Method",
     "PiToMe",
     "Pool",
+    "PruMerge",
+    "PruMergePlus",
+    "PruneSID",
+    "PyramidDrop",
     "Random",
+    "Scope",
+    "SparseVLM",
     "ToDRE",
     "ToMe",
     "TransPrune",
+    "V2Drop",
+    "VFlowOpt",
+    "VScan",
+    "VidCom2",
+    "VisPruner",
     "VisionZip",
     "VtcCls",
+    "ZeroTPrune",
 ]

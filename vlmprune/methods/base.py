@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.parts.budget import check_keep
 from vlmprune.parts.cuts import AnyCut, Positions
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout
-from vlmprune.parts.options import checked, hints
+from vlmprune.parts.options import ascending, checked, falling, hints
+from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts
 from vlmprune.parts.selection import Newlines
 
-__all__ = ["LOOKS_AT", "REGISTERED", "Budgeted", "Method", "Pruner", "register"]
+__all__ = ["LOOKS_AT", "REGISTERED", "Budgeted", "Method", "Pruner", "Staged", "register"]
 
-KINDS = ("video", "shrunk", "single")  # of inputs that a method may refuse
+KINDS = ("image", "video", "shrunk", "single")  # of inputs that a method may refuse
 
 #: What a method may look at (`Method.looks_at`), in the order in which they are listed, with a heading for each.
 LOOKS_AT = {
@@ -66,9 +67,10 @@ class Method:
     syncs: ClassVar[int] = 0  # device syncs a cut adds beyond the host read of the placeholder counts
     training: ClassVar[str] = "none"
     served_with: ClassVar[dict[str, Any]] = {}  # options without which vLLM cannot be given it
+    plain_with: ClassVar[dict[str, Any]] = {}  # options that spare it what is no part of a model
     refuses: ClassVar[dict[str, str]] = {}  # options that a user may expect, and why the method has none
-    # inputs that the engine refuses for the method, and why: "video", "shrunk" (packing blends neighbouring patches),
-    # "single" (an image without crops)
+    # inputs that the engine refuses for the method, and why: "image" (a still one), "video", "shrunk" (packing
+    # blends neighbouring patches), "single" (an image without crops)
     refuses_inputs: ClassVar[dict[str, str]] = {}
 
     @property
@@ -120,6 +122,7 @@ class Method:
     def check_inputs(self, layout: Layout) -> None:
         """Raise UnsupportedError if the batch has an input of `refuses_inputs`."""
         found: dict[str, bool] = {
+            "image": any(not grid.frames for grid in layout.grids),
             "video": any(grid.frames for grid in layout.grids),
             "shrunk": any(grid.blend is not None for grid in layout.grids),
             "single": any(grid.views == 1 and not grid.frames for grid in layout.grids),
@@ -170,3 +173,42 @@ class Pruner(Budgeted):
 
     positions: Positions | None = None
     newlines: Newlines = "all"
+
+
+@dataclass(frozen=True)
+class Staged(Pruner):
+    """A method that cuts at several decoder layers.
+
+    Args:
+        keep: visual tokens per image left after the last cut, or a fraction; without a budget the published schedule
+            runs, another value stretches what it removes so that it ends there.
+        average: the mean over all layers, met in the same way.
+        prune_layers: 1-based, of a 32-layer decoder; at another depth they scale by max(previous + 1, round(p L / 32)).
+        keep_ratios: of the tokens that entered the LLM, one per cut, floored, but never fewer than 1 of an image that
+            has tokens.
+    """
+
+    optional = True
+
+    prune_layers: Annotated[tuple[int, ...], ascending(DEPTH - 1)] = (8, 16, 24)
+    keep_ratios: Annotated[tuple[float, ...], falling()] = (0.5, 0.25, 0.125)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.keep_ratios) != len(self.prune_layers):
+            raise ValueError(
+                f"keep_ratios has {len(self.keep_ratios)} entries, prune_layers {len(self.prune_layers)}: one per cut."
+            )
+        if self.keep_ratios[-1] == 1 and (self.keep, self.average) != (None, None):
+            raise ValueError(
+                f"keep_ratios={self.keep_ratios} remove nothing that keep= or average= could stretch: lower the last."
+            )
+
+    def stages(self, facts: ModelFacts) -> tuple[list[int], Schedule]:
+        """The decoder layers to cut at, and how many tokens stay behind each cut.
+
+        Raises:
+            ValueError: too few layers, or an `average` that cannot be met.
+        """
+        layers = decoder_cuts("prune_layers", self.prune_layers, facts.decoder_layers)
+        return layers, Schedule.at(layers, facts.decoder_layers, self.keep_ratios, self.keep, self.average)

@@ -12,7 +12,6 @@ from vlmprune.methods.base import Budgeted, Pruner, register
 from vlmprune.parts import (
     Cut,
     Decoder,
-    ImageGrid,
     Layout,
     Merge,
     ModelFacts,
@@ -23,10 +22,10 @@ from vlmprune.parts import (
     UnsupportedError,
     image_cells,
     keep_patches,
+    laid_out,
     need_views,
     random_scores,
     select,
-    upload,
 )
 
 __all__ = ["Downsample", "Grid", "Pool", "Random"]
@@ -75,22 +74,9 @@ class Cells(Control):
     whose tokens were cut before is divided as if they were all there.
     """
 
-    def image_cells(self, grid: ImageGrid) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """`image_cells` of this budget, worked out once per grid."""
-        key = "cells", self.budget
-        if key not in grid.memo:
-            grid.memo[key] = image_cells(grid, self.budget)
-        return grid.memo[key]
-
     def cells(self, layout: Layout) -> tuple[Reduction, torch.Tensor, torch.Tensor]:
-        into = torch.zeros(layout.position.shape, dtype=torch.long)
-        weight, counts = torch.zeros(layout.position.shape, dtype=torch.float64), []
-        for i, grid in enumerate(layout.grids):
-            into[i, : grid.tokens], weight[i, : grid.tokens], cells = self.image_cells(grid)
-            counts.append(cells)
-        weight = weight.float() if layout.device.type == "mps" else weight  # which has no float64
-        into, weight = upload(into, layout.device), upload(weight, layout.device)
-        anchor = (into == torch.arange(layout.width, device=layout.device)) & (weight > 0) & layout.patches
+        cells = partial(image_cells, keep=self.budget)
+        anchor, into, weight, counts = laid_out(layout, cells, ("cells", self.budget))
         whole = layout.alive_patches == [grid.patches for grid in layout.grids]
         return keep_patches(anchor, layout, counts if whole else None, self.newlines), into, weight
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import Staged, register
 from vlmprune.parts import (
+    DEPTH,
     AnyNewlines,
     BlockTap,
     Cut,
@@ -19,14 +19,13 @@ from vlmprune.parts import (
     ModelFacts,
     Reduction,
     Scene,
+    Schedule,
     Seen,
     Share,
     TextAttention,
     ascending,
     candidates,
-    count,
     falling,
-    floored,
     schedule_layers,
     select,
     upcast,
@@ -35,8 +34,6 @@ from vlmprune.parts import (
 __all__ = ["TransPrune", "accumulated", "transition"]
 
 Mode = Literal["official", "paper"]
-
-DEPTH = 32  # of the decoder that a user's layer numbers mean
 
 
 def accumulated(layers: tuple[int, ...], prune: tuple[int, ...], depth: int) -> list[int]:
@@ -89,7 +86,7 @@ class Transition(BlockTap):
 
 @register("transprune")
 @dataclass(frozen=True)
-class TransPrune(Pruner):
+class TransPrune(Staged):
     """Keep the tokens that the middle layers change most and that the instruction looks at, in three steps.
 
     After layers 7, 9 and 12 of 32 (scaled with depth): the accumulated transition variation of layers 7..12 so far,
@@ -117,7 +114,6 @@ class TransPrune(Pruner):
     needs = "decoder blocks' inputs and outputs, decoder attention (three layers)"
     looks_at = "decoder"
     stage = "decoder layers 7, 9, 12 of 32"
-    optional = True
 
     mode: Mode = "official"
     accumulate_layers: Annotated[tuple[int, ...] | None, ascending(DEPTH)] = None
@@ -136,40 +132,25 @@ class TransPrune(Pruner):
                 f"accumulate_layers={self.accumulate_layers} must start by the first cut, after layer {first}, and end "
                 f"by the last one, after layer {last}: what comes later is never read."
             )
-        if len(self.keep_ratios) != len(self.prune_layers):
-            raise ValueError(
-                f"keep_ratios has {len(self.keep_ratios)} entries, prune_layers {len(self.prune_layers)}: one per cut."
-            )
-        if self.keep_ratios[-1] == 1 and (self.keep, self.average) != (None, None):
-            raise ValueError(
-                f"keep_ratios={self.keep_ratios} remove nothing that keep= or average= could stretch: lower the last."
-            )
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
-        depth = facts.decoder_layers
-        prune = schedule_layers(self.prune_layers, depth)
-        if prune[-1] >= depth:
-            raise ValueError(f"prune_layers={self.prune_layers} scale to {prune}, and this model has {depth} layers.")
-        watched = accumulated(self.accumulate_layers, self.prune_layers, depth)
-        # the share of all layers that runs with the tokens of each stage
-        shares = tuple((b - a) / depth for a, b in pairwise([*prune, depth]))
-        if isinstance(self.average, float):
-            self.count(10**9, 0, shares)  # a fraction can be met for all images or for none
+        prune, schedule = self.stages(facts)
+        watched = accumulated(self.accumulate_layers, self.prune_layers, facts.decoder_layers)
         cuts = []
         for stage, p in enumerate(prune):
             # layers count from 1: "after layer p" is the input of layer p counted from 0, whose attention decides
             taps = tuple(Transition(layer - 1, self.mode) for layer in watched if layer <= p)
             see = (*taps, TextAttention(p, "instruction"))
-            cuts.append(Cut(Decoder(p), see, partial(self.reduce, stage=stage, share=shares), self.positions))
+            cuts.append(Cut(Decoder(p), see, partial(self.reduce, stage=stage, schedule=schedule), self.positions))
         return cuts
 
-    def reduce(self, seen: Seen, layout: Layout, stage: int, share: tuple[float, ...]) -> Reduction:
+    def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule) -> Reduction:
         """Pure: transitions of the layers so far and `(images, tokens)` attention in, decision out."""
         change = torch.stack([value for tap, value in seen.items() if isinstance(tap, Transition)]).sum(0)
         attention = next(value for tap, value in seen.items() if isinstance(tap, TextAttention))
         among, *_ = candidates(layout, self.newlines)
         scores = self.score(change, attention, among)
-        return select(scores, partial(self.count, stage=stage, share=share), layout, self.newlines)
+        return select(scores, partial(schedule.left, stage=stage), layout, self.newlines)
 
     def score(self, change: torch.Tensor, attention: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
         """Both scores in one, `(..., tokens)`; the official code first divides each by its sum over the image."""
@@ -180,31 +161,5 @@ class TransPrune(Pruner):
         return self.alpha * change + (1 - self.alpha) * attention
 
     def count(self, total: int, stage: int, share: tuple[float, ...] = ()) -> int:
-        """Tokens kept of an image's `total` after a stage.
-
-        Args:
-            share: share of the decoder's layers that runs on the tokens of each stage (for `average`).
-
-        Returns:
-            At least 1, but 0 of 0.
-        """
-        if total == 0:
-            return 0
-        removed = [1 - ratio for ratio in self.keep_ratios]
-        if self.keep is None and self.average is None:
-            return count(float(self.keep_ratios[stage]), total)
-        if self.average is None:
-            left = count(self.keep, total)
-            if stage == len(removed) - 1:
-                return left
-            stretch = (1 - left / total) / removed[-1]
-        else:
-            wanted = min(1.0, self.average / total if isinstance(self.average, int) else self.average)
-            stretch = (1 - wanted) / sum(s * r for s, r in zip(share, removed, strict=True))
-            if stretch * removed[-1] >= 1:
-                lowest = 1 - sum(s * r for s, r in zip(share, removed, strict=True)) / removed[-1]
-                raise ValueError(
-                    f"average={self.average} cannot be met with these cuts: even with nothing left after the last one "
-                    f"the average is {lowest:.3f} of the tokens."
-                )
-        return max(1, floored(total * (1 - stretch * removed[stage])))
+        """Tokens kept of an image's `total` after a stage (`Schedule.left`); `share` is `Schedule.shares`."""
+        return Schedule(self.keep_ratios, share, self.keep, self.average).left(total, stage)

@@ -7,16 +7,17 @@ so that what reads budgets or options alone does not wait for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_HOMES = ("errors", *(f"parts.{x}" for x in ("attention", "budget", "cells", "cuts", "diversity", "facts")))
-_HOMES += tuple(
-    f"parts.{x}" for x in ("layers", "layout", "merging", "options", "scores", "selection", "taps", "templates")
-)
+_PARTS = ("attention", "budget", "cells", "clip", "coverage", "cuts", "diversity", "facts", "layers", "layout")
+_PARTS += ("merging", "options", "schedules", "scores", "selection", "taps", "templates", "text_taps", "vector_taps")
+_HOMES = ("errors", *(f"parts.{name}" for name in _PARTS))
 
 if TYPE_CHECKING:
     from vlmprune.errors import UnsupportedError
-    from vlmprune.parts.attention import Visible, attention_mass, upcast
+    from vlmprune.parts.attention import Visible, attention_mass, last_rows, mean_weight, take_rows, upcast
     from vlmprune.parts.budget import HAIR, count, floored, share
-    from vlmprune.parts.cells import image_cells
+    from vlmprune.parts.cells import image_cells, laid_out, nested_cells
+    from vlmprune.parts.clip import Clip, clip_from
+    from vlmprune.parts.coverage import Cover, select_covering
     from vlmprune.parts.cuts import (
         AnyCut,
         Clusters,
@@ -32,17 +33,33 @@ if TYPE_CHECKING:
         Vision,
         schedule_layers,
     )
-    from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse
-    from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, need_views, scale_tower_layer
+    from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse, weighted_det
+    from vlmprune.parts.facts import (
+        ModelFacts,
+        check_layer,
+        need_cls,
+        need_patches,
+        need_views,
+        scale_tower_layer,
+    )
     from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
-    from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
-    from vlmprune.parts.merging import first_of_cluster, gather_to, match_alternating, match_energy, spread_evenly
+    from vlmprune.parts.layout import ImageGrid, Layout, Views, download, frames_of, upload
+    from vlmprune.parts.merging import (
+        first_of_cluster,
+        gather_to,
+        match_alternating,
+        match_energy,
+        peaks,
+        spread_evenly,
+    )
     from vlmprune.parts.options import Must, Seed, Share, ascending, falling, is_number, is_whole
+    from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts, nearest
     from vlmprune.parts.scores import Ensemble, ensemble_scores, random_scores
     from vlmprune.parts.selection import (
         AnyNewlines,
         Newlines,
         Scope,
+        by_view,
         candidates,
         capped,
         keep_patches,
@@ -60,6 +77,7 @@ if TYPE_CHECKING:
         DecoderTap,
         Distinctness,
         Hidden,
+        Inputs,
         Kept,
         ReceivedAttention,
         Seen,
@@ -67,18 +85,24 @@ if TYPE_CHECKING:
         TextAttention,
         TowerTap,
         VisionAttention,
+        decoder_mass,
     )
-    from vlmprune.parts.templates import system_prefix
+    from vlmprune.parts.templates import QuestionMarks, question_of, system_prefix, told_question
+    from vlmprune.parts.text_taps import QuestionIds, QuestionWords
+    from vlmprune.parts.vector_taps import WholeKeys, WholeRow, features_of, row_of
 
 __all__ = [
+    "DEPTH",
     "HAIR",
     "AnyCut",
     "AnyNewlines",
     "BlockKeys",
     "BlockTap",
+    "Clip",
     "ClsLogits",
     "ClusterOf",
     "Clusters",
+    "Cover",
     "CrossShare",
     "Cut",
     "Decoder",
@@ -88,6 +112,7 @@ __all__ = [
     "Ensemble",
     "Hidden",
     "ImageGrid",
+    "Inputs",
     "Kept",
     "Layout",
     "Merge",
@@ -98,9 +123,13 @@ __all__ = [
     "PixelCut",
     "Positions",
     "ProjectorCut",
+    "QuestionIds",
+    "QuestionMarks",
+    "QuestionWords",
     "ReceivedAttention",
     "Reduction",
     "Scene",
+    "Schedule",
     "Scope",
     "Seed",
     "Seen",
@@ -115,40 +144,62 @@ __all__ = [
     "Visible",
     "Vision",
     "VisionAttention",
+    "WholeKeys",
+    "WholeRow",
     "ascending",
     "attention_mass",
+    "by_view",
     "candidates",
     "capped",
     "check_layer",
+    "clip_from",
     "count",
+    "decoder_cuts",
+    "decoder_mass",
+    "download",
     "ensemble_scores",
     "falling",
+    "features_of",
     "first_of_cluster",
     "floored",
+    "frames_of",
     "gather_to",
     "greedy_diversity",
     "image_cells",
     "is_number",
     "is_whole",
     "keep_patches",
+    "laid_out",
+    "last_rows",
     "match_alternating",
     "match_energy",
+    "mean_weight",
     "most_apart",
+    "nearest",
     "need_cls",
+    "need_patches",
     "need_views",
+    "nested_cells",
+    "peaks",
+    "question_of",
     "random_scores",
+    "row_of",
     "scale_tower_layer",
     "schedule_layers",
     "select",
+    "select_covering",
     "select_diverse",
     "select_rows",
     "share",
     "spread_evenly",
     "stride",
     "system_prefix",
+    "take_rows",
+    "told_question",
     "top_k",
     "upcast",
     "upload",
+    "weighted_det",
 ]
 
 

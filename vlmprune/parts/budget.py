@@ -6,7 +6,6 @@ so that 0.7 of 2880 is 2016 though `2880 * 0.7` is 2015.9999999999998.
 
 from __future__ import annotations
 
-import math
 from numbers import Integral, Real
 
 __all__ = ["HAIR", "SmallBudgetWarning", "check_keep", "count", "floored", "share", "unlikely"]
@@ -43,7 +42,7 @@ def check_keep(keep: int | float, name: str = "keep") -> int | float:
             raise ValueError(f"{name}={keep} keeps nothing: {rule}.")
         return int(keep)
     keep = float(keep)
-    if math.isnan(keep) or not 0 < keep <= 1:
+    if not 0 < keep <= 1:  # NaN too
         hint = f" For {keep:g} tokens write {name}={int(keep)}." if keep > 1 and keep.is_integer() else ""
         raise ValueError(f"{name}={keep} is out of range: {rule}.{hint}")
     return keep

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from vlmprune.parts.budget import floored, share
-from vlmprune.parts.layout import ImageGrid
+from vlmprune.parts.budget import count, floored, share
+from vlmprune.parts.layout import ImageGrid, Layout, upload
 
-__all__ = ["grid_shape", "image_cells"]
+__all__ = ["grid_shape", "image_cells", "laid_out", "nested_cells"]
 
 
 def grid_shape(keep: int, rows: int, cols: int) -> tuple[int, int]:
@@ -45,6 +46,57 @@ def image_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torch
         weight[mine] = 1 / torch.bincount(cell, minlength=r * c).double()[cell]
         total += r * c
     return into, weight, total
+
+
+def nested_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Divide every view of an image into squares of one size: the finest of a nested row that a budget pays for.
+
+    The row of a view of 24 x 24 is 24, 12, 6, 3 and 1 squares a side: each is the one before divided by the next prime
+    factor of the side, the smallest first. Where the budget pays for none of them, the last.
+
+    Returns:
+        as `image_cells`, with the first patch of every square for its middle one.
+    """
+    token, patch = torch.arange(grid.tokens), ~grid.newline
+    place = grid.source % math.prod(grid.side)
+    row, col = place // grid.side[1], place % grid.side[1]
+    size, rest = 1, math.gcd(*grid.side)
+    while True:
+        key = torch.where(patch, (grid.view * grid.side[0] + row // size) * grid.side[1] + col // size, -1)
+        kinds, cell, sizes = key.unique(return_inverse=True, return_counts=True)
+        total = int((kinds >= 0).sum())
+        if total <= count(keep, grid.patches) or rest == 1:
+            break
+        factor = next(f for f in range(2, rest + 1) if rest % f == 0)
+        size, rest = size * factor, rest // factor
+    first = torch.full_like(sizes, grid.tokens).scatter_reduce(0, cell, token, "amin")[cell]
+    return torch.where(patch, first, token), torch.where(patch, 1 / sizes[cell].double(), 1), total
+
+
+def laid_out(
+    layout: Layout, cells: Callable[[ImageGrid], tuple[torch.Tensor, torch.Tensor, int]], key: object
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
+    """The cells of all images.
+
+    Args:
+        cells: `image_cells` or the like, asked once a grid.
+        key: what else its answer hangs on.
+
+    Returns:
+        `(images, tokens)` bool, the patches that stand for cells; `(images, tokens)` long, into which every token
+        flows, and float, its weight there; and the number of cells of every image.
+    """
+    into = torch.zeros(layout.position.shape, dtype=torch.long)
+    weight, counts = torch.zeros(layout.position.shape, dtype=torch.float64), []
+    for i, grid in enumerate(layout.grids):
+        if key not in grid.memo:
+            grid.memo[key] = cells(grid)
+        into[i, : grid.tokens], weight[i, : grid.tokens], number = grid.memo[key]
+        counts.append(number)
+    weight = weight.float() if layout.device.type == "mps" else weight  # which has no float64
+    into, weight = upload(into, layout.device), upload(weight, layout.device)
+    anchor = (into == torch.arange(layout.width, device=layout.device)) & (weight > 0) & layout.patches
+    return anchor, into, weight, counts
 
 
 def middle(group: torch.Tensor, groups: int) -> torch.Tensor:

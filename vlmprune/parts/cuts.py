@@ -101,10 +101,13 @@ class Pick:
         keep: `(views, patches)` bool, the patches (anchors) that stay.
         merge: what becomes of features, or None. Its numbers count the tower's tokens, [CLS] first where there is one,
             and its first axis is views; anchors that it names become the weighted sum of their sources.
+        mix: the same as a matrix, or None: `(views, patches, patches)`, by which every patch becomes a mixture of all;
+            the [CLS] token stays what it is. One of the two.
     """
 
     keep: torch.Tensor
     merge: Merge | None = None
+    mix: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

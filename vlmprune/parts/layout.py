@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from vlmprune.errors import UnsupportedError
 from vlmprune.parts.budget import share
 
-__all__ = ["ImageGrid", "Layout", "Views", "download", "upload"]
+__all__ = ["ImageGrid", "Layout", "Views", "download", "frames_of", "upload"]
 
 
 class cached_property:  # as in functools, whose own takes a lock that torch.compile cannot trace
@@ -56,12 +57,14 @@ class ImageGrid:
             frame, 0.. in time. A token that blends patches of two crops belongs to the crop of its centre.
         plane: `(tokens,)` 0 for the thumbnail (or only view), 1 for the stitched canvas of crops; of a video its frame.
         row, col: `(tokens,)` place in the raster of the token's plane. A newline has the row it closes.
-        newline: `(tokens,)` bool.
+        newline: `(tokens,)` bool, tokens that are no patch: newlines, and [CLS] where it is a token of its own.
+        line: `(tokens,)` what a newline closes, or opens: it and its patches have one number.
         planes: (rows, cols) of every plane.
         views: number of views.
         side: (rows, cols) of patches in one view of the tower.
-        crops: (vertical, horizontal) number of crops; (0, 0) for a single view and for a video.
+        crops: (vertical, horizontal) number of crops; (0, 0) for a single view, and where views are alike.
         frames: frames of a video; 0 for an image.
+        apart: whether all views are alike, each a plane of its own: frames, or tiles whose grid nobody tells.
         centre: `(tokens, 2)` float64 place of every token on its plane before un-padding and shrinking: (row, column)
             in patches, whole numbers where nothing was shrunk.
         pitch: patches between the centres of neighbours, down and across, by plane; 1 where nothing was shrunk.
@@ -76,11 +79,13 @@ class ImageGrid:
     row: torch.Tensor
     col: torch.Tensor
     newline: torch.Tensor
+    line: torch.Tensor
     planes: tuple[tuple[int, int], ...]
     views: int
     side: tuple[int, int]
     crops: tuple[int, int]
     frames: int
+    apart: bool
     centre: torch.Tensor
     pitch: tuple[tuple[float, float], ...]
     blend: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -187,6 +192,26 @@ class Layout:
     soft: torch.Tensor | None = None
     standing: torch.Tensor | None = None
 
+    @classmethod
+    def alone(cls, grids: Sequence[ImageGrid]) -> Layout:
+        """Every picture a prompt of its own, of nothing but its tokens, on the host."""
+        tokens, patches = [grid.tokens for grid in grids], [grid.patches for grid in grids]
+        place, starts = torch.arange(max(tokens)).expand(len(grids), -1), [0]
+        for grid in grids:
+            starts.append(starts[-1] + grid.encoded)
+        return cls(
+            grids=grids,
+            sample=list(range(len(grids))),
+            ordinal=[0] * len(grids),
+            start=starts[:-1],
+            position=place,
+            alive=place < torch.tensor(tokens)[:, None],
+            alive_counts=tokens,
+            alive_patches=patches,
+            entered=tokens,
+            entered_patches=patches,
+        )
+
     def __len__(self) -> int:
         return len(self.grids)
 
@@ -261,3 +286,18 @@ class Layout:
         return sum(
             flat[parts[..., i]] * weights[..., i].view(*parts.shape[:2], *[1] * (flat.ndim - 1)) for i in range(4)
         )
+
+
+def frames_of(name: str, layout: Layout) -> list[torch.Tensor]:
+    """Of every video `(frames, patches)` long: the tokens of its frames, in order.
+
+    Args:
+        name: of the method that asks, for the error.
+
+    Raises:
+        UnsupportedError: an earlier cut took patches, so that places of frames no longer correspond.
+    """
+    if layout.alive_patches != [grid.patches for grid in layout.grids]:
+        raise UnsupportedError(f"{name} compares whole frames, and an earlier cut has taken patches: put {name} first.")
+    places = [(~grid.newline).nonzero().flatten().view(grid.frames, -1) for grid in layout.grids]
+    return [upload(tokens, layout.device) for tokens in places]

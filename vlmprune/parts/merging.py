@@ -8,10 +8,21 @@ import torch
 from torch.nn import functional
 
 from vlmprune.parts.attention import upcast
-from vlmprune.parts.cuts import Clusters, Merge
+from vlmprune.parts.cuts import Clusters, Merge, Pick
 from vlmprune.parts.layout import Layout
+from vlmprune.parts.selection import top_k
 
-__all__ = ["energy", "first_of_cluster", "flow", "gather_to", "match_alternating", "match_energy", "spread_evenly"]
+__all__ = [
+    "energy",
+    "first_of_cluster",
+    "flow",
+    "gather_to",
+    "match_alternating",
+    "match_energy",
+    "peaks",
+    "picked",
+    "spread_evenly",
+]
 
 CHUNK = 256  # rows of a cosine matrix that exist at one time
 
@@ -135,6 +146,42 @@ def gather_to(keys: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) 
     return torch.where(flows, torch.cat(best, 1), own), flows
 
 
+def peaks(
+    features: torch.Tensor, among: torch.Tensor, counts: list[int], most: int, neighbours: int = 5
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clusters around density peaks (DPC-kNN): centres are dense and far from what is denser.
+
+    Density is exp(-mean squared distance to the `neighbours` nearest, itself included), distances are divided by the
+    root of the dimension. Ties go to the lower index.
+
+    Args:
+        features: `(images, tokens, dim)`.
+        among: `(images, tokens)` bool, who is clustered: all distances between them exist at one time.
+        counts: centres per image.
+        most: at least the number of tokens that are clustered in any image.
+
+    Returns:
+        `(images, tokens)` bool, the centres, and `(images, tokens)` long, the centre of every token of `among` (another
+        token's own number).
+    """
+    index = among.long().sort(dim=1, descending=True, stable=True).indices[:, : max(most, 1)]
+    own, real = torch.arange(among.shape[1], device=among.device).expand_as(among), among.gather(1, index)
+    x = upcast(features.gather(1, index[..., None].expand(-1, -1, features.shape[-1])))
+    pair = real[:, None] & real[:, :, None]
+    apart = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / x.shape[-1] ** 0.5
+    near = apart.masked_fill(~pair, torch.inf).sort(dim=-1).values[..., :neighbours]
+    close = near < torch.inf
+    density = torch.exp(-(near.where(close, 0) ** 2).sum(-1) / close.sum(-1).clamp(min=1))
+    number = torch.arange(x.shape[1], device=x.device)
+    ahead = (density[:, None] == density[:, :, None]) & (number < number[:, None])
+    rise = apart.masked_fill(~(pair & ((density[:, None] > density[:, :, None]) | ahead)), torch.inf).amin(-1)
+    rise = torch.where(rise < torch.inf, rise, apart.where(pair, 0).amax((1, 2))[:, None])
+    centres = top_k(density * rise, counts, real)
+    into = apart.masked_fill(~(pair & centres[:, None]), torch.inf).argmin(-1)
+    into = torch.where(real & ~centres, into, number)
+    return torch.zeros_like(among).scatter(1, index, centres), own.scatter(1, index, index.gather(1, into))
+
+
 def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Mark the first patch of every cluster of every view; all patches of a cluster carry the same token.
 
@@ -153,6 +200,18 @@ def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:
     first = torch.full((len(layout), last + 1), layout.width, device=key.device)
     first = first.scatter_reduce(1, key, token, "amin")
     return patches & (first.gather(1, key) == token)
+
+
+def picked(hidden: torch.Tensor, pick: Pick) -> torch.Tensor:
+    """What a cut between tower and projector makes of `(views, tokens, dim)`, the [CLS] token's included."""
+    if pick.merge is not None:
+        return flow(hidden, pick.merge)
+    if pick.mix is None:
+        return hidden
+    patches = pick.mix.shape[-1]
+    wide = torch.promote_types(hidden.dtype, pick.mix.dtype)
+    mixed = pick.mix.to(wide) @ hidden[:, -patches:].to(wide)
+    return torch.cat((hidden[:, :-patches], mixed.to(hidden.dtype)), 1)
 
 
 def flow(hidden: torch.Tensor, merge: Merge) -> torch.Tensor:

@@ -61,10 +61,11 @@ def ascending(most: int, of: int = 32) -> Callable[[str, Any], tuple[int, ...]]:
     return partial(several, words, lambda layers: layers == sorted({*layers}), partial(is_whole, least=1, most=most))
 
 
-def falling() -> Callable[[str, Any], tuple[float, ...]]:
-    """The rule of ratios of which none is above the one before; a tuple of any sequence."""
-    words = "one or more numbers in (0, 1] that do not grow"
-    return partial(several, words, lambda ratios: ratios == sorted(ratios, reverse=True), lambda r: is_number(r) and r)
+def falling(least: float | None = None) -> Callable[[str, Any], tuple[float, ...]]:
+    """The rule of ratios of which none is above the one before; a tuple of any sequence. 0 is one if it is `least`."""
+    words = f"one or more numbers in {'(' if least is None else '['}0, 1] that do not grow"
+    fits = is_number if least == 0 else lambda r: is_number(r) and r
+    return partial(several, words, lambda ratios: ratios == sorted(ratios, reverse=True), fits)
 
 
 def several(be: str, ordered: Callable[[list], bool], fits: Callable[[Any], Any], name: str, given: Any) -> tuple:

@@ -16,6 +16,7 @@ __all__ = [
     "AnyNewlines",
     "Newlines",
     "Scope",
+    "by_view",
     "candidates",
     "capped",
     "keep_patches",
@@ -70,8 +71,8 @@ def keep_newlines(keep: torch.Tensor, layout: Layout, policy: AnyNewlines) -> to
     if policy == "all":
         return keep | newline
     # a newline closes the tokens of its canvas since the last newline; of a video, whose only one is the last, all
-    closed = layout.newline.long().cumsum(1) - layout.newline.long()
-    several = upload([len(grid.planes) > 1 and not grid.frames for grid in layout.grids], layout.device)
+    closed = layout.stack("line")
+    several = upload([len(grid.planes) > 1 and not grid.apart for grid in layout.grids], layout.device)
     in_row = keep & ((layout.plane == 1) | ~several[:, None])
     hits = torch.zeros_like(closed).scatter_add_(1, closed, in_row.long())
     return keep | (newline & (hits.gather(1, closed) > 0))
@@ -130,17 +131,35 @@ def select(
 
 def select_in_views(scores: torch.Tensor, keep: int | float, layout: Layout, newlines: AnyNewlines) -> Reduction:
     """`select` with a share of the budget for each view."""
+    rows, shares, counts = by_view(layout, keep, newlines)
+    return keep_patches(top_k(scores[:, None].expand_as(rows), shares, rows).any(1), layout, counts, newlines, scores)
+
+
+def by_view(
+    layout: Layout, keep: int | float | list[int], newlines: AnyNewlines = "all"
+) -> tuple[torch.Tensor, list[list[int]] | torch.Tensor, list[int] | None]:
+    """Who competes in every view (thumbnail, crop, frame), and its share of a budget.
+
+    Args:
+        keep: budget in patches per image or video, or one count for each.
+
+    Returns:
+        `(images, views, tokens)` bool; `(images, views)` how many stay; how many do of every image, None if unknown.
+    """
     among, _, available = candidates(layout, newlines)
     views = max(grid.views for grid in layout.grids)
-    shares = [share(keep, grid.patches_per_view) + [0] * (views - grid.views) for grid in layout.grids]
-    by_view = layout.view[:, None] == torch.arange(views, device=layout.device)[:, None]
-    rows = (among[:, None] & by_view) if views > 1 else among[:, None]
+    keeps = keep if isinstance(keep, list) else [keep] * len(layout)
+    shares = [
+        share(each, grid.patches_per_view) + [0] * (views - grid.views)
+        for each, grid in zip(keeps, layout.grids, strict=True)
+    ]
+    mine = layout.view[:, None] == torch.arange(views, device=layout.device)[:, None]
+    rows = (among[:, None] & mine) if views > 1 else among[:, None]
     untouched = available == [grid.patches for grid in layout.grids]
     if not untouched and isinstance(keep, float):  # of what an earlier cut has left of each view
         table = [count(keep, total) for total in range(layout.width + 1)]
-        shares = upload(table, layout.device)[rows.sum(-1)]
-    mask = top_k(scores[:, None].expand_as(rows), shares, rows).any(1)
-    return keep_patches(mask, layout, [sum(s) for s in shares] if untouched else None, newlines, scores)
+        return rows, upload(table, layout.device)[rows.sum(-1)], None
+    return rows, shares, [sum(s) for s in shares] if untouched else None
 
 
 def select_rows(scores: torch.Tensor, keep: int | float, layout: Layout, newlines: Newlines = "all") -> Reduction:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 
+from vlmprune.errors import UnsupportedError
 from vlmprune.parts.attention import (
     Visible,
     attention_mass,
@@ -39,6 +40,7 @@ __all__ = [
     "DecoderTap",
     "Distinctness",
     "Hidden",
+    "Inputs",
     "Kept",
     "ReceivedAttention",
     "Seen",
@@ -46,9 +48,11 @@ __all__ = [
     "TextAttention",
     "TowerTap",
     "VisionAttention",
+    "decoder_mass",
 ]
 
 
+VisionRows = Literal["cls", "patches", "all"]
 NO_CLS = "this tower has no [CLS] token"
 
 
@@ -101,6 +105,7 @@ class TowerTap(Tap):
     layer: int
 
     behind_last: ClassVar[bool] = False  # whether it can be measured of the last layer's output, `measure(None, ...)`
+    vectors: ClassVar[bool] = False  # whether it says more of a patch than one number
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         # hosts hand out the output of the last layer only where it becomes the features
@@ -144,19 +149,20 @@ class VisionAttention(TowerTap):
     """Attention of a tower layer: post-softmax, head mean.
 
     `rows="cls"` is the [CLS] query's row over patch keys; `rows="patches"` the mean over patch queries, so the
-    attention each patch receives. Arrives as `(images, tokens)` float32 (newlines and padding are arbitrary).
+    attention each patch receives, and `rows="all"` that over all queries, the [CLS] token's included. Arrives as
+    `(images, tokens)` float32 (newlines and padding are arbitrary).
     """
 
-    rows: Literal["cls", "patches"] = "cls"
+    rows: VisionRows = "cls"
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         no_cls = NO_CLS if self.rows == "cls" and not facts.has_cls else None
-        wrong = unknown("rows", self.rows, Literal["cls", "patches"]) or no_cls
+        wrong = unknown("rows", self.rows, VisionRows) or no_cls
         return super().misfit(at, facts) or wrong or windowed(self.layer, facts)
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         first, normed = int(has_cls), layer.normed(hidden)
-        rows = normed[:, :1] if self.rows == "cls" else normed[:, first:]
+        rows = {"cls": normed[:, :1], "patches": normed[:, first:], "all": normed}[self.rows]
         return attention_mass(layer.queries(rows), layer.keys(normed), layer.scale)[:, first:]
 
 
@@ -224,6 +230,14 @@ class Kept(TowerTap):
 
 
 @dataclass(frozen=True)
+class Inputs(DecoderTap):
+    """The visual tokens' own vectors at the input of a decoder layer, `(images, tokens, dim)`."""
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        return hidden.flatten(0, 1)[scene.flat_index()]
+
+
+@dataclass(frozen=True)
 class TextAttention(DecoderTap):
     """Attention that visual tokens receive in a decoder layer: post-softmax, mean over heads and query rows.
 
@@ -246,7 +260,8 @@ class TextAttention(DecoderTap):
             at, weight = last_rows(
                 real, *((real.new_ones(len(real), dtype=torch.long), 1) if self.rows == "last" else scene.text_after)
             )
-        return decoder_mass(layer, hidden, scene, [(at, weight)])[0].flatten()[scene.flat_index()]
+        mass = decoder_mass(layer, hidden, scene, [(at, weight)], pictures=self.rows == "all")
+        return mass[0].flatten()[scene.flat_index()]
 
 
 @dataclass(frozen=True)
@@ -312,9 +327,10 @@ class CrossShare(DecoderTap):
         visual = visual.scatter_add(0, at.flatten(), layout.alive.long().flatten()).view_as(real) > 0
         text = real & ~visual & ((visual.cumsum(1) > 0) | self.beyond_system(scene, real))
         alone = self.system is None or (scene.sequence.past is None and scene.text_before <= self.system)
-        if max(layout.ordinal) == 0 and alone:
-            # one image a sample and no text before it: what comes after cannot be seen from it, and the rows of that
-            # alone need to be computed
+        alone = alone and max(layout.ordinal) == 0 and not scene.text_between
+        if alone and scene.sequence.blocks is None:
+            # one image a sample and no text before or in it: what comes after cannot be seen from it, and the rows of
+            # that alone need to be computed
             rows = [last_rows(real, *scene.text_after)]
         else:
             all_rows = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
@@ -363,11 +379,16 @@ def decoder_mass(
     scene: Scene,
     rows: list[tuple[torch.Tensor, torch.Tensor]],
     measure: Callable[..., torch.Tensor] = attention_mass,
+    pictures: bool = True,
 ) -> list[torch.Tensor]:
     """Attention mass `(batch, length)` on every key of a decoder layer, for each set of query rows with weights.
 
     What the layer's cache holds in front of the sequence takes its share.
+
+    Args:
+        pictures: whether rows of visual tokens are among them.
     """
+    check_sight(layer, scene, pictures)
     normed, (cos, sin) = layer.normed(hidden), scene.sequence.rotary
     key = layer.keys(normed, cos, sin)
     past, real = scene.past_keys(layer)
@@ -376,6 +397,25 @@ def decoder_mass(
     masses = []
     for at, weight in rows:
         query = layer.queries(take_rows(normed, at), take_rows(cos, at), take_rows(sin, at))
-        seen = Visible(at + columns, real, layer.window or 0)
+        seen = Visible(scene.sequence.reach(at) + columns, real, layer.window or 0)
         masses.append(measure(query, key, layer.scale, seen, weight, scene.sequence.bias)[:, columns:])
     return masses
+
+
+def check_sight(layer: DecoderLayer, scene: Scene, pictures: bool) -> None:
+    """Refuse a layer whose window hides what attention is to be read of."""
+    if not layer.window:
+        return
+    past, longest = scene.sequence.past, max(scene.sequence.lengths)
+    longest += 0 if past is None else past.length
+    if layer.far_sighted and longest > layer.window:
+        raise UnsupportedError(
+            f"a method of this patch looks at attention in decoder layer {layer.index}, which sees the last "
+            f"{layer.window} tokens alone, and this prompt has {longest}: what it says of the others means nothing. "
+            f"Have it look at one of the layers that see all: {', '.join(map(str, layer.far_sighted))}."
+        )
+    if pictures and scene.sequence.blocks is not None:
+        raise UnsupportedError(
+            f"a method of this patch looks at what pictures attend to in decoder layer {layer.index}, where they see "
+            "all of themselves within a window; that is not supported. Have it look at a layer without a window."
+        )

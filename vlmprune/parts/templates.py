@@ -2,9 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["system_prefix"]
+__all__ = ["QuestionMarks", "question_of", "system_prefix", "told_question"]
+
+
+@dataclass(frozen=True, eq=False)
+class QuestionMarks:
+    """How a question is told from the rest of a prompt: what a chat template writes around a user's words.
+
+    Attributes:
+        opens: ids in front of what a user says or shows in any turn.
+        closes: ids behind it, up to where the answer begins.
+        silent: ids of tokens without a letter or digit, special ones included.
+        tokenizer: which turns ids into text.
+    """
+
+    opens: tuple[int, ...]
+    closes: tuple[int, ...]
+    silent: tuple[int, ...]
+    tokenizer: Any = field(repr=False)
+
+    def words(self, words: Sequence[str]) -> tuple[int, ...]:
+        """The ids of words that are one token, in a sentence or at its beginning, with a capital or without."""
+        silent, found = set(self.silent), set()
+        for word in words:
+            for text in (word, word.capitalize(), f" {word}", f" {word.capitalize()}"):
+                ids = [i for i in self.ids(text) if i not in silent]
+                found |= set(ids) if len(ids) == 1 else set()
+        return tuple(sorted(found))
+
+    def sentence(self, text: str) -> tuple[int, ...]:
+        """The ids of a sentence without those that hang on what stands in front of it."""
+        return tuple(self.ids(text)[1:])
+
+    def ids(self, text: str) -> list[int]:
+        """Of a text as it is."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What ids say."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def question_of(processor: Any) -> QuestionMarks | None:
+    """How a model's processor marks questions, or None if it has no chat template."""
+    if not getattr(processor, "chat_template", None):
+        return None
+    said = [written(processor, [{"type": "text", "text": word}]) for word in ("what", "7")]
+    before, behind = common(*said), common(*(ids[::-1] for ids in said))
+    opens = said[0][:before]
+    later = [written(processor, [{"type": "text", "text": word}], later=True) for word in ("what", "7")]
+    if None not in later:  # what stands in front of every user's turn, not of the first one alone
+        opens = opens[len(opens) - common(opens[::-1], later[0][: common(*later)][::-1]) :] or opens
+    tokenizer = processor.tokenizer
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    silent = {i for i, token in enumerate(tokens) if not any(c.isalnum() for c in (token or "").strip("\u2581\u0120"))}
+    silent |= set(tokenizer.all_special_ids)
+    return QuestionMarks(tuple(opens), tuple(said[0][len(said[0]) - behind :]), tuple(sorted(silent)), tokenizer)
+
+
+def told_question(name: str, given: Any) -> QuestionMarks:
+    """The rule of an option that says how questions are marked: a `QuestionMarks`, or a processor.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(given, QuestionMarks):
+        return given
+    if not hasattr(given, "apply_chat_template"):
+        raise ValueError(
+            f"{name}={given!r} must be a processor, whose chat template marks the question, or None for all text "
+            "behind the last picture."
+        )
+    if (told := question_of(given)) is None:
+        raise ValueError(f"{name}: {type(given).__name__} has no chat template that marks a question: give none.")
+    return told
 
 
 def system_prefix(processor: Any) -> int | None:
@@ -27,9 +102,20 @@ def system_prefix(processor: Any) -> int | None:
     return max(common(said, else_said), shown.index(token) if token in shown else 0)
 
 
-def written(processor: Any, parts: list[dict[str, str]]) -> list[int]:
-    """The token ids of a prompt with one user's turn; a picture's placeholder is not yet repeated."""
-    text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+def written(processor: Any, parts: list[dict[str, str]], later: bool = False) -> list[int] | None:
+    """The token ids of a prompt with one user's turn; a picture's placeholder is not yet repeated.
+
+    `later` puts a turn and its answer in front; None then means a template that takes no answers.
+    """
+    turns = [{"role": "user", "content": parts}]
+    if later:
+        turns = [{"role": role, "content": [{"type": "text", "text": "yes"}]} for role in ("user", "assistant")] + turns
+    try:
+        text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    except ValueError:  # of templates that raise; jinja's own errors are no ValueErrors, and are ours to see
+        if not later:
+            raise
+        return None
     bos = getattr(processor.tokenizer, "bos_token", None)
     once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # never twice
     return processor.tokenizer(text, **once)["input_ids"]

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 from vlmprune._compat import check_transformers
 
-__all__ = ["load"]
+__all__ = ["from_pretrained", "load"]
 
 
 def load(
@@ -45,3 +45,28 @@ def load(
     except UserError as error:
         raise ValueError(str(error)) from error
     return loaded.model, loaded.processor
+
+
+def from_pretrained(
+    name: str | os.PathLike[str], *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> tuple[nn.Module, Any]:
+    """Load a model, its processor and the recipe beside it (`Handle.save_pretrained`), and patch the model by it.
+
+    Args:
+        name: a folder, or an id on the hub, with a recipe (vlmprune.yaml) beside the model.
+        device, dtype: as of `load`.
+
+    Returns:
+        (patched model in eval mode, processor).
+
+    Raises:
+        ValueError: as `load`; no recipe there, or one that is not understood.
+        UnsupportedError: the recipe is for another family of models.
+    """
+    from vlmprune.api import patch
+    from vlmprune.runtime import pretrained
+
+    recipe = pretrained.recipe_beside(os.fspath(name))
+    model, processor = load(name, device=device, dtype=dtype)
+    patch(model, recipe)
+    return model, processor

@@ -15,10 +15,11 @@ from vlmprune.runtime.status import Bar, quiet, status
 
 if TYPE_CHECKING:
     from vlmprune.api import Handle
+    from vlmprune.methods.base import Method
     from vlmprune.spec import Job
     from vlmprune.trace import Trace
 
-__all__ = ["Outcome", "check", "guarded", "patch", "run_jobs"]
+__all__ = ["Outcome", "check", "guarded", "patch", "prefill_times", "run_jobs"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +44,7 @@ class Outcome:
     @property
     def times(self) -> dict[str, float] | None:
         """Median milliseconds, and the median over pairs of plain / pruned."""
-        if not self.pairs:
-            return None
-        plain, pruned = zip(*self.pairs, strict=True)
-        return {
-            "plain_ms": 1e3 * median(plain),
-            "pruned_ms": 1e3 * median(pruned),
-            "ratio": median(a / b for a, b in self.pairs),
-            "pairs": len(self.pairs),
-        }
+        return times_of(self.pairs) if self.pairs else None
 
 
 def patch(loaded: Loaded, job: Job) -> Handle:
@@ -62,8 +55,10 @@ def patch(loaded: Loaded, job: Job) -> Handle:
     """
     import vlmprune
     from vlmprune import spec
+    from vlmprune.recipe import check_family
 
     with user_mistakes(f"{job.method} on {loaded.source.name}: "):
+        check_family("the recipe", job.family, loaded.model.config.model_type)
         methods = spec.build(job.method, job.options)
         return vlmprune.patch(loaded.model, [made.told_by(loaded.processor) for made in methods])
 
@@ -124,6 +119,25 @@ def paired_times(handle: Handle, inputs: dict[str, Any], repeats: int, label: st
                 pair[plain] = seconds(handle.model, inputs)
         pairs.append((pair[True], pair[False]))
     return pairs[1:]
+
+
+def prefill_times(loaded: Loaded, methods: Sequence[Method], inputs: dict[str, Any], repeats: int) -> dict[str, float]:
+    """Milliseconds of prefills with and without methods, in interleaved pairs; as `Outcome.times`."""
+    import vlmprune
+
+    with vlmprune.patch(loaded.model, methods) as handle:
+        return times_of(paired_times(handle, inputs, repeats, "prefill"))
+
+
+def times_of(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Median milliseconds of (plain, pruned) seconds, and the median over pairs of plain / pruned."""
+    plain, pruned = zip(*pairs, strict=True)
+    return {
+        "plain_ms": 1e3 * median(plain),
+        "pruned_ms": 1e3 * median(pruned),
+        "ratio": median(a / b for a, b in pairs),
+        "pairs": len(pairs),
+    }
 
 
 def run_job(loaded: Loaded, job: Job, inputs: dict[str, Any], max_new_tokens: int, repeats: int = 0) -> Outcome:

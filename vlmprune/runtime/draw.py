@@ -9,7 +9,7 @@ it, so crops, padding and squashing need no reimplementation. Only Pillow and nu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from vlmprune.parts.layout import ImageGrid
     from vlmprune.trace import Trace
 
-__all__ = ["Panel", "answer_panels", "draw_kept", "kept_panel", "patch_boxes", "plain_panel", "seen_share", "sheet"]
+__all__ = [
+    "Panel",
+    "answer_panels",
+    "cut_by_cut",
+    "draw_kept",
+    "kept_panel",
+    "patch_boxes",
+    "plain_panel",
+    "seen_share",
+    "sheet",
+]
 
 LONGEST = 384  # pixels of a panel's longer side: small pictures are scaled up by a whole number, large ones down
 GAP, TEXT, HEADING = 14, 15, 18
@@ -123,7 +133,8 @@ def patch_boxes(image_processor: Any, size: tuple[int, int], grid: ImageGrid) ->
         xs, ys, shades = [], [], []
         for number in np.unique(view[mine]):
             # where the view's corner lies on the plane
-            down, right = np.array(divmod(max(number - 1, 0), max(grid.crops[1], 1))) * (side_y, side_x) - corner
+            at = (0, 0) if grid.apart else divmod(max(number - 1, 0), max(grid.crops[1], 1))
+            down, right = np.array(at) * (side_y, side_x) - corner
             red, green, blue = views[number]
             y, x = np.nonzero(blue > 250)  # padding is not blue
             xs.append(x + 0.5 + right * step_x)
@@ -235,6 +246,18 @@ def around(boxes: Sequence[Box]) -> Box:
     return min(left), min(top), max(right), max(bottom)
 
 
+def area(box: Box) -> float:
+    """Width times height."""
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def rectangles(boxes: Sequence[Box], cells: dict[int, list[int]]) -> dict[int, list[int]]:
+    """The cells as boxes, where the members of each fill one; none where they are scattered: each patch is shown."""
+    whole = {t: (around([boxes[m] for m in cell]), sum(area(boxes[m]) for m in cell)) for t, cell in cells.items()}
+    found = {t: cells[t] for t, (box, filled) in whole.items() if filled > 0.99 * area(box)}
+    return found if all(t in found for t, cell in cells.items() if len(cell) > 1) else {}
+
+
 def joined(boxes: Sequence[Box], cells: dict[int, list[int]]) -> dict[int, Box]:
     """The boxes by token; those that one token of `cells` averages are one around all of them."""
     merged = {token for members in cells.values() for token in members}
@@ -253,17 +276,24 @@ def kept_pictures(
 ) -> list[Image.Image]:
     """The picture with what was kept of image `index`; of several cuts, what outlived more of them is brighter.
 
-    What averages others is drawn as one box of their mean colour. Of an image with crops: the canvas of crops first,
-    then, smaller, the thumbnail.
+    What averages others that fill a box is drawn as that box in their mean colour. Of an image with crops: the canvas
+    of crops first, then, smaller, the thumbnail.
     """
-    grid, kept, cells = trace.grids[index], outlived(trace, index), pooled(trace, index)
-    shown = joined(patch_boxes(image_processor, image.size, grid), cells)
+    grid, kept = trace.grids[index], outlived(trace, index)
+    boxes = patch_boxes(image_processor, image.size, grid)
+    cells = rectangles(boxes, pooled(trace, index))
+    shown = joined(boxes, cells)
     planes = []
     for plane in range(len(grid.planes)):
         mine = [t for t in shown if grid.plane[t] == plane and not grid.newline[t]]
         size = longest if len(grid.planes) == 1 or plane else longest // 2
         planes.append(paint(image, [shown[t] for t in mine], [kept[t] for t in mine], size, bool(cells)))
     return planes[::-1]
+
+
+def cut_by_cut(trace: Trace) -> list[tuple[int, Trace]]:
+    """Every cut's layer, and the trace as if it had been the only one: what was left behind it."""
+    return [(cut.layer, replace(trace, cuts=[cut])) for cut in trace.cuts]
 
 
 def plain_panel(image: Image.Image, title: str, lines: Sequence[str] = (), longest: int = LONGEST) -> Panel:

@@ -23,12 +23,16 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt (of that line of the prompts file) about a picture (its name below the folder)."""
+    """A prompt (of that line of the prompts file) about a picture (its name below the folder).
+
+    `answers` are those that count as right, where the file gives some.
+    """
 
     picture: str
     path: Path
     prompt: str
     line: int
+    answers: tuple[str, ...] = ()
 
 
 def find_pictures(where: str) -> tuple[Path, dict[str, Path]]:
@@ -92,7 +96,8 @@ def read_pairs(images: str, prompts: str, limit: int | None = None) -> list[Pair
     Args:
         images: as `find_pictures` takes it.
         prompts: a file with one prompt a line, each about all pictures; or with one JSON object a line, `{"image": name
-            or pattern, "prompt": text}`, where a missing image means all pictures.
+            or pattern, "prompt": text}`, where a missing image means all pictures, and `"answer"` is a right one, or a
+            list of them.
         limit: take only the first so many pictures.
 
     Raises:
@@ -100,17 +105,22 @@ def read_pairs(images: str, prompts: str, limit: int | None = None) -> list[Pair
     """
     base, named = find_pictures(images)
     found: dict[tuple[str, str], Pair] = {}
-    for line, image, prompt in read_prompts(prompts):
+    for line, image, prompt, answers in read_prompts(prompts):
         mine = named if image is None else meant(image, base, named)
         if not mine:
-            pattern = f" It fits none of the names there, such as {printable(next(iter(named)))!r}."
-            hint = pattern if glob.has_magic(image) else did_you_mean(image, named)
-            raise UserError(f"{prompts}, line {line}: no picture {printable(image)!r} in {base}.{hint}")
+            raise UserError(f"{prompts}, line {line}: {no_picture(image, base, named)}")
         for name, path in mine.items():
-            found.setdefault((name, prompt), Pair(name, path, prompt, line))
+            found.setdefault((name, prompt), Pair(name, path, prompt, line, answers))
     chosen = sorted({pair.picture for pair in found.values()})[:limit]
     order = {name: i for i, name in enumerate(chosen)}
     return sorted((pair for pair in found.values() if pair.picture in order), key=lambda p: (order[p.picture], p.line))
+
+
+def no_picture(image: str, base: Path, named: dict[str, Path]) -> str:
+    """What to say of an image that means none of the pictures there are."""
+    pattern = f" It fits none of the names there, such as {printable(next(iter(named)))!r}."
+    hint = pattern if glob.has_magic(image) else did_you_mean(image, named)
+    return f"no picture {printable(image)!r} in {base}.{hint}"
 
 
 def meant(image: str, base: Path, named: dict[str, Path]) -> dict[str, Path]:
@@ -130,11 +140,21 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def read_prompts(file: str) -> Iterator[tuple[int, str | None, str]]:
-    """Line number, image (None for all) and prompt of every line that is not blank."""
+def read_prompts(file: str) -> Iterator[tuple[int, str | None, str, tuple[str, ...]]]:
+    """Line number, image (None for all), prompt and right answers of every line that is not blank."""
     path = Path(file).expanduser()
+    lines = [(i, line.strip()) for i, line in enumerate(text_of(path, file).split("\n"), 1) if line.strip()]
+    if not lines:
+        raise UserError(f"{file} has no prompt in it: write one a line, or one JSON object a line.")
+    as_json = path.suffix.lower() in JSON_LINES or is_object(lines[0][1])
+    for number, line in lines:
+        yield (number, *parse_object(line, f"{file}, line {number}")) if as_json else (number, None, line, ())
+
+
+def text_of(path: Path, file: str) -> str:
+    """The text of a prompts file, which errors call `file`."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{file}, line {line}: this is not UTF-8 text.") from None
@@ -142,12 +162,6 @@ def read_prompts(file: str) -> Iterator[tuple[int, str | None, str]]:
         raise UserError(f"no such prompts file: {file}") from None
     except OSError as error:
         raise UserError(f"cannot read the prompts file {file}: {brief(error)}") from None
-    lines = [(i, line.strip()) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UserError(f"{file} has no prompt in it: write one a line, or one JSON object a line.")
-    as_json = path.suffix.lower() in JSON_LINES or is_object(lines[0][1])
-    for number, line in lines:
-        yield (number, *parse_object(line, f"{file}, line {number}")) if as_json else (number, None, line)
 
 
 def is_object(line: str) -> bool:
@@ -159,8 +173,8 @@ def is_object(line: str) -> bool:
     return isinstance(value, dict) and "prompt" in value
 
 
-def parse_object(line: str, where: str) -> tuple[str | None, str]:
-    """Image (None for all) and prompt of one JSON line."""
+def parse_object(line: str, where: str) -> tuple[str | None, str, tuple[str, ...]]:
+    """Image (None for all), prompt and right answers (`answer`: a text or a list of them) of one JSON line."""
     wanted = 'expected {"image": "a.jpg", "prompt": "what is this?"}'
     try:
         value: Any = json.loads(line)
@@ -176,7 +190,11 @@ def parse_object(line: str, where: str) -> tuple[str | None, str]:
     if image is not None and not is_text(image):
         raise UserError(f"{where}: the image must be the name of a picture or a pattern, and it is {image!r}.")
     check_text(prompt, f"{where}: the prompt")
-    return image, prompt.strip()
+    answers = value.get("answer", [])
+    answers = answers if isinstance(answers, list) else [answers]
+    if not all(is_text(answer) for answer in answers):
+        raise UserError(f"{where}: the answer must be a text or a list of texts, and it is {value['answer']!r}.")
+    return image, prompt.strip(), tuple(answers)
 
 
 def is_text(value: Any) -> bool:

@@ -1,13 +1,13 @@
 """Which rows of a picture stay, and how many: tensors in and out, without any module of a host's.
 
 The count is asked for where there are no weights (vLLM's front end writes the placeholders): methods decide about
-tensors that have no values either, and one whose count hangs on what it sees is refused by that.
+tensors that have no values either, or about noise, and one whose count hangs on what it sees is refused by that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid, Layout, Views, upload
-from vlmprune.parts.merging import flow
+from vlmprune.parts.merging import picked
 from vlmprune.parts.scores import STRIDE
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Kept, Tap
 from vlmprune.parts.tracing import trace_packing
@@ -28,7 +28,7 @@ from vlmprune.patches import FAMILIES, Family
 from vlmprune.patches.towers import TOWERS
 from vlmprune.registry import options, required
 from vlmprune.serving.plugin import ARCHITECTURES
-from vlmprune.serving.rule import refusing, why_not
+from vlmprune.serving.rule import FAILURES, refusing, why_not
 from vlmprune.serving.watch import Projected
 
 __all__ = ["Choice", "ServedPicture", "refusals"]
@@ -36,6 +36,11 @@ __all__ = ["Choice", "ServedPicture", "refusals"]
 #: Families that are served.
 SERVED = tuple(ARCHITECTURES)
 UNKNOWN = "how many tokens {} keeps is not known before it has seen the picture, and vLLM writes placeholders before"
+Look = Callable[[torch.Tensor], torch.Tensor]
+#: What pictures are tried: of noise, of one colour, dark with few lights, darker and darker.
+NOISE: tuple[Look, ...] = (
+    lambda x: x, lambda x: x * 0 + 0.5, lambda x: x**30, lambda x: x.flatten().sort().values.view_as(x),
+)  # fmt: skip
 HEADS, DIM = 2, 8  # of what stands for a model where there is none
 
 
@@ -66,6 +71,7 @@ class Choice:
             if why := why_not(name, cut, facts):
                 raise UnsupportedError(f"{why}.")
         self.counts: WeakKeyDictionary[ImageGrid, int] = WeakKeyDictionary()
+        self.blind = True  # whether counts can be had without values
 
     @property
     def merges(self) -> bool:
@@ -106,12 +112,25 @@ class Choice:
             UnsupportedError: that is not known before the picture was seen, or a method refuses such pictures.
         """
         if grid not in self.counts:
-            device = torch.device("meta")
             with refusing(UNKNOWN.format(self.names)):
-                seen, hidden = self.imagined(grid, device)
-                left = self.decide(layout_of([ServedPicture(grid)], device), seen, hidden)[1]
-            self.counts[grid] = left.alive_counts[0]
+                self.counts[grid] = self.counted(grid)
         return self.counts[grid]
+
+    def counted(self, grid: ImageGrid) -> int:
+        """`count`, by tensors without values, which cost next to nothing; by noise where a method reads some."""
+        if self.blind:
+            try:
+                return self.counted_on(grid, torch.device("meta"))
+            except UnsupportedError:
+                raise
+            except FAILURES:
+                self.blind = False
+        return self.counted_on(grid, torch.device("cpu"))
+
+    def counted_on(self, grid: ImageGrid, device: torch.device, look: Look = NOISE[0]) -> int:
+        """Tokens that a method says it keeps of a picture that looks so."""
+        seen, hidden = self.imagined(grid, device, look)
+        return self.decide(layout_of([ServedPicture(grid)], device), seen, hidden)[1].alive_counts[0]
 
     def check_alone(self, grid: ImageGrid) -> None:
         """Refuse methods to which the rest of a prompt matters, for vLLM encodes every picture apart from it.
@@ -120,17 +139,18 @@ class Choice:
             UnsupportedError: a picture is cut otherwise beside others, and at another place, than alone; or not as the
                 method promised.
         """
-        names, device, generator = self.names, torch.device("cpu"), torch.Generator().manual_seed(0)
+        names, device = self.names, torch.device("cpu")
         places = torch.tensor([5, 9 + grid.tokens, 30 + 2 * grid.tokens])
         with refusing(f"{names} could not be tried on noise, as serving does before it takes a method"):
-            one, other = (self.imagined(grid, device, generator) for _ in range(2))
+            counts = {self.counted_on(grid, device, look) for look in NOISE}
+            one, other = (self.imagined(grid, device, seed=seed) for seed in range(2))
             own = (layout_of([ServedPicture(grid, number)], device) for number in (0, 2))
             alone = [self.decide(layout, *picture) for layout, picture in zip(own, (one, other), strict=True)]
             seen = {tap: torch.cat((one[0][tap], one[0][tap], other[0][tap])) for tap in one[0]}
             layout = layout_of([ServedPicture(grid, number) for number in range(3)], device)
             layout = replace(layout, sample=[0, 0, 0], position=layout.position + places[:, None])
             hidden, left = self.decide(layout, seen, torch.cat((one[1], one[1], other[1])))
-        if len({count for cut in (left, *(mine for _, mine in alone)) for count in cut.alive_counts}) > 1:
+        if len(counts.union(left.alive_counts)) > 1:
             raise UnsupportedError(f"{UNKNOWN.format(names)}.")
         for at, (rows, mine) in zip((0, 2), alone, strict=True):
             if not torch.equal(mine.alive[0], left.alive[at]) or not torch.allclose(rows[0], hidden[at], atol=1e-5):
@@ -144,14 +164,15 @@ class Choice:
             raise UnsupportedError(f"{names} keeps other numbers of tokens than it promises.")
 
     def imagined(
-        self, grid: ImageGrid, device: torch.device, generator: torch.Generator | None = None
+        self, grid: ImageGrid, device: torch.device, look: Look = NOISE[0], seed: int = 0
     ) -> tuple[dict[Tap, torch.Tensor], torch.Tensor]:
         """What might be seen of a picture, its taps by views and its features: noise, on "meta" without values."""
+        generator = None if device.type == "meta" else torch.Generator().manual_seed(seed)
         facts, views, patches = self.plan.facts, grid.views, grid.encoded // grid.views
         tokens = patches + facts.has_cls  # of the tower
 
         def rand(*shape: int) -> torch.Tensor:
-            return torch.rand(*shape, device=device, generator=generator)
+            return look(torch.rand(*shape, device=device, generator=generator))
 
         layer, hidden = Projected(rand(views, tokens, 3 * DIM), DIM // HEADS, 1.0), rand(views, tokens, DIM)
         seen: dict[Tap, torch.Tensor] = {BlockKeys(layer): rand(views, tokens, DIM) for layer in self.plan.key_layers}
@@ -176,10 +197,10 @@ class Choice:
         """
         kept: dict[Tap, torch.Tensor] = {}
         for cut in self.plan.projector_cuts:
-            picked = cut.reduce({tap: seen.get(tap, features) for tap in cut.see}, Views(grids))
-            check_pick(whose(self.plan, cut), picked, features, self.plan.facts.has_cls)
-            features = features if picked.merge is None else flow(features, picked.merge)
-            kept[Kept()] = picked.keep
+            pick = cut.reduce({tap: seen.get(tap, features) for tap in cut.see}, Views(grids))
+            check_pick(whose(self.plan, cut), pick, features, self.plan.facts.has_cls)
+            features = picked(features, pick)
+            kept[Kept()] = pick.keep
         return features, kept
 
     def rows(
@@ -267,9 +288,11 @@ def refusals(cls: type[Method]) -> dict[str, str]:
     for name in SERVED:
         family = FAMILIES[name]
         has_cls = TOWERS[family.usual_tower]
-        facts = ModelFacts(name, 24, 22, has_cls, decoder_layers=32, views=family.views, view_patches=144)
+        facts = ModelFacts(
+            name, 24, 22, has_cls, decoder_layers=32, views=family.views, view_patches=36
+        )  # few: in no time
         try:
-            choice = Choice([cls(**given, **cls.served_with)], family, facts)
+            choice = Choice([cls(**given, **cls.plain_with | cls.served_with)], family, facts)
             choice.check_alone(choice.sample)  # to ask without values too, torch gets ready for a second
         except (UnsupportedError, ValueError) as error:
             found[name] = str(error).removesuffix(".")

@@ -25,13 +25,14 @@ class Tower(TowerFrame):
     """One call of the tower, for pictures of one budget.
 
     Attributes:
+        grids: layouts of the pictures.
         real: input of the layer that is running, where there is a cut between its two blocks. The layer itself gets a
             row of zeros, to which it adds what its attention returns: the merged sum of both.
     """
 
     def __init__(self, choice: Choice, grids: Sequence[ImageGrid]):
-        super().__init__(choice.plan, grids=list(grids))
-        self.choice, self.real = choice, None
+        super().__init__(choice.plan, tower=None, call=None)  # of transformers, none of which is asked here
+        self.choice, self.grids, self.real = choice, list(grids), None
 
     def inside_of(self, index: int) -> Any:
         """The cut between the two blocks of a layer, or None."""

@@ -4,8 +4,8 @@ Nobody declares a method servable. vLLM writes the placeholders before anybody h
 picture apart from its prompt, and keeps as many keys in every layer; so a method can be served if
 
 - its cuts are of the kinds named here, before the language model, and look at the picture alone (`why_not`);
-- how many tokens stay follows from the picture's size: it can say so where there is nothing to see (`Choice.count`, on
-  tensors without values);
+- how many tokens stay follows from the picture's size: it says so where there is nothing to see, and the same of any
+  noise (`Choice.count`, `Choice.check_alone`);
 - what stays is the same whatever else is in the prompt, and wherever the picture stands (`Choice.check_alone`).
 """
 
@@ -24,7 +24,7 @@ from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
 from vlmprune.serving.watch import Projected
 
-__all__ = ["averages_heads", "refusing", "why_not"]
+__all__ = ["FAILURES", "averages_heads", "refusing", "why_not"]
 
 #: What code that was written for tensors with values, and for another host, may raise without them.
 FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
@@ -45,7 +45,7 @@ def why_not(name: str, cut: AnyCut, facts: ModelFacts) -> str | None:
                 f"{name} cuts inside the language model (decoder layer {cut.at.layer}), and vLLM keeps as many keys in "
                 "every layer: take a method that cuts before it"
             )
-        case Cut() if cut.positions == "original":
+        case Cut() if cut.positions != "contiguous":
             return f"{name} has positions='original', and vLLM counts positions through: use positions='contiguous'"
         case Cut() if cut.reorders:
             return f"{name} writes its tokens in an order of its own: leave parity='released' away"

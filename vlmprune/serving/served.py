@@ -8,7 +8,7 @@ from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
 
-from vlmprune.errors import UnsupportedError
+from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Layouts
 from vlmprune.patches import FAMILIES, Family
@@ -67,7 +67,7 @@ class Request:
 
     def row(self) -> list[float]:
         """As float64, which holds all of it exactly."""
-        keep = math.nan if self.keep is None else float(self.keep)
+        keep = math.nan if self.keep is None else float(min(self.keep, 2**53))  # more than any picture has
         return [keep, float(isinstance(self.keep, int)), float(self.placeholders), float(self.number)]
 
     @classmethod
@@ -120,11 +120,17 @@ class Served:
             raise ValueError(str(error)) from error
 
     def keep_of(self, kwargs: Any) -> int | float | None:
-        """The budget that a request brings among its `mm_processor_kwargs`, checked.
+        """The budget that a request brings as its `mm_processor_kwargs`, checked.
 
         Raises:
-            ValueError: none that the methods take.
+            ValueError: none that the methods take; anything else among them. Layouts and placeholders follow the
+                engine's own arguments of the picture processor: with others the engine would end in the tower.
         """
+        if strange := [str(key) for key in kwargs if key != KEEP]:
+            raise ValueError(
+                f"{strange[0]!r} among a request's mm_processor_kwargs: a pruned engine takes {KEEP} alone, and other "
+                f"arguments of the picture processor when it starts.{did_you_mean(strange[0], [KEEP])}"
+            )
         keep = kwargs.get(KEEP)
         if keep is None:
             return None

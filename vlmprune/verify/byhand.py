@@ -9,7 +9,7 @@ both sides, so `vlmprune check` also compares decoding with masks of the whole s
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
 from typing import Any
@@ -145,6 +145,13 @@ def stretches(
                 merged[layer].append(flow_of(cut, image, row, entries, mine))
             left.drop(row, gone, close=cut.positions == "contiguous")
         seen[layer] = left.copy()
+    return told_apart(whole, seen, merged, device)
+
+
+def told_apart(
+    whole: Left, seen: Mapping[int, Left], merged: Mapping[int, Sequence[Flow]], device: torch.device
+) -> list[Stretch]:
+    """The stretches of layers: what is left of the `whole` from a layer on, where something went or was merged."""
     made, before = [], whole
     for first, now in seen.items():
         if first == 0 or now.columns != before.columns or first in merged:  # else its cuts took nothing

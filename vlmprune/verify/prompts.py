@@ -209,10 +209,13 @@ def batch(prompts: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
     out = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
     if "mm_token_type_ids" in prompts[0]:
         out["mm_token_type_ids"] = torch.cat([padded(p["mm_token_type_ids"], width, side, 0) for p in prompts])
-    for name in [name for name in dict.fromkeys(chain(*prompts)) if name not in out]:
-        values = [prompt[name] for prompt in prompts if name in prompt]
-        out[name] = torch.cat(equal_views(values) if name == "pixel_values" else values)
-    return out
+    others = dict.fromkeys(name for name in chain(*prompts) if name not in out)
+    return out | {name: joined(name, [prompt[name] for prompt in prompts if name in prompt]) for name in others}
+
+
+def joined(name: str, values: list[torch.Tensor]) -> torch.Tensor:
+    """What several prompts say under one name, one after the other."""
+    return torch.cat(equal_views(values) if name == "pixel_values" else values)
 
 
 def padded(row: torch.Tensor, width: int, side: str, value: int) -> torch.Tensor:

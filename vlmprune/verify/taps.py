@@ -60,11 +60,15 @@ class Asked:
 
     @classmethod
     def of(cls, cuts: Sequence[AnyCut]) -> Asked:
-        asked = dict.fromkeys((cut.at, tap) for cut in cuts for tap in cut.see)
-        taps = dict.fromkeys(tap for _, tap in asked if isinstance(tap, ATTENTION))
-        hidden = dict.fromkeys(at.layer for at, tap in asked if tap == Hidden() and isinstance(at, Decoder))
-        rest = [tap for at, tap in asked if tap not in taps and not (tap == Hidden() and isinstance(at, Decoder))]
-        return cls(tuple(taps), tuple(hidden), tuple(dict.fromkeys(type(tap).__name__ for tap in rest)))
+        made: dict[str, dict[Any, None]] = {"taps": {}, "hidden": {}, "others": {}}
+        for at, tap in dict.fromkeys((cut.at, tap) for cut in cuts for tap in cut.see):
+            if isinstance(tap, ATTENTION):
+                made["taps"][tap] = None
+            elif tap == Hidden() and isinstance(at, Decoder):
+                made["hidden"][at.layer] = None
+            else:
+                made["others"][type(tap).__name__] = None
+        return cls(**{name: tuple(found) for name, found in made.items()})
 
 
 class Look(Method):

@@ -60,7 +60,7 @@ class ConfigSource:
         for step in loc:
             if step == "parts" and isinstance(value, dict) and isinstance(value.get("name"), list):
                 step = "name"
-            if step in (value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()):
+            if step in steps_of(value):
                 key, value = (*key, step), value[step]
         return key
 
@@ -91,6 +91,11 @@ class ConfigSource:
         if kind in ("dataclass_type", "dict_type"):
             return f"{name} must be a mapping (key: value), not {shown(line['input'])}."
         return f"{name}: {line['msg']}."
+
+
+def steps_of(value: Any) -> Iterable[str | int]:
+    """The keys or places that a value has."""
+    return value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
 
 
 def name_of(key: Key) -> str:

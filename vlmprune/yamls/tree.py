@@ -72,12 +72,15 @@ class Tree:
             holder, key = self.find(steps)
         except ValueError as error:
             only = f" The file is about one model: write {'.'.join(steps[2:])}={text}."
-            alone = steps[0] == "runs" and not (isinstance(self.value, dict) and "runs" in self.value)
-            raise Mistakes([(where, f"{error}{only if alone else ''}")]) from None
+            raise Mistakes([(where, f"{error}{only if steps[0] == 'runs' and not self.has_runs() else ''}")]) from None
         if isinstance(holder, list) and key[-1] == len(holder):
             holder.append(None)
         holder[key[-1]] = read_tree(text, where).value
         self.origin = {at: told for at, told in self.origin.items() if at[: len(key)] != key} | {key: where}
+
+    def has_runs(self) -> bool:
+        """Whether the file is about several models."""
+        return isinstance(self.value, dict) and "runs" in self.value
 
     def find(self, steps: list[str]) -> tuple[Any, Key]:
         """The dict or list that the last step is in, with the whole key; those on the way are made.
@@ -181,13 +184,7 @@ class Builder:
 
     def build(self, node: yaml.Node, key: Key, around: tuple[yaml.Node, ...]) -> Any:
         """The value of a node; an alias's are built again wherever it stands, and counted."""
-        self.seen += 1
-        if self.seen > NODES:
-            raise self.at(node, f"more than {NODES} values once aliases (*name) are expanded.")
-        if any(node is other for other in around):
-            raise self.at(node, "an alias (*name) stands inside the value that it names.")
-        if len(around) > DEPTH:  # through aliases
-            raise self.at(node, TOO_DEEP)
+        self.check_bounds(node, around)
         self.tree.origin[key] = self.line(node.start_mark.line)
         inside = (*around, node)
         if isinstance(node, yaml.ScalarNode):
@@ -197,6 +194,16 @@ class Builder:
         if isinstance(node, yaml.MappingNode) and node.tag.endswith(":map"):
             return self.mapping(node, key, inside)
         raise self.at(node, f"{node.tag!r} is {NO_PLAIN}")
+
+    def check_bounds(self, node: yaml.Node, around: tuple[yaml.Node, ...]) -> None:
+        """Give up where aliases make too much of a file."""
+        self.seen += 1
+        if self.seen > NODES:
+            raise self.at(node, f"more than {NODES} values once aliases (*name) are expanded.")
+        if any(node is other for other in around):
+            raise self.at(node, "an alias (*name) stands inside the value that it names.")
+        if len(around) > DEPTH:  # through aliases
+            raise self.at(node, TOO_DEEP)
 
     def mapping(self, node: yaml.MappingNode, key: Key, inside: tuple[yaml.Node, ...]) -> dict[str, Any]:
         """The values of a mapping; each stands in the line of its key."""

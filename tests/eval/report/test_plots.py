@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
 import run_folders as made
-from PIL import Image
 
 from vlmprune.eval import report, statistics
-from vlmprune.eval.report import plots
+from vlmprune.eval.report import interactive, plots, words
 
 pytest.importorskip("matplotlib")
 MANY = ["none", *(f"method{i}" for i in range(12)), "random", "grid", "pool", "downsample"]
@@ -72,12 +73,12 @@ def test_retention_is_written_into_its_field(many):
 def test_gaps_and_single_tasks(tmp_path):
     cells = [c for c in made.grid_of() if c["cell"]["label"] != "none"] + [made.cell("pool", 0.1, error="no")]
     made.write(tmp_path, cells, ["scene-llava--none--full--pope"])
-    files = [path.name for path in report.write(tmp_path) if path.suffix == ".png"]
-    assert files == ["scene-llava-tokens.png", "scene-llava-time.png"]  # no full model: no retention
+    files = [path.name for path in report.write(tmp_path) if path.suffix == ".svg"]
+    assert files == ["scene-llava-tokens.svg", "scene-llava-time.svg"]  # no full model: no retention
     for name in files:
-        with Image.open(tmp_path / "plots" / name) as image:
-            assert image.width > 800
-            assert np.asarray(image.convert("L")).std() > 5
+        drawn = ElementTree.parse(tmp_path / "plots" / name).getroot()
+        assert float(drawn.get("width").removesuffix("pt")) > 400
+        assert len(drawn.findall(".//{http://www.w3.org/2000/svg}path")) > 20
 
 
 def test_pictures_of_an_older_report_go(tmp_path):
@@ -96,3 +97,26 @@ def test_zero_tokens_fit_on_the_axis(tmp_path):
     results = report.read(made.write(tmp_path, cells))
     (panel,) = plots.scatter(results, "scene-llava", plots.TOKENS, ["pope"]).axes
     assert panel.get_xscale() == "linear"
+
+
+def test_points_to_turn_over_are_those_of_the_rows(many):
+    found = interactive.points(many, "scene-llava")
+    assert [panel["name"] for panel in found["panels"]] == ["all tasks", "pope", "gqa"]
+    assert [axis["name"] for axis in found["axes"]] == ["layer_average", "ttft_s", "tokens_after"]
+    rows = {(row.task, row.name): row for row in many.rows}
+    for point in found["points"]:
+        task = (None, "pope", "gqa")[point["panel"]]
+        row = rows[task, "none" if point["full"] else point["name"]]
+        scale = 100 if task is None else 1
+        assert (point["y"], point["low"]) == (scale * row.value, None if row.low is None else scale * row.low)
+        assert point["x"]["ttft_s"] == 1000 * row.ttft_s
+        assert point["x"]["layer_average"] == row.layer_average
+    assert len(found["points"]) == len(many.rows)
+    assert len({tuple(look.items()) for look in found["looks"].values()}) == len(found["looks"]) == 16
+
+
+def test_names_of_tasks_without_what_all_begin_with():
+    assert words.short_names(["a_b_c", "a_b_d_e"]) == {"a_b_c": "c", "a_b_d_e": "d_e"}
+    assert words.short_names(["a_b", "a_b_c"]) == {"a_b": "b", "a_b_c": "b_c"}
+    assert words.short_names(["a_b"]) == {"a_b": "a_b"}
+    assert words.short_names(["pope", "gqa"]) == {"pope": "pope", "gqa": "gqa"}

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from vlmprune.eval.report import render
-from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Code, Heading, Picture, Table, Text
+from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Code, Heading, Picture, Plot, Table, Text
 
 FOLDER = Path("/runs/one")
 NASTY = '<b>&amp; | `a` *b* _c_ ~~d~~ $e$ [f](http://g) "h" \\ </td>'
@@ -42,6 +42,7 @@ def blocks(folder):
         Code(f"a\n  {NASTY}"),
         Table(["name", "number"], [[NASTY, "1"], ["x", "2"]], [0], ["full", "control start"]),
         Picture(folder / "a.png", f"One {NASTY}. Two."),
+        Plot({"name": NASTY}, NASTY, [Picture(folder / "a.png", f"Still {NASTY}.")]),
         Cards([card, card], folder / "b.png", NASTY),
     ]
 
@@ -78,10 +79,10 @@ def test_rows_and_cells_have_their_classes(tmp_path):
 
 
 def test_pictures_are_inlined_as_what_they_are(tmp_path):
-    page = render.html(blocks(tmp_path), "t")
+    page = render.html(blocks(tmp_path), "t").partition("<script>")[0]
     found = re.findall(r'src="data:image/(\w+);base64,([^"]*)"', page)
-    assert [kind for kind, _ in found] == ["png", "jpeg", "jpeg"]
-    assert [base64.b64decode(data) for _, data in found] == [picture(), picture("JPEG"), picture("JPEG")]
+    assert [kind for kind, _ in found] == ["png", "png", "jpeg", "jpeg"]
+    assert [base64.b64decode(data) for _, data in found] == [*[picture()] * 2, *[picture("JPEG")] * 2]
 
 
 def test_cards_in_markdown_are_a_sheet_and_a_table(tmp_path):

@@ -33,12 +33,7 @@ class Questions(Sequence[Row]):
             self.rows = json_rows(file.read_text())
         except json.JSONDecodeError as error:
             raise ValueError(f"{file} is neither a JSON list nor JSON lines: {error}") from error
-        if not self.rows:
-            raise ValueError(f"{file} has no entries.")
-        for number, row in enumerate(self.rows, 1):
-            given = row if isinstance(row, dict) else {}
-            if wrong := [key for key in ("image", "question", "answer") if not given.get(key)]:
-                raise ValueError(f"{file}: entry {number} has no {wrong[0]!r}; each needs image, question and answer.")
+        check_rows(file, self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -49,6 +44,16 @@ class Questions(Sequence[Row]):
         row = self.rows[index]
         with Image.open(self.folder / row["image"]) as image:
             return image.convert("RGB"), str(row["question"]), str(row["answer"])
+
+
+def check_rows(file: Path, rows: list[Any]) -> None:
+    """Raise ValueError for a file without entries, or with one that lacks something."""
+    if not rows:
+        raise ValueError(f"{file} has no entries.")
+    for number, row in enumerate(rows, 1):
+        given = row if isinstance(row, dict) else {}
+        if wrong := [key for key in ("image", "question", "answer") if not given.get(key)]:
+            raise ValueError(f"{file}: entry {number} has no {wrong[0]!r}; each needs image, question and answer.")
 
 
 def json_rows(text: str) -> list[Any]:

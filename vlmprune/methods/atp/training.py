@@ -176,22 +176,17 @@ def train(
 
     start = len(history)
     share = partial(options.rows, length=len(data), part=accelerator.process_index, parts=accelerator.num_processes)
-    loader = torch.utils.data.DataLoader(
-        data,
-        batch_sampler=Steps(share, start, options.steps),
-        collate_fn=partial(encode, processor=processor, template=template),
-        num_workers=workers,
-    )
+    prepare = partial(encode, processor=processor, template=template)
+    steps = Steps(share, start, options.steps)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=steps, collate_fn=prepare, num_workers=workers)
     bar = tqdm(total=options.steps, initial=start, disable=not (progress and accelerator.is_main_process))
     with patch(model, Atp(thresholds=thresholds)) as handle:
         for step, inputs in enumerate(loader, start):
-            inputs = {k: v.to(accelerator.device) for k, v in inputs.items()}
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
             for group in optimizer.param_groups:
                 group["lr"] = options.rate(step)
             thresholds.temperature = options.heat(step)
             with accelerator.autocast():
-                answered = answer_loss(model, inputs)
+                answered = answer_loss(model, as_model_wants(inputs, model, accelerator.device))
             losses = {"answer": answered} | budget(handle.trace, config, options, accelerator)
             loss = answered + options.depth_weight * losses["depth"] + options.target_weight * losses.pop("missed")
             accelerator.backward(loss)
@@ -199,17 +194,27 @@ def train(
             accelerator.clip_grad_norm_(thresholds.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            told = torch.stack([loss.detach(), *(x.detach() for x in losses.values())]).float()
-            told = accelerator.reduce(told, "mean").tolist()
-            history.append({"step": step + 1, **dict(zip(["loss", *losses], told, strict=True))})
+            history.append({"step": step + 1} | means({"loss": loss, **losses}, accelerator))
             bar.update()
-            bar.set_postfix(loss=f"{told[0]:.3f}", average=f"{history[-1]['average']:.3f}")
+            bar.set_postfix(loss=f"{history[-1]['loss']:.3f}", average=f"{history[-1]['average']:.3f}")
             done = step + 1 == options.steps
             if accelerator.is_main_process and (done or (step + 1) % options.save_every == 0):
                 keep(out, thresholds, optimizer, options, history)
     bar.close()
     accelerator.wait_for_everyone()
     return load(out).to(accelerator.device)
+
+
+def as_model_wants(inputs: dict[str, torch.Tensor], model: nn.Module, device: Any) -> dict[str, torch.Tensor]:
+    """Inputs on a device, pictures in the model's dtype."""
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    return inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}
+
+
+def means(losses: dict[str, torch.Tensor], accelerator: Any) -> dict[str, float]:
+    """Losses by name, averaged over the processes."""
+    told = torch.stack([loss.detach() for loss in losses.values()]).float()
+    return dict(zip(losses, accelerator.reduce(told, "mean").tolist(), strict=True))
 
 
 class Steps:
@@ -326,9 +331,8 @@ def survey(
         with patch(model, method) as handle:
             for start in range(0, len(rows), batch):
                 some = [rows[i] for i in range(start, min(start + batch, len(rows)))]
-                inputs = encode(some, processor, template)
-                inputs = {k: v.to(model.device) for k, v in inputs.items() if k != "labels"}
-                inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+                inputs = as_model_wants(encode(some, processor, template), model, model.device)
+                del inputs["labels"]
                 model(**inputs, use_cache=False, logits_to_keep=1)
                 shares.append(shares_left(handle.trace, soft=False).float().cpu())
     finally:

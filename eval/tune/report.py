@@ -1,0 +1,254 @@
+"""What `vlmprune tune` says and writes: the statement, the table, the front, the worst pictures, the recipe."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vlmprune.eval import statistics
+from vlmprune.eval.fidelity.measure import worst
+from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Code, Heading, Table, Text, repeat
+from vlmprune.eval.tune.judge import CONFIDENCE
+from vlmprune.eval.tune.run import Candidate, Goal
+from vlmprune.recipe import Recipe
+from vlmprune.spec import BUDGETS, write_value
+
+__all__ = ["Result", "as_json", "build", "command_line", "python_line", "recipe", "statement", "table_of"]
+
+
+UNFINISHED = "Time was over, or it was interrupted: not all was measured."
+
+
+@dataclass(frozen=True)
+class Result:
+    """All that was found.
+
+    Attributes:
+        about: what to repeat it by.
+        goal: what was wanted.
+        scored: whether answers were given, so that loss is of a score; else of agreement.
+        all: every candidate that was timed.
+        finalists: those that saw all pictures, best first.
+        skipped: pictures that could not be read, and why.
+        complete: whether time was enough.
+    """
+
+    about: dict[str, Any]
+    goal: Goal
+    scored: bool
+    all: Sequence[Candidate]
+    finalists: Sequence[Candidate]
+    skipped: dict[str, str]
+    complete: bool
+
+    @property
+    def best(self) -> Candidate:
+        return self.finalists[0]
+
+    @property
+    def front(self) -> set[str]:
+        """The finalists that none beats in both speed and loss."""
+        times = [1 / one.speedup(self.goal) for one in self.finalists]
+        values = [-one.verdict.loss for one in self.finalists]
+        marks = statistics.pareto(times, values)
+        return {one.label for one, mark in zip(self.finalists, marks, strict=True) if mark}
+
+
+def per_cent(share: float) -> str:
+    """`0.4`."""
+    return f"{100 * share:.1f}"
+
+
+def span(one: Candidate, goal: Goal) -> str:
+    """`1.1 to 1.3`: the interval of the speed-up on this machine."""
+    times = getattr(one.costs, goal.of)
+    return f"{times['low']:.2f} to {times['high']:.2f}"
+
+
+def statement(result: Result, one: Candidate) -> str:
+    """`fopru, keep 0.25: 2.3 times as fast (...), loss 0.4 points, under 1.0 with 95 % confidence: yes`."""
+    goal, found = result.goal, one.verdict
+    what = "first token" if goal.of == "first" else f"answer of {one.costs.tokens} tokens"
+    lost = "of the score" if result.scored else "of the answers changed"
+    end = {"yes": "yes", "no": "no", "open": "no, as it looks, and more pictures may tell"}[found.answer]
+    if found.more is not None:
+        end = f"needs about {found.more} more pictures"
+    return (
+        f"{one.label}: {one.speedup(goal):.2f} times as fast ({what}; 95 % interval {span(one, goal)}), loss "
+        f"{per_cent(found.loss)} points {lost}, under {per_cent(goal.loss)} with {CONFIDENCE:.0%} confidence: {end}."
+    )
+
+
+def verdict_line(result: Result) -> str:
+    """The answer to the question that was asked."""
+    goal, best = result.goal, result.best
+    fastest = max(result.all, key=lambda one: one.speedup(goal))
+    wanted = f"{goal.speedup:g} times as fast at a loss of at most {per_cent(goal.loss)} points"
+    if best.speedup(goal) < goal.speedup:
+        return (
+            f"Nothing tried is {wanted} here: the fastest of all was {fastest.label}, "
+            f"{fastest.speedup(goal):.2f} times. The best that was found:"
+        )
+    if best.verdict.answer == "yes":
+        return f"Yes, {wanted}:"
+    return f"Not proved: {wanted}. The best that was found:"
+
+
+def table_of(result: Result) -> tuple[list[str], list[list[str]]]:
+    """Header and cells: the finalists, then those that went earlier."""
+    header = [
+        "method",
+        "budget",
+        "first token",
+        "answer",
+        "memory",
+        "cache",
+        "pictures",
+        "loss",
+        "at most",
+        "KL",
+        "front",
+    ]
+    rows = []
+    ends = {one.label for one in result.finalists}
+    others = sorted((one for one in result.all if one.label not in ends), key=lambda one: (-one.rung, one.label))
+    for one in [*result.finalists, *others]:
+        costs, found = one.costs, one.verdict
+        pictures = len({row.picture for row in one.rows})
+        rows.append(
+            [
+                one.entry.method,
+                one.entry.budget,
+                f"{costs.first['median']:.2f}x",
+                f"{costs.answer['median']:.2f}x",
+                f"{100 * costs.peak[1] / costs.peak[0]:.0f} %",
+                f"{100 * costs.kv[1] / costs.kv[0]:.0f} %",
+                str(pictures),
+                "" if found is None else per_cent(found.loss),
+                "" if found is None else per_cent(found.high),
+                f"{one.kl:.3f}" if one.rows else "",
+                "*" if one.label in result.front else "",
+            ]
+        )
+    return header, rows
+
+
+def options(one: Candidate) -> dict[str, Any]:
+    """The options that mean a candidate, its seed among them."""
+    return one.entry.seeded(one.entry.seeds[0])
+
+
+def recipe(result: Result, made: str) -> Recipe:
+    """The best as a file."""
+    one, goal = result.best, result.goal
+    found, given = one.verdict, dict(options(one))
+    budgets = {word: given.pop(word) for word in BUDGETS if word in given}
+    measured = {
+        "speedup_first_token": round(one.costs.first["median"], 3),
+        "speedup_answer": round(one.costs.answer["median"], 3),
+        "cache": round(one.costs.kv[1] / one.costs.kv[0], 4),
+        "memory": round(one.costs.peak[1] / one.costs.peak[0], 4),
+        "batch": one.costs.batch,
+        "pictures": found.pictures,
+        "loss_of": goal.metric if result.scored else "agreement",
+        "loss": round(found.loss, 4),
+        "loss_at_most": round(found.high, 4),
+        "loss_limit": goal.loss,
+        "under_the_limit": found.answer,
+        "device": result.about["device"],
+        "dtype": result.about["dtype"],
+    }
+    return Recipe(
+        recipe=1, method=one.entry.method, options=given, family=result.about["family"], model=result.about["model"],
+        measured=measured, versions={"told": result.about["versions"]}, made=made, **budgets,
+    )  # fmt: skip
+
+
+def python_line(result: Result) -> str:
+    """The patch in Python."""
+    given = "".join(f", {name}={value!r}" for name, value in options(result.best).items())
+    return f'vlmprune.patch(model, "{result.best.entry.method}"{given})'
+
+
+def command_line(result: Result) -> str:
+    """The server, where vLLM can be given the method; else why not."""
+    from vlmprune import registry
+    from vlmprune.serving.choice import refusals
+
+    family = result.about["family"]
+    why = refusals(registry.find(result.best.entry.method)).get(family)
+    if why:
+        return f"# vLLM cannot be given it: {why}"
+    given = {name: value for name, value in options(result.best).items() if name not in ("keep", "average")}
+    budget = "".join(
+        f" --{word} {options(result.best)[word]}" for word in ("keep", "average") if word in options(result.best)
+    )
+    more = "".join(f" --option {shlex.quote(f'{name}={write_value(value)}')}" for name, value in given.items())
+    return (
+        f"vlmprune serve --model {shlex.quote(result.about['model'])} --method {result.best.entry.method}{budget}{more}"
+    )
+
+
+def build(result: Result, title: str, lines: Sequence[str], cards: Sequence[Captioned], sheet: Any) -> list[Block]:
+    """The page."""
+    header, rows = table_of(result)
+    blocks: list[Block] = [
+        Heading(title, 1),
+        Text(verdict_line(result)),
+        Text(statement(result, result.best)),
+        Code("\n".join(lines)),
+        *(
+            []
+            if result.complete
+            else [Text("Time was over, or it was interrupted: not all was measured.", warning=True)]
+        ),
+        Heading("Finalists, and what was given up earlier"),
+        Table(header, rows, range(2)),
+        Bullets([statement(result, one) for one in result.finalists]),
+        Text(
+            "First token and answer: how many times as fast as the unpruned model, medians of interleaved pairs on "
+            "this machine; memory (above the weights, while the prompt is read) and cache: what is left of them. Loss: "
+            f"points lost {'of the score' if result.scored else '(answers that changed)'}, on the same prompts; at "
+            f"most: its one-sided {CONFIDENCE:.0%} bound, for all finalists together. A star: no finalist is both "
+            "faster and better."
+        ),
+    ]
+    if cards:
+        blocks += [Heading(f"Worst pictures: {result.best.label}"), Cards(cards, sheet, result.best.label)]
+    if result.skipped:
+        blocks += [Heading("Left out"), Bullets([f"{name}: {why}" for name, why in result.skipped.items()])]
+    facts = {name: value for name, value in result.about.items() if name != "command"}
+    return blocks + repeat(facts, result.about["command"])
+
+
+def as_json(result: Result) -> dict[str, Any]:
+    """Everything, for a program."""
+    return {
+        "format": 1,
+        "about": result.about,
+        "goal": asdict(result.goal),
+        "scored": result.scored,
+        "complete": result.complete,
+        "answer": verdict_line(result),
+        "statement": statement(result, result.best),
+        "best": {"method": result.best.entry.method, "options": options(result.best)},
+        "finalists": [told(one) | {"front": one.label in result.front} for one in result.finalists],
+        "candidates": [told(one) for one in result.all],
+        "worst": [row.as_json() for row in worst(result.best.rows, 10)],
+        "skipped": result.skipped,
+    }
+
+
+def told(one: Candidate) -> dict[str, Any]:
+    """A candidate."""
+    verdict = None if one.verdict is None else asdict(one.verdict)
+    about = {
+        "label": one.label,
+        "method": one.entry.method,
+        "options": one.entry.options,
+        "rung": one.rung,
+        "kl": one.kl,
+    }
+    return about | {"pictures": len({row.picture for row in one.rows}), "costs": asdict(one.costs), "verdict": verdict}

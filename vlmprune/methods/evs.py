@@ -1,0 +1,68 @@
+"""EVS, efficient video sampling (arXiv 2510.14624; code vllm-project/vllm, vllm/multimodal/evs.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.nn import functional
+
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import (
+    Cut,
+    Decoder,
+    Hidden,
+    Layout,
+    ModelFacts,
+    Reduction,
+    Seen,
+    count,
+    frames_of,
+    keep_patches,
+    top_k,
+    upcast,
+)
+
+__all__ = ["Evs", "changes"]
+
+
+def changes(frames: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of every patch to the same place one frame before, of `(frames, patches, dim)`; 255 in the first."""
+    unit = functional.normalize(upcast(frames), dim=-1)
+    change = 1 - (unit[1:] * unit[:-1]).sum(-1)
+    return torch.cat((torch.full_like(unit[:1, :, 0], 255), change))
+
+
+@register("evs")
+@dataclass(frozen=True)
+class Evs(Pruner):
+    """Keep the patches of a video that changed most since the frame before; the first frame stays whole.
+
+    Args:
+        keep, average: patches per video, or a fraction, never fewer than one frame's (code). The source's share q is
+            what goes: keep = 1 - q.
+        positions: contiguous. The engine that ships it recomputes three-axis ids, which keep their places; families
+            with such ids take "original".
+        newlines: kept.
+    """
+
+    summary = "the patches of a video that changed since the frame before"
+    paper = "arXiv 2510.14624"
+    needs = "features of a video"
+    looks_at = "features"
+    refuses_inputs: ClassVar[dict[str, str]] = {
+        "image": "keeps what changed since the frame before, and a still picture has none: ask it about videos alone"
+    }
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        return [Cut(Decoder(0), (Hidden(),), self.reduce, self.positions)]
+
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
+        """Pure: features in, decision out."""
+        (features,) = seen.values()
+        scores, counts = features.new_zeros(features.shape[:2], dtype=upcast(features).dtype), []
+        for video, places in enumerate(frames_of(self.known_as, layout)):
+            scores[video, places] = changes(features[video, places])
+            counts.append(max(places.shape[1], count(self.budget, places.numel())))
+        return keep_patches(top_k(scores, counts, layout.patches), layout, counts, self.newlines, scores)

@@ -1,0 +1,154 @@
+"""PruneSID (arXiv 2603.09480; code ZhengyaoFang/PruneSID)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlmprune.methods.base import Pruner, register
+from vlmprune.parts import (
+    Cut,
+    Decoder,
+    Layout,
+    ModelFacts,
+    Reduction,
+    Seen,
+    candidates,
+    capped,
+    count,
+    download,
+    features_of,
+    keep_patches,
+    row_of,
+    upcast,
+)
+
+__all__ = ["PruneSID", "allotted", "groups", "survivors"]
+
+
+def groups(features: torch.Tensor, number: int) -> torch.Tensor:
+    """Group every token by the principal direction, of the `number` first ones, on which it weighs most.
+
+    The directions are those of the sigmoid of the features, tokens as columns, each less its mean.
+
+    Args:
+        features: `(tokens, dim)`.
+
+    Returns:
+        `(tokens,)` long.
+    """
+    y = torch.sigmoid(features)
+    y = y - y.mean(1, keepdim=True)
+    if y.shape[0] <= y.shape[1]:
+        loading = torch.linalg.eigh(y @ y.T).eigenvectors[:, -number:]
+    else:  # of more tokens than numbers, by the smaller matrix
+        value, vector = torch.linalg.eigh(y.T @ y)
+        loading = y @ vector[:, -number:] / value[-number:].clamp(min=torch.finfo(y.dtype).tiny).sqrt()
+    return loading.abs().flip(1).argmax(1)
+
+
+def survivors(group: torch.Tensor, cosine: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    """The tokens of each group that are not too much like a better one that survives.
+
+    Args:
+        group: `(tokens,)` long, of tokens from the best to the worst; cosine: `(tokens, tokens)`.
+
+    Returns:
+        `(tokens,)` bool.
+    """
+    number = torch.arange(len(group), device=group.device)
+    worse = (group == group[:, None]) & (number[:, None] < number)
+    hides = (worse & (cosine > tau)).float()
+    left, before = torch.ones_like(group, dtype=torch.bool), None
+    while before is None or not torch.equal(left, before):  # a few rounds, as many as the longest chain of likes
+        before, left = left, left.float() @ hides == 0
+    return left
+
+
+def allotted(survive: list[int], sizes: list[int], keep: int) -> list[int]:
+    """How many tokens every group gets: one if it has any, the rest in proportion to survivors, under a cap.
+
+    The cap is 5 for every 64 tokens kept, and no more than survive; it is raised for all groups by one at a time until
+    they can take `keep`. What proportions leave goes to the largest groups.
+    """
+    cap, more = [min(5 * -(-keep // 64), s) for s in survive], 0
+    most = cap
+    while sum(most) < min(keep, sum(sizes)):
+        more += 1
+        most = [min(c + more, size) for c, size in zip(cap, sizes, strict=True)]
+    part = [min(1, m) for m in most]
+    while sum(part) > keep:  # more groups than tokens to keep: the smallest get none
+        part[min((g for g in range(len(part)) if part[g]), key=lambda g: (sizes[g], -g))] = 0
+    rest, whole, seen, given = keep - sum(part), max(1, sum(survive)), 0, 0
+    for g, s in enumerate(survive):
+        seen += s
+        due = round(rest * seen / whole) - given
+        given += due
+        part[g] = min(part[g] + due, most[g])
+    for g in sorted(range(len(sizes)), key=lambda g: (-sizes[g], g)):
+        part[g] += min(most[g] - part[g], max(0, keep - sum(part)))
+    return part
+
+
+@register("prunesid")
+@dataclass(frozen=True)
+class PruneSID(Pruner):
+    """Group patches by principal directions of their features, thin out each group, and keep some of every one.
+
+    A quarter as many groups as tokens are kept. In a group patches that are too much like a better one (by the [CLS]
+    attention of the layer whose output becomes the features) are suppressed; what survives comes first. The bar of
+    likeness is the image's mean cosine times an 32nd of the budget.
+
+    Args:
+        keep, average: patches per image, or a fraction. The released code gives one place to the [CLS] token; here all
+            are patches.
+        positions, newlines: as everywhere.
+
+    The released code finds the directions by random projections, so that a picture's tokens change from run to run;
+    here they are exact. A tower without a [CLS] token is read by the attention that a patch receives (ours).
+    """
+
+    summary = "patches grouped by principal directions, each group thinned out"
+    paper = "arXiv 2603.09480"
+    needs = "tower features and attention"
+    looks_at = "features"
+    syncs = 8  # about: one an image for its groups, one for every round in which a group is thinned out
+    refuses: ClassVar[dict[str, str]] = {
+        "parity": "the released code draws random numbers, and there is nothing to repeat."
+    }
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        return [Cut(Decoder(0), (features_of(facts), row_of(facts)), self.reduce, self.positions)]
+
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
+        """Pure: features and one attention row in, decision out."""
+        features, row = seen.values()
+        among, totals, available = candidates(layout, self.newlines)
+        there = download(among.sum(1)) if available is None else available
+        counts = capped([count(self.budget, total) for total in totals], there)
+        mask = torch.zeros_like(among)
+        for i, (keep, alive) in enumerate(zip(counts, there, strict=True)):
+            order = row[i].masked_fill(~among[i], -torch.inf).sort(descending=True, stable=True).indices[:alive]
+            if alive and not mask.is_meta:  # where only the number is asked for
+                mask[i] = mask[i].scatter(0, order, self.choose(features[i, order], keep))
+        return keep_patches(mask, layout, counts, self.newlines, row)
+
+    def choose(self, features: torch.Tensor, keep: int) -> torch.Tensor:
+        """`(tokens,)` bool of the kept ones among `(tokens, dim)`, from the best to the worst."""
+        features, tokens = upcast(features), len(features)
+        number = max(1, min(keep // 4, tokens))
+        group = groups(features, number)
+        unit = torch.nn.functional.normalize(features, dim=-1)
+        cosine = unit @ unit.T
+        mean = (cosine.sum() - cosine.diagonal().sum()) / max(1, tokens * (tokens - 1))
+        first = survivors(group, cosine, mean * keep / 32)
+        member = torch.nn.functional.one_hot(group, number)
+        survive, sizes = download(torch.stack(((member * first[:, None]).sum(0), member.sum(0))))
+        part = torch.tensor(allotted(survive, sizes, keep)).to(group.device, non_blocking=True)
+        # survivors by attention, then the others: rank of every token in its group
+        ahead = (member * first[:, None]).cumsum(0) - 1
+        behind = (member * ~first[:, None]).cumsum(0) - 1 + (member * first[:, None]).sum(0)
+        rank = torch.where(first[:, None], ahead, behind).gather(1, group[:, None])[:, 0]
+        return rank < part[group]

@@ -1,0 +1,67 @@
+"""PyramidDrop (arXiv 2410.17247; code Cooperx521/PyramidDrop)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from vlmprune.methods.base import Staged, register
+from vlmprune.parts import (
+    AnyNewlines,
+    Cut,
+    Decoder,
+    Layout,
+    ModelFacts,
+    Reduction,
+    Schedule,
+    Seen,
+    TextAttention,
+    select,
+)
+
+__all__ = ["PyramidDrop"]
+
+
+@register("pyramiddrop")
+@dataclass(frozen=True)
+class PyramidDrop(Staged):
+    """Halve the visual tokens at every quarter of the decoder, by what the last prompt token attends to.
+
+    Each cut ranks by the attention that the layer behind it is about to pay (head mean, that layer's own norm, queries
+    and keys), of the prompt's last token, which the source calls the last instruction token.
+
+    Args:
+        keep: visual tokens per image left after the last cut, or a fraction; without a budget the published schedule
+            runs (an average of 270 of 576), another value stretches what it removes so that it ends there. Schedules
+            for the averages of 192, 128 and 64 in other papers' tables were never published.
+        average: the mean over all layers, met in the same way.
+        prune_layers: 1-based, of a 32-layer decoder (code: 8, 16, 24); another depth scales them.
+        keep_ratios: of the tokens that entered the LLM, one per cut (code: 0.5, 0.25, 0.125, floored).
+        positions: contiguous, re-indexed at every cut, as the code.
+        newlines: "candidates" (code: all tokens of the image compete), or a rule for them.
+    """
+
+    summary = "what the last prompt token looks at, half as many after each quarter of the decoder"
+    paper = "arXiv 2410.17247"
+    looks_at = "decoder"
+    needs = "decoder attention (three layers)"
+    stage = "decoder layers 8, 16, 24 of 32"
+
+    newlines: AnyNewlines = "candidates"
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        layers, schedule = self.stages(facts)
+        return [
+            Cut(
+                Decoder(layer),
+                (TextAttention(layer, "last"),),
+                partial(self.reduce, stage=stage, schedule=schedule),
+                self.positions,
+            )
+            for stage, layer in enumerate(layers)
+        ]
+
+    def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule) -> Reduction:
+        """Pure: `(images, tokens)` attention in, decision out."""
+        (attention,) = seen.values()
+        return select(attention, partial(schedule.left, stage=stage), layout, self.newlines)

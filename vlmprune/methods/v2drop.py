@@ -1,0 +1,76 @@
+"""V2Drop (arXiv 2509.01552; code xuyang-liu16/V2Drop)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+from vlmprune.methods.base import Staged, register
+from vlmprune.parts import (
+    DEPTH,
+    Cut,
+    Decoder,
+    Hidden,
+    Inputs,
+    Layout,
+    ModelFacts,
+    Positions,
+    Reduction,
+    Schedule,
+    Seen,
+    ascending,
+    falling,
+    select,
+    upcast,
+)
+
+__all__ = ["V2Drop"]
+
+
+@register("v2drop")
+@dataclass(frozen=True)
+class V2Drop(Staged):
+    """Drop the visual tokens that a decoder layer hardly changes: neither attention nor the question is looked at.
+
+    A token's score is the length of what the layer before the cut added to it (L2).
+
+    Args:
+        keep: visual tokens per image left after the last cut, or a fraction; without a budget the released schedule of
+            LLaVA-1.5 runs (a half, a quarter, one token: an average of 203 of 576), another value stretches what it
+            removes so that it ends there.
+        average: the mean over all layers, met in the same way.
+        prune_layers: 1-based, of a 32-layer decoder (code: the inputs of layers 3, 17 and 22 counted from 0); another
+            depth scales them.
+        keep_ratios: of the tokens that entered the LLM, one per cut; 0 is the single token that the code leaves.
+        positions: original, as the code.
+        newlines: kept; the code knows single views.
+    """
+
+    summary = "the tokens that decoder layers change most, in three steps"
+    paper = "arXiv 2509.01552"
+    looks_at = "decoder"
+    needs = "decoder states"
+    stage = "decoder layers 3, 17, 22 of 32"
+
+    prune_layers: Annotated[tuple[int, ...], ascending(DEPTH - 1)] = (3, 17, 22)
+    keep_ratios: Annotated[tuple[float, ...], falling(0)] = (0.5, 0.25, 0.0)
+    positions: Positions = "original"
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        layers, schedule = self.stages(facts)
+        return [
+            Cut(
+                Decoder(layer),
+                (Inputs(layer - 1), Hidden()),
+                partial(self.reduce, stage=stage, schedule=schedule),
+                self.positions,
+            )
+            for stage, layer in enumerate(layers)
+        ]
+
+    def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule) -> Reduction:
+        """Pure: `(images, tokens, dim)` states before and after a layer in, decision out."""
+        before, after = seen.values()
+        change = (upcast(after) - upcast(before)).norm(dim=-1)
+        return select(change, partial(schedule.left, stage=stage), layout, self.newlines)

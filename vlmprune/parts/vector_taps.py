@@ -1,0 +1,70 @@
+"""Taps of the vision tower that say more of a patch than one number: features, keys of all heads, values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlmprune.parts.attention import attention_mass, upcast
+from vlmprune.parts.facts import ModelFacts
+from vlmprune.parts.layers import TowerLayer
+from vlmprune.parts.taps import Hidden, Tap, TowerTap, VisionAttention, VisionRows
+
+__all__ = ["TowerFeatures", "WholeKeys", "WholeRow", "features_of", "row_of"]
+
+
+@dataclass(frozen=True)
+class TowerFeatures(TowerTap):
+    """Every patch's vector at the input of a tower layer, or behind the last, `(images, tokens, dim)`."""
+
+    behind_last: ClassVar[bool] = True
+    vectors: ClassVar[bool] = True
+
+    def measure(self, layer: TowerLayer | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        return upcast(hidden[:, int(has_cls) :])
+
+
+@dataclass(frozen=True)
+class WholeKeys(TowerTap):
+    """Every patch's keys of all heads side by side in a tower layer, `(images, tokens, dim)`."""
+
+    vectors: ClassVar[bool] = True
+
+    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        return upcast(layer.keys(layer.normed(hidden)).transpose(1, 2).flatten(2)[:, int(has_cls) :])
+
+
+@dataclass(frozen=True)
+class WholeRow(TowerTap):
+    """The [CLS] token's attention in a tower layer as if all heads were one, `(images, tokens)`: post-softmax.
+
+    Without a [CLS] token the attention that a patch receives from all.
+    """
+
+    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        normed, first = layer.normed(hidden), int(has_cls)
+        rows = normed[:, :1] if has_cls else normed
+        query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (layer.queries(rows), layer.keys(normed)))
+        return attention_mass(query, key, query.shape[-1] ** -0.5)[:, first:]
+
+
+def features_of(facts: ModelFacts) -> Tap:
+    """The tap of what becomes the visual features, before the projector.
+
+    Of a tower that packs pictures of any size it is the projected features, which alone are one to a token there.
+    """
+    return Hidden() if facts.packed else TowerFeatures(facts.feature_layer + 1)
+
+
+def row_of(facts: ModelFacts, layer: int | None = None, rows: VisionRows = "cls") -> VisionAttention:
+    """Attention on patches in a tower layer, that of the features for None.
+
+    Of the [CLS] token, or without one of all patches. Where patches of a layer see their window alone it is the last
+    layer before in which they see all, or the first such layer.
+    """
+    layer = facts.feature_layer if layer is None else layer
+    whole = [n for n in range(facts.tower_layers) if n not in facts.windowed]
+    layer = max([n for n in whole if n <= layer], default=min(whole, default=layer))
+    return VisionAttention(layer, "patches" if rows == "cls" and not facts.has_cls else rows)
