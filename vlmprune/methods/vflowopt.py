@@ -73,6 +73,8 @@ def context_relevance(
 class Context(TowerTap):
     """`context_relevance` in a tower layer, `(images, tokens)` float32."""
 
+    attends: ClassVar[bool] = True
+
     threshold: float = 0.0
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:

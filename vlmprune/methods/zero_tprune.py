@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch.nn import functional
@@ -47,6 +47,8 @@ class PageRank(TowerTap):
     In every head s becomes A^T s, `iterations` times from a start that is equal for all patches and, where there is a
     [CLS] token, the root of the number of tokens times as much for it. Arrives as `(images, tokens)` float32.
     """
+
+    attends: ClassVar[bool] = True
 
     iterations: int = 1
 

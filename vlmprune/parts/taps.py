@@ -108,11 +108,13 @@ class TowerTap(Tap):
 
     behind_last: ClassVar[bool] = False  # whether it can be measured of the last layer's output, `measure(None, ...)`
     vectors: ClassVar[bool] = False  # whether it says more of a patch than one number
+    attends: ClassVar[bool] = False  # whether it compares patches by attention, which ends at a window
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         # hosts hand out the output of the last layer only where it becomes the features
         most = facts.tower_layers - 1 + (self.behind_last and facts.feature_layer == facts.tower_layers - 1)
-        return misplaced(at) or outside(self.layer, most, "this tower has layers")
+        wrong = misplaced(at) or outside(self.layer, most, "this tower has layers")
+        return wrong or (windowed(self.layer, facts) if self.attends else None)
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         """From the layer's input `(views, tokens, dim)`; returns `(views, patches, ...)`."""
@@ -155,12 +157,13 @@ class VisionAttention(TowerTap):
     `(images, tokens)` float32 (newlines and padding are arbitrary).
     """
 
+    attends: ClassVar[bool] = True
+
     rows: VisionRows = "cls"
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         no_cls = NO_CLS if self.rows == "cls" and not facts.has_cls else None
-        wrong = unknown("rows", self.rows, VisionRows) or no_cls
-        return super().misfit(at, facts) or wrong or windowed(self.layer, facts)
+        return super().misfit(at, facts) or unknown("rows", self.rows, VisionRows) or no_cls
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         first, normed = int(has_cls), layer.normed(hidden)
