@@ -23,7 +23,7 @@ DEMO = (
     ("wide1.png", "scene-llava-next", 5, 4, (256, 128), "digit"),
     ("wide2.png", "scene-llava-next", 6, 4, (256, 128), "shape"),
     ("tall.png", "scene-qwen", 7, 4, (112, 224), "colour"),
-    ("flat.png", "scene-qwen", 8, 3, (243, 101), "where"),
+    ("flat.png", "scene-qwen", 13, 4, (243, 101), "relation"),
 )
 
 
