@@ -16,7 +16,7 @@ from vlmprune.parts.layers import TowerLayer
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Packing
 from vlmprune.patches.language_models import LANGUAGE_MODELS
-from vlmprune.patches.towers import TOWERS, packed_views, tower_layer
+from vlmprune.patches.towers import TOWERS, packed_views, pooled, tower_layer
 
 __all__ = ["Bound", "Family"]
 
@@ -52,6 +52,14 @@ class Family:
     usual_tower: ClassVar[str] = "clip_vision_model"  # of the published checkpoints
     single: ClassVar[str] = ""  # of a family with views: which images have one view alone
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
+    usual_unit: ClassVar[int] = 1  # `unit` of the published checkpoints
+    image: ClassVar[str] = ""  # what a budget per image is of, where that is not simply a picture
+    text: ClassVar[str] = "language_model"  # and the one that is its language model
+    handing: ClassVar[bool] = True  # whether the tower hands its keyword arguments to its layers
+    closed: ClassVar[bool] = False  # whether features leave the tower through a norm behind its last layer
+    runs: ClassVar[bool] = False  # whether what stands between two texts is one picture, of as many views as it has
+    kinds: ClassVar[tuple[str, ...]] = ()  # arguments that say of every column what it is, for the masks
+    origin: ClassVar[int] = 0  # position of a prompt's first token
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
     stamped: ClassVar[bool] = False  # whether text stands between the frames of a video
@@ -64,9 +72,13 @@ class Family:
     # column of a call, and along which axis (that of its rows is the one before): a cut takes of them what it leaves
     layer_columns: ClassVar[Mapping[str, int]] = {}
 
+    def suited(self, config: Any) -> Family:
+        """The family of a model with this `config`, where one class serves models that are built differently."""
+        return self
+
     def inner(self, model: nn.Module) -> nn.Module:
         """The module that joins tower, projector and language model (`LlavaModel`): itself, or inside `model`."""
-        if hasattr(model, "language_model") and hasattr(model, self.trunk):
+        if hasattr(model, self.text) and hasattr(model, self.trunk):
             return model
         if not hasattr(inner := getattr(model, "model", None), self.trunk):
             raise UnsupportedError(
@@ -83,19 +95,26 @@ class Family:
         return tower.encoder.layers
 
     def language_model(self, inner: nn.Module) -> nn.Module:
-        return inner.language_model
+        return getattr(inner, self.text)
 
     def decoder_layers(self, inner: nn.Module) -> nn.ModuleList:
-        return inner.language_model.layers
+        return self.language_model(inner).layers
 
     def token(self, inner: nn.Module, modality: str = "image") -> int:
         """Id of the placeholder."""
         return getattr(inner.config, f"{modality}_token_id")
 
     def side(self, inner: nn.Module, size: Any = None) -> tuple[int, int]:
-        """(rows, cols) of patches in one view of an image of `size` (of `sizes`); mostly of any."""
+        """(rows, cols) of tokens in one view of an image of `size` (of `sizes`); mostly of any.
+
+        They are the tower's patches where `unit` is 1.
+        """
         vision = inner.config.vision_config
-        return (vision.image_size // vision.patch_size,) * 2
+        return (vision.image_size // vision.patch_size // self.unit(inner),) * 2
+
+    def unit(self, inner: nn.Module) -> int:
+        """Patches along a side of the square that one token is made of."""
+        return 1
 
     def facts(self, inner: nn.Module) -> ModelFacts:
         """Check that the model is one we know, and return its facts.
@@ -118,6 +137,8 @@ class Family:
             packed=self.packed,
             windowed=self.windowed(inner),
             tower_from=tower_from(inner.config.vision_config),
+            unit=self.unit(inner),
+            closed=self.closed,
         )
 
     def check_parts(self, inner: nn.Module) -> bool:
@@ -151,7 +172,8 @@ class Family:
 
     def strategy(self, inner: nn.Module) -> str:
         """Whether the tower's first token is dropped ("default") or not ("full")."""
-        return inner.config.vision_feature_select_strategy
+        # hosts without the choice take all that leaves the tower
+        return getattr(inner.config, "vision_feature_select_strategy", "full")
 
     def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
         """What the processor must know of the model to write one placeholder for every feature."""
@@ -164,7 +186,7 @@ class Family:
 
     def feature_layer(self, inner: nn.Module) -> int | Sequence[int]:
         """As the config counts: entry of the tower's hidden states that becomes the features, or several."""
-        return inner.config.vision_feature_layer
+        return getattr(inner.config, "vision_feature_layer", -1)
 
     def sizes(self, modality: str, given: dict[str, Any]) -> list[Any]:
         """What the packing of every image (`grid`, `pack`) or video depends on besides the model.
@@ -179,6 +201,8 @@ class Family:
         if modality == "video":
             batch, frames = given["pixel_values_videos"].shape[:2]
             return [frames] * batch
+        if given.get("image_sizes") is None:
+            raise ValueError(f"{self.model_type} models need the image_sizes that their processor makes: hand them on.")
         return [tuple(size) for size in given["image_sizes"].tolist()]
 
     def tower_views(
@@ -200,19 +224,52 @@ class Family:
         """Patches of every view that a packed tower reads, in order; a patch sees its own view alone."""
         raise NotImplementedError
 
-    def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any]) -> torch.Tensor:
+    def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any], unit: int) -> torch.Tensor:
         """What was measured of a tower's patches, `(views, patches, ...)`, by token, `(views, tokens, ...)`.
 
         They differ where one token is made of several patches, or where the tower reads these in an order of its own.
 
         Args:
             sizes: of `sizes`, of all that the tower read.
+            unit: of the model (`unit`).
         """
-        return values
+        return values if unit == 1 else pooled(values, (math.isqrt(values.shape[1]),) * 2, unit)
 
     def sized(self, modality: str) -> bool:
         """Whether the packing of an image or video depends on more than the model, which `sizes` tells."""
         return self.needs_sizes or modality == "video"
+
+    def items(self, inner: nn.Module, modality: str, features: Any, known: list[Any]) -> list[int]:
+        """Tokens of every image, or of every video, of what an encoder made; not asked where `runs` tells.
+
+        Args:
+            features: the encoder's output, whose `pooler_output` lists `(tokens, dim)` parts.
+            known: what the packing of each depends on (of `sizes`).
+        """
+        return [len(item) for item in features.pooler_output]
+
+    def blocks(self, kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """`(batch, length)` number of the group of neighbours that see each other whatever their order, -1 for none.
+
+        None where attention is causal throughout. A group is a run of columns without a gap.
+
+        Args:
+            kwargs: arguments of the inner model.
+        """
+        return None
+
+    def told_kinds(self, kwargs: dict[str, Any]) -> torch.Tensor:
+        """`token_type_ids` of a call with pictures.
+
+        Raises:
+            ValueError: there are none: the host would say nothing and let pictures see less of themselves.
+        """
+        if (types := kwargs.get("token_type_ids")) is None:
+            raise ValueError(
+                f"{self.model_type} models need the token_type_ids that their processor makes, by which pictures see "
+                "all of themselves: hand them on."
+            )
+        return types
 
     def bind(self, model: nn.Module, plan: Any) -> None:
         """Set `Bound` attributes where no hook reaches what the engine has to know."""
@@ -244,6 +301,8 @@ class Family:
         """How an image or video of a size (of `sizes`) is packed."""
         if modality == "video":
             return Packing(partial(self.pack_video, inner), size, *self.side(inner), (1, 1), frames=size)
+        if self.runs:
+            return Packing(lambda x, newline: x.flatten(0, 1), size, *self.side(inner), (1, 1), apart=True)
         views, grid = self.grid(inner, size)
         return Packing(lambda x, newline: self.pack(inner, x, newline, size), views, *self.side(inner, size), grid)
 

@@ -24,6 +24,7 @@ __all__ = [
     "attention_mask",
     "counted",
     "decoder_layer",
+    "rotary_of",
     "sliding_window",
     "window_of",
 ]
@@ -33,6 +34,10 @@ LANGUAGE_MODELS = (
     "llama",
     "mistral",
     "qwen2",
+    "qwen3",
+    "cohere2",
+    "gemma",
+    "gemma3_text",
     "qwen2_vl_text",
     "qwen2_5_vl_text",
     "qwen3_vl_text",
@@ -68,6 +73,11 @@ class RotaryLayer:
     def window(self) -> int | None:
         return sliding_window(self.attention)
 
+    @property
+    def far_sighted(self) -> tuple[int, ...]:
+        """The layers without a window, where a model has both kinds and methods had better look there."""
+        return ()
+
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.module.input_layernorm(hidden)
 
@@ -96,10 +106,39 @@ class NormedRotaryLayer(RotaryLayer):
         return self.rotated(self.attention.k_norm(heads), cos, sin)
 
 
+@dataclass(frozen=True)
+class Cohere2Layer(RotaryLayer):
+    """One of Cohere 2's, where layers without a window know no positions."""
+
+    def rotated(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return x if self.window is None else super().rotated(x, cos, sin)
+
+
+@dataclass(frozen=True)
+class Gemma3Layer(NormedRotaryLayer):
+    """One of Gemma 3's, most of which see a short window, and all of which have norms behind their blocks."""
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        raise UnsupportedError(
+            "this patch watches what attention and feed-forward blocks of a decoder layer write, and Gemma 3 puts that "
+            "through norms before it is added: take a method that does not watch blocks."
+        )
+
+    @property
+    def far_sighted(self) -> tuple[int, ...]:
+        kinds = self.attention.config.layer_types
+        return tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
+
+
 LAYERS: dict[str, type[RotaryLayer]] = {
     "LlamaDecoderLayer": RotaryLayer,
     "MistralDecoderLayer": RotaryLayer,
     "Qwen2DecoderLayer": RotaryLayer,
+    "Qwen3DecoderLayer": NormedRotaryLayer,
+    "Cohere2DecoderLayer": Cohere2Layer,
+    "GemmaDecoderLayer": RotaryLayer,
+    "Gemma3DecoderLayer": Gemma3Layer,
     "Qwen2VLDecoderLayer": RotaryLayer,
     "Qwen2_5_VLDecoderLayer": RotaryLayer,
     "Qwen3VLTextDecoderLayer": NormedRotaryLayer,
@@ -128,19 +167,51 @@ def sliding_window(attention: nn.Module) -> int | None:
 
 
 def attention_mask(
-    layer: nn.Module, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any
+    layer: nn.Module,
+    index: int,
+    hidden: torch.Tensor,
+    mask: torch.Tensor | None,
+    cache: Any,
+    blocks: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """The causal mask of decoder layer `index` as the host would build it for these `(batch, length, dim)` inputs.
 
     `mask` is the 2-D padding mask over everything the layer has cached and `hidden`. Position ids are left out on
     purpose: gaps in them would be read as packed sequences.
+
+    Args:
+        blocks: of `Family.blocks`, for these inputs; the cache holds nothing in front of them then.
     """
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
     attention = layer.self_attn
+    if blocks is not None:
+        return blockwise_mask(attention, index, hidden, mask, cache, blocks)
     make = create_causal_mask if sliding_window(attention) is None else create_sliding_window_causal_mask
     # asking whether the padding mask could be skipped would wait for the device
     return make(attention.config, hidden, mask, cache, layer_idx=index, allow_is_causal_skip=mask is None)
+
+
+def blockwise_mask(
+    attention: nn.Module, index: int, hidden: torch.Tensor, mask: torch.Tensor | None, cache: Any, blocks: torch.Tensor
+) -> torch.Tensor:
+    """The mask of a layer where every block sees itself in both directions, as far as the layer's window reaches."""
+    from transformers.masking_utils import blockwise_overlay, create_causal_mask, sliding_window_overlay
+
+    columns = hidden.shape[1] if cache is None else sum(map(int, cache.get_mask_sizes(hidden.shape[1], index)))
+    # a static cache has columns for what is to come
+    blocks = nn.functional.pad(blocks, (0, columns - blocks.shape[1]), value=-1)
+    window = sliding_window(attention)
+    within = {} if window is None else {"and_mask_function": sliding_window_overlay(window)}
+    joined = blockwise_overlay(blocks)
+    return create_causal_mask(attention.config, hidden, mask, cache, layer_idx=index, or_mask_function=joined, **within)
+
+
+def rotary_of(layer: nn.Module, rotary_emb: nn.Module, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
+    """(cos, sin) for a decoder layer, of whose kind a host's embedding may want to know."""
+    if hasattr(rotary_emb, "layer_types"):
+        return rotary_emb(hidden, position_ids, layer.self_attn.layer_type)
+    return rotary_emb(hidden, position_ids=position_ids)
 
 
 def counted(position_ids: torch.Tensor | None) -> torch.Tensor | None:

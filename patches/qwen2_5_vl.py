@@ -25,11 +25,11 @@ class Qwen2_5VL(Qwen2VL):
         vision = inner.config.vision_config
         return tuple(layer for layer in range(vision.depth) if layer not in vision.fullatt_block_indexes)
 
-    def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any]) -> torch.Tensor:
+    def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any], unit: int) -> torch.Tensor:
         from transformers.vision_utils import get_vision_window_index
 
         order, _ = get_vision_window_index(
             torch.tensor(sizes), tower.spatial_merge_size, tower.window_size, tower.patch_size
         )
         # `order` says which token stands where; its inverse brings every token home
-        return super().tokens_of(tower, values, sizes)[:, upload(order.argsort(), values.device)]
+        return super().tokens_of(tower, values, sizes, unit)[:, upload(order.argsort(), values.device)]

@@ -54,6 +54,6 @@ class Qwen2VL(Family):
     def view_sizes(self, sizes: Sequence[Any]) -> list[int]:
         return [rows * cols for frames, rows, cols in sizes for _ in range(frames)]
 
-    def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any]) -> torch.Tensor:
+    def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any], unit: int) -> torch.Tensor:
         # the m x m patches of a token are neighbours in the sequence
         return values.unflatten(1, (-1, tower.spatial_merge_size**2)).mean(2)

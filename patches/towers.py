@@ -10,17 +10,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import avg_pool2d
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.attention import split_heads
 from vlmprune.parts.layers import TowerLayer
 
-__all__ = ["TOWERS", "ClipLayer", "RotaryTowerLayer", "packed_views", "tower_layer"]
+__all__ = ["TOWERS", "ClipLayer", "RotaryTowerLayer", "packed_views", "pooled", "tower_layer"]
 
 #: `model_type` of the towers -> whether they have a [CLS] token.
 TOWERS = {
     "clip_vision_model": True,
     "siglip_vision_model": False,
+    "internvl_vision": True,
+    "pixtral": False,
+    "smolvlm_vision": False,
+    "idefics3_vision": False,
+    "ovis2_vision": False,
     "qwen2_vl_vision": False,
     "qwen2_5_vl_vision": False,
     "qwen3_vl_vision": False,
@@ -64,6 +70,40 @@ class ClipLayer:
 
 
 @dataclass(frozen=True)
+class InternVLLayer(ClipLayer):
+    """A layer of InternVL's tower: other names, and norms over all heads together that some checkpoints have."""
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.module.attention
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.module.layernorm_before(hidden)
+
+    def queries(self, rows: torch.Tensor) -> torch.Tensor:
+        return split_heads(self.attention.q_norm(self.attention.q_proj(rows)), self.attention.head_dim)
+
+    def keys(self, rows: torch.Tensor) -> torch.Tensor:
+        return split_heads(self.attention.k_norm(self.attention.k_proj(rows)), self.attention.head_dim)
+
+
+@dataclass(frozen=True)
+class Ovis2Layer(ClipLayer):
+    """A layer of Ovis2's tower: other names alone."""
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.module.attention
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        return self.module.ffn
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.module.rms_norm1(hidden)
+
+
+@dataclass(frozen=True)
 class RotaryTowerLayer:
     """A layer of Qwen-VL's build: `norm1`, `attn` with one projection for all, `norm2`, `mlp`.
 
@@ -104,9 +144,42 @@ class RotaryTowerLayer:
         return rotate(heads, heads[..., :1, :], *self.rotary)[0].transpose(-2, -3)
 
 
+@dataclass(frozen=True)
+class PixtralLayer(RotaryTowerLayer):
+    """A layer of Pixtral's tower: other names, and a projection for each."""
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.module.attention
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        return self.module.feed_forward
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.module.attention_norm(hidden)
+
+    def rotated(self, rows: torch.Tensor, which: int) -> torch.Tensor:
+        projection = (self.attention.q_proj, self.attention.k_proj)[which]
+        heads = split_heads(projection(rows), self.attention.head_dim)
+        rotate: Callable = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
+        return rotate(heads, heads[:, :1], *self.rotary)[0]
+
+
+def pooled(values: torch.Tensor, shape: tuple[int, int], unit: int) -> torch.Tensor:
+    """Values of patches `(views, patches, ...)` in a raster as means over the squares of `unit` x `unit` in it."""
+    raster = values.reshape(len(values), *shape, -1).movedim(-1, 1)
+    return avg_pool2d(raster, unit).flatten(2).transpose(1, 2).reshape(len(values), -1, *values.shape[2:])
+
+
 LAYERS: dict[str, Callable] = {
     "CLIPEncoderLayer": ClipLayer,
     "SiglipEncoderLayer": ClipLayer,
+    "InternVLVisionLayer": InternVLLayer,
+    "SmolVLMEncoderLayer": ClipLayer,
+    "Idefics3EncoderLayer": ClipLayer,
+    "Ovis2VisionEncoderLayer": Ovis2Layer,
+    "PixtralAttentionLayer": PixtralLayer,
     "Qwen2VLVisionBlock": RotaryTowerLayer,
     "Qwen2_5_VLVisionBlock": RotaryTowerLayer,
     "Qwen3VLVisionBlock": RotaryTowerLayer,

@@ -4,6 +4,7 @@ python scripts/eval_testbed.py --gate                                  # the num
 python scripts/eval_testbed.py --split sparse --by-hand random cls received maxmin --keep 0.1 0.25
 python scripts/eval_testbed.py --split sparse --methods random vtc_cls fopru --keep 0.1      # through vlmprune
 python scripts/eval_testbed.py --model scene-llava-next --split next --methods random vtc_cls --keep 0.1
+python scripts/eval_testbed.py --model scene-qwen --gate      # random, fopru, todre,pivot=mean and fastv at 10 %
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ import torch
 from testbed import scoring
 
 import vlmprune
+from vlmprune import spec
 from vlmprune.eval import testbed
+from vlmprune.runtime import loading
+
+#: The split that a model's gate is about.
+OF = {"scene-llava": "sparse", "scene-llava-next": "next", "scene-qwen": "qwen"}
 
 
 def load(name: str, folder: Path | None):
     """Model (float32) and processor of a shipped or another folder."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    folder = folder or testbed.path(name)
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    return model, AutoProcessor.from_pretrained(folder)
+    loaded = loading.load(loading.find_model(str(folder or name)), dtype="float32")
+    return loaded.model, loaded.processor
 
 
 def show(label: str, records: list[testbed.Question], correct: np.ndarray) -> dict:
@@ -66,9 +69,10 @@ def compare(model, processor, records, budgets, by_hand, methods, seeds) -> dict
                     choose = scoring.BY_HAND[name]
                     said = scoring.answer_by_hand(model, processor, records, choose, share, seen=seen, seed=seed)
                 else:
-                    options = {"seed": seed} if name == "random" else {}
+                    method, *given = name.split(",")
+                    options = dict(map(spec.read_option, given)) | ({"seed": seed} if method == "random" else {})
                     try:
-                        handle = vlmprune.patch(model, name, **{word: share}, **options)
+                        handle = vlmprune.patch(model, method, **{word: share}, **options)
                     except ValueError as error:
                         print(f"{name} {word} {share}: {error}", flush=True)
                         break
@@ -93,11 +97,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=testbed.NAMES, default="scene-llava")
     parser.add_argument("--folder", type=Path, help="another model folder than the shipped one")
-    parser.add_argument("--split", choices=testbed.SPLITS, help="default: sparse, or next for scene-llava-next")
+    parser.add_argument("--split", choices=testbed.SPLITS, help="default: the model's own")
     parser.add_argument("--keep", type=float, nargs="*", default=[0.1, 0.25])
     parser.add_argument("--average", type=float, nargs="*", default=[], help="budgets as a mean over decoder layers")
     parser.add_argument("--by-hand", nargs="*", default=[], choices=sorted(scoring.BY_HAND))
-    parser.add_argument("--methods", nargs="*", default=[], help="vlmprune's methods; put random first")
+    parser.add_argument("--methods", nargs="*", default=[], help="vlmprune's, as NAME,OPTION=VALUE; random first")
     parser.add_argument("--seeds", type=int, default=3, help="runs of random, averaged")
     parser.add_argument("--limit", type=int, help="only the first so many questions")
     parser.add_argument("--blind", action="store_true", help="also without the picture")
@@ -106,12 +110,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     model, processor = load(args.model, args.folder)
-    nexts = args.model == "scene-llava-next"
-    splits = [args.split or ("next" if nexts else "sparse")]
+    splits = [args.split or OF[args.model]]
     if args.gate:
-        splits = ["next"] if nexts else ["sparse", "crowded", "unseen"]
-        args.by_hand = ["random", "maxmin", "thumbnail", "crops"] if nexts else ["random", "cls", "received", "maxmin"]
         args.blind = True
+        if args.model == "scene-llava":
+            splits, args.by_hand = ["sparse", "crowded", "unseen"], ["random", "cls", "received", "maxmin"]
+        elif args.model == "scene-llava-next":
+            args.by_hand = ["random", "maxmin", "thumbnail", "crops"]
+        else:
+            args.keep = [0.1] if args.keep == parser.get_default("keep") else args.keep
+            args.methods = args.methods or ["random", "fopru", "todre,pivot=mean", "fastv"]
     results: dict = {"version": testbed.VERSION, "model": args.model}
     for split in splits:
         records = testbed.questions(split)[: args.limit]
@@ -120,7 +128,7 @@ def main() -> None:
         by_hand = args.by_hand if split != "unseen" else []
         budgets = [*(("keep", k) for k in args.keep), *(("average", a) for a in args.average)]
         results[split] = compare(model, processor, records, budgets, by_hand, args.methods, args.seeds)
-        if args.blind and split in ("sparse", "next"):
+        if args.blind and split == OF[args.model]:
             said = scoring.answer(model, processor, records, blind=True)
             results[split]["blind"] = show("blind", records, scoring.right(records, said))
         print(f"({time.time() - start:.0f} s)")

@@ -1,6 +1,7 @@
 """Turns a training checkpoint into a shipped model folder: fp16 safetensors, config, processor.
 
 python scripts/export_testbed.py scene-llava
+python scripts/export_testbed.py scene-qwen --checkpoint .train/scene-qwen/lm.pt
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from testbed import models
+from testbed import anyres, models
 
 from vlmprune.eval import testbed
 
@@ -24,15 +25,21 @@ def main() -> None:
     checkpoint = args.checkpoint or Path(".train") / args.model / "checkpoint.pt"
     out = args.out or Path(testbed.__file__).parent / args.model
     state = torch.load(checkpoint, weights_only=True)
-    text = models.text_config(
-        hidden_size=state["width"], intermediate_size=3 * state["width"], num_hidden_layers=state["layers"]
-    )
-    nexts = args.model == "scene-llava-next"
-    model = models.llava_next(text) if nexts else models.llava(text)
+    if args.model == "scene-qwen":
+        model = anyres.model()
+    else:
+        text = models.text_config(
+            hidden_size=state["width"], intermediate_size=3 * state["width"], num_hidden_layers=state["layers"]
+        )
+        model = models.llava_next(text) if args.model == "scene-llava-next" else models.llava(text)
     model.load_state_dict(state["model"])
     model.generation_config.max_new_tokens = 30
     model.half().save_pretrained(out)
-    (models.llava_next_processor() if nexts else models.llava_processor()).save_pretrained(out)
+    if args.model == "scene-qwen":
+        anyres.save_processor(out)
+    else:
+        made = models.llava_next_processor() if args.model == "scene-llava-next" else models.llava_processor()
+        made.save_pretrained(out)
     size = (out / "model.safetensors").stat().st_size / 2**20
     print(f"{out}: step {state['step']}, {state['spent'] / 60:.0f} minutes, {size:.1f} MiB")
 

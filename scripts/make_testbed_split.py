@@ -22,6 +22,8 @@ DEMO = (
     ("scene4.png", "scene-llava", 44, 4, (128, 128), "count"),
     ("wide1.png", "scene-llava-next", 5, 4, (256, 128), "digit"),
     ("wide2.png", "scene-llava-next", 6, 4, (256, 128), "shape"),
+    ("tall.png", "scene-qwen", 7, 4, (112, 224), "colour"),
+    ("flat.png", "scene-qwen", 8, 3, (243, 101), "where"),
 )
 
 
@@ -31,10 +33,12 @@ def write_demo(folder: Path) -> None:
     rows = []
     for file, model, seed, count, (width, height), category in DEMO:
         size = (12, 17) if model == "scene-llava-next" else (19, 24)
+        look = {"size": size, "width": width, "height": height, "lit": model == "scene-qwen"}
+        look |= {"digits": 0.0} if model == "scene-qwen" else {}
         asked, attempt = None, 0
         while asked is None:  # not every scene allows every category
             rng = np.random.default_rng(scenes.TEST_SEED + 5_000_000 + 1000 * attempt + seed)
-            scene = scenes.quadrant_scene(rng, count=count, size=size, width=width, height=height, test=True)
+            scene = scenes.quadrant_scene(rng, count=count, test=True, **look)
             asked, attempt = asking.ASK[category](rng, scene), attempt + 1
         scene.image().save(folder / file, optimize=True)
         rows.append({"file": file, "model": model, "question": asked[0], "answer": asked[1]})

@@ -21,7 +21,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (40, 196, 206),
 }
 #: The shipped models.
-NAMES: tuple[str, ...] = ("scene-llava", "scene-llava-next")
+NAMES: tuple[str, ...] = ("scene-llava", "scene-llava-next", "scene-qwen")
 
 
 def folder() -> Path:

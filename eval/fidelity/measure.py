@@ -29,6 +29,7 @@ import torch
 from vlmprune.api import Handle
 from vlmprune.eval import statistics
 from vlmprune.eval.statistics import Estimate
+from vlmprune.patches import family_of
 from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.spec import budget_text, budgets_in
 
@@ -129,8 +130,8 @@ def collate(prompts: Sequence[Inputs], pad: int) -> Inputs:
     """Pad single prompts, one picture each, on the left into one batch.
 
     Args:
-        prompts: of batch size 1: input_ids, attention_mask, pixel_values `(1, [views,] channels, height, width)` and
-            whatever else has one row per picture.
+        prompts: of batch size 1: input_ids, attention_mask, pixel_values `(1, [views,] channels, height, width)` or
+            packed `(patches, values)`, and whatever else has one row per picture.
         pad: token to pad with; it is masked.
     """
     return {name: torch.cat(equally_long(name, [p[name] for p in prompts], pad)) for name in prompts[0]}
@@ -139,7 +140,7 @@ def collate(prompts: Sequence[Inputs], pad: int) -> Inputs:
 def equally_long(name: str, parts: Sequence[torch.Tensor], pad: int) -> Sequence[torch.Tensor]:
     """The inputs called `name` of several prompts, padded to the longest of them where they may differ."""
     longest = max(x.shape[1] for x in parts) if parts[0].ndim > 1 else 0
-    if name in ("input_ids", "attention_mask", "token_type_ids"):
+    if name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
         return padded(parts, longest, pad if name == "input_ids" else 0)
     if name == "pixel_values" and parts[0].ndim == 5:  # pictures of different numbers of views
         return [torch.cat((x, x.new_zeros(len(x), longest - x.shape[1], *x.shape[2:])), 1) for x in parts]
@@ -149,6 +150,15 @@ def equally_long(name: str, parts: Sequence[torch.Tensor], pad: int) -> Sequence
 def padded(parts: Sequence[torch.Tensor], longest: int, fill: int) -> list[torch.Tensor]:
     """`(1, length)` each, with `fill` in front."""
     return [torch.nn.functional.pad(x, (longest - x.shape[1], 0), value=fill) for x in parts]
+
+
+def chosen(inputs: Inputs, rows: list[int]) -> Inputs:
+    """Some prompts of a batch, of one picture each; the patches of packed pictures lie one picture behind another."""
+    packed = (
+        inputs["pixel_values"].split(inputs["image_grid_thw"].prod(1).tolist()) if "image_grid_thw" in inputs else ()
+    )
+    some = {name: value[rows] for name, value in inputs.items() if name != "pixel_values" or not packed}
+    return some | ({"pixel_values": torch.cat([packed[row] for row in rows])} if packed else {})
 
 
 def greedy(model: Any, inputs: Inputs, max_new_tokens: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -165,18 +175,22 @@ def greedy(model: Any, inputs: Inputs, max_new_tokens: int, **more: Any) -> tupl
 def along(model: Any, inputs: Inputs, answers: torch.Tensor) -> torch.Tensor:
     """Log-probabilities of every next token along given answers: `(rows, longest, vocabulary)` float32.
 
-    The prompt is prefilled by itself (and pruned, if the model is patched), the answers go onto its cache.
+    The prompt is prefilled by itself (and pruned, if the model is patched), the answers go onto its cache. A host whose
+    positions have several axes counts those of the prompt itself, and says how far they are ahead of its columns.
     """
-    mask = inputs["attention_mask"]
+    mask, family = inputs["attention_mask"], family_of(model)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    first = model(**inputs, position_ids=positions, use_cache=True, logits_to_keep=1)
+    places = {"position_ids": positions} if family.axes == 1 else {}
+    first = model(**inputs, **places, use_cache=True, logits_to_keep=1)
     logits = [first.logits[:, -1:]]
+    if family.axes > 1:
+        positions = (positions + family.inner(model).rope_deltas.to(positions.device)).expand(family.axes, -1, -1)
     if answers.shape[1] > 1:
         said = answers[:, :-1]
         more = model(
             input_ids=said,
             attention_mask=torch.cat((mask, torch.ones_like(said)), 1),
-            position_ids=positions[:, -1:] + torch.arange(1, said.shape[1] + 1, device=said.device),
+            position_ids=positions[..., -1:] + torch.arange(1, said.shape[1] + 1, device=said.device),
             use_cache=True,
             **with_cache(returned_cache(first)),
         )
@@ -227,8 +241,7 @@ def compare(handle: Handle, inputs: Inputs, full: Reference, max_new_tokens: int
     same = ((log_probs.argmax(-1) == full.tokens) | ~full.real).all(1) & full.pure
     said = {row: full.answer(row) for row in range(len(same))}
     if rows := (~same).nonzero().flatten().tolist():
-        some = {name: value[rows] for name, value in inputs.items()}
-        tokens, real, _ = greedy(handle.model, some, max_new_tokens)
+        tokens, real, _ = greedy(handle.model, chosen(inputs, rows), max_new_tokens)
         said |= {row: tokens[i][real[i]].tolist() for i, row in enumerate(rows)}
     measured = zip(first.tolist(), kl[:, 0].tolist(), mean.tolist(), strict=True)
     return [

@@ -230,8 +230,10 @@ def numbers(study: Study) -> list[Block]:
     lines, (header, rows) = study.lines, table_of(study.lines, study.costs)
     kinds = ["control" if line.entry.control else "" for line in lines]
     return [
-        Table(header, rows, range(2), kinds),
+        Heading("In short"),
         Bullets([in_words(line, study.pictures) for line in lines if not line.entry.control]),
+        Heading("Numbers"),
+        Table(header, rows, range(2), kinds),
         Text(INTERVALS),
         Text(CAVEAT),
         Heading("What the columns are"),

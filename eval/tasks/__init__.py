@@ -22,6 +22,7 @@ GROUPS: dict[str, str] = {
     "crowded": "vlmprune_scene_llava_crowded",
     "unseen": "vlmprune_scene_llava_unseen",
     "next": "vlmprune_scene_llava_next",
+    "qwen": "vlmprune_scene_qwen",
 }
 
 

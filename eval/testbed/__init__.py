@@ -1,4 +1,4 @@
-"""Two small LLaVA models that were really trained, and a versioned test split: vlmprune's testbed.
+"""Three small models that were really trained, and a versioned test split: vlmprune's testbed.
 
 They are made so that pruning methods can be compared in minutes on a CPU, without any download. They answer
 questions about drawn scenes and nothing else; see `README.md` beside this file for what they are not.
@@ -24,8 +24,8 @@ __all__ = ["NAMES", "SPLITS", "VERSION", "Question", "path", "pictures", "questi
 
 #: Version of the shipped test split; results of different versions must not be compared.
 VERSION = "1"
-#: The shipped splits. `next` is for scene-llava-next, the others are for scene-llava.
-SPLITS: tuple[str, ...] = ("sparse", "crowded", "unseen", "next")
+#: The shipped splits. `next` is for scene-llava-next, `qwen` for scene-qwen, the others are for scene-llava.
+SPLITS: tuple[str, ...] = ("sparse", "crowded", "unseen", "next", "qwen")
 
 _HERE = Path(__file__).resolve().parent
 

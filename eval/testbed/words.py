@@ -41,3 +41,10 @@ CHAT_TEMPLATE = (
     "{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
+
+#: scene-qwen's: the same, and the marks around its pictures.
+QWEN_VOCABULARY: tuple[str, ...] = (*VOCABULARY, "<vision>", "</vision>", "<video>")
+QWEN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(
+    "{% if part['type'] == 'image' %}<image> {% endif %}",
+    "{% if part['type'] in ('image', 'video') %}<vision> <{{ part['type'] }}> </vision> {% endif %}",
+)

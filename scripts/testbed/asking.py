@@ -152,9 +152,12 @@ def caption(scene: Scene) -> str:
     return " ".join(f"{place} {at[place].colour} {at[place].value} ." for place in PLACES if place in at)
 
 
-def training_questions(rng: np.random.Generator, scene: Scene, count: int) -> list[QuestionAnswer]:
-    """Questions of every category that the scene allows, most about relations; repetitions are rare."""
-    turns = (*CATEGORIES, "relation", "relation")  # two hops: by far the slowest to learn
+def training_questions(rng: np.random.Generator, scene: Scene, count: int, relations: int = 3) -> list[QuestionAnswer]:
+    """Questions of every category that the scene allows; repetitions are rare.
+
+    Those about relations come `relations` times as often as others: two hops are by far the slowest to learn.
+    """
+    turns = CATEGORIES + ("relation",) * (relations - 1)
     questions: list[QuestionAnswer] = []
     seen: set[str] = set()
     for attempt in range(count * 4):

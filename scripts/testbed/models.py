@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
@@ -24,9 +26,12 @@ from .tower import PIXEL_MEAN, PIXEL_STD, tower_config
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE]]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word; upper case is folded and punctuation split off, anything unknown becomes <unk>."""
-    words = {word: i for i, word in enumerate(VOCABULARY)}
+def tokenizer(vocabulary: Sequence[str] = VOCABULARY, **marks: str) -> PreTrainedTokenizerFast:
+    """One token a word; upper case is folded and punctuation split off, anything unknown becomes <unk>.
+
+    `marks` are further special tokens by the name that processors ask for.
+    """
+    words = {word: i for i, word in enumerate(vocabulary)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     inner.normalizer = normalizers.Lowercase()
     inner.pre_tokenizer = pre_tokenizers.Sequence(
@@ -39,7 +44,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"},
+        extra_special_tokens={"image_token": "<image>"} | marks,
         padding_side="left",
         model_max_length=4096,
         clean_up_tokenization_spaces=False,

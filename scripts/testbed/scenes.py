@@ -130,9 +130,19 @@ def _muted(rng: np.random.Generator) -> np.ndarray:
     return rng.uniform(75, 180) + rng.uniform(-16, 16, 3)
 
 
-def background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """Gradient, texture and clutter without any object: (height, width, 3) float32."""
-    corners = np.stack([_muted(rng) for _ in range(4)]).reshape(2, 2, 3)
+def _lit(rng: np.random.Generator) -> np.ndarray:
+    """Four corners' colours, (2, 2, 3) float: light and warm at the top left, dark and cool at the bottom right."""
+    down, across = np.array([38.0, -38.0])[:, None, None], np.array([1.0, -1.0])[None, :, None]
+    return rng.uniform(118, 138) + rng.uniform(-5, 5, (2, 2, 3)) + down + across * np.array([16.0, 0.0, -16.0])
+
+
+def background(rng: np.random.Generator, width: int, height: int, lit: bool = False) -> np.ndarray:
+    """Gradient, texture and clutter without any object: (height, width, 3) float32.
+
+    A `lit` one says in every part where in the picture that part is, for a tower that knows no places: rotary
+    embeddings tell two patches' distance, and nothing tells it how large the picture is.
+    """
+    corners = _lit(rng) if lit else np.stack([_muted(rng) for _ in range(4)]).reshape(2, 2, 3)
     across, down = np.linspace(0, 1, width)[None, :, None], np.linspace(0, 1, height)[:, None, None]
     top = corners[0, 0] * (1 - across) + corners[0, 1] * across
     low = corners[1, 0] * (1 - across) + corners[1, 1] * across
@@ -156,9 +166,9 @@ def background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     return pixels + bank[rng.integers(len(bank)), oy : oy + height, ox : ox + width]
 
 
-def render(scene: Scene, rng: np.random.Generator) -> Scene:
+def render(scene: Scene, rng: np.random.Generator, lit: bool = False) -> Scene:
     """Draws the things over a fresh background; fills `pixels` and `owner`."""
-    canvas = background(rng, scene.width, scene.height)
+    canvas = background(rng, scene.width, scene.height, lit)
     owner = np.zeros((scene.height, scene.width), np.uint8)
     for i, thing in enumerate(scene.things):
         if thing.digit_index >= 0:
@@ -218,6 +228,7 @@ def quadrant_scene(
     test: bool = False,
     unseen: bool = False,
     digits: float = 0.38,
+    lit: bool = False,
 ) -> Scene:
     """A scene with at most one object in each quadrant, jittered inside it: the pictures that questions are about."""
     count = int(rng.integers(1, 5)) if count is None else count
@@ -229,7 +240,7 @@ def quadrant_scene(
         x = right * (width // 2) + int(rng.integers(2, width // 2 - side - 1))
         y = low * (height // 2) + int(rng.integers(2, height // 2 - side - 1))
         scene.things.append(Thing(colour, value, x, y, side, instance))
-    return render(scene, rng)
+    return render(scene, rng, lit)
 
 
 def crowded_scene(rng: np.random.Generator, *, test: bool = False) -> Scene:
@@ -240,26 +251,29 @@ def crowded_scene(rng: np.random.Generator, *, test: bool = False) -> Scene:
 def loose_scene(
     rng: np.random.Generator,
     *,
-    cells: int,
+    cells: int | tuple[int, int],
     fill: float,
     size: tuple[int, int],
     width: int = TILE,
     height: int = TILE,
+    lit: bool = False,
+    digits: float = 0.38,
 ) -> Scene:
-    """Objects anywhere on a jittered grid of `cells` x `cells`, edges included: for training the tower only."""
+    """Objects anywhere on a jittered grid of `cells` (rows and columns), edges included: for the tower only."""
     scene = Scene(width, height)
-    side_x, side_y = width / cells, height / cells
-    spots = [c for c in range(cells * cells) if rng.random() < fill]
+    rows, columns = (cells, cells) if isinstance(cells, int) else cells
+    side_x, side_y = width / columns, height / rows
+    spots = [c for c in range(rows * columns) if rng.random() < fill]
     for spot in spots:
-        colour, value, instance = choose_pairs(rng, 1, False)[0]
+        colour, value, instance = choose_pairs(rng, 1, False, digits=digits)[0]
         side = int(rng.integers(size[0], size[1] + 1))
-        row, column = divmod(spot, cells)
+        row, column = divmod(spot, columns)
         slack_x, slack_y = side_x - side, side_y - side
         x = int(column * side_x + rng.uniform(-0.1, 1.1) * slack_x)
         y = int(row * side_y + rng.uniform(-0.1, 1.1) * slack_y)
         x, y = min(max(x, -side // 3), width - side * 2 // 3), min(max(y, -side // 3), height - side * 2 // 3)
         scene.things.append(Thing(colour, value, x, y, side, instance))
-    return render(scene, rng)
+    return render(scene, rng, lit)
 
 
 _PATCH_OF_PIXEL = (np.arange(TILE) // PATCH)[:, None] * GRID + (np.arange(TILE) // PATCH)[None]

@@ -22,9 +22,12 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "crowded": (60, 6, TEST_SEED + 1_000_000),
     "unseen": (60, 5, TEST_SEED + 2_000_000),
     "next": (90, 6, TEST_SEED + 3_000_000),
+    "qwen": (90, 6, TEST_SEED + 4_000_000),
 }
 #: Sizes of the pictures of `next`, as (width, height), cycled through.
 NEXT_SIZES = [(2 * TILE, TILE), (TILE, 2 * TILE)] * 4 + [(2 * TILE, 2 * TILE)]
+#: Those of `qwen`: squares, wide and tall ones, of sides that the window divides or not, and two that are resized.
+QWEN_SIZES = [(160, 160), (224, 112), (112, 224), (176, 144), (128, 208), (150, 170), (256, 96), (192, 128), (101, 243)]
 
 
 def test_scene(split: str, seed: int) -> Scene:
@@ -35,6 +38,9 @@ def test_scene(split: str, seed: int) -> Scene:
     if split == "next":
         width, height = NEXT_SIZES[seed % len(NEXT_SIZES)]
         return quadrant_scene(rng, size=(11, 17), width=width, height=height, test=True)
+    if split == "qwen":
+        width, height = QWEN_SIZES[seed % len(QWEN_SIZES)]
+        return quadrant_scene(rng, size=(18, 26), width=width, height=height, test=True, lit=True, digits=0.0)
     return quadrant_scene(rng, test=True, unseen=split == "unseen")
 
 

@@ -23,6 +23,7 @@ def shipped(monkeypatch, tmp_path, folders):
         rows.append({"file": file, "model": model, "question": "what is it ?", "answer": f"word{i}"})
     for module in (embedded, testbed):
         monkeypatch.setattr(module, "path", places.__getitem__)
+    monkeypatch.setattr(testbed, "NAMES", tuple(places))
     monkeypatch.setattr(testbed, "pictures", lambda: rows)
     return rows
 
@@ -56,6 +57,26 @@ def test_right_answers_are_counted(cli, shipped, tmp_path, monkeypatch):
     out = cli("demo", "--out", tmp_path / "out")[1]
     (total,) = [line for line in out.splitlines() if line.startswith("right answers")]
     assert total.split() == ["right", "answers", "of", "3", "1", "fopru", "1", "1"]
+
+
+def test_a_method_that_does_not_fit_a_model_is_left_out_there(cli, shipped, tmp_path, monkeypatch):
+    from vlmprune.runtime import answering
+    from vlmprune.runtime.errors import UserError
+
+    real = answering.check
+
+    def check(loaded, todo):
+        if loaded.source.name == "scene-llava-next" and todo[0].method == "vtc_cls":
+            raise UserError("no [CLS] here")
+        return real(loaded, todo)
+
+    monkeypatch.setattr(answering, "check", check)
+    code, out, _ = cli("demo", "--out", tmp_path / "out")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines() if " vtc_cls " in line]
+    assert [row[-2:] == ["-", "-"] for row in rows] == [False, False, True, False]
+    assert rows[-1][-6:] == ["0", "of", "2"] * 2
+    assert out.count("no [CLS] here") == 1
 
 
 def test_without_weights(cli, shipped, tmp_path, monkeypatch):

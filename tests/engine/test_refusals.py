@@ -14,7 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     DynamicCache,
-    GemmaConfig,
+    Gemma2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -267,8 +267,8 @@ SIGLIP = SiglipVisionConfig(**SMALL, image_size=24, patch_size=6, vision_use_hea
 LLAMA = LlamaConfig(**SMALL, vocab_size=32)
 
 
-@pytest.mark.parametrize("text", [GemmaConfig(**SMALL, vocab_size=32, head_dim=8), PhiConfig(**SMALL, vocab_size=32)],
-                         ids=["gemma", "phi"])  # fmt: skip
+@pytest.mark.parametrize("text", [Gemma2Config(**SMALL, vocab_size=32, head_dim=8), PhiConfig(**SMALL, vocab_size=32)],
+                         ids=["gemma2", "phi"])  # fmt: skip
 def test_unknown_language_models(text):
     with pytest.raises(UnsupportedError, match=rf"'{text.model_type}'.*llama, mistral, qwen2"):
         vlmprune.patch(composed(CLIP, text), "random", keep=5)

@@ -8,11 +8,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from testbed import asking, models, packed, scenes, scoring, split, targets
+from testbed import anyres, asking, models, packed, scenes, scoring, split, targets
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vlmprune.eval import testbed
 from vlmprune.eval.testbed import words
+from vlmprune.runtime import loading
 
 PLACES_OF = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
@@ -204,15 +205,68 @@ def test_packed_training_turn_equals_the_model_on_the_single_prompt(rows, shift,
     assert (said[0, 0, len(pairs[0][0].split())] - real).abs().max() > 1e-2  # another turn's answer
 
 
+@pytest.mark.parametrize(("shift", "shifted_too"), [(0, True), (7, False)])
+def test_a_turn_behind_a_picture_of_any_size_equals_the_single_prompt(shift, shifted_too):
+    """Positions, mask and patches are the host's own; another turn's question, or one shifted, says other things."""
+    torch.manual_seed(0)
+    model, processor = anyres.model().double().eval(), anyres.processor()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3.0)
+    scene = anyres.scene(np.random.default_rng(0), 7, 14, count=4)
+    pairs = [("how many objects are there ?", "4"), ("what colour is the top left object ?", "red")]
+    inputs = processor(images=scene.image(), text=scoring.prompt_of(processor, pairs[1][0]), return_tensors="pt")
+    assert torch.equal(anyres.patches(torch.from_numpy(scene.pixels)[None]), inputs["pixel_values"])
+    assert torch.equal(anyres.grids(1, 7, 14), inputs["image_grid_thw"])
+    turns = torch.tensor([[packed.encode_turn(q, a, packed.QUESTION_LENGTH)[0] for q, a in pairs]])
+    with torch.no_grad():
+        inputs["pixel_values"] = inputs["pixel_values"].double()
+        real = model(**inputs).logits[0, -1]
+        states = model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
+        (said,) = anyres.logits(model, states[None], 7, 14, [turns], shift)
+    at = len(pairs[1][0].split())
+    assert ((said[0, 1, at] - real).abs().max() < 1e-4) == shifted_too  # rotary tables are float32
+    assert (said[0, 0, len(pairs[0][0].split())] - real).abs().max() > 1e-2
+
+
+def test_token_targets_name_what_a_token_shows():
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        rows, columns = anyres.draw_grid(rng)
+        scene = anyres.scene(rng, rows, columns)
+        colour, value, row, column = anyres.targets(scene, rows, columns).T
+        assert scene.pixels.shape == (rows * anyres.CELL, columns * anyres.CELL, 3)
+        assert set(colour) == {words.COLOUR_NAMES.index(t.colour) for t in scene.things} | {anyres.NO_COLOUR}
+        assert set(value) == {words.VALUES.index(t.value) for t in scene.things} | {anyres.NO_VALUE}
+        for thing in scene.things:
+            mine = (colour == words.COLOUR_NAMES.index(thing.colour)) & (value == words.VALUES.index(thing.value))
+            low, right = divmod(words.PLACES.index(scene.place(thing)), 2)
+            assert ((row[mine] >= 4) == low).mean() > 0.4
+            assert ((column[mine] >= 4) == right).mean() > 0.4
+
+
+def test_pictures_of_the_qwen_split_have_many_shapes():
+    sizes = {record.picture_id: record.image.size for record in testbed.questions("qwen")}
+    assert len({round(w / h, 1) for w, h in sizes.values()}) >= 6
+    assert len(testbed.questions("qwen")) >= 500
+    window = 4 * anyres.CELL
+    assert any(w % window and h % window for w, h in sizes.values())
+    assert any(w % anyres.CELL for w, _ in sizes.values())  # which the processor resizes
+
+
 @pytest.mark.parametrize(
-    ("name", "split_name", "least"), [("scene-llava", "sparse", 0.75), ("scene-llava-next", "next", 0.6)]
+    ("name", "split_name", "least"),
+    [("scene-llava", "sparse", 0.75), ("scene-llava-next", "next", 0.6), ("scene-qwen", "qwen", 0.7)],
 )
 def test_shipped_model_answers(name, split_name, least):
-    folder = testbed.path(name)
-    assert (folder / "model.safetensors").stat().st_size < 16 * 2**20
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder)
-    assert model.config.vision_feature_layer == -2
+    assert (testbed.path(name) / "model.safetensors").stat().st_size < 16 * 2**20
+    loaded = loading.load(loading.find_model(name))
+    model, processor = loaded.model, loaded.processor
+    if name == "scene-qwen":
+        windowed = set(range(model.config.vision_config.depth)) - set(model.config.vision_config.fullatt_block_indexes)
+        assert 0 < len(windowed) < model.config.vision_config.depth
+    else:
+        assert model.config.vision_feature_layer == -2
     assert processor.tokenizer.padding_side == "left"
     records = testbed.questions(split_name)[:60]
     whole = scoring.right(records, scoring.answer(model, processor, records, batch=12)).mean()

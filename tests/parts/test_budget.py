@@ -109,8 +109,9 @@ def test_globalcom2_floors_like_the_others():
     row, col = torch.arange(100) // 10, torch.arange(100) % 10
     grid = ImageGrid(
         source=torch.arange(200), view=view, plane=view, row=row.repeat(2), col=col.repeat(2),
-        newline=torch.zeros(200, dtype=torch.bool), planes=((10, 10), (10, 10)), views=2, side=(10, 10), crops=(1, 1),
-        frames=0, centre=torch.stack((row, col), -1).repeat(2, 1).double(), pitch=((1, 1), (1, 1)),
+        newline=torch.zeros(200, dtype=torch.bool), line=torch.zeros(200).long(), planes=((10, 10), (10, 10)), views=2,
+        side=(10, 10), crops=(1, 1), frames=0, apart=False, centre=torch.stack((row, col), -1).repeat(2, 1).double(),
+        pitch=((1, 1), (1, 1)),
     )  # fmt: skip
     scores = torch.rand(200, generator=torch.Generator().manual_seed(0))
     kept, _ = GlobalCom2(keep=0.29).choose(scores, grid)  # 100 * 0.29 is 28.999999999999996

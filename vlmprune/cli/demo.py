@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from vlmprune.cli import flags
-from vlmprune.runtime.errors import CommandError, brief
+from vlmprune.runtime.errors import CommandError, UserError, brief
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from PIL import Image
 
     from vlmprune.runtime.answering import Outcome
     from vlmprune.runtime.loading import Loaded
+    from vlmprune.spec import Job
 
 __all__ = ["verb"]
 
@@ -58,11 +61,13 @@ class AnsweredPicture:
         return [outcome for outcome in self.outcomes if outcome.job.method == method]
 
     def cells(self, method: str) -> list[str]:
-        """A method's answers, budget by budget."""
+        """A method's answers, budget by budget; dashes where it does not fit the model."""
+        if not self.of(method):
+            return ["-"] * len(KEEPS)
         return [self.cell(o.answer, o.total["patches_after"] + o.total["newlines_after"]) for o in self.of(method)]
 
     def rights(self, method: str) -> list[bool]:
-        """Whether a method's answers are right, budget by budget."""
+        """Whether a method's answers are right, budget by budget; nothing where it does not fit the model."""
         return [self.right(outcome.answer) for outcome in self.of(method)]
 
 
@@ -112,22 +117,42 @@ def verb(out: Annotated[str, Option(metavar="FOLDER", help="folder for the pictu
     asked: list[AnsweredPicture] = []
     drawn: list[Path] = []
     loaded: Loaded | None = None
+    reasons: dict[str, str] = {}
     pictures = shipped()
     with Bar(len(pictures) * (1 + len(todo))) as bar:
         for number, picture in enumerate(pictures, 1):
             if loaded is None or loaded.source.name != picture["model"]:
                 loaded = loading.load(loading.find_model(picture["model"]))
+                mine, lacks = fitting(loaded, todo)
+                reasons |= lacks
             image = read_picture(picture["file"])
             inputs = loading.model_inputs(loaded, [image], picture["question"])
             status(f"{Path(picture['file']).name}: full model")
-            asked.append(AnsweredPicture(picture, *answering.run_jobs(loaded, todo, inputs, LONGEST, bar)))
+            asked.append(AnsweredPicture(picture, *answering.run_jobs(loaded, mine, inputs, LONGEST, bar)))
+            bar.at(bar.done + len(todo) - len(mine))
             drawn.append(folder / f"{number}-{Path(picture['file']).stem}.png")
             save(drawn[-1], loaded, asked[-1], image)
 
     show(as_table(asked))
+    for why in reasons.values():
+        print(f"-: {why}")
     print(f"\n{CLOSING}\n\nWhat was kept:")
     for path in drawn:
         print(f"  {path}")
+
+
+def fitting(loaded: Loaded, todo: Sequence[Job]) -> tuple[list[Job], dict[str, str]]:
+    """The jobs that fit a model, and for the methods of the others why they do not."""
+    from vlmprune.runtime import answering
+
+    reasons: dict[str, str] = {}
+    for job in todo:
+        if job.method not in reasons:
+            try:
+                answering.check(loaded, [job])
+            except UserError as error:
+                reasons[job.method] = brief(error)
+    return [job for job in todo if job.method not in reasons], reasons
 
 
 def as_table(asked: list[AnsweredPicture]) -> str:
@@ -137,8 +162,7 @@ def as_table(asked: list[AnsweredPicture]) -> str:
     header = ["picture", "question", "expected", "full model", "method", *(f"{keep:.0%} kept" for keep in KEEPS)]
     rows = [row for one in asked for row in rows_of(one)]
     start = ["right answers", f"of {len(asked)}", "", str(sum(one.right(one.plain) for one in asked))]
-    right = {method: [one.rights(method) for one in asked] for method in METHODS}
-    rows += block(start, {method: [str(sum(each)) for each in zip(*of, strict=True)] for method, of in right.items()})
+    rows += block(start, {method: totals([one.rights(method) for one in asked]) for method in METHODS})
     return table(header, rows) + "\n\nIn brackets: visual tokens left after the last cut, newlines included."
 
 
@@ -148,6 +172,13 @@ def rows_of(one: AnsweredPicture) -> list[list[str]]:
     whole = one.cell(one.plain, before["patches_before"] + before["newlines_before"])
     start = [Path(one.picture["file"]).name, one.picture["question"], one.expected, whole]
     return [*block(start, {method: one.cells(method) for method in METHODS}), []]
+
+
+def totals(rights: list[list[bool]]) -> list[str]:
+    """How many answers of a method were right, budget by budget, and out of how many where it did not answer all."""
+    given = [each for each in rights if each]
+    out_of = f" of {len(given)}" if len(given) < len(rights) else ""
+    return [f"{sum(each)}{out_of}" for each in zip(*given, strict=True)] or ["-"] * len(KEEPS)
 
 
 def block(start: list[str], cells: dict[str, list[str]]) -> list[list[str]]:

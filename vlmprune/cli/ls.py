@@ -17,6 +17,7 @@ from vlmprune.runtime.errors import UserError, brief
 
 if TYPE_CHECKING:
     from vlmprune.methods.base import Method
+    from vlmprune.parts.facts import ModelFacts
     from vlmprune.patches import Family
 
 __all__ = ["verb"]
@@ -28,6 +29,8 @@ examples:
   vlmprune ls models --json
 """
 FACTS = ("needs", "stage", "positions", "syncs", "training")
+#: What a budget per image is of: by whether a picture has several views.
+WHOLE = {False: "a picture", True: "a picture, its thumbnail and crops together"}
 LEGEND = (
     "",
     "stage: where tokens go; positions: default position ids after the cut (family: contiguous, but original",
@@ -163,7 +166,7 @@ def details(method: dict[str, Any]) -> list[str]:
 def models() -> dict[str, Any]:
     """Families, towers and language models that are supported, and the embedded models."""
     from vlmprune.eval import testbed
-    from vlmprune.patches import FAMILIES
+    from vlmprune.patches import FAMILIES, REFUSED
     from vlmprune.patches.language_models import LANGUAGE_MODELS
     from vlmprune.patches.towers import TOWERS
 
@@ -174,16 +177,22 @@ def models() -> dict[str, Any]:
                 "title": family.title,
                 "modalities": list(family.modalities),
                 "usual_tower": family.usual_tower,
-                "refused_methods": refused(kind, family.views, TOWERS[family.usual_tower]),
+                "image": family.image or WHOLE[family.views],
+                "refused_methods": refused(facts_of(family)),
                 "refused_inputs": refused_inputs(family),
             }
             for kind, family in FAMILIES.items()
         ],
         "towers": [
-            {"model_type": kind, "has_cls": has_cls, "refused_methods": refused("llava_next", True, has_cls)}
+            {
+                "model_type": kind,
+                "has_cls": has_cls,
+                "refused_methods": refused(usual_facts("llava_next", True, has_cls)),
+            }
             for kind, has_cls in TOWERS.items()
         ],
         "language_models": list(LANGUAGE_MODELS),
+        "refused": dict(REFUSED),
         "embedded": [embedded(name) for name in testbed.NAMES],
     }
 
@@ -208,14 +217,27 @@ def loadable() -> Iterator[tuple[str, type[Method]]]:
             yield name, registry.find(name)
 
 
-def refused(family: str, views: bool, has_cls: bool) -> dict[str, str]:
-    """Methods that do not run on a family, or a tower with or without a [CLS] token, by their own words."""
+def usual_facts(family: str, views: bool, has_cls: bool, **others: Any) -> ModelFacts:
+    """Facts of a model of a common size."""
+    from vlmprune.parts.facts import ModelFacts
+
+    return ModelFacts(family, 24, 22, has_cls, decoder_layers=32, views=views, view_patches=576, **others)
+
+
+def facts_of(family: Family) -> ModelFacts:
+    """Facts of a family's usual model."""
+    from vlmprune.patches.towers import TOWERS
+
+    like = {"unit": family.usual_unit, "packed": family.packed, "closed": family.closed}
+    return usual_facts(family.model_type, family.views, TOWERS[family.usual_tower], **like)
+
+
+def refused(facts: ModelFacts) -> dict[str, str]:
+    """Methods that do not run on such a model, by their own words."""
     from vlmprune import registry
     from vlmprune.engine.compile import compile_cuts
     from vlmprune.errors import UnsupportedError
-    from vlmprune.parts.facts import ModelFacts
 
-    facts = ModelFacts(family, 24, 22, has_cls, decoder_layers=32, views=views, view_patches=576)
     why = {}
     for name, cls in loadable():
         try:
@@ -251,7 +273,8 @@ def models_text(about: dict[str, Any]) -> str:
     for tower in about["towers"]:
         lines.append(f"    {tower['model_type']}: {'with' if tower['has_cls'] else 'without'} a [CLS] token")
         lines += refusals(tower["refused_methods"])
-    lines += ["language models", f"    {', '.join(about['language_models'])}", "embedded models"]
+    lines += ["language models", f"    {', '.join(about['language_models'])}"]
+    lines += ["refused", *(f"    {kind}: {why}" for kind, why in about["refused"].items()), "embedded models"]
     for model in about["embedded"]:
         state = f"family {model['family']}" if model["present"] else f"missing: {model['why']}"
         lines.append(f"    {model['name']}: {state}")
@@ -265,6 +288,7 @@ def one_family(family: dict[str, Any]) -> list[str]:
     return [
         f"    {family['model_type']}: {family['title']}",
         f"        {reads}; usual tower {family['usual_tower']}",
+        f"        an image of a budget is {family['image']}",
         *refusals(family["refused_methods"]),
         *(line for kind, methods in family["refused_inputs"].items() for line in refusals(methods, f" on {kind}")),
     ]

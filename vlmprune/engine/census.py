@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class Census:
         lengths: real tokens of every row.
         text_after: `(batch,)` real tokens after the last visual one, and the largest of these numbers.
         text_before: the most real tokens that a row has before its first visual one.
+        text_between: whether there may be text between the visual tokens of a row.
+        runs: by modality, placeholders of every run of them, by row; where a family's pictures are runs.
     """
 
     holes: dict[str, torch.Tensor]
@@ -40,6 +43,8 @@ class Census:
     lengths: list[int]
     text_after: tuple[torch.Tensor, int]
     text_before: int
+    text_between: bool = True
+    runs: dict[str, list[list[int]]] = field(default_factory=dict)
 
 
 def count_prompts(
@@ -81,22 +86,27 @@ def count_prompts(
     # without a mask the host takes a jump in the positions for the start of another prompt
     one = finite.new_ones(()) if positions is None else (positions.diff(dim=-1) == 1).all()
     rows, stands = len(input_ids), finite.new_ones(()) if stand is None else stand(holes).to(finite.device)
-    if promised := placeholders_in_a_graph(encoded, rows):
+    if not plan.family.runs and (promised := placeholders_in_a_graph(encoded, rows)):
         demand_on_device(placeholder, everything, promised, finite.all() & one & stands)
         most = length - min(promised)
         # padding is not counted, so it stays where it is, masked
         return Census(holes, {"image": promised}, real, [length] * rows, (text_after, most), most)
     counts = torch.stack([everything, *holes.values(), placeholder & ~everything]).sum(-1)
-    last = torch.stack((text_before, one.long(), stands.long()))
-    read = download(torch.cat((counts.flatten(), text_after, finite.long(), last)))
+    where = [found.flatten().long() for found in holes.values()] if plan.family.runs else []
+    between = everything & ~placeholder & ~after & (placeholder.cumsum(1) > 0)
+    told = torch.stack((text_before, one.long(), stands.long(), between.any().long()))
+    read = download(torch.cat((*where, counts.flatten(), text_after, finite.long(), told)))
+    size = rows * length
+    runs = {m: runs_of(read[at * size :], rows, length) for at, m in enumerate(holes) if where}
+    read = read[len(where) * size :]
     lengths, *wanted, unseen, counts_after = [read[at * rows :][:rows] for at in range(len(counts) + 1)]
-    *good, most_before, single, standing = read[(len(counts) + 1) * rows :]
+    *good, most_before, single, standing, amid = read[(len(counts) + 1) * rows :]
     demand_sound(
         plan, bool(single), bool(standing), [part[:2] for part, ok in zip(given, good, strict=True) if not ok], unseen
     )
     real = None if min(lengths) == length else real
     wanted = dict(zip(encoded, wanted, strict=True))
-    return Census(holes, wanted, real, lengths, (text_after, max(counts_after)), most_before)
+    return Census(holes, wanted, real, lengths, (text_after, max(counts_after)), most_before, bool(amid), runs)
 
 
 def placeholders_in_a_graph(encoded: dict[str, Any], rows: int) -> list[int]:
@@ -110,6 +120,12 @@ def placeholders_in_a_graph(encoded: dict[str, Any], rows: int) -> list[int]:
     if rows == 1:
         return [sum(images)] if images else []
     return images if len(images) == rows else []
+
+
+def runs_of(holes: list[int], rows: int, length: int) -> list[list[int]]:
+    """The lengths of the runs of ones in each of so many rows of numbers."""
+    each = [holes[row * length : (row + 1) * length] for row in range(rows)]
+    return [[len(list(run)) for hole, run in groupby(row) if hole] for row in each]
 
 
 def check_mask(mask: Any, cache: Any, input_ids: torch.Tensor) -> None:

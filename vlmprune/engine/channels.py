@@ -133,10 +133,10 @@ CHANNELS: tuple[Channel, ...] = (
     Channel(
         "Watch",
         "thread",
-        "the frame, for hooks on modules inside a layer during its call",
-        "hooks.BeforeLayer, tower.BeforeTowerLayer",
-        "hooks.AfterBlock, tower.AfterKeys",
-        "feed-forward blocks and projections get no keyword arguments",
+        "the frame, for hooks on modules inside a layer, or inside a tower, during its call",
+        "hooks.BeforeLayer, tower.BeforeTowerLayer, tower.BeforeTower",
+        "hooks.AfterBlock, tower.AfterKeys, tower.BeforeTowerLayer",
+        "feed-forward blocks and projections get no keyword arguments, nor do the layers of some towers",
     ),
     Channel(
         "Bound",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from vlmprune.engine.plan import Plan
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.parts.cuts import AnyCut, Cut, Decoder, PixelCut, Positions, ProjectorCut, TowerCut, Vision
-from vlmprune.parts.facts import ModelFacts
+from vlmprune.parts.facts import ModelFacts, need_patches
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Kept, Tap, TowerTap
 from vlmprune.patches import Family
 
@@ -76,6 +76,8 @@ def place(cut: AnyCut) -> str:
 
 def check_cut(name: str, cut: AnyCut, facts: ModelFacts) -> None:
     """Refuse a cut that is nowhere in the model, says what means nothing there, or asks to see what it cannot."""
+    if isinstance(cut, TowerCut | ProjectorCut):
+        need_patches(name, facts)
     if isinstance(cut, Cut | TowerCut):
         check_layer(name, cut, facts)
     where = f"{name}, {place(cut)}"

@@ -12,7 +12,7 @@ from vlmprune.engine.plan import Plan
 from vlmprune.engine.sequence import Segment, beside
 from vlmprune.errors import UnsupportedError
 from vlmprune.patches.host import cache_of
-from vlmprune.patches.language_models import attention_mask, window_of
+from vlmprune.patches.language_models import attention_mask, rotary_of, window_of
 
 __all__ = ["Decode", "given_tokens", "held", "length_of", "missing", "resume", "rolled_back"]
 
@@ -56,12 +56,14 @@ def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], 
     """
     cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
     kwargs, first, prompt = dict(kwargs), segments[0], segments[0].prompt
+    for name in plan.family.kinds:  # text alone comes, or pictures that see no further than they would
+        kwargs.pop(name, None)
     tokens = given_tokens(kwargs)
     batch, queries = tokens.shape[:2]
     check_cache(segments, batch)
     new = mask[:, prompt:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
     if first.onward is None:
-        positions = unpruned_positions(kwargs, segments, length)
+        positions = unpruned_positions(kwargs, segments, length, plan.family.origin)
     else:
         positions = behind_pictures(kwargs, segments, length)
     rotary_emb, shift = plan.family.language_model(inner).rotary_emb, first.shift if first.first == 0 else None
@@ -73,12 +75,12 @@ def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], 
     return kwargs
 
 
-def unpruned_positions(kwargs: dict, segments: list[Segment], length: int | None) -> torch.Tensor:
+def unpruned_positions(kwargs: dict, segments: list[Segment], length: int | None, origin: int) -> torch.Tensor:
     """`(..., batch, queries)` position ids of a call's tokens in the unpruned conversation."""
     tokens, positions = given_tokens(kwargs), kwargs.get("position_ids")
     if positions is None:
         start = (cache_of(kwargs).get_seq_length() if length is None else length) + missing(segments)
-        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + start
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + start + origin
     return positions.expand(*positions.shape[:-2], len(tokens), -1)
 
 
@@ -150,15 +152,16 @@ class Decode:
             cache = cache_of(kwargs)
             mask = decode_mask(segment, cache, index, hidden.shape[0], hidden.shape[1], self.new, hidden.device)
             mask = attention_mask(layer, index, hidden, mask, cache)
-            self.ready[kind] = {"attention_mask": mask} | self.moved(segment, hidden)
+            self.ready[kind] = {"attention_mask": mask} | self.moved(segment, layer, hidden)
         return hidden, kwargs | self.ready[kind]
 
-    def moved(self, segment: Segment, hidden: torch.Tensor) -> dict[str, Any]:
+    def moved(self, segment: Segment, layer: nn.Module, hidden: torch.Tensor) -> dict[str, Any]:
         """What places the queries in the layers of a segment; nothing where the host's own arguments do."""
         if segment.shift is self.shift:
             return {}
         positions = self.positions if segment.shift is None else self.positions - segment.shift
-        return {"position_embeddings": self.rotary_emb(hidden, position_ids=positions), "position_ids": positions}
+        rotary = rotary_of(layer, self.rotary_emb, hidden, positions)
+        return {"position_embeddings": rotary, "position_ids": positions}
 
 
 def decode_mask(

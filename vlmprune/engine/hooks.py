@@ -80,12 +80,18 @@ class BeforeModel(Hook):
             return self.prefill(module, kwargs, guesses, segments, length)
         if not segments:
             return None
-        return resume(self.plan, module, catch_up(kwargs, segments, length), segments, length)
+        return resume(self.plan, module, catch_up(kwargs, segments, length, self.plan.family.origin), segments, length)
 
     def prefill(self, module: nn.Module, kwargs: dict, guesses: int, segments: list[Segment], length: int) -> dict:
         """The arguments of a call with pictures, its frame among them."""
         check_call(self.plan.family, module, kwargs)
-        kwargs = catch_up(kwargs, segments, length)
+        blocks = self.plan.family.blocks(kwargs)
+        if blocks is not None and length:
+            raise UnsupportedError(
+                f"pictures in a later turn are not supported on {self.plan.family.model_type} models, whose pictures "
+                "see all of themselves: begin a new conversation, or leave the patch out of it."
+            )
+        kwargs = catch_up(kwargs, segments, length, self.plan.family.origin)
         past, mask = held(kwargs, segments, length), kwargs.get("attention_mask")
         on_axes, stand = self.plan.facts.axes > 1, None
         if segments:
@@ -96,7 +102,7 @@ class BeforeModel(Hook):
             check_given(self.plan.family, kwargs, encoded, length)
             stand = partial(stand_on_axes, kwargs, encoded)
         positions = counted(kwargs.get("position_ids")) if mask is None else None
-        frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions, stand)
+        frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions, blocks, stand)
         if on_axes and segments:
             kwargs["position_ids"] = places_of_turn(
                 self.plan.family, module, kwargs, frame.layout, frame.census.real, past[0]

@@ -95,12 +95,13 @@ def bind_encoders(inner: nn.Module, plan: Plan) -> None:
 def hook_towers(inner: nn.Module, plan: Plan) -> None:
     """Put the hooks of `plan` on the vision towers and their layers."""
     for tower in plan.family.towers(inner):
-        tower.register_forward_pre_hook(BeforeTower(plan), with_kwargs=True)
+        through = None if plan.family.handing else Watch()
+        tower.register_forward_pre_hook(BeforeTower(plan, through), with_kwargs=True)
         for index, layer in enumerate(plan.family.tower_layers(tower)):
             watching = Watch() if index in plan.key_layers else None
             if any(tap.layer == index for tap in plan.measured):
                 tower_layer(layer)  # one that is not known is refused here, and not in the first call
-            layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching), with_kwargs=True)
+            layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching, through), with_kwargs=True)
             if watching is not None:
                 kind = tower_layer(layer)
                 kind.key_projection.register_forward_hook(AfterKeys(plan, index, watching, kind.attention.num_heads))
@@ -108,7 +109,7 @@ def hook_towers(inner: nn.Module, plan: Plan) -> None:
                 between, attention = Watch(), tower_layer(layer).attention
                 attention.register_forward_pre_hook(BeforeTowerAttention(plan, between), with_kwargs=True)
                 attention.register_forward_hook(AfterTowerAttention(plan, between))
-        tower.register_forward_hook(AfterTower(plan), with_kwargs=True)
+        tower.register_forward_hook(AfterTower(plan, through), with_kwargs=True)
 
 
 def hook_language_model(inner: nn.Module, plan: Plan) -> None:

@@ -27,7 +27,7 @@ from vlmprune.parts.layers import DecoderLayer
 from vlmprune.parts.layout import Layout, download, upload
 from vlmprune.parts.taps import BlockTap, DecoderTap, Hidden, Tap, TowerTap
 from vlmprune.patches.host import cache_of, returned_cache
-from vlmprune.patches.language_models import decoder_layer
+from vlmprune.patches.language_models import decoder_layer, rotary_of
 from vlmprune.trace import CutTrace, Trace
 
 __all__ = ["Prefill"]
@@ -45,6 +45,7 @@ class Prefill:
         past: what the layers hold in front of them, from layer 0 on; empty on an empty cache.
         guesses: tokens at the end of the prompt that are none of it; methods must not look at them.
         positions: `(batch, length)` position ids, where the call brings them and no mask.
+        blocks: of `Family.blocks`.
         stand: as of `count_prompts`.
     """
 
@@ -58,14 +59,16 @@ class Prefill:
         past: list[Segment],
         guesses: int = 0,
         positions: torch.Tensor | None = None,
+        blocks: torch.Tensor | None = None,
         stand: Callable[[dict[str, torch.Tensor]], torch.Tensor] | None = None,
     ):
-        self.plan, self.guesses, self.ids = plan, guesses, input_ids
+        self.plan, self.guesses, self.ids, self.blocks = plan, guesses, input_ids, blocks
         self.past, self.cache = {segment.first: segment for segment in past}, None
         language_model = plan.family.language_model(inner)
         self.rotary_emb, self.norm = language_model.rotary_emb, language_model.norm
         self.census = count_prompts(plan, inner, input_ids, mask, features, guesses, positions, stand)
         self.text_after, self.text_before = self.census.text_after, self.census.text_before
+        self.text_between = self.census.text_between
         self.prompt_lengths = self.census.lengths
         self.layout = prompt_layout(plan, inner, self.census, features)
         for method in plan.methods:
@@ -97,6 +100,7 @@ class Prefill:
         """Do all that is to be done at the input of decoder layer `index`."""
         check_first_run(index, len(self.by_layer))
         check_device(layer, hidden)
+        self.rotary = partial(rotary_of, layer, self.rotary_emb)
         noted = self.go_on(index, hidden, kwargs)
         if self.injected is not None:
             hidden = self.injected.before(index, hidden, self.sequence.columns)
@@ -125,8 +129,8 @@ class Prefill:
             # where positions lie on several axes, the host does not keep with the cache where they go on
             noted = noted and self.onward is None
         elif past is not None:
-            self.sequence = self.sequence.behind(past, hidden, self.rotary_emb)
-        self.sequence = self.sequence.handed(kwargs["position_embeddings"], hidden, self.rotary_emb)
+            self.sequence = self.sequence.behind(past, hidden, self.rotary)
+        self.sequence = self.sequence.handed(kwargs["position_embeddings"], hidden, self.rotary)
         return noted
 
     def whole(self, hidden: torch.Tensor, kwargs: dict, past: Segment | None) -> Sequence:
@@ -143,6 +147,7 @@ class Prefill:
             guesses=self.guesses,
             shift=None if past is None else past.shift,
             past=past,
+            blocks=self.blocks,
             onward=self.onward,
         )
 
@@ -295,7 +300,7 @@ class Prefill:
         gone = dropped.long()
         gone = gone.new_zeros(sequence.columns.numel()).scatter_add(0, at.flatten(), gone.flatten())
         gone = gone.view_as(sequence.columns) > 0
-        hidden, self.sequence = sequence.shorten(hidden, gone, lost, cut.positions, self.rotary_emb)
+        hidden, self.sequence = sequence.shorten(hidden, gone, lost, cut.positions, self.rotary)
         return hidden
 
     def soften(self, name: str, cut: Cut, reduction: Reduction, at: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -64,10 +65,7 @@ def prompt_layout(plan: Plan, inner: nn.Module, census: Census, encoded: dict[st
         ValueError: placeholders and features do not match.
         UnsupportedError: features that this model's packing does not explain.
     """
-    found = [
-        find_items(plan, inner, modality, holes, census.placeholders[modality], encoded[modality])
-        for modality, holes in census.holes.items()
-    ]
+    found = [find_items(plan, inner, modality, census, encoded[modality]) for modality in census.holes]
     items = reduce(Items.then, found)
     patches = [grid.patches for grid in items.grids]
     width, device = items.position.shape[1], items.position.device
@@ -85,12 +83,15 @@ def prompt_layout(plan: Plan, inner: nn.Module, census: Census, encoded: dict[st
     )
 
 
-def find_items(
-    plan: Plan, inner: nn.Module, modality: str, holes: torch.Tensor, placeholders: list[int], features: Any
-) -> Items:
-    """Find the images, or the videos, of a batch by their placeholders (`holes`: `(batch, length)` bool)."""
-    sizes = [len(item) for item in features.pooler_output]
+def find_items(plan: Plan, inner: nn.Module, modality: str, census: Census, features: Any) -> Items:
+    """Find the images, or the videos, of a batch by their placeholders."""
+    holes, placeholders = census.holes[modality], census.placeholders[modality]
+    known = known_sizes(plan, modality, features)
     try:
+        if plan.family.runs:
+            sizes, known = pictures(census.runs[modality], math.prod(plan.family.side(inner)), len(known), features)
+        else:
+            sizes = plan.family.items(inner, modality, features, known)
         sample, ordinal, offset = assign_images(placeholders, sizes, modality)
     except ValueError as error:
         token = plan.family.token(inner, modality)
@@ -99,7 +100,6 @@ def find_items(
             f"({modality}_token_id): is that the one the processor writes?"
         )
         raise ValueError(f"{error}{'' if any(placeholders) else none} {processor_needs(plan, inner)}") from None
-    known = known_sizes(plan, modality, features)
     origin = undo_beams(sample, len(placeholders), len(known))
     encoded = [plan.grid(inner, modality, size) for size in known]
     grids = [encoded[o] for o in origin]
@@ -134,6 +134,30 @@ def known_sizes(plan: Plan, modality: str, features: Any) -> list[Any]:
             "pieces."
         )
     return [None] * features.last_hidden_state.shape[0]
+
+
+def pictures(runs: list[list[int]], view: int, views: int, features: Any) -> tuple[list[int], list[int]]:
+    """Pictures that stand between texts, each of as many views as it has placeholders for.
+
+    Args:
+        runs: placeholders of every run, by row.
+        view: tokens of one view.
+        views: those that the tower saw.
+        features: the encoder's output, with the views of every row once for each of its beams.
+
+    Returns:
+        Tokens of every picture of the prompts, and views of every picture that the tower saw.
+
+    Raises:
+        ValueError: a run that is no whole number of views, or more or less than there are.
+    """
+    sizes, made = [run for row in runs for run in row], sum(len(item) for item in features.pooler_output)
+    if odd := [run for run in sizes if run % view]:
+        raise ValueError(f"a run of {odd[0]} image placeholders is no whole number of tiles of {view} tokens.")
+    if made != sum(sizes) or not views or made % (views * view):
+        raise ValueError(f"the prompts have {sum(sizes)} image placeholders, and {made} features were made for them.")
+    beams = made // (views * view)
+    return sizes, [run // view for row in runs[::beams] for run in row]
 
 
 def check_packing(modality: str, grids: list[ImageGrid], sizes: list[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,6 +17,10 @@ from vlmprune.patches.host import cache_of
 from vlmprune.patches.language_models import attention_mask, window_of
 
 __all__ = ["Segment", "Sequence", "beside", "by_columns", "real_tokens", "visible"]
+
+
+#: Makes (cos, sin) of hidden states and `position_ids`, for one layer.
+Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,7 @@ class Sequence:
         positions: `(batch, length)` position ids; None where the host tells layers none, or on several axes.
         rotary: (cos, sin) of every entry, each `(batch, length, dim)`.
         source: cos of the prompt's columns that `rotary` was taken of, as the host handed it; None before a layer.
+        blocks: `(batch, length)` what every entry sees all of (see `Family.blocks`), -1 for padding; or None.
         moved: whether `positions` are no longer those that the host's columns have.
         shift: `(batch, 1)` positions by which decoded tokens move down, or None.
         cut: whether it is no longer what the host's own arguments say.
@@ -177,6 +182,7 @@ class Sequence:
     past: Segment | None = None
     source: torch.Tensor | None = None
     moved: bool = False
+    blocks: torch.Tensor | None = None
     onward: torch.Tensor | None = None
     masks: dict[Any, torch.Tensor | None] = field(default_factory=dict, compare=False)
 
@@ -203,7 +209,7 @@ class Sequence:
         return where[sample].gather(1, layout.position)
 
     def shorten(
-        self, hidden: torch.Tensor, drop: torch.Tensor, dropped: list[int], positions: Positions, rotary_emb: nn.Module
+        self, hidden: torch.Tensor, drop: torch.Tensor, dropped: list[int], positions: Positions, rotary_emb: Rotary
     ) -> tuple[torch.Tensor, Sequence]:
         """Drop entries and left-pad the rest.
 
@@ -249,6 +255,7 @@ class Sequence:
             # learned through positions, and re-entrant checkpointing cannot have layers share a graph
             rotary=(cos.detach(), sin.detach()),
             bias=by_columns(self.bias, index),
+            blocks=self.blocks_of(index, mask),
             cut=True,
             masks={},
         )
@@ -257,13 +264,27 @@ class Sequence:
             left = replace(left, shift=lower(self.shift, lost[:, None]), rotary=rotary, moved=True)
         return hidden, left
 
+    def blocks_of(self, index: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+        """The blocks of what is left: `index` of its entries, `mask` of those that are real."""
+        return None if self.blocks is None else by_columns(self.blocks, index).masked_fill(~mask, -1)
+
+    def reach(self, at: torch.Tensor) -> torch.Tensor:
+        """The last entry that each of some entries `(batch, rows)` sees: itself, or the last one of its block."""
+        if self.blocks is None:
+            return at
+        entries = torch.arange(self.length, device=at.device).expand_as(self.blocks)
+        # numbers count from -1; those of padding and of causal entries are not asked for
+        ends = entries.new_zeros(len(entries), self.length + 1).scatter_reduce(1, self.blocks + 1, entries, "amax")
+        group = self.blocks.gather(1, at)
+        return torch.where(group < 0, at, ends.gather(1, group + 1))
+
     def filled(self, lengths: list[int]) -> bool:
         """Whether rows of such lengths leave no padding."""
         # inside a compiled graph lengths are upper bounds, and cannot tell that no padding is left
         known = self.mask is None or not torch.compiler.is_compiling()
         return known and min(lengths) == max(lengths)
 
-    def handed(self, rotary: tuple[torch.Tensor, ...], hidden: torch.Tensor, rotary_emb: nn.Module) -> Sequence:
+    def handed(self, rotary: tuple[torch.Tensor, ...], hidden: torch.Tensor, rotary_emb: Rotary) -> Sequence:
         """The same entries in a layer that the host hands `rotary`: cos and sin of the prompt's columns.
 
         They are `(rows, prompt, dim)`. A host makes one pair for all its layers, or one for every kind of layer.
@@ -278,7 +299,7 @@ class Sequence:
             left = tuple(x.expand(len(self.columns), -1, -1) for x in rotary)
         return replace(self, rotary=left, source=rotary[0])
 
-    def behind(self, past: Segment, hidden: torch.Tensor, rotary_emb: nn.Module) -> Sequence:
+    def behind(self, past: Segment, hidden: torch.Tensor, rotary_emb: Rotary) -> Sequence:
         """The same entries in layers that hold another past of the same conversation.
 
         Its tokens stand `past.shift` lower, and what comes behind them moves with them.
@@ -326,10 +347,10 @@ class Sequence:
                 "a row, which takes the place of tokens in a sliding window: continue the rows one by one."
             )
         if self.bias is None:
-            return attention_mask(layer, index, hidden, self.with_past(self.mask), cache)
+            return attention_mask(layer, index, hidden, self.with_past(self.mask), cache, self.blocks)
         check_soft(layer, self.bias)
         # a mask over everything is never left out, so there is one to add the bias to
-        mask = attention_mask(layer, index, hidden, self.with_past(self.real()), cache)
+        mask = attention_mask(layer, index, hidden, self.with_past(self.real()), cache, self.blocks)
         return add_bias(mask, self.bias.to(hidden.dtype))
 
     def expand(self, hidden: torch.Tensor | None) -> torch.Tensor | None:

@@ -14,8 +14,10 @@ from torch import nn
 
 from vlmprune.engine.channels import FRAME, INSIDE, OWNER, SEEN, Seen
 from vlmprune.engine.decided import check_clusters, check_pick, check_pixels, whose
+from vlmprune.engine.finite import demand
 from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Hook, Plan, handed
+from vlmprune.engine.sequence import visible
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Pick, ProjectorCut, TowerCut, Vision
@@ -70,6 +72,7 @@ class TowerFrame:
         check_device(layer, hidden)
         for tap in self.plan.measured:
             if tap.layer == index:
+                self.check_sight(rest, kwargs)
                 with torch.no_grad(), loaded(layer):  # scores choose tokens; nothing is learned through them
                     self.seen[tap] = self.measure(tap, layer, hidden.detach(), kwargs)
         hidden = self.merge(Vision(index), hidden)
@@ -85,12 +88,34 @@ class TowerFrame:
 
     def measure(self, tap: TowerTap, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """A tap by token, `(views, tokens, ...)`, of a tower layer's input; `(tokens, 1, ...)` of a packed one."""
-        sizes, family = self.call.sizes, self.plan.family
+        sizes, family, facts = self.call.sizes, self.plan.family, self.plan.facts
         found = [tap.measure(*view, self.has_cls) for view in family.tower_views(layer, hidden, kwargs, sizes)]
-        if not self.plan.facts.packed:
-            return family.tokens_of(self.tower, found[0], sizes)
+        if not facts.packed:
+            return self.of_tokens(tap, found[0])
         values = torch.cat([each.flatten(0, 1) for each in found])[None]
-        return family.tokens_of(self.tower, values, sizes).transpose(0, 1)
+        return family.tokens_of(self.tower, values, sizes, facts.unit).transpose(0, 1)
+
+    def of_tokens(self, tap: TowerTap, values: torch.Tensor) -> torch.Tensor:
+        """Values of patches, `(views, patches, ...)`, by token, `(views, tokens, ...)`."""
+        facts = self.plan.facts
+        found = self.plan.family.tokens_of(self.tower, values, self.call.sizes, facts.unit)
+        if facts.unit > 1 and found.shape[1] != facts.view_patches:
+            raise UnsupportedError(
+                f"{tap} sees {values.shape[1]} patches of a view of the tower, which do not make {facts.view_patches} "
+                "tokens."
+            )
+        return found
+
+    def check_sight(self, rest: tuple, kwargs: dict) -> None:
+        """Refuse to look at views that are padded inside: a tap would take padding for patches."""
+        mask = rest[0] if rest else kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and not self.plan.facts.packed:
+            demand(
+                visible(mask).all(),
+                "a method of this patch looks at the vision tower, and a picture fills a part of its view alone "
+                "(pixel_attention_mask has zeros): give pictures that fill it, or take a method that does not look "
+                "at the tower.",
+            )
 
     def check_inside(self) -> None:
         """Raise if the cut inside the layer that ran last has not run: that layer then saw nothing but zeros."""
@@ -167,8 +192,9 @@ class TowerFrame:
         """Measure what can be seen behind the last layer alone."""
         for tap in self.plan.tower_taps:
             if tap.layer == self.plan.facts.tower_layers:  # what becomes the features
+                behind = output.last_hidden_state if self.plan.facts.closed else output.hidden_states[-1]
                 with torch.no_grad():
-                    self.seen[tap] = tap.measure(None, output.hidden_states[-1].detach(), self.has_cls)
+                    self.seen[tap] = self.of_tokens(tap, tap.measure(None, behind.detach(), self.has_cls))
         if ClusterOf() in self.plan.tower_taps:
             self.seen[ClusterOf()] = self.cluster_of(output.last_hidden_state)[:, int(self.has_cls) :]
 
@@ -233,7 +259,11 @@ def wide(index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 class BeforeTower(Hook):
     """Pre-hook of the tower: starts a frame in the calls of its own model, which says so."""
 
+    through: Watch | None = None
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self.through is not None:
+            self.through.end()
         pixels, rest, kwargs = handed(args, kwargs, "pixel_values")
         pixels, note = untag(pixels)
         call = kwargs.get(OWNER) if note is None else note
@@ -244,22 +274,30 @@ class BeforeTower(Hook):
             changed = cut.reduce(pixels)
             check_pixels(whose(self.plan, cut), changed, pixels)
             pixels = changed
-        return (pixels, *rest), kwargs | {FRAME: TowerFrame(self.plan, module, call, note)}
+        frame = TowerFrame(self.plan, module, call, note)
+        if self.through is not None:
+            self.through.begin(frame)
+        return (pixels, *rest), kwargs | {FRAME: frame}
 
 
 @dataclass
 class BeforeTowerLayer(Hook):
-    """Pre-hook of a tower layer: takes the frame out and lets it measure and merge."""
+    """Pre-hook of a tower layer: takes the frame out and lets it measure and merge.
+
+    `through` has the frame of a tower that hands its layers none of its keyword arguments.
+    """
 
     index: int
     watching: Watch | None = None
+    through: Watch | None = None
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self.watching is not None:
             self.watching.end()
-        if not self.owns(kwargs.get(FRAME)):
+        frame = kwargs.get(FRAME) if self.through is None else self.through.frame(last=False)
+        if not self.owns(frame):
             return None
-        frame = kwargs.pop(FRAME)
+        kwargs.pop(FRAME, None)
         changed = frame.enter(self.index, module, *handed(args, kwargs))
         if self.watching is not None:
             self.check_keys(module)
@@ -323,6 +361,10 @@ class AfterKeys(Hook):
 class AfterTower(Hook):
     """Hook of the tower: leaves what was seen on its output."""
 
+    through: Watch | None = None
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.through is not None:
+            self.through.end()
         if self.owns(frame := kwargs.get(FRAME)):
             frame.finish(output)

@@ -66,7 +66,7 @@ class Turn:
         return Brings.WHOLE if self.end == self.brought else Brings.ELSEWHERE
 
 
-def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
+def catch_up(kwargs: dict, segments: list[Segment], length: int | None, origin: int = 0) -> dict:
     """A call's arguments without the columns that the cache already holds, and with a 2-D mask or none.
 
     To continue a conversation, `generate` slices its input by the cache's physical length, which a cut at layer 0 made
@@ -75,6 +75,7 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
 
     Args:
         length: of `decode.length_of`.
+        origin: position of a conversation's first token.
 
     Raises:
         UnsupportedError: all tokens come again, or as many of them as cannot be told from new ones.
@@ -82,7 +83,7 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
     """
     if given_tokens(kwargs).shape[1] == 1 or not length:
         return kwargs  # a step brings a new token
-    turn = read_turn(kwargs, segments, length)
+    turn = read_turn(kwargs, segments, length, origin)
     check_turn(turn)
     if turn.brings is Brings.OVERLAP:
         kwargs = without_old(kwargs, turn)
@@ -95,9 +96,10 @@ def catch_up(kwargs: dict, segments: list[Segment], length: int | None) -> dict:
     return kwargs | {"attention_mask": turn.real}
 
 
-def read_turn(kwargs: dict, segments: list[Segment], length: int) -> Turn:
+def read_turn(kwargs: dict, segments: list[Segment], length: int, origin: int) -> Turn:
     """Where the conversation of a call ends, by its mask, else by its positions."""
     mask, positions = kwargs.get("attention_mask"), counted(kwargs.get("position_ids"))
+    positions = positions - origin if origin and positions is not None else positions
     brought, pruned = given_tokens(kwargs).shape[1], missing(segments)
     if isinstance(mask, dict) or (mask is not None and mask.ndim != 2):
         real, end = conversation(mask, length + brought, pruned, positions)

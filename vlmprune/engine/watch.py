@@ -16,7 +16,7 @@ def caller() -> int:
 
 
 class Watch:
-    """Shared by a layer's pre-hook and the hooks on modules inside that layer.
+    """Shared by the pre-hook of a module (a layer, a tower) and the hooks on modules inside it.
 
     All of them run in one thread within one call of the layer, so the thread's number finds the frame.
     """

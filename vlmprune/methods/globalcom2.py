@@ -126,7 +126,8 @@ class GlobalCom2(Pruner):
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         if not facts.views:
             raise UnsupportedError(
-                f"globalcom2 shares a budget among the crops of an image, and {facts.family} models have a single view."
+                f"globalcom2 shares a budget among the crops of an image, and {facts.family} models have a single view "
+                "or do not tell how their views lie."
             )
         if self.score == "cls":
             need_cls("globalcom2", facts, "use score='distinct'")

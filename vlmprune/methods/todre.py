@@ -74,9 +74,10 @@ class ToDRE(Pruner):
             trace only.
         objective: "max_sum" (v2 of the paper, the default) or "max_min" (v1, k-center; its metric, the cosine too,
             is inferred).
-        pivot: the first pick: "cls" (of an anyres image in its thumbnail, of a video in all frames), "mean" (the patch
-            nearest the mean feature, the paper's "center"), "random" (seeded) or "first". The paper's "farthest" is not
-            offered: from what is not known to us. Towers without a [CLS] token need another pivot than "cls".
+        pivot: the first pick: "cls" (of an anyres image in its thumbnail, of a video in all frames, of tiles alike in
+            all), "mean" (the patch nearest the mean feature, the paper's "center"), "random" (seeded) or "first". The
+            paper's "farthest" is not offered: from what is not known to us. Towers without a [CLS] token need another
+            pivot than "cls".
         cls_layer: tower layer of the [CLS] row; the paper says the last.
         tau: threshold of stage 2 (paper: 0.10); None leaves stage 2 out.
         system: tokens of the system prompt and template at the start of a conversation, which stage 2 takes neither for
@@ -133,8 +134,8 @@ class ToDRE(Pruner):
     ) -> torch.Tensor:
         """`(images,)` index of the first pick."""
         if self.pivot == "cls":
-            video = upload([grid.frames > 0 for grid in layout.grids], patches.device)[:, None]
-            thumbnail = patches & ((layout.view == 0) | video)
+            alike = upload([grid.apart for grid in layout.grids], patches.device)[:, None]
+            thumbnail = patches & ((layout.view == 0) | alike)
             pool = torch.where(thumbnail.any(1, keepdim=True), thumbnail, patches)
             return cls_row.masked_fill(~pool, -torch.inf).argmax(1)
         if self.pivot == "mean":

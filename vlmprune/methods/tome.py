@@ -33,7 +33,7 @@ from vlmprune.parts import (
     keep_patches,
     match_alternating,
     match_energy,
-    need_views,
+    need_patches,
     spread_evenly,
 )
 
@@ -59,7 +59,7 @@ class EncoderMerge(Pruner):
     weigh: bool = False
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
-        need_views(self.name, facts, "take a method that cuts in the language model")
+        need_patches(self.known_as, facts)
         word = "average" if self.keep is None else "keep"
         if facts.views and isinstance(self.budget, int):
             raise UnsupportedError(

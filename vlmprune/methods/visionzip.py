@@ -27,7 +27,7 @@ from vlmprune.parts import (
     VisionAttention,
     gather_to,
     keep_patches,
-    need_views,
+    need_patches,
     stride,
     top_k,
     upload,
@@ -95,7 +95,7 @@ class VisionZip(Pruner):
     newlines: AnyNewlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
-        need_views(self.name, facts, "take a method that cuts in the language model")
+        need_patches(self.known_as, facts)
         row = VisionAttention(facts.feature_layer, "cls" if facts.has_cls else "patches")
         return [
             ProjectorCut((row, BlockKeys(facts.feature_layer)), self.merge),

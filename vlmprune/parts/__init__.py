@@ -34,7 +34,14 @@ if TYPE_CHECKING:
         schedule_layers,
     )
     from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse, weighted_det
-    from vlmprune.parts.facts import ModelFacts, check_layer, need_cls, need_views, scale_tower_layer
+    from vlmprune.parts.facts import (
+        ModelFacts,
+        check_layer,
+        need_cls,
+        need_patches,
+        need_views,
+        scale_tower_layer,
+    )
     from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
     from vlmprune.parts.layout import ImageGrid, Layout, Views, download, frames_of, upload
     from vlmprune.parts.merging import (
@@ -170,6 +177,7 @@ __all__ = [
     "most_apart",
     "nearest",
     "need_cls",
+    "need_patches",
     "need_views",
     "nested_cells",
     "peaks",

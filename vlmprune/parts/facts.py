@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vlmprune.errors import UnsupportedError
 
-__all__ = ["ModelFacts", "check_layer", "need_cls", "need_views", "scale_tower_layer"]
+__all__ = ["ModelFacts", "check_layer", "need_cls", "need_patches", "need_views", "scale_tower_layer"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class ModelFacts:
         has_cls: whether the tower has a [CLS] token.
         decoder_layers: number of layers of the language model.
         views: whether one image may have several views (thumbnail and crops).
-        view_patches: patches of one view; 0 where pictures have any size.
+        view_patches: tokens of one view, which are patches where `unit` is 1; 0 where pictures have any size.
+        unit: patches along a side of the square that one token is made of.
+        closed: whether features leave the tower through a norm behind its last layer.
         axes: on how many axes a token's position lies: 1, or 3 (time, height and width: M-RoPE).
         packed: whether the tower reads pictures of any size as one sequence.
         windowed: tower layers in which a patch sees its window alone.
@@ -38,6 +40,8 @@ class ModelFacts:
     packed: bool = False
     windowed: tuple[int, ...] = ()
     tower_from: str | None = None
+    unit: int = 1
+    closed: bool = False
 
     @property
     def attention_layer(self) -> int:
@@ -80,3 +84,21 @@ def need_views(method: str, facts: ModelFacts, way_out: str) -> None:
             f"{method} changes what the vision tower reads or makes of equal views, and this tower packs pictures of "
             f"any size into one sequence; {way_out}."
         )
+
+
+def need_patches(method: str, facts: ModelFacts) -> None:
+    """Raise UnsupportedError if tokens are not patches of the tower as its layers leave them.
+
+    What is merged or picked inside the tower, or behind it, would then be no tokens.
+    """
+    need_views(method, facts, "take a method that cuts in the language model")
+    if facts.unit > 1:
+        why = f"makes one token of {facts.unit} x {facts.unit} patches"
+    elif facts.closed:
+        why = "hands on its features through a norm, behind which nothing can be merged as its layers left it"
+    else:
+        return
+    raise UnsupportedError(
+        f"{method} merges patches in or behind the vision tower, and that of {facts.family} models {why}: take a "
+        "method that cuts before or in the language model."
+    )

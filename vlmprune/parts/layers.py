@@ -29,11 +29,16 @@ class TowerLayer(Protocol):
 
 
 class DecoderLayer(Protocol):
-    """A layer of a language model, as far as taps ask; `window` is its sliding window in tokens, or None."""
+    """A layer of a language model, as far as taps ask.
+
+    `window` is its sliding window in tokens, or None; `far_sighted` are the model's layers without one, where it has
+    layers of both kinds and attention in windows says little.
+    """
 
     index: int
     scale: float
     window: int | None
+    far_sighted: tuple[int, ...]
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the attention reads of the layer's input `(batch, length, dim)`."""
@@ -48,16 +53,22 @@ class DecoderLayer(Protocol):
 class Remaining(Protocol):
     """What is left of a prompt batch where a tap measures; `bias` `(batch, length)` is of soft masks, or None.
 
+    `lengths` are the real entries of every row; `blocks` says which entries see each other whatever their order;
     `columns` `(batch, length)` is the prompt column of every entry, of `prompt` columns.
     """
 
     prompt: int
     columns: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
+    lengths: list[int]
+    blocks: torch.Tensor | None
     bias: torch.Tensor | None
 
     def asked(self) -> torch.Tensor:
         """`(batch, length)` bool of the entries that methods may look at."""
+
+    def reach(self, at: torch.Tensor) -> torch.Tensor:
+        """The last entry that each of some entries `(batch, rows)` sees."""
 
     def index_of(self, layout: Layout) -> torch.Tensor:
         """`(images, tokens)` entry of every visual token."""
@@ -67,8 +78,9 @@ class Scene(Protocol):
     """What a decoder tap may look at while it measures: the current sequence and where its visual tokens are.
 
     `text_after` counts the tokens after the last visual token of every batch row, and says how many are the most;
-    `text_before` is the most that any row has in front of its first one. `seen` has what taps before have measured.
-    `ids` `(batch, length)` are those of the call, whose columns a sequence has that was not cut yet.
+    `text_before` is the most that any row has in front of its first one, and `text_between` whether there may be any
+    between visual ones. `seen` has what taps before have measured. `ids` `(batch, length)` are those of the call, whose
+    columns a sequence has that was not cut yet.
     """
 
     sequence: Remaining
@@ -76,6 +88,7 @@ class Scene(Protocol):
     text_after: tuple[torch.Tensor, int]
     text_before: int
     ids: torch.Tensor
+    text_between: bool
     seen: dict[Tap, torch.Tensor]
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -57,12 +57,14 @@ class ImageGrid:
             frame, 0.. in time. A token that blends patches of two crops belongs to the crop of its centre.
         plane: `(tokens,)` 0 for the thumbnail (or only view), 1 for the stitched canvas of crops; of a video its frame.
         row, col: `(tokens,)` place in the raster of the token's plane. A newline has the row it closes.
-        newline: `(tokens,)` bool.
+        newline: `(tokens,)` bool, tokens that are no patch: newlines, and [CLS] where it is a token of its own.
+        line: `(tokens,)` what a newline closes, or opens: it and its patches have one number.
         planes: (rows, cols) of every plane.
         views: number of views.
         side: (rows, cols) of patches in one view of the tower.
-        crops: (vertical, horizontal) number of crops; (0, 0) for a single view and for a video.
+        crops: (vertical, horizontal) number of crops; (0, 0) for a single view, and where views are alike.
         frames: frames of a video; 0 for an image.
+        apart: whether all views are alike, each a plane of its own: frames, or tiles whose grid nobody tells.
         centre: `(tokens, 2)` float64 place of every token on its plane before un-padding and shrinking: (row, column)
             in patches, whole numbers where nothing was shrunk.
         pitch: patches between the centres of neighbours, down and across, by plane; 1 where nothing was shrunk.
@@ -77,11 +79,13 @@ class ImageGrid:
     row: torch.Tensor
     col: torch.Tensor
     newline: torch.Tensor
+    line: torch.Tensor
     planes: tuple[tuple[int, int], ...]
     views: int
     side: tuple[int, int]
     crops: tuple[int, int]
     frames: int
+    apart: bool
     centre: torch.Tensor
     pitch: tuple[tuple[float, float], ...]
     blend: tuple[torch.Tensor, torch.Tensor] | None = None

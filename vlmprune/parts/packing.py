@@ -26,16 +26,17 @@ class Packing:
     cols: int
     grid: tuple[int, int]
     frames: int = 0
+    apart: bool = False
 
     def key(self) -> tuple:
         """Equal for packings with equal layouts, and no others: one channel of noise goes through the packing."""
         packed = self.pack(noise(self.views, self.rows * self.cols), torch.zeros(1, dtype=torch.float64))
         told = hashlib.blake2b(packed.contiguous().numpy().tobytes(), digest_size=16).digest()
-        return self.views, self.rows, self.cols, self.grid, self.frames, told
+        return self.views, self.rows, self.cols, self.grid, self.frames, self.apart, told
 
     def trace(self) -> ImageGrid:
         """The layout."""
-        return trace_packing(self.pack, self.views, self.rows, self.cols, self.grid, self.frames)
+        return trace_packing(self.pack, self.views, self.rows, self.cols, self.grid, self.frames, self.apart)
 
 
 class Layouts:

@@ -71,8 +71,8 @@ def keep_newlines(keep: torch.Tensor, layout: Layout, policy: AnyNewlines) -> to
     if policy == "all":
         return keep | newline
     # a newline closes the tokens of its canvas since the last newline; of a video, whose only one is the last, all
-    closed = layout.newline.long().cumsum(1) - layout.newline.long()
-    several = upload([len(grid.planes) > 1 and not grid.frames for grid in layout.grids], layout.device)
+    closed = layout.stack("line")
+    several = upload([len(grid.planes) > 1 and not grid.apart for grid in layout.grids], layout.device)
     in_row = keep & ((layout.plane == 1) | ~several[:, None])
     hits = torch.zeros_like(closed).scatter_add_(1, closed, in_row.long())
     return keep | (newline & (hits.gather(1, closed) > 0))

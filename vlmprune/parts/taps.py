@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 
+from vlmprune.errors import UnsupportedError
 from vlmprune.parts.attention import (
     Visible,
     attention_mass,
@@ -259,7 +260,8 @@ class TextAttention(DecoderTap):
             at, weight = last_rows(
                 real, *((real.new_ones(len(real), dtype=torch.long), 1) if self.rows == "last" else scene.text_after)
             )
-        return decoder_mass(layer, hidden, scene, [(at, weight)])[0].flatten()[scene.flat_index()]
+        mass = decoder_mass(layer, hidden, scene, [(at, weight)], pictures=self.rows == "all")
+        return mass[0].flatten()[scene.flat_index()]
 
 
 @dataclass(frozen=True)
@@ -325,9 +327,10 @@ class CrossShare(DecoderTap):
         visual = visual.scatter_add(0, at.flatten(), layout.alive.long().flatten()).view_as(real) > 0
         text = real & ~visual & ((visual.cumsum(1) > 0) | self.beyond_system(scene, real))
         alone = self.system is None or (scene.sequence.past is None and scene.text_before <= self.system)
-        if max(layout.ordinal) == 0 and alone:
-            # one image a sample and no text before it: what comes after cannot be seen from it, and the rows of that
-            # alone need to be computed
+        alone = alone and max(layout.ordinal) == 0 and not scene.text_between
+        if alone and scene.sequence.blocks is None:
+            # one image a sample and no text before or in it: what comes after cannot be seen from it, and the rows of
+            # that alone need to be computed
             rows = [last_rows(real, *scene.text_after)]
         else:
             all_rows = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
@@ -376,11 +379,16 @@ def decoder_mass(
     scene: Scene,
     rows: list[tuple[torch.Tensor, torch.Tensor]],
     measure: Callable[..., torch.Tensor] = attention_mass,
+    pictures: bool = True,
 ) -> list[torch.Tensor]:
     """Attention mass `(batch, length)` on every key of a decoder layer, for each set of query rows with weights.
 
     What the layer's cache holds in front of the sequence takes its share.
+
+    Args:
+        pictures: whether rows of visual tokens are among them.
     """
+    check_sight(layer, scene, pictures)
     normed, (cos, sin) = layer.normed(hidden), scene.sequence.rotary
     key = layer.keys(normed, cos, sin)
     past, real = scene.past_keys(layer)
@@ -389,6 +397,25 @@ def decoder_mass(
     masses = []
     for at, weight in rows:
         query = layer.queries(take_rows(normed, at), take_rows(cos, at), take_rows(sin, at))
-        seen = Visible(at + columns, real, layer.window or 0)
+        seen = Visible(scene.sequence.reach(at) + columns, real, layer.window or 0)
         masses.append(measure(query, key, layer.scale, seen, weight, scene.sequence.bias)[:, columns:])
     return masses
+
+
+def check_sight(layer: DecoderLayer, scene: Scene, pictures: bool) -> None:
+    """Refuse a layer whose window hides what attention is to be read of."""
+    if not layer.window:
+        return
+    past, longest = scene.sequence.past, max(scene.sequence.lengths)
+    longest += 0 if past is None else past.length
+    if layer.far_sighted and longest > layer.window:
+        raise UnsupportedError(
+            f"a method of this patch looks at attention in decoder layer {layer.index}, which sees the last "
+            f"{layer.window} tokens alone, and this prompt has {longest}: what it says of the others means nothing. "
+            f"Have it look at one of the layers that see all: {', '.join(map(str, layer.far_sighted))}."
+        )
+    if pictures and scene.sequence.blocks is not None:
+        raise UnsupportedError(
+            f"a method of this patch looks at what pictures attend to in decoder layer {layer.index}, where they see "
+            "all of themselves within a window; that is not supported. Have it look at a layer without a window."
+        )

@@ -32,16 +32,16 @@ def ranked(z: torch.Tensor) -> tuple[int, torch.Tensor]:
     return len(values), rank
 
 
-def coordinates(views: int, rows: int, cols: int, grid: tuple[int, int], frames: int) -> torch.Tensor:
+def coordinates(views: int, rows: int, cols: int, grid: tuple[int, int], apart: bool) -> torch.Tensor:
     """`(views, rows * cols, 5)` float64: canvas row, canvas column, plane, 0 and noise of every patch."""
     r, c = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
     coords = torch.zeros(views, rows * cols, 5, dtype=torch.float64)
     for view in range(views):
         # the thumbnail has a plane of its own; crop v - 1 lies in raster order on the canvas
-        down, right = (0, 0) if frames else divmod(max(view - 1, 0), grid[1])
+        down, right = (0, 0) if apart else divmod(max(view - 1, 0), grid[1])
         coords[view, :, 0] = (r + down * rows).flatten()
         coords[view, :, 1] = (c + right * cols).flatten()
-        coords[view, :, 2] = view if frames else float(view > 0)
+        coords[view, :, 2] = view if apart else float(view > 0)
     coords[..., 4:] = noise(views, rows * cols)
     return coords
 
@@ -92,12 +92,14 @@ def trace_packing(
     cols: int,
     grid: tuple[int, int],
     frames: int = 0,
+    apart: bool = False,
 ) -> ImageGrid:
     """Read the layout of an image or video off its family's packing function.
 
-    Instead of features, coordinates go through `pack`: (canvas row, canvas column, plane, is-newline). Bilinear
-    shrinking turns them into the coordinates between whose neighbours it blends, so these tell the weights too; a
-    fifth channel of noise checks that they do.
+    Instead of features, coordinates go through `pack`: (canvas row, canvas column, plane, is-newline). A token of
+    another kind that opens a view, as [CLS] does, is the view's first patch plus twice the newline. Bilinear shrinking
+    turns them into the coordinates between whose neighbours it blends, so these tell the weights too; a fifth channel
+    of noise checks that they do.
 
     Args:
         pack: maps `(views, rows * cols, 5)` float coordinates and a `(5,)` newline vector to `(tokens, 5)`.
@@ -105,11 +107,13 @@ def trace_packing(
         rows, cols: patch grid of one view.
         grid: (vertical, horizontal) number of crops; (1, 1) for a single view.
         frames: frames of a video, each a plane of its own; 0 for an image.
+        apart: whether all views are alike, each a plane of its own, as those of a video are.
 
     Raises:
         UnsupportedError: a packing that mixes patches in another way.
     """
-    coords = coordinates(views, rows, cols, grid, frames)
+    apart = apart or frames > 0
+    coords = coordinates(views, rows, cols, grid, apart)
     packed = pack(coords, torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64))
     newline, plane = packed[:, 3] > 0.5, packed[:, 2].round().long()
     whole = packed[:, :2].round()
@@ -118,7 +122,7 @@ def trace_packing(
     def number(y: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """View and index of the patch at whole canvas coordinates."""
         crop = 1 + (y // rows) * grid[1] + x // cols
-        view = plane if frames else torch.where(plane == 0, 0, crop)
+        view = plane if apart else torch.where(plane == 0, 0, crop)
         return view, (view * (rows * cols) + (y % rows) * cols + x % cols).masked_fill(newline, 0)
 
     view, source = number(*whole.long().unbind(1))
@@ -132,10 +136,11 @@ def trace_packing(
         )
     row, col, planes, pitch = rasters(centre, plane, newline)
     # a newline closes the row of the patch before it
-    token = torch.arange(len(newline))
-    last = torch.where(newline, 0, token).cummax(0).values
-    row, view, plane = (torch.where(newline, x[last], x) for x in (row, view, plane))
-    col = torch.where(newline, col[last] + token - last, col)
+    opens = packed[:, 3] > 1.5
+    closes, token = newline & ~opens, torch.arange(len(newline))
+    last = torch.where(closes, 0, token).cummax(0).values
+    row, view, plane = (torch.where(closes, x[last], x) for x in (row, view, plane))
+    col = torch.where(closes, col[last] + token - last, col)
     return ImageGrid(
         source=source,
         view=view,
@@ -143,11 +148,13 @@ def trace_packing(
         row=row,
         col=col,
         newline=newline,
+        line=newline.cumsum(0) - closes.long(),
         planes=planes,
         views=views,
         side=(rows, cols),
-        crops=grid if views > 1 and not frames else (0, 0),
+        crops=grid if views > 1 and not apart else (0, 0),
         frames=frames,
+        apart=apart,
         centre=centre,
         pitch=pitch,
         blend=blend,

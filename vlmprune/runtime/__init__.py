@@ -20,8 +20,8 @@ def load(
     """Load a model that can be patched, and its processor.
 
     Args:
-        name: an embedded model (`scene-llava`, `scene-llava-next`: they come with the package), a folder, or an id on
-            the hub. Nothing is downloaded but for an id.
+        name: an embedded model (`scene-llava`, `scene-llava-next`, `scene-qwen`: they come with the package), a folder,
+            or an id on the hub. Nothing is downloaded but for an id.
         device: "cpu", "cuda", "cuda:N" (as text or torch's), or "auto", which is the GPU where there is one.
         dtype: "float32", "bfloat16", "float16" (as text or torch's), or "auto", which is the checkpoint's own on a GPU
             and float32 on a CPU.

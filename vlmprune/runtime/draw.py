@@ -80,8 +80,20 @@ def line_through(at: np.ndarray, shade: np.ndarray, length: int, whole: int) -> 
 
 def seen_views(image_processor: Any, pictures: Any) -> np.ndarray:
     """`(views, 3, height, width)` pixels of what the tower sees of pictures, before they are normalised."""
-    made = image_processor(images=pictures, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
-    return np.asarray(made, np.float64).reshape(-1, 3, *np.shape(made)[-2:])
+    made = image_processor(images=pictures, do_rescale=False, do_normalize=False, return_tensors="np")
+    pixels = np.asarray(made["pixel_values"], np.float64)
+    if "image_grid_thw" in made:
+        return unpacked(image_processor, pixels, made["image_grid_thw"])
+    return pixels.reshape(-1, 3, *pixels.shape[-2:])
+
+
+def unpacked(image_processor: Any, rows: np.ndarray, grids: np.ndarray) -> np.ndarray:
+    """`(1, 3, height, width)` of the first picture of `(patches, values)` rows, which lie block by block."""
+    _, high, wide = (int(n) for n in grids[0])
+    patch, merge = image_processor.patch_size, image_processor.merge_size
+    cells = rows[: high * wide].reshape(high // merge, wide // merge, merge, merge, 3, -1, patch, patch)
+    still = cells[:, :, :, :, :, 0]  # a picture is its own next frame
+    return still.transpose(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, high * patch, wide * patch)
 
 
 def patch_boxes(image_processor: Any, size: tuple[int, int], grid: ImageGrid) -> list[Box]:
@@ -121,7 +133,8 @@ def patch_boxes(image_processor: Any, size: tuple[int, int], grid: ImageGrid) ->
         xs, ys, shades = [], [], []
         for number in np.unique(view[mine]):
             # where the view's corner lies on the plane
-            down, right = np.array(divmod(max(number - 1, 0), max(grid.crops[1], 1))) * (side_y, side_x) - corner
+            at = (0, 0) if grid.apart else divmod(max(number - 1, 0), max(grid.crops[1], 1))
+            down, right = np.array(at) * (side_y, side_x) - corner
             red, green, blue = views[number]
             y, x = np.nonzero(blue > 250)  # padding is not blue
             xs.append(x + 0.5 + right * step_x)

@@ -26,6 +26,8 @@ __all__ = ["Loaded", "find_model", "load", "model_inputs", "pick_device"]
 ADAPTER = "adapter_config.json"  # of PEFT
 #: Of a processor: how many tokens beside the patches it counts, and whether the first of them is dropped.
 CLS_TOKEN = ("num_additional_image_tokens", "vision_feature_select_strategy")
+#: Processors that prepare pictures without their part for videos, which needs torchvision.
+PICTURES_ALONE = ("LlavaOnevisionProcessor", "Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
 
 
 @dataclass(frozen=True)
@@ -304,7 +306,7 @@ def load_processor(source: Source, model_type: str, **only: Any) -> Any:
     if "video" not in FAMILIES[model_type].modalities or find_spec("torchvision") is not None:
         return transformers.AutoProcessor.from_pretrained(source.place, **only)
     name = PROCESSOR_MAPPING_NAMES[model_type]
-    if name != "LlavaOnevisionProcessor":
+    if name not in PICTURES_ALONE:
         raise UserError(
             f"the processor of {model_type} models needs torchvision, for its videos: install the torchvision that "
             "fits your torch."
@@ -365,12 +367,15 @@ def prompt_text(processor: Any, images: int, prompt: str) -> str:
 def check_shapes(processor: Any, images: Sequence[Image.Image]) -> None:
     """Refuse pictures so long and narrow that scaling their shorter side to the tower's would not fit into memory.
 
+    Processors of packed pictures bound the pixels of a whole picture instead.
+
     Raises:
         UserError: more pixels than Pillow takes for a bomb.
     """
     from PIL import Image
 
-    edge = (getattr(processor.image_processor, "size", None) or {}).get("shortest_edge")
+    whole = hasattr(processor.image_processor, "merge_size")
+    edge = None if whole else (getattr(processor.image_processor, "size", None) or {}).get("shortest_edge")
     most = Image.MAX_IMAGE_PIXELS
     for image in images if edge and most else ():
         if (pixels := edge * edge * max(image.size) / min(image.size)) > 2 * most:
