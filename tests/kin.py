@@ -559,15 +559,17 @@ def merges_in_tower(name: str) -> bool:
     return any(isinstance(cut, TowerCut | ProjectorCut) for cut in made)
 
 
-WHOLE = "globalcom2 shares a budget among the crops of an image"
-#: What cannot be had where a token is no patch of the tower as its layers leave it.
+WHOLE = {
+    "globalcom2": "globalcom2 shares a budget among the crops of an image",
+    "lrs": "lrs chooses among the crops of an image",
+}
 #: Methods that merge or pick patches in the vision tower or behind it: what leaves it is no longer what it would be.
 IN_TOWER = [name for name in registry.names() if name != "atp" and merges_in_tower(name)]
 #: What cannot be had where a token is no patch of the tower as its layers leave it.
-UNLIKE = {"globalcom2": WHOLE} | dict.fromkeys(IN_TOWER, "merges patches in or behind")
+UNLIKE = WHOLE | dict.fromkeys(IN_TOWER, "merges patches in or behind")
 QWEN3 = partial(internvl, "qwen3")
-NO_VIEWS = {"globalcom2": WHOLE}
-PACKED = UNLIKE | dict.fromkeys(("downsample", *IN_TOWER), "packs pictures of any size")
+NO_SCREENS = WHOLE | {"showui": "frames of a video are no screenshots"}
+PACKED = UNLIKE | dict.fromkeys(("downsample", "showui", *IN_TOWER), "packs pictures of any size")
 TEXTS = [[4, ("image", 1), 3, ("image", 0), 5], [3, ("image", 0), 4], [6], [("image", 1), 2, ("image", 2), 9]]
 BOTH = [
     [4, ("video", 1), 3, ("image", 0), 2, ("video", 0), 5],
@@ -604,7 +606,7 @@ KIN: dict[str, Kin] = {
         Kin("ovis2", ovis2, tiles, parts, refused=UNLIKE),
         Kin("gemma3", gemma3, squares, lambda n: [9], blocks=True, refused=NORMED),
         Kin("paligemma", paligemma, views, lambda n: [16], prefix=True, origin=1, tolerance=1e-6, refused=UNLIKE),
-        Kin("video_llava", video_llava, views, lambda n: [16], has_cls=True, shows=BOTH, refused=NO_VIEWS),
-        Kin("video_llava-video", video_llava, views, lambda n: [16], has_cls=True, shows=FILMS, refused=NO_VIEWS),
+        Kin("video_llava", video_llava, views, lambda n: [16], has_cls=True, shows=BOTH, refused=NO_SCREENS),
+        Kin("video_llava-video", video_llava, views, lambda n: [16], has_cls=True, shows=FILMS, refused=NO_SCREENS),
     )
 }

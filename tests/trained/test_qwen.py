@@ -5,7 +5,6 @@ It describes a picture in a dozen words, so that a step at a wrong position is n
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 
@@ -37,8 +36,8 @@ def loaded():
 
 @cache
 def shown():
-    """A wide picture, a tall one and a square one, with a question each."""
-    records = {record.picture_id: record for record in testbed.questions("qwen")}.values()
+    """A wide picture, a tall one and a square one, with a question about a colour each."""
+    records = [record for record in testbed.questions("qwen") if record.category == "colour"]
     kinds = {
         "wide": lambda w, h: w > 1.5 * h,
         "tall": lambda w, h: h > 1.5 * w,
@@ -54,9 +53,9 @@ def asked(kind="wide", question=None):
 
 @torch.no_grad()
 def said(model, inputs):
-    """`(1, words)` what the model says, to its end."""
-    out = model.generate(**inputs, max_new_tokens=WORDS, do_sample=False)
-    return out[:, inputs["input_ids"].shape[1] :]
+    """`(1, words)` what the model says, without its end."""
+    out = model.generate(**inputs, max_new_tokens=WORDS, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    return out[:, out[0] != model.generation_config.eos_token_id]
 
 
 def by_hand(model, inputs, trace, forced):
@@ -119,36 +118,48 @@ def test_a_cache_that_forgot_where_it_goes_on_says_other_words(monkeypatch):
         assert not torch.equal(said(model, inputs), right)
 
 
+def whole(done, turn):
+    """A turn as `generate` is handed it: behind all of the conversation, of which the cache tells what is new."""
+    ids = torch.cat([torch.tensor([t.ids]) for t in done] + [turn["input_ids"]], 1)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {name: value for name, value in turn.items() if not done or name != "mm_token_type_ids"} | given
+
+
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("before", ["pruned", "plain"])
 @torch.no_grad()
-def test_turns(before, kind):
-    """A picture, a question about it in text alone, and another picture; the first was pruned or not."""
+def test_turns(kind):
+    """A picture, a question about it in text alone, and another picture."""
     model, processor = loaded().model, loaded().processor
     pictures = [asked("wide"), asked("tall", CAPTION)]
     words = processor.tokenizer("user: how many objects are there ? assistant:", return_tensors="pt")
-    text = {"input_ids": words["input_ids"]}
+    turns = [pictures[0], {"input_ids": words["input_ids"]}, pictures[1]]
     forced, cached, done = torch.tensor([[9, 8]]), caches(model, kind, columns=900), []
     with patched("todre") as handle:
-        for number, turn in enumerate([pictures[0], text, pictures[1]]):
-            ids = torch.cat([torch.tensor([t.ids]) for t in done] + [turn["input_ids"]], 1)
-            inputs = turn | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            if number:  # `generate` is handed the whole conversation, and what is new of it is told by the cache
-                inputs.pop("mm_token_type_ids", None)
-            plain = number == 0 and before == "plain"
+        for turn in turns:
+            inputs = whole(done, turn)
+            got = probes.generated_logits(model, inputs, forced, **{CACHE: cached}, disable_compile=True)[0]
             features = reference.image_features(model, turn), []
-            with handle.disabled() if plain else nullcontext():
-                got = probes.generated_logits(model, inputs, forced, **{CACHE: cached}, disable_compile=True)[0]
-            trace = handle.trace if features[0] and not plain else None
-            done.append(Turn(turn["input_ids"][0].tolist() + forced[0].tolist(), features, trace))
+            said_too = turn["input_ids"][0].tolist() + forced[0].tolist()
+            done.append(Turn(said_too, features, handle.trace if features[0] else None))
     done[-1] = replace(done[-1], ids=done[-1].ids[: -forced.shape[1]])
-    whole = torch.tensor([[token for turn in done for token in turn.ids]])
+    ids = torch.tensor([[token for turn in done for token in turn.ids]])
     prompt = {
-        "input_ids": whole,
-        "mm_token_type_ids": (whole == model.config.image_token_id).long(),
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == model.config.image_token_id).long(),
         "image_grid_thw": torch.cat([turn["image_grid_thw"] for turn in pictures]),
     }
     same(got, replay_turns(model, done, forced=forced[0].tolist(), prompt=prompt), TOLERANCE)
+
+
+def test_a_picture_behind_a_cache_of_the_unpruned_model_is_refused():
+    model, first = loaded().model, asked("wide")
+    cached = caches(model, "dynamic")
+    with patched("fopru") as handle:
+        with handle.disabled():
+            model.generate(**first, **{CACHE: cached}, max_new_tokens=1, do_sample=False)
+        inputs = whole([Turn(first["input_ids"][0].tolist())], asked("tall"))
+        with pytest.raises(vlmprune.UnsupportedError, match="3 axes"):
+            model.generate(**inputs, **{CACHE: cached}, max_new_tokens=1, do_sample=False)
 
 
 @methods

@@ -180,7 +180,7 @@ class VFlowOpt(Pruner):
         if depth < 3:
             raise ValueError(f"vflowopt cuts at thirds of the decoder, and this one has {depth} layers.")
         made = self.schedules(layers, depth)
-        chosen = nearest(made, self.keep, self.average, facts.view_patches)
+        chosen = nearest(made, self.keep, self.average, facts.view_patches or 576)
         schedule = replace(made[chosen], keep=self.keep, average=self.average)
         if isinstance(self.average, float):
             schedule.left(10**9, 0)  # a fraction can be met for all images or for none

@@ -6,6 +6,7 @@ attention.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
@@ -42,6 +43,7 @@ __all__ = [
     "Hidden",
     "Inputs",
     "Kept",
+    "Pixels",
     "ReceivedAttention",
     "Seen",
     "Tap",
@@ -238,6 +240,24 @@ class Inputs(DecoderTap):
 
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         return hidden.flatten(0, 1)[scene.flat_index()]
+
+
+@dataclass(frozen=True)
+class Pixels(TowerTap):
+    """The pixels that every patch is made of, as the tower gets them, `(images, tokens, channels * height * width)`."""
+
+    layer: int = -1  # known before the tower runs
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        return misplaced(at) or of_no_layer(self)
+
+    @staticmethod
+    def of(pixels: torch.Tensor, patches: int) -> torch.Tensor:
+        """`(views, channels, height, width)` in square views of so many patches: `(views, patches, pixels)`."""
+        side = math.isqrt(patches)
+        high, wide = (n // side for n in pixels.shape[-2:])
+        blocks = pixels[..., : side * high, : side * wide].unfold(2, high, high).unfold(3, wide, wide)
+        return blocks.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 @dataclass(frozen=True)
