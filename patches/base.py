@@ -57,6 +57,7 @@ class Family:
     text: ClassVar[str] = "language_model"  # and the one that is its language model
     handing: ClassVar[bool] = True  # whether the tower hands its keyword arguments to its layers
     closed: ClassVar[bool] = False  # whether features leave the tower through a norm behind its last layer
+    listed: ClassVar[bool] = False  # whether the views of all pictures of a row come as one list
     runs: ClassVar[bool] = False  # whether what stands between two texts is one picture, of as many views as it has
     kinds: ClassVar[tuple[str, ...]] = ()  # arguments that say of every column what it is, for the masks
     origin: ClassVar[int] = 0  # position of a prompt's first token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vlmprune.patches.llava import LlavaPixtral
+from vlmprune.patches.pixtral import LlavaPixtral
 
 __all__ = ["Mistral3"]
 

@@ -27,6 +27,7 @@ class SmolVLM(Family):
     trunk = "vision_model"
     text = "text_model"
     handing = False
+    listed = True
     closed = True
 
     def unit(self, inner: nn.Module) -> int:

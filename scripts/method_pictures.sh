@@ -10,11 +10,11 @@ draw() { # model, method, further options
 }
 
 for method in fopru vtc_cls vispruner fastervlm hiprune holov vscan prumerge prumerge_plus divprune scope prunesid mmtok \
-  visionzip todre transprune fastv pyramiddrop sparsevlm dart v2drop vflowopt zero_tprune m3 random grid pool; do
+  visionzip todre transprune fastv pyramiddrop sparsevlm dart v2drop vflowopt zero_tprune m3 tcc showui random grid pool; do
   draw scene-llava "$method" --keep 0.25,0.1
 done
 draw scene-llava cdpruner --option relevance=embeddings --keep 0.25,0.1
 # ToMe merges equally many in each of four layers, at most half of what is there
 for method in tome pitome; do draw scene-llava "$method" --keep 0.5,0.25; done
-draw scene-llava-next globalcom2 --keep 0.25,0.1
+for method in globalcom2 lrs; do draw scene-llava-next "$method" --keep 0.25,0.1; done
 draw scene-llava atp --option weights=atp-scene-llava

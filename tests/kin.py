@@ -20,6 +20,7 @@ from tiny import CACHE, IMAGE, PAD, VIDEO, VOCAB
 from torch import nn
 
 SIDE, PATCH = 36, 6  # pixels of a view, of a patch
+PIXELS = (("image", "pixel_values"), ("image", "pixel_values_images"), ("video", "pixel_values_videos"))
 FORCED = [9, 33, 21, 50]
 
 TEXT = {
@@ -205,7 +206,7 @@ def embedded(model: nn.Module, prompt: Prompt, forced: list[int]) -> torch.Tenso
 def features_of(model: nn.Module, prompt: Prompt) -> torch.Tensor:
     """`(tokens, dim)` what the encoders make of a prompt's pictures, images before videos."""
     made = []
-    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+    for kind, name in PIXELS:
         if name in prompt.inputs:
             encode = getattr(model.model, f"get_{kind}_features")
             made += encode(prompt.inputs[name], return_dict=True).pooler_output
@@ -399,7 +400,10 @@ def views(model: nn.Module, images: list[int], videos: list[int], seed: int) -> 
     """Pictures of one view each, and videos of two frames."""
     side, given = 24, {}
     if images:
-        given["pixel_values"] = torch.cat([noise(1, 3, side, side, seed=seed + 50 + 7 * n) for n in images])
+        # as Video-LLaVA called it before transformers 5.23
+        old = "pixel_values" not in signature(model.model.get_image_features).parameters
+        name = "pixel_values_images" if old else "pixel_values"
+        given[name] = torch.cat([noise(1, 3, side, side, seed=seed + 50 + 7 * n) for n in images])
     if videos:
         given["pixel_values_videos"] = torch.cat([noise(1, 2, 3, side, side, seed=seed + 90 + 7 * n) for n in videos])
     return given
@@ -461,7 +465,8 @@ def smolvlm(family: str = "SmolVLM", **options) -> nn.Module:
     config, kind = (getattr(transformers, f"{family}{name}") for name in ("Config", "ForConditionalGeneration"))
     return kind(
         config(
-            vision_config=VISION, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, scale_factor=2,
+            vision_config=VISION | {"patch_size": 3}, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE,
+            scale_factor=4,  # transformers 5.20 wants the tokens of a prompt to be a multiple of patch_size
             pad_token_id=PAD, tie_word_embeddings=False, **options,
         )
     )  # fmt: skip
@@ -542,15 +547,17 @@ def squares(model: nn.Module, images: list[int], videos: list[int], seed: int) -
 
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-WHOLE = "globalcom2 shares a budget among the crops of an image"
+WHOLE = {
+    "globalcom2": "globalcom2 shares a budget among the crops of an image",
+    "lrs": "lrs chooses among the crops of an image",
+}
 #: What cannot be had where a token is no patch of the tower as its layers leave it.
-UNLIKE = {"globalcom2": WHOLE} | dict.fromkeys(
-    ("tome", "pitome", "visionzip"), "merges patches in or behind the vision"
-)
+MERGING = ("tome", "pitome", "prumerge", "prumerge_plus", "visionzip")
+UNLIKE = WHOLE | dict.fromkeys(MERGING, "merges patches in or behind the vision")
 
 QWEN3 = partial(internvl, "qwen3")
-NO_VIEWS = {"globalcom2": WHOLE}
-PACKED = UNLIKE | dict.fromkeys(("downsample", "tome", "pitome", "visionzip"), "packs pictures of any size")
+NO_SCREENS = WHOLE | {"showui": "frames of a video are no screenshots"}
+PACKED = UNLIKE | dict.fromkeys(("downsample", "showui", *MERGING), "packs pictures of any size")
 TEXTS = [[4, ("image", 1), 3, ("image", 0), 5], [3, ("image", 0), 4], [6], [("image", 1), 2, ("image", 2), 9]]
 BOTH = [
     [4, ("video", 1), 3, ("image", 0), 2, ("video", 0), 5],
@@ -587,7 +594,7 @@ KIN: dict[str, Kin] = {
         Kin("ovis2", ovis2, tiles, parts, refused=UNLIKE),
         Kin("gemma3", gemma3, squares, lambda n: [9], blocks=True, refused=NORMED),
         Kin("paligemma", paligemma, views, lambda n: [16], prefix=True, origin=1, tolerance=1e-6, refused=UNLIKE),
-        Kin("video_llava", video_llava, views, lambda n: [16], has_cls=True, shows=BOTH, refused=NO_VIEWS),
-        Kin("video_llava-video", video_llava, views, lambda n: [16], has_cls=True, shows=FILMS, refused=NO_VIEWS),
+        Kin("video_llava", video_llava, views, lambda n: [16], has_cls=True, shows=BOTH, refused=NO_SCREENS),
+        Kin("video_llava-video", video_llava, views, lambda n: [16], has_cls=True, shows=FILMS, refused=NO_SCREENS),
     )
 }

@@ -55,13 +55,21 @@ OPTIONS = {
 # methods of videos alone
 MOVING = [name for name in registry.names() if "image" in registry.find(name).refuses_inputs]
 STILL = [name for name in registry.names() if name not in MOVING]
-REFUSED = {("globalcom2", kind): f"{kind} models have a single view" for kind in (*tiny.SINGLE, *tiny_qwen.CLASSES)}
+CROPS = ("globalcom2", "lrs")  # methods of images that are cut into crops
+REFUSED = {
+    (name, kind): f"{kind} models have a single view" for name in CROPS for kind in (*tiny.SINGLE, *tiny_qwen.CLASSES)
+}
 REFUSED |= {
     (name, kind): "packs pictures of any size"
-    for name in ("downsample", "pitome", "prumerge", "prumerge_plus", "tome", "visionzip")
+    for name in ("downsample", "pitome", "prumerge", "prumerge_plus", "showui", "tome", "visionzip")
     for kind in tiny_qwen.CLASSES
 }
-FALLBACK = {"vtc_cls": {"fallback": "received"}, "globalcom2": {"score": "distinct"}, "todre": {"pivot": "mean"}}
+FALLBACK = {
+    "vtc_cls": {"fallback": "received"},
+    "globalcom2": {"score": "distinct"},
+    "todre": {"pivot": "mean"},
+    "tcc": {"fallback": "received"},
+}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import scenes
 import tiny
@@ -155,3 +158,15 @@ def test_a_model_without_a_recipe_is_not_loaded(tmp_path, monkeypatch):
 
 def test_the_schema_is_what_the_docstring_says():
     assert all(word in Recipe.__doc__ for word in Recipe.__dataclass_fields__)
+
+
+def test_its_page_is_true(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert read_recipe(file(text)).given == {"keep": 0.25, "strategy": "rank"}
+    first, beside = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(first, "recipes.md", "exec"), names := {})
+    assert names["handle"].methods == [FoPru(keep=0.25)]
+    exec(compile(beside, "recipes.md", "exec"), names)
+    assert vlmprune.patch(names["model"], "mine/vlmprune.yaml").methods == [FoPru(keep=0.25)]

@@ -75,7 +75,7 @@ def pixels(made, sizes, seed=0):
 def video_pixels(made, videos, seed=0):
     """The same of videos with so many frames each, two to three tokens large."""
     given = packed(
-        made, [grid((16, 24), frames) for frames in videos], seed + 50, "pixel_values_videos", "video_grid_thw"
+        made, [grid((16, 24), frames) for frames in videos], seed + 60, "pixel_values_videos", "video_grid_thw"
     )
     if made.config.model_type == "qwen2_5_vl":
         given["second_per_grid_ts"] = torch.full((len(videos),), SECONDS)

@@ -18,6 +18,7 @@ from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
 from vlmprune.eval.tune.judge import LossVerdict, judge
 from vlmprune.eval.tune.scores import score
 from vlmprune.eval.tune.search import Standing, better_half, rungs
+from vlmprune.runtime.errors import CommandError
 from vlmprune.runtime.loading import Loaded
 from vlmprune.runtime.prompts import Pair
 from vlmprune.runtime.status import Bar, note, status
@@ -119,6 +120,8 @@ class Tuning:
                 except KeyboardInterrupt:
                     self.interrupted = True
                     break
+                except CommandError as error:  # a method that refuses still pictures, or this size of them
+                    note(f"left out: {entry.label}: {error}")
                 bar.step()
         return made
 

@@ -445,17 +445,17 @@ def test_costs_are_measured_once(run, monkeypatch):
 
 
 def test_exit_codes_for_ci(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(costs.CostBook, "of", costing({"fopru, keep 4": 2.5, "random, keep 4": 0.5}))
-    code, _, err, results = run(repeats=3, controls="random")
+    monkeypatch.setattr(costs.CostBook, "of", costing({"fopru, keep 40": 2.5, "random, keep 40": 0.5}))
+    code, _, _, results = run(repeats=3, controls="random", keep="40")
     same = results["summary"][0]["measures"]["answer_agrees"]["value"]
     assert code == 0
-    assert 0 < same < 1
-    again = {"repeats": 3, "controls": "random", "resume": True}
+    assert 0 < same < 0.98
+    again = {"repeats": 3, "keep": "40", "controls": "random", "resume": True}
     assert run(**again, min_agreement=f"{same:.4f}", min_speedup=2)[0] == 0  # of controls nothing is asked
     code, _, err, _ = run(**again, min_agreement=f"{100 * same + 1:.4f}%")
     assert (code, "of the answers stay the same, under" in err) == (1, True)
     code, _, err, _ = run(**again, min_speedup=2.6)
-    assert (code, "fopru, keep 4: the first token comes 2.50 times as fast, under 2.6" in err) == (1, True)
+    assert (code, "fopru, keep 40: the first token comes 2.50 times as fast, under 2.6" in err) == (1, True)
 
 
 def test_what_ci_cannot_mean_is_refused(refused):

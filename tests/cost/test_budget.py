@@ -7,7 +7,7 @@ import tiny
 import torch
 
 import vlmprune
-from vlmprune import spec
+from vlmprune import registry, spec
 from vlmprune.cost.budget import Costs, solve
 from vlmprune.eval.bench.counting import count, kv_bytes
 from vlmprune.eval.bench.oracle import PlainRun
@@ -51,6 +51,34 @@ def test_it_costs_what_a_prefill_does(tiny_model, family, method, options):
     assert found.flops == formula_flops(model.config, trace.kv_lengths, towers, work.views)
     if method != "downsample":
         assert found.flops < costs.unpruned.flops
+
+
+def test_every_method_costs_what_it_does_or_is_refused(tiny_model):
+    """Whatever is registered, at half of the patches."""
+    model = tiny_model()
+    work, costs, compared = make_workload(model, 1, TEXT), Costs(model, TEXT), 0
+    for name in registry.names():
+        try:
+            methods = spec.build(name, {"keep": 0.5})
+            found = costs.of(methods)
+        except (ValueError, vlmprune.UnsupportedError):  # no budget, another kind of model or input, by the picture
+            continue
+        with torch.no_grad(), vlmprune.patch(model, methods) as handle:
+            model(**work.inputs, use_cache=True)
+            assert found.layer_average == handle.trace.layer_average(), name
+        compared += 1
+    assert compared > 12
+
+
+def test_the_random_numbers_of_others_stay(tiny_model):
+    before = torch.get_rng_state()
+    Costs(tiny_model())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_tower_for_any_size_has_no_cost():
+    with pytest.raises(vlmprune.UnsupportedError, match="takes pictures of any size"):
+        Costs(tiny.model(family="qwen2_vl"))
 
 
 def test_the_unpruned_model_by_hand(tiny_model):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import conversations
 import pytest
 import reference
@@ -13,6 +15,7 @@ from reference import Rule
 from scenes import QWEN, Scene, replay
 from tiny import CACHE
 from transformers import DynamicCache
+from waits import reads
 
 import vlmprune
 from vlmprune import UnsupportedError
@@ -322,3 +325,89 @@ def test_scores_of_windows_are_refused():
     model.config.vision_config.fullatt_block_indexes = [1]
     with fails(r"reads tower layers 2..4 here, .* its window alone: set start_layer to 1 or less"):
         vlmprune.patch(model, "vtc_cls", keep=4, fallback="received", start_layer=-4)
+
+
+# -- the rest of what `generate` and users do
+
+
+@family
+def test_reads_of_a_prefill(family, monkeypatch):
+    """The counts, and the sizes of pictures once for every kind of them."""
+    model = tiny.shared(family=family)
+    prompt = prompt_of(model)
+    del prompt["attention_mask"]
+    video = tiny.prompt(model, [3, "video", 2, "image", 4], [(40, 24)], videos=[2])
+    del video["attention_mask"]
+    for given, kinds in ((prompt, 1), (video, 2)):
+        for name, more in (("random", {}), ("fopru", {}), ("fastv", {}), ("pool", {}), ("todre", {"pivot": "mean"})):
+            model(**given)
+            plain = reads(lambda given=given: model(**given), monkeypatch)
+            with vlmprune.patch(model, name, keep=0.4, **more) as handle:
+                model(**given)
+                pruned = reads(lambda given=given: model(**given), monkeypatch)
+            promised = 1 + kinds + sum(method.syncs for method in handle.methods)
+            assert pruned.total <= plain.total + promised, f"{dict(pruned.seen)} against {dict(plain.seen)}"
+
+
+@family
+@pytest.mark.parametrize("name", ["0", "2", "several"])
+def test_prompt_lookup_says_what_greedy_decoding_says(family, name):
+    model = shared(family)
+    prompt = tiny.prompt(model, [3, "image", 12], [(40, 24)])
+    prompt["input_ids"][0, -12:] = torch.tensor([7, 8, 9, 10] * 3)  # so that there is something to guess
+    with vlmprune.patch(model, rules(*CUTS[name])):
+        asked = {**prompt, "max_new_tokens": 12, "do_sample": False}
+        greedy = model.generate(**asked)
+        assert torch.equal(model.generate(**asked, prompt_lookup_num_tokens=3), greedy)
+
+
+@family
+def test_a_prefill_in_pieces_is_refused(family):
+    model = shared(family)
+    with vlmprune.patch(model, "random", keep=0.4), fails("prefill_chunk_size` is not supported"):
+        generated_logits(model, prompt_of(model), random_tokens(1, 2), prefill_chunk_size=8)
+
+
+@family
+def test_copies_prune_as_the_model_does(family):
+    model = tiny.model(family=family, dtype=F64)
+    prompt, forced = prompt_of(model), random_tokens(1, 3)
+    with vlmprune.patch(model, "fopru", keep=0.4):
+        twin = copy.deepcopy(model)
+        assert torch.equal(generated_logits(twin, prompt, forced), generated_logits(model, prompt, forced))
+    before = generated_logits(model, prompt, forced)
+    far(generated_logits(twin, prompt, forced), before)
+    vlmprune.unpatch(twin)
+    assert torch.equal(generated_logits(twin, prompt, forced), before)
+
+
+@family
+def test_gradients_reach_the_tower_through_a_cut(family):
+    model = tiny.model(family=family, dtype=F64)
+    prompt = prompt_of(model)
+    for name in ("0", "2", "merge 2"):
+        model.zero_grad()
+        with vlmprune.patch(model, rules(*CUTS[name])):
+            model(**prompt).logits[0, -1].sum().backward()
+        got = model.model.visual.blocks[0].mlp.parameters().__next__().grad.clone()
+        model.zero_grad()
+        reference.run(model, prompt, CUTS[name]).logits.sum().backward()
+        want = model.model.visual.blocks[0].mlp.parameters().__next__().grad
+        assert want.abs().max() > 0
+        same(got / want.abs().max(), want / want.abs().max(), 1e-5)  # their norms are in float32
+
+
+@family
+def test_a_beam_is_as_likely_as_by_hand(family):
+    model, cuts = shared(family), CUTS["several"]
+    prompt = prompt_of(model)
+    with vlmprune.patch(model, rules(*cuts)):
+        out = model.generate(
+            **prompt, max_new_tokens=5, do_sample=False, num_beams=3, length_penalty=0.0,
+            return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+    said = out.sequences[0, prompt["input_ids"].shape[1] :].tolist()
+    with torch.no_grad():
+        logits = reference.run(model, prompt, cuts, said[:-1]).logits
+    want = sum(row.log_softmax(-1)[token] for row, token in zip(logits, said, strict=True))
+    same(out.sequences_scores[0].double(), want, 1e-4)  # `generate` adds in float32

@@ -66,6 +66,20 @@ def test_the_template_tells_what_stands_around_a_question(marks):
     assert tiny.IMAGE in marks.silent
 
 
+def test_a_template_may_know_roles_or_refuse_answers():
+    """Of one that tells answers apart what stands before a later question, of one that takes none before the first."""
+    roles = (
+        "{{ bos_token }}word1 {% for message in messages %}{{ 'user: ' if message['role'] == 'user' else 'word2 ' }}"
+        "{% for part in message['content'] %}{{ part['text'] }} {% endfor %}{% endfor %}assistant:"
+    )
+    refusing = "{{ raise_exception('no answers') if messages | length > 1 }}" + roles
+    processor, found = tiny_folders.processor(), []
+    for template in (roles, refusing):
+        processor.chat_template = template
+        found.append(processor.tokenizer.convert_ids_to_tokens(list(question_of(processor).opens)))
+    assert found == [["user:"], ["<s>", "word1", "user:"]]
+
+
 @pytest.mark.parametrize(("turns", "images", "said"), [
     (["<image> word7 word8"], 1, "word7 word8"),
     (["word7 <image> word9"], 1, "word7 word9"),

@@ -5,13 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import reference
 import tiny
 import torch
 from torch.nn.functional import avg_pool2d, cosine_similarity
 
 import vlmprune
 from vlmprune import UnsupportedError
-from vlmprune.methods import M3, VFlowOpt, ZeroTPrune
+from vlmprune.methods import M3, Tcc, VFlowOpt, ZeroTPrune
+from vlmprune.methods.tcc import density, outlying
 from vlmprune.methods.vflowopt import context_relevance, recycle
 from vlmprune.methods.zero_tprune import PageRank, without_doubles
 from vlmprune.parts import ModelFacts
@@ -180,6 +182,68 @@ def test_m3_is_average_pooling():
     both = [vlmprune.registry.find("random")(keep=8), M3(keep=4)]
     with vlmprune.patch(model, both), pytest.raises(UnsupportedError, match="put m3 first"):
         model(**prompt)
+
+
+def test_outliers_and_density():
+    row = torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8, 30]])
+    assert (outlying(row) > 0)[0].tolist() == [False] * 8 + [True]  # Q3 7, Q1 3: above 13
+    keys = torch.tensor([[[1.0, 0], [1, 0.01], [1, 0.02], [0, 1]]])
+    assert float(density(keys, 0.9, 0)) == 0.25
+    assert float(density(keys, 0.9, 2)) == 1
+    assert float(density(keys, 0.9, 1)) == 0.25
+
+
+@torch.no_grad()
+def test_tcc():
+    model, prompt = ask()
+    attention, keys = tower(model, prompt)
+    plain = tiny.shared(dtype=F64, attn="eager").model.vision_tower
+    seen = plain(prompt["pixel_values"], output_attentions=True, output_hidden_states=True)
+    # layers 3 and 22 of 24 are 1 and 4 of 6, the last of them at most
+    layer = plain.encoder.layers[1]
+    shallow, deep = seen.attentions[1][0].mean(0)[0, 1:], attention.mean(0)[0, 1:]
+    keys = layer.self_attn.k_proj(layer.layer_norm1(seen.hidden_states[1]))[0, 1:]
+    for options in ({}, {"alike": 0.2, "doubles": 1}, {"keep": 5}, {"seed": 3, "keep": 5}):
+        method = Tcc(**options)
+        cos = cosine_similarity(keys[:, None], keys[None], dim=-1)
+        single = sum(int((cos[i] > method.alike).sum()) - 1 <= method.doubles for i in range(16))
+        strong = [t for t in range(16) if outlying(deep[None])[0, t] > 0]
+        with vlmprune.patch(model, method) as handle:
+            model(**prompt)
+            (cut,) = handle.trace.cuts
+        draw = torch.rand(16, generator=torch.Generator().manual_seed(method.seed * 1_000_003))
+        order = ranked(shallow.log() - (-draw.log()).log(), range(16))
+        if "keep" in options:
+            want = (sorted(strong, key=order.index) + [t for t in order if t not in strong])[:5]
+        else:
+            want = {*strong, *order[: max(1, single)]}
+        assert cut.tokens(0) == sorted(want)
+        for t in set(range(16)) - set(want):
+            assert cut.merge.into[0, t] == max(sorted(want), key=lambda k: float(cos[t, k]))
+        if len(want) < 16:
+            total = torch.zeros(16, dtype=F64).index_add(0, cut.merge.into[0], cut.merge.weight[0].double())
+            torch.testing.assert_close(total[sorted(want)], torch.ones(len(want), dtype=F64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [20, 30, 10])
+def test_lrs(keep):
+    model = tiny.shared(dtype=F64, family="llava_next")
+    prompt = tiny.prompt(model, [4, "image", 6], [(48, 48)])
+    x, (image,) = reference.embed(model, prompt)
+    weights = reference.probabilities(model, 0, x, torch.arange(len(x))).mean(0)[-1][list(image)]
+    with vlmprune.patch(model, "lrs", keep=keep, coarse=0.13) as handle:
+        model(**prompt)
+        (grid,), got = handle.trace.grids, handle.trace.kept_patches()
+        assert handle.trace.cuts[0].layer == 1
+    assert grid.crops == (2, 2)
+    small = ranked(weights, range(16))
+    tiles = {1 + (t // 4 // 2) * 2 + t % 4 // 2 for t in small[:2]}
+    crops = [t for t in range(16, grid.tokens) if not grid.newline[t]]
+    chosen = ranked(weights, [t for t in crops if int(grid.view[t]) in tiles])
+    others = ranked(weights, [t for t in crops if int(grid.view[t]) not in tiles])
+    assert got == sorted([*small, *chosen, *others][:keep])
+    assert tiles != {1, 2, 3, 4}
 
 
 def test_m3_has_the_published_scales(tiny_grid):

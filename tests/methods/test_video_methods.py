@@ -14,6 +14,7 @@ from torch.nn.functional import cosine_similarity, normalize
 import vlmprune
 from vlmprune import UnsupportedError
 from vlmprune.methods.evs import changes
+from vlmprune.methods.quota import frame_budgets
 from vlmprune.methods.vidcom2 import commonness, frame_scales
 
 F64 = torch.float64
@@ -21,7 +22,7 @@ FAMILIES = {
     "next-video": {"family": "llava_next_video"},
     "onevision": {"family": "llava_onevision", "tower": "siglip", "text": "qwen2"},
 }
-MOVING = ["evs", "vidcom2"]
+MOVING = ["evs", "vidcom2", "quota"]
 
 
 @pytest.fixture(params=FAMILIES.values(), ids=FAMILIES)
@@ -136,3 +137,71 @@ def test_still_pictures_and_thinned_videos_are_refused(model, name):
     both = [vlmprune.registry.find("random")(keep=0.5), vlmprune.registry.find(name)(keep=0.5)]
     with vlmprune.patch(model, both), pytest.raises(UnsupportedError, match=f"put {name} first"):
         model(**video(model)[0])
+
+
+def test_frame_budgets():
+    got = frame_budgets(torch.tensor([1.0, 2.0, 0.0, 3.0]), 28, 100)
+    assert got.tolist() == [2, 8, 0, 18]  # 1 : 4 : 0 : 9
+    # a frame takes no more than it has; the rest goes to the others once
+    assert frame_budgets(torch.tensor([1.0, 2.0, 0.0, 3.0]), 28, 13).tolist() == [3, 12, 0, 13]
+    assert frame_budgets(torch.zeros(3), 28, 13).tolist() == [1, 0, 0]
+
+
+def pooled_by_hand(scores, budget, states):
+    """`{first patch of a cell: mean}` of `(frames, patches, dim)` states, tokens counted through the video."""
+    per = states.shape[1]
+    side, made = math.isqrt(per), {}
+    for frame, number in enumerate(frame_budgets(scores, budget, per).tolist()):
+        if not number:
+            continue
+        down = min(side, math.isqrt(number))
+        across = min(side, number // down)
+        cells = {}
+        for patch in range(per):
+            cells.setdefault((patch // side * down // side, patch % side * across // side), []).append(patch)
+        made |= {frame * per + cell[0]: states[frame, cell].mean(0) for cell in cells.values()}
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [0.5, 11])
+def test_quota_by_a_scorer(model, keep):
+    prompt, frames = video(model)
+    scores = torch.tensor([0.2, 0.9, 0.05, 0.4], dtype=F64)
+    budget = keep if isinstance(keep, int) else int(frames.shape[0] * frames.shape[1] * keep)
+    want = pooled_by_hand(scores, budget, frames)
+    asked = []
+    with vlmprune.patch(model, "quota", keep=keep, scorer=lambda x: asked.append(x) or scores) as handle:
+        model(**prompt)
+        (cut,) = handle.trace.cuts
+    torch.testing.assert_close(asked[-1], frames)
+    assert (cut.layer, handle.trace.kept_patches()) == (0, sorted(want))
+    assert len(want) <= budget
+    flat = frames.flatten(0, 1)
+    made = torch.zeros_like(flat).index_add(
+        0, cut.merge.into[0, : len(flat)], flat * cut.merge.weight[0, : len(flat), None]
+    )
+    for token, mean in want.items():
+        torch.testing.assert_close(made[token], mean)
+    wrong = vlmprune.patch(model, "quota", keep=keep, scorer=lambda x: scores[:2])
+    with wrong, pytest.raises(ValueError, match="scorer= must make"):
+        model(**prompt)
+
+
+@torch.no_grad()
+def test_quota_by_the_models_own_attention(model):
+    prompt, frames = video(model)
+    per = frames.shape[1]
+    ids = prompt["input_ids"][0]
+    x = model.get_input_embeddings()(ids)
+    holes = (ids == reference.VIDEO).nonzero().flatten()
+    (features,) = reference.video_features(model, prompt)
+    x[holes] = features
+    x = reference.run_layer(model, 0, x, torch.arange(len(x)))
+    weights = reference.probabilities(model, 1, x, torch.arange(len(x))).mean(0)
+    seen = weights[holes[-1] + 1 :].mean(0)[holes[: 4 * per]].view(4, per).sum(1)
+    budget = int(4 * per * 0.5)
+    with vlmprune.patch(model, "quota", keep=0.5) as handle:
+        model(**prompt)
+        assert handle.trace.cuts[0].layer == 2
+        assert handle.trace.kept_patches() == sorted(pooled_by_hand(seen, budget, frames))

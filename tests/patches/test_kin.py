@@ -21,7 +21,13 @@ import vlmprune
 from vlmprune import UnsupportedError, registry
 
 NAMES = registry.names()
-IN_TOWER = ("pitome", "tome", "visionzip")  # features are no longer those of the unpruned tower
+IN_TOWER = (
+    "pitome",
+    "prumerge",
+    "prumerge_plus",
+    "tome",
+    "visionzip",
+)  # features are no longer those of the unpruned tower
 #: Methods that run again in each feature: before the language model, in it, with taps of the tower, and merging.
 FEATURES = ["batch", "static", "beams", "turn", "generate"]
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import probes
 import pytest
 import torch
-from kin import KIN, VISION, answered, by_hand
+from kin import KIN, answered, by_hand
 from tiny import CACHE
 from torch import nn
 
@@ -33,7 +33,8 @@ def test_facts(kin):
     assert (facts.has_cls, facts.views) == (kin.has_cls, False)
     assert facts.feature_layer == (2 if "video" in kin.name else 3)
     if not facts.packed:
-        assert facts.view_patches * facts.unit**2 == (16 if facts.unit == 1 else VISION["image_size"] ** 2 // 36)
+        assert (facts.view_patches, facts.unit) == {1: (16, 1), 2: (9, 2), 4: (9, 4)}[facts.unit]
+        assert (facts.unit == 4) == (kin.name in ("smolvlm", "idefics3"))
     said = {"processor_fields": family.processor_fields(inner)}
     assert all(isinstance(value, int | str) for value in said["processor_fields"].values())
 
@@ -227,3 +228,22 @@ def test_positions_that_count_from_one(method):
     want = by_hand(kin, prompt, handle.trace, [*said, 11, 44, 23])
     probes.same(torch.cat(logits), want[:5], kin.tolerance)
     probes.same(out.logits[0, -1], want[-1], kin.tolerance)
+
+
+@pytest.mark.parametrize(
+    "kin",
+    [
+        pytest.param(kin, id=name, marks=[pytest.mark.exhaustive] * (number % 4 > 0))
+        for number, (name, kin) in enumerate(KIN.items())
+    ],
+)
+def test_the_self_test(kin):
+    """`vlmprune check` proves a family on the user's machine, but for pictures that see all of themselves."""
+    from vlmprune.verify import check
+
+    if kin.blocks or kin.prefix:
+        with pytest.raises(UnsupportedError, match="the self-test does not know pictures that see all of themselves"):
+            check(kin.model(), "random", keep=0.4)
+        return
+    report = check(kin.model(), "fastv", keep=0.4)
+    assert {line.check for line in report.lines if line.outcome != "pass"} == {"syncs"}, str(report)

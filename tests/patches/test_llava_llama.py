@@ -15,7 +15,7 @@ from original import GREEDY, PARTS, SIZES
 from probes import Force, far, random_tokens, rules, same
 from probes import forced_logits as theirs_forced
 from reference import Rule
-from scenes import STILL
+from scenes import CROPS, STILL
 from tiny import CACHE
 
 import vlmprune
@@ -32,7 +32,7 @@ def start(model, name, **more):
 
 
 def refused(family, name):
-    return (family, name) == ("llava", "globalcom2")
+    return family == "llava" and name in CROPS
 
 
 @torch.no_grad()

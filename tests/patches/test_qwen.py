@@ -10,7 +10,7 @@ import pytest
 import reference
 import tiny
 import torch
-from scenes import QWEN, REFUSED, Scene, claim, replay, start, with_cache
+from scenes import QWEN, REFUSED, Scene, replay, start, with_cache
 
 from vlmprune import registry
 
@@ -40,29 +40,28 @@ def product(feature):
 
 
 @product("exact")
-def test_what_the_trace_says_is_what_was_computed(label, name, support):
+def test_what_the_trace_says_is_what_was_computed(label, name):
     """Several pictures in one row, with videos among them; then forced tokens, one by one."""
     scene = Scene(*QWEN[label])
-    claim(support, scene, name, "exact")
-    model, prompt = scene.model, scene.prompt()
+    model, prompt = scene.model, scene.prompt(name)
     with torch.no_grad(), start(scene, name) as handle:
         got = with_cache(model, prompt)[:, 0]
     trace, features = handle.trace, (reference.image_features(model, prompt), reference.video_features(model, prompt))
     with torch.no_grad():
         want, cut = replay(model, prompt, features, trace)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
-        assert cut
+        assert cut or name == "m3"  # which has no smaller scale of a grid with an odd side
         # forced tokens that count on by columns; a kept token taken for a dropped one
-        for twin in ({"positions": "counted"}, *([] if trace.cuts[-1].merge is not None else [{"wrong": True}])):
+        twins = [{"positions": "counted"}] * cut + [{"wrong": True}] * (cut and trace.cuts[-1].merge is None)
+        for twin in twins:
             astray = replay(model, prompt, features, trace, **twin)[0]
             assert (astray - got)[1:].abs().max() > 1e-5, twin
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @product("batches")
-def test_a_row_of_a_batch_is_the_sample_alone(label, name, side, support):
+def test_a_row_of_a_batch_is_the_sample_alone(label, name, side):
     scene = Scene(*QWEN[label])
-    claim(support, scene, name, "batches" if side == "left" else "right padding")
     model, prompts = scene.model, scene.rows(name)
     with torch.no_grad(), start(scene, name):
         together = with_cache(model, tiny.batch(prompts, side))
@@ -72,9 +71,8 @@ def test_a_row_of_a_batch_is_the_sample_alone(label, name, side, support):
 
 
 @product("beam search")
-def test_beams_and_unpatching(label, name, support):
+def test_beams_and_unpatching(label, name):
     scene = Scene(*QWEN[label])
-    claim(support, scene, name, "beam search", "unpatching")
     model, prompts = scene.model, scene.questions()
     both = tiny.batch(prompts)
     with torch.no_grad():

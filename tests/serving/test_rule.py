@@ -347,7 +347,7 @@ FIELDS = {
     PixelCut: {"reduce"},
     Reduction: {"keep", "counts", "patches", "merge", "scores", "soft"},
     Merge: {"into", "weight", "source"},
-    Pick: {"keep", "merge"},
+    Pick: {"keep", "merge", "mix"},
     Clusters: {"into", "count"},
     Views: {"grids"},
     Layout: {

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from vlmprune.cost.flops import formula_flops, kv_width, language_flops
-from vlmprune.cost.tokens import LayerTokens, tokens_of
-from vlmprune.engine.compile import compile_plan
+from vlmprune.cost.tokens import Dwarf, LayerTokens
+from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
 from vlmprune.patches import Family, family_of
 
@@ -56,17 +56,23 @@ class Costs:
         text: text tokens of the prompt.
 
     Raises:
-        UnsupportedError: a model that is none.
+        UnsupportedError: a model that is none, or one whose tower takes pictures of any size.
     """
 
     def __init__(self, model: nn.Module, text: int = TEXT):
         self.family: Family = family_of(model)
         inner = self.family.inner(model)
         self.config, self.facts, self.text = inner.config, self.family.facts(inner), text
-        tile = self.config.vision_config.image_size
+        tile = getattr(self.config.vision_config, "image_size", None)
+        if not isinstance(tile, int):
+            raise UnsupportedError(
+                f"what a prefill of {self.family.model_type} costs is not computed: its tower takes pictures of any "
+                "size. Give keep= or average=; `vlmprune tune` measures."
+            )
         self.size = (2 * tile, 2 * tile) if self.family.views else (tile, tile)
         self.grid = self.family.image_grid(inner, self.size)
         self.bytes = model.dtype.itemsize
+        self.dwarf = Dwarf(model, self.size)
         whole = self.facts.view_patches + self.facts.has_cls
         layers = LayerTokens([(whole, whole)] * self.facts.tower_layers, [self.grid.tokens] * self.facts.decoder_layers)
         self.unpruned = self.cost(layers)
@@ -78,7 +84,7 @@ class Costs:
             UnsupportedError: what is not known before a picture was seen, or does not go with the model.
             ValueError: an option or a budget that does not fit the model.
         """
-        return self.cost(tokens_of(compile_plan(methods, self.family, self.facts), self.grid))
+        return self.cost(self.dwarf.tokens(methods))
 
     def cost(self, layers: LayerTokens) -> PromptCost:
         """What layers cost that see so many tokens."""

@@ -1,24 +1,31 @@
-"""Tokens of every layer, read off what methods decide about noise: no weights, no picture.
+"""Tokens of every layer, read off a dwarf: the model's own classes with as many layers and patches, but narrow ones.
 
-A method whose counts hang on what it sees has no cost that is known beforehand, and is refused by that.
+It is built of random numbers in no time, and the engine prunes it as it would the model: whatever a method looks at is
+there. A method whose counts hang on what it sees has no cost that is known beforehand, and is refused by that.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 
-import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
-from vlmprune.engine.plan import Plan
+from vlmprune.engine import install as engine
+from vlmprune.engine.compile import compile_plan
 from vlmprune.errors import UnsupportedError
-from vlmprune.parts.cuts import Cut, Decoder, Vision
-from vlmprune.parts.layout import ImageGrid, Layout, Views
-from vlmprune.parts.taps import BlockKeys, ClusterOf, CrossShare, Hidden, Kept, ReceivedAttention, Tap, TowerTap
+from vlmprune.methods.base import Method
+from vlmprune.parts.cuts import AnyCut, Cut, TowerCut, Vision
+from vlmprune.parts.facts import ModelFacts
+from vlmprune.patches import family_of
 
-__all__ = ["LayerTokens", "tokens_of"]
+__all__ = ["Dwarf", "LayerTokens"]
 
-DIM = 8  # of the noise that stands for vectors
+HEADS, WIDE = 2, 8  # of every layer, and of every head
+TEXT = 4  # text tokens of its prompt, on either side of the picture
 
 
 @dataclass(frozen=True)
@@ -34,102 +41,109 @@ class LayerTokens:
     decoder: list[int]
 
 
-class TapNoise:
-    """Numbers in the shapes of what cuts see of one picture."""
+class Dwarf:
+    """A narrow model of the same depth.
 
-    def __init__(self, grid: ImageGrid, has_cls: bool):
-        self.grid, self.has_cls = grid, has_cls
-        self.generator = torch.Generator().manual_seed(0)
-
-    def rand(self, *shape: int) -> torch.Tensor:
-        return torch.rand(*shape, generator=self.generator)
-
-    def vectors(self, tokens: int) -> torch.Tensor:
-        """Of the tower, `(views, tokens, DIM)`."""
-        return self.rand(self.grid.views, tokens, DIM)
-
-    def tower(self, tap: Tap) -> torch.Tensor:
-        """A tower tap where the tower is done: `(views, patches)`."""
-        views, patches = self.grid.views, self.grid.encoded // self.grid.views
-        if isinstance(tap, Hidden | BlockKeys):
-            return self.vectors(patches + self.has_cls)
-        if isinstance(tap, ClusterOf):
-            return torch.zeros(views, patches, dtype=torch.long)
-        return self.rand(views, patches)
-
-    def decoder(self, tap: Tap) -> torch.Tensor:
-        """A tap of the language model."""
-        tokens = self.grid.tokens
-        if isinstance(tap, CrossShare):
-            return self.rand(1, 2)
-        more = (DIM,) if isinstance(tap, Hidden) else (2,) if isinstance(tap, ReceivedAttention) else ()
-        return self.rand(1, tokens, *more)
-
-
-@torch.no_grad()
-def tokens_of(plan: Plan, grid: ImageGrid) -> LayerTokens:
-    """What the layers see of a picture of some layout under a plan.
-
-    Raises:
-        UnsupportedError: a count hangs on the picture, or a method refuses such pictures.
-        ValueError: a budget that such a picture cannot meet.
+    Args:
+        model: of a supported family, whose tower has a picture size of its own.
+        size: (height, width) of the picture.
     """
-    noise = TapNoise(grid, plan.facts.has_cls)
-    tower, cluster = tower_tokens(plan, noise)
-    return LayerTokens(tower, decoder_tokens(plan, noise, cluster))
+
+    def __init__(self, model: nn.Module, size: tuple[int, int]):
+        self.family, self.size = family_of(model), size
+        self.model = narrow(model)
+        inner = self.family.inner(self.model)
+        self.facts: ModelFacts = self.family.facts(inner)
+        self.visual = self.family.image_grid(inner, size).tokens
+        self.inputs = self.prompt(inner)
+
+    def prompt(self, inner: nn.Module) -> dict[str, Any]:
+        """A random picture between some text tokens."""
+        tile, generator = inner.config.vision_config.image_size, torch.Generator().manual_seed(0)
+        views, _ = self.family.grid(inner, self.size)
+        image = self.family.token(inner)
+        text = [token for token in range(2 * TEXT + 1) if token != image][: 2 * TEXT]
+        ids = torch.tensor([[*text[:TEXT], *[image] * self.visual, *text[TEXT:]]])
+        shape = (1, *((views,) if self.family.views else ()), 3, tile, tile)
+        inputs = {"input_ids": ids, "pixel_values": torch.randn(shape, generator=generator)}
+        return inputs | ({"image_sizes": torch.tensor([self.size])} if self.family.needs_sizes else {})
+
+    @torch.no_grad()
+    def tokens(self, methods: Sequence[Method]) -> LayerTokens:
+        """What the layers see under some methods.
+
+        Raises:
+            UnsupportedError: a count hangs on the picture, or the model or such pictures are refused.
+            ValueError: a budget that such a picture cannot meet.
+        """
+        plan, merged = compile_plan(methods, self.family, self.facts), {}
+        plan.cuts = [(name, watched(name, cut, merged)) for name, cut in plan.cuts]
+        engine.install(self.model, plan)
+        try:
+            self.model(**self.inputs, use_cache=True)
+        finally:
+            engine.remove(self.model)
+        return LayerTokens(self.tower(merged), [length - 2 * TEXT for length in plan.trace.kv_lengths])
+
+    def tower(self, merged: dict[Vision, int]) -> list[tuple[int, int]]:
+        """Tokens of the tower's layers, by what was left where something was merged."""
+        now, layers = self.facts.view_patches + self.facts.has_cls, []
+        for layer in range(self.facts.tower_layers):
+            attention = merged.get(Vision(layer), now)
+            now = merged.get(Vision(layer, inside=True), attention)
+            layers.append((attention, now))
+        return layers
 
 
-def tower_tokens(plan: Plan, noise: TapNoise) -> tuple[list[tuple[int, int]], torch.Tensor]:
-    """Tokens of the tower's layers, and the cluster that every token ends in, `(views, tokens)`."""
-    views, now = noise.grid.views, noise.grid.encoded // noise.grid.views + noise.has_cls
-    sizes, place = torch.ones(views, now), torch.arange(now).expand(views, -1)
-    layers: list[tuple[int, int]] = []
-
-    def merge(at: Vision) -> int:
-        nonlocal sizes, place
-        for cut in (cut for cut in plan.tower_cuts if cut.at == at):
-            made = cut.reduce({tap: noise.vectors(sizes.shape[1]) for tap in cut.see}, sizes)
-            sizes = sizes.new_zeros(views, made.count).scatter_add(1, made.into, sizes)
-            place = made.into.gather(1, place)
-        return sizes.shape[1]
-
-    for layer in range(plan.facts.tower_layers):
-        attention = merge(Vision(layer))
-        layers.append((attention, merge(Vision(layer, inside=True))))
-    merge(Vision(plan.facts.tower_layers))  # behind the last
-    return layers, place
+def narrow(model: nn.Module) -> nn.Module:
+    """A model of the same class and depth with narrow layers; the random numbers of others stay as they were."""
+    config = deepcopy(model.config)
+    for part in (config.text_config, config.vision_config):
+        part.hidden_size = part.intermediate_size = HEADS * WIDE
+        part.num_attention_heads = HEADS
+        for name, value in (("num_key_value_heads", HEADS), ("head_dim", WIDE)):
+            if getattr(part, name, None) is not None:
+                setattr(part, name, value)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        made = type(model)(config).eval()
+    return made.to(torch.float32)
 
 
-def decoder_tokens(plan: Plan, noise: TapNoise, cluster: torch.Tensor) -> list[int]:
-    """Visual tokens of the decoder's layers, newlines included."""
-    grid = noise.grid
-    seen = {tap: noise.tower(tap) for tap in plan.measured}
-    for cut in plan.projector_cuts:
-        picked = cut.reduce({tap: seen.get(tap, noise.tower(tap)) for tap in cut.see}, Views([grid]))
-        seen[Kept()] = picked.keep
-    seen[ClusterOf()] = cluster[:, int(noise.has_cls) :]
-    layout = Layout.alone([grid])
-    for method in plan.methods:
-        method.check_inputs(layout)
-    layers = [grid.tokens] * plan.facts.decoder_layers
-    for name, cut in plan.decoder_cuts:
-        values = {
-            tap: layout.from_tower(seen[tap]) if isinstance(tap, TowerTap) else noise.decoder(tap) for tap in cut.see
-        }
-        layout = after(name, cut, cut.reduce(values, layout), layout)
-        layers[cut.at.layer :] = layout.alive_counts * (len(layers) - cut.at.layer)
-    return layers
+def watched(name: str, cut: AnyCut, merged: dict[Vision, int]) -> AnyCut:
+    """A cut that says how many tokens it leaves in the tower, and refuses to let the picture decide."""
+    if isinstance(cut, TowerCut):
+        return replace(cut, reduce=Merging(cut.reduce, cut.at, merged))
+    return replace(cut, reduce=Known(name, cut.reduce, cut.at.layer)) if isinstance(cut, Cut) else cut
 
 
-def after(name: str, cut: Cut, reduction, layout: Layout) -> Layout:
-    """The layout behind a cut."""
-    if reduction.counts is None:
-        raise UnsupportedError(
-            f"how many tokens {name} keeps at decoder layer {cut.at.layer} hangs on the picture: what it costs is not "
-            "known before it has seen one (`vlmprune tune` measures it)."
-        )
-    keep, counts, patches = reduction.keep & layout.alive, reduction.counts, reduction.patches
-    if patches is None and not layout.newlines:
-        patches = counts
-    layout = replace(layout, alive=keep, alive_counts=counts, alive_patches=patches)
-    return replace(layout, entered=counts, entered_patches=patches) if cut.at == Decoder(0) else layout
+@dataclass
+class Merging:
+    """Notes what a cut in the tower leaves."""
+
+    reduce: Callable
+    at: Vision
+    merged: dict[Vision, int]
+
+    def __call__(self, *seen: Any) -> Any:
+        made = self.reduce(*seen)
+        self.merged[self.at] = made.count
+        return made
+
+
+@dataclass
+class Known:
+    """Refuses counts that hang on the picture."""
+
+    name: str
+    reduce: Callable
+    layer: int
+
+    def __call__(self, *seen: Any) -> Any:
+        made = self.reduce(*seen)
+        if made.counts is None:
+            raise UnsupportedError(
+                f"how many tokens {self.name} keeps at decoder layer {self.layer} hangs on the picture: what it costs "
+                "is not known before it has seen one (`vlmprune tune` measures it)."
+            )
+        return made

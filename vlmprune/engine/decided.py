@@ -148,6 +148,11 @@ def check_pick(where: str, decided: Any, features: torch.Tensor, has_cls: bool) 
     check_merge(where, decided.merge, features, tokens)
     if decided.merge is not None:
         check_flow(where, decided.merge, tokens)
+    if decided.mix is not None:
+        patches = tokens - int(has_cls)
+        check_tensor(where, "mix", decided.mix, features, (views, patches, patches), floats)
+        if decided.merge is not None:
+            raise ValueError(f"{where}: reduce returned merge and mix, of which one is taken.")
 
 
 def check_pixels(where: str, changed: Any, pixels: torch.Tensor) -> None:

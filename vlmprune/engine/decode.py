@@ -176,6 +176,11 @@ def decode_mask(
         return None
     length, offset = cache.get_mask_sizes(queries, index)
     rest = int(length) + int(offset) - segment.length
+    if rest < (queries if new is None else new.shape[1]):
+        raise UnsupportedError(
+            f"columns have gone from the cache of decoder layer {index} (a KV-cache press, or a cut by hand), and this "
+            "call's mask is of all of them: run prompts one by one, without padding (docs/kv-cache.md)."
+        )
     tail = torch.ones(batch, rest, dtype=torch.bool, device=device)
     if new is not None:
         tail[:, : new.shape[1]] = new.bool()

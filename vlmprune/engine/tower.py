@@ -23,7 +23,7 @@ from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Pick, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.layout import Views
 from vlmprune.parts.merging import picked
-from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
+from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Pixels, Tap, TowerTap
 from vlmprune.patches.tagged import untag
 from vlmprune.patches.towers import tower_layer
 
@@ -275,6 +275,8 @@ class BeforeTower(Hook):
             check_pixels(whose(self.plan, cut), changed, pixels)
             pixels = changed
         frame = TowerFrame(self.plan, module, call, note)
+        if Pixels() in self.plan.measured:
+            frame.seen[Pixels()] = Pixels.of(pixels.detach(), self.plan.facts.view_patches)
         if self.through is not None:
             self.through.begin(frame)
         return (pixels, *rest), kwargs | {FRAME: frame}

@@ -12,13 +12,17 @@ from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
 from vlmprune.methods.hiprune import HiPrune
 from vlmprune.methods.holov import HoloV
+from vlmprune.methods.lrs import Lrs
 from vlmprune.methods.m3 import M3
 from vlmprune.methods.mmtok import MMTok
 from vlmprune.methods.prumerge import PruMerge, PruMergePlus
 from vlmprune.methods.prunesid import PruneSID
 from vlmprune.methods.pyramiddrop import PyramidDrop
+from vlmprune.methods.quota import Quota
 from vlmprune.methods.scope import Scope
+from vlmprune.methods.showui import ShowUI
 from vlmprune.methods.sparsevlm import SparseVLM
+from vlmprune.methods.tcc import Tcc
 from vlmprune.methods.todre import ToDRE
 from vlmprune.methods.tome import PiToMe, ToMe
 from vlmprune.methods.transprune import TransPrune
@@ -46,6 +50,7 @@ __all__ = [
     "Grid",
     "HiPrune",
     "HoloV",
+    "Lrs",
     "MMTok",
     "Method",
     "PiToMe",
@@ -54,9 +59,12 @@ __all__ = [
     "PruMergePlus",
     "PruneSID",
     "PyramidDrop",
+    "Quota",
     "Random",
     "Scope",
+    "ShowUI",
     "SparseVLM",
+    "Tcc",
     "ToDRE",
     "ToMe",
     "TransPrune",

@@ -8,14 +8,15 @@ from typing import Annotated, Any, ClassVar
 
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.parts.budget import check_keep
-from vlmprune.parts.cuts import AnyCut, Positions
+from vlmprune.parts.cuts import AnyCut, Cut, Decoder, Pick, Positions, ProjectorCut, Reduction
 from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.layout import Layout
+from vlmprune.parts.layout import Layout, Views
 from vlmprune.parts.options import ascending, checked, falling, hints
 from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts
-from vlmprune.parts.selection import Newlines
+from vlmprune.parts.selection import AnyNewlines, Newlines, keep_patches
+from vlmprune.parts.taps import Kept, Seen, Tap
 
-__all__ = ["LOOKS_AT", "REGISTERED", "Budgeted", "Method", "Pruner", "Staged", "register"]
+__all__ = ["LOOKS_AT", "REGISTERED", "BehindTower", "Budgeted", "Method", "Pruner", "Staged", "register"]
 
 KINDS = ("image", "video", "shrunk", "single")  # of inputs that a method may refuse
 
@@ -173,6 +174,38 @@ class Pruner(Budgeted):
 
     positions: Positions | None = None
     newlines: Newlines = "all"
+
+
+@dataclass(frozen=True)
+class BehindTower(Pruner):
+    """A method that picks and merges patches of every view between tower and projector (`merge`).
+
+    What it kept stays at the cut before the LLM. Views share the budget in proportion to their patches; without one the
+    picture says how many stay, where a method allows that.
+    """
+
+    stage = "between tower and projector, then before the LLM"
+    refuses_inputs: ClassVar[dict[str, str]] = {
+        "shrunk": "merges patches, and tokens that blend several of them belong to no single cluster"
+    }
+
+    newlines: AnyNewlines = "all"
+
+    def behind(self, *see: Tap) -> list[AnyCut]:
+        """The two cuts of a method that sees some taps."""
+        return [ProjectorCut(see, self.merge), Cut(Decoder(0), (Kept(),), self.drop, self.positions)]
+
+    def merge(self, seen: Seen, views: Views) -> Pick:
+        """Pure: what was seen of every view in, what anchors become out."""
+        raise NotImplementedError
+
+    def drop(self, seen: Seen, layout: Layout) -> Reduction:
+        """Pure: keep what was kept behind the tower."""
+        self.check_inputs(layout)
+        (kept,) = seen.values()
+        free = self.keep is None and self.average is None
+        counts = None if free else [sum(Views([grid]).shares(self.budget)) for grid in layout.grids]
+        return keep_patches(kept & layout.patches, layout, counts, self.newlines)
 
 
 @dataclass(frozen=True)

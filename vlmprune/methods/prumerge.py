@@ -7,25 +7,18 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import BehindTower, register
 from vlmprune.parts import (
     AnyCut,
-    AnyNewlines,
-    Cut,
-    Decoder,
-    Kept,
-    Layout,
     ModelFacts,
     Must,
     Pick,
-    ProjectorCut,
-    Reduction,
     Seen,
     Views,
     WholeKeys,
     WholeRow,
     is_whole,
-    keep_patches,
+    need_patches,
     top_k,
     upload,
 )
@@ -71,7 +64,7 @@ def sums(row: torch.Tensor, keys: torch.Tensor, keep: torch.Tensor, present: tor
 
 @register("prumerge")
 @dataclass(frozen=True)
-class PruMerge(Pruner):
+class PruMerge(BehindTower):
     """Keep patches that [CLS] looks at far more than at others, and merge what is like them into them.
 
     How many stay hangs on the picture: those whose attention lies above the third quartile by 1.5 times the
@@ -93,24 +86,17 @@ class PruMerge(Pruner):
     paper = "arXiv 2403.15388"
     needs = "tower attention and keys (last layer)"
     looks_at = "tower"
-    stage = "between tower and projector, then before the LLM"
     syncs = 1
     optional = True
-    refuses_inputs: ClassVar[dict[str, str]] = {
-        "shrunk": "merges patches, and tokens that blend several of them belong to no single cluster"
-    }
 
     neighbours: Annotated[int, Must("a whole number of at least 0", is_whole)] = 32
-    newlines: AnyNewlines = "all"
 
     spreads: ClassVar[bool] = False  # whether patches from all over the picture stay too
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        need_patches(self.known_as, facts)
         last = facts.tower_layers - 1
-        return [
-            ProjectorCut((WholeRow(last), WholeKeys(last)), self.merge),
-            Cut(Decoder(0), (Kept(),), self.drop, self.positions),
-        ]
+        return self.behind(WholeRow(last), WholeKeys(last))
 
     def merge(self, seen: Seen, views: Views) -> Pick:
         """Pure: one attention row and the keys of every view in, what anchors become out."""
@@ -138,13 +124,6 @@ class PruMerge(Pruner):
     def fixed(self, row: torch.Tensor, counts: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """`(views, patches)` bool, so many patches of every view."""
         return top_k(row, counts, present)
-
-    def drop(self, seen: Seen, layout: Layout) -> Reduction:
-        """Pure: keep what was kept behind the tower."""
-        (kept,) = seen.values()
-        free = self.keep is None and self.average is None
-        counts = None if free else [sum(Views([grid]).shares(self.budget)) for grid in layout.grids]
-        return keep_patches(kept & layout.patches, layout, counts, self.newlines)
 
 
 @register("prumerge_plus")

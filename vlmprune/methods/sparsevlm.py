@@ -169,7 +169,7 @@ class SparseVLM(Pruner):
             look at the picture most count, and their attention is divided by what the rotary embedding alone would
             give (as means over the raters: inferred).
         prune_layers: 1-based, of a 32-layer decoder; another depth scales them.
-        positions: None is contiguous for v1 and original for "+", as the code.
+        positions: None is contiguous for v1 (where positions count) and original for "+", as the code.
         newlines: kept; the code knows single views.
 
     A recycled token stands at the place of its cluster's centre; the code appends it behind the others. The paper's
@@ -216,7 +216,7 @@ class SparseVLM(Pruner):
         layers = decoder_cuts("prune_layers", self.prune_layers, depth)
         if isinstance(self.average, float):
             self.schedule(layers, depth, 10**9).left(10**9, 0)  # a fraction can be met for all images or for none
-        positions = self.positions or ("contiguous" if self.version == "v1" else "original")
+        positions = self.positions or (None if self.version == "v1" else "original")
         return [
             Cut(
                 Decoder(layer),

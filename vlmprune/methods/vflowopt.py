@@ -73,6 +73,8 @@ def context_relevance(
 class Context(TowerTap):
     """`context_relevance` in a tower layer, `(images, tokens)` float32."""
 
+    attends: ClassVar[bool] = True
+
     threshold: float = 0.0
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
@@ -178,12 +180,12 @@ class VFlowOpt(Pruner):
         if depth < 3:
             raise ValueError(f"vflowopt cuts at thirds of the decoder, and this one has {depth} layers.")
         made = self.schedules(layers, depth)
-        chosen = nearest(made, self.keep, self.average, facts.view_patches)
+        chosen = nearest(made, self.keep, self.average, facts.view_patches or 576)
         schedule = replace(made[chosen], keep=self.keep, average=self.average)
         if isinstance(self.average, float):
             schedule.left(10**9, 0)  # a fraction can be met for all images or for none
         _, threshold, side = RELEASED[chosen]
-        see = (Context(facts.feature_layer, threshold if self.threshold is None else self.threshold),)
+        see = (Context(facts.attention_layer, threshold if self.threshold is None else self.threshold),)
         reduce = partial(self.reduce, schedule=schedule, side=side if self.cell is None else self.cell)
         return [
             Cut(Decoder(layer), see, partial(reduce, stage=stage), self.positions) for stage, layer in enumerate(layers)

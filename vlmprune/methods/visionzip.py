@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import BehindTower, register
 from vlmprune.parts import (
     AnyCut,
-    AnyNewlines,
     BlockKeys,
-    Cut,
-    Decoder,
-    Kept,
-    Layout,
     Merge,
     ModelFacts,
     Pick,
-    ProjectorCut,
-    Reduction,
     Seen,
     Share,
     Views,
     VisionAttention,
     gather_to,
-    keep_patches,
     need_patches,
     stride,
     top_k,
@@ -61,7 +52,7 @@ def zip_view(
 
 @register("visionzip")
 @dataclass(frozen=True)
-class VisionZip(Pruner):
+class VisionZip(BehindTower):
     """Keep the patches that the tower's [CLS] token looks at, and a few into which all others are merged by their keys.
 
     Per view: the dominant tokens are the [CLS] token itself and the patches it looks at most, in the layer whose output
@@ -86,21 +77,13 @@ class VisionZip(Pruner):
     paper = "arXiv 2412.04467"
     needs = "tower attention and keys"
     looks_at = "tower"
-    stage = "between tower and projector, then before the LLM"
-    refuses_inputs: ClassVar[dict[str, str]] = {
-        "shrunk": "merges patches, and tokens that blend several of them belong to no single cluster"
-    }
 
     contextual: Share = 5 / 32
-    newlines: AnyNewlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         need_patches(self.known_as, facts)
         row = VisionAttention(facts.feature_layer, "cls" if facts.has_cls else "patches")
-        return [
-            ProjectorCut((row, BlockKeys(facts.feature_layer)), self.merge),
-            Cut(Decoder(0), (Kept(),), self.drop, self.positions),
-        ]
+        return self.behind(row, BlockKeys(facts.feature_layer))
 
     def merge(self, seen: Seen, views: Views) -> Pick:
         """Pure: one attention row and the keys of every view in, what anchors become out."""
@@ -126,10 +109,3 @@ class VisionZip(Pruner):
             # the patch whose place it takes may have flowed into a target: it still does
             into, weight = torch.cat((place, into), 1), torch.cat((here.to(weight), weight), 1)
         return Pick(keep, Merge(into + cls, weight))
-
-    def drop(self, seen: Seen, layout: Layout) -> Reduction:
-        """Pure: keep what was kept behind the tower."""
-        self.check_inputs(layout)
-        (kept,) = seen.values()
-        counts = [sum(shares) for shares in (Views([grid]).shares(self.budget) for grid in layout.grids)]
-        return keep_patches(kept & layout.patches, layout, counts, self.newlines)

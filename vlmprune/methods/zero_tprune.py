@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch.nn import functional
@@ -22,6 +22,7 @@ from vlmprune.parts import (
     Share,
     TowerLayer,
     TowerTap,
+    WholeKeys,
     attention_mass,
     candidates,
     capped,
@@ -47,6 +48,8 @@ class PageRank(TowerTap):
     [CLS] token, the root of the number of tokens times as much for it. Arrives as `(images, tokens)` float32.
     """
 
+    attends: ClassVar[bool] = True
+
     iterations: int = 1
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
@@ -61,14 +64,6 @@ class PageRank(TowerTap):
         for _ in range(self.iterations):
             score = attention_mass(query, key, layer.scale, weight=score)
         return (score.unflatten(0, (views, heads)) ** 2).mean(1).sqrt()[:, int(has_cls) :]
-
-
-@dataclass(frozen=True)
-class KeyVectors(TowerTap):
-    """Keys of a tower layer, all heads side by side, `(images, tokens, dim)`."""
-
-    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-        return layer.keys(layer.normed(hidden))[:, :, int(has_cls) :].transpose(1, 2).flatten(2)
 
 
 def without_doubles(scores: torch.Tensor, keys: torch.Tensor, among: torch.Tensor, removed: list[int]) -> torch.Tensor:
@@ -123,7 +118,7 @@ class ZeroTPrune(Pruner):
     newlines: AnyNewlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
-        see = (PageRank(facts.feature_layer, self.iterations), KeyVectors(facts.feature_layer))
+        see = (PageRank(facts.attention_layer, self.iterations), WholeKeys(facts.attention_layer))
         return [Cut(Decoder(0), see, self.reduce, self.positions)]
 
     def at_point(self, count: int, total: int, point: int) -> int:

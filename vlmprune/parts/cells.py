@@ -52,7 +52,8 @@ def nested_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torc
     """Divide every view of an image into squares of one size: the finest of a nested row that a budget pays for.
 
     The row of a view of 24 x 24 is 24, 12, 6, 3 and 1 squares a side: each is the one before divided by the next prime
-    factor of the side, the smallest first. Where the budget pays for none of them, the last.
+    factor of the side, the smallest first (of what two unequal sides share, then by two, with smaller squares at the
+    ends). Where the budget pays for none of them, the last.
 
     Returns:
         as `image_cells`, with the first patch of every square for its middle one.
@@ -65,10 +66,10 @@ def nested_cells(grid: ImageGrid, keep: int | float) -> tuple[torch.Tensor, torc
         key = torch.where(patch, (grid.view * grid.side[0] + row // size) * grid.side[1] + col // size, -1)
         kinds, cell, sizes = key.unique(return_inverse=True, return_counts=True)
         total = int((kinds >= 0).sum())
-        if total <= count(keep, grid.patches) or rest == 1:
+        if total <= count(keep, grid.patches) or size >= max(grid.side):
             break
-        factor = next(f for f in range(2, rest + 1) if rest % f == 0)
-        size, rest = size * factor, rest // factor
+        factor = next((f for f in range(2, rest + 1) if rest % f == 0), 2)
+        size, rest = size * factor, max(1, rest // factor)
     first = torch.full_like(sizes, grid.tokens).scatter_reduce(0, cell, token, "amin")[cell]
     return torch.where(patch, first, token), torch.where(patch, 1 / sizes[cell].double(), 1), total
 

@@ -192,26 +192,6 @@ class Layout:
     soft: torch.Tensor | None = None
     standing: torch.Tensor | None = None
 
-    @classmethod
-    def alone(cls, grids: Sequence[ImageGrid]) -> Layout:
-        """Every picture a prompt of its own, of nothing but its tokens, on the host."""
-        tokens, patches = [grid.tokens for grid in grids], [grid.patches for grid in grids]
-        place, starts = torch.arange(max(tokens)).expand(len(grids), -1), [0]
-        for grid in grids:
-            starts.append(starts[-1] + grid.encoded)
-        return cls(
-            grids=grids,
-            sample=list(range(len(grids))),
-            ordinal=[0] * len(grids),
-            start=starts[:-1],
-            position=place,
-            alive=place < torch.tensor(tokens)[:, None],
-            alive_counts=tokens,
-            alive_patches=patches,
-            entered=tokens,
-            entered_patches=patches,
-        )
-
     def __len__(self) -> int:
         return len(self.grids)
 

@@ -6,6 +6,7 @@ attention.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
@@ -42,6 +43,7 @@ __all__ = [
     "Hidden",
     "Inputs",
     "Kept",
+    "Pixels",
     "ReceivedAttention",
     "Seen",
     "Tap",
@@ -106,11 +108,13 @@ class TowerTap(Tap):
 
     behind_last: ClassVar[bool] = False  # whether it can be measured of the last layer's output, `measure(None, ...)`
     vectors: ClassVar[bool] = False  # whether it says more of a patch than one number
+    attends: ClassVar[bool] = False  # whether it compares patches by attention, which ends at a window
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         # hosts hand out the output of the last layer only where it becomes the features
         most = facts.tower_layers - 1 + (self.behind_last and facts.feature_layer == facts.tower_layers - 1)
-        return misplaced(at) or outside(self.layer, most, "this tower has layers")
+        wrong = misplaced(at) or outside(self.layer, most, "this tower has layers")
+        return wrong or (windowed(self.layer, facts) if self.attends else None)
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         """From the layer's input `(views, tokens, dim)`; returns `(views, patches, ...)`."""
@@ -153,12 +157,13 @@ class VisionAttention(TowerTap):
     `(images, tokens)` float32 (newlines and padding are arbitrary).
     """
 
+    attends: ClassVar[bool] = True
+
     rows: VisionRows = "cls"
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         no_cls = NO_CLS if self.rows == "cls" and not facts.has_cls else None
-        wrong = unknown("rows", self.rows, VisionRows) or no_cls
-        return super().misfit(at, facts) or wrong or windowed(self.layer, facts)
+        return super().misfit(at, facts) or unknown("rows", self.rows, VisionRows) or no_cls
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         first, normed = int(has_cls), layer.normed(hidden)
@@ -235,6 +240,24 @@ class Inputs(DecoderTap):
 
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         return hidden.flatten(0, 1)[scene.flat_index()]
+
+
+@dataclass(frozen=True)
+class Pixels(TowerTap):
+    """The pixels that every patch is made of, as the tower gets them, `(images, tokens, channels * height * width)`."""
+
+    layer: int = -1  # known before the tower runs
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        return misplaced(at) or of_no_layer(self)
+
+    @staticmethod
+    def of(pixels: torch.Tensor, patches: int) -> torch.Tensor:
+        """`(views, channels, height, width)` in square views of so many patches: `(views, patches, pixels)`."""
+        side = math.isqrt(patches)
+        high, wide = (n // side for n in pixels.shape[-2:])
+        blocks = pixels[..., : side * high, : side * wide].unfold(2, high, high).unfold(3, wide, wide)
+        return blocks.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
 
 
 @dataclass(frozen=True)

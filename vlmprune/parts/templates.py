@@ -110,9 +110,11 @@ def written(processor: Any, parts: list[dict[str, str]], later: bool = False) ->
     turns = [{"role": "user", "content": parts}]
     if later:
         turns = [{"role": role, "content": [{"type": "text", "text": "yes"}]} for role in ("user", "assistant")] + turns
+    from jinja2 import TemplateError  # what chat templates are written in
+
     try:
         text = processor.apply_chat_template(turns, add_generation_prompt=True)
-    except ValueError:  # of templates that raise; jinja's own errors are no ValueErrors, and are ours to see
+    except (TemplateError, ValueError):
         if not later:
             raise
         return None

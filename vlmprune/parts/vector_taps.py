@@ -43,6 +43,8 @@ class WholeRow(TowerTap):
     Without a [CLS] token the attention that a patch receives from all.
     """
 
+    attends: ClassVar[bool] = True
+
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         normed, first = layer.normed(hidden), int(has_cls)
         rows = normed[:, :1] if has_cls else normed
@@ -53,9 +55,10 @@ class WholeRow(TowerTap):
 def features_of(facts: ModelFacts) -> Tap:
     """The tap of what becomes the visual features, before the projector.
 
-    Of a tower that packs pictures of any size it is the projected features, which alone are one to a token there.
+    Where tokens are no patches as the tower's layers leave them it is the projected features, of which each has one.
     """
-    return Hidden() if facts.packed else TowerFeatures(facts.feature_layer + 1)
+    other = facts.packed or facts.unit > 1 or facts.closed
+    return Hidden() if other else TowerFeatures(facts.feature_layer + 1)
 
 
 def row_of(facts: ModelFacts, layer: int | None = None, rows: VisionRows = "cls") -> VisionAttention:

@@ -288,9 +288,8 @@ def refusals(cls: type[Method]) -> dict[str, str]:
     for name in SERVED:
         family = FAMILIES[name]
         has_cls = TOWERS[family.usual_tower]
-        facts = ModelFacts(
-            name, 24, 22, has_cls, decoder_layers=32, views=family.views, view_patches=36
-        )  # few: in no time
+        # few patches: in no time
+        facts = ModelFacts(name, 24, 22, has_cls, decoder_layers=32, views=family.views, view_patches=36)
         try:
             choice = Choice([cls(**given, **cls.plain_with | cls.served_with)], family, facts)
             choice.check_alone(choice.sample)  # to ask without values too, torch gets ready for a second

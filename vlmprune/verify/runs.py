@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -145,11 +146,22 @@ def rows_of(family: Family, model: nn.Module, prompt: dict[str, Any]) -> Rows:
     for modality, encoded in encode(inner, without(prompt, "input_ids", "attention_mask"), family).items():
         columns = (ids[0] == family.token(inner, modality)).nonzero().flatten()
         hidden[0, columns] = torch.cat(list(encoded.pooler_output)).to(hidden.dtype)
-        images += [part.tolist() for part in columns.split([len(f) for f in encoded.pooler_output])]
+        images += [part.tolist() for part in columns.split(sizes_of(family, inner, modality, encoded, prompt, columns))]
         for layer, features in enumerate(getattr(encoded, "deepstack_features", ())):
             injected += [torch.zeros_like(hidden)] * (layer == len(injected))
             injected[layer][0, columns] = torch.cat(list(features)).to(hidden.dtype)
     return Rows(ids, hidden, images, places_of(family, inner, prompt), injected)
+
+
+def sizes_of(
+    family: Family, inner: nn.Module, modality: str, encoded: Any, prompt: dict[str, Any], columns: torch.Tensor
+) -> list[int]:
+    """Tokens of every picture of one kind, whose placeholders stand at `columns`."""
+    if family.runs:  # a picture ends where text begins
+        ends = [*((columns.diff() > 1).nonzero().flatten() + 1).tolist(), len(columns)]
+        return [end - start for start, end in pairwise([0, *ends])]
+    known = family.sizes(modality, prompt) if family.sized(modality) else []
+    return family.items(inner, modality, encoded, known)
 
 
 def places_of(family: Family, inner: nn.Module, prompt: dict[str, Any]) -> torch.Tensor:

@@ -308,7 +308,8 @@ def of_tower(tap: Tap, host: Attended, at: Places) -> torch.Tensor:
         return host.scores[:, 0, at.first :]
     if tap.rows == "cls":
         return host.weights[:, 0, at.first :]
-    return host.weights[:, at.first :, at.first :].mean(1)
+    asking = host.weights if tap.rows == "all" else host.weights[:, at.first :]
+    return asking[:, :, at.first :].mean(1)
 
 
 def mean_score(scores: torch.Tensor) -> torch.Tensor:
