@@ -6,6 +6,7 @@ import tiny
 import tiny_folders
 import torch
 from PIL import Image
+from testbed import anyres
 from transformers import LlavaImageProcessorPil
 
 import vlmprune
@@ -300,3 +301,25 @@ def test_sheet_and_texts():
 def one_view(image):
     trace, processor = pruned("llava", image, keep=4)
     return trace, processor.image_processor
+
+
+@pytest.mark.parametrize("size", [(224, 112), (112, 224), (160, 160), (101, 243), (150, 170), (90, 40)], ids=str)
+def test_a_picture_of_any_size_is_covered_whole(size):
+    """Its sides are rounded to whole tokens, and what is resized is brought back to the picture's own pixels."""
+    processor = anyres.processor().image_processor
+    model, given = anyres.model(), processor(images=Image.new("RGB", size), return_tensors="pt")
+    grid = family_of(model).image_grid(model.model, tuple(given["image_grid_thw"][0].tolist()))
+    rows, cols = grid.planes[0]
+    assert (rows, cols) == (max(round(size[1] / anyres.CELL), 1), max(round(size[0] / anyres.CELL), 1))
+    boxes = np.array(draw.patch_boxes(processor, size, grid))
+    np.testing.assert_allclose(boxes, by_hand(*size, rows, cols), atol=0.04 * max(size))
+    assert draw.seen_share(processor, size, grid) > 0.98
+
+
+def test_several_packed_pictures_are_read_one_by_one():
+    processor = anyres.processor().image_processor
+    pictures = [draw.probe((64, 32)), draw.probe((32, 48))]
+    views = draw.seen_views(processor, pictures[0])
+    assert views.shape == (1, 3, 32, 64)
+    np.testing.assert_array_equal(views[0].transpose(1, 2, 0), np.asarray(pictures[0]))
+    np.testing.assert_array_equal(draw.seen_views(processor, pictures), views)  # the first of several
