@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,6 +13,15 @@ from vlmprune.parts.layout import upload
 from vlmprune.patches.qwen2_vl import Qwen2VL
 
 __all__ = ["Qwen2_5VL"]
+
+
+@lru_cache(maxsize=64)
+def home_of(sizes: tuple[tuple[int, int, int], ...], merge: int, window: int, patch: int) -> torch.Tensor:
+    """`(tokens,)` where each token of pictures of these sizes stands among those that the tower reads by windows."""
+    from transformers.vision_utils import get_vision_window_index
+
+    order, _ = get_vision_window_index(torch.tensor(sizes), merge, window, patch)
+    return order.argsort()  # `order` says which token stands where, and this is its inverse
 
 
 class Qwen2_5VL(Qwen2VL):
@@ -26,10 +36,5 @@ class Qwen2_5VL(Qwen2VL):
         return tuple(layer for layer in range(vision.depth) if layer not in vision.fullatt_block_indexes)
 
     def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any], unit: int) -> torch.Tensor:
-        from transformers.vision_utils import get_vision_window_index
-
-        order, _ = get_vision_window_index(
-            torch.tensor(sizes), tower.spatial_merge_size, tower.window_size, tower.patch_size
-        )
-        # `order` says which token stands where; its inverse brings every token home
-        return super().tokens_of(tower, values, sizes, unit)[:, upload(order.argsort(), values.device)]
+        home = home_of(tuple(sizes), tower.spatial_merge_size, tower.window_size, tower.patch_size)
+        return super().tokens_of(tower, values, sizes, unit)[:, upload(home, values.device)]

@@ -15,9 +15,12 @@ from itertools import chain
 
 import tiny
 import torch
-from scenes import MOVING, changes_of
+from scenes import MOVING, OPTIONS, changes_of
 from tiny import CACHE, IMAGE, PAD, VIDEO, VOCAB
 from torch import nn
+
+from vlmprune import registry
+from vlmprune.parts import ModelFacts, ProjectorCut, TowerCut
 
 SIDE, PATCH = 36, 6  # pixels of a view, of a patch
 PIXELS = (("image", "pixel_values"), ("image", "pixel_values_images"), ("video", "pixel_values_videos"))
@@ -409,7 +412,7 @@ def views(model: nn.Module, images: list[int], videos: list[int], seed: int) -> 
     return given
 
 
-SIZES = [(24, 36), (36, 24), (12, 48)]  # pixels of a picture, by its number
+SIZES = [(48, 24), (24, 48), (48, 48)]  # pixels of a picture, by its number
 
 
 def pixtral(model: nn.Module, images: list[int], videos: list[int], seed: int) -> dict:
@@ -547,17 +550,27 @@ def squares(model: nn.Module, images: list[int], videos: list[int], seed: int) -
 
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+
+
+def merges_in_tower(name: str) -> bool:
+    """Whether a method makes cuts in the tower of LLaVA-1.5, or behind it."""
+    facts = ModelFacts("llava", 24, 22, True, decoder_layers=32, views=True, view_patches=576)
+    made = registry.find(name)(**(OPTIONS[name](None) if name in OPTIONS else {"keep": 0.4})).cuts(facts)
+    return any(isinstance(cut, TowerCut | ProjectorCut) for cut in made)
+
+
 WHOLE = {
     "globalcom2": "globalcom2 shares a budget among the crops of an image",
     "lrs": "lrs chooses among the crops of an image",
 }
+#: Methods that merge or pick patches in the vision tower or behind it: what leaves it is no longer what it would be.
+IN_TOWER = [name for name in registry.names() if name != "atp" and merges_in_tower(name)]
 #: What cannot be had where a token is no patch of the tower as its layers leave it.
-MERGING = ("tome", "pitome", "prumerge", "prumerge_plus", "visionzip")
-UNLIKE = WHOLE | dict.fromkeys(MERGING, "merges patches in or behind the vision")
+UNLIKE = WHOLE | dict.fromkeys(IN_TOWER, "merges patches in or behind")
 
 QWEN3 = partial(internvl, "qwen3")
 NO_SCREENS = WHOLE | {"showui": "frames of a video are no screenshots"}
-PACKED = UNLIKE | dict.fromkeys(("downsample", "showui", *MERGING), "packs pictures of any size")
+PACKED = UNLIKE | dict.fromkeys(("downsample", "showui", *IN_TOWER), "packs pictures of any size")
 TEXTS = [[4, ("image", 1), 3, ("image", 0), 5], [3, ("image", 0), 4], [6], [("image", 1), 2, ("image", 2), 9]]
 BOTH = [
     [4, ("video", 1), 3, ("image", 0), 2, ("video", 0), 5],

@@ -29,4 +29,4 @@ def test_links_are_absolute_and_their_files_exist(link):
 
 
 def test_it_stays_short():
-    assert len(TEXT.split()) < 1500
+    assert len(TEXT.split()) < 1200

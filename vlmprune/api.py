@@ -141,7 +141,7 @@ def patch(
     warmup: bool = True,
     **options: Any,
 ) -> Handle:
-    """Make a LLaVA-style model read fewer visual tokens.
+    """Make a vision-language model read fewer visual tokens.
 
     Nothing but hooks on this instance changes; every later call that carries images is pruned, calls without images
     run as before. A patched model is patched anew: the earlier patch goes (and comes back where this one's `with` block
@@ -153,9 +153,10 @@ def patch(
             after the other; or a recipe, the path of a .yaml file, which says all options itself.
         keep: patches per image (int), or a fraction of them (float), that enter the LLM or are left after the last cut;
             of a video, patches of all its frames together.
-        flops, kv: the budget in another word, as a share of the unpruned model's: FLOPs of a whole prefill, or bytes
-            in the cache behind it (of one picture of the tower's own size and 60 text tokens; `vlmprune budget` shows
-            all words beside each other). The largest `keep` that meets it is taken.
+        flops: the budget in another word: the FLOPs of a whole prefill as a share of the unpruned model's (of one
+            picture of the tower's own size and 60 text tokens; `vlmprune budget` shows all words beside each other).
+            The largest `keep` that meets it is taken.
+        kv: the same for the bytes in the cache behind the prefill.
         warmup: on a CUDA device load the kernels now (the first time on a machine they are tried too, which takes
             minutes), so that the first prefill does not, and one that is captured into a CUDA graph need not.
         **options: the method's other options, such as `average=` or `positions=`.

@@ -364,8 +364,17 @@ def test_prompt_lookup_says_what_greedy_decoding_says(family, name):
 @family
 def test_a_prefill_in_pieces_is_refused(family):
     model = shared(family)
-    with vlmprune.patch(model, "random", keep=0.4), fails("prefill_chunk_size` is not supported"):
-        generated_logits(model, prompt_of(model), random_tokens(1, 2), prefill_chunk_size=8)
+    prompt, forced = prompt_of(model), random_tokens(1, 2)
+    plain = generated_logits(model, prompt, forced, prefill_chunk_size=8)
+    with vlmprune.patch(model, "random", keep=0.4):
+        try:
+            got = generated_logits(model, prompt, forced, prefill_chunk_size=8)
+        except UnsupportedError as refused:
+            if "prefill_chunk_size` is not supported" not in str(refused):
+                raise
+        else:  # transformers 5.20 drops the images of a chunked prefill, with or without a patch
+            assert torch.equal(got, plain)
+            far(plain[:, -3:], generated_logits(model, prompt, forced)[:, -3:])
 
 
 @family

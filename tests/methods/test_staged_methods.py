@@ -132,9 +132,12 @@ def test_v2drop_leaves_one_token():
 @FAMILIES
 @pytest.mark.parametrize("parity", [None, "released"])
 def test_dart(options, parity):
-    model, prompt = ask(options)
+    model = tiny.model(dtype=F64, **options)
+    prompt = tiny.prompt(model, [4, "image", 6], [(40, 24)])
     newline = {"newlines": "candidates"}
     norm = model.model.language_model.norm
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(len(norm.weight), generator=torch.Generator().manual_seed(0)) * 4)
 
     def choose(stage, now, texts=4):
         before, here = now["before"], mine(now)
@@ -234,6 +237,19 @@ def test_sparsevlm(options, version):
     assert [len(kept) for kept in want] == left
     assert walk(model, prompt, [1, 2, 3], partial(choose, rating=False), version == "v1")[0] != want
     assert len(method.cuts(facts)) == 3
+
+
+@pytest.mark.parametrize("version", ["v1", "+"])
+def test_sparsevlm_rates_a_row_of_a_batch_as_alone(version):
+    """Texts of different lengths, the shorter filled up to the longer."""
+    model = tiny.shared(dtype=F64)
+    prompts = [tiny.prompt(model, [3, "image", text], [(24, 24)], seed=text) for text in (1, 3, 9)]
+    with torch.no_grad(), vlmprune.patch(model, SparseVLM(keep=6, version=version)) as handle:
+        model(**tiny.batch(prompts))
+        together = handle.trace.cuts[0].scores
+        for row, prompt in enumerate(prompts):
+            model(**prompt)
+            torch.testing.assert_close(together[row], handle.trace.cuts[0].scores[0])
 
 
 def test_sparsevlm_has_the_released_counts():

@@ -64,6 +64,7 @@ def test_zero_tprune(iterations, similar):
     with vlmprune.patch(model, ZeroTPrune(keep=7, iterations=iterations, similar=similar)) as handle:
         model(**prompt)
         assert handle.trace.kept(0) == want
+        torch.testing.assert_close(handle.trace.cuts[0].scores[0], scores)
     assert want != sorted(order[:7]) or similar == 0
 
 

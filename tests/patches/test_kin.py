@@ -13,7 +13,7 @@ import probes
 import pytest
 import scenes
 import torch
-from kin import FORCED, KIN, Kin, Prompt, answered, by_hand, features_of
+from kin import FORCED, IN_TOWER, KIN, Kin, Prompt, answered, by_hand, features_of
 from scenes import FALLBACK, OPTIONS, changes_of
 from tiny import CACHE
 
@@ -21,13 +21,6 @@ import vlmprune
 from vlmprune import UnsupportedError, registry
 
 NAMES = registry.names()
-IN_TOWER = (
-    "pitome",
-    "prumerge",
-    "prumerge_plus",
-    "tome",
-    "visionzip",
-)  # features are no longer those of the unpruned tower
 #: Methods that run again in each feature: before the language model, in it, with taps of the tower, and merging.
 FEATURES = ["batch", "static", "beams", "turn", "generate"]
 

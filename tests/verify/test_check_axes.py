@@ -59,13 +59,13 @@ def test_decoding_that_counts_on_by_columns(monkeypatch):
 
 
 def test_tokens_of_windows_that_do_not_come_home(monkeypatch):
-    def astray(self, tower, values, sizes):
+    def astray(self, tower, values, sizes, unit):
         from transformers.vision_utils import get_vision_window_index
 
         order, _ = get_vision_window_index(
             torch.tensor(sizes), tower.spatial_merge_size, tower.window_size, tower.patch_size
         )
-        return Qwen2VL.tokens_of(self, tower, values, sizes)[:, order]  # and not its inverse
+        return Qwen2VL.tokens_of(self, tower, values, sizes, unit)[:, order]  # and not its inverse
 
     monkeypatch.setattr(Qwen2_5VL, "tokens_of", astray)
     assert failed("qwen2_5_vl") == ["taps"]
