@@ -128,10 +128,13 @@ def runs_of(holes: list[int], rows: int, length: int) -> list[list[int]]:
     return [[len(list(run)) for hole, run in groupby(row) if hole] for row in each]
 
 
-def check_mask(mask: Any, cache: Any, input_ids: torch.Tensor) -> None:
+def check_mask(mask: Any, cache: Any, input_ids: torch.Tensor, later: bool) -> None:
     """Refuse a mask of the caller's own making: from the first cut on, layers get a causal one over what is left.
 
     Ready 4-D masks are made by `generate` for static caches.
+
+    Args:
+        later: whether the call goes on with a pruned conversation, which says itself where a mask has to end.
 
     Raises:
         UnsupportedError: any other mask than a 2-D one.
@@ -140,7 +143,7 @@ def check_mask(mask: Any, cache: Any, input_ids: torch.Tensor) -> None:
     if mask is None:
         return
     if getattr(mask, "ndim", 4) == 2:
-        if mask.shape[0] != input_ids.shape[0] or mask.shape[1] < input_ids.shape[1]:
+        if mask.shape[0] != input_ids.shape[0] or (mask.shape[1] < input_ids.shape[1] and not later):
             raise ValueError(
                 f"attention_mask is {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}: a mask has a row for "
                 "every prompt and a column for each of its tokens, in front of them one for each that is cached."

@@ -84,7 +84,7 @@ class BeforeModel(Hook):
 
     def prefill(self, module: nn.Module, kwargs: dict, guesses: int, segments: list[Segment], length: int) -> dict:
         """The arguments of a call with pictures, its frame among them."""
-        check_call(self.plan.family, module, kwargs)
+        check_call(self.plan.family, module, kwargs, later=bool(segments))
         blocks = self.plan.family.blocks(kwargs)
         if blocks is not None and length:
             raise UnsupportedError(
@@ -110,8 +110,8 @@ class BeforeModel(Hook):
         return kwargs | {FRAME: frame}
 
 
-def check_call(family: Family, module: nn.Module, kwargs: dict) -> None:
-    """Refuse a call with pictures that cannot be pruned."""
+def check_call(family: Family, module: nn.Module, kwargs: dict, later: bool) -> None:
+    """Refuse a call with pictures that cannot be pruned; `later`: it goes on with a pruned conversation."""
     check_fixed(family, module.config, kwargs)
     if kwargs.get("input_ids") is None:
         raise UnsupportedError("a pruned call with images needs input_ids (inputs_embeds hide the placeholders).")
@@ -120,7 +120,7 @@ def check_call(family: Family, module: nn.Module, kwargs: dict) -> None:
             "output_attentions of a pruned forward is not supported: layers see different sequences. "
             "Use `with handle.disabled():` for the plain model's attentions."
         )
-    check_mask(kwargs.get("attention_mask"), cache_of(kwargs), kwargs["input_ids"])
+    check_mask(kwargs.get("attention_mask"), cache_of(kwargs), kwargs["input_ids"], later)
 
 
 def brings_pictures(kwargs: dict) -> bool:

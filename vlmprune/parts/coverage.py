@@ -128,7 +128,8 @@ def look_at_all(
 
 def array(x: torch.Tensor) -> np.ndarray:
     """The numbers of a tensor, on the host."""
-    return x.detach().cpu().numpy()
+    x = x.detach()
+    return (x if x.device.type == "cpu" else x.cpu()).numpy()
 
 
 class Covered:
