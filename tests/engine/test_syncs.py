@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from waits import reads
 
 import vlmprune
+from vlmprune.parts import coverage
 from vlmprune.verify import checks
 
 
@@ -67,6 +68,7 @@ def test_prefill_reads_the_counts_once(tiny_model, monkeypatch, method, family, 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])
 @pytest.mark.parametrize("name", STILL)
 def test_ls_says_how_many_reads_a_method_adds(tiny_model, monkeypatch, name, family):
+    monkeypatch.setattr(coverage, "on_host", lambda x: False)  # what it does on a GPU
     model = tiny_model(family=family)
     prompt = tiny.prompt(model, [4, "image", 6], [(40, 24)])
     model(**prompt)

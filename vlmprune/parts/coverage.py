@@ -105,10 +105,15 @@ def greedy_cover(
     if among.is_meta:  # where only the number is asked for
         return torch.zeros(picks, dtype=torch.long, device=among.device)
     few = sum(map(len, covers)) * len(among) <= LIMIT
-    if torch.compiler.is_compiling() or (among.device.type != "cpu" and few):
+    if torch.compiler.is_compiling() or (few and not on_host(among)):
         return look_at_all(torch.cat([cover.part() for cover in covers]), picks, among, weight, bonus)
     order = Greedy([Covered(cover, few) for cover in covers], weight, bonus).order(picks, array(among))
     return torch.tensor(order + [0] * (picks - len(order)), dtype=torch.long).to(among.device)
+
+
+def on_host(x: torch.Tensor) -> bool:
+    """Whether values can be read without waiting for a device."""
+    return x.device.type == "cpu"
 
 
 def look_at_all(
@@ -128,8 +133,7 @@ def look_at_all(
 
 def array(x: torch.Tensor) -> np.ndarray:
     """The numbers of a tensor, on the host."""
-    x = x.detach()
-    return (x if x.device.type == "cpu" else x.cpu()).numpy()
+    return x.detach().cpu().numpy()
 
 
 class Covered:
