@@ -30,12 +30,12 @@ from vlmprune.parts import (
     TextAttention,
     capped,
     count,
-    decoder_cuts,
     download,
     is_number,
     is_whole,
     keep_patches,
     question_of,
+    schedule_layers,
     select_covering,
     told_question,
     top_k,
@@ -120,7 +120,7 @@ class Catp(Pruner):
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         depth = facts.decoder_layers
-        (inner,) = decoder_cuts("layer", (self.layer,), depth)
+        (inner,) = schedule_layers((self.layer,), depth)
         if inner + 1 >= depth:
             raise ValueError(f"layer={self.layer} scales to {inner}; catp cuts there and one later, of {depth} layers.")
         # half of what is removed goes at the first cut, whatever the budget stretches it to
