@@ -16,7 +16,7 @@ from vlmprune.methods import Catp
 from vlmprune.methods.catp import queries
 
 F64 = torch.float64
-ALIGNMENT, LIKENESS = 3.0, 0.1  # so that both halves of a score decide
+ALIGNMENT, LIKENESS = 3.0, 0.04  # so that both halves of a score decide
 
 
 def alike(x, y):
