@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -10,10 +11,12 @@ import tiny
 import torch
 from probes import hand_layout, raster
 from torch.nn.functional import cosine_similarity
+from waits import reads
 
 import vlmprune
 from vlmprune.methods import Catp
 from vlmprune.methods.catp import queries
+from vlmprune.parts import OwnText, QuestionMarks
 
 F64 = torch.float64
 ALIGNMENT, LIKENESS = 3.0, 0.04  # so that both halves of a score decide
@@ -129,6 +132,21 @@ def test_a_picture_alone_loses_all_at_once(model):
     assert kept[0][0] != cover(x[list(image)], x[: image[0]].mean(0), 5, ALIGNMENT)
 
 
+def test_reads_of_a_prefill_are_those_that_ls_tells(model, monkeypatch):
+    prompt, *_ = shots(model)
+    del prompt["attention_mask"]
+    videos = tiny.shared(family="llava_onevision", tower="siglip", text="qwen2")
+    mixed = tiny.prompt(videos, [3, "video", 2, "image", 4], [(24, 24)], videos=[2])
+    del mixed["attention_mask"]
+    for made, given, more in ((model, prompt, 1), (videos, mixed, 2 + 5)):
+        made(**given)
+        plain = reads(lambda: made(**given), monkeypatch)  # noqa: B023
+        with vlmprune.patch(made, "catp", keep=4):
+            made(**given)
+            pruned = reads(lambda: made(**given), monkeypatch)  # noqa: B023
+        assert pruned.total <= plain.total + more + Catp.syncs, (dict(pruned.seen), dict(plain.seen))
+
+
 def test_average_is_met(model):
     prompt, _, size = shots(model)
     kept, _ = run(model, prompt, average=6)
@@ -165,3 +183,42 @@ def test_a_deep_inner_cut_is_refused(model):
 def test_bad_layers(layer):
     with pytest.raises(ValueError, match=r"layer=.* must be a layer from 1 to 30"):
         Catp(keep=4, layer=layer)
+
+
+@dataclass
+class Marked:
+    """A prompt of one row that a tap looks at."""
+
+    ids: torch.Tensor
+    layout: object
+
+    @property
+    def sequence(self):
+        real = torch.ones_like(self.ids, dtype=torch.bool)
+        columns = torch.arange(self.ids.shape[1])[None]
+        return SimpleNamespace(asked=lambda: real, columns=columns, prompt=self.ids.shape[1])
+
+    def flat_index(self):
+        return self.layout.position
+
+
+def test_own_text_goes_by_the_template_marks():
+    marks = QuestionMarks(opens=(20,), closes=(21,), silent=(20, 21, 30), tokenizer=None)
+    embedded = torch.eye(12)[None]
+    grid = raster(1, 2)
+
+    def own(ids, starts):
+        layout = replace(
+            hand_layout(*[grid] * len(starts)), position=torch.tensor([[start, start + 1] for start in starts])
+        )
+        means = OwnText(0, marks).measure(None, embedded, Marked(torch.tensor([ids]), layout))
+        return [row.nonzero().flatten().tolist() for row in means]
+
+    #      0   1   2   3   4  5   6  7   8  9   10  11
+    ids = [1, 20, 40, 41, 30, 5, 5, 42, 21, 43, 44, 45]
+    assert own(ids, [5]) == [[2, 3, 7]]  # the question, on both sides of the picture
+    ids = [1, 20, 5, 5, 30, 5, 5, 42, 43, 5, 5, 21]
+    # silent tokens between pictures tell nothing; without text behind it a picture has what the user says
+    assert own(ids, [2, 5, 9]) == [[7, 8], [7, 8], [7, 8]]
+    ids = [1, 20, 5, 5, 40, 41, 5, 5, 42, 30, 43, 21]
+    assert own(ids, [2, 6]) == [[4, 5], [8, 10]]

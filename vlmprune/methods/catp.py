@@ -107,7 +107,7 @@ class Catp(Pruner):
     needs = "text, features; of several pictures decoder attention (two layers) and states"
     looks_at = "question"
     stage = "before the LLM; of several pictures also layers 6 and 7 of 32"
-    syncs = 3  # where images and videos are mixed, and how the demonstrations share what is left
+    syncs = 2  # how demonstrations share what is left; five more where images and videos are mixed
 
     layer: Annotated[int, INNER] = 6
     alignment: Annotated[float, WEIGHT] = 0.7
@@ -134,9 +134,12 @@ class Catp(Pruner):
             Cut(Decoder(inner + 1), context, partial(self.resemble, left=left), self.positions),
         ]
 
-    def left(self, layout: Layout, stage: int, others: Schedule, query: Schedule) -> list[int]:
-        """Patches of every picture behind the first cut (0) and in the end (1), a demonstration's as their mean."""
-        last = queries(layout)
+    def left(self, layout: Layout, last: dict[int, int], stage: int, others: Schedule, query: Schedule) -> list[int]:
+        """Patches of every picture behind the first cut (0) and in the end (1), a demonstration's as their mean.
+
+        Args:
+            last: `queries` of the layout.
+        """
         return [
             (query if last[row] == i else others).left(grid.patches, stage)
             if row in last
@@ -154,7 +157,8 @@ class Catp(Pruner):
         for i, grid in enumerate(layout.grids):
             patches, mine = unit[i, : grid.tokens], layout.patches[i, : grid.tokens]
             covers.append([Cover(patches, patches, mine, mine)])
-        return select_covering(covers, left(layout, 0), layout, self.newlines, bonus=self.alignment * like)
+        counts = left(layout, queries(layout), 0)
+        return select_covering(covers, counts, layout, self.newlines, bonus=self.alignment * like)
 
     def gain(self, seen: Seen, layout: Layout, left: partial) -> Reduction:
         """Pure: attention in two layers, states and the mean state of the query in, which demonstrations stay out."""
@@ -164,7 +168,7 @@ class Catp(Pruner):
             return Reduction(layout.alive, layout.alive_counts, layout.alive_patches)
         scores = (now - before).clamp(min=0) + self.likeness * cosine_similarity(upcast(hidden), query[:, None], dim=-1)
         role = [row if row in last and last[row] != i else -1 for i, row in enumerate(layout.sample)]
-        wanted = left(layout, 1)
+        wanted = left(layout, last, 1)
         counts = [sum(n for n, mine in zip(wanted, role, strict=True) if mine == row) for row in last]
         rows, role = upload(list(last), scores.device), upload(role, scores.device)
         pools = ((role == rows[:, None])[..., None] & layout.patches).flatten(1)
@@ -174,8 +178,10 @@ class Catp(Pruner):
     def resemble(self, seen: Seen, layout: Layout, left: partial) -> Reduction:
         """Pure: states and the mean state of the context in, what stays of the query's picture out."""
         hidden, context = seen.values()
-        last = queries(layout).values()
-        scores = cosine_similarity(upcast(hidden), context[:, None], dim=-1)
-        counts = [n if i in last else layout.grids[i].patches for i, n in enumerate(left(layout, 1))]
+        last, scores = queries(layout), cosine_similarity(upcast(hidden), context[:, None], dim=-1)
+        counts = [
+            n if i in last.values() else grid.patches
+            for i, (n, grid) in enumerate(zip(left(layout, last, 1), layout.grids, strict=True))
+        ]
         kept = top_k(scores, counts, layout.patches)
         return keep_patches(kept, layout, capped(counts, layout.alive_patches), self.newlines, scores)
