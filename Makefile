@@ -63,7 +63,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt vlmprune/requiremen
 	@$(@D)/bin/python -c 'import transformers as t; t.__version__ == "$*" or __import__("sys").exit("transformers " + t.__version__ + " instead of $*")'
 	@touch $@
 
-demo: $(VENV)/.installed ## evaluate all methods on two really trained models, with a report
+demo: $(VENV)/.installed ## evaluate all methods on three really trained models, with a report
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash scripts/demo.sh
 
 pictures: $(VENV)/.installed ## draw what every method keeps, for docs/methods

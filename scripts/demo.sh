@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The six methods and the controls on two small, really trained models, at a half, a quarter and a tenth of their visual
+# The six methods and the controls on three small, really trained models, at a half, a quarter and a tenth of their visual
 # tokens: prints the table and leaves a report in runs/demo/. Called by `make demo`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -180,7 +180,7 @@ def test_every_method_passes_or_refuses_in_its_own_words(views, has_cls):
         if not set(registry.required(cls)) <= {"keep"} or name == "atp":
             continue
         try:
-            made = cls(**({"keep": 0.5} if "keep" in registry.options(cls) else {}))
+            made = cls(**({"keep": 0.5} if "keep" in registry.options(cls) else {}), **cls.plain_with)
             compile_cuts([made], facts)
         except UnsupportedError as error:
             assert "token" in str(error) or "single view" in str(error)  # noqa: PT017

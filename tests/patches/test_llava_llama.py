@@ -24,6 +24,7 @@ from vlmprune.patches import family_of
 
 NAMES = [name for name in STILL if registry.find(name).training == "none"]
 OPTIONS = {"todre": {"keep": 0.4, "tau": 0.35}, "transprune": {"keep": 0.3}}
+OPTIONS["cdpruner"] = {"keep": 0.4, "relevance": "embeddings"}
 MIXED = [([3, "image", 4], [(40, 24)]), ([6], []), (["image", "image", 9], [(20, 70), (24, 24)])]
 
 
