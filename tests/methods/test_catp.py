@@ -96,9 +96,9 @@ def model():
     return tiny.shared(dtype=F64)
 
 
-def shots(model):
+def shots(model, seed=0):
     """Two demonstrations and a query, and the columns of their texts."""
-    prompt = tiny.prompt(model, [3, "image", 4, "image", 5, "image", 6], [(24, 24)] * 3)
+    prompt = tiny.prompt(model, [3, "image", 4, "image", 5, "image", 6], [(24, 24)] * 3, seed)
     _, images = reference.embed(model, prompt)
     ends = [*(image[0] for image in images[1:]), prompt["input_ids"].shape[1]]
     return prompt, [range(image[-1] + 1, end) for image, end in zip(images, ends, strict=True)], len(images[0])
@@ -120,6 +120,17 @@ def test_cuts_are_those_by_hand(model):
     assert len(kept[1][0]) + len(kept[1][1]) == 2 * keep  # together, and not in equal parts
     assert len(kept[1][0]) != keep
     assert [len(image) for image in (kept[1][2], kept[2][2])] == [entering, keep]
+
+
+@pytest.mark.parametrize("seed", range(1, 7))
+@pytest.mark.parametrize("likeness", [LIKENESS, 50])
+def test_more_prompts(model, seed, likeness):
+    prompt, texts, size = shots(model, seed)
+    keep = 2 + seed
+    kept, _ = run(model, prompt, keep=keep, alignment=ALIGNMENT, likeness=likeness)
+    with torch.no_grad():
+        want, _ = walk(model, prompt, texts, [(size + keep) // 2] * 3, [keep] * 3, likeness=likeness)
+    assert kept == want
 
 
 def test_a_picture_alone_loses_all_at_once(model):
