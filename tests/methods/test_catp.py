@@ -126,7 +126,7 @@ def test_cuts_are_those_by_hand(model):
 @pytest.mark.parametrize("likeness", [LIKENESS, 50])
 def test_more_prompts(model, seed, likeness):
     prompt, texts, size = shots(model, seed)
-    keep = 2 + seed
+    keep = 3 + seed
     kept, _ = run(model, prompt, keep=keep, alignment=ALIGNMENT, likeness=likeness)
     with torch.no_grad():
         want, _ = walk(model, prompt, texts, [(size + keep) // 2] * 3, [keep] * 3, likeness=likeness)
