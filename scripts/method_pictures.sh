@@ -10,7 +10,8 @@ draw() { # model, method, further options
 }
 
 for method in fopru vtc_cls vispruner fastervlm hiprune holov vscan prumerge prumerge_plus divprune scope prunesid mmtok \
-  visionzip todre transprune fastv pyramiddrop sparsevlm dart v2drop vflowopt zero_tprune m3 tcc showui random grid pool; do
+  visionzip todre transprune fastv pyramiddrop sparsevlm dart v2drop vflowopt zero_tprune m3 tcc showui catp random grid \
+  pool; do
   draw scene-llava "$method" --keep 0.25,0.1
 done
 draw scene-llava cdpruner --option relevance=embeddings --keep 0.25,0.1

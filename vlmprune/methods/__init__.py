@@ -2,6 +2,7 @@
 
 from vlmprune.methods.atp.method import Atp
 from vlmprune.methods.base import Method
+from vlmprune.methods.catp import Catp
 from vlmprune.methods.cdpruner import CDPruner
 from vlmprune.methods.controls import Downsample, Grid, Pool, Random
 from vlmprune.methods.dart import Dart
@@ -39,6 +40,7 @@ __all__ = [
     "M3",
     "Atp",
     "CDPruner",
+    "Catp",
     "Dart",
     "DivPrune",
     "Downsample",

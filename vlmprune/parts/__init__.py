@@ -89,7 +89,7 @@ if TYPE_CHECKING:
         decoder_mass,
     )
     from vlmprune.parts.templates import QuestionMarks, question_of, system_prefix, told_question
-    from vlmprune.parts.text_taps import QuestionIds, QuestionWords
+    from vlmprune.parts.text_taps import OwnText, QuestionIds, QuestionWords
     from vlmprune.parts.vector_taps import WholeKeys, WholeRow, features_of, row_of
 
 __all__ = [
@@ -120,6 +120,7 @@ __all__ = [
     "ModelFacts",
     "Must",
     "Newlines",
+    "OwnText",
     "Pick",
     "PixelCut",
     "Pixels",

@@ -133,7 +133,7 @@ def look_at_all(
 
 def array(x: torch.Tensor) -> np.ndarray:
     """The numbers of a tensor, on the host."""
-    return x.detach().cpu().numpy()
+    return np.from_dlpack(x.detach() if x.device.type == "cpu" else x.detach().cpu())  # on a CPU nothing is waited for
 
 
 class Covered:
@@ -202,7 +202,7 @@ class Greedy:
 
 def select_covering(
     covers: Sequence[Sequence[Cover]],
-    keep: int | float,
+    keep: int | float | list[int],
     layout: Layout,
     newlines: AnyNewlines,
     weight: torch.Tensor | None = None,
@@ -212,13 +212,12 @@ def select_covering(
 
     Args:
         covers: for every image, of the tokens that it has.
-        keep: budget in patches per image or video (tokens for `newlines="candidates"`).
+        keep: budget in patches per image or video (tokens for `newlines="candidates"`), or one count for each.
         weight, bonus: `(images, tokens)`.
     """
     among, totals, available = candidates(layout, newlines)
-    reached = capped(
-        [count(keep, total) for total in totals], download(among.sum(1)) if available is None else available
-    )
+    wanted = keep if isinstance(keep, list) else [count(keep, total) for total in totals]
+    reached = capped(wanted, download(among.sum(1)) if available is None else available)
     mask = torch.zeros_like(among)
     for i, (grid, picks) in enumerate(zip(layout.grids, reached, strict=True)):
         of = [None if each is None else each[i, : grid.tokens] for each in (weight, bonus)]

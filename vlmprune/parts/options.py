@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
+from math import isfinite
 from numbers import Real
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -47,8 +48,8 @@ def is_whole(value: object, least: int = 0, most: float = float("inf")) -> bool:
 
 
 def is_number(value: object, least: float = 0, most: float = 1) -> bool:
-    """Whether `value` is a number from `least` to `most`."""
-    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
+    """Whether `value` is a finite number from `least` to `most`."""
+    return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most and isfinite(value)
 
 
 Seed = Annotated[int, Must("a whole number of at least 0", is_whole)]

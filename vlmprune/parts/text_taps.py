@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vlmprune.parts.attention import upcast
 from vlmprune.parts.cuts import Decoder, Place
 from vlmprune.parts.layers import DecoderLayer, Scene
 from vlmprune.parts.layout import upload
@@ -16,7 +17,7 @@ from vlmprune.parts.templates import QuestionMarks
 if TYPE_CHECKING:
     from vlmprune.parts.facts import ModelFacts
 
-__all__ = ["QuestionIds", "QuestionWords"]
+__all__ = ["OwnText", "QuestionIds", "QuestionWords"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,7 @@ class QuestionTap(DecoderTap):
 
     def asked(self, scene: Scene) -> torch.Tensor:
         """`(batch, length)` bool, the tokens of the question."""
-        ids, real = scene.ids, scene.sequence.asked()
-        visual = torch.zeros(real.numel(), dtype=torch.long, device=real.device)
-        visual = visual.scatter_add(0, scene.flat_index().flatten(), scene.layout.alive.long().flatten())
-        visual = visual.view_as(real) > 0
+        ids, real, visual = scene.ids, scene.sequence.asked(), visual_entries(scene)
         text = real & ~visual
         if self.question is None:
             after = text & (visual.flip(1).cumsum(1).flip(1) == 0)
@@ -88,6 +86,39 @@ class QuestionIds(QuestionTap):
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         index, there = self.rows(scene)
         return torch.where(there, scene.ids.flatten()[index], -1)
+
+
+@dataclass(frozen=True)
+class OwnText(QuestionTap):
+    """Mean input embedding of every picture's own text, `(images, dim)` float32 or better; zeros where there is none.
+
+    That is what stands behind the picture up to the next one; of pictures that stand together, what stands behind the
+    last of them. A picture that is alone in its prompt has the question, and so has one with no text behind it.
+    """
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        layout, visual, asked = scene.layout, visual_entries(scene), self.asked(scene)
+        silent = () if self.question is None else self.question.silent
+        text, columns = scene.sequence.asked() & ~visual & ~among(scene.ids, silent), scene.sequence.columns
+        end = upload([[max(0, grid.tokens - 1)] for grid in layout.grids], hidden.device)
+        never, means = scene.sequence.prompt, []
+        for row, last in zip(layout.sample, layout.position.gather(1, end), strict=True):
+            own = text[row] & (columns[row] > last)
+            first = columns[row].masked_fill(~own, never).amin()
+            following = visual[row] & (columns[row] > first)
+            own = own & (columns[row] < columns[row].masked_fill(~following, never).amin())
+            own = asked[row] if layout.sample.count(row) == 1 else torch.where(own.any(), own, asked[row])
+            states = upcast(hidden[row])
+            means.append(own.to(states) @ states / own.sum().clamp(min=1))
+        return torch.stack(means)
+
+
+def visual_entries(scene: Scene) -> torch.Tensor:
+    """`(batch, length)` bool, the visual tokens."""
+    real = scene.sequence.asked()
+    visual = torch.zeros(real.numel(), dtype=torch.long, device=real.device)
+    visual = visual.scatter_add(0, scene.flat_index().flatten(), scene.layout.alive.long().flatten())
+    return visual.view_as(real) > 0
 
 
 def fewer(said: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
