@@ -331,6 +331,7 @@ def test_odd_pictures(tiny_model, name, size):
     model = tiny_model(family="llava_next", dtype=F64)
     prompt = tiny.prompt(model, [3, "image", 4], [size])
     options = {"keep": 0.3} if name != "atp" else {"thresholds": tiny.modules(model)}
+    options |= vlmprune.registry.find(name).plain_with
     with torch.no_grad(), vlmprune.patch(model, name, **options) as handle:
         out = model(**prompt)
         assert torch.isfinite(out.logits).all()
@@ -350,7 +351,7 @@ def test_a_budget_of_all_tokens_is_the_identity_bitwise(tiny_model, name, family
         refused(SINGLE_VIEW, lambda: vlmprune.patch(model, name, keep=keep))
     if name in ("tome", "pitome") and family == "llava_next" and isinstance(keep, int):
         refused(UNEQUAL_VIEWS, lambda: vlmprune.patch(model, name, keep=keep))
-    with vlmprune.patch(model, name, keep=keep) as handle:
+    with vlmprune.patch(model, name, keep=keep, **vlmprune.registry.find(name).plain_with) as handle:
         pruned = probes.forced_logits(model, prompt, forced)
         assert torch.equal(pruned, plain)
         assert handle.trace.kv_lengths == [prompt["input_ids"].shape[1]] * tiny.LAYERS
