@@ -104,6 +104,11 @@ class CDPruner(Pruner):
     question: Annotated[QuestionMarks | None, told_question] = None
     newlines: AnyNewlines = "all"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.relevance == "embeddings" and self.clip is not None:
+            raise ValueError("cdpruner: clip= is what relevance='clip' asks, and relevance='embeddings' asks no model.")
+
     def told_by(self, processor: Any) -> CDPruner:
         return self if self.question is not None else replace(self, question=question_of(processor))
 

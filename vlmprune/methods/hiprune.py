@@ -50,7 +50,8 @@ def neighbours(marked: torch.Tensor, layout: Layout, wrap: bool = False) -> torc
         planes = max(len(grid.planes) for grid in layout.grids)
         rows, down = (max(plane[axis] for grid in layout.grids for plane in grid.planes) + 2 for axis in (0, 1))
         place, size = (layout.plane * rows + layout.row + 1) * down + layout.col + 1, planes * rows * down
-        low, high = place * 0, place * 0 + size - 1  # what is no patch may stand at the very edge
+        place = place.clamp(max=size - 1)  # newlines of a canvas without patches stand outside of it
+        low, high = place * 0, place * 0 + size - 1
     hits = torch.zeros(len(layout), size, dtype=torch.long, device=marked.device)
     for step in (-1, 1, -down, down):
         hits = hits.scatter_add(1, (place + step).clamp(low, high), marked.long())
