@@ -166,3 +166,13 @@ def test_a_trace_shows_itself_in_a_few_lines(tiny_model):
         assert len(told) < 600
         assert "CutTrace(layer=0, method='vtc_cls', positions='contiguous')" in told
         assert f"kv_lengths={handle.trace.kv_lengths}" in told
+
+
+def test_no_test_finds_what_another_left(tiny_model):
+    """Part one: leave a patch on a shared model."""
+    vlmprune.patch(tiny_model(), "fastv", keep=5)
+
+
+def test_no_test_finds_what_another_left_behind(tiny_model):
+    """Part two, behind it."""
+    assert not [name for name, part in tiny_model().named_modules() if part._forward_pre_hooks]
