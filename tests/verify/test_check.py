@@ -36,7 +36,8 @@ def test_every_method_passes(support, name):
     options = {"atp": {"thresholds": tiny.modules(model, biases=(-0.3, 1.5)) if name == "atp" else None}}
     # fewer pixels, and every token: nothing in the language model to have positions
     but = ("positions",) if name == "downsample" else ()
-    passes(subject("llava").check(name, **options.get(name, {"keep": 0.4})), but)
+    given = options.get(name, {"keep": 0.4}) | vlmprune.registry.find(name).plain_with
+    passes(subject("llava").check(name, **given), but)
 
 
 def test_globalcom2_and_tokens_written_in_an_order_of_their_own(support):
@@ -182,9 +183,9 @@ def test_some_weights_offloaded_are_refused():
 def test_every_prompt_runs_pruned_once(monkeypatch):
     made, ran, original = subject("llava"), [], evidence.run
 
-    def run(family, model, inputs, forced):
+    def run(family, model, inputs, forced, **more):
         ran.append(inputs)
-        return original(family, model, inputs, forced)
+        return original(family, model, inputs, forced, **more)
 
     passes(made.check("random", keep=0.4))
     monkeypatch.setattr(evidence, "run", run)
