@@ -225,6 +225,7 @@ def test_a_demo_that_is_interrupted(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "model_inputs", lambda *_: {})
     monkeypatch.setattr(answering, "answer", lambda *_: "red")
     monkeypatch.setattr(answering, "run_job", lambda *_: None)
+    monkeypatch.setattr(answering, "check", lambda *_: None)
     monkeypatch.setattr(demo, "save", save)
     code, out, err = cli("demo", "--out", tmp_path / "out")
     assert (code, out) == (130, "")

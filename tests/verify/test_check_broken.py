@@ -299,10 +299,10 @@ def test_a_generation_that_raises(monkeypatch):
 def test_one_prompt_that_raises_fails_batches_alone(monkeypatch):
     original = evidence.run
 
-    def run(family, model, inputs, forced):
+    def run(family, model, inputs, forced, **more):
         if checks.left_behind(model) and "pixel_values" not in inputs:
             raise RuntimeError("no text alone")
-        return original(family, model, inputs, forced)
+        return original(family, model, inputs, forced, **more)
 
     monkeypatch.setattr(evidence, "run", run)
     failed, report = failing("fopru")
