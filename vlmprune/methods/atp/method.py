@@ -142,9 +142,8 @@ class Atp(Method):
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         config, mine = self.thresholds.config, asdict(facts)
-        # files may be older than a fact, and JSON has no tuples
-        filed = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in config.model.items()}
-        theirs = {f.name: f.default for f in fields(facts) if f.default is not MISSING} | filed
+        # files may be older than a fact
+        theirs = {f.name: f.default for f in fields(facts) if f.default is not MISSING} | config.model
         if other := [k for k in mine if theirs.get(k) != mine[k]]:
             told = ", ".join(f"{k} {theirs.get(k)!r} (this model: {mine[k]!r})" for k in other)
             raise ValueError(f"these weights are for another model: {told}. Train modules for this one: {TRAIN}")

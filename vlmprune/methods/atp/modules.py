@@ -76,6 +76,8 @@ class AtpConfig:
             raise ValueError(f"model={self.model!r} must be the facts of a model, decoder_layers among them.")
         for name, hint in hints(AtpConfig).items():
             object.__setattr__(self, name, checked(name, hint, getattr(self, name)))
+        facts = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in self.model.items()}
+        object.__setattr__(self, "model", facts)  # JSON has no tuples
         self.check_places()
 
     def check_places(self) -> None:
