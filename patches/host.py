@@ -20,12 +20,17 @@ check_transformers()  # before the first import of a part of it, which another r
 
 from transformers.modeling_outputs import BaseModelOutputWithPast  # noqa: E402
 
-__all__ = ["CACHE", "cache_of", "in_words_of", "is_cache", "returned_cache", "with_cache"]
+__all__ = ["CACHE", "cache_of", "in_words_of", "is_cache", "reads_pixel_values", "returned_cache", "with_cache"]
 
 _OLD = "past_key_values"
 
 #: The name of the cache among the arguments and outputs of models and decoder layers in this release.
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else _OLD
+
+
+def reads_pixel_values(inner: nn.Module) -> bool:
+    """Whether a model calls the pixels of images `pixel_values`: Video-LLaVA did not before transformers 5.23."""
+    return "pixel_values" in inspect.signature(type(inner).get_image_features).parameters
 
 
 def with_cache(cache: Any) -> dict[str, Any]:

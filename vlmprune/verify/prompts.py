@@ -11,6 +11,7 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.patches import Family
+from vlmprune.patches.host import reads_pixel_values
 
 __all__ = [
     "batch",
@@ -69,6 +70,11 @@ def make_prompt(
             "do: they are proved in this project's own tests alone."
         )
     inner, generator = family.inner(model), torch.Generator().manual_seed(seed)
+    if not reads_pixel_values(inner):
+        raise UnsupportedError(
+            f"the self-test of {family.model_type} models needs transformers 5.23 or newer: before, they call the "
+            "pixels of images by a name of their own."
+        )
     tile, videos = side_of(family, inner), sum(part == "video" for part in parts)
     pictures, images, frames = {}, [], 0
     if sizes:
