@@ -143,7 +143,8 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     book = CostBook(loaded, journal, pairs, args.batch, args.max_new_tokens, args.repeats, skipped)
     costs = {entry.label: book.of(entry) for entry in entries if args.repeats and not interrupted}
     cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst) for entry in entries if not entry.control}
-    about = about_run(loaded, args, sum(pair.picture in skipped for pair in pairs))
+    unasked = sum(pair.picture in skipped for pair in pairs)
+    about = about_run(loaded, "fidelity", args, prompts_skipped=unasked)
     told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs), costs)
     show(told, fidelity_report.write(folder, told), args.as_json)
     if skipped:
@@ -273,26 +274,25 @@ def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
     }
 
 
-def about_run(loaded: Loaded, args: SimpleNamespace, prompts_skipped: int) -> dict[str, Any]:
-    """What somebody else needs to repeat it."""
+def about_run(loaded: Loaded, verb: str, args: SimpleNamespace, **more: Any) -> dict[str, Any]:
+    """What somebody else needs to repeat a run of a verb."""
     return {
         "model": loaded.source.name,
         "family": loaded.model.config.model_type,
         "device": str(loaded.model.device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "versions": flags.versions(),
-        "command": "vlmprune " + " ".join(quoted(args)),
+        "command": " ".join(("vlmprune", verb, *quoted(args))),
         "max_new_tokens": args.max_new_tokens,
         "batch": args.batch,
-        "prompts_skipped": prompts_skipped,
+        **more,
     }
 
 
 def quoted(args: SimpleNamespace) -> Iterator[str]:
-    """The command line that means these arguments."""
-    yield "fidelity"
+    """The flags that mean these arguments; `loss` is another one's value, read."""
     for name, value in vars(args).items():
-        if name in ("as_json", "out", "resume") or value is None:
+        if name in ("as_json", "out", "resume", "loss") or value is None:
             continue
         for one in value if isinstance(value, list) else [value]:
             yield f"--{name.replace('_', '-')} {shlex.quote(str(one))}"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,13 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Option
 
 from vlmprune.cli import flags
-from vlmprune.cli.fidelity import check_prompts, entries_of, refuse_nothing, setting_of, worst_cards
+from vlmprune.cli.fidelity import about_run, check_prompts, entries_of, refuse_nothing, setting_of, worst_cards
 from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
 from vlmprune.runtime.prompts import Pair, read_pairs
 
 if TYPE_CHECKING:
     from vlmprune.eval.tune.report import Result
-    from vlmprune.methods.base import Method
     from vlmprune.runtime.loading import Loaded
     from vlmprune.spec import Job
 
@@ -151,7 +149,8 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
             refuse_nothing(search.skipped, search.interrupted)
         raise UserError("there was no time to measure anything: give more --minutes, fewer --methods or --limit.")
     complete = not search.over and len(candidates) == len(entries)
-    result = report.Result(about(loaded, args), goal, scored, candidates, finalists, search.skipped, complete)
+    about = about_run(loaded, "tune", args, **{"pairs of timed runs": args.repeats})
+    result = report.Result(about, goal, scored, candidates, finalists, search.skipped, complete)
     tell(result, loaded, pairs, folder, args)
     if search.interrupted:
         raise KeyboardInterrupt
@@ -204,13 +203,6 @@ def jobs_of(names: list[str] | None, budgets: Sequence[dict[str, Any]], options:
     return [*jobs, *(spec.jobs(own, [{}], options, named=False) if own else [])]
 
 
-def scheduled(cls: type[Method]) -> bool:
-    """Whether a method has a published schedule of its own."""
-    from vlmprune.methods.base import Budgeted
-
-    return issubclass(cls, Budgeted) and cls.optional
-
-
 def fitting(loaded: Loaded, todo: Sequence[Job], named: bool) -> list[Job]:
     """The jobs that fit the model; where methods were named, all of them must.
 
@@ -231,31 +223,6 @@ def fitting(loaded: Loaded, todo: Sequence[Job], named: bool) -> list[Job]:
     if not left:
         raise UserError(f"nothing fits the model: {why}")
     return left
-
-
-def about(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
-    """What somebody else needs to repeat it."""
-    return {
-        "model": loaded.source.name,
-        "family": loaded.model.config.model_type,
-        "device": str(loaded.model.device),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "versions": flags.versions(),
-        "command": "vlmprune " + " ".join(quoted(args)),
-        "max_new_tokens": args.max_new_tokens,
-        "batch": args.batch,
-        "pairs of timed runs": args.repeats,
-    }
-
-
-def quoted(args: SimpleNamespace) -> Iterator[str]:
-    """The command line that means these arguments."""
-    yield "tune"
-    for name, value in vars(args).items():
-        if name in ("as_json", "out", "resume", "loss") or value is None:
-            continue
-        for one in value if isinstance(value, list) else [value]:
-            yield f"--{name.replace('_', '-')} {shlex.quote(str(one))}"
 
 
 def tell(result: Result, loaded: Loaded, pairs: Sequence[Pair], folder: Path, args: SimpleNamespace) -> None:
