@@ -15,8 +15,8 @@ from vlmprune.eval.fidelity import run as fidelity_run
 from vlmprune.eval.fidelity.costs import CostBook, EntryCosts
 from vlmprune.eval.fidelity.journal import Journal
 from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
+from vlmprune.eval.scores import score
 from vlmprune.eval.tune.judge import LossVerdict, judge
-from vlmprune.eval.tune.scores import score
 from vlmprune.eval.tune.search import Standing, better_half, rungs
 from vlmprune.runtime.errors import CommandError
 from vlmprune.runtime.loading import Loaded

@@ -15,7 +15,7 @@ from typer import Option
 from vlmprune.cli import flags
 from vlmprune.cli.fidelity import about_run, check_prompts, entries_of, refuse_nothing, setting_of, worst_cards
 from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
-from vlmprune.runtime.prompts import Pair, read_pairs
+from vlmprune.runtime.prompts import Pair, labelled, read_pairs
 
 if TYPE_CHECKING:
     from vlmprune.eval.tune.report import Result
@@ -48,16 +48,14 @@ def verb(
         str | None, Option(metavar="DIR", help="folder of pictures, or a pattern (default: those of vlmprune)")
     ] = None,
     prompts: Annotated[str | None, Option(metavar="FILE", help="one prompt a line, or JSON lines")] = None,
-    data: Annotated[str | None, Option(metavar="FILE", help="JSON lines with image, prompt and answer")] = None,
+    data: flags.Data = None,
     model: flags.Model = "scene-llava",
     speedup: Annotated[float, Option(metavar="X", help="how many times as fast it is to be")] = 2.0,
     max_loss: Annotated[str, Option(metavar="SHARE", help="what may be lost at most (1% or 0.01)")] = "1%",
     speed_of: Annotated[
         Literal["answer", "first"], Option(help="what is to be faster: a whole answer, or the first token")
     ] = "answer",
-    metric: Annotated[
-        Literal["exact", "contains", "anls", "choice"], Option(help="how answers are compared with those of --data")
-    ] = "exact",
+    metric: flags.Metric = "exact",
     methods: Annotated[
         str, Option(metavar="NAME[,NAME]", help="what is tried; all: whatever fits the model (controls too)")
     ] = "all",
@@ -122,9 +120,7 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
     options = flags.options_of(args.option)
     names = None if args.methods.strip() == "all" else flags.words_of(args.methods, "--methods")
     pairs = asked(args, folder)
-    scored = bool(pairs[0].answers)
-    if odd := next((pair for pair in pairs if bool(pair.answers) != scored), None):
-        raise UserError(f"{args.data or args.prompts}, line {odd.line}: give an answer to every prompt, or to none.")
+    scored = labelled(pairs, args.data or args.prompts)
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune.eval.tune import report
@@ -229,6 +225,7 @@ def tell(result: Result, loaded: Loaded, pairs: Sequence[Pair], folder: Path, ar
     """Write report, results and recipe, and print."""
     import io
 
+    from vlmprune.eval.fidelity.labels import Labels
     from vlmprune.eval.fidelity.report import captioned, sheet_of
     from vlmprune.eval.report import render
     from vlmprune.eval.tune import report
@@ -237,7 +234,8 @@ def tell(result: Result, loaded: Loaded, pairs: Sequence[Pair], folder: Path, ar
 
     path, best = folder / "recipe.yaml", result.best
     lines = [report.python_line(result), report.command_line(result), f'vlmprune.patch(model, "{path}")']
-    cards = worst_cards(loaded, best.entry, best.rows, pairs, args.worst)
+    labels = Labels.of(pairs, args.metric)
+    cards = worst_cards(loaded, best.entry, best.rows, pairs, args.worst, labels)
     title = f"Tuning of {result.about['model']}"
     blocks = report.build(result, title, lines, [captioned(card) for card in cards], folder / "worst.png")
     files = render.pages(blocks, title, folder)
