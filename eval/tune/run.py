@@ -98,6 +98,7 @@ class Tuning:
         self.pairs = shuffled(pairs)
         self.pictures = list(dict.fromkeys(pair.picture for pair in self.pairs))
         self.skipped: dict[str, str] = {}
+        self.refused: dict[str, list[str]] = {}
         self.book = CostBook(loaded, self.journal, self.pairs, batch, longest, repeats, self.skipped)
         self.end = now() + deadline
         self.interrupted = False
@@ -122,6 +123,7 @@ class Tuning:
                     break
                 except CommandError as error:  # a method that refuses still pictures, or this size of them
                     note(f"left out: {entry.label}: {error}")
+                    self.refused.setdefault(entry.method, []).append(f"{entry.budget}: {error}")
                 bar.step()
         return made
 

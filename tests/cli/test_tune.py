@@ -216,7 +216,7 @@ def test_all_means_what_fits(folders):
     from vlmprune.runtime import loading
 
     loaded = loading.load(loading.find_model(folders["siglip"]))
-    jobs = verb.fitting(loaded, verb.jobs_of(None, [{"keep": 0.5}], {}), named=False)
+    jobs = verb.fitting(loaded, *verb.jobs_of(None, [{"keep": 0.5}], {}), named=False)
     names = {job.method for job in jobs}
     assert {"fopru", "fastv", "random", "grid"} <= names
     assert not {"vtc_cls", "globalcom2", "atp", "downsample"} & names

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 __all__ = ["verb"]
 
 KEEP = "0.5,0.35,0.25,0.15,0.1"
-LEFT_OUT = ("atp", "downsample")  # for one there are no weights of most models; the other makes nothing faster
+#: What --methods all does not try, and why; who names them gets them.
+LEFT_OUT = {
+    "atp": "its modules are trained for one model: --methods atp --option weights=FOLDER.",
+    "downsample": "it takes detail away and no token, so it makes nothing faster.",
+}
 EXAMPLES = """\
 examples:
   vlmprune tune                                    on pictures and questions that come with vlmprune, a few minutes
@@ -129,9 +133,9 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
     from vlmprune.runtime.status import note
 
     with user_mistakes():
-        todo = jobs_of(names, budgets, options)
+        todo, refused = jobs_of(names, budgets, options)
     loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
-    entries = list(entries_of(fitting(loaded, todo, named=names is not None), False, 1))
+    entries = list(entries_of(fitting(loaded, todo, refused, named=names is not None), False, 1))
     check_prompts(loaded, pairs, args.data or args.prompts or "the prompts")
     goal = Goal(args.speedup, args.loss, args.speed_of, args.metric)
     search = Tuning(
@@ -146,7 +150,9 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
         raise UserError("there was no time to measure anything: give more --minutes, fewer --methods or --limit.")
     complete = not search.over and len(candidates) == len(entries)
     about = about_run(loaded, "tune", args, **{"pairs of timed runs": args.repeats})
-    result = report.Result(about, goal, scored, candidates, finalists, search.skipped, complete)
+    for name, why in search.refused.items():
+        refused.setdefault(name, []).extend(why)
+    result = report.Result(about, goal, scored, candidates, finalists, search.skipped, refused, complete)
     tell(result, loaded, pairs, folder, args)
     if search.interrupted:
         raise KeyboardInterrupt
@@ -187,27 +193,54 @@ def drawn(folder: Path, limit: int | None) -> list[Pair]:
     return read_pairs(str(pictures), str(data), limit)
 
 
-def jobs_of(names: list[str] | None, budgets: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[Job]:
-    """The methods at the budgets, and their own published schedules."""
+def jobs_of(
+    names: list[str] | None, budgets: Sequence[dict[str, Any]], options: dict[str, Any]
+) -> tuple[list[Job], dict[str, list[str]]]:
+    """The methods at the budgets and their own published schedules; and of all methods those left out, with reasons."""
     from vlmprune import registry, spec
 
-    tried = [name for name in registry.names() if name not in LEFT_OUT] if names is None else names
-    jobs = spec.jobs(tried, budgets, options, named=False)
+    if names is not None:
+        return of_methods(names, budgets, options), {}
+    jobs, classes, refused = [], {}, {name: [why] for name, why in LEFT_OUT.items()}
+    for name in registry.names():
+        try:
+            classes[name] = registry.find(name)
+        except ValueError as error:  # of another package
+            refused[name] = [str(error)]
+    spec.check_known(options, {name: {name: cls} for name, cls in classes.items()})
+    for name, cls in classes.items():
+        mine = {key: value for key, value in options.items() if spec.takers(key, {name: cls})}
+        try:
+            jobs += of_methods([name], budgets, mine) if name not in LEFT_OUT else []
+        except (TypeError, ValueError, FileNotFoundError) as error:  # it needs an option, or a file
+            refused[name] = [str(error)]
+    return jobs, refused
+
+
+def of_methods(names: Sequence[str], budgets: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[Job]:
+    """The jobs of methods."""
+    from vlmprune import registry, spec
+
+    jobs = spec.jobs(names, budgets, options, named=False)
     own = [
-        name for name in tried if all(getattr(registry.find(part), "optional", False) for part in spec.names_of(name))
+        name for name in names if all(getattr(registry.find(part), "optional", False) for part in spec.names_of(name))
     ]
     return [*jobs, *(spec.jobs(own, [{}], options, named=False) if own else [])]
 
 
-def fitting(loaded: Loaded, todo: Sequence[Job], named: bool) -> list[Job]:
+def fitting(loaded: Loaded, todo: Sequence[Job], refused: dict[str, list[str]], named: bool) -> list[Job]:
     """The jobs that fit the model; where methods were named, all of them must.
+
+    Args:
+        refused: gets the methods of the others, and why.
 
     Raises:
         UserError: one does not, or none does.
     """
     from vlmprune.runtime import answering
+    from vlmprune.runtime.status import note
 
-    left, why = [], ""
+    left = []
     for job in todo:
         try:
             answering.check(loaded, [job])
@@ -215,9 +248,13 @@ def fitting(loaded: Loaded, todo: Sequence[Job], named: bool) -> list[Job]:
         except UserError as error:
             if named:
                 raise
-            why = str(error)
+            told = refused.setdefault(job.method, [])
+            if (why := str(error)) not in told:
+                told.append(why)
     if not left:
-        raise UserError(f"nothing fits the model: {why}")
+        raise UserError(f"nothing fits the model: {list(refused.values())[-1][-1]}")
+    for name, why in refused.items():
+        note(f"left out: {name}: {' '.join(why)}")
     return left
 
 
@@ -237,7 +274,7 @@ def tell(result: Result, loaded: Loaded, pairs: Sequence[Pair], folder: Path, ar
     labels = Labels.of(pairs, args.metric)
     cards = worst_cards(loaded, best.entry, best.rows, pairs, args.worst, labels)
     title = f"Tuning of {result.about['model']}"
-    blocks = report.build(result, title, lines, [captioned(card) for card in cards], folder / "worst.png")
+    blocks = report.build(result, title, lines, [captioned(card) for card in cards], folder)
     files = render.pages(blocks, title, folder)
     files["results.json"] = (json.dumps(report.as_json(result), indent=1, ensure_ascii=False) + "\n").encode(
         errors=render.ESCAPED
