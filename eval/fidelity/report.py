@@ -17,7 +17,7 @@ from PIL import Image
 from vlmprune.eval import statistics
 from vlmprune.eval.fidelity.costs import EntryCosts
 from vlmprune.eval.fidelity.labels import Labels
-from vlmprune.eval.fidelity.measure import Scored, StudyEntry, StudyLine, StudyRow, summarise
+from vlmprune.eval.fidelity.measure import Scored, StudyEntry, StudyLine, StudyRow, stretches, summarise
 from vlmprune.eval.fidelity.positions import Stretch, along
 from vlmprune.eval.report import render
 from vlmprune.eval.report.chart import Chart, Point
@@ -328,7 +328,7 @@ def scaled(estimate: Estimate, scale: float = 1.0) -> list[float | None]:
 def positions(study: Study, folder: Path) -> list[Block]:
     """How answers of some length change along the way; nothing where all are short."""
     most = max((len(found) for found in study.along.values()), default=0)
-    if not any(found[-1].last > LONG for found in study.along.values()):
+    if most <= len(stretches(LONG)):
         return []
     names = [line.entry.label for line in study.lines]
     header, rows = ["method and budget", "tokens", "prompts", "next token", "same so far", "KL"], []

@@ -92,9 +92,8 @@ def test_end_to_end(run, folders, pictures, tmp_path):
     assert "random (3 seeds)" in out
     assert f"report: {tmp_path / 'out' / 'report.html'}" in out
     assert err == f"loading {folders['next']} ...\n"
-    names = [".lock", "agreement.svg", "report.html", "report.md", "results.json", "rows.jsonl"] + [f"worst-{m}.png" for m in (
-        "fastv-keep-0.25", "fastv-keep-4", "fopru-keep-0.25", "fopru-keep-4",
-    )]  # fmt: skip
+    names = [".lock", "agreement.svg", "report.html", "report.md", "results.json", "rows.jsonl"]
+    names += [f"worst-{m}.png" for m in ("fastv-keep-0.25", "fastv-keep-4", "fopru-keep-0.25", "fopru-keep-4")]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names  # no temporary file either
 
 
