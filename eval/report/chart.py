@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from vlmprune.eval.report import plots
-from vlmprune.eval.report.document import Plot
+from vlmprune.eval.report import plots, render
+from vlmprune.eval.report.document import Plot, Text
 from vlmprune.eval.report.interactive import look
 
 __all__ = ["Chart", "Point"]
@@ -41,12 +41,14 @@ class Chart:
         panels: what stands upwards, by name the title.
         points: in panels by number.
         controls: the labels that are grey.
+        alone: the labels whose points no line joins.
     """
 
     axes: Mapping[str, str]
     panels: Mapping[str, str]
     points: Sequence[Point]
-    controls: Collection[str] = field(default=())
+    controls: Collection[str] = ()
+    alone: Collection[str] = ()
 
     @property
     def styles(self) -> dict[str, dict[str, Any]]:
@@ -54,9 +56,9 @@ class Chart:
         labels = list(dict.fromkeys(point.label for point in self.points if not point.full))
         methods = [label for label in labels if label not in self.controls]
         controls = [label for label in labels if label in self.controls]
-        return {label: plots.method_style(i) for i, label in enumerate(methods)} | {
-            label: plots.control_style(i) for i, label in enumerate(controls)
-        }
+        looks = {label: plots.method_style(i) for i, label in enumerate(methods)}
+        looks |= {label: plots.control_style(i) for i, label in enumerate(controls)}
+        return {label: style | ({"ls": ""} if label in self.alone else {}) for label, style in looks.items()}
 
     def values(self) -> dict[str, Any]:
         """As page.js reads them."""
@@ -68,8 +70,10 @@ class Chart:
             "points": told,
         }
 
-    def block(self, path: Path, caption: str) -> Plot:
+    def block(self, path: Path, caption: str) -> Plot | Text:
         """The plot of a document; its still picture is drawn into `path` where matplotlib is installed."""
+        if not plots.available() and render.plotly() is None:
+            return Text("Nothing was drawn: pip install 'vlmprune[plot]'.", warning=True)
         still = [plots.save(self.figure(), path, caption)] if plots.available() else []
         return Plot(self.values(), f"{caption} {plots.CLICK}", still)
 

@@ -74,7 +74,7 @@ function plot(place) {
       const full = label === "full model", look = data.looks[label] || {symbol: "star", dash: "solid"};
       const paint = full ? colour("--fore") : look.color || colour("--soft");
       return {
-        type: "scatter", mode: full ? "markers" : "lines+markers", name: label,
+        type: "scatter", mode: full || !look.dash ? "markers" : "lines+markers", name: label,
         x: mine.map(p => p.x[word]), y: mine.map(p => p.y), text: mine.map(p => p.name),
         hovertemplate: "%{text}<br>%{x:.4~g}, %{y:.4~g}<extra></extra>",
         error_y: {type: "data", symmetric: false, thickness: 1, width: 2, color: paint,
