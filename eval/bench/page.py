@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from vlmprune import registry
 from vlmprune.eval.bench import report
 from vlmprune.eval.bench.report import Grid
 from vlmprune.eval.report import document, render
@@ -21,8 +22,8 @@ __all__ = ["Changes", "page"]
 Changes = tuple[str, Sequence[dict[str, Any]], dict[str, tuple[Any, Any]]]
 ORACLE = "oracle"
 CAPTION = (
-    "Time of the first token: medians with quartiles. An oracle's is what the same tokens would cost if they were known "
-    "beforehand."
+    "Time of the first token: medians with quartiles. An oracle's is what the same tokens would cost if they were "
+    "known beforehand."
 )
 
 
@@ -89,7 +90,7 @@ def sentence(method: str, batch: int, cells: Sequence[dict[str, Any]], several: 
 def chart(results: dict[str, Any]) -> Chart:
     """Every method and the oracles, a panel per batch size."""
     axes = {
-        "tokens": "visual tokens per prompt, mean over decoder layers",
+        "tokens": "visual tokens, mean over layers",
         "kv": "cache, MB",
         "flops": "counted GFLOPs",
     }
@@ -107,7 +108,9 @@ def chart(results: dict[str, Any]) -> Chart:
             points.append(point(cell["method"], name, x, cell["first_token_ms"]["pruned"], panel))
             points.append(point(ORACLE, f"oracle of {name}", x, cell["first_token_ms"]["oracle"], panel))
     panels = {f"batch {batch}": f"first token, ms (batch {batch})" for batch in batches}
-    return Chart(axes, panels, points, {ORACLE}, {ORACLE})
+    methods = {cell["method"] for cell in results["cells"]} & set(registry.names())
+    controls = {name for name in methods if registry.find(name).looks_at == "nothing"}
+    return Chart(axes, panels, points, {ORACLE, *controls}, {ORACLE})
 
 
 def needs(cell: dict[str, Any]) -> dict[str, float]:

@@ -93,12 +93,13 @@ class Compared:
 
 @dataclass(frozen=True)
 class StudyEntry:
-    """A method at a budget, run with one or several seeds (`(None,)` for a method without)."""
+    """A method at a budget, run with one or several seeds (`(None,)` for a method without); `name` is of its options."""
 
     method: str
     options: dict[str, Any]
     control: bool = False
     seeds: tuple[int | None, ...] = (None,)
+    name: str = ""
 
     @property
     def budget(self) -> str:
@@ -108,7 +109,7 @@ class StudyEntry:
     @property
     def label(self) -> str:
         """`fopru, keep 0.25`."""
-        return ", ".join(part for part in (self.method, self.budget) if part)
+        return ", ".join(part for part in (self.method, self.budget, self.name) if part)
 
     def seeded(self, seed: int | None) -> dict[str, Any]:
         """The options for one seed."""

@@ -292,10 +292,10 @@ def numbers(study: Study, folder: Path) -> list[Block]:
 
 def overview(study: Study) -> Chart:
     """Agreement, and the score where there is one, against what a budget leaves and what was timed."""
-    axes = {"layer_average": "visual tokens, mean over the LLM's layers"}
+    axes = {"layer_average": "visual tokens, mean over layers"}
     if study.costs:
         axes |= {"first": "first token, times as fast", "answer": "answer, times as fast", "cache": "cache, % of all"}
-    panels = {"answer": "same answers, %"} | ({} if study.labels is None else {"score": "score, %"})
+    panels = {"agreement": "same answers, %"} | ({} if study.labels is None else {"score": "score, %"})
     points = [made for line in study.lines for made in points_of(line, study.costs.get(line.entry.label))]
     before = max(line.tokens_before for line in study.lines)
     plain = {"layer_average": before} | ({"first": 1.0, "answer": 1.0, "cache": 100.0} if study.costs else {})
@@ -337,7 +337,7 @@ def positions(study: Study, folder: Path) -> list[Block]:
             shares = [spread(x, ".1f", 100) for x in (one.next_agrees, one.same_so_far)]
             rows.append([name, span(one), str(one.prompts), *shares, spread(one.kl, ".3f")])
     kinds = ["start" if i % most == 0 else "" for i in range(len(rows))]
-    panels = {"next": "next token, %", "same": "same so far, %", "kl": "KL, nats per token"}
+    panels = {"next token": "next token, %", "same so far": "same so far, %", "KL": "KL, nats per token"}
     points = [
         Point(name, f"{name}, tokens {span(one)}", {"position": one.last}, *scaled(value, scale), panel=i)
         for name in names

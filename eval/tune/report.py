@@ -12,9 +12,11 @@ from vlmprune.eval import statistics
 from vlmprune.eval.fidelity.measure import worst
 from vlmprune.eval.report.chart import Chart, Point
 from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Code, Heading, Table, Text, repeat
+from vlmprune.eval.tune.calibrate import Trial
 from vlmprune.eval.tune.judge import CONFIDENCE
 from vlmprune.eval.tune.run import Candidate, Goal
 from vlmprune.recipe import Recipe
+from vlmprune.runtime.tables import counted
 from vlmprune.spec import BUDGETS, write_value
 
 __all__ = ["Result", "as_json", "build", "command_line", "python_line", "recipe", "statement", "table_of"]
@@ -36,6 +38,7 @@ class Result:
         skipped: pictures that could not be read, and why.
         refused: methods that do not go with the model or the pictures, and why.
         complete: whether time was enough.
+        trials: of a search for one method's options, which the finalists' pictures were no part of.
     """
 
     about: dict[str, Any]
@@ -46,6 +49,7 @@ class Result:
     skipped: dict[str, str]
     refused: dict[str, list[str]]
     complete: bool
+    trials: Sequence[Trial] = ()
 
     @property
     def best(self) -> Candidate:
@@ -143,7 +147,7 @@ def chart(result: Result) -> Chart:
     """Loss of the finalists and drift of all that answered something, against what was timed."""
     axes = {"answer": "answer, times as fast", "first": "first token, times as fast", "cache": "cache, % of all"}
     axes = {result.goal.of: axes[result.goal.of]} | axes  # first what was asked for
-    panels = {"loss": "loss, points", "kl": "KL, nats per token"}
+    panels = {"loss": "loss, points", "KL": "KL, nats per token"}
     plain = {"answer": 1.0, "first": 1.0, "cache": 100.0}
     points = [Point("", "unpruned", plain, 0.0, panel=i, full=True) for i in (0, 1)]
     for one in result.all:
@@ -238,6 +242,7 @@ def build(result: Result, title: str, lines: Sequence[str], cards: Sequence[Capt
             "faster and better."
         ),
     ]
+    blocks += searched(result, folder)
     if cards:
         blocks += [
             Heading(f"Worst pictures: {result.best.label}"),
@@ -252,6 +257,42 @@ def build(result: Result, title: str, lines: Sequence[str], cards: Sequence[Capt
         ]
     facts = {name: value for name, value in result.about.items() if name != "command"}
     return blocks + repeat(facts, result.about["command"])
+
+
+def searched(result: Result, folder: Path) -> list[Block]:
+    """The trials of a search for options; nothing without one."""
+    if not result.trials:
+        return []
+    names = list(dict.fromkeys(name for one in result.trials for name in one.options))
+    rows = [
+        [
+            str(one.number) if one.number else "own",
+            *(f"{one.options[name]:g}" if name in one.options else "" for name in names),
+            "" if one.kl is None else f"{one.kl:.4f}",
+            "" if one.kl is None else f"{one.layer_average:.1f}",
+            one.why,
+        ]
+        for one in result.trials
+    ]
+    taken = [one for one in result.trials if one.kl is not None]
+    points = [
+        Point(
+            "not taken" if one.why else "trial", f"trial {one.number}", {"trial": one.number, **one.options}, one.kl,
+            full=one.number == 0,
+        )
+        for one in taken
+    ]  # fmt: skip
+    axes = {"trial": "number of the trial"} | {name: name for name in names}
+    chart = Chart(axes, {"KL": "KL, nats per token"}, points, {"not taken"}, {"trial", "not taken"})
+    return [
+        Heading("The search for options"),
+        Text(
+            f"Each trial answered the same prompts about {counted(result.trials[0].pictures, 'picture')}, by none of "
+            "which the finalists are judged. The star and its line are the method's own options."
+        ),
+        chart.block(folder / "trials.svg", "KL divergence from the unpruned model, trial by trial."),
+        Table(["trial", *names, "KL", "layer average", "not taken, since"], rows, (0, len(names) + 3)),
+    ]
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -270,6 +311,16 @@ def as_json(result: Result) -> dict[str, Any]:
         "worst": [row.as_json() for row in worst(result.best.rows, 10)],
         "skipped": result.skipped,
         "refused": result.refused,
+        "trials": [
+            {
+                "number": one.number,
+                "options": one.options,
+                "kl": one.kl,
+                "layer_average": one.layer_average,
+                "why": one.why,
+            }
+            for one in result.trials
+        ],
     }
 
 

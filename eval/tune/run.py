@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,16 @@ class Tuning:
         """Whether there is no time left, or the user said stop."""
         return self.interrupted or self.now() > self.end
 
+    @contextmanager
+    def within(self, share: float) -> Iterator[None]:
+        """Time is over when this share of what is left is."""
+        end, now = self.end, self.now()
+        self.end = now + share * (end - now)
+        try:
+            yield
+        finally:
+            self.end = end
+
     def costs(self, entries: Sequence[StudyEntry]) -> list[Candidate]:
         """Measure what entries cost that are not known yet; those that time was too short for are left out."""
         made = []
@@ -132,7 +143,7 @@ class Tuning:
         left = list(candidates)
         steps = rungs(len(self.pictures), len(left))
         for number, pictures in enumerate(steps, 1):
-            self.measure(left, pictures, number)
+            self.measure(left, self.pictures[:pictures], number)
             measured = [one for one in left if one.rung == number]
             if self.over or not measured:
                 break
@@ -140,17 +151,27 @@ class Tuning:
                 stay = set(better_half([self.standing(one, len(left)) for one in measured], self.goal.speedup))
                 left = [one for one in measured if one.label in stay]
                 note(f"{counted(pictures, 'picture')}: {counted(len(left), 'candidate')} of {len(measured)} go on")
-        reached = max((one.rung for one in left), default=0)
-        finalists = [one for one in left if one.rung == reached > 0]
+        return self.judged(left)
+
+    def judged(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that came furthest, with their verdicts, best first."""
+        reached = max((one.rung for one in candidates), default=0)
+        finalists = [one for one in candidates if one.rung == reached > 0]
         for one in finalists:
             one.verdict = judge(self.losses(one), self.goal.loss, len(finalists))
         return sorted(finalists, key=lambda one: rank(one, self.goal))
 
-    def measure(self, candidates: Sequence[Candidate], pictures: int, number: int) -> None:
-        """Ask candidates about the first so many pictures; the rows of whoever has all of them are taken."""
-        wanted = set(self.pictures[:pictures])
+    def measure(self, candidates: Sequence[Candidate], pictures: Sequence[str], number: int) -> None:
+        """Ask candidates about pictures; the rows of prompts that all of them answered are taken."""
+        by_label = self.rows([one.entry for one in candidates], pictures)
+        for one in candidates if by_label else []:
+            one.rows, one.rung = by_label[one.label], number
+            one.kl = float(np.mean([row.compared.kl_answer for row in one.rows]))
+
+    def rows(self, entries: Sequence[StudyEntry], pictures: Sequence[str]) -> dict[str, list[StudyRow]]:
+        """The rows of the prompts about pictures that all entries answered, by label; what is not there is asked."""
+        wanted = set(pictures)
         pairs = [pair for pair in self.pairs if pair.picture in wanted]
-        entries = [one.entry for one in candidates]
         todo = fidelity_run.Todo(self.journal, entries, pairs)
         left = todo.left()
         size = 4 * self.batch
@@ -159,12 +180,10 @@ class Tuning:
                 break
             some = fidelity_run.Todo(self.journal, entries, left[start : start + size])
             self.interrupted |= fidelity_run.measure(self.loaded, some, self.batch, self.longest, self.skipped)
-        done = todo.rows()
-        if not done:
-            return
-        for one in candidates:
-            one.rows, one.rung = [row for row in done if row.label == one.label], number
-            one.kl = float(np.mean([row.compared.kl_answer for row in one.rows]))
+        by_label: dict[str, list[StudyRow]] = {}
+        for row in todo.rows():
+            by_label.setdefault(row.label, []).append(row)
+        return by_label
 
     def losses(self, candidate: Candidate) -> list[float]:
         """The mean loss of every picture."""

@@ -18,13 +18,18 @@ from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistake
 from vlmprune.runtime.prompts import Pair, labelled, read_pairs
 
 if TYPE_CHECKING:
+    from vlmprune.eval.fidelity.measure import StudyEntry
+    from vlmprune.eval.tune.calibrate import Trial
     from vlmprune.eval.tune.report import Result
+    from vlmprune.eval.tune.run import Tuning
+    from vlmprune.parts.options import Range
     from vlmprune.runtime.loading import Loaded
     from vlmprune.spec import Job
 
 __all__ = ["verb"]
 
 KEEP = "0.5,0.35,0.25,0.15,0.1"
+OWN = "0.25"  # of --method
 #: What --methods all does not try, and why; who names them gets them.
 LEFT_OUT = {
     "atp": "its modules are trained for one model: --methods atp --option weights=FOLDER.",
@@ -36,6 +41,8 @@ examples:
   vlmprune tune --images photos --prompts prompts.txt --model llava-hf/llava-1.5-7b-hf --speedup 2 --max-loss 1%
   vlmprune tune --images photos --data data.jsonl --metric anls --speed-of first --methods fopru,vtc_cls,random
 
+  vlmprune tune --method vflowopt --average 0.25 --images photos --prompts prompts.txt         its own options
+                                                                             (pip install 'vlmprune[tune]')
 --data has one JSON object a line: {"image": "cat.jpg", "prompt": "what is this ?", "answer": "a cat"} (or a list of
 answers that count as right): a loss is then of the score by --metric. With --prompts it is of answers that changed.
 
@@ -61,9 +68,18 @@ def verb(
     ] = "answer",
     metric: flags.Metric = "exact",
     methods: Annotated[
-        str, Option(metavar="NAME[,NAME]", help="what is tried; all: whatever fits the model (controls too)")
-    ] = "all",
-    keep: Annotated[str, Option(metavar="N[,N]", help="budgets that are tried, beside published schedules")] = KEEP,
+        str | None,
+        Option(metavar="NAME[,NAME]", help="what is tried; all (the default): whatever fits the model, controls too"),
+    ] = None,
+    method: Annotated[
+        str | None, Option(metavar="NAME", help="search this method's own options instead, those that have a range")
+    ] = None,
+    trials: Annotated[int, Option(metavar="N", help="how many of them --method tries at each budget")] = 40,
+    keep: Annotated[
+        str | None,
+        Option(metavar="N[,N]", help=f"budgets that are tried, beside published schedules (default: {KEEP})"),
+    ] = None,
+    average: flags.Average = None,
     option: flags.Options = [],  # noqa: B006
     minutes: Annotated[float, Option(metavar="N", help="end with what there is after so many")] = 30,
     limit: Annotated[int | None, Option(metavar="N", help="only the first N pictures by name")] = None,
@@ -84,7 +100,8 @@ def verb(
     """
     args = SimpleNamespace(**locals())
     flags.one_of(prompts=prompts, data=data)
-    flags.least(1, limit=limit, repeats=repeats, max_new_tokens=max_new_tokens, batch=batch)
+    flags.one_of(methods=methods, method=method)
+    flags.least(1, limit=limit, repeats=repeats, max_new_tokens=max_new_tokens, batch=batch, trials=trials)
     flags.least(0, worst=worst)
     if not speedup > 0 or not minutes > 0:
         raise UserError(f"--{'minutes' if speedup > 0 else 'speedup'} must be above 0.")
@@ -120,9 +137,8 @@ def share_of(text: str) -> float:
 
 def tune(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, search, report."""
-    budgets, _ = flags.budgets_of(args.keep, None, KEEP)
     options = flags.options_of(args.option)
-    names = None if args.methods.strip() == "all" else flags.words_of(args.methods, "--methods")
+    names = None if (args.methods or "all").strip() == "all" else flags.words_of(args.methods, "--methods")
     pairs = asked(args, folder)
     scored = labelled(pairs, args.data or args.prompts)
 
@@ -133,18 +149,33 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
     from vlmprune.runtime.status import note
 
     with user_mistakes():
-        todo, refused = jobs_of(names, budgets, options)
+        if args.method is None:
+            budgets, _ = flags.budgets_of(args.keep, args.average, KEEP)
+            todo, refused = jobs_of(names, budgets, options)
+        else:
+            searched, todo, refused = *searched_of(args, options), {}
     loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
-    entries = list(entries_of(fitting(loaded, todo, refused, named=names is not None), False, 1))
+    entries = list(
+        entries_of(fitting(loaded, todo, refused, named=names is not None or args.method is not None), False, 1)
+    )
     check_prompts(loaded, pairs, args.data or args.prompts or "the prompts")
     goal = Goal(args.speedup, args.loss, args.speed_of, args.metric)
     search = Tuning(
         loaded, folder, setting_of(loaded, args), pairs, goal, args.batch, args.max_new_tokens, 60 * args.minutes,
         args.repeats,
     )  # fmt: skip
-    candidates = search.costs(entries)
-    finalists = search.search(candidates)
+    trials: list[Trial] = []
+    if args.method is None:
+        candidates = search.costs(entries)
+        finalists = search.search(candidates)
+    else:
+        trials, entries, pictures = calibrated(search, entries, searched, args.trials)
+        candidates = search.costs(entries)
+        search.measure(candidates, pictures, 1)
+        finalists = search.judged(candidates)
     if not finalists:
+        if search.interrupted:
+            raise KeyboardInterrupt
         if search.skipped:
             refuse_nothing(search.skipped, search.interrupted)
         raise UserError("there was no time to measure anything: give more --minutes, fewer --methods or --limit.")
@@ -152,12 +183,51 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
     about = about_run(loaded, "tune", args, **{"pairs of timed runs": args.repeats})
     for name, why in search.refused.items():
         refused.setdefault(name, []).extend(why)
-    result = report.Result(about, goal, scored, candidates, finalists, search.skipped, refused, complete)
+    result = report.Result(about, goal, scored, candidates, finalists, search.skipped, refused, complete, trials)
     tell(result, loaded, pairs, folder, args)
     if search.interrupted:
         raise KeyboardInterrupt
     if not complete:
         note("time was over before all was measured: --resume goes on")
+
+
+def searched_of(args: SimpleNamespace, options: dict[str, Any]) -> tuple[dict[str, Range], list[Job]]:
+    """The options of --method that are searched, and the method at its budgets: an average, which holds the cost.
+
+    Raises:
+        UserError: it has none that are not given.
+    """
+    from vlmprune import registry, spec
+    from vlmprune.eval.tune.calibrate import optuna
+    from vlmprune.parts.options import ranges
+
+    cls = registry.find(args.method)
+    found = {name: one for name, one in ranges(cls).items() if name not in options}
+    if not found:
+        some = [name for name, other in registry.registered().items() if ranges(other)]
+        raise UserError(
+            f"{args.method} has no options with a range left to search; these have some: {', '.join(some)}."
+        )
+    optuna()  # or what is missing
+    own = {"keep": args.keep, "average": args.average}
+    if args.keep is None and args.average is None:
+        own["average" if "average" in registry.options(cls) else "keep"] = OWN
+    return found, spec.jobs([args.method], flags.budgets_of(**own, default=OWN)[0], options)
+
+
+def calibrated(
+    search: Tuning, entries: Sequence[StudyEntry], searched: dict[str, Range], count: int
+) -> tuple[list[Trial], list[StudyEntry], Sequence[str]]:
+    """The trials of every budget, the best of them, and the pictures to judge them by."""
+    from vlmprune.eval.tune.calibrate import best, calibrate, split
+
+    seen, others = split(search.pictures)
+    trials, chosen = [], []
+    for entry in entries:
+        if found := calibrate(search, entry, searched, count, seen):
+            trials += found
+            chosen += best(found)
+    return trials, chosen, others
 
 
 def asked(args: SimpleNamespace, folder: Path) -> list[Pair]:
