@@ -93,7 +93,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class StudyEntry:
-    """A method at a budget, run with one or several seeds (`(None,)` for a method without); `name` is of its options."""
+    """A method at a budget, run with one or several seeds (`(None,)` without); `name` is of its options."""
 
     method: str
     options: dict[str, Any]

@@ -402,8 +402,18 @@ def test_a_method_that_does_not_fit_is_told_before_work_is_done(refused, folders
     assert "[CLS]" in refused(model=folders["siglip"], method="vtc_cls")
 
 
+def test_from_nothing(cli, tmp_path):
+    """The example of the help, on fewer pictures: they come with their questions and answers."""
+    code, out, err = cli("fidelity", "--limit", 2, "--keep", "100%", "--controls", "none", "--out", tmp_path / "out")
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["pictures"], results["metric"]) == (2, "exact")
+    score = results["summary"][0]["score"]
+    assert score["unpruned"] == score["pruned"]
+    assert score["unpruned"]["value"] > 0.5  # the model was trained for these
+
+
 def test_embedded_model_and_pictures(cli, tmp_path):
-    """The example of the help."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("how many objects are there ?\nwhat colour is a zebra ?\n")
     pattern = Path(testbed.__file__).parent / "pictures" / "scene*.png"
@@ -453,7 +463,8 @@ def test_labels_that_are_not_there(refused, tmp_path):
     assert "has no answers" in refused(max_loss="1%")
     assert "must be at least 0 and under 1" in refused(max_loss="1")
     assert "--data is not allowed with --prompts" in refused(data=data)
-    assert "--prompts has one a line" in refused(prompts=None)
+    assert "name --images and --prompts (one a line)" in refused(prompts=None)
+    assert "name --images and --prompts (one a line)" in refused(images=None)
 
 
 def costing(times):

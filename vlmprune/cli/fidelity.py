@@ -33,9 +33,8 @@ examples:
       --keep 64,128 --device cuda --batch 8
   vlmprune fidelity --images 'photos/**/*.jpg' --prompts pairs.jsonl --model llava-hf/llava-1.5-7b-hf --keep 25%
 
-with what comes in the package (from a checkout; the default model, scene-llava, knows drawn scenes):
-  echo 'how many objects are there ?' > prompts.txt
-  vlmprune fidelity --images 'eval/testbed/pictures/scene*.png' --prompts prompts.txt --method fopru,vtc_cls --keep 26
+with what comes in the package (drawn scenes with questions and answers, which the default model knows):
+  vlmprune fidelity --method fopru,vtc_cls --keep 26 --limit 20
 
 The prompts file has one prompt a line, each asked about every picture; or one JSON object a line, {"image": "cat.jpg",
 "prompt": "what is this?"}, where image may be a pattern ("2024/*.jpg") and without one means every picture. --data
@@ -51,7 +50,7 @@ interrupted
 
 
 def verb(
-    images: Annotated[str, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")],
+    images: flags.Images = None,
     prompts: Annotated[str | None, Option(metavar="FILE", help="one prompt a line, or JSON lines (see below)")] = None,
     data: flags.Data = None,
     model: flags.Model = "scene-llava",
@@ -112,9 +111,6 @@ def verb(
 def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
     flags.one_of(prompts=args.prompts, data=args.data)
-    file = args.prompts or args.data
-    if file is None:
-        raise UserError("what is to be asked about the pictures? --prompts has one a line, --data right answers too.")
     flags.least(1, max_new_tokens=args.max_new_tokens, batch=args.batch, seeds=args.seeds, limit=args.limit)
     flags.least(0, worst=args.worst, repeats=args.repeats)
     least = least_of(args)
@@ -123,7 +119,7 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     controls = [] if args.controls.strip() == "none" else flags.words_of(args.controls, "--controls")
     budgets, named = flags.budgets_of(args.keep, args.average, KEEP)
     options = flags.options_of(args.option)
-    pairs = read_pairs(args.images, file, args.limit)
+    pairs, file = asked(args, folder), args.prompts or args.data or "the prompts"
     if not labelled(pairs, file) and (args.data or least.loss is not None):
         raise UserError(f'{file} has no answers: scores need --data with an "answer" in every line.')
 
@@ -225,6 +221,39 @@ def refuse_worse(told: Study, least: Least) -> None:
             wrong.append(f"{line.entry.label}: the first token comes {fast:.2f} times as fast, under {least.speedup:g}")
     if wrong:
         raise CommandError("; ".join(wrong))
+
+
+def asked(args: SimpleNamespace, folder: Path) -> list[Pair]:
+    """The prompts about the user's pictures, or about those that come with the model.
+
+    Raises:
+        UserError: pictures without prompts, or prompts without pictures.
+    """
+    file = args.data or args.prompts
+    if args.images is None and file is None and args.model == "scene-llava":
+        return drawn(folder, args.limit)
+    if args.images is None or file is None:
+        raise UserError(
+            "name --images and --prompts (one a line), or --data with answers; without any the model scene-llava is "
+            "tried on pictures that come with it."
+        )
+    return read_pairs(args.images, file, args.limit)
+
+
+def drawn(folder: Path, limit: int | None) -> list[Pair]:
+    """Pictures with questions and answers that come with the package, written as a user's would be."""
+    from vlmprune.eval import testbed
+
+    pictures, lines = folder / "pictures", []
+    pictures.mkdir(exist_ok=True)
+    for question in testbed.questions("sparse"):
+        file = pictures / f"{question.picture_id}.webp"
+        if not file.is_file():
+            file.write_bytes(question.picture)
+        lines.append(json.dumps({"image": file.name, "prompt": question.question, "answer": question.answer}))
+    data = folder / "data.jsonl"
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return read_pairs(str(pictures), str(data), limit)
 
 
 def left_out(names: Sequence[str]) -> str:

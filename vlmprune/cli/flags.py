@@ -44,6 +44,9 @@ Options = Annotated[
 Recipe = Annotated[
     str | None, Option(metavar="FILE", help="a recipe (a YAML file), instead of --method, budget and --option")
 ]
+Images = Annotated[
+    str | None, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg'; default: ours)")
+]
 Data = Annotated[str | None, Option(metavar="FILE", help="JSON lines with image, prompt and answer")]
 Metric = Annotated[
     Literal["exact", "contains", "anls", "choice"], Option(help="how answers are compared with those of --data")

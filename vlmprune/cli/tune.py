@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Option
 
 from vlmprune.cli import flags
-from vlmprune.cli.fidelity import about_run, check_prompts, entries_of, refuse_nothing, setting_of, worst_cards
+from vlmprune.cli.fidelity import (
+    about_run,
+    asked,
+    check_prompts,
+    entries_of,
+    refuse_nothing,
+    setting_of,
+    worst_cards,
+)
 from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
-from vlmprune.runtime.prompts import Pair, labelled, read_pairs
+from vlmprune.runtime.prompts import Pair, labelled
 
 if TYPE_CHECKING:
     from vlmprune.eval.fidelity.measure import StudyEntry
@@ -55,9 +63,7 @@ exit codes: 0 done, whatever was found, 1 failed, 2 wrong usage, 130 interrupted
 
 
 def verb(
-    images: Annotated[
-        str | None, Option(metavar="DIR", help="folder of pictures, or a pattern (default: those of vlmprune)")
-    ] = None,
+    images: flags.Images = None,
     prompts: Annotated[str | None, Option(metavar="FILE", help="one prompt a line, or JSON lines")] = None,
     data: flags.Data = None,
     model: flags.Model = "scene-llava",
@@ -179,7 +185,7 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
         if search.skipped:
             refuse_nothing(search.skipped, search.interrupted)
         raise UserError("there was no time to measure anything: give more --minutes, fewer --methods or --limit.")
-    complete = not search.over and len(candidates) == len(entries)
+    complete = not search.over and len(candidates) == len(entries) and len(trials) in (0, len(todo) * (1 + args.trials))
     about = about_run(loaded, "tune", args, **{"pairs of timed runs": args.repeats})
     for name, why in search.refused.items():
         refused.setdefault(name, []).extend(why)
@@ -205,9 +211,7 @@ def searched_of(args: SimpleNamespace, options: dict[str, Any]) -> tuple[dict[st
     found = {name: one for name, one in ranges(cls).items() if name not in options}
     if not found:
         some = [name for name, other in registry.registered().items() if ranges(other)]
-        raise UserError(
-            f"{args.method} has no options with a range left to search; these have some: {', '.join(some)}."
-        )
+        raise UserError(f"{args.method} has no option with a range left to search. Who has some: {', '.join(some)}.")
     optuna()  # or what is missing
     own = {"keep": args.keep, "average": args.average}
     if args.keep is None and args.average is None:
@@ -228,39 +232,6 @@ def calibrated(
             trials += found
             chosen += best(found)
     return trials, chosen, others
-
-
-def asked(args: SimpleNamespace, folder: Path) -> list[Pair]:
-    """The prompts about the user's pictures, or about those that come with the model.
-
-    Raises:
-        UserError: pictures without prompts, or prompts without pictures.
-    """
-    file = args.data or args.prompts
-    if args.images is None and file is None and args.model == "scene-llava":
-        return drawn(folder, args.limit)
-    if args.images is None or file is None:
-        raise UserError(
-            "name --images and --prompts (one a line), or --data with answers; without any the model scene-llava is "
-            "tried on pictures that come with it."
-        )
-    return read_pairs(args.images, file, args.limit)
-
-
-def drawn(folder: Path, limit: int | None) -> list[Pair]:
-    """Pictures with questions and answers that come with the package, written as a user's would be."""
-    from vlmprune.eval import testbed
-
-    pictures, lines = folder / "pictures", []
-    pictures.mkdir(exist_ok=True)
-    for question in testbed.questions("sparse"):
-        file = pictures / f"{question.picture_id}.webp"
-        if not file.is_file():
-            file.write_bytes(question.picture)
-        lines.append(json.dumps({"image": file.name, "prompt": question.question, "answer": question.answer}))
-    data = folder / "data.jsonl"
-    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return read_pairs(str(pictures), str(data), limit)
 
 
 def jobs_of(
