@@ -133,8 +133,7 @@ class Tuning:
                     self.interrupted = True
                     break
                 except CommandError as error:  # a method that refuses still pictures, or this size of them
-                    note(f"left out: {entry.label}: {error}")
-                    self.refused.setdefault(entry.method, []).append(f"{entry.budget}: {error}")
+                    self.refuse(entry, error)
                 bar.step()
         return made
 
@@ -164,12 +163,18 @@ class Tuning:
     def measure(self, candidates: Sequence[Candidate], pictures: Sequence[str], number: int) -> None:
         """Ask candidates about pictures; the rows of prompts that all of them answered are taken."""
         by_label = self.rows([one.entry for one in candidates], pictures)
-        for one in candidates if by_label else []:
+        for one in (one for one in candidates if one.label in by_label):
             one.rows, one.rung = by_label[one.label], number
             one.kl = float(np.mean([row.compared.kl_answer for row in one.rows]))
 
     def rows(self, entries: Sequence[StudyEntry], pictures: Sequence[str]) -> dict[str, list[StudyRow]]:
-        """The rows of the prompts about pictures that all entries answered, by label; what is not there is asked."""
+        """The rows of the prompts about pictures that all entries answered, by label; what is not there is asked.
+
+        An entry that refuses a picture is left out, and noted.
+
+        Raises:
+            CommandError: the only entry refuses one.
+        """
         wanted = set(pictures)
         pairs = [pair for pair in self.pairs if pair.picture in wanted]
         todo = fidelity_run.Todo(self.journal, entries, pairs)
@@ -178,12 +183,39 @@ class Tuning:
         for start in range(0, len(left), size):
             if self.over:
                 break
-            some = fidelity_run.Todo(self.journal, entries, left[start : start + size])
-            self.interrupted |= fidelity_run.measure(self.loaded, some, self.batch, self.longest, self.skipped)
+            some = left[start : start + size]
+            try:
+                self.ask(entries, some)
+            except CommandError:
+                if len(entries) == 1:
+                    raise
+                entries = [entry for entry in entries if self.takes(entry, some)]
+                todo = fidelity_run.Todo(self.journal, entries, pairs)
         by_label: dict[str, list[StudyRow]] = {}
+        if not entries:
+            return by_label
         for row in todo.rows():
             by_label.setdefault(row.label, []).append(row)
         return by_label
+
+    def ask(self, entries: Sequence[StudyEntry], pairs: Sequence[Pair]) -> None:
+        """Put the rows of entries and prompts into the journal."""
+        todo = fidelity_run.Todo(self.journal, entries, pairs)
+        self.interrupted |= fidelity_run.measure(self.loaded, todo, self.batch, self.longest, self.skipped)
+
+    def takes(self, entry: StudyEntry, pairs: Sequence[Pair]) -> bool:
+        """`ask`, and whether the entry refused no picture."""
+        try:
+            self.ask([entry], pairs)
+        except CommandError as error:
+            self.refuse(entry, error)
+            return False
+        return True
+
+    def refuse(self, entry: StudyEntry, error: CommandError) -> None:
+        """Note that an entry is left out, and why."""
+        note(f"left out: {entry.label}: {error}")
+        self.refused.setdefault(entry.method, []).append(f"{entry.budget}: {error}" if entry.budget else str(error))
 
     def losses(self, candidate: Candidate) -> list[float]:
         """The mean loss of every picture."""

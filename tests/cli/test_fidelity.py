@@ -404,7 +404,7 @@ def test_a_method_that_does_not_fit_is_told_before_work_is_done(refused, folders
 
 def test_from_nothing(cli, tmp_path):
     """The example of the help, on fewer pictures: they come with their questions and answers."""
-    code, out, err = cli("fidelity", "--limit", 2, "--keep", "100%", "--controls", "none", "--out", tmp_path / "out")
+    code, _, err = cli("fidelity", "--limit", 2, "--keep", "100%", "--controls", "none", "--out", tmp_path / "out")
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["pictures"], results["metric"]) == (2, "exact")

@@ -196,6 +196,38 @@ def test_hopeless_candidates_see_few_pictures(folders, tmp_path, cli, monkeypatc
     assert recipe["keep"] >= 0.3
 
 
+def test_who_refuses_a_picture_is_left_out_and_named(run, monkeypatch):
+    """Only grid at keep 0.5 refuses, and only one of the pictures: all others are reported on."""
+    from vlmprune.runtime.errors import UserError
+
+    one_batch = tuning.fidelity_run.one_batch
+
+    def refusing(loaded, todo, some, *more):
+        if any(entry.label == "grid, keep 0.5" for entry, _ in todo.steps) and any(
+            p.picture == "b.jpg" for p, _ in some
+        ):
+            raise UserError("this picture is too small")
+        one_batch(loaded, todo, some, *more)
+
+    monkeypatch.setattr(tuning.fidelity_run, "one_batch", refusing)
+    code, results, _, err = run()
+    assert code == 0, err
+    assert results["refused"] == {"grid": ["keep 0.5: this picture is too small"]}
+    assert {one["label"] for one in results["finalists"]} == {"fopru, keep 0.5", "fopru, keep 1.0", "grid, keep 1.0"}
+    assert {one["pictures"] for one in results["finalists"]} == {4}
+    assert "left out: grid, keep 0.5: this picture is too small" in err
+
+
+def test_methods_that_do_not_go_with_the_model_are_named(run, folders):
+    """All methods on a model without [CLS]: those that need one are named, and nothing fails."""
+    code, results, _, err = run(methods="all", keep="0.5", model=folders["siglip"])
+    assert code == 0, err
+    assert "[CLS]" in results["refused"]["vtc_cls"][0]
+    assert {"atp", "downsample", "globalcom2"} <= set(results["refused"])
+    assert "left out: vtc_cls: " in err
+    assert len({one["method"] for one in results["candidates"]}) > 15
+
+
 @pytest.fixture
 def own(folders, tmp_path, cli, monkeypatch):
     """`own(kl=..., ...)`: `tune --method scope` with answers made up by alpha: code, results, stderr, who was asked."""
