@@ -13,7 +13,7 @@ from vlmprune import registry
 from vlmprune.eval.bench import report
 from vlmprune.eval.bench.report import Grid
 from vlmprune.eval.report import document, render
-from vlmprune.eval.report.chart import Chart, Point
+from vlmprune.eval.report.chart import Chart, Mark
 from vlmprune.eval.report.document import Block, Bullets, Heading, Table, Text
 
 __all__ = ["Changes", "page"]
@@ -118,9 +118,9 @@ def needs(cell: dict[str, Any]) -> dict[str, float]:
     return {"kv": cell["kv_bytes"] / 1e6, "flops": cell["flops"]["counted"] / 1e9}
 
 
-def point(label: str, name: str, x: dict[str, float], times: dict[str, float], panel: int, full: bool = False) -> Point:
+def point(label: str, name: str, x: dict[str, float], times: dict[str, float], panel: int, full: bool = False) -> Mark:
     """A median with its quartiles."""
-    return Point(label, name, x, times["median"], times["low"], times["high"], panel, full)
+    return Mark(label, name, x, times["median"], times["low"], times["high"], panel, full)
 
 
 def changes(changed: Changes | None) -> list[Block]:

@@ -11,11 +11,11 @@ from vlmprune.eval import statistics
 from vlmprune.eval.fidelity.measure import StudyRow, Values, by_prompt, drawn, stretches
 from vlmprune.eval.statistics import Estimate
 
-__all__ = ["Stretch", "along"]
+__all__ = ["AnswerPart", "along"]
 
 
 @dataclass(frozen=True)
-class Stretch:
+class AnswerPart:
     """Positions `first` to `last` of the answers, counted from 1.
 
     Attributes:
@@ -33,20 +33,20 @@ class Stretch:
     kl: Estimate
 
 
-def along(rows: Iterable[StudyRow]) -> dict[str, list[Stretch]]:
+def along(rows: Iterable[StudyRow]) -> dict[str, list[AnswerPart]]:
     """The stretches of every label; a prompt counts once in each, seeds are averaged, pictures are drawn."""
     return {label: of_label(list(prompts.items())) for label, prompts in by_prompt(rows).items()}
 
 
-def of_label(prompts: Sequence[tuple[tuple[str, str], Sequence[StudyRow]]]) -> list[Stretch]:
+def of_label(prompts: Sequence[tuple[tuple[str, str], Sequence[StudyRow]]]) -> list[AnswerPart]:
     """The stretches of one label's rows, by picture and prompt."""
     longest = max(answer_length(row) for _, some in prompts for row in some)
-    made: list[Stretch] = []
+    made: list[AnswerPart] = []
     for i, (first, last) in enumerate(stretches(longest) if longest else []):
         read = {pair: in_stretch(some, i) for pair, some in prompts if len(some[0].compared.along) > i}
         same = {pair: [float(np.mean([same_up_to(row, last) for row in some]))] for pair, some in prompts}
         (agrees, kl), (so_far,) = means(read, (1.0, None)), means(same, (1.0,))
-        made.append(Stretch(first, last, len(read), agrees, so_far, kl))
+        made.append(AnswerPart(first, last, len(read), agrees, so_far, kl))
     return made
 
 

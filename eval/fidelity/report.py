@@ -18,9 +18,9 @@ from vlmprune.eval import statistics
 from vlmprune.eval.fidelity.costs import EntryCosts
 from vlmprune.eval.fidelity.labels import Labels
 from vlmprune.eval.fidelity.measure import Scored, StudyEntry, StudyLine, StudyRow, stretches, summarise
-from vlmprune.eval.fidelity.positions import Stretch, along
+from vlmprune.eval.fidelity.positions import AnswerPart, along
 from vlmprune.eval.report import render
-from vlmprune.eval.report.chart import Chart, Point
+from vlmprune.eval.report.chart import Chart, Mark
 from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Heading, Table, Text, repeat
 from vlmprune.eval.statistics import Estimate
 from vlmprune.runtime import draw
@@ -123,7 +123,7 @@ class Study:
         return summarise(self.entries, self.rows, self.labels)
 
     @cached_property
-    def along(self) -> dict[str, list[Stretch]]:
+    def along(self) -> dict[str, list[AnswerPart]]:
         """Agreement by position in the answer, by label."""
         return along(self.rows)
 
@@ -300,11 +300,11 @@ def overview(study: Study) -> Chart:
     before = max(line.tokens_before for line in study.lines)
     plain = {"layer_average": before} | ({"first": 1.0, "answer": 1.0, "cache": 100.0} if study.costs else {})
     tops = [100.0] if study.labels is None else [100.0, 100 * study.lines[0].score.unpruned.value]
-    points += [Point("", "unpruned", plain, top, panel=i, full=True) for i, top in enumerate(tops)]
+    points += [Mark("", "unpruned", plain, top, panel=i, full=True) for i, top in enumerate(tops)]
     return Chart(axes, panels, points, {line.entry.method for line in study.lines if line.entry.control})
 
 
-def points_of(line: StudyLine, costs: EntryCosts | None) -> list[Point]:
+def points_of(line: StudyLine, costs: EntryCosts | None) -> list[Mark]:
     """An entry in every panel of `overview`."""
     x = {"layer_average": line.layer_average}
     if costs is not None:
@@ -315,7 +315,7 @@ def points_of(line: StudyLine, costs: EntryCosts | None) -> list[Point]:
         }
     shown = [line.measures["answer_agrees"]] + ([] if line.score is None else [line.score.pruned])
     return [
-        Point(line.entry.method, line.entry.label, x, *scaled(estimate, 100), panel=i)
+        Mark(line.entry.method, line.entry.label, x, *scaled(estimate, 100), panel=i)
         for i, estimate in enumerate(shown)
     ]
 
@@ -339,7 +339,7 @@ def positions(study: Study, folder: Path) -> list[Block]:
     kinds = ["start" if i % most == 0 else "" for i in range(len(rows))]
     panels = {"next token": "next token, %", "same so far": "same so far, %", "KL": "KL, nats per token"}
     points = [
-        Point(name, f"{name}, tokens {span(one)}", {"position": one.last}, *scaled(value, scale), panel=i)
+        Mark(name, f"{name}, tokens {span(one)}", {"position": one.last}, *scaled(value, scale), panel=i)
         for name in names
         for one in study.along[name]
         for i, (value, scale) in enumerate(((one.next_agrees, 100), (one.same_so_far, 100), (one.kl, 1)))
@@ -356,7 +356,7 @@ def positions(study: Study, folder: Path) -> list[Block]:
     ]
 
 
-def span(stretch: Stretch) -> str:
+def span(stretch: AnswerPart) -> str:
     """`5 to 8`."""
     return f"{stretch.first} to {stretch.last}" if stretch.first < stretch.last else str(stretch.first)
 

@@ -12,11 +12,11 @@ from vlmprune.eval.report import plots, render
 from vlmprune.eval.report.document import Plot, Text
 from vlmprune.eval.report.interactive import look
 
-__all__ = ["Chart", "Point"]
+__all__ = ["Chart", "Mark"]
 
 
 @dataclass(frozen=True)
-class Point:
+class Mark:
     """One point: what it belongs to, its name, where it stands by the names of the axes, and the ends of its bar.
 
     `full` is the unpruned model, through which a line is drawn.
@@ -46,7 +46,7 @@ class Chart:
 
     axes: Mapping[str, str]
     panels: Mapping[str, str]
-    points: Sequence[Point]
+    points: Sequence[Mark]
     controls: Collection[str] = ()
     alone: Collection[str] = ()
 
@@ -88,7 +88,7 @@ class Chart:
         figure.legend(handles.values(), handles, loc="outside right upper", frameon=False, fontsize=9, handlelength=3)
         return figure
 
-    def draw(self, panel: Any, points: Sequence[Point]) -> dict[str, Any]:
+    def draw(self, panel: Any, points: Sequence[Mark]) -> dict[str, Any]:
         """Draw one panel; returns its legend's entries."""
         axis, handles = next(iter(self.axes)), {}
         points = [point for point in points if axis in point.x]

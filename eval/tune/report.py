@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmprune.eval import statistics
 from vlmprune.eval.fidelity.measure import worst
-from vlmprune.eval.report.chart import Chart, Point
+from vlmprune.eval.report.chart import Chart, Mark
 from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Code, Heading, Table, Text, repeat
 from vlmprune.eval.tune.calibrate import Trial
 from vlmprune.eval.tune.judge import CONFIDENCE
@@ -149,15 +149,15 @@ def chart(result: Result) -> Chart:
     axes = {result.goal.of: axes[result.goal.of]} | axes  # first what was asked for
     panels = {"loss": "loss, points", "KL": "KL, nats per token"}
     plain = {"answer": 1.0, "first": 1.0, "cache": 100.0}
-    points = [Point("", "unpruned", plain, 0.0, panel=i, full=True) for i in (0, 1)]
+    points = [Mark("", "unpruned", plain, 0.0, panel=i, full=True) for i in (0, 1)]
     for one in result.all:
         costs, found = one.costs, one.verdict
         x = {"answer": costs.answer["median"], "first": costs.first["median"], "cache": 100 * costs.kv[1] / costs.kv[0]}
         if found is not None:
             ends = (100 * found.low, 100 * found.high)
-            points.append(Point(one.entry.method, one.label, x, 100 * found.loss, *ends))
+            points.append(Mark(one.entry.method, one.label, x, 100 * found.loss, *ends))
         if one.rows:
-            points.append(Point(one.entry.method, one.label, x, one.kl, panel=1))
+            points.append(Mark(one.entry.method, one.label, x, one.kl, panel=1))
     return Chart(axes, panels, points)
 
 
@@ -276,7 +276,7 @@ def searched(result: Result, folder: Path) -> list[Block]:
     ]
     taken = [one for one in result.trials if one.kl is not None]
     points = [
-        Point(
+        Mark(
             "not taken" if one.why else "trial", f"trial {one.number}", {"trial": one.number, **one.options}, one.kl,
             full=one.number == 0,
         )

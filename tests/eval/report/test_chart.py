@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vlmprune.eval.report import render
-from vlmprune.eval.report.chart import Chart, Point
+from vlmprune.eval.report.chart import Chart, Mark
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("plotly")
@@ -13,12 +13,12 @@ pytest.importorskip("plotly")
 
 @pytest.fixture
 def chart():
-    points = [Point("", "unpruned", {"tokens": 100.0, "time": 9.0}, 1.0, full=True)]
+    points = [Mark("", "unpruned", {"tokens": 100.0, "time": 9.0}, 1.0, full=True)]
     for label in ("b", "a", "random"):
         points += [
-            Point(label, f"{label} {x}", {"tokens": x, "time": x / 10}, x / 100, x / 200, x / 90) for x in (40.0, 5.0)
+            Mark(label, f"{label} {x}", {"tokens": x, "time": x / 10}, x / 100, x / 200, x / 90) for x in (40.0, 5.0)
         ]
-    points.append(Point("a", "a in the second panel", {"time": 1.0}, 2.0, panel=1))
+    points.append(Mark("a", "a in the second panel", {"time": 1.0}, 2.0, panel=1))
     return Chart({"tokens": "visual tokens", "time": "time, ms"}, {"score": "score", "kl": "KL"}, points, {"random"})
 
 
