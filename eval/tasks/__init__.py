@@ -1,4 +1,5 @@
-"""The embedded models' questions as ordinary lmms-eval tasks: a group for each split, a task for each category.
+"""The embedded models' questions as ordinary lmms-eval tasks: a group for each split, a task for each category, and
+one, GROUP_mixed, with all questions of a split in the order of its pictures. Two more ask for captions.
 
     lmms-eval eval --model vlmprune --model_args pretrained=scene-llava,method=fopru,keep=26 \\
         --include_path "$(python -c 'from vlmprune.eval import tasks; print(tasks.path())')" \\
@@ -14,7 +15,10 @@ from pathlib import Path
 from vlmprune.eval import testbed
 from vlmprune.eval.testbed.words import CATEGORIES
 
-__all__ = ["GROUPS", "path"]
+__all__ = ["CAPTIONS", "GROUPS", "path"]
+
+#: Tasks that ask for captions, short and long ones, of pictures with three or four objects; scored by objects named.
+CAPTIONS: tuple[str, ...] = ("vlmprune_scene_llava_caption", "vlmprune_scene_llava_long")
 
 #: The group of every split of `testbed.SPLITS`; its tasks have the category's name appended.
 GROUPS: dict[str, str] = {
