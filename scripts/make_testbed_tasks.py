@@ -78,7 +78,9 @@ metric_list:
 """
 #: Tasks that ask for captions: alias, function that asks, longest answer.
 CAPTIONS = dict(
-    zip(tasks.CAPTIONS, (("short captions", "ask_caption", 25), ("long captions", "ask_long_caption", 100)), strict=True)
+    zip(
+        tasks.CAPTIONS, (("short captions", "ask_caption", 25), ("long captions", "ask_long_caption", 100)), strict=True
+    )
 )
 GROUP = """\
 group: {group}
@@ -115,7 +117,9 @@ def captions(each: int = 60) -> pa.Table:
         first = splits.SIZES[name][2]
         scenes = ((picture, splits.test_scene(name, first + int(picture.rpartition("-")[2]))) for picture in pictures)
         many = [(picture, scene) for picture, scene in scenes if len(scene.things) > 2][:each]
-        rows += [(picture, asking.caption(scene), {"bytes": pictures[picture], "path": None}) for picture, scene in many]
+        rows += [
+            (picture, asking.caption(scene), {"bytes": pictures[picture], "path": None}) for picture, scene in many
+        ]
     text = datasets.Value("string")
     features = datasets.Features({"picture_id": text, "answer": text, "image": datasets.Image()})
     return pa.table(dict(zip(features, zip(*rows, strict=True), strict=True)), schema=features.arrow_schema)
