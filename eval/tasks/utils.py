@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ def ask_long_caption(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, A
 def named(text: str) -> set[tuple[str, str]]:
     """The things that a caption names: every colour with a shape or digit behind it."""
     said = text.split()
-    return {pair for pair in zip(said, said[1:], strict=False) if pair[0] in COLOUR_NAMES and pair[1] in VALUES}
+    return {pair for pair in itertools.pairwise(said) if pair[0] in COLOUR_NAMES and pair[1] in VALUES}
 
 
 def score_caption(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
