@@ -77,11 +77,8 @@ metric_list:
     higher_is_better: false
 """
 #: Tasks that ask for captions: alias, function that asks, longest answer.
-CAPTIONS = dict(
-    zip(
-        tasks.CAPTIONS, (("short captions", "ask_caption", 25), ("long captions", "ask_long_caption", 100)), strict=True
-    )
-)
+HOW = (("short captions", "ask_caption", 25), ("long captions", "ask_long_caption", 100))
+CAPTIONS = dict(zip(tasks.CAPTIONS, HOW, strict=True))
 GROUP = """\
 group: {group}
 task:

@@ -230,7 +230,7 @@ def test_a_difference_is_equal_only_where_no_sample_differs():
 
 
 def test_fisher_on_darwins_plants():
-    """Fisher (1935), section 21: of 2**15 assignments, 1,726 have a sum as far from 0 as Darwin's 15 pairs of plants."""
+    """Fisher (1935), section 21: of 2**15 assignments, 1,726 have a sum as far from 0 as 15 pairs of plants had."""
     inches = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
     assert sign_flip(inches, parts=1) == 1726 / 2**15
     assert sign_flip([-x / 8 for x in inches], parts=8) == 1726 / 2**15

@@ -69,7 +69,7 @@ def find_model(name: str) -> Source:
     from vlmprune import embedded
     from vlmprune.errors import did_you_mean
 
-    if name in embedded.NAMES:
+    if name in embedded.EVERY:
         try:
             return Source(name, str(embedded.path(name)), local=True, embedded=True)
         except FileNotFoundError as error:
@@ -84,9 +84,9 @@ def find_model(name: str) -> Source:
     if folder.exists():
         raise UserError(f"{folder} is a file, not the folder of a model.")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        hint = did_you_mean(name, embedded.NAMES)
+        hint = did_you_mean(name, embedded.EVERY)
         raise UserError(
-            f"no model {name!r}: no such folder, no embedded model ({', '.join(embedded.NAMES)}), and not an id "
+            f"no model {name!r}: no such folder, no embedded model ({', '.join(embedded.EVERY)}), and not an id "
             f"owner/name on the hub.{hint}"
         )
     return Source(name, name, local=False)
@@ -164,8 +164,8 @@ def load(
         source: of `find_model`.
         device: of `pick_device`.
         dtype: "float32", "bfloat16", "float16" or "auto", which is the checkpoint's own on a GPU and float32 on a CPU.
-        image_processor: other settings of the image processor, such as `max_pixels`. What the model's config has under the
-            same name is set there too: LLaVA-NeXT packs crops by `image_grid_pinpoints`.
+        image_processor: other settings of the image processor, such as `max_pixels`. What the model's config has under
+            the same name is set there too: LLaVA-NeXT packs crops by `image_grid_pinpoints`.
         **options: more for `from_pretrained`; a `device_map` places the model instead of `device`.
 
     Raises:
