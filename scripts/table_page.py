@@ -8,10 +8,9 @@ Every number and every sentence that judges follows from these files; tests/test
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,8 @@ SURE = 0.05
 NEAR = 0.1
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
 GROUPS = {**LOOKS_AT, "nothing": "nothing (controls)"}
+#: The groups of methods that are compared as groups.
+KINDS = {"tower": "attention", "features": "likeness", "question": "question", "decoder": "inside the LLM"}
 RIVALS = {"scene-qwen": "fewer pixels", "scene-llava-next": "one crop"}
 LONG = "vlmprune_scene_llava_long"
 
@@ -95,6 +96,19 @@ class Line:
         """Of a prefill, as a share of the unpruned model's."""
         return self.cost and self.cost["flops"][1] / self.cost["flops"][0]
 
+    @property
+    def time(self) -> float | None:
+        """Of a prefill, as a share of the unpruned model's."""
+        return self.cost and 1 / self.cost["speedup"]["median"]
+
+
+#: What accuracy is shown against.
+COSTS_BY: dict[str, Callable[[Line], float | None]] = {
+    "tokens over layers": lambda line: line.share,
+    "prefill FLOPs": lambda line: line.flops,
+    "prefill time": lambda line: line.time,
+}
+
 
 class Model:
     """One model's lines on some tasks, and what they are compared by."""
@@ -155,6 +169,10 @@ class Model:
         near = min(drawn, key=lambda one: abs(one.share - line.share), default=None)
         return near if near is not None and abs(near.share - line.share) <= NEAR * line.share else None
 
+    def random(self, budget: float) -> Line:
+        """`random` at a budget."""
+        return next(line for line in self.at(budget) if line.label == "random")
+
     def compare(self) -> None:
         """Every line against the unpruned model and against `random`."""
         for line in (one for one in self.lines if one is not self.full):
@@ -203,22 +221,28 @@ class Table:
             self.long_comparisons = adjust([self.long])
 
 
-def adjust(models: Iterable[Model]) -> int:
-    """Correct all comparisons of some models together; returns how many there are."""
-    found = [against for model in models for line in model.lines for against in line.against.values()]
+def correct(found: Sequence[Against]) -> int:
+    """Correct comparisons for how many they are; returns that."""
     for against, p in zip(found, statistics.holm([one.p for one in found]), strict=True):
         against.adjusted = float(p)
     return len(found)
+
+
+def adjust(models: Iterable[Model]) -> int:
+    """Correct all comparisons of some models together; returns how many there are."""
+    return correct([against for model in models for line in model.lines for against in line.against.values()])
 
 
 # Words
 
 
 def name_of(line: Line, model: Model) -> str:
+    """What tables call a line."""
     return RIVALS[model.name] if line.label == NATIVE else f"`{line.label}`"
 
 
 def percent(share: float) -> str:
+    """`5 %`."""
     return f"{100 * share:.0f} %"
 
 
@@ -234,63 +258,69 @@ def listed(words: Sequence[str]) -> str:
 
 
 def budget_name(budget: float | None) -> str:
+    """What headings call a budget."""
     return "own budget" if budget is None else percent(budget)
 
 
-def pareto(model: Model, cost: Any) -> list[Line]:
-    """The lines that no other one beats at less or equal cost, cheapest first; all tokens of `downsample` save nothing."""
-    lines = [line for line in model.lines if line.method != "downsample" and cost(line) is not None]
-    best = statistics.pareto([cost(line) for line in lines], [line.score for line in lines])
-    return sorted((line for line, there in zip(lines, best, strict=True) if there), key=cost)
+def title(model: Model, budget: float) -> str:
+    """What a row about a model at a budget is called."""
+    return f"{model.name}, {percent(budget)}"
 
 
-# The page's parts
+def groups_of(lines: Sequence[Line]) -> list[str]:
+    """The groups of `KINDS` that some lines belong to."""
+    return [group for group in KINDS if any(line.group == group for line in lines)]
+
+
+def means(lines: Sequence[Line], what: Callable[[Line], np.ndarray]) -> dict[str, np.ndarray]:
+    """Something of every sample, averaged over the methods of a group."""
+    return {g: np.mean([what(line) for line in lines if line.group == g], 0) for g in groups_of(lines)}
+
+
+def asked(table: Table) -> Iterator[tuple[Model, float, list[Line]]]:
+    """Every model and budget with the methods that were asked there."""
+    for model in table.models:
+        for budget in BUDGETS:
+            if lines := [line for line in model.at(budget, controls=False) if line.against]:
+                yield model, budget, lines
+
+
+# The summary
 
 
 def summary(table: Table) -> list[str]:
     """What a reader who decides should know, in order."""
-    parts = [counted_verdicts(table), fronts(table), *losses(table), *rivals(table)]
-    return [*parts, *kinds(table), *false_yes(table), *times(table)]
+    parts = (verdicts, fronts, losses, rivals, kinds, false_yes, times)
+    return [told for part in parts if (told := part(table))]
 
 
-def counted_verdicts(table: Table) -> str:
+def verdicts(table: Table) -> str:
     """How many methods are told apart from what."""
     rows = []
-    for model in table.models:
-        for budget in BUDGETS:
-            mine = [line for line in model.at(budget, controls=False) if line.against]
-            if not mine:
-                continue
-            over, under = (sum(getattr(line.against["random"], word) for line in mine) for word in ("better", "worse"))
-            lost = sum(line.against["full"].worse for line in mine)
-            best = max(mine, key=lambda line: line.score)
-            base = next(line for line in model.at(budget) if line.label == "random")
-            tops = [name_of(line, model) for line in mine if line.score == best.score]
-            rows.append(
-                [
-                    f"{model.name}, {percent(budget)}",
-                    f"{len(mine)}",
-                    f"{over}",
-                    f"{len(mine) - over - under}",
-                    f"{under}",
-                ]
-                + [f"{len(mine) - lost}", f"{base.score:.1f}", f"{best.score:.1f} ({listed(tops)})"]
-            )
+    for model, budget, mine in asked(table):
+        over, under = (sum(getattr(line.against["random"], word) for line in mine) for word in ("better", "worse"))
+        lost, base, top = sum(line.against["full"].worse for line in mine), model.random(budget), max(mine, key=score)
+        tops = listed([name_of(line, model) for line in mine if line.score == top.score])
+        counts = [len(mine), over, len(mine) - over - under, under, len(mine) - lost]
+        rows.append([title(model, budget), *map(str, counts), f"{base.score:.1f}", f"{top.score:.1f}", tops])
     header = ["model, tokens left", "methods", "above `random`", "not told apart", "below it", "not told from unpruned"]
-    told = (
-        "How many methods are better than three seeds of `random` at the same budget, how many cannot be told apart from "
-        "it, how many are worse, and how many cannot be told from the unpruned model (which is no proof that they are as "
-        f"good), after a correction for all {table.comparisons} comparisons of this page:"
-    )
-    return f"{told}\n\n{markdown([*header, '`random`', 'best (which)'], rows)}"
+    told = """\
+**How many are better than chance.** Methods above three seeds of `random` at the same budget, those that cannot be
+told apart from it, those below, and those that cannot be told from the unpruned model (no proof that they are as
+good):"""
+    return f"{told}\n\n{markdown([*header, '`random`', 'best', 'which'], rows)}"
+
+
+def score(line: Line) -> float:
+    """By which lines are ranked."""
+    return line.score
 
 
 def fronts(table: Table) -> str:
     """Which rows nothing beats, by what they cost."""
     rows = []
-    kinds = {"tokens over layers": lambda line: line.share, "prefill FLOPs": lambda line: line.flops}
     for model in table.models:
-        for kind, cost in kinds.items():
+        for kind, cost in COSTS_BY.items():
             found = [
                 f"{name_of(line, model)}{'' if line.budget is None else f' {percent(line.budget)}'} "
                 f"({percent(cost(line))}: {line.score:.1f})"
@@ -299,18 +329,24 @@ def fronts(table: Table) -> str:
             ]
             if found:
                 rows.append([model.name, kind, "; ".join(found)])
-    told = (
-        "**What to take**, as far as such models tell. `keep` counts what is left after the last cut, and a method that cuts "
-        "late has run most layers on all tokens by then, so rows are compared by tokens in the mean over layers, and by the "
-        "FLOPs of a whole prefill (tower, language model and the method's own work). On the front, no other row of the model "
-        "has at least its accuracy for at most its cost (in brackets: cost as a share of the unpruned model's, accuracy). "
-        "Neighbours on it differ by less than chance explains:"
-    )
+    told = """\
+**What to take**, as far as such models tell. `keep` counts what is left after the last cut, and a method that cuts
+late has run most layers on all tokens by then; so rows are compared by their tokens in the mean over layers, by the
+FLOPs of a whole prefill (tower, language model and the method's own work), and by its time. On a front no other row
+of the model has at least its accuracy for at most its cost (in brackets: cost as a share of the unpruned model's, and
+accuracy). Neighbours on it need not differ for certain:"""
     return f"{told}\n\n{markdown(['model', 'by', 'front, cheapest first'], rows, 3)}"
 
 
-def losses(table: Table) -> list[str]:
-    """Who loses to random, and who is not told apart from it at the smallest budgets."""
+def pareto(model: Model, cost: Callable[[Line], float | None]) -> list[Line]:
+    """The lines that no other one beats at less or equal cost, cheapest first; `downsample` saves nothing."""
+    lines = [line for line in model.lines if line.method != "downsample" and cost(line) is not None]
+    best = statistics.pareto([cost(line) for line in lines], [line.score for line in lines])
+    return sorted((line for line, there in zip(lines, best, strict=True) if there), key=cost)
+
+
+def losses(table: Table) -> str:
+    """Who is below random."""
     made = []
     for model in table.models:
         below = [
@@ -319,156 +355,112 @@ def losses(table: Table) -> list[str]:
             for line in model.at(budget)
             if "random" in line.against and line.against["random"].worse
         ]
-        if below:
-            made.append(f"  - {model.name}: {listed(below)}.")
-    told = "**Below `random`** at the same budget, for certain, controls included (points):"
-    return ["\n".join([told, "", *made])] if made else [f"{told} none."]
+        made += [f"- {model.name}: {listed(below)}."] if below else []
+    told = "**Below `random`** at the same budget for certain, controls included (in points):"
+    return "\n".join([told, "", *made]) if made else f"{told} none."
 
 
-def rivals(table: Table) -> list[str]:
+def rivals(table: Table) -> str:
     """The native rival beside the best, and how many it beats."""
     made = []
     for model in table.models:
-        for line in (one for one in model.lines if one.label == NATIVE):
+        for line in (one for one in model.lines if one.label == NATIVE and model.at(one.budget, controls=False)):
             others = model.at(line.budget, controls=False)
-            if not others:
-                continue
-            apart = [(other, model.difference(other.scores, line.scores)) for other in others]
-            sure = statistics.holm([one.p for _, one in apart])
-            over = sum(p < SURE and one.value > 0 for (_, one), p in zip(apart, sure, strict=True))
-            under = sum(p < SURE and one.value < 0 for (_, one), p in zip(apart, sure, strict=True))
-            best = max(others, key=lambda other: other.score)
-            flops = "" if line.flops is None else f", {percent(line.flops)} of the FLOPs"
-            fair = "" if best.flops is None else f" with {percent(best.flops)} of the FLOPs"
+            apart = [model.difference(other.scores, line.scores) for other in others]
+            correct(apart)
+            best = max(others, key=score)
+            flops = ["" if one.flops is None else f", {percent(one.flops)} of the FLOPs" for one in (line, best)]
+            better, worse = (sum(getattr(one, word) for one in apart) for word in ("better", "worse"))
             made.append(
-                f"  - {model.name} at {percent(line.budget)}: {RIVALS[model.name]} {line.score:.1f} ({percent(line.share)} of "
-                f"the tokens{flops}); of {len(others)} methods {over} are better for certain and {under} worse; the best, "
-                f"{name_of(best, model)}, has {best.score:.1f}{fair}."
+                f"- {model.name} at {percent(line.budget)}: {RIVALS[model.name]} {line.score:.1f} "
+                f"({percent(line.share)} of the tokens{flops[0]}). Of {len(others)} methods {better} are better for "
+                f"certain, {worse} worse; the best is {name_of(best, model)}, {best.score:.1f} "
+                f"({percent(best.share)} of the tokens{flops[1]})."
             )
-    told = "**The native rival** (fewer pixels or crops, which spares the tower too; corrected within each budget):"
-    return ["\n".join([told, "", *made])] if made else []
+    told = "**The native rival**, fewer pixels or crops, which spares the tower too (corrected within each budget):"
+    return "\n".join([told, "", *made]) if made else ""
 
 
-def group_scores(lines: Sequence[Line], group: str) -> np.ndarray:
-    """Scores of the samples, averaged over the methods of a group."""
-    return np.mean([line.scores for line in lines if line.group == group], 0)
-
-
-def kinds(table: Table) -> list[str]:
+def kinds(table: Table) -> str:
     """Attention of the tower against diversity, on sparse and on crowded pictures."""
     model = next((one for one in table.models if "crowded" in one.part), None)
-    if model is None:
-        return []
-    found, words = [], []
-    for split in dict.fromkeys(model.part):
+    rows, apart, words = [], [], []
+    for split in ("sparse", "crowded") if model is not None else ():
+        mine = np.array(model.part) == split
         for budget in BUDGETS:
-            lines = model.at(budget, controls=False)
-            if not {"tower", "features"} <= {line.group for line in lines}:
-                continue
-            mine = np.array(model.part) == split
-            means = {group: 100 * group_scores(lines, group)[mine].mean() for group in LOOKS_AT if has(lines, group)}
-            against = model.difference(group_scores(lines, "features"), group_scores(lines, "tower"), mine)
-            found.append((split, budget, means, against))
-    if not found:
-        return []
-    for (*_, against), p in zip(found, statistics.holm([one[3].p for one in found]), strict=True):
-        against.adjusted = float(p)
-    rows = [
-        [
-            f"{split}, {percent(budget)}",
-            *(f"{means[group]:.1f}" if group in means else "" for group in KINDS),
-            str(against),
+            found = means(model.at(budget, controls=False), lambda line: line.scores)
+            if {"tower", "features"} <= set(found):
+                apart.append(model.difference(found["features"], found["tower"], mine))
+                told = [f"{100 * found[group][mine].mean():.1f}" if group in found else "" for group in KINDS]
+                rows.append([f"{split}, {percent(budget)}", *told])
+    correct(apart)
+    for split in ("sparse", "crowded"):
+        mine = [
+            (row[0].partition(", ")[2], one) for row, one in zip(rows, apart, strict=True) if row[0].startswith(split)
         ]
-        for split, budget, means, against in found
-    ]
-    for split in dict.fromkeys(one[0] for one in found):
-        signs = [(budget, against) for where, budget, _, against in found if where == split]
-        sure = [f"{percent(budget)} ({against.value:+.1f})" for budget, against in signs if against.sure]
-        words.append(f"on {split} pictures {f'at {listed(sure)}' if sure else 'at no budget'}")
-    told = (
-        "**Attention or diversity?** Public findings: attention of the tower does better on simple pictures, diversity on "
-        f"crowded ones. Here ({model.name}, means over the methods of a group) a difference between the two is certain "
-        f"{listed(words)}; a plus is for diversity (last column: likeness minus attention, corrected within this table):"
-    )
-    header = ["scenes, tokens left", *(KINDS[group] for group in KINDS), "likeness - attention"]
-    return [f"{told}\n\n{markdown(header, rows)}"]
+        sure = [f"{budget} ({one.value:+.1f})" for budget, one in mine if one.sure]
+        words.append(f"on {split} pictures at {listed(sure) if sure else 'no budget'}")
+    told = f"""\
+**Attention or diversity?** Public findings: the tower's attention does better on simple pictures, diversity on
+crowded ones. Here (scene-llava, means over the methods of a group) the two differ for certain {listed(words)}; a plus
+is for diversity. Last column: likeness minus attention, corrected within this table:"""
+    rows = [[*row, str(one)] for row, one in zip(rows, apart, strict=True)]
+    return f"{told}\n\n{markdown(['scenes, tokens left', *KINDS.values(), 'difference'], rows)}" if rows else ""
 
 
-KINDS = {"tower": "tower's attention", "features": "likeness", "question": "question", "decoder": "inside the LLM"}
-
-
-def has(lines: Sequence[Line], group: str) -> bool:
-    return any(line.group == group for line in lines)
-
-
-def false_yes(table: Table) -> list[str]:
+def false_yes(table: Table) -> str:
     """Whether diversity hallucinates more: a yes where there is nothing."""
-    rows, seen = [], []
-    for model in table.models:
-        for budget in BUDGETS:
-            lines = model.at(budget, controls=False)
-            if not lines:
-                continue
-            rates = {
-                g: np.mean([line.said_yes for line in lines if line.group == g], 0) for g in KINDS if has(lines, g)
-            }
-            apart = rates["features"] - rates["tower"]
-            seen.append(statistics.sign_flip(apart))
-            base = next(line for line in model.at(budget) if line.label == "random")
-            rows.append(
-                [f"{model.name}, {percent(budget)}", f"{100 * model.full.said_yes.mean():.0f}"]
-                + [
-                    f"{100 * base.said_yes.mean():.0f}",
-                    *(f"{100 * rates[g].mean():.0f}" if g in rates else "" for g in KINDS),
-                ]
-                + [f"{100 * apart.mean():+.1f}", str(len(apart))]
-            )
-    if not rows:
-        return []
-    for row, p, raw in zip(rows, statistics.holm(seen), [float(row[-2]) for row in rows], strict=True):
-        row[-2] = f"**{raw:+.1f}**" if p < SURE else row[-2]
-    sure = [row[0] for row, p in zip(rows, statistics.holm(seen), strict=True) if p < SURE]
-    more = [one for one in sure if next(row for row in rows if row[0] == one)[-2].startswith("**+")]
-    told = (
-        "**Does diversity hallucinate more?** Per cent of the questions `is there a ... ?` about things that are not in the "
-        "picture which are answered yes, as means over groups. Public findings: diversity raises it. Here a difference "
-        f"between likeness and attention is certain {f'at {listed(sure)}' if sure else 'nowhere'}"
-        f"{f', and diversity says yes more at {listed(more) if more else chr(110) + chr(111) + chr(110) + chr(101)}' if sure else ''}"
-        " (exact test on questions, corrected within this table; there are few such questions):"
-    )
-    header = ["model, tokens left", "unpruned", "`random`", *KINDS.values(), "likeness - attention", "questions"]
-    return [f"{told}\n\n{markdown(header, rows)}"]
+    rows, apart, count = [], [], {}
+    for model, budget, lines in asked(table):
+        rates = means(lines, lambda line: line.said_yes)
+        apart.append(plain_difference(rates["features"] - rates["tower"]))
+        told = [f"{100 * rates[group].mean():.0f}" if group in rates else "" for group in KINDS]
+        shown = [f"{100 * one.said_yes.mean():.0f}" for one in (model.full, model.random(budget))]
+        rows.append([title(model, budget), *shown, *told])
+        count[model.name] = len(model.full.said_yes)
+    correct(apart)
+    named = list(zip(rows, apart, strict=True))
+    more, less = ([row[0] for row, one in named if getattr(one, word)] for word in ("better", "worse"))
+    asked_of = listed([f"{number} of {name}" for name, number in count.items()])
+    told = f"""\
+**Does diversity hallucinate more?** Public findings say so. Per cent of the questions `is there a ... ?` about things
+that are not in the picture which are answered yes, as means over the methods of a group. There are few such questions
+({asked_of}). Methods that go by likeness say yes more often for certain at: {listed(more)}; less often at:
+{listed(less)} (last column: likeness minus attention, corrected within this table):"""
+    rows = [[*row, f"**{one.value:+.1f}**" if one.sure else f"{one.value:+.1f}"] for row, one in named]
+    header = ["model, tokens left", "unpruned", "`random`", *KINDS.values(), "difference"]
+    return f"{told}\n\n{markdown(header, rows)}" if rows else ""
 
 
-def times(table: Table) -> list[str]:
+def plain_difference(apart: np.ndarray) -> Against:
+    """A mean difference of questions, without an interval."""
+    value = 100 * float(apart.mean())
+    return Against(value, value, value, statistics.sign_flip(apart))
+
+
+def times(table: Table) -> str:
     """What was measured in time."""
-    if table.costs is None:
-        return []
-    loads = [row["load"] for row in table.costs["rows"]]
     rows = []
-    for model in table.models:
-        timed = [line for line in model.lines if line.cost is not None and line.method != "downsample"]
-        for budget in BUDGETS:
-            mine = [line for line in timed if line.budget == budget and not line.control]
-            if not mine:
-                continue
-            ratios = sorted(line.cost["speedup"]["median"] for line in mine)
-            faster = sum(line.cost["speedup"]["low"] > 1 for line in mine)
-            slower = sum(line.cost["speedup"]["high"] < 1 for line in mine)
-            rows.append(
-                [f"{model.name}, {percent(budget)}", f"{ratios[0]:.2f}", f"{ratios[len(ratios) // 2]:.2f}"]
-                + [f"{ratios[-1]:.2f}", f"{faster}", f"{slower}", f"{len(mine)}"]
-            )
-    about = table.costs["machine"]
-    told = (
-        f"**Time.** One prefill of one prompt, in turns with the unpruned model's ({table.costs['pairs']} pairs, median of "
-        f"the paired ratios, its 95 % interval by order statistics), on one thread of {about['processor']} with "
-        f"{about['cores']} cores **that ran other work meanwhile** (load average {min(loads)} to {max(loads)}). At two million "
-        "parameters time is overhead, and the tower is most of the work: "
-        "[performance.md](performance.md) has real sizes. Unpruned / pruned, over the methods:"
-    )
+    for model, budget, lines in asked(table):
+        if timed := [line.cost["speedup"] for line in lines if line.cost is not None]:
+            ratios = sorted(one["median"] for one in timed)
+            told = [f"{ratios[place]:.2f}" for place in (0, len(ratios) // 2, -1)]
+            sure = (sum(one["low"] > 1 for one in timed), sum(one["high"] < 1 for one in timed), len(timed))
+            rows.append([title(model, budget), *told, *map(str, sure)])
+    if not rows:
+        return ""
+    loads, about = [row["load"] for row in table.costs["rows"]], table.costs["machine"]
+    told = f"""\
+**Time.** One prefill of one prompt, in turns with the unpruned model's ({table.costs["pairs"]} pairs: the median of
+their ratios, with its 95 % interval by order statistics), on one thread of {about["processor"]} with {about["cores"]}
+cores, **which ran other work meanwhile** (load average {min(loads)} to {max(loads)}). At two million parameters time
+is overhead, and the tower most of the work: [performance.md](performance.md) has real sizes. Unpruned / pruned, over
+the methods:"""
     header = ["model, tokens left", "least", "median", "most", "faster for certain", "slower for certain", "methods"]
-    return [f"{told}\n\n{markdown(header, rows)}"] if rows else []
+    return f"{told}\n\n{markdown(header, rows)}"
+
+
+# All rows
 
 
 def overview(model: Model) -> str:
@@ -538,13 +530,12 @@ def long_captions(table: Table) -> str:
             rows.append([f"{name_of(line, model)}, {percent(budget)}", f"{line.score:.1f}", *told, lost, tokens])
     full = f"{100 * np.mean(made[NONE, None]):.1f}"
     rows.insert(0, ["unpruned", f"{model.full.score:.1f}", "", "", full, f"{length:.0f}"])
-    told = (
-        f"`{model.name}` is scene-llava, taught for a few minutes to describe a picture at length "
-        f"([how](../eval/testbed/README.md#scene-llava-long)): {length:.0f} tokens on average, in which it says how many things "
-        "there are, what is in every quadrant, and what is beside and below each. Scored by the things named (F1 of colour and "
-        f"shape or digit, in per cent) on {len(model.clusters)} pictures with three or four things; *made up* is the share "
-        f"of the things named that are not there. Corrected for the {table.long_comparisons} comparisons of this table."
-    )
+    told = f"""\
+`{model.name}` is scene-llava, taught for a few minutes to describe a picture at length
+([how](../eval/testbed/README.md#scene-llava-long)): {length:.0f} tokens on average, in which it says how many things
+there are, what is in every quadrant, and what is beside and below each. Scored by the things named (F1 of colour and
+shape or digit, in per cent) on {len(model.clusters)} pictures with three or four things; *made up* is the share of the
+things named that are not there. Corrected for the {table.long_comparisons} comparisons of this table."""
     header = ["method, tokens left", "things", "- unpruned", "- `random`", "made up", "tokens written"]
     return f"## Long answers\n\n{told}\n\n{markdown(header, rows)}\n"
 
@@ -564,11 +555,12 @@ def left_out(table: Table) -> str:
 
 def origin(table: Table) -> str:
     """Where the numbers come from."""
-    runs = "; ".join(
-        f"commit {(run['commit'] or 'unknown')[:12]}, {run['started'][:10]}, transformers {run['versions']['transformers']}, "
-        f"torch {run['versions']['torch']}, {run['device']}"
+    told = [
+        f"commit {(run['commit'] or 'unknown')[:12]}, {run['started'][:10]}, {run['device']}, "
+        + ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version and name != "python")
         for run in table.about["runs"]
-    )
+    ]
+    runs = "; ".join(told)
     lost = sum(run["missing"] for run in table.about["runs"])
     unfinished = f" **{lost} cells of the run are missing still, and so are their rows.**" if lost else ""
     asked = ", ".join(f"{len(model.clusters)} questions about {len(set(model.clusters))} pictures of {model.name}"
@@ -592,12 +584,13 @@ def page(table: Table) -> str:
 <!-- Written by scripts/table_page.py from benchmarks/table.json and benchmarks/table-costs.json: do not edit. -->
 # Every method in one table
 
-All methods that run on the [embedded models](../eval/testbed/README.md), beside `random` (three seeds), `grid`, `pool`, `m3` (nested
-pooling without its training), `downsample` (fewer pixels, all tokens: it saves nothing) and the native rival (fewer pixels or crops for
-equal tokens), at a half, a quarter, a tenth and a twentieth of the visual tokens. **These are models of two million parameters
-that answer questions about drawn scenes. Nothing here is a claim about any other model**: a method that leads here may lose on
-photographs, and the other way round ([ledger](#the-ledger)). No method was tuned to them; all run with their sources' options, but those
-that a model without a [CLS] token needs. They renumber positions or keep them as their sources do, which matters to models this
+All methods that run on the [embedded models](../eval/testbed/README.md), beside `random` (three seeds), `grid`,
+`pool`, `m3` (nested pooling without its training), `downsample` (fewer pixels, all tokens: it saves nothing) and the
+native rival (fewer pixels or crops for equal tokens), at a half, a quarter, a tenth and a twentieth of the visual
+tokens. **These are models of two million parameters that answer questions about drawn scenes. Nothing here is a claim
+about any other model**: a method that leads here may lose on photographs, and the other way round
+([ledger](#the-ledger)). No method was tuned to them; all run with their sources' options, but those that a model
+without a [CLS] token needs. They renumber positions or keep them as their sources do, which matters to models this
 small ([results](results.md)).
 
 ```bash
@@ -609,10 +602,10 @@ python scripts/table_page.py                          # -> this page
 
 {origin(table)}
 
-Differences are paired, question by question, in points, with 95 % intervals that resample whole pictures. **Bold** is what stays
-certain after Holm's correction for all {table.comparisons} comparisons of this page with the unpruned model and with `random` together, at 5 %;
-p values are those of the exact randomization test over pictures, so that they can be as small as that needs. An interval without
-0 in it that is not bold may be chance.
+Differences are paired, question by question, in points, with 95 % intervals that resample whole pictures. **Bold** is
+what stays certain after Holm's correction for all {table.comparisons} comparisons of this page with the unpruned
+model and with `random` together, at 5 %; p values are those of the exact randomization test over pictures, so that
+they can be as small as that needs. An interval without 0 in it that is not bold may be chance.
 
 ## In short
 
@@ -620,8 +613,9 @@ p values are those of the exact randomization test over pictures, so that they c
 
 ## All rows
 
-*tokens*: in the mean over the decoder's layers, of those of the prompt; *FLOPs*: of a whole prefill as torch counts them, the
-method's own work included; *time*: above 1 is faster; *false yes*: per cent of the questions about things that are not there.
+*tokens*: in the mean over the decoder's layers, of those of the prompt; *FLOPs*: of a whole prefill as torch counts
+them, the method's own work included; *time*: above 1 is faster; *false yes*: per cent of the questions about things
+that are not there.
 
 {chr(10).join(tables)}
 {long_captions(table)}
@@ -631,9 +625,10 @@ method's own work included; *time*: above 1 is faster; *false yes*: per cent of 
 
 ## The ledger
 
-What papers and single-evaluator tables publish for LLaVA-1.5-7B stands in [table-llava-1.5-7b.yaml](../configs/table-llava-1.5-7b.yaml), number by
-number with source and definition. With a GPU and the weights, `vlmprune eval table-llava-1.5-7b.yaml` measures the same cells and its
-report sets ours against theirs. It was not run by us.
+What papers and single-evaluator tables publish for LLaVA-1.5-7B stands in
+[table-llava-1.5-7b.yaml](../configs/table-llava-1.5-7b.yaml), number by number with source and definition. With a GPU
+and the weights, `vlmprune eval table-llava-1.5-7b.yaml` measures the same cells and its report sets ours against
+theirs. It was not run by us.
 """
 
 

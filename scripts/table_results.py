@@ -5,9 +5,9 @@
     python scripts/table_results.py costs                     # -> benchmarks/table-costs.json; goes on where it stopped
     python scripts/table_page.py                              # -> docs/table.md
 
-`answers` takes several folders, the later ones for what the earlier lack or have otherwise: a method that came later needs
-`vlmprune eval table.yaml --set 'runs.0.methods=[NAME]' --set output=runs/later` alone. `costs` times one prefill of
-every row in turns with the unpruned model's, on this machine, whatever else that does.
+`answers` takes several folders, the later ones for what the earlier lack or have otherwise: a method that came later
+needs `vlmprune eval table.yaml --set 'runs.0.methods=[NAME]' --set output=runs/later` alone. `costs` times one prefill
+of every row in turns with the unpruned model's, on this machine, whatever else that does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmprune import registry, spec
+from vlmprune.api import Handle
 from vlmprune.eval import tasks, testbed
 from vlmprune.eval.bench.counting import CPU_ATTENTION, attention_flops
 from vlmprune.eval.bench.stats import ratio
@@ -211,6 +211,16 @@ def in_turns(whole: Callable[[], Any], pruned: Callable[[], Any], pairs: int) ->
     }
 
 
+def without(handle: Handle, call: Callable[[], Any]) -> Callable[[], Any]:
+    """A call on the model as it is without its patch."""
+
+    def plain() -> None:
+        with handle.disabled():
+            call()
+
+    return plain
+
+
 @torch.no_grad()
 def costs(out: Path, pairs: int) -> None:
     """Measure what is not in the file yet."""
@@ -237,12 +247,7 @@ def costs(out: Path, pairs: int) -> None:
             if json.dumps([setting.model, label, budget]) in done:
                 continue
             handle = None if job is None else answering.patch(base, Job(**job))
-            plainly = (lambda: nullcontext()) if handle is None else handle.disabled
-
-            def unpruned(plainly: Any = plainly) -> None:
-                with plainly():
-                    whole()
-
+            unpruned = whole if handle is None else without(handle, whole)
             one = {"model": setting.model, "label": label, "budget": budget, "split": split}
             pruned = call if handle is None else whole
             one |= in_turns(unpruned, pruned, pairs) | {"flops": [flops(unpruned), flops(pruned)]}
