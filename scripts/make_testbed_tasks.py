@@ -53,6 +53,7 @@ dataset_path: parquet
 dataset_kwargs:
   data_files:
     test: {split}.parquet
+process_docs: !function utils.spread
 """
 CAPTION = """\
 include: _shared.yaml

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from table_results import ANSWERS, COSTS, NATIVE, ROOT, SPLIT_OF, no_of, unpacked
+from table_results import ANSWERS, COSTS, NATIVE, ROOT, SPLIT_OF, asked, no_of, unpacked
 
 from vlmprune import registry
 from vlmprune.eval import statistics, testbed
@@ -114,14 +114,15 @@ class Model:
     """One model's lines on some tasks, and what they are compared by."""
 
     def __init__(self, name: str, rows: Sequence[dict[str, Any]], costs: Sequence[dict[str, Any]]):
-        self.name, self.tasks = name, list(dict.fromkeys(row["task"] for row in rows))
+        self.name, every = name, list(dict.fromkeys(row["task"] for row in rows))
+        # one that asks whether things are there is for the column of false yes alone
+        self.tasks = [task for task in every if not task.endswith("_exist")]
+        self.exist = [task for task in every if "said_yes" in next(row for row in rows if row["task"] == task)]
         counts = {row["task"]: row["count"] for row in rows}
         self.clusters, self.part = [], []
         for task in self.tasks:
-            split = SPLIT_OF.get(task)
-            asked = testbed.questions(split)[: counts[task]] if split else range(counts[task])
-            self.clusters += [one.picture_id if split else str(one) for one in asked]
-            self.part += [split or task] * counts[task]
+            self.clusters += [one.picture_id for one in asked(task, counts[task])] or [*map(str, range(counts[task]))]
+            self.part += [SPLIT_OF.get(task, task)] * counts[task]
         cost = {(one["label"], str(one["budget"])): one for one in costs if one["model"] == name}
         found: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
         for row in rows:
@@ -130,7 +131,7 @@ class Model:
         self.lines = [
             self.line(label, budget, some, whole, cost.get((label, str(some[0]["budget"]))))
             for (label, budget), some in found.items()
-            if {row["task"] for row in some} == set(self.tasks)  # a part of a run is no row
+            if {row["task"] for row in some} == {*every}  # a part of a run is no row
         ]
         self.compare()
 
@@ -138,14 +139,11 @@ class Model:
         self, label: str, budget: float | None, rows: list[dict[str, Any]], whole: dict[str, float], cost: Any
     ) -> Line:
         """Cells of one method at one budget as a line."""
-        by_task = [[row for row in rows if row["task"] == task] for task in self.tasks]
-        scores = [np.mean([unpacked(row["scores"], row["count"]) for row in some], 0) for some in by_task]
-        no = [
-            len(no_of(SPLIT_OF[some[0]["task"]], some[0]["count"])) if "said_yes" in some[0] else 0 for some in by_task
-        ]
-        yes = [
-            np.mean([unpacked(row["said_yes"], n) for row in some], 0) for some, n in zip(by_task, no, strict=True) if n
-        ]
+        by_task = {task: [row for row in rows if row["task"] == task] for task in [*self.tasks, *self.exist]}
+        scores = [np.mean([unpacked(row["scores"], row["count"]) for row in by_task[task]], 0) for task in self.tasks]
+        no = {task: len(no_of(task, by_task[task][0]["count"])) for task in self.exist}
+        yes = [np.mean([unpacked(row["said_yes"], no[task]) for row in by_task[task]], 0) for task in self.exist]
+        rows = [row for task in self.tasks for row in by_task[task]]
         tokens = {word: float(np.mean([row[word] for row in rows])) for word in ("layer_average", "output_tokens")}
         tokens["whole"] = float(np.mean([whole[task] for task in self.tasks]))
         one = rows[0]
@@ -209,7 +207,7 @@ class Table:
         self.about, self.costs = answers, costs
         timed = costs["rows"] if costs else []
         rows = answers["rows"]
-        short = [row for row in rows if row["task"] in SPLIT_OF]
+        short = [row for row in rows if "said_yes" in row]
         names = dict.fromkeys(row["model"] for row in short)
         order = [name for name in testbed.NAMES if name in names]
         self.models = [Model(name, [row for row in short if row["model"] == name], timed) for name in order]
@@ -277,7 +275,7 @@ def means(lines: Sequence[Line], what: Callable[[Line], np.ndarray]) -> dict[str
     return {g: np.mean([what(line) for line in lines if line.group == g], 0) for g in groups_of(lines)}
 
 
-def asked(table: Table) -> Iterator[tuple[Model, float, list[Line]]]:
+def cells(table: Table) -> Iterator[tuple[Model, float, list[Line]]]:
     """Every model and budget with the methods that were asked there."""
     for model in table.models:
         for budget in BUDGETS:
@@ -297,7 +295,7 @@ def summary(table: Table) -> list[str]:
 def verdicts(table: Table) -> str:
     """How many methods are told apart from what."""
     rows = []
-    for model, budget, mine in asked(table):
+    for model, budget, mine in cells(table):
         over, under = (sum(getattr(line.against["random"], word) for line in mine) for word in ("better", "worse"))
         lost, base, top = sum(line.against["full"].worse for line in mine), model.random(budget), max(mine, key=score)
         tops = listed([name_of(line, model) for line in mine if line.score == top.score])
@@ -411,7 +409,7 @@ is for diversity. Last column: likeness minus attention, corrected within this t
 def false_yes(table: Table) -> str:
     """Whether diversity hallucinates more: a yes where there is nothing."""
     rows, apart, count = [], [], {}
-    for model, budget, lines in asked(table):
+    for model, budget, lines in cells(table):
         rates = means(lines, lambda line: line.said_yes)
         apart.append(plain_difference(rates["features"] - rates["tower"]))
         told = [f"{100 * rates[group].mean():.0f}" if group in rates else "" for group in KINDS]
@@ -441,7 +439,7 @@ def plain_difference(apart: np.ndarray) -> Against:
 def times(table: Table) -> str:
     """What was measured in time."""
     rows = []
-    for model, budget, lines in asked(table):
+    for model, budget, lines in cells(table):
         if timed := [line.cost["speedup"] for line in lines if line.cost is not None]:
             ratios = sorted(one["median"] for one in timed)
             told = [f"{ratios[place]:.2f}" for place in (0, len(ratios) // 2, -1)]

@@ -73,10 +73,17 @@ def unpacked(held: str | list[float], count: int) -> np.ndarray:
     return np.array(held, float)
 
 
-def no_of(split: str, count: int) -> list[int]:
-    """Which of a split's first questions ask whether something is there that is not."""
-    asked = enumerate(testbed.questions(split)[:count])
-    return [place for place, one in asked if (one.category, one.answer) == ("exist", "no")]
+def asked(task: str, count: int) -> list[testbed.Question]:
+    """The first questions of a task; none of one that asks for captions."""
+    if task in SPLIT_OF:
+        return tasks.mixed(SPLIT_OF[task])[:count]
+    split = next((split for split, group in tasks.GROUPS.items() if task == f"{group}_exist"), None)
+    return [] if split is None else [one for one in testbed.questions(split) if one.category == "exist"][:count]
+
+
+def no_of(task: str, count: int) -> list[int]:
+    """Which of a task's first questions ask whether something is there that is not."""
+    return [i for i, one in enumerate(asked(task, count)) if (one.category, one.answer) == ("exist", "no")]
 
 
 def row_of(cell: dict[str, Any], natives: dict[str, tuple[str, dict[str, float]]]) -> dict[str, Any]:
@@ -86,11 +93,9 @@ def row_of(cell: dict[str, Any], natives: dict[str, tuple[str, dict[str, float]]
         SystemExit: it was asked other questions than its task has now.
     """
     about, samples = cell["cell"], sorted(cell["samples"], key=lambda sample: sample["doc"])
-    split = SPLIT_OF.get(about["task"])
-    if split is not None:
-        wanted = [question.answer for question in testbed.questions(split)[: len(samples)]]
-        if [sample["target"] for sample in samples] != wanted:
-            raise SystemExit(f"{about['id']} answers other questions than the split {split} has: evaluate it again.")
+    wanted = [question.answer for question in asked(about["task"], len(samples))]
+    if wanted and [sample["target"] for sample in samples] != wanted:
+        raise SystemExit(f"{about['id']} answers other questions than its task has now: evaluate it again.")
     model, label, budget = about["model"], about["label"], about["budget"]
     if model in natives:
         (model, budget), label = natives[model], NATIVE
@@ -98,8 +103,9 @@ def row_of(cell: dict[str, Any], natives: dict[str, tuple[str, dict[str, float]]
     made |= {"seed": about["seed"], "control": about["control"] or label == NATIVE, "task": about["task"]}
     made |= {"count": len(samples), "scores": packed([sample["score"] for sample in samples])}
     made |= {word: round(float(np.mean([sample[word] for sample in samples])), 2) for word in TOKENS}
-    if split is not None:
-        made["said_yes"] = packed([float(samples[place]["answer"] == "yes") for place in no_of(split, len(samples))])
+    if wanted:
+        no = no_of(about["task"], len(samples))
+        made["said_yes"] = packed([float(samples[place]["answer"] == "yes") for place in no])
     else:
         made["made_up"] = cell["metrics"]["made_up"]["value"]
     return made
@@ -114,11 +120,11 @@ def absent(config: Config) -> list[dict[str, Any]]:
     found = []
     for setting in (one for one in config.settings if native(one) is None and one.tasks[0] in SPLIT_OF):
         facts, _ = fingerprints.model(setting.model)
-        asked = {entry.parts[0].name: entry for entry in (*setting.methods, *setting.controls)}
+        there = {entry.parts[0].name: entry for entry in (*setting.methods, *setting.controls)}
         for name in registry.names():
             part = Part(name=name, options=TRIED.get((setting.name, name), {}))
-            takes, entry = "keep" in spec.takes(name), asked.get(name) or Entry(parts=(part,), label=name)
-            if name not in asked:
+            takes, entry = "keep" in spec.takes(name), there.get(name) or Entry(parts=(part,), label=name)
+            if name not in there:
                 lacking = setting.budgets[:1]
             else:
                 lacking = [at for at in setting.budgets if entry.budgets and at not in entry.budgets]
@@ -130,7 +136,7 @@ def absent(config: Config) -> list[dict[str, Any]]:
                         f"{name} runs on {setting.name} at {budget}, and configs/table.yaml leaves it out."
                     )
                 found.append({"model": setting.name, "method": name, "why": why})
-                found[-1]["budget"] = dict([budget]) if name in asked else None
+                found[-1]["budget"] = dict([budget]) if name in there else None
     return found
 
 
@@ -234,12 +240,12 @@ def costs(out: Path, pairs: int) -> None:
         if split is None:
             continue
         base = loading.load(loading.find_model(setting.model))
-        asked = testbed.questions(split)[0]
-        inputs = inputs_of(base, asked)
+        question = tasks.mixed(split)[0]
+        inputs = inputs_of(base, question)
         if (rival := native(setting)) is not None:
             other = loading.load(loading.find_model(setting.model), image_processor=setting.image_processor)
             todo = [(NATIVE, None, rival[1])]
-            call = prefill(other.model, inputs_of(other, asked))
+            call = prefill(other.model, inputs_of(other, question))
         else:
             todo = list(entries(setting))
         whole = prefill(base.model, inputs)

@@ -9,7 +9,7 @@ import pytest
 import table_page as page
 import table_results as results
 
-from vlmprune.eval import statistics, testbed
+from vlmprune.eval import statistics
 
 COUNT = 60
 TASKS = {"sparse": "vlmprune_scene_llava_mixed", "crowded": "vlmprune_scene_llava_crowded_mixed"}
@@ -21,7 +21,7 @@ def answered(label: str, budget: float | None, wrong: dict[str, list[int]], seed
     for split, task in TASKS.items():
         lost = set(wrong.get(split, ()))
         scores = [float(place not in lost) for place in range(COUNT)]
-        yes = [float(place in lost) for place in results.no_of(split, COUNT)]
+        yes = [float(place in lost) for place in results.no_of(task, COUNT)]
         after = 256 * (budget or 1.0)
         row = {"model": "scene-llava", "label": label, "method": label, "options": {}, "task": task, "count": COUNT}
         row |= {"budget": budget and {"keep": budget}, "seed": seed, "control": label in ("none", "random")}
@@ -94,7 +94,7 @@ def test_differences_are_paired_and_corrected_together(made):
     against = lines["fopru"].against["random"]
     assert against.value == pytest.approx(100 / 3)
     assert against.low < against.value < against.high  # all pictures alike: the exact bounds of a share
-    pictures = len({question.picture_id for split in TASKS for question in testbed.questions(split)[:COUNT]})
+    pictures = len({question.picture_id for split in TASKS for question in results.asked(TASKS[split], COUNT)})
     p = 2 / 2**pictures
     assert [one.p for one in (against, lines["divprune"].against["full"])] == pytest.approx([p, p])
     raw = [one.p for line in model.lines for one in line.against.values()]
@@ -111,7 +111,7 @@ def test_what_is_said_of_methods_follows(made):
     assert "| scene-llava, 50 % | 2 | 1 | 0 | 1 | 1 | 66.7 | 100.0 | `fopru` |" in told
     assert "- scene-llava: `divprune` at 50 % (-66.7)." in told
     assert "differ for certain on sparse pictures at 50 % (-100.0) and on crowded pictures at 50 % (-100.0)" in told
-    no = sum(len(results.no_of(split, COUNT)) for split in TASKS)
+    no = sum(len(results.no_of(task, COUNT)) for task in TASKS.values())
     assert "| scene-llava, 50 % | 0 | 33 | 0 | 100 |  |  | **+100.0** |" in told
     assert f"({no} of scene-llava)" in told
     assert "for certain at: scene-llava, 50 %; less often at:\nnone" in told

@@ -29,6 +29,15 @@ digit = only("digit")
 relation = only("relation")
 
 
+def spread(dataset: Any) -> Any:
+    """A `process_docs` that asks one question about every picture before it asks a second one about any.
+
+    The first so many are then about as many pictures as can be, and questions about one picture are not independent.
+    """
+    numbers = [int(name.rpartition("-")[2]) for name in dataset["id"]]
+    return dataset.select(sorted(range(len(numbers)), key=numbers.__getitem__))
+
+
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
     """The picture."""
     return [doc["image"].convert("RGB")]

@@ -82,11 +82,14 @@ def test_a_task_for_every_category_and_a_group_for_every_split():
             assert np.array_equal(member.test_docs()[0]["image"], first.image)
 
 
-def test_mixed_tasks_ask_all_questions_picture_by_picture():
+def test_mixed_tasks_ask_one_question_about_every_picture_first():
     found = harness.packaged().load_task_or_group([f"{group}_mixed" for group in tasks.GROUPS.values()], "chat")
     for split, group in tasks.GROUPS.items():
         docs = found[f"{group}_mixed"].test_docs()
-        assert docs["id"] == [record.id for record in testbed.questions(split)]
+        assert docs["id"] == [record.id for record in tasks.mixed(split)]
+        assert sorted(docs["id"]) == sorted(record.id for record in testbed.questions(split))
+        pictures = len(set(docs["picture_id"]))
+        assert docs["picture_id"][:pictures] == sorted(set(docs["picture_id"]))
 
 
 def test_captions_are_of_three_things_or_four_and_say_what_is_there():
