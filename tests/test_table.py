@@ -11,7 +11,7 @@ import table_results as results
 
 from vlmprune.eval import statistics
 
-COUNT = 60
+COUNT = 200
 TASKS = {"sparse": "vlmprune_scene_llava_mixed", "crowded": "vlmprune_scene_llava_crowded_mixed"}
 
 
