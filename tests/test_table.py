@@ -56,26 +56,6 @@ def made() -> dict:
     }
 
 
-def test_the_page_is_what_the_results_say():
-    answers, costs = (json.loads(path.read_text()) for path in (results.ANSWERS, results.COSTS))
-    assert page.PAGE.read_text(encoding="utf-8") == page.page(page.Table(answers, costs)), (
-        "docs/table.md is not what benchmarks/table.json says: run `python scripts/table_page.py`"
-    )
-
-
-def test_every_row_of_the_config_is_there_or_said_to_be_missing():
-    answers = json.loads(results.ANSWERS.read_text())
-    config = results.load_config(results.CONFIG)
-    missing = sum(run["missing"] for run in answers["runs"])
-    for setting in config.settings:
-        if results.native(setting) is None:
-            there = {row["label"] for row in answers["rows"] if row["model"] == setting.name}
-            labels = {entry.label for entry in (*setting.methods, *setting.controls)}
-            assert there <= labels
-            assert there == labels or missing
-    assert ("cells of the run are missing" in page.PAGE.read_text()) == bool(missing)
-
-
 def test_scores_survive_being_packed():
     rng = np.random.default_rng(0)
     bits = rng.integers(2, size=37).astype(float)
