@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["verb"]
 
-KEEP = "0.25"
 EXAMPLES = """\
 examples:
   vlmprune fidelity --images photos --prompts prompts.txt --model llava-hf/llava-1.5-7b-hf --method fopru,todre \\
@@ -58,10 +58,10 @@ def verb(
     controls: Annotated[
         str, Option(metavar="NAME[,NAME]", help="what methods are measured against at the same budgets, or none")
     ] = "random,grid,pool",
-    seeds: Annotated[int, Option(metavar="N", help="seeds of `random`, averaged")] = 3,
-    limit: Annotated[int | None, Option(metavar="N", help="only the first N pictures by name")] = None,
-    worst: Annotated[int, Option(metavar="N", help="pictures shown per method and budget")] = 10,
-    repeats: Annotated[int, Option(metavar="N", help="timed pairs with the unpruned model, 0 for none")] = 3,
+    seeds: Annotated[int, flags.number("seeds of `random`, averaged", 1)] = 3,
+    limit: flags.Limit = None,
+    worst: Annotated[int, flags.number("pictures shown per method and budget", 0)] = 10,
+    repeats: Annotated[int, flags.number("timed pairs with the unpruned model, 0 for none", 0)] = 3,
     min_agreement: Annotated[
         str | None, Option(metavar="SHARE", help="fail (exit code 1) where fewer answers stay the same (0.98 or 98%)")
     ] = None,
@@ -69,7 +69,7 @@ def verb(
         float | None, Option(metavar="X", help="fail where the first token comes less than X times as fast")
     ] = None,
     max_new_tokens: flags.Longest = 64,
-    batch: Annotated[int, Option(metavar="N", help="prompts at a time; halved by itself where memory is short")] = 4,
+    batch: Annotated[int, flags.number("prompts at a time; halved by itself where memory is short", 1)] = 4,
     out: Annotated[str, Option(metavar="FOLDER", help="folder for the report")] = "fidelity-out",
     resume: Annotated[
         bool, Option("--resume", help="go on with the run in that folder; what is there is not measured again")
@@ -86,14 +86,26 @@ def verb(
     --average: a quarter of the patches.
     """
     args = SimpleNamespace(**locals())
+    with held(out, "fidelity", resume) as folder:
+        study(args, folder)
+
+
+@contextmanager
+def held(out: str, verb: str, resume: bool) -> Iterator[Path]:
+    """The folder that a verb writes into, for this run alone.
+
+    Raises:
+        UserError: it is in use, or holds a run and nobody said `resume`.
+        CommandError: it cannot be written into.
+    """
     from vlmprune.eval.fidelity.journal import JournalError, refuse_second
     from vlmprune.eval.lmms.store import StoreError, locked
 
     folder = flags.folder(out)
     try:
-        with locked(folder, "fidelity", "--out FOLDER"):
-            refuse_second(folder, resume)
-            study(args, folder)
+        with locked(folder, verb, "--out FOLDER"):
+            refuse_second(folder, resume, verb)
+            yield folder
     except (StoreError, JournalError) as error:
         raise UserError(str(error)) from None
     except OSError as error:
@@ -102,14 +114,9 @@ def verb(
 
 def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
-    flags.least(1, max_new_tokens=args.max_new_tokens, batch=args.batch, seeds=args.seeds, limit=args.limit)
-    flags.least(0, worst=args.worst, repeats=args.repeats)
     least = least_of(args)
-    made = flags.alone(args.recipe, method=args.method, keep=args.keep, average=args.average, option=args.option)
-    methods = flags.words_of("fopru" if args.method is None else args.method, "--method")
+    wanted = flags.wanted(args.method, args.keep, args.average, args.option, args.recipe)
     controls = [] if args.controls.strip() == "none" else flags.words_of(args.controls, "--controls")
-    budgets, named = flags.budgets_of(args.keep, args.average, KEEP)
-    options = flags.options_of(args.option)
     pairs = read_pairs(args.images, args.prompts, args.limit)
 
     # from here on it takes seconds: torch and transformers are imported
@@ -121,13 +128,14 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import note
 
+    todo, budgets = wanted.jobs(), wanted.budgets
+    if wanted.recipe is not None:
+        budgets = [spec.budgets_in(wanted.recipe.options)]
     with user_mistakes():
-        todo = spec.jobs(methods, budgets, options, named) if made is None else [made]
-        if made is not None:
-            methods, budgets = [made.method], [spec.budgets_in(made.options)]
-        beside = spec.jobs([name for name in controls if name not in methods], budgets, {}, named=False)
+        taken = {job.method for job in todo}
+        beside = spec.jobs([name for name in controls if name not in taken], budgets, {}, named=False)
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
-    loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
+    loaded = loading.open_model(args.model, args.device, args.dtype)
     answering.check(loaded, [*todo, *beside])
     check_prompts(loaded, pairs, args.prompts)
 
@@ -160,17 +168,11 @@ def least_of(args: SimpleNamespace) -> tuple[float | None, float | None]:
     Raises:
         UserError: no share, or a speed-up that nothing measures.
     """
-    from vlmprune.spec import read_share
-
     if args.min_speedup is not None and not args.repeats:
         raise UserError("--min-speedup needs times: give --repeats.")
     if args.min_agreement is None:
         return None, args.min_speedup
-    with user_mistakes():
-        share = read_share(args.min_agreement, "--min-agreement")
-    if not 0 < share <= 1:
-        raise UserError(f"--min-agreement {args.min_agreement} must be above 0 and at most 1 (100%).")
-    return share, args.min_speedup
+    return flags.share_of(args.min_agreement, "--min-agreement", whole=True), args.min_speedup
 
 
 def refuse_worse(told: Study, agreement: float | None, speedup: float | None) -> None:

@@ -53,14 +53,7 @@ def verb(
     recipe: flags.Recipe = None,
 ) -> None:
     """Serve a pruned model by vLLM's OpenAI-compatible server; takes all flags of vLLM's own."""
-    from vlmprune.spec import read_budget
-
-    flags.one_of(keep=keep, average=average)
-    options = flags.options_of(option)
-    with user_mistakes():
-        for word, given in (("keep", keep), ("average", average)):
-            if given is not None:
-                options[word] = read_budget(given, word)
+    options = flags.options_of(option) | flags.budget_of(keep, average)
     if made := flags.alone(recipe, method=method, keep=keep, average=average, option=option):
         method, options = made.method, made.options
         flags.refuse_family(model, made)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from vlmprune.patches import Family
 
-__all__ = ["Loaded", "find_model", "load", "model_inputs", "pick_device"]
+__all__ = ["Loaded", "find_model", "load", "model_inputs", "open_model", "pick_device"]
 
 ADAPTER = "adapter_config.json"  # of PEFT
 #: Of a processor: how many tokens beside the patches it counts, and whether the first of them is dropped.
@@ -177,6 +177,11 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
     fill_in(processor, family.processor_fields(family.inner(model)), source.name)
     placed = model if options.get("device_map") is not None else model.to(device)
     return Loaded(source, placed.eval(), processor)
+
+
+def open_model(name: str, device: str, dtype: str) -> Loaded:
+    """`load` what a user named, on the device that was named; raises as the three do."""
+    return load(find_model(name), pick_device(device), dtype)
 
 
 @contextmanager
