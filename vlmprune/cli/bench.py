@@ -231,7 +231,11 @@ def effective_kernels(given: str | None) -> str:
 
 
 def settings_of(args: SimpleNamespace, old: dict[str, Any] | None) -> dict[str, Any]:
-    """All settings: the flags given, else those of the old results, else the defaults; raises as `effective_kernels`."""
+    """All settings: the flags given, else those of the old results, else the defaults.
+
+    Raises:
+        UserError: as `effective_kernels`.
+    """
     settings = DEFAULTS | {"shape": "small", "model": None, "average": None, "option": [], "kernels": None}
     settings |= known(asked_in(old, args.method), settings) if old is not None else {}
     settings |= QUICK if args.quick else {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["Key", "Mistakes", "Tree", "read_start", "read_tree"]
+__all__ = ["Key", "Mistakes", "Tree", "read_start", "read_text", "read_tree"]
 
 LARGEST, NODES, DEPTH = 1_000_000, 20_000, 30  # characters, values after aliases are expanded, nested levels
 TOO_DEEP = f"nested too deeply: more than {DEPTH} levels of nesting."
@@ -122,6 +123,23 @@ def read_start(path: Path) -> str:
     """
     with open(path, encoding="utf-8") as file:
         return file.read(LARGEST + 1)
+
+
+def read_text(path: Path, missing: Callable[[], str]) -> str:
+    """As `read_start`; `missing` is what to say where there is no such file.
+
+    Raises:
+        Mistakes: there is none, or none that can be read.
+    """
+    try:
+        return read_start(path)
+    except FileNotFoundError:
+        why = missing()
+    except UnicodeDecodeError:
+        why = "not a text file in UTF-8."
+    except OSError as error:
+        why = f"cannot be read: {error.strerror or error}."
+    raise Mistakes([(str(path), why)])
 
 
 def read_tree(text: str, name: str) -> Tree:
