@@ -15,7 +15,7 @@ from vlmprune.errors import did_you_mean
 from vlmprune.eval.config import kinds
 from vlmprune.eval.config.entries import STRICT, Budget, Entries, WithBudgets, or_controls
 from vlmprune.eval.config.kinds import Average, Keep, Seeds
-from vlmprune.yamls.kinds import Many, Number, Positive, Some, Switch, Text, kind
+from vlmprune.yamls.kinds import Many, Number, Positive, Some, Switch, Text
 from vlmprune.yamls.told import ConfigSource, about, mistakes, must_be
 from vlmprune.yamls.tree import Key, Mistakes, Tree, read_start, read_text, read_tree
 
@@ -193,9 +193,7 @@ class Head:
     """What stands at the top of a file alone; pydantic ignores the rest."""
 
     output: Text = ""
-    runs: Annotated[
-        tuple[Annotated[dict[str, Any], kind("a mapping (key: value)")], ...], BeforeValidator(per_model)
-    ] = ()
+    runs: Annotated[tuple[dict[str, Any], ...], BeforeValidator(per_model)] = ()
 
 
 HEAD = TypeAdapter(Head)

@@ -18,7 +18,8 @@ from vlmprune import spec
 from vlmprune.eval.config.schema import Setting
 from vlmprune.eval.lmms import fingerprints, outcome, store
 from vlmprune.eval.lmms import plan as plans
-from vlmprune.eval.lmms.plan import Cell, EvalPlan, ModelJob
+from vlmprune.eval.lmms.cells import Cell
+from vlmprune.eval.lmms.plan import EvalPlan, ModelJob
 from vlmprune.eval.lmms.survey import Survey, survey
 from vlmprune.eval.lmms.taskindex import imported
 from vlmprune.runtime import interruption

@@ -10,7 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from vlmprune.eval.lmms import store, taskindex
-from vlmprune.eval.lmms.plan import Cell, EvalPlan, ModelJob
+from vlmprune.eval.lmms.cells import Cell
+from vlmprune.eval.lmms.plan import EvalPlan, ModelJob
 
 __all__ = ["Survey", "TimeLeft", "estimate", "survey"]
 
