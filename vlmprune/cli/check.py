@@ -216,8 +216,7 @@ def every_line(reports: dict[str, Report]) -> Iterator[tuple[str, Line]]:
 
 def details(line: Line) -> str:
     """Words and numbers behind an outcome, with what leads up to them."""
-    said = "; ".join(part for part in (line.told, line.numbers) if part)
-    return f": {said}" if said else ""
+    return f": {line.words}" if line.words else ""
 
 
 def in_json(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> dict[str, Any]:

@@ -72,16 +72,13 @@ class Tree:
         try:
             holder, key = self.find(steps)
         except ValueError as error:
-            only = f" The file is about one model: write {'.'.join(steps[2:])}={text}."
-            raise Mistakes([(where, f"{error}{only if steps[0] == 'runs' and not self.has_runs() else ''}")]) from None
+            alone = steps[0] == "runs" and ("runs",) not in self.origin
+            only = f" The file is about one model: write {'.'.join(steps[2:])}={text}." if alone else ""
+            raise Mistakes([(where, f"{error}{only}")]) from None
         if isinstance(holder, list) and key[-1] == len(holder):
             holder.append(None)
         holder[key[-1]] = read_tree(text, where).value
         self.origin = {at: told for at, told in self.origin.items() if at[: len(key)] != key} | {key: where}
-
-    def has_runs(self) -> bool:
-        """Whether the file is about several models."""
-        return isinstance(self.value, dict) and "runs" in self.value
 
     def find(self, steps: list[str]) -> tuple[Any, Key]:
         """The dict or list that the last step is in, with the whole key; those on the way are made.
