@@ -41,6 +41,7 @@ from vlmprune.errors import did_you_mean
 from vlmprune.eval.lmms.measure import Cost, Record, StopAt, Stopwatch, criteria, summary
 from vlmprune.eval.lmms.parallel import place
 from vlmprune.eval.lmms.pictures import Reader
+from vlmprune.parts.templates import image_token, started_once
 from vlmprune.runtime import answering, loading
 from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
 from vlmprune.spec import NONE
@@ -294,7 +295,7 @@ class VlmPrune(lmms):
     def prompt_text(self, turns: list[dict[str, Any]], images: int) -> str:
         """The prompt by the chat template; raises as `ask` does."""
         processor = self.loaded.processor
-        token = getattr(processor, "image_token", None) or "<image>"
+        token = image_token(processor)
         for part in (part for turn in turns for part in turn["content"] if part["type"] == "text"):
             part["text"] = part["text"].replace(token, "")  # the images come apart, and each has its placeholder
         text = processor.apply_chat_template(turns, add_generation_prompt=True)
@@ -310,9 +311,7 @@ class VlmPrune(lmms):
         processor, texts = self.loaded.processor, [one.text for one in asked]
         # prompt by prompt: LLaVA-OneVision prepares several pictures of one prompt differently
         images = [one.images for one in asked if one.images]
-        bos = processor.tokenizer.bos_token
-        # a template that writes the first token itself must not get a second one
-        once = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
+        once = started_once(processor, texts[0])
         try:
             made = processor(text=texts, images=images or None, padding=True, return_tensors="pt", **once)
         except (ValueError, TypeError, ZeroDivisionError) as error:

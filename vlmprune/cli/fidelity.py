@@ -218,10 +218,11 @@ def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[Study
 
 def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
     """Refuse prompts that place several pictures, and name words that an embedded model does not know."""
+    from vlmprune.parts.templates import image_token
     from vlmprune.runtime.loading import unknown_words
     from vlmprune.runtime.status import note
 
-    token, strange = getattr(loaded.processor, "image_token", None) or "<image>", {}
+    token, strange = image_token(loaded.processor), {}
     for pair in {pair.prompt: pair for pair in pairs}.values():
         if pair.prompt.count(token) > 1:
             raise UserError(

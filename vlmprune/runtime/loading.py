@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmprune.parts.templates import image_token, started_once
 from vlmprune.runtime import interruption
 from vlmprune.runtime.errors import CommandError, UserError, brief
 from vlmprune.runtime.prompts import check_text
@@ -334,12 +335,9 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
     check_text(prompt, "the prompt")
     text = prompt_text(processor, len(images), prompt)
     check_shapes(processor, images)
-    # a template that writes the first token itself must not get a second one
-    bos = getattr(processor.tokenizer, "bos_token", None)
-    once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
     try:
         # in a list of their own: LLaVA-OneVision prepares several pictures of one prompt differently
-        inputs = processor(text=text, images=[list(images)], return_tensors="pt", **once)
+        inputs = processor(text=text, images=[list(images)], return_tensors="pt", **started_once(processor, text))
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"the model's processor cannot prepare these pictures and this prompt: {brief(error)}"
@@ -355,7 +353,7 @@ def prompt_text(processor: Any, images: int, prompt: str) -> str:
     Raises:
         UserError: there are more or fewer of them than pictures.
     """
-    token = getattr(processor, "image_token", None) or "<image>"
+    token = image_token(processor)
     if token in prompt:
         text, made = prompt, f"the prompt has {prompt.count(token)} {token}"
     elif getattr(processor, "chat_template", None):
