@@ -314,13 +314,9 @@ def idle(budgets: list[dict[str, Any]], word: str, todo: list[Job]) -> bool:
 def again(cells: list[dict[str, Any]]) -> list[tuple[Job, int]]:
     """The jobs that made cells, those of one batch together."""
     order = list(dict.fromkeys(cell["batch"] for cell in cells))
-    return [(one_job(cell), batch) for batch in order for cell in cells if cell["batch"] == batch]
-
-
-def one_job(cell: dict[str, Any]) -> Job:
-    """The job that made a cell."""
     with user_mistakes():
-        return spec.jobs([cell["method"]], [{}], cell["options"])[0]
+        made = [(spec.jobs([cell["method"]], [{}], cell["options"])[0], cell["batch"]) for cell in cells]
+    return sorted(made, key=lambda one: order.index(one[1]))
 
 
 def budget_of(text: str, word: str) -> dict[str, Any]:

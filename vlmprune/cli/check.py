@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
@@ -201,17 +201,13 @@ def in_text(reports: dict[str, Report], skipped: dict[str, str]) -> str:
     for outcome, word in WORDS.items():
         told = dict.fromkeys(
             f"{word}: {'' if outcome == '-' else f'{name}, '}{line.check}{details(line)}"
-            for name, line in every_line(reports)
+            for name, report in reports.items()
+            for line in report.lines
             if line.outcome == outcome != "pass"
         )
         lines += ["", *told] if told else []
     lines += ["", *(f"skipped: {name}: {why}" for name, why in skipped.items())] if skipped else []
     return "\n".join(lines)
-
-
-def every_line(reports: dict[str, Report]) -> Iterator[tuple[str, Line]]:
-    """The lines of all reports, with their methods."""
-    return ((name, line) for name, report in reports.items() for line in report.lines)
 
 
 def details(line: Line) -> str:

@@ -271,7 +271,7 @@ def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
         "weights": fingerprints.files(Path(source.place)) if source.local else model.config._commit_hash,
         "adapter": fingerprints.files(Path(source.adapter)) if source.adapter else None,
         "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": loaded.about["dtype"],
         "max_new_tokens": args.max_new_tokens,
         "versions": flags.versions(),
     }
@@ -280,10 +280,7 @@ def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
 def about_run(loaded: Loaded, verb: str, args: SimpleNamespace, **more: Any) -> dict[str, Any]:
     """What somebody else needs to repeat a run of a verb."""
     return {
-        "model": loaded.source.name,
-        "family": loaded.model.config.model_type,
-        "device": str(loaded.model.device),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        **loaded.about,
         "versions": flags.versions(),
         "command": " ".join(("vlmprune", verb, *quoted(args))),
         "max_new_tokens": args.max_new_tokens,

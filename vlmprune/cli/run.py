@@ -189,13 +189,9 @@ def line(text: str) -> str:
 
 def in_json(asked: AnsweredPrompt) -> dict[str, Any]:
     """The same for a program, image by image."""
-    model = asked.loaded.model
     pictures = zip(asked.files, asked.images, asked.seen, strict=True)
     return {
-        "model": asked.loaded.source.name,
-        "family": model.config.model_type,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **asked.loaded.about,
         "prompt": asked.prompt,
         "images": [{"file": f, "width": i.width, "height": i.height, "seen": round(s, 3)} for f, i, s in pictures],
         "full": {"answer": asked.plain},

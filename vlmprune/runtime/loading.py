@@ -54,11 +54,19 @@ class Loaded:
     processor: Any
 
     @property
+    def about(self) -> dict[str, str]:
+        """For a program."""
+        return {
+            "model": self.source.name,
+            "family": self.model.config.model_type,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    @property
     def description(self) -> str:
         size = sum(p.numel() for p in self.model.parameters())
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        kind = self.model.config.model_type
-        return f"{self.source.name} ({kind}, {size / 1e6:.3g} M parameters), {self.model.device}, {dtype}"
+        return "{model} ({family}, {size:.3g} M parameters), {device}, {dtype}".format(**self.about, size=size / 1e6)
 
 
 def find_model(name: str) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import Any
@@ -152,7 +153,7 @@ def pictures_of(
     if family.runs or family.listed:
         return tiled(family, inner, sizes, generator)
     given, tile = {"image_sizes": torch.tensor(sizes)}, side_of(family, inner)
-    if "batch_num_images" in family_arguments(inner):
+    if "batch_num_images" in inspect.signature(inner.get_image_features).parameters:
         given["batch_num_images"] = torch.tensor([len(sizes)])
     known = family.sizes("image", given) if family.needs_sizes else list(sizes)
     views = max(family.grid(inner, size)[0] for size in known)
@@ -179,13 +180,6 @@ def tiled(
     pixels = random_pixels((sum(tiles), 3, tile, tile), generator)
     tokens = family.facts(inner).view_patches
     return {"pixel_values": pixels[None] if family.listed else pixels}, [n * tokens for n in tiles]
-
-
-def family_arguments(inner: nn.Module) -> list[str]:
-    """Names that the model's image encoder takes."""
-    import inspect
-
-    return list(inspect.signature(inner.get_image_features).parameters)
 
 
 def prompts_for(family: Family, model: nn.Module, videos: bool) -> list[dict[str, Any]]:
