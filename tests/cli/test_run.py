@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def test_text_output(cli, folders, picture):
 
 
 def test_a_terminal_of_40_columns(cli, folders, picture, monkeypatch):
-    """Every cell is there, and no line of the table is wider: the terminal would break it anywhere."""
+    """Every cell stands behind its name, row by row, and no line is wider: the terminal would break it anywhere."""
     asked = ("run", "--image", picture, "--prompt", PROMPT, "--model", folders["llava"], "--method", "vtc_cls,fastv")
     asked += ("--keep", "4", "--max-new-tokens", 6, "--repeats", 0)
     cells = lambda out: [line for line in out.splitlines()[3:] if line and not line.startswith("Layer average")]  # noqa: E731
@@ -70,8 +71,15 @@ def test_a_terminal_of_40_columns(cli, folders, picture, monkeypatch):
     monkeypatch.setattr(tables, "room", lambda: 40)
     narrow = cells(cli(*asked)[1])
     assert max(map(len, wide)) > 40 >= max(map(len, narrow))
-    words = lambda lines: sorted(word for line in lines for word in line.split() if word.strip("-"))  # noqa: E731
-    assert set(words(wide)) <= {word.rstrip(":") for word in words(narrow)}
+    header, _, *rows = (re.split(" {2,}", line) for line in wide)
+    at, found = max(len(f"  {name}: ") for name in header), []
+    for name, cell in ((line[:at], line[at:]) for line in narrow):
+        if name.strip():
+            found += [[]] * (name[0] != " ")
+            found[-1] = [*found[-1], (name.strip().removesuffix(":"), cell)]
+        else:  # the cell before goes on
+            found[-1][-1] = (found[-1][-1][0], f"{found[-1][-1][1]} {cell}")
+    assert found == [list(zip(header, row, strict=True)) for row in rows]
 
 
 def test_newlines_and_several_pictures(cli, folders, tmp_path):
