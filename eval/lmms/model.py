@@ -21,7 +21,7 @@ A model that is too large for one GPU: `device_map=auto` in `--model_args`, with
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class Counts(TokenCounts):
     record: Record | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        cost = self.record.as_dict() if self.record else {}
+        cost = asdict(self.record) if self.record else {}
         return super().to_dict() | {key: value for key, value in cost.items() if key not in ("task", "doc")}
 
 
@@ -178,7 +178,7 @@ class VlmPrune(lmms):
         """
         records = sorted([*self._records, *self._new], key=lambda record: (record.task, record.doc))
         self._records, self._new, self._seconds = [], [], 0.0
-        return [record.as_dict() for record in records]
+        return [asdict(record) for record in records]
 
     def gathered(self) -> tuple[list[Record], float]:
         """What all processes have measured since the last evaluation ended, and their seconds together."""
