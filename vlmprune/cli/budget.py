@@ -41,7 +41,7 @@ def share(text: str) -> Any:
 def verb(
     method: Annotated[str, Option(metavar="NAME", help="the method (`vlmprune ls methods`)")],
     model: flags.Model = "scene-llava",
-    keep: Annotated[str | None, Option(metavar="N", help="patches per image (64), or a fraction (0.1 or 10%)")] = None,
+    keep: flags.OneKeep = None,
     average: Annotated[str | None, Option(metavar="N", help="the same as a mean over all decoder layers")] = None,
     flops: Annotated[str | None, share("FLOPs of a prefill")] = None,
     kv: Annotated[str | None, share("bytes in the cache")] = None,

@@ -43,7 +43,9 @@ DTYPE = Option(help="auto: float32 on a CPU, the checkpoint's own on a GPU")
 Model = Annotated[str, MODEL]
 Methods = Annotated[str, METHOD]
 SomeMethods = Annotated[str | None, METHOD]
-Keep = Annotated[str | None, Option(metavar="N[,N]", help="patches per image (64), or a fraction (0.1 or 10%)")]
+PATCHES = "patches per image (64), or a fraction (0.1 or 10%)"
+Keep = Annotated[str | None, Option(metavar="N[,N]", help=PATCHES)]
+OneKeep = Annotated[str | None, Option(metavar="N", help=PATCHES)]
 Average = Annotated[str | None, Option(metavar="N[,N]", help="the same as a mean over all decoder layers")]
 Options = Annotated[
     list[str],

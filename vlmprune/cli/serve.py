@@ -47,7 +47,7 @@ def verb(
     context: Context,
     model: Annotated[str, flags.MODEL],
     method: Annotated[str | None, Option(metavar="NAME", help="the method (a+b: one after the other)")] = None,
-    keep: Annotated[str | None, Option(metavar="N", help="patches per image (64), or a fraction (0.1 or 10%)")] = None,
+    keep: flags.OneKeep = None,
     average: Annotated[str | None, Option(metavar="N", help="the same; of served methods both mean one thing")] = None,
     option: flags.Options = [],  # noqa: B006 - typer copies it
     recipe: flags.Recipe = None,
