@@ -63,7 +63,7 @@ def test_text_output(cli, folders, picture):
 
 
 def test_a_terminal_of_40_columns(cli, folders, picture, monkeypatch):
-    """Every cell stands behind its name, row by row, and no line is wider: the terminal would break it anywhere."""
+    """Every cell stands in its column, word by word, and no line is wider: the terminal would break it anywhere."""
     asked = ("run", "--image", picture, "--prompt", PROMPT, "--model", folders["llava"], "--method", "vtc_cls,fastv")
     asked += ("--keep", "4", "--max-new-tokens", 6, "--repeats", 0)
     cells = lambda out: [line for line in out.splitlines()[3:] if line and not line.startswith("Layer average")]  # noqa: E731
@@ -72,14 +72,11 @@ def test_a_terminal_of_40_columns(cli, folders, picture, monkeypatch):
     narrow = cells(cli(*asked)[1])
     assert max(map(len, wide)) > 40 >= max(map(len, narrow))
     header, _, *rows = (re.split(" {2,}", line) for line in wide)
-    at, found = max(len(f"  {name}: ") for name in header), []
-    for name, cell in ((line[:at], line[at:]) for line in narrow):
-        if name.strip():
-            found += [[]] * (name[0] != " ")
-            found[-1] = [*found[-1], (name.strip().removesuffix(":"), cell)]
-        else:  # the cell before goes on
-            found[-1][-1] = (found[-1][-1][0], f"{found[-1][-1][1]} {cell}")
-    assert found == [list(zip(header, row, strict=True)) for row in rows]
+    rule = next(i for i, line in enumerate(narrow) if not line.strip("- "))
+    spans = [slice(*found.span()) for found in re.finditer("-+", narrow[rule])]
+    told = lambda lines: [" ".join(" ".join(line[span] for line in lines).split()) for span in spans]  # noqa: E731
+    assert told(narrow[:rule]) == header
+    assert told(narrow[rule + 1 :]) == [" ".join(column) for column in zip(*rows, strict=True)]
 
 
 def test_newlines_and_several_pictures(cli, folders, tmp_path):
