@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vlmprune import spec
@@ -164,8 +164,8 @@ def impossible(cell: Cell, facts: ModelFacts | None) -> str | None:
     """Why a cell cannot be run on a model, or None; without facts, only what does not depend on the model."""
     try:
         made = spec.build(cell.method, cell.arguments, none=True)
-        if facts is not None:
-            compile_cuts(made, facts)
+        if facts is not None:  # another model, or a processor, that a method asks besides is there when it runs
+            compile_cuts([replace(method, **method.plain_with) for method in made], facts)
     except (TypeError, ValueError, FileNotFoundError, UnsupportedError) as error:
         return str(error)
     return None

@@ -113,8 +113,9 @@ def shared_by_all(draft: Draft, model: dict[str, Any], device: str) -> dict[str,
         "device": device,
         **{word: getattr(draft.setting, word) for word in words},
         "template": template_of(draft),
-        # only where it is on: results from before there was this key stand
+        # only where they are on: results from before there were these keys stand
         **({"plain_pictures": True} if draft.setting.plain_pictures else {}),
+        **({"image_processor": draft.setting.image_processor} if draft.setting.image_processor else {}),
     }
 
 

@@ -30,6 +30,7 @@ __all__ = ["Done", "rank", "run_plan"]
 LOG = "lmms-eval.log"
 #: What a setting says of how its model is loaded.
 LOADING = ("batch_size", "device", "dtype", "attn_implementation", "device_map", "template", "plain_pictures")
+LOADING += ("image_processor",)
 
 
 @dataclass(frozen=True)
