@@ -59,6 +59,13 @@ Options = Annotated[
 Recipe = Annotated[
     str | None, Option(metavar="FILE", help="a recipe (a YAML file), instead of --method, budget and --option")
 ]
+Images = Annotated[
+    str | None, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg'; default: ours)")
+]
+Data = Annotated[str | None, Option(metavar="FILE", help="JSON lines with image, prompt and answer")]
+Metric = Annotated[
+    Literal["exact", "contains", "anls", "choice"], Option(help="how answers are compared with those of --data")
+]
 Device = Annotated[str, DEVICE]
 DTypes = Literal["auto", "float32", "bfloat16", "float16"]
 DType = Annotated[DTypes, DTYPE]
@@ -270,8 +277,8 @@ def budget_of(keep: str | None, average: str | None) -> dict[str, Any]:
         return {word: read_budget(text, word) for word, text in given.items() if text is not None}
 
 
-def share_of(text: str, flag: str, whole: bool) -> float:
-    """A share above 0, and up to all of it if `whole`.
+def share_of(text: str, flag: str, zero: bool = False, whole: bool = False) -> float:
+    """A share between 0 and 1, of which `zero` is one, or the `whole`.
 
     Raises:
         UserError: another number, or none.
@@ -280,8 +287,9 @@ def share_of(text: str, flag: str, whole: bool) -> float:
 
     with user_mistakes():
         found = read_share(text, flag)
-    if not 0 < found <= 1 or (found == 1 and not whole):
-        raise UserError(f"{flag} {text} must be above 0 and {'at most' if whole else 'under'} 1 (100%).")
+    if not 0 <= found <= 1 or (found == 0 and not zero) or (found == 1 and not whole):
+        least, most = "at least" if zero else "above", "at most" if whole else "under"
+        raise UserError(f"{flag} {text} must be {least} 0 and {most} 1 (100%).")
     return found
 
 
