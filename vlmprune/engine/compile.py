@@ -10,7 +10,7 @@ from vlmprune.engine.plan import Plan
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.parts.cuts import AnyCut, Cut, Decoder, PixelCut, Positions, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.facts import ModelFacts, need_patches
-from vlmprune.parts.taps import BlockKeys, ClusterOf, Kept, Tap, TowerTap
+from vlmprune.parts.taps import BlockFlow, BlockKeys, ClusterOf, Kept, Tap, TowerTap
 from vlmprune.patches import Family
 
 if TYPE_CHECKING:
@@ -145,15 +145,15 @@ def layers_for(cut: Cut | TowerCut, facts: ModelFacts) -> tuple[str, range]:
     return "tower layer", range(1, facts.feature_layer + 2)
 
 
-def looks(cuts: list[tuple[str, AnyCut]], kind: type[Tap]) -> list[tuple[str, AnyCut, Tap]]:
+def looks(cuts: list[tuple[str, AnyCut]], kind: Any) -> list[tuple[str, AnyCut, Tap]]:
     """Who looks where at what: the method, its cut and the tap, for all taps of a kind."""
     return [(name, cut, tap) for name, cut in cuts for tap in cut.see if isinstance(tap, kind)]
 
 
 def check_keys(cuts: list[tuple[str, AnyCut]]) -> None:
-    """Refuse a second look at a tower layer's keys: the first cut has merged their tokens."""
+    """Refuse a second look at a tower layer's keys or flow: the first cut has merged their tokens."""
     seen: set[Tap] = set()
-    for name, cut, tap in looks(cuts, BlockKeys):
+    for name, cut, tap in looks(cuts, BlockKeys | BlockFlow):
         if tap in seen:
             raise ValueError(f"{name}, {place(cut)} cannot see {tap}: an earlier cut there has merged these tokens.")
         seen.add(tap)
@@ -161,9 +161,9 @@ def check_keys(cuts: list[tuple[str, AnyCut]]) -> None:
 
 def check_kept(cuts: list[tuple[str, AnyCut]]) -> None:
     """Refuse to look at what was kept where nothing keeps."""
-    if not any(isinstance(cut, ProjectorCut) for _, cut in cuts):
+    if not any(isinstance(cut, ProjectorCut | TowerCut) for _, cut in cuts):
         for name, cut, tap in looks(cuts, Kept):
-            raise ValueError(f"{name}, {place(cut)} cannot see {tap}: there is no ProjectorCut, which alone keeps.")
+            raise ValueError(f"{name}, {place(cut)} cannot see {tap}: there is no cut in or behind the tower.")
 
 
 def check_methods(methods: list[tuple[str, list[AnyCut]]]) -> None:
@@ -194,7 +194,7 @@ def check_merged_tower(cuts: list[tuple[str, AnyCut]]) -> None:
     if merging is None:
         return
     for name, cut, tap in looks(cuts, TowerTap):
-        if isinstance(cut, Cut) and not isinstance(tap, ClusterOf):
+        if isinstance(cut, Cut) and not isinstance(tap, ClusterOf | Kept):
             raise UnsupportedError(
                 f"{merging!r} merges tokens inside the vision tower and {name!r} looks at that tower ({tap}): "
                 "combine it with a method that needs no tower tap."

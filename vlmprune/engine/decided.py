@@ -13,10 +13,10 @@ import torch
 from vlmprune.engine.compile import place
 from vlmprune.engine.finite import demand
 from vlmprune.engine.plan import Plan
-from vlmprune.parts.cuts import AnyCut, Clusters, Merge, Pick, Reduction
+from vlmprune.parts.cuts import AnyCut, Clusters, Merge, Pick, Reduction, Stay
 from vlmprune.parts.options import is_whole
 
-__all__ = ["check_clusters", "check_flow", "check_pick", "check_pixels", "check_reduction", "whose"]
+__all__ = ["check_clusters", "check_flow", "check_pick", "check_pixels", "check_reduction", "check_stay", "whose"]
 
 
 def whose(plan: Plan, cut: AnyCut) -> str:
@@ -134,6 +134,27 @@ def check_clusters(where: str, decided: Any, sizes: torch.Tensor) -> None:
     demand(((into >= 0) & (into < count)).all(), told)
     filled = torch.zeros_like(into).scatter(1, into, 1).sum(1)
     demand((filled == count).all(), f"{where}: reduce returned count={count}, and clusters without a token.")
+
+
+def check_stay(where: str, decided: Stay, sizes: torch.Tensor) -> None:
+    """Refuse what a `TowerCut` cannot keep of `(views, tokens)` of these sizes.
+
+    Raises:
+        TypeError, ValueError: fields that do not fit these tokens, or a view of which nothing stays.
+    """
+    shape = tuple(sizes.shape)
+    if decided.scores is not None:
+        check_tensor(where, "scores", decided.scores, sizes, shape, floats)
+    if decided.keep is None:
+        return
+    check_tensor(where, "keep", decided.keep, sizes, shape, bools)
+    kept = (decided.keep & (sizes > 0)).sum(1)
+    demand((kept > 0).all(), f"{where}: reduce returned keep without a token of some view.")
+    if decided.count is not None:
+        if not torch.compiler.is_compiling() and not is_whole(decided.count, 1, shape[1]):
+            raise ValueError(f"{where}: reduce returned count={decided.count!r}, which is not one of 1..{shape[1]}.")
+        told = f"{where}: reduce returned count={decided.count}, and keep of another number of tokens."
+        demand((kept == decided.count).all(), told)
 
 
 def check_pick(where: str, decided: Any, features: torch.Tensor, has_cls: bool) -> None:

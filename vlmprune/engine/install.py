@@ -20,7 +20,7 @@ from vlmprune.engine.hooks import (
 )
 from vlmprune.engine.plan import Hook, Plan
 from vlmprune.engine.tower import (
-    AfterKeys,
+    AfterProjection,
     AfterTower,
     AfterTowerAttention,
     BeforeTower,
@@ -98,13 +98,14 @@ def hook_towers(inner: nn.Module, plan: Plan) -> None:
         through = None if plan.family.handing else Watch()
         tower.register_forward_pre_hook(BeforeTower(plan, through), with_kwargs=True)
         for index, layer in enumerate(plan.family.tower_layers(tower)):
-            watching = Watch() if index in plan.key_layers else None
+            watching = {name: Watch() for name in plan.projected(index)}
             if any(tap.layer == index for tap in plan.measured):
                 tower_layer(layer)  # one that is not known is refused here, and not in the first call
             layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching, through), with_kwargs=True)
-            if watching is not None:
+            for name, watch in watching.items():
                 kind = tower_layer(layer)
-                kind.key_projection.register_forward_hook(AfterKeys(plan, index, watching, kind.attention.num_heads))
+                after = AfterProjection(plan, index, watch, name, kind.attention.num_heads)
+                getattr(kind, f"{name}_projection").register_forward_hook(after)
             if index in plan.inside_layers:
                 between, attention = Watch(), tower_layer(layer).attention
                 attention.register_forward_pre_hook(BeforeTowerAttention(plan, between), with_kwargs=True)

@@ -9,6 +9,7 @@ from vlmprune.methods.dart import Dart
 from vlmprune.methods.divprune import DivPrune
 from vlmprune.methods.evs import Evs
 from vlmprune.methods.fastv import FastV
+from vlmprune.methods.flowcut import FlowCut
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
 from vlmprune.methods.hiprune import HiPrune
@@ -47,6 +48,7 @@ __all__ = [
     "Evs",
     "FastV",
     "FasterVLM",
+    "FlowCut",
     "FoPru",
     "GlobalCom2",
     "Grid",
