@@ -61,7 +61,7 @@ REFUSED = {
 }
 REFUSED |= {
     (name, kind): "packs pictures of any size"
-    for name in ("downsample", "pitome", "prumerge", "prumerge_plus", "showui", "tome", "visionzip")
+    for name in ("downsample", "flowcut", "pitome", "prumerge", "prumerge_plus", "showui", "tome", "visionzip")
     for kind in tiny_qwen.CLASSES
 }
 FALLBACK = {

@@ -168,7 +168,7 @@ def test_all_of_it_and_what_is_refused():
         plain = model(**prompt).logits
         with vlmprune.patch(model, "flowcut", keep=1.0):
             assert torch.equal(model(**prompt).logits, plain)
-    with pytest.raises(UnsupportedError, match="flowcut treats all views alike.*give a fraction as average"):
+    with pytest.raises(UnsupportedError, match=r"flowcut treats all views alike.*give a fraction as average"):
         vlmprune.patch(tiny.shared(family="llava_next"), "flowcut", average=4)
     with pytest.raises(UnsupportedError, match=r"flowcut.*looks at that tower|flowcut.*merges tokens inside"):
         vlmprune.patch(model, [FlowCut(keep=0.5), "fopru"], keep=4)

@@ -58,8 +58,9 @@ def to_remove(paid: torch.Tensor, left: torch.Tensor, target: int, ahead: int, t
 class FlowCut(InTower):
     """Drop patches in every second tower layer by what flows from them, judged over all layers so far.
 
-    A layer's score is (attention paid by [CLS] + alikeness of values to [CLS]'s, each as a share of its sum) * L1 length
-    of the head-mean values; c = c / 2 + score / 2 from layer to layer. The last cut is in front of the feature layer.
+    A layer's score is (attention paid by [CLS] + alikeness of values to [CLS]'s, each as a share of its sum) * length
+    (L1) of the head-mean values; c = c / 2 + score / 2 from layer to layer. The last cut is in front of the layer whose
+    output becomes the features.
 
     Args:
         keep, average: patches per image (a fraction on families with views).
@@ -82,9 +83,7 @@ class FlowCut(InTower):
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         target, last = self.left(facts), facts.feature_layer - 1
         if last < 0:
-            raise UnsupportedError(
-                "flowcut cuts in front of the layer that makes the features, which is the first here."
-            )
+            raise UnsupportedError("flowcut cuts in front of the layer that makes the features, here the first one.")
         if target == facts.view_patches:
             return []
         cuts: list[AnyCut] = []
