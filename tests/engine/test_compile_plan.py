@@ -82,7 +82,7 @@ class Stray(Tap):
         (cut(Decoder(0), VisionAttention(-1)), "this tower has layers 0..5"),
         (cut(Decoder(0), VisionAttention(1.0)), "this tower has layers 0..5"),
         (cut(Decoder(0), Distinctness(6)), "this tower has layers 0..5"),  # its output becomes no feature
-        (cut(Decoder(0), Kept()), "cannot see Kept(layer=-1): there is no cut in or behind the tower"),
+        (cut(Decoder(0), Kept()), "cannot see Kept(layer=-1): no cut in or around the tower keeps"),
         (cut(Decoder(0), Kept(3)), "it is of no layer: write Kept()"),
         (cut(Decoder(0), ClusterOf(3)), "it is of no layer: write ClusterOf()"),
         (cut(Decoder(1), CrossShare(1, system="4")), "system='4' must be a number of tokens of at least 0, or None"),

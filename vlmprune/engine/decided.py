@@ -16,7 +16,16 @@ from vlmprune.engine.plan import Plan
 from vlmprune.parts.cuts import AnyCut, Clusters, Merge, Pick, Reduction, Stay
 from vlmprune.parts.options import is_whole
 
-__all__ = ["check_clusters", "check_flow", "check_pick", "check_pixels", "check_reduction", "check_stay", "whose"]
+__all__ = [
+    "check_clusters",
+    "check_flow",
+    "check_kept",
+    "check_pick",
+    "check_pixels",
+    "check_reduction",
+    "check_stay",
+    "whose",
+]
 
 
 def whose(plan: Plan, cut: AnyCut) -> str:
@@ -174,6 +183,16 @@ def check_pick(where: str, decided: Any, features: torch.Tensor, has_cls: bool) 
         check_tensor(where, "mix", decided.mix, features, (views, patches, patches), floats)
         if decided.merge is not None:
             raise ValueError(f"{where}: reduce returned merge and mix, of which one is taken.")
+
+
+def check_kept(where: str, keep: Any, pixels: torch.Tensor) -> None:
+    """Refuse what a `PatchCut` cannot have kept of `(tokens, numbers)`.
+
+    Raises:
+        TypeError, ValueError: no tensor, one of another shape, dtype or device, or one that keeps nothing.
+    """
+    check_tensor(where, "keep", keep, pixels, (len(pixels),), bools)
+    demand(keep.any(), f"{where}: reduce kept nothing.")
 
 
 def check_pixels(where: str, changed: Any, pixels: torch.Tensor) -> None:

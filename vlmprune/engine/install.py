@@ -19,6 +19,7 @@ from vlmprune.engine.hooks import (
     BeforeModel,
 )
 from vlmprune.engine.plan import Hook, Plan
+from vlmprune.engine.thin import AfterMerger
 from vlmprune.engine.tower import (
     AfterProjection,
     AfterTower,
@@ -95,13 +96,14 @@ def bind_encoders(inner: nn.Module, plan: Plan) -> None:
 def hook_towers(inner: nn.Module, plan: Plan) -> None:
     """Put the hooks of `plan` on the vision towers and their layers."""
     for tower in plan.family.towers(inner):
-        through = None if plan.family.handing else Watch()
+        through = Watch() if plan.patch_cuts or not plan.family.handing else None
         tower.register_forward_pre_hook(BeforeTower(plan, through), with_kwargs=True)
         for index, layer in enumerate(plan.family.tower_layers(tower)):
             watching = {name: Watch() for name in plan.projected(index)}
             if any(tap.layer == index for tap in plan.measured):
                 tower_layer(layer)  # one that is not known is refused here, and not in the first call
-            layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching, through), with_kwargs=True)
+            handed = None if plan.family.handing else through
+            layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching, handed), with_kwargs=True)
             for name, watch in watching.items():
                 kind = tower_layer(layer)
                 after = AfterProjection(plan, index, watch, name, kind.attention.num_heads)
@@ -110,6 +112,8 @@ def hook_towers(inner: nn.Module, plan: Plan) -> None:
                 between, attention = Watch(), tower_layer(layer).attention
                 attention.register_forward_pre_hook(BeforeTowerAttention(plan, between), with_kwargs=True)
                 attention.register_forward_hook(AfterTowerAttention(plan, between))
+        for merger in plan.family.mergers(tower) if plan.patch_cuts else ():
+            merger.register_forward_hook(AfterMerger(plan, through))
         tower.register_forward_hook(AfterTower(plan, through), with_kwargs=True)
 
 

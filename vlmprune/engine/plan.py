@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, ProjectorCut, TowerCut
+from vlmprune.parts.cuts import AnyCut, Cut, PatchCut, PixelCut, ProjectorCut, TowerCut
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Layouts
@@ -88,6 +88,11 @@ class Plan:
     def pixel_cuts(self) -> list[PixelCut]:
         """What happens to the picture before the tower sees it."""
         return [cut for _, cut in self.cuts if isinstance(cut, PixelCut)]
+
+    @property
+    def patch_cuts(self) -> list[PatchCut]:
+        """What goes in front of a packed tower."""
+        return [cut for _, cut in self.cuts if isinstance(cut, PatchCut)]
 
     @property
     def tower_cuts(self) -> list[TowerCut]:

@@ -18,6 +18,7 @@ from vlmprune.engine.finite import demand
 from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Hook, Plan, handed
 from vlmprune.engine.sequence import visible
+from vlmprune.engine.thin import Thin
 from vlmprune.engine.watch import Watch
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Pick, ProjectorCut, Stay, TowerCut, Vision
@@ -52,6 +53,7 @@ class TowerFrame:
             fewer are left; None before the first cut.
         kept: `(views, original tokens)` bool, what cuts that drop tokens have kept; None before the first one.
         carried: scores that the last cut left, or None.
+        thin: what is left of the patches of a packed tower, None where all are.
         place: `(views, original tokens)` long, the token that each original one is part of; None before the first cut.
         places: the same at the input of every layer, after the cuts there.
         inputs: by layer, what it reads after the cuts there, where the host may note something else as its input.
@@ -71,6 +73,7 @@ class TowerFrame:
         self.inputs: dict[int, torch.Tensor] = {}
         self.inside: Inside | None = None
         self.weigh = False
+        self.thin: Thin | None = None
 
     def enter(
         self, index: int, layer: nn.Module, hidden: torch.Tensor, rest: tuple, kwargs: dict
@@ -79,6 +82,8 @@ class TowerFrame:
         check_first_run(index, len(self.places))
         self.check_inside()
         check_device(layer, hidden)
+        if self.thin is not None:
+            hidden, kwargs = self.thin.enter(index, hidden, kwargs)
         for tap in self.plan.measured:
             if tap.layer == index:
                 self.check_sight(rest, kwargs)
@@ -207,6 +212,9 @@ class TowerFrame:
     def finish(self, output: Any) -> None:
         """Do all that is to be done behind the last layer, and leave what was seen on the output."""
         self.check_inside()
+        if self.thin is not None:
+            output.last_hidden_state = self.thin.whole(output.last_hidden_state)
+            self.seen[Kept()] = self.thin.keep[:, None]
         if self.plan.tower_cuts:
             self.unmerge(output)
         for cut in self.plan.projector_cuts:
@@ -335,6 +343,8 @@ class BeforeTower(Hook):
             check_pixels(whose(self.plan, cut), changed, pixels)
             pixels = changed
         frame = TowerFrame(self.plan, module, call, note)
+        for cut in self.plan.patch_cuts:
+            frame.thin = Thin(self.plan, cut, module, pixels, call.sizes)
         if Pixels() in self.plan.measured:
             frame.seen[Pixels()] = Pixels.of(pixels.detach(), self.plan.facts.view_patches)
         if self.through is not None:

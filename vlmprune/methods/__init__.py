@@ -17,6 +17,7 @@ from vlmprune.methods.holov import HoloV
 from vlmprune.methods.lrs import Lrs
 from vlmprune.methods.m3 import M3
 from vlmprune.methods.mmtok import MMTok
+from vlmprune.methods.pixelprune import PixelPrune
 from vlmprune.methods.prumerge import PruMerge, PruMergePlus
 from vlmprune.methods.prunesid import PruneSID
 from vlmprune.methods.pyramiddrop import PyramidDrop
@@ -58,6 +59,7 @@ __all__ = [
     "MMTok",
     "Method",
     "PiToMe",
+    "PixelPrune",
     "Pool",
     "PruMerge",
     "PruMergePlus",

@@ -1,7 +1,7 @@
 """What a method asks for: where it cuts, what it wants to see, and what it decides there.
 
-There are four places with a contract of their own each: `PixelCut`, `TowerCut`, `ProjectorCut`, and `Cut` in the
-language model.
+There are five kinds with a contract of their own each: `PixelCut`, `PatchCut`, `TowerCut`, `ProjectorCut`, and `Cut` in
+the language model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = [
     "Cut",
     "Decoder",
     "Merge",
+    "PatchCut",
     "Pick",
     "PixelCut",
     "Place",
@@ -217,7 +218,24 @@ class PixelCut:
     reduce: Callable[[torch.Tensor], torch.Tensor]
 
 
-AnyCut = PixelCut | TowerCut | ProjectorCut | Cut
+@dataclass(frozen=True)
+class PatchCut:
+    """In front of a tower that packs pictures of any size: tokens go before its layers read their patches.
+
+    What is left keeps its places. A `Cut` that sees `Kept` drops the others.
+
+    Attributes:
+        reduce: pure function `(pixels, sizes) -> keep` of the `(tokens, numbers)` that every token is made of, in
+            raster order frame by frame, and of the (frames, rows, columns) of tokens of every image or video in them;
+            keep is `(tokens,)` bool. Picklable.
+    """
+
+    at: ClassVar[None] = None
+    see: ClassVar[tuple[Tap, ...]] = ()
+    reduce: Callable[[torch.Tensor, list[tuple[int, int, int]]], torch.Tensor]
+
+
+AnyCut = PixelCut | PatchCut | TowerCut | ProjectorCut | Cut
 
 
 def schedule_layers(layers: tuple[int, ...], depth: int) -> list[int]:
