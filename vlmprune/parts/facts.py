@@ -92,8 +92,8 @@ def need_sparse(method: str, facts: ModelFacts) -> None:
     """Raise UnsupportedError if the tower cannot read a part of a picture's patches."""
     if not facts.sparse:
         raise UnsupportedError(
-            f"{method} drops patches before the vision tower reads them, and that of {facts.family} models reads "
-            "pictures whole: the towers of the Qwen-VL families alone take a part of one."
+            f"{method} drops tokens before the vision tower reads their patches, and that of {facts.family} models "
+            "reads pictures whole: the towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL alone take a part of one."
         )
 
 
