@@ -19,7 +19,7 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.attention import split_heads
-from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, ProjectorCut, TowerCut
+from vlmprune.parts.cuts import AnyCut, Cut, PatchCut, PixelCut, ProjectorCut, TowerCut
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.taps import BlockFlow, BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
 from vlmprune.serving.watch import Projected
@@ -39,6 +39,8 @@ def why_not(name: str, cut: AnyCut, facts: ModelFacts) -> str | None:
             return f"{name} changes the picture and leaves all its tokens: there is nothing to serve faster"
         case TowerCut() if cut.weigh:
             return f"{name} with weigh=True weighs the tower's attention, and vLLM's takes no weights"
+        case PatchCut():
+            return f"{name} lets pixels say how many tokens stay, which nobody has seen when placeholders are written"
         case TowerCut() if any(isinstance(tap, BlockFlow) for tap in cut.see):
             return f"{name} drops what little flows from inside the tower: {DROPS}"
         case TowerCut() if facts.views:
