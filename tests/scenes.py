@@ -95,7 +95,8 @@ class Scene:
 
     def shown(self, name, prompt):
         """A prompt with pictures of which a method drops something."""
-        return tiny_qwen.repeated(self.model, prompt) if name in REPEATS else prompt
+        repeats = name in REPEATS and self.model.config.model_type in tiny_qwen.CLASSES
+        return tiny_qwen.repeated(self.model, prompt) if repeats else prompt
 
     def prompt(self, name=None):
         """Several pictures in one prompt; with videos, images and videos mixed, where a method takes images."""

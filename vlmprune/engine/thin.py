@@ -21,12 +21,12 @@ class Thin:
     """What is left of all pictures in one call of a packed tower.
 
     The tower prepares every patch as ever; in front of its first layer those that go are taken out, with all that the
-    host hands every layer for them. Behind the mergers each token that went is there again, as the one in front of it:
-    the rest of the model finds as many as it counts on.
+    host hands every layer for them. Behind the mergers each token that went is there again as zeros: the rest of the
+    model finds as many as it counts on.
 
     Attributes:
         keep: `(tokens,)` bool in raster order.
-        place: `(tokens,)` long, in the order of reading, which of the tokens that stay each one becomes.
+        read: the same in the order of reading.
         stay, before: as of `Family.of_patches`.
         made: what layers were handed and are handed instead; most of them get the same.
     """
@@ -37,9 +37,8 @@ class Thin:
             self.keep = cut.reduce(tokens, self.family.token_sizes(tower, sizes))
             check_kept(whose(plan, cut), self.keep, tokens)
             order = self.family.reading_order(tower, sizes)
-            read = self.keep if order is None else self.keep[upload(order, pixels.device)]
-            patches = read.repeat_interleave(len(pixels) // len(tokens))
-            self.place = (read.cumsum(0) - 1).clamp(min=0)
+            self.read = self.keep if order is None else self.keep[upload(order, pixels.device)]
+            patches = self.read.repeat_interleave(len(pixels) // len(tokens))
             self.stay = patches.nonzero().flatten()  # the device is waited for: the layers' lengths hang on it
             self.before = nn.functional.pad(patches.cumsum(0), (1, 0))
         self.made: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -53,10 +52,11 @@ class Thin:
         return (hidden if index else hidden[self.stay]), handed
 
     def whole(self, values: torch.Tensor) -> torch.Tensor:
-        """`(tokens or patches that stay, dim)`, in the order of reading, for all."""
-        each = len(self.before[1:]) // len(self.place)
+        """`(tokens or patches that stay, dim)`, in the order of reading, with zeros for those that went."""
+        each = len(self.before[1:]) // len(self.read)
         parts = values.unflatten(0, (-1, each)) if len(values) == len(self.stay) else values[:, None]
-        return parts[self.place].flatten(0, 1)
+        place = (self.read.cumsum(0) - 1).clamp(min=0)
+        return parts[place].masked_fill(~self.read[:, None, None], 0).flatten(0, 1)
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -51,10 +51,10 @@ class TowerFrame:
         flows: by layer, all that its projections make, for a cut behind it.
         sizes: `(views, tokens)` float, patches that every token stands for, 0 behind the last one of a view of which
             fewer are left; None before the first cut.
-        kept: `(views, original tokens)` bool, what cuts that drop tokens have kept; None before the first one.
         carried: scores that the last cut left, or None.
         thin: what is left of the patches of a packed tower, None where all are.
-        place: `(views, original tokens)` long, the token that each original one is part of; None before the first cut.
+        place: `(views, original tokens)` long, the token that each original one is part of, -1 of those that were
+            dropped; None before the first cut.
         places: the same at the input of every layer, after the cuts there.
         inputs: by layer, what it reads after the cuts there, where the host may note something else as its input.
         inside: the last layer's cut between its two blocks, if it had one.
@@ -66,7 +66,6 @@ class TowerFrame:
         self.keys: dict[int, torch.Tensor] = {}
         self.flows: dict[int, Projections] = {}
         self.sizes: torch.Tensor | None = None
-        self.kept: torch.Tensor | None = None
         self.carried: torch.Tensor | None = None
         self.place: torch.Tensor | None = None
         self.places: list[torch.Tensor | None] = []
@@ -162,14 +161,11 @@ class TowerFrame:
             into = clusters.into
             sizes = self.sizes.new_zeros(views, clusters.count).scatter_add(1, into, self.sizes)
             share = self.sizes / sizes.gather(1, into)
-            self.sizes, self.weigh, self.place = sizes, cut.weigh, into.gather(1, self.place)
+            self.sizes, self.weigh, self.place = sizes, cut.weigh, followed(self.place, into)
         return into, share, clusters.count
 
     def drop(self, cut: TowerCut, stay: Stay) -> Decided:
-        """Follow a cut that drops tokens: a dropped one's place is that of the last one kept in front of it.
-
-        Views of which fewer tokens are left than of others end in zeros, which nothing looks at.
-        """
+        """Follow a cut that drops tokens; views with fewer left than others end in zeros, which nothing looks at."""
         check_stay(whose(self.plan, cut), stay, self.sizes)
         self.carried = stay.scores
         if stay.keep is None:
@@ -181,9 +177,8 @@ class TowerFrame:
         if stay.scores is not None:
             scores = stay.scores.masked_fill(~keep, 0)
             self.carried = empty.to(scores.dtype).scatter_add(1, into, scores)
-        kept = keep.gather(1, self.place)
-        self.kept = kept if self.kept is None else self.kept & kept
-        self.sizes, self.place = empty.scatter_add(1, into, self.sizes * share), into.gather(1, self.place)
+        self.place = followed(self.place, into.masked_fill(~keep, -1))
+        self.sizes = empty.scatter_add(1, into, self.sizes * share)
         self.weigh = cut.weigh or min(counts) < max(counts)
         return into, share, max(counts)
 
@@ -244,14 +239,12 @@ class TowerFrame:
                 with torch.no_grad():
                     self.seen[tap] = self.of_tokens(tap, tap.measure(None, behind.detach(), self.has_cls))
         if Kept() in self.plan.tower_taps and self.plan.tower_cuts:
-            if self.kept is None:
-                raise UnsupportedError("cuts in the tower have merged tokens and kept none apart: see ClusterOf().")
-            self.seen[Kept()] = self.kept[:, int(self.has_cls) :]
+            self.seen[Kept()] = self.cluster_of(output.last_hidden_state)[:, int(self.has_cls) :] >= 0
         if ClusterOf() in self.plan.tower_taps:
             self.seen[ClusterOf()] = self.cluster_of(output.last_hidden_state)[:, int(self.has_cls) :]
 
     def cluster_of(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`(views, original tokens)` long, the token of the feature layer that each original one is part of."""
+        """`(views, original tokens)` long, the token of the feature layer that each original one is part of, or -1."""
         place = self.places[self.plan.facts.feature_layer + 1] if self.plan.tower_cuts else None
         return torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1) if place is None else place
 
@@ -314,8 +307,15 @@ class Inside:
 
 
 def spread(hidden: torch.Tensor | None, place: torch.Tensor | None) -> torch.Tensor | None:
-    """`(views, clusters, dim)`, or None, back to `(views, original tokens, dim)`."""
-    return hidden if hidden is None or place is None else hidden.gather(1, wide(place, hidden))
+    """`(views, clusters, dim)`, or None, back to `(views, original tokens, dim)`, with zeros for what was dropped."""
+    if hidden is None or place is None:
+        return hidden
+    return hidden.gather(1, wide(place.clamp(min=0), hidden)).masked_fill((place < 0)[..., None], 0)
+
+
+def followed(place: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    """`(views, original tokens)` where each goes whose `place` goes `into` another; -1 is nowhere."""
+    return into.gather(1, place.clamp(min=0)).masked_fill(place < 0, -1)
 
 
 def wide(index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -184,14 +184,14 @@ class Pruner(Budgeted):
 class InTower(Pruner):
     """A method that makes the vision tower's own layers shorter, so that its time falls too.
 
-    All views keep as many patches. The rest of the model sees every original position carry what its token became, and
-    what is left over is dropped where the sequence is cut.
+    All views keep as many patches. The rest of the model finds a token at every original position (what it became, or
+    zeros), and what is left over is dropped where the sequence is cut.
     """
 
     stage = "vision tower, then before the LLM"
     refuses_inputs: ClassVar[dict[str, str]] = {
-        "shrunk": "merges or drops patches inside the tower, and tokens that blend several patches (a shrunken canvas, "
-        "pooled frames) belong to no single cluster"
+        "shrunk": "merges patches inside the tower, and tokens that blend several patches (a shrunken canvas, pooled "
+        "frames) belong to no single cluster"
     }
 
     def left(self, facts: ModelFacts) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch.nn.functional import pad
@@ -77,6 +77,9 @@ class FlowCut(InTower):
     needs = "attention and values of every tower layer"
     looks_at = "tower"
     syncs = 1
+    refuses_inputs: ClassVar[dict[str, str]] = {
+        "shrunk": "drops patches inside the tower, and here packing blends several of them in a token"
+    }
 
     parity: Literal["released"] | None = None
 

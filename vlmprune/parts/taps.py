@@ -263,7 +263,10 @@ class Carried(TowerTap):
 
 @dataclass(frozen=True)
 class ClusterOf(TowerTap):
-    """After cuts in the tower: the number of the cluster that every patch belongs to at the feature layer."""
+    """After cuts in the tower: the number of the cluster that every patch belongs to at the feature layer.
+
+    -1 is that of patches which were dropped.
+    """
 
     layer: int = -1  # known when the tower is done
 
