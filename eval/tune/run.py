@@ -101,7 +101,7 @@ class Tuning:
         self.pairs = shuffled(pairs)
         self.pictures = list(dict.fromkeys(pair.picture for pair in self.pairs))
         self.skipped: dict[str, str] = {}
-        self.refused: dict[str, list[str]] = {}
+        self.refusals: dict[str, dict[str, list[str]]] = {}  # by method and reason the budgets
         self.book = CostBook(loaded, self.journal, self.pairs, batch, longest, repeats, self.skipped)
         self.end = now() + deadline
         self.interrupted = False
@@ -219,7 +219,16 @@ class Tuning:
     def refuse(self, entry: StudyEntry, error: CommandError) -> None:
         """Note that an entry is left out, and why."""
         note(f"left out: {entry.label}: {error}")
-        self.refused.setdefault(entry.method, []).append(f"{entry.budget}: {error}" if entry.budget else str(error))
+        reasons = self.refusals.setdefault(entry.method, {})
+        reasons.setdefault(str(error), []).append(entry.budget or "own schedule")
+
+    @property
+    def refused(self) -> dict[str, list[str]]:
+        """What was left out of methods, and why."""
+        return {
+            method: [f"{', '.join(budgets)}: {why}" for why, budgets in reasons.items()]
+            for method, reasons in self.refusals.items()
+        }
 
     def losses(self, candidate: Candidate) -> list[float]:
         """The mean loss of every picture."""
