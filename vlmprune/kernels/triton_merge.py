@@ -13,7 +13,10 @@ from vlmprune.kernels.triton_common import single, start
 __all__ = ["merge"]
 
 
-@triton.jit(do_not_specialize=["tokens", "entries", "hidden_sample", "length", "all_rows"])
+@triton.jit(
+    do_not_specialize=["tokens", "entries", "hidden_sample", "length", "all_rows"],
+    do_not_specialize_on_alignment=["at", "keep", "rows", "weight"],
+)
 def merge_kernel(
     hidden, at, keep, entry, rows, weight, begin, end, out, tokens, entries, dim, hidden_sample, hidden_step, length,
     all_rows, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
