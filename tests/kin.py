@@ -91,6 +91,11 @@ class Kin:
         still = self.shows is not FILMS and "a still picture has none"
         return self.refused.get(name) or (still if name in MOVING else None) or None
 
+    def windowed(self) -> bool:
+        """Whether a layer of the language model sees a window alone."""
+        text = self.model().config.get_text_config()
+        return "sliding_attention" in (getattr(text, "layer_types", None) or [])
+
     def model(self, **options) -> nn.Module:
         return shared(self.name, **options)
 
