@@ -259,6 +259,10 @@ class Family:
         """
         return None
 
+    def said_of(self, inner: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the processor says of every token of `(batch, length)` prompts beside its id: arguments of the model."""
+        return {}
+
     def told_kinds(self, kwargs: dict[str, Any]) -> torch.Tensor:
         """`token_type_ids` of a call with pictures.
 

@@ -51,6 +51,10 @@ class Qwen2VL(Family):
         frames = size[0] if modality == "video" or size[0] > 1 else 0
         return Packing(lambda x, newline: x.flatten(0, 1), size[0], *self.side(inner, size), (1, 1), frames)
 
+    def said_of(self, inner: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        kinds = (ids == self.token(inner, modality) for modality in self.modalities)
+        return {"mm_token_type_ids": sum(number * kind for number, kind in enumerate(kinds, 1))}
+
     def view_sizes(self, sizes: Sequence[Any]) -> list[int]:
         return [rows * cols for frames, rows, cols in sizes for _ in range(frames)]
 

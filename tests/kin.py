@@ -15,7 +15,7 @@ from itertools import chain
 
 import tiny
 import torch
-from scenes import MOVING, OPTIONS, changes_of
+from scenes import FALLBACK, MOVING, OPTIONS, changes_of
 from tiny import CACHE, IMAGE, PAD, VIDEO, VOCAB
 from torch import nn
 
@@ -181,6 +181,12 @@ def shared(name: str, **options) -> nn.Module:
 
 def noise(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def options(kin: Kin, name: str) -> dict:
+    """Options of a method that make a difference, with its documented fallback where there is no [CLS] token."""
+    given = OPTIONS[name](kin.model()) if name in OPTIONS else {"keep": 0.4}
+    return given if kin.has_cls else given | FALLBACK.get(name, {})
 
 
 # -- by hand

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import probes
 import pytest
 import torch
-from kin import FILMS, FORCED, IN_TOWER, KIN, Kin, Prompt, answered, by_hand, features_of
-from scenes import FALLBACK, OPTIONS, changes_of, told
+from kin import FILMS, FORCED, IN_TOWER, KIN, Kin, Prompt, answered, by_hand, features_of, options
+from scenes import changes_of, told
 from tiny import CACHE
 
 import vlmprune
@@ -45,12 +45,6 @@ def cells(feature: str) -> Iterator:
 
 def product(feature: str):
     return pytest.mark.parametrize(("kin", "name"), list(cells(feature)))
-
-
-def options(kin: Kin, name: str) -> dict:
-    """Options of a method that make a difference, with its documented fallback where there is no [CLS] token."""
-    given = OPTIONS[name](kin.model()) if name in OPTIONS else {"keep": 0.4}
-    return given if kin.has_cls else given | FALLBACK.get(name, {})
 
 
 def same(kin: Kin, got: torch.Tensor, want: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ from vlmprune.patches import Family
 from vlmprune.patches.host import reads_pixel_values
 
 __all__ = [
+    "SAID",
     "batch",
     "check_placeholders",
     "check_rotary",
@@ -26,6 +27,8 @@ __all__ = [
 
 FRAMES = 2  # of a video
 SIDE = 6  # tokens along a side of a picture, where pictures have any size
+#: What processors say of every token beside its id (`Family.said_of`).
+SAID = frozenset({"mm_token_type_ids", "token_type_ids"})
 ROOM = 16  # positions beside those of a prompt: tokens that are decoded, columns that a mistake lets through
 
 
@@ -64,11 +67,6 @@ def make_prompt(
         parts: numbers of text tokens, "image" (the next of `sizes`) and "video".
         sizes: (height, width) of the pictures in pixels.
     """
-    if family.kinds:
-        raise UnsupportedError(
-            f"the self-test does not know pictures that see all of themselves, as those of {family.model_type} models "
-            "do: they are proved in this project's own tests alone."
-        )
     inner, generator = family.inner(model), torch.Generator().manual_seed(seed)
     if not reads_pixel_values(inner):
         raise UnsupportedError(
@@ -94,9 +92,7 @@ def make_prompt(
     ]
     tokens = torch.cat(ids)[None]
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures
-    if family.axes > 1:
-        kinds = (tokens == family.token(inner, modality) for modality in family.modalities)
-        inputs["mm_token_type_ids"] = sum(number * kind for number, kind in enumerate(kinds, 1))
+    inputs |= family.said_of(inner, tokens)
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
@@ -244,8 +240,8 @@ def batch(prompts: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
     ids = [padded(prompt["input_ids"], width, side, int(prompt["input_ids"][0, -1])) for prompt in prompts]
     masks = [padded(prompt["attention_mask"], width, side, 0) for prompt in prompts]
     out = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
-    if "mm_token_type_ids" in prompts[0]:
-        out["mm_token_type_ids"] = torch.cat([padded(p["mm_token_type_ids"], width, side, 0) for p in prompts])
+    for name in SAID.intersection(prompts[0]):
+        out[name] = torch.cat([padded(prompt[name], width, side, 0) for prompt in prompts])
     if "image_sizes" in prompts[0] and prompts[0]["pixel_values"].ndim == 4:
         prompts = equal_sizes(prompts)
     others = dict.fromkeys(name for name in chain(*prompts) if name not in out)
