@@ -54,7 +54,9 @@ class Family:
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     usual_unit: ClassVar[int] = 1  # `unit` of the published checkpoints
     image: ClassVar[str] = ""  # what a budget per image is of, where that is not simply a picture
-    text: ClassVar[str] = "language_model"  # and the one that is its language model
+    text: ClassVar[str] = "language_model"  # the one that is its language model
+    projector: ClassVar[str] = "multi_modal_projector"  # and that between the two, by its path
+    by_formula: ClassVar[bool] = False  # whether `cost.flops` counts its tower and projector
     handing: ClassVar[bool] = True  # whether the tower hands its keyword arguments to its layers
     closed: ClassVar[bool] = False  # whether features leave the tower through a norm behind its last layer
     listed: ClassVar[bool] = False  # whether the views of all pictures of a row come as one list

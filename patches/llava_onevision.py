@@ -22,6 +22,7 @@ class LlavaOnevision(Family):
 
     model_type = "llava_onevision"
     title = "LLaVA-OneVision (LlavaOnevisionForConditionalGeneration)"
+    by_formula = True
     views = True
     needs_sizes = True
     modalities = ("image", "video")

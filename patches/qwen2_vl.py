@@ -24,6 +24,7 @@ class Qwen2VL(Family):
     image = "a picture of any size, or a whole video: its number of tokens follows its pixels"
     modalities = ("image", "video")
     usual_tower = "qwen2_vl_vision"
+    projector = "visual.merger"
     shared = ("image_grid_thw", "video_grid_thw")
 
     def tower_layers(self, tower: nn.Module) -> nn.ModuleList:

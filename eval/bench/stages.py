@@ -103,7 +103,7 @@ def stamps(work: Workload, spans: Spans) -> Iterator[None]:
         hook = lambda *_: action(name)  # noqa: E731
         handles.append(module.register_forward_hook(hook, prepend=first))
 
-    parts = {"tower": family.towers(inner)[0], "projector": inner.multi_modal_projector}
+    parts = {"tower": family.towers(inner)[0], "projector": inner.get_submodule(family.projector)}
     for name, module in parts.items():
         pre(module, spans.begin, name, first=True)
         post(module, spans.end, name, first=False)
@@ -160,9 +160,11 @@ def stage_seconds(
     """
     took, total = stamped(work, clock, plan)
     count = len(work.family.decoder_layers(work.family.inner(work.model)))
+    inside = work.family.projector.startswith(f"{work.family.trunk}.")
+    tower = took["tower"] - took["projector"] * inside
     layers = [took[f"layer {i}"] - took[f"taps in layer {i}"] for i in range(count)]
     stages: dict[str, Any] = {
-        "tower": took["tower"] - took["taps in tower"] - took["selection in tower"],
+        "tower": tower - took["taps in tower"] - took["selection in tower"],
         "projector": took["projector"],
         "taps": sum(seconds for name, seconds in took.items() if name.startswith("taps")),
         "selection": took["selection in tower"] + took["selection before layers"],

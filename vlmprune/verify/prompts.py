@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
+from vlmprune.parts.layout import ImageGrid
 from vlmprune.patches import Family
 from vlmprune.patches.host import reads_pixel_values
 
@@ -18,12 +19,16 @@ __all__ = [
     "batch",
     "check_placeholders",
     "check_rotary",
+    "joined",
     "make_prompt",
+    "pictures_of",
     "prompts_for",
     "random_pixels",
     "random_text",
     "side_of",
 ]
+
+Pictures = tuple[dict[str, torch.Tensor], list[list[ImageGrid]]]
 
 FRAMES = 2  # of a video
 SIDE = 6  # tokens along a side of a picture, where pictures have any size
@@ -78,12 +83,12 @@ def make_prompt(
     if sizes:
         pictures, images = pictures_of(family, inner, sizes, generator)
     if videos and family.packed:
-        more, (frames, *_) = packed_pictures(family, inner, "video", [(FRAMES, tile, tile // 2)] * videos, generator)
-        pictures |= more
+        more, ((film,), *_) = packed_pictures(family, inner, "video", [(FRAMES, tile, tile // 2)] * videos, generator)
+        pictures, frames = pictures | more, film.tokens
     elif videos:
         pictures["pixel_values_videos"] = random_pixels((videos, FRAMES, 3, tile, tile), generator)
         frames = family.video_grid(inner, FRAMES).tokens
-    features = {"image": iter(images), "video": repeat(frames)}
+    features = {"image": (sum(grid.tokens for grid in picture) for picture in images), "video": repeat(frames)}
     ids = [
         random_text(family, inner, (part,), generator)
         if isinstance(part, int)
@@ -112,7 +117,7 @@ def placeholders(
 
 def packed_pictures(
     family: Family, inner: nn.Module, modality: str, sizes: Sequence[tuple[int, int, int]], generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], list[int]]:
+) -> Pictures:
     """As `pictures_of`, of (frames, height, width) each, for towers that read patches of any number in one sequence."""
     vision, pixels = inner.config.vision_config, {"image": "pixel_values", "video": "pixel_values_videos"}
     patch, grid = (
@@ -125,14 +130,14 @@ def packed_pictures(
     ]
     flat = [x.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1) for x in patches]
     values = torch.cat(flat).repeat(1, vision.temporal_patch_size)
-    tokens = [family.packing(inner, modality, size).trace().tokens for size in grid]
-    return {pixels[modality]: values, f"{modality}_grid_thw": torch.tensor(grid)}, tokens
+    layouts = [[family.packing(inner, modality, size).trace()] for size in grid]
+    return {pixels[modality]: values, f"{modality}_grid_thw": torch.tensor(grid)}, layouts
 
 
 def pictures_of(
     family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The arguments that bring random pictures of some sizes, and how many tokens each becomes."""
+) -> Pictures:
+    """The arguments that bring random pictures of some sizes, and the layouts that each is made of: mostly one."""
     if family.axes > 1:
         return packed_pictures(family, inner, "image", [(1, *size) for size in sizes], generator)
     if family.packed:
@@ -146,27 +151,27 @@ def pictures_of(
     views = max(family.grid(inner, size)[0] for size in known)
     pixels = random_pixels((len(sizes), *((views,) if family.views else ()), 3, tile, tile), generator)
     inputs = {"pixel_values": pixels} | (given if family.needs_sizes else {})
-    return inputs, [family.image_grid(inner, size).tokens for size in known]
+    return inputs, [[family.image_grid(inner, size)] for size in known]
 
 
 def filled_up(
     family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], list[int]]:
+) -> Pictures:
     """As `pictures_of`, for pictures of any size that are filled up to the largest."""
     most = [max(size[axis] for size in sizes) for axis in (0, 1)]
     pixels = random_pixels((len(sizes), 3, *most), generator)
-    tokens = [family.packing(inner, "image", size).trace().tokens for size in sizes]
-    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, tokens
+    layouts = [[family.packing(inner, "image", size).trace()] for size in sizes]
+    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, layouts
 
 
-def tiled(
-    family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """As `pictures_of`, for pictures that come as tiles: two of those that are wider than high, one of others."""
-    tiles, tile = [1 + (width > height) for height, width in sizes], side_of(family, inner)
+def tiled(family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> Pictures:
+    """As `pictures_of`, for pictures that come as tiles: as many as lie in them, one at least."""
+    tile = side_of(family, inner)
+    tiles = [(height // tile) * (width // tile) or 1 for height, width in sizes]
     pixels = random_pixels((sum(tiles), 3, tile, tile), generator)
-    tokens = family.facts(inner).view_patches
-    return {"pixel_values": pixels[None] if family.listed else pixels}, [n * tokens for n in tiles]
+    if family.runs:
+        return {"pixel_values": pixels}, [[family.packing(inner, "image", n).trace()] for n in tiles]
+    return {"pixel_values": pixels[None]}, [[family.image_grid(inner, None)] * n for n in tiles]
 
 
 def family_arguments(inner: nn.Module) -> list[str]:
