@@ -20,6 +20,7 @@ from vlmprune import registry
 
 NAMES = registry.names()
 FEATURES = ["exact", "batches", "beam search", "static cache", "second turn, text"]
+FEW = FEATURES[3:]  # of which every run has one method a scene
 ROUTED = 1e-5  # of experts, whose weights are computed in float32 whatever the model is
 
 
@@ -32,6 +33,8 @@ def chosen(feature, number, label, name):
     able = [other for other in NAMES if not refused(label, other)]
     if name not in able:
         return feature == "exact"
+    if feature in FEW:
+        return name == able[(5 * number + FEATURES.index(feature)) % len(able)]
     return (able.index(name) + FEATURES.index(feature)) % len(QWEN) == number
 
 
@@ -146,7 +149,7 @@ def test_every_run_has_each_scene_with_each_feature_and_each_method():
     for feature in FEATURES:
         for number, label in enumerate(QWEN):
             assert any(chosen(feature, number, label, name) for name in NAMES if not refused(label, name))
-        for name in NAMES:
+        for name in NAMES if feature not in FEW else []:
             able = [label for label in QWEN if not refused(label, name)]
             ran = [chosen(feature, number, label, name) for number, label in enumerate(QWEN) if label in able]
             assert any(ran) or not able

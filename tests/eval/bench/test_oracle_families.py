@@ -46,7 +46,7 @@ def test_positions_on_axes_and_features_behind_layers(family, name):
     assert difference < 1e-9
 
 
-@pytest.mark.parametrize(("number", "family"), enumerate(OTHERS))
+@pytest.mark.parametrize(("number", "family"), [*enumerate(OTHERS)])
 def test_every_family(number, family):
     here = work(family)
     able = [name for name in METHODS if not KIN[family].refusal(name)]
