@@ -100,9 +100,8 @@ def test_features_that_are_left_out_give_other_logits(monkeypatch, name):
     assert (oracle.logits - first).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("family", ["gemma3", "paligemma"])
-def test_pictures_that_do_not_see_themselves_give_other_logits(family):
-    here = work(family)
+def test_pictures_that_do_not_see_themselves_give_other_logits():
+    here = work("gemma3")
     _, first, _, trace = pruned(here)
     with torch.no_grad():
         oracle = Oracle(here, trace)
