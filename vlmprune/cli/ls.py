@@ -193,7 +193,7 @@ def models() -> dict[str, Any]:
         ],
         "language_models": list(LANGUAGE_MODELS),
         "refused": dict(REFUSED),
-        "embedded": [embedded(name) for name in testbed.NAMES],
+        "embedded": [embedded(name) for name in testbed.EVERY],
     }
 
 
