@@ -263,7 +263,10 @@ class Family:
 
     def said_of(self, inner: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the processor says of every token of `(batch, length)` prompts beside its id: arguments of the model."""
-        return {}
+        if self.axes == 1:
+            return {}
+        kinds = (ids == self.token(inner, modality) for modality in self.modalities)
+        return {"mm_token_type_ids": sum(number * kind for number, kind in enumerate(kinds, 1))}
 
     def told_kinds(self, kwargs: dict[str, Any]) -> torch.Tensor:
         """`token_type_ids` of a call with pictures.

@@ -23,8 +23,7 @@ class Qwen2VL(Family):
     trunk, axes, packed, needs_sizes, fixed = "visual", 3, True, True, ()
     image = "a picture of any size, or a whole video: its number of tokens follows its pixels"
     modalities = ("image", "video")
-    usual_tower = "qwen2_vl_vision"
-    projector = "visual.merger"
+    usual_tower, projector = "qwen2_vl_vision", "visual.merger"
     shared = ("image_grid_thw", "video_grid_thw")
 
     def tower_layers(self, tower: nn.Module) -> nn.ModuleList:
@@ -51,10 +50,6 @@ class Qwen2VL(Family):
     def packing(self, inner: nn.Module, modality: str, size: Any) -> Packing:
         frames = size[0] if modality == "video" or size[0] > 1 else 0
         return Packing(lambda x, newline: x.flatten(0, 1), size[0], *self.side(inner, size), (1, 1), frames)
-
-    def said_of(self, inner: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        kinds = (ids == self.token(inner, modality) for modality in self.modalities)
-        return {"mm_token_type_ids": sum(number * kind for number, kind in enumerate(kinds, 1))}
 
     def view_sizes(self, sizes: Sequence[Any]) -> list[int]:
         return [rows * cols for frames, rows, cols in sizes for _ in range(frames)]
