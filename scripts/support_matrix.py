@@ -7,8 +7,8 @@ The results are what `pytest --support FILE` wrote (tests/support.py), of one ru
 only where a test that passed claims it, and a refusal only where a test checked its words.
 
 Of the LLaVA families every run has all tests, and their tables must be those that its results give. Of the others a
-run has a part of the product (`make test-all` has all of it): every claim must be what its cell says, and the other
-cells stay. A section of which the results know nothing stays as it is.
+run has a part of the product (`make test-all` has all of it): it is checked that every claim is what its cell says, and
+what is written is what the cell says now and what was run anew. Sections of which the results know nothing stay.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ OTHERS = {
 # features that every method is tested for; the others are tested with one method of each kind, or say with which
 EXACT = ("exact", "batches", "right padding", "beam search", "unpatching")
 KINDS = ("fopru", "fastv", "todre", "tome")  # before the LLM, inside it, both, in the tower
-YES, NO, NOT_TESTED, NOT_RUN = "✓", "–", "", "·"
+YES, NO, PARTLY, NOT_TESTED, NOT_RUN = "✓", "–", "(✓)", "", "·"
+MOST = 3  # names that a cell tells one by one
 
 
 @dataclass(frozen=True)
@@ -135,16 +136,13 @@ def demand_passed(claims: Iterable[dict]) -> None:
         sys.exit(f"a test of {one['feature']!r} with {one['method']} on {one['family']} failed; see pytest.")
 
 
-def cell(claims: list[dict], notes: Notes, wanted: Iterable[str], told: str, empty: str) -> str:
-    """What stands in one cell.
+def cell(claims: list[dict], notes: Notes, wanted: Iterable[str], told: str) -> str:
+    """What stands in one cell, of which there are claims.
 
     Args:
-        wanted: what of `told` must have been tested: where some was not, the cell names what was.
-        told: "method" or "feature", the key of the claims that a cell names.
-        empty: where nothing was claimed.
+        wanted: what of `told` must have been tested: where some was not, the cell says so, and names the methods.
+        told: "method" or "feature", what the claims of a cell differ in.
     """
-    if not claims:
-        return empty
     refused = [claim for claim in claims if claim["outcome"] == "refused"]
     why = "".join(notes.mark(text) for text in sorted({reason(claim) for claim in refused}))
     if len(refused) == len(claims):
@@ -152,8 +150,20 @@ def cell(claims: list[dict], notes: Notes, wanted: Iterable[str], told: str, emp
     if refused and told == "method":
         return f"{YES} but {', '.join(sorted({claim['method'] for claim in refused}))}{why}"
     tested = {claim[told] for claim in claims if claim not in refused}
-    few = "" if set(wanted) <= tested else " " + ", ".join(sorted(tested))
-    return YES + few + why
+    if set(wanted) <= tested:
+        return YES + why
+    return PARTLY + why if told == "feature" else named(tested)
+
+
+def named(methods: Iterable[str]) -> str:
+    """A cell of a feature that these methods have, of which others are not known."""
+    names = sorted(methods)
+    return f"{YES} {', '.join(names) if len(names) <= MOST else f'{len(names)} methods'}"
+
+
+def names_in(text: str) -> set[str]:
+    """The methods that a cell names."""
+    return {part for part in text.removeprefix(YES).strip().split(", ") if part and " " not in part}
 
 
 def groups() -> dict[str, list[str]]:
@@ -172,16 +182,28 @@ def table(corner: str, section: Section, rows: dict[str, Callable[[str], str] | 
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def method_table(section: Section, claims: list[dict], notes: Notes) -> str:
+def method_table(section: Section, claims: list[dict], notes: Notes, said: Said) -> str:
     """Every method, under what it looks at."""
     exact = [claim for claim in claims if claim["feature"] in EXACT]
     empty = NOT_TESTED if section.whole else NOT_RUN
+    shown = {
+        name: {c["family"] for c in exact if c["family"] in families} for name, families in section.columns.items()
+    }
 
     def row(name: str) -> Callable[[str], str]:
         mine = [claim for claim in exact if claim["method"] == name]
-        return lambda column: cell(
-            [c for c in mine if section.column(c["family"]) == column], notes, EXACT, "feature", empty
-        )
+
+        def fill(column: str) -> str:
+            here = [claim for claim in mine if section.column(claim["family"]) == column]
+            made = cell(here, notes, EXACT, "feature") if here else empty
+            if not section.whole and {claim["family"] for claim in here} < shown[column]:  # videos were not run
+                made = made.replace(NO, NOT_RUN)
+            old = said.cells.get(("method", name, column), empty)
+            if not here or (made.startswith(PARTLY) and old.startswith(YES) and said.agrees(here, column)):
+                return said.again(old, notes)
+            return made
+
+        return fill
 
     rows: dict[str, Callable[[str], str] | None] = {}
     for heading, names in groups().items():
@@ -190,7 +212,7 @@ def method_table(section: Section, claims: list[dict], notes: Notes) -> str:
     return table("method", section, rows)
 
 
-def feature_table(section: Section, claims: list[dict], notes: Notes) -> str:
+def feature_table(section: Section, claims: list[dict], notes: Notes, said: Said) -> str:
     """Every feature that is not one of `EXACT`."""
     never = never_had(claims)
     others = [c for c in claims if c["feature"] not in EXACT and (c["family"], c["method"]) not in never]
@@ -202,30 +224,46 @@ def feature_table(section: Section, claims: list[dict], notes: Notes) -> str:
             families = section.columns[column]
             kinds = [kind for kind in KINDS if any((family, kind) not in never for family in families)]
             here = [claim for claim in mine if claim["family"] in families]
-            return cell(here, notes, kinds, "method", NOT_TESTED)
+            made = cell(here, notes, kinds, "method") if here else NOT_TESTED
+            old = said.cells.get(("feature", name, column), NOT_TESTED)
+            if not here or old == YES or (old.endswith("methods") and names_in(made)):
+                return said.again(old, notes)
+            some = names_in(made) and names_in(old)
+            return named(names_in(made) | names_in(old)) if some and "<sup>" not in made + old else made
 
         return fill
 
-    names = sorted({claim["feature"] for claim in others}, key=str.lower)
+    before = {row for corner, row, _ in said.cells if corner == "feature"}
+    names = sorted({claim["feature"] for claim in others} | before, key=str.lower)
     return table("feature", section, {name: row(name) for name in names})
 
 
-def matrix(section: Section, claims: list[dict]) -> str:
+def matrix(section: Section, claims: list[dict], page: str = "") -> str:
     """Both tables of a section and their footnotes.
+
+    Args:
+        page: what it says now, where a run has a part of its tests alone.
 
     Raises:
         SystemExit: a test that claims something failed.
     """
     demand_passed(claims)
-    notes = Notes()
-    legend = "" if section.whole else f" {NOT_RUN} was not run; a note beside a {YES} says what of it is refused."
+    notes, said = Notes(), Said.of("" if section.whole else section.read(page))
+    legend = (
+        ""
+        if section.whole
+        else (
+            f" {PARTLY}: a part of these tests was run, and passed; {NOT_RUN}: none was; a note beside either, or a "
+            f"{YES}, says what of it is refused."
+        )
+    )
     parts = [
         f"Every method ({', '.join(EXACT)}; on towers without a [CLS] token by the fallback it names), under what it "
         f"looks at.{legend}",
-        method_table(section, claims, notes),
+        method_table(section, claims, notes, said),
         "Every feature, with a method that cuts before the LLM, one inside it, one at both places and one in the tower "
         f"({', '.join(KINDS)}), or with those that are named; what no test claims is left empty:",
-        feature_table(section, claims, notes),
+        feature_table(section, claims, notes, said),
         "\n".join(f"{number}. {text}" for number, text in enumerate(notes.texts, 1)),
     ]
     return "\n\n".join(parts).strip()
@@ -254,6 +292,14 @@ class Said:
                 cells |= {(head[0], parts[0], column): part for column, part in zip(head[1:], parts[1:], strict=True)}
         return cls(cells, dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE)))
 
+    def again(self, text: str, notes: Notes) -> str:
+        """A cell with its notes among others."""
+        return re.sub(r"<sup>(\d+)</sup>", lambda found: notes.mark(self.notes[found[1]]), text)
+
+    def agrees(self, claims: Iterable[dict], column: str) -> bool:
+        """Whether a column says all that tests claim."""
+        return all(self.has(claim, column) for claim in claims)
+
     def has(self, claim: dict, column: str) -> bool:
         """Whether a cell says what a test claims."""
         exact = claim["feature"] in EXACT
@@ -262,9 +308,12 @@ class Said:
         if claim["outcome"] == "refused":
             return reason(claim) in [self.notes.get(number) for number in re.findall(r"<sup>(\d+)</sup>", text)]
         told, _, but = re.sub("<sup>.*?</sup>", "", text).partition(" but ")
-        named = {part for part in told.removeprefix(YES).strip().split(", ") if part}
-        mine = claim["feature"] if exact else claim["method"]
-        return told.startswith(YES) and (not named or mine in named) and mine not in but.split(", ")
+        if exact or told.startswith(PARTLY):
+            return told in (YES, PARTLY)
+        names = names_in(told)
+        return (
+            told.startswith(YES) and (not names or claim["method"] in names) and claim["method"] not in but.split(", ")
+        )
 
 
 def differing(section: Section, text: str, claims: list[dict]) -> str | None:
@@ -295,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         if not (mine := section.mine(claims)):
             continue
         if not asked.check:
-            text = section.put(text, matrix(section, mine))
+            text = section.put(text, matrix(section, mine, text))
         elif other := differing(section, text, mine):
             sys.exit(
                 f"docs/support.md is not what the tests say of {other}. Run `make support` and look at the difference."

@@ -184,7 +184,7 @@ SHAPES: dict[str, Shape] = {
         Shape(
             "small-qwen2.5-vl",
             "qwen2_5_vl",
-            "the same at half the depth and a quarter of the width; 576 tokens",
+            "Qwen2.5-VL-7B at half the depth and a quarter of the width; 576 tokens",
             composed(
                 "qwen2_5_vl",
                 QWEN2_5_VL_TOWER
@@ -197,7 +197,7 @@ SHAPES: dict[str, Shape] = {
         Shape(
             "small-qwen3-vl",
             "qwen3_vl",
-            "the same at half the depth and a quarter of the width; 576 tokens",
+            "Qwen3-VL-8B at half the depth and a quarter of the width; 576 tokens",
             composed(
                 "qwen3_vl",
                 QWEN3_VL_TOWER
@@ -210,7 +210,7 @@ SHAPES: dict[str, Shape] = {
         Shape(
             "small-internvl",
             "internvl",
-            "the same at half the depth and a quarter of the width; 1280 tokens",
+            "InternVL3.5-8B at half the depth and a quarter of the width; 1280 tokens",
             composed(
                 "internvl",
                 INTERN_VIT_300M
