@@ -27,8 +27,8 @@ def build(width: int = 1024) -> LlavaForConditionalGeneration:
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=24, num_attention_heads=width // 64, image_size=336,
-            patch_size=14, projection_dim=64,
+            hidden_size=width, intermediate_size=4 * width, num_hidden_layers=24, num_attention_heads=width // 64,
+            image_size=336, patch_size=14, projection_dim=64,
         ),
         text_config=LlamaConfig(
             vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
