@@ -120,9 +120,10 @@ def test_a_static_cache(label, name, support):
     with torch.no_grad(), start(scene, name) as handle:
         asked = {"cache_implementation": "static", "disable_compile": True}
         got = probes.generated_logits(model, prompt, forced, **asked)[0]
-        features = features_of(model, prompt)
+        trace, features = handle.trace, features_of(model, prompt)
+        added = reference.injected(model, prompt, prompt["input_ids"].shape[1] + len(FORCED))
     with torch.no_grad():
-        same(label, got, replay(model, prompt, features, handle.trace)[0])
+        same(label, got, replay(model, prompt, features, trace, added=added)[0])
 
 
 @product("second turn, text")
