@@ -330,16 +330,17 @@ def answered(kin: Kin, inputs: dict, forced: list[int] = FORCED) -> tuple[torch.
 # -- families
 
 
-def internvl(text: str = "qwen2", **options) -> nn.Module:
+def internvl(text: str = "qwen2", language: dict | None = None, **options) -> nn.Module:
     from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config, Qwen3Config
 
     kind = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[text]
     vision = VISION | {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH], "use_qk_norm": text == "qwen3"}
     return InternVLForConditionalGeneration(
         InternVLConfig(
-            vision_config=vision, text_config=kind(**TEXT), image_token_id=IMAGE, tie_word_embeddings=False, **options
+            vision_config=vision, text_config=kind(**TEXT | (language or {})), image_token_id=IMAGE,
+            tie_word_embeddings=False, **options,
         )
-    )
+    )  # fmt: skip
 
 
 TILES = [1, 3, 2]  # of a picture, by its number

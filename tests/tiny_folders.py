@@ -42,13 +42,14 @@ class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
         return ["image_processor", "tokenizer"]
 
 
-def tokenizer():
+def tokenizer(**named):
+    """Of the words; `named` are further special ones of them."""
     words = WORDS + [f"word{i}" for i in range(tiny.VOCAB - len(WORDS))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"}, padding_side="left",
+        extra_special_tokens={"image_token": "<image>"} | named, padding_side="left",
     )  # fmt: skip
 
 
