@@ -562,6 +562,7 @@ def merges_in_tower(name: str) -> bool:
 
 WHOLE = {
     "globalcom2": "globalcom2 shares a budget among the crops of an image",
+    "globalcom2_fixed": "globalcom2_fixed shares a budget among the crops of an image",
     "lrs": "lrs chooses among the crops of an image",
 }
 #: Methods that merge or pick patches in the vision tower or behind it: what leaves it is no longer what it would be.
