@@ -32,7 +32,7 @@ from vlmprune.serving.plugin import ARCHITECTURES
 from vlmprune.serving.rule import FAILURES, refusing, why_not
 from vlmprune.serving.watch import Projected
 
-__all__ = ["Choice", "ServedPicture", "refusals"]
+__all__ = ["Choice", "ServedPicture", "refusals", "usual"]
 
 #: Families that are served.
 SERVED = tuple(ARCHITECTURES)
