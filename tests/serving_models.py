@@ -23,7 +23,6 @@ MODELS = {
 }
 # models of other builds, by their family
 OTHERS = ("qwen2_5_vl", "qwen3_vl", "internvl", "internvl-qwen3")
-LANGUAGE_MODELS = {"internvl": "Qwen2ForCausalLM", "internvl-qwen3": "Qwen3ForCausalLM"}
 QWEN = {
     "qwen2_5_vl": ("Qwen2_5_VLProcessor", "Qwen2VLVideoProcessor"),
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
@@ -57,8 +56,6 @@ def save_other(folder: Path, name: str) -> str:
     else:
         torch.manual_seed(0)
         made, reads = kin.lively(kin.KIN[name].build(language=LANGUAGE | {"head_dim": 32})), internvl_processor()
-        # vLLM builds it by this name, which published configs have
-        made.config.text_config.architectures = [LANGUAGE_MODELS[name]]
     made.generation_config.eos_token_id = made.config.text_config.eos_token_id
     made.save_pretrained(folder)
     reads.save_pretrained(folder)
