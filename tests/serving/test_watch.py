@@ -47,6 +47,7 @@ class Layer(nn.Module):
         head_size = attention.head_dim if hasattr(attention, "head_dim") else attention.dim // attention.num_heads
         holder.attn = Attention(head_size, tower_layer(layer).scale)
         self.attn = self.attention = holder
+        self.norm1 = self.layernorm_before = nn.Identity()
 
     def forward(self, hidden, rest, kwargs):
         if self.packed:
@@ -54,6 +55,7 @@ class Layer(nn.Module):
             heads = hidden[:, 0][None]
         else:
             shown, heads = tower_layer(self.layer), hidden
+        self.norm1(hidden)
         rows = shown.normed(heads)
         query, key = (x.transpose(1, 2) for x in (shown.queries(rows), shown.keys(rows)))
         if self.packed:

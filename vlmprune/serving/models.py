@@ -223,7 +223,15 @@ class EncodingOnAxes(AttentiveEncoding):
     Text stands where it would without pruning, which follows from the sizes of pictures. Where the tokens of a picture
     stand is known when it was encoded: it travels with the rows as further columns, as vLLM has it of videos that it
     prunes itself (`SupportsMultiModalPruning`). So nothing is lost where a cache has the picture, or a part of it.
+
+    vLLM's runner takes these columns off by `recompute_mrope_positions`. That for CPUs does not: there they come to
+    `embed_input_ids`, and act in the call of `forward` that follows it.
+
+    Attributes:
+        places: of the tokens of this step, which are of pictures `(tokens,)` bool, and where these stand.
     """
+
+    places: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         check_axes(vllm_config)
@@ -241,7 +249,12 @@ class EncodingOnAxes(AttentiveEncoding):
         self.watcher.take()
         self.watcher.sizes = sizes
         made = self.unpruned(pixel_values=torch.cat(list(pixels)), image_grid_thw=torch.tensor(sizes))
-        return [rows[:, : self.visual.out_hidden_size] for rows in made], self.watcher.take()
+        return [rows[:, : self.width] for rows in made], self.watcher.take()
+
+    @property
+    def width(self) -> int:
+        """Of a picture's rows, without where they stand."""
+        return self.visual.out_hidden_size
 
     def placed(self, rows: torch.Tensor, places: torch.Tensor, size: Any) -> torch.Tensor:
         _, cols = self.served.family.side(self, size)
@@ -277,15 +290,45 @@ class EncodingOnAxes(AttentiveEncoding):
         """
         if not multimodal_embeddings:
             return [], mrope_positions, behind_all(mrope_positions)
-        told = torch.cat([rows[:, -4:] for rows in multimodal_embeddings]).to(mrope_positions)
-        holes = torch.as_tensor(input_ids, device=told.device) == self.config.image_token_id
+        rows, told = self.split(multimodal_embeddings)
+        holes = torch.as_tensor(input_ids, device=mrope_positions.device) == self.config.image_token_id
         holes[:num_computed_tokens] = False
-        at = holes.nonzero().flatten()[: len(told)]
-        if len(at) != len(told):
-            raise RuntimeError(f"{len(told)} rows of pictures came for {len(at)} placeholders.")
-        positions = mrope_positions.clone()
-        positions[1:, at] = positions[0, at] + (told[:, :2] * DIGIT + told[:, 2:]).T
-        return [rows[:, :-4] for rows in multimodal_embeddings], positions, behind_all(positions)
+        positions = moved(mrope_positions, holes.nonzero().flatten()[: len(told)], told)
+        return rows, positions, behind_all(positions)
+
+    def split(self, made: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Rows of pictures, and where all of them stand `(rows, 2)`."""
+        told = torch.cat([rows[:, -4:] for rows in made]).long()
+        return [rows[:, :-4] for rows in made], told[:, :2] * DIGIT + told[:, 2:]
+
+    def embed_input_ids(
+        self, input_ids: torch.Tensor, multimodal_embeddings: Any = None, *, is_multimodal: Any = None
+    ) -> torch.Tensor:
+        self.places = None
+        if multimodal_embeddings is not None and any(rows.shape[1] > self.width for rows in multimodal_embeddings):
+            multimodal_embeddings, told = self.split(multimodal_embeddings)
+            self.places = is_multimodal, told
+        return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
+
+    def forward(self, input_ids: Any, positions: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.places is not None:
+            pictures, told = self.places
+            self.places = None
+            positions = moved(positions, pictures.nonzero().flatten().to(positions.device), told)
+        return super().forward(input_ids, positions, *args, **kwargs)
+
+
+def moved(positions: torch.Tensor, at: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
+    """Positions `(3, tokens)` whose columns `at` stand in a picture where it is told `(rows, 2)`.
+
+    Raises:
+        RuntimeError: other columns than were told of.
+    """
+    if len(at) != len(told):
+        raise RuntimeError(f"{len(told)} rows of pictures came for {len(at)} placeholders.")
+    positions = positions.clone()
+    positions[1:, at] = positions[0, at] + told.T.to(positions)
+    return positions
 
 
 def behind_all(positions: torch.Tensor) -> int:

@@ -70,13 +70,13 @@ class TowerWatcher:
         self.hidden: torch.Tensor | None = None
         for index in sorted({*(tap.layer for tap in taps), *keys}):
             if index < len(layers):
-                layers[index].register_forward_pre_hook(self.before)
                 self.look_into(index, layers[index])
             else:
                 self.end(layers).register_forward_hook(self.behind(index))
 
     def look_into(self, index: int, layer: nn.Module) -> None:
-        """Put a hook where the layer makes queries and keys."""
+        """Put hooks where a layer gets its input, and where it makes queries and keys."""
+        layer.register_forward_pre_hook(self.before)
         layer.self_attn.qkv_proj.register_forward_hook(self.projected(index, layer.self_attn))
 
     def end(self, layers: Sequence[nn.Module]) -> nn.Module:
@@ -84,7 +84,7 @@ class TowerWatcher:
         return layers[-1]
 
     def before(self, module: nn.Module, args: tuple) -> None:
-        """Pre-hook of a layer: its input, for taps that look at it."""
+        """Pre-hook of a layer, or of its first norm: its input, for taps that look at it."""
         self.hidden = args[0]
 
     def projected(self, index: int, attention: nn.Module) -> Callable[..., None]:
@@ -155,7 +155,9 @@ class AttentionWatcher(TowerWatcher):
         super().__init__(layers, taps, (), facts, mean)
 
     def look_into(self, index: int, layer: nn.Module) -> None:
-        attention = layer.attn if self.family.packed else layer.attention
+        # a layer that may be compiled calls no hooks of its own; what is in it does
+        norm, attention = (layer.norm1, layer.attn) if self.family.packed else (layer.layernorm_before, layer.attention)
+        norm.register_forward_pre_hook(self.before)
         attention.attn.register_forward_pre_hook(self.attending(index, attention), with_kwargs=True)
 
     def end(self, layers: Sequence[nn.Module]) -> nn.Module:
