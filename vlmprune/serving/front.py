@@ -134,7 +134,7 @@ class PicturesAlone(PrunedNextInfo):
     """The same of models that read videos too: prompts with these are refused by vLLM, which counts what it takes."""
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:
-        return {"image": None}
+        return {"image": None, "video": 0}  # vLLM reads the names of their processor's arguments off this
 
 
 class QwenInfo(PicturesAlone):
