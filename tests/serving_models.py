@@ -53,6 +53,8 @@ def save_other(folder: Path, name: str) -> str:
     """Write a model of another build, and its processor; returns the folder."""
     if name in tiny_qwen.CLASSES:
         made, reads = tiny_qwen.model(name, **LANGUAGE | AXES), qwen_processor(name)
+        # as published, for vLLM; transformers knows no other way
+        made.config.text_config.rope_parameters["mrope_interleaved"] = name == "qwen3_vl"
     else:
         torch.manual_seed(0)
         made, reads = kin.lively(kin.KIN[name].build(language=LANGUAGE | {"head_dim": 32})), internvl_processor()
@@ -69,8 +71,10 @@ def qwen_processor(family: str):
         "patch_size": tiny_qwen.PATCH, "merge_size": tiny_qwen.MERGE, "temporal_patch_size": 2,
         "size": {"shortest_edge": 4 * tiny_qwen.TOKEN**2, "longest_edge": 144 * tiny_qwen.TOKEN**2},
     }  # fmt: skip
-    words = tiny_folders.tokenizer(video_token="user:", vision_start_token=OPENS, vision_end_token=CLOSES)
-    template = tiny_folders.TEMPLATE.replace("user: ", "").replace("<image>", f"{OPENS} <image> {CLOSES}")
+    start, end, image, film = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"
+    other = {OPENS: start, CLOSES: end, "<image>": image, "user:": film}  # vLLM writes some as they are published
+    words = tiny_folders.tokenizer(other, video_token=film, vision_start_token=start, vision_end_token=end)
+    template = tiny_folders.TEMPLATE.replace("user: ", "").replace("<image>", f"{start} {image} {end}")
     images, videos = transformers.Qwen2VLImageProcessor(**told), getattr(transformers, video)(**told)
     return getattr(transformers, kind)(images, words, videos, chat_template=template)
 

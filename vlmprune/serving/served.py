@@ -29,6 +29,11 @@ def family_for(config: Any) -> Family:
     ratio = getattr(config, "vision_aspect_ratio", None)
     if config.model_type == "llava_onevision" and ratio != "anyres_max_9":
         raise UnsupportedError(f"vision_aspect_ratio={ratio!r}: vLLM packs as 'anyres_max_9' whatever the config says.")
+    if config.model_type == "qwen3_vl" and not (config.text_config.rope_parameters or {}).get("mrope_interleaved"):
+        raise UnsupportedError(
+            "the config of this qwen3_vl model does not say mrope_interleaved=True among its text_config's "
+            "rope_parameters, as published ones do: transformers has the axes of positions so anyhow, vLLM would not."
+        )
     family = FAMILIES[config.model_type]
     if family.suited(config) is not family:
         raise UnsupportedError(
