@@ -265,7 +265,7 @@ class QwenProcessor(SizedProcessor):
         Raises:
             ValueError: nothing stands behind the last picture.
         """
-        made = super().apply(inputs, timing_ctx)
-        if made["prompt_token_ids"][-1] == self.info.get_hf_config().image_token_id:
+        # before anything is done: what vLLM's caches count as sent must be sent
+        if inputs.prompt[-1:] == [self.info.get_hf_config().image_token_id]:
             raise ValueError("a pruned prompt must go on behind its last picture.")
-        return made
+        return super().apply(inputs, timing_ctx)
