@@ -311,8 +311,9 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
     return made
 
 
-def sheet_of(label: str, cards: Sequence[Card], across: int = 2) -> Image.Image:
-    """The worst pictures of an entry as one picture with text, `across` of them in a row."""
+def sheet_of(label: str, cards: Sequence[Card]) -> Image.Image:
+    """The worst pictures of an entry as one picture with text, two of them in a row; of strips of videos one."""
+    across = 2 if all(max(p.width for p in card.plain.pictures) <= 2 * SIDE for card in cards) else 1
     panels = []
     for number, card in enumerate(cards, 1):
         row = card.row

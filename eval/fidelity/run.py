@@ -12,10 +12,10 @@ from vlmprune.eval.fidelity import measure as fidelity
 from vlmprune.runtime.answering import guarded, patch
 from vlmprune.runtime.errors import CommandError, UserError
 from vlmprune.runtime.loading import model_inputs, strange_pictures, warn_of_photographs
-from vlmprune.runtime.pictures import read_picture
 from vlmprune.runtime.prompts import Pair
 from vlmprune.runtime.status import Bar, note, status
 from vlmprune.runtime.tables import counted
+from vlmprune.runtime.videos import read_visual
 from vlmprune.spec import Job
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def prepared(loaded: Loaded, pairs: Sequence[Pair], skipped: dict[str, str]) -> 
             continue
         try:
             if pair.picture != name:
-                name, image = pair.picture, read_picture(pair.path)
+                name, image = pair.picture, read_visual(pair.path, pair.frames)
                 strange += strange_pictures(loaded, [image])
             yield pair, model_inputs(loaded, [image], pair.prompt)
         except UserError as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from vlmprune.cli import flags
+from vlmprune.runtime import videos
 from vlmprune.runtime.errors import CommandError, UserError, brief, printable, user_mistakes
 from vlmprune.runtime.prompts import Pair, read_pairs
 from vlmprune.runtime.tables import counted
@@ -31,12 +32,15 @@ examples:
       --keep 64,128 --device cuda --batch 8
   vlmprune fidelity --images 'photos/**/*.jpg' --prompts pairs.jsonl --model llava-hf/llava-1.5-7b-hf --keep 25%
 
+  vlmprune fidelity --video films --frames 16 --prompts prompts.txt --model Qwen/Qwen2.5-VL-3B-Instruct --keep 25%
+
 with what comes in the package (from a checkout; the default model, scene-llava, knows drawn scenes):
   echo 'how many objects are there ?' > prompts.txt
   vlmprune fidelity --images 'eval/testbed/pictures/scene*.png' --prompts prompts.txt --method fopru,vtc_cls --keep 26
 
 The prompts file has one prompt a line, each asked about every picture; or one JSON object a line, {"image": "cat.jpg",
-"prompt": "what is this?"}, where image may be a pattern ("2024/*.jpg") and without one means every picture.
+"prompt": "what is this?"}, where image may be a pattern ("2024/*.jpg") and without one means every picture. With
+--video the videos take the pictures' place, in the report too.
 
 It writes report.html (self-contained), report.md with worst-*.png, and results.json with every row. What the measures
 mean is told there. Every result is kept in rows.jsonl as it comes: Ctrl-C stops and reports on what is finished, and
@@ -47,8 +51,14 @@ exit codes: 0 done, 1 failed or under --min-agreement or --min-speedup, 2 wrong 
 
 
 def verb(
-    images: Annotated[str, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")],
     prompts: Annotated[str, Option(metavar="FILE", help="one prompt a line, or JSON lines (see below)")],
+    images: Annotated[
+        str | None, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")
+    ] = None,
+    video: Annotated[
+        str | None, Option(metavar="FILE", help="instead of pictures: a video, a folder of videos, or a pattern")
+    ] = None,
+    frames: flags.Frames = None,
     model: flags.Model = "scene-llava",
     method: flags.SomeMethods = None,
     keep: flags.Keep = None,
@@ -102,7 +112,8 @@ def verb(
 
 def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
-    flags.least(1, max_new_tokens=args.max_new_tokens, batch=args.batch, seeds=args.seeds, limit=args.limit)
+    counts = {name: getattr(args, name) for name in ("max_new_tokens", "batch", "seeds", "limit", "frames")}
+    flags.least(1, **counts)
     flags.least(0, worst=args.worst, repeats=args.repeats)
     least = least_of(args)
     made = flags.alone(args.recipe, method=args.method, keep=args.keep, average=args.average, option=args.option)
@@ -110,7 +121,15 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     controls = [] if args.controls.strip() == "none" else flags.words_of(args.controls, "--controls")
     budgets, named = flags.budgets_of(args.keep, args.average, KEEP)
     options = flags.options_of(args.option)
-    pairs = read_pairs(args.images, args.prompts, args.limit)
+    flags.one_of(images=args.images, video=args.video)
+    if args.images is None and args.video is None:
+        raise UserError("name a folder of pictures (--images) or videos (--video).")
+    if args.frames is not None and args.video is None:
+        raise UserError("--frames is of videos: name some (--video).")
+    if args.video is not None:
+        videos.check_reader()
+    shots = None if args.video is None else args.frames or videos.FRAMES
+    pairs = read_pairs(args.images or args.video, args.prompts, args.limit, shots)
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune import spec
@@ -127,7 +146,10 @@ def study(args: SimpleNamespace, folder: Path) -> None:
             methods, budgets = [made.method], [spec.budgets_in(made.options)]
         beside = spec.jobs([name for name in controls if name not in methods], budgets, {}, named=False)
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
-    loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
+    source = loading.find_model(args.model)
+    if args.video is not None:
+        videos.refuse_videos(source)
+    loaded = loading.load(source, loading.pick_device(args.device), args.dtype)
     answering.check(loaded, [*todo, *beside])
     check_prompts(loaded, pairs, args.prompts)
 
@@ -240,19 +262,20 @@ def worst_cards(
     from vlmprune.runtime import draw
     from vlmprune.runtime.answering import guarded, patch
     from vlmprune.runtime.loading import model_inputs
-    from vlmprune.runtime.pictures import read_picture
     from vlmprune.runtime.status import status
+    from vlmprune.runtime.videos import read_visual
     from vlmprune.spec import Job
 
-    paths = {pair.picture: pair.path for pair in pairs}
+    files = {pair.picture: (pair.path, pair.frames) for pair in pairs}
     cards = []
     for row in worst((row for row in rows if row.label == entry.label), count):
         status(f"drawing {entry.label}: {printable(row.picture)}")
-        image = read_picture(paths[row.picture])
+        image = read_visual(*files[row.picture])
         with patch(loaded, Job(entry.method, entry.seeded(row.seed))) as handle:
             inputs = model_inputs(loaded, [image], row.prompt)
             guarded(lambda inputs=inputs: loaded.model(**inputs, use_cache=True, logits_to_keep=1))
-            kept = draw.kept_panel(image, handle.trace, loaded.processor.image_processor, 0, "", (), SIDE)
+            part = draw.eyes(loaded.processor, handle.trace.grids[0])
+            kept = draw.kept_panel(image, handle.trace, part, 0, "", (), SIDE)
         cards.append(Card(row, draw.plain_panel(image, "", (), SIDE), kept))
     status()
     return cards
@@ -271,6 +294,7 @@ def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_new_tokens": args.max_new_tokens,
         "versions": flags.versions(),
+        **({"frames": args.frames or videos.FRAMES} if getattr(args, "video", None) is not None else {}),
     }
 
 

@@ -48,6 +48,7 @@ Device = Annotated[str, DEVICE]
 DTypes = Literal["auto", "float32", "bfloat16", "float16"]
 DType = Annotated[DTypes, DTYPE]
 Longest = Annotated[int, Option("--max-new-tokens", metavar="N", help="longest answer")]
+Frames = Annotated[int | None, Option(metavar="N", help="frames of every video, spread over its length (default 8)")]
 Json = Annotated[bool, Option("--json", help="print JSON")]
 Config = Annotated[str, Argument(metavar="CONFIG.yaml", help="a file, or the name of one that comes with vlmprune")]
 Overrides = Annotated[
