@@ -20,7 +20,7 @@ from vlmprune.eval.fidelity.measure import StudyEntry, StudyLine, StudyRow, summ
 from vlmprune.eval.report import render
 from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Heading, Table, Text, repeat
 from vlmprune.eval.statistics import Estimate
-from vlmprune.runtime import draw
+from vlmprune.runtime import draw, fewer_pixels
 from vlmprune.runtime.files import write_whole
 from vlmprune.runtime.tables import counted
 
@@ -156,7 +156,7 @@ def table_of(
         seeds = f" ({len(line.entry.seeds)} seeds)" if len(line.entry.seeds) > 1 else ""
         measured = line.measures
         row = [
-            f"{line.entry.method}{seeds}",
+            f"{line.entry.method}{smaller(line)}{seeds}",
             line.entry.budget,
             f"{whole(line.tokens_before)} -> {whole(line.tokens_after)}",
             f"{line.layer_average:.1f}",
@@ -171,6 +171,12 @@ def table_of(
             row += cost_cells(costs.get(line.entry.label))
         rows.append(row)
     return header + (["answer - random"] if compared else []) + (list(COSTS) if costs else []), rows
+
+
+def smaller(line: StudyLine) -> str:
+    """What stands beside `downsample` where it made the pictures themselves smaller."""
+    made = line.entry.method == "downsample" and line.tokens_after < line.tokens_before
+    return f" ({fewer_pixels.SAID})" if made else ""
 
 
 def cost_cells(costs: EntryCosts | None) -> list[str]:

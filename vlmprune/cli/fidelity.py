@@ -148,7 +148,7 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
     source = loading.find_model(args.model)
     if args.video is not None:
-        videos.refuse_videos(source)
+        loading.refuse_videos(source)
     loaded = loading.load(source, loading.pick_device(args.device), args.dtype)
     answering.check(loaded, [*todo, *beside])
     check_prompts(loaded, pairs, args.prompts)
@@ -260,7 +260,7 @@ def worst_cards(
     from vlmprune.eval.fidelity.measure import worst
     from vlmprune.eval.fidelity.report import SIDE, Card
     from vlmprune.runtime import draw
-    from vlmprune.runtime.answering import guarded, patch
+    from vlmprune.runtime.answering import guarded, patch, seen_by
     from vlmprune.runtime.loading import model_inputs
     from vlmprune.runtime.status import status
     from vlmprune.runtime.videos import read_visual
@@ -271,8 +271,9 @@ def worst_cards(
     for row in worst((row for row in rows if row.label == entry.label), count):
         status(f"drawing {entry.label}: {printable(row.picture)}")
         image = read_visual(*files[row.picture])
-        with patch(loaded, Job(entry.method, entry.seeded(row.seed))) as handle:
-            inputs = model_inputs(loaded, [image], row.prompt)
+        job = Job(entry.method, entry.seeded(row.seed))
+        with patch(loaded, job) as handle:
+            inputs = model_inputs(seen_by(loaded, job), [image], row.prompt)
             guarded(lambda inputs=inputs: loaded.model(**inputs, use_cache=True, logits_to_keep=1))
             part = draw.eyes(loaded.processor, handle.trace.grids[0])
             kept = draw.kept_panel(image, handle.trace, part, 0, "", (), SIDE)

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +44,10 @@ blue 3 ? / how many red objects are there ? / which digit is in the picture ? / 
 
 AVERAGE = "Layer average: visual tokens a decoder layer sees, newlines included, averaged over all layers."
 TIMED = "Prefill: through the first token, full model -> pruned; medians of {pairs} interleaved pairs."
+SMALLER = (
+    "Fewer pixels: the picture itself is smaller (its processor's max_pixels): less work for the vision tower too."
+)
+
 CROPPED = "{name}: the model sees {share:.0%} of it; its image processor cuts off the rest, before any method."
 
 
@@ -114,23 +118,23 @@ def verb(
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune import spec
-    from vlmprune.runtime import answering, loading, videos
+    from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import Bar, note, show, status
 
     with user_mistakes():
         todo = spec.jobs(methods, budgets, options, named) if made is None else [made]
     source = loading.find_model(model)
     if video:
-        videos.refuse_videos(source)
+        loading.refuse_videos(source)
     loaded = loading.load(source, loading.pick_device(device), dtype)
     answering.check(loaded, todo)
-    inputs = loading.model_inputs(loaded, visuals, prompt)
+    prepare = partial(loading.model_inputs, visuals=visuals, prompt=prompt)
     if loaded.source.embedded and (strange := loading.unknown_words(loaded, prompt)):
         note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
     loading.warn_of_photographs(loaded.source.name, loading.strange_pictures(loaded, visuals))
     with Bar(1 + len(todo)) as bar:
         status("full model: answering")
-        plain, outcomes = answering.run_jobs(loaded, todo, inputs, max_new_tokens, bar, repeats)
+        plain, outcomes = answering.run_jobs(loaded, todo, prepare, max_new_tokens, bar, repeats)
 
     asked = AnsweredPrompt(loaded, prompt, [*image, *video], visuals, plain, outcomes)
     show(json.dumps(in_json(asked), indent=2) if as_json else in_text(asked))
@@ -168,7 +172,7 @@ def columns(asked: AnsweredPrompt) -> dict[str, list[str]]:
     outcomes, total = asked.outcomes, asked.outcomes[0].total
     patches, newlines = total["patches_before"], total["newlines_before"]
     made = {
-        "method": ["full model", *(o.job.method for o in outcomes)],
+        "method": ["full model", *(o.name for o in outcomes)],
         "average" if "average" in outcomes[0].job.options else "keep": ["-", *(o.job.budget for o in outcomes)],
         "patches left": [str(patches), *(change(patches, o.total["patches_after"]) for o in outcomes)],
     }
@@ -196,6 +200,8 @@ def in_text(asked: AnsweredPrompt) -> str:
     lines += [table(shown, rows, shown[1:-1]), ""]
     lines += [CROPPED.format(name=f, share=s) for f, s in zip(files, asked.seen, strict=True) if s < 0.99]
     lines.append(AVERAGE)
+    if any(outcome.whole for outcome in asked.outcomes):
+        lines.append(SMALLER)
     if asked.timed:
         lines.append(TIMED.format(**asked.outcomes[0].times))
         lines += [OVERHEAD] if asked.loaded.source.embedded else []
@@ -233,8 +239,9 @@ def in_json(asked: AnsweredPrompt) -> dict[str, Any]:
                 "method": outcome.job.method,
                 "options": outcome.job.options,
                 "answer": outcome.answer,
-                "images": outcome.trace.counts[:pictures],
-                "videos": outcome.trace.counts[pictures:],
+                "fewer_pixels": outcome.whole is not None,
+                "images": outcome.counts[:pictures],
+                "videos": outcome.counts[pictures:],
                 "layer_average": outcome.layer_average,
                 "kv_lengths": outcome.trace.kv_lengths,
                 "cuts": [

@@ -285,6 +285,8 @@ def joined(boxes: Sequence[Box], cells: dict[int, list[int]]) -> dict[int, Box]:
 def outlived(trace: Trace, index: int) -> list[float]:
     """For every token of image `index` the share of the cuts that it outlived."""
     cuts, tokens = [set(cut.tokens(index)) for cut in trace.cuts], trace.grids[index].tokens
+    if not cuts:  # nothing was taken
+        return [1.0] * tokens
     return [sum(token in kept for kept in cuts) / len(cuts) for token in range(tokens)]
 
 
@@ -373,6 +375,7 @@ def kept_panel(
     refuse_other(image, grid, index)
     merged = ", the rest merged in" if any(cut.merge is not None for cut in trace.cuts) else ""
     steps = " -> ".join(f"{len(trace.kept_patches(index, cut))}" for cut in range(len(trace.cuts)))
+    steps = steps or str(count["patches_after"])
     about = [f"{steps} of {count['patches_before']} patches{merged}"]
     if grid.frames:
         kept = [int(grid.plane[t]) for t in trace.kept_patches(index)]

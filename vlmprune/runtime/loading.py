@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune.runtime import interruption
 from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.runtime.fewer_pixels import FewerPixels
 from vlmprune.runtime.prompts import check_text
 from vlmprune.runtime.status import note, quiet
 from vlmprune.runtime.tables import counted
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from vlmprune.patches import Family
     from vlmprune.runtime.frames import FramesAsPictures
 
-__all__ = ["Loaded", "find_model", "load", "model_inputs", "pick_device"]
+__all__ = ["Loaded", "find_model", "load", "model_inputs", "pick_device", "refuse_videos"]
 
 ADAPTER = "adapter_config.json"  # of PEFT
 #: Of a processor: how many tokens beside the patches it counts, and whether the first of them is dropped.
@@ -218,6 +219,21 @@ def type_of(source: Source) -> str:
     return kind
 
 
+def refuse_videos(source: Source) -> None:
+    """Refuse a model that reads no videos, before its weights are loaded.
+
+    Raises:
+        UserError: its family reads pictures alone, or is not supported.
+    """
+    from vlmprune.patches import FAMILIES
+
+    with told(source):
+        kind = type_of(source)
+    if "video" not in FAMILIES[kind].modalities:
+        able = ", ".join(name for name, family in FAMILIES.items() if "video" in family.modalities)
+        raise UserError(f"models of type {kind!r} read no videos here, as {source.name} is; those that do: {able}.")
+
+
 def load_model(source: Source, device: str, dtype: str, **options: Any) -> tuple[Any, Family]:
     """The model with its adapter, where `from_pretrained` puts it, and its family, whose facts it has."""
     import torch
@@ -354,6 +370,8 @@ def model_inputs(loaded: Loaded, visuals: Sequence[Image.Image | Clip], prompt: 
     check_text(prompt, "the prompt")
     if clips:
         check_video_part(loaded)
+        if isinstance(processor.image_processor, FewerPixels):
+            raise UserError("downsample makes pictures of this model smaller, and videos as they are: leave it out.")
     text = prompt_text(processor, {"image": len(images), "video": len(clips)}, prompt)
     check_shapes(processor, images)
     # a template that writes the first token itself must not get a second one

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL import Image
 
 from vlmprune.runtime.errors import UserError, brief, printable
 from vlmprune.runtime.pictures import read_picture, refuse_no_file
 
-if TYPE_CHECKING:
-    from vlmprune.runtime.loading import Source
-
-__all__ = ["FRAMES", "Clip", "check_reader", "read_video", "read_visual", "refuse_videos"]
+__all__ = ["FRAMES", "Clip", "check_reader", "read_video", "read_visual"]
 
 #: How many frames of a video are read where nobody says it.
 FRAMES = 8
@@ -62,22 +59,6 @@ def check_reader() -> ModuleType:
     except ImportError:
         raise UserError("reading videos needs PyAV: pip install 'vlmprune[video]' (or: pip install av).") from None
     return av
-
-
-def refuse_videos(source: Source) -> None:
-    """Refuse a model that reads no videos, before its weights are loaded.
-
-    Raises:
-        UserError: its family reads pictures alone, or is not supported.
-    """
-    from vlmprune.patches import FAMILIES
-    from vlmprune.runtime.loading import told, type_of
-
-    with told(source):
-        kind = type_of(source)
-    if "video" not in FAMILIES[kind].modalities:
-        able = ", ".join(name for name, family in FAMILIES.items() if "video" in family.modalities)
-        raise UserError(f"models of type {kind!r} read no videos here, as {source.name} is; those that do: {able}.")
 
 
 def read_visual(path: str | Path, frames: int | None = None) -> Image.Image | Clip:
