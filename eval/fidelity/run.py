@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vlmprune.eval.fidelity.journal import Journal
     from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
     from vlmprune.runtime.loading import Loaded
-    from vlmprune.runtime.videos import Clip
+    from vlmprune.runtime.videos import VideoClip
 
 __all__ = ["Shown", "Todo", "inputs_of", "measure", "padding_of", "prepared"]
 
@@ -107,7 +107,7 @@ class Shown:
     """A prompt with its picture or video, and the model's inputs."""
 
     pair: Pair
-    visual: Image.Image | Clip
+    visual: Image.Image | VideoClip
     inputs: dict[str, Any]
 
     def as_seen_by(self, loaded: Loaded) -> dict[str, Any]:

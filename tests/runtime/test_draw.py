@@ -14,7 +14,7 @@ from vlmprune.methods import FastV, Pool
 from vlmprune.patches import family_of
 from vlmprune.runtime import draw
 from vlmprune.runtime.frames import FramesAsPictures
-from vlmprune.runtime.videos import Clip
+from vlmprune.runtime.videos import VideoClip
 from vlmprune.trace import CutTrace, Trace
 
 
@@ -152,7 +152,9 @@ def test_a_kept_patch_of_a_shrunken_canvas_is_clear():
 
 
 def clip_of(frames):
-    return Clip(tuple(frames), tuple(range(len(frames))), tuple(float(n) for n in range(len(frames))), len(frames), 1.0)
+    return VideoClip(
+        tuple(frames), tuple(range(len(frames))), tuple(float(n) for n in range(len(frames))), len(frames), 1.0
+    )
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl"])

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from vlmprune.runtime.answering import Outcome
     from vlmprune.runtime.loading import Loaded
-    from vlmprune.runtime.videos import Clip
+    from vlmprune.runtime.videos import VideoClip
 
 __all__ = ["verb"]
 
@@ -150,7 +150,7 @@ class AnsweredPrompt:
     loaded: Loaded
     prompt: str
     files: Sequence[str]
-    visuals: Sequence[Image.Image | Clip]
+    visuals: Sequence[Image.Image | VideoClip]
     plain: str
     outcomes: Sequence[Outcome]
 
@@ -208,7 +208,7 @@ def in_text(asked: AnsweredPrompt) -> str:
     return "\n".join(lines)
 
 
-def size_of(visual: Image.Image | Clip) -> str:
+def size_of(visual: Image.Image | VideoClip) -> str:
     """How large a picture or a video is, in words."""
     wide, tall = visual.size
     shots = getattr(visual, "frames", None)
@@ -256,7 +256,7 @@ def in_json(asked: AnsweredPrompt) -> dict[str, Any]:
     }
 
 
-def file_in_json(file: str, visual: Image.Image | Clip, seen: float) -> dict[str, Any]:
+def file_in_json(file: str, visual: Image.Image | VideoClip, seen: float) -> dict[str, Any]:
     """A picture or a video, and how much of it the model sees."""
     wide, tall = visual.size
     about = {"file": file, "width": wide, "height": tall, "seen": round(seen, 3)}

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.runtime.videos import Clip
+from vlmprune.runtime.videos import VideoClip
 
 if TYPE_CHECKING:
     from vlmprune.parts.layout import ImageGrid
@@ -45,7 +45,7 @@ STRIPE = 10  # pixels from one stripe to the next on what no patch covers
 ACROSS = 8  # frames of a video in one line of its strip
 
 Box = tuple[float, float, float, float]
-Visual = Image.Image | Clip
+Visual = Image.Image | VideoClip
 
 
 @dataclass(frozen=True)
@@ -300,14 +300,14 @@ def kept_pictures(
     tokens is made of.
 
     Raises:
-        UnsupportedError: the layout of a video, and no `Clip`.
+        UnsupportedError: the layout of a video, and no `VideoClip`.
     """
     grid, kept = trace.grids[index], outlived(trace, index)
     refuse_other(image, grid, index)
     boxes = patch_boxes(image_processor, image.size, grid)
     cells = rectangles(boxes, pooled(trace, index))
     shown = joined(boxes, cells)
-    shots = shots_of(image, len(grid.planes)) if isinstance(image, Clip) else [image] * len(grid.planes)
+    shots = shots_of(image, len(grid.planes)) if isinstance(image, VideoClip) else [image] * len(grid.planes)
     planes = []
     for plane, shot in enumerate(shots):
         mine = [t for t in shown if grid.plane[t] == plane and not grid.newline[t]]
@@ -323,14 +323,14 @@ def refuse_other(image: Visual, grid: ImageGrid, index: int) -> None:
     Raises:
         UnsupportedError: that.
     """
-    if bool(grid.frames) != isinstance(image, Clip):
+    if bool(grid.frames) != isinstance(image, VideoClip):
         kind, give = (
             ("video", "it as runtime.videos.read_video reads it") if grid.frames else ("picture", "the picture")
         )
         raise UnsupportedError(f"what to draw on is no {kind}, as image {index} of the trace is: give {give}.")
 
 
-def shots_of(clip: Clip, planes: int) -> list[Image.Image]:
+def shots_of(clip: VideoClip, planes: int) -> list[Image.Image]:
     """The frames of a clip that stand for so many frames of tokens: the first of each pair, or whatever they join."""
     together = -(-len(clip.frames) // planes)
     return [clip.frames[plane * together] for plane in range(planes)]
@@ -355,7 +355,7 @@ def cut_by_cut(trace: Trace) -> list[tuple[int, Trace]]:
 
 def plain_panel(image: Visual, title: str, lines: Sequence[str] = (), longest: int = LONGEST) -> Panel:
     """The picture, or the frames of a video, as they are."""
-    if isinstance(image, Clip):
+    if isinstance(image, VideoClip):
         when = f"frames at {', '.join(f'{second:.1f}' for second in image.seconds)} s"
         return Panel(title, [when, *lines], [strip([scaled(frame, longest // 2)[0] for frame in image.frames])])
     return Panel(title, list(lines), [scaled(image, longest)[0]])
@@ -407,7 +407,7 @@ def answer_panels(
     for title, trace, said in answers:
         part = eyes(processor, trace.grids[index])
         panels.append(kept_panel(image, trace, part, index, title, [f"answer: {said}"], longest))
-    return [[panel] for panel in panels] if isinstance(image, Clip) else [panels]
+    return [[panel] for panel in panels] if isinstance(image, VideoClip) else [panels]
 
 
 def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
@@ -478,4 +478,4 @@ def draw_kept(image: Visual, trace: Trace, processor: Any, index: int = 0) -> Im
         plain_panel(image, "picture"),
         kept_panel(image, trace, eyes(processor, trace.grids[index]), index, title),
     )
-    return sheet([[plain], [kept]] if isinstance(image, Clip) else [[plain, kept]])
+    return sheet([[plain], [kept]] if isinstance(image, VideoClip) else [[plain, kept]])

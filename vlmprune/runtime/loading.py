@@ -16,7 +16,7 @@ from vlmprune.runtime.fewer_pixels import FewerPixels
 from vlmprune.runtime.prompts import check_text
 from vlmprune.runtime.status import note, quiet
 from vlmprune.runtime.tables import counted
-from vlmprune.runtime.videos import Clip
+from vlmprune.runtime.videos import VideoClip
 
 if TYPE_CHECKING:
     import torch
@@ -357,7 +357,7 @@ def frames_as_pictures(source: Source, image_processor: Any, model_type: str, **
     return FramesAsPictures(fields, image_processor, model_type)
 
 
-def model_inputs(loaded: Loaded, visuals: Sequence[Image.Image | Clip], prompt: str) -> dict[str, Any]:
+def model_inputs(loaded: Loaded, visuals: Sequence[Image.Image | VideoClip], prompt: str) -> dict[str, Any]:
     """Prepare pictures, videos and a prompt as the model wants them, by its chat template where it has one.
 
     A prompt that has placeholders in it is taken as it is; else pictures come first, then videos.
@@ -366,7 +366,10 @@ def model_inputs(loaded: Loaded, visuals: Sequence[Image.Image | Clip], prompt: 
         UserError: placeholders and pictures or videos do not match, or the processor cannot prepare them.
     """
     processor, model = loaded.processor, loaded.model
-    images, clips = [v for v in visuals if not isinstance(v, Clip)], [v for v in visuals if isinstance(v, Clip)]
+    images, clips = (
+        [v for v in visuals if not isinstance(v, VideoClip)],
+        [v for v in visuals if isinstance(v, VideoClip)],
+    )
     check_text(prompt, "the prompt")
     if clips:
         check_video_part(loaded)
@@ -461,11 +464,11 @@ def check_shapes(processor: Any, images: Sequence[Image.Image]) -> None:
             )
 
 
-def strange_pictures(loaded: Loaded, visuals: Sequence[Image.Image | Clip]) -> int:
+def strange_pictures(loaded: Loaded, visuals: Sequence[Image.Image | VideoClip]) -> int:
     """How many pictures or videos an embedded model was not made for: it knows the drawn scenes it was trained on."""
     from vlmprune.embedded import looks_drawn
 
-    first = (visual.frames[0] if isinstance(visual, Clip) else visual for visual in visuals)
+    first = (visual.frames[0] if isinstance(visual, VideoClip) else visual for visual in visuals)
     return sum(not looks_drawn(image) for image in first) if loaded.source.embedded else 0
 
 

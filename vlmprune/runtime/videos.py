@@ -14,14 +14,14 @@ from PIL import Image
 from vlmprune.runtime.errors import UserError, brief, printable
 from vlmprune.runtime.pictures import read_picture, refuse_no_file
 
-__all__ = ["FRAMES", "Clip", "check_reader", "read_video", "read_visual"]
+__all__ = ["FRAMES", "VideoClip", "check_reader", "read_video", "read_visual"]
 
 #: How many frames of a video are read where nobody says it.
 FRAMES = 8
 
 
 @dataclass(frozen=True)
-class Clip:
+class VideoClip:
     """Frames of a video, in time.
 
     Attributes:
@@ -61,7 +61,7 @@ def check_reader() -> ModuleType:
     return av
 
 
-def read_visual(path: str | Path, frames: int | None = None) -> Image.Image | Clip:
+def read_visual(path: str | Path, frames: int | None = None) -> Image.Image | VideoClip:
     """Read a picture file, or so many frames of a video file.
 
     Raises:
@@ -70,7 +70,7 @@ def read_visual(path: str | Path, frames: int | None = None) -> Image.Image | Cl
     return read_picture(path) if frames is None else read_video(path, frames)
 
 
-def read_video(path: str | Path, frames: int = FRAMES) -> Clip:
+def read_video(path: str | Path, frames: int = FRAMES) -> VideoClip:
     """Read frames of a video file: the first of each of so many parts of equal length, as transformers samples.
 
     Args:
@@ -98,7 +98,7 @@ def read_video(path: str | Path, frames: int = FRAMES) -> Clip:
     if len(found) < frames:
         raise UserError(f"{name} has {total} frames, and --frames {frames} are asked for: ask for at most as many.")
     numbers, seconds, pictures = zip(*found, strict=True)
-    return Clip(pictures, numbers, tuple(round(second - seconds[0], 6) for second in seconds), total, rate)
+    return VideoClip(pictures, numbers, tuple(round(second - seconds[0], 6) for second in seconds), total, rate)
 
 
 def told_by(av: ModuleType, path: Path, name: str) -> tuple[int, float]:
