@@ -46,6 +46,7 @@ class Family:
     trunk: ClassVar[str] = "vision_tower"  # the inner model's attribute that the tower is
     axes: ClassVar[int] = 1  # on how many axes a token's position lies: 1, or 3 (M-RoPE)
     packed: ClassVar[bool] = False  # whether the tower reads pictures of any size as one sequence
+    bounds_pixels: ClassVar[bool] = False  # whether its processor bounds every picture's number of pixels
     views: ClassVar[bool] = False
     needs_sizes: ClassVar[bool] = False  # whether the packing of images depends on more than the model
     modalities: ClassVar[tuple[str, ...]] = ("image",)

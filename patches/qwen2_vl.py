@@ -20,7 +20,7 @@ class Qwen2VL(Family):
 
     model_type = "qwen2_vl"
     title = "Qwen2-VL (Qwen2VLForConditionalGeneration)"
-    trunk, axes, packed, needs_sizes, fixed = "visual", 3, True, True, ()
+    trunk, axes, packed, needs_sizes, fixed, bounds_pixels = "visual", 3, True, True, (), True
     image = "a picture of any size, or a whole video: its number of tokens follows its pixels"
     modalities = ("image", "video")
     usual_tower = "qwen2_vl_vision"

@@ -165,7 +165,7 @@ class VlmPrune(lmms):
         with user_mistakes():
             made = spec.build(method, options, none=True)
         with user_mistakes(f"{method} on {self.loaded.source.name}: "):
-            processor = fitted(self.loaded.processor, made, family_of(self.loaded.model).packed)
+            processor = fitted(self.loaded.processor, made, family_of(self.loaded.model))
             told = [method.told_by(processor) for method in made]
             self.handle = vlmprune.patch(self.loaded.model, told) if told else None
         if not made:

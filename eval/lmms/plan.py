@@ -19,6 +19,7 @@ from vlmprune.eval.lmms import fingerprints
 from vlmprune.eval.lmms.taskindex import TaskIndex, no_metric
 from vlmprune.methods.controls import Downsample
 from vlmprune.parts.facts import ModelFacts
+from vlmprune.patches import FAMILIES
 from vlmprune.runtime.errors import UserError
 from vlmprune.runtime.loading import pick_device
 from vlmprune.spec import NONE, budget_text
@@ -341,8 +342,8 @@ def impossible(cell: Cell, facts: ModelFacts | None) -> str | None:
     try:
         made = spec.build(cell.method, cell.arguments, none=True)
         if facts is not None:
-            # where a tower packs pictures, the processor makes them smaller (runtime/fewer_pixels.py)
-            compile_cuts([m.done() if facts.packed and isinstance(m, Downsample) else m for m in made], facts)
+            smaller = FAMILIES[facts.family].bounds_pixels  # by the processor (runtime/fewer_pixels.py)
+            compile_cuts([m.done() if smaller and isinstance(m, Downsample) else m for m in made], facts)
     except (TypeError, ValueError, FileNotFoundError, UnsupportedError) as error:
         return str(error)
     return None

@@ -12,6 +12,7 @@ from transformers import Qwen2VLImageProcessorPil
 
 import vlmprune
 from vlmprune.eval import testbed
+from vlmprune.patches import family_of
 from vlmprune.runtime import answering, loading
 from vlmprune.runtime.errors import UserError
 from vlmprune.runtime.fewer_pixels import FewerPixels, fitted
@@ -79,7 +80,7 @@ def test_the_processor_itself_is_left_alone(loaded):
     assert mine.processor.tokenizer is loaded.processor.tokenizer
     assert answering.seen_by(loaded, Job("random", {"keep": 0.5})) is loaded
     with pytest.raises(UserError, match="downsample stands twice"):
-        fitted(loaded.processor, vlmprune.spec.build("downsample", {"keep": 0.5}) * 2, packed=True)
+        fitted(loaded.processor, vlmprune.spec.build("downsample", {"keep": 0.5}) * 2, family_of(loaded.model))
 
 
 def test_the_tower_reads_fewer_patches_and_the_answer_is_that_of_the_smaller_picture(loaded, record):

@@ -124,8 +124,8 @@ class Downsample(Budgeted):
 
     It saves nothing. It tells how much of a task needs detail at all, so it stands apart from methods in every table.
 
-    Where a tower packs pictures of any size it is the picture itself that is smaller: as many tokens as the budget has,
-    or the few less that its sides allow. That saves the tower's time too, and is the rival to beat. What does it is the
+    Where a processor bounds the pixels of pictures of any size (Qwen-VL) it is the picture itself that is smaller: as
+    many tokens as the budget has, or the few less that its sides allow. That saves the tower's time too, and is the rival to beat. What does it is the
     processor, before the model is called, so `vlmprune run`, `fidelity` and `eval` do it, and `vlmprune.patch` refuses.
 
     Args:
@@ -137,7 +137,11 @@ class Downsample(Budgeted):
     looks_at = "nothing"
 
     def cuts(self, facts: ModelFacts) -> list[PixelCut]:
-        way_out = "give its processor a smaller max_pixels, as `vlmprune run`, `fidelity` and `eval` do for downsample"
+        way_out = "give its processor a smaller bound, which is this control, and saves time"
+        if facts.axes > 1:
+            way_out = (
+                "give its processor a smaller max_pixels, as `vlmprune run`, `fidelity` and `eval` do for downsample"
+            )
         need_views(self.name, facts, way_out)
         budget = self.budget
         share = budget if isinstance(budget, float) else min(1.0, budget / facts.view_patches)

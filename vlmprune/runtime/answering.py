@@ -79,7 +79,7 @@ def seen_by(loaded: Loaded, job: Job) -> Loaded:
 
     with user_mistakes():
         methods = spec.build(job.method, job.options)
-    processor = fitted(loaded.processor, methods, family_of(loaded.model).packed)
+    processor = fitted(loaded.processor, methods, family_of(loaded.model))
     return loaded if processor is loaded.processor else replace(loaded, processor=processor)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from vlmprune.methods.base import Method
 from vlmprune.methods.controls import Downsample
 from vlmprune.parts.budget import count
 from vlmprune.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    from vlmprune.patches import Family
 
 __all__ = ["SAID", "FewerPixels", "fitted"]
 
@@ -58,14 +61,14 @@ class FewerPixels:
         return int(self.whole.get_number_of_image_patches(image.height, image.width, {})) // self.whole.merge_size**2
 
 
-def fitted(processor: Any, methods: Sequence[Method], packed: bool) -> Any:
-    """The processor that prepares what methods are to see: itself, or, for `downsample` on a packed tower, a copy.
+def fitted(processor: Any, methods: Sequence[Method], family: Family) -> Any:
+    """The processor that prepares what methods are to see: itself, or, for `downsample` where it bounds pixels, a copy.
 
     Raises:
         UserError: `downsample` twice.
     """
     budgets = [method.budget for method in methods if isinstance(method, Downsample)]
-    if not packed or not budgets:
+    if not family.bounds_pixels or not budgets:
         return processor
     if len(budgets) > 1:
         raise UserError("downsample stands twice: a picture is made smaller once.")
