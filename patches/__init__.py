@@ -10,6 +10,7 @@ from vlmprune.patches.base import Family
 from vlmprune.patches.cohere2_vision import Cohere2Vision
 from vlmprune.patches.deepseek_vl import DeepseekVL
 from vlmprune.patches.gemma3 import Gemma3
+from vlmprune.patches.glm4v import Glm4v
 from vlmprune.patches.idefics3 import Idefics3
 from vlmprune.patches.internvl import InternVL
 from vlmprune.patches.llava import Llava
@@ -55,6 +56,7 @@ FAMILIES: dict[str, Family] = {
         Qwen2_5VL(),
         Qwen3VL(),
         Qwen3VLMoe(),
+        Glm4v(),
     )
 }
 

@@ -65,6 +65,7 @@ class Family:
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
     stamped: ClassVar[bool] = False  # whether text stands between the frames of a video
+    alike: ClassVar[bool] = False  # whether pictures and videos have one placeholder, so that no prompt can have both
     # arguments of the encoders that the inner model goes on to need
     shared: ClassVar[tuple[str, ...]] = ()
     # arguments of the language model: which columns are visual, `(batch, length)` bool, and what it adds to these

@@ -42,6 +42,7 @@ LANGUAGE_MODELS = (
     "qwen2_5_vl_text",
     "qwen3_vl_text",
     "qwen3_vl_moe_text",
+    "glm4v_text",
 )
 
 
@@ -115,15 +116,21 @@ class Cohere2Layer(RotaryLayer):
 
 
 @dataclass(frozen=True)
-class Gemma3Layer(NormedRotaryLayer):
-    """One of Gemma 3's, most of which see a short window, and all of which have norms behind their blocks."""
+class ClosedRotaryLayer(RotaryLayer):
+    """Of GLM-4V's build: what a block writes goes through a norm before it is added."""
 
     @property
     def feed_forward(self) -> nn.Module:
         raise UnsupportedError(
-            "this patch watches what attention and feed-forward blocks of a decoder layer write, and Gemma 3 puts that "
-            "through norms before it is added: take a method that does not watch blocks."
+            "this patch watches what attention and feed-forward blocks of a decoder layer write, and "
+            f"{type(self.module).__name__} puts that through norms before it is added: take a method that does not "
+            "watch blocks."
         )
+
+
+@dataclass(frozen=True)
+class Gemma3Layer(ClosedRotaryLayer, NormedRotaryLayer):
+    """One of Gemma 3's, most of which see a short window, and all of which have norms behind their blocks."""
 
     @property
     def far_sighted(self) -> tuple[int, ...]:
@@ -143,6 +150,7 @@ LAYERS: dict[str, type[RotaryLayer]] = {
     "Qwen2_5_VLDecoderLayer": RotaryLayer,
     "Qwen3VLTextDecoderLayer": NormedRotaryLayer,
     "Qwen3VLMoeTextDecoderLayer": NormedRotaryLayer,
+    "Glm4vTextDecoderLayer": ClosedRotaryLayer,
 }
 
 

@@ -31,6 +31,7 @@ TOWERS = {
     "qwen2_5_vl_vision": False,
     "qwen3_vl_vision": False,
     "qwen3_vl_moe_vision": False,
+    "glm4v_vision": False,
 }
 
 
@@ -184,6 +185,7 @@ LAYERS: dict[str, Callable] = {
     "Qwen2_5_VLVisionBlock": RotaryTowerLayer,
     "Qwen3VLVisionBlock": RotaryTowerLayer,
     "Qwen3VLMoeVisionBlock": RotaryTowerLayer,
+    "Glm4vVisionBlock": RotaryTowerLayer,
 }
 
 

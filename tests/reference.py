@@ -137,6 +137,13 @@ def window_of(model: nn.Module, index: int) -> int | None:
     return None
 
 
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As `rotate`, of neighbouring numbers, of which some at the end stay as they are (GLM-4V)."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    pairs = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+    return torch.cat((turned * cos + pairs * sin, rest), -1)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), -1)
@@ -151,7 +158,8 @@ def probabilities(model: nn.Module, index: int, x: torch.Tensor, positions: torc
     cos, sin = (c[0] for c in model.model.language_model.rotary_emb(x[None], position_ids=positions[..., None, :]))
     query = getattr(attention, "q_norm", nothing)(attention.q_proj(normed).view(len(x), -1, dim))
     key = getattr(attention, "k_norm", nothing)(attention.k_proj(normed).view(len(x), -1, dim))
-    query, key = (rotate(side.transpose(0, 1), cos, sin) for side in (query, key))
+    turn = rotate_pairs if model.config.model_type == "glm4v" else rotate
+    query, key = (turn(side.transpose(0, 1), cos, sin) for side in (query, key))
     key = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
     row, column = torch.arange(len(x))[:, None], torch.arange(len(x))
     hidden = column > row
@@ -162,12 +170,13 @@ def probabilities(model: nn.Module, index: int, x: torch.Tensor, positions: torc
 
 def run_layer(model: nn.Module, index: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Decoder layer `index` on `(length, dim)`."""
-    layer = model.model.language_model.layers[index]
+    layer, nothing = model.model.language_model.layers[index], nn.Identity()
     weights = probabilities(model, index, x, positions)
     value = layer.self_attn.v_proj(layer.input_layernorm(x)).view(len(x), -1, layer.self_attn.head_dim).transpose(0, 1)
     value = value.repeat_interleave(weights.shape[0] // value.shape[0], 0)
-    x = x + layer.self_attn.o_proj((weights @ value).transpose(0, 1).flatten(1))
-    return x + layer.mlp(layer.post_attention_layernorm(x)[None])[0]
+    closing = [getattr(layer, f"post_{block}_layernorm", nothing) for block in ("self_attn", "mlp")]
+    x = x + closing[0](layer.self_attn.o_proj((weights @ value).transpose(0, 1).flatten(1)))
+    return x + closing[1](layer.mlp(layer.post_attention_layernorm(x)[None])[0])
 
 
 @dataclass

@@ -40,6 +40,8 @@ QWEN = {
     "qwen2.5-vl-video": ({"family": "qwen2_5_vl"}, "videos"),
     "qwen3-vl": ({"family": "qwen3_vl"}, "images"),
     "qwen3-vl-video": ({"family": "qwen3_vl"}, "videos"),
+    "glm-4v": ({"family": "glm4v"}, "images"),
+    "glm-4v-video": ({"family": "glm4v"}, "videos"),
 }
 # (height, width) of the first image, large where its canvas is to be shrunk
 LARGE = {"images": (40, 24), "shrunk": (90, 96), "videos": (40, 24)}
@@ -64,6 +66,7 @@ REFUSED |= {
     for name in ("downsample", "pitome", "prumerge", "prumerge_plus", "showui", "tome", "visionzip")
     for kind in tiny_qwen.CLASSES
 }
+REFUSED[("transprune", "glm4v")] = "puts that through norms"
 FALLBACK = {
     "vtc_cls": {"fallback": "received"},
     "globalcom2": {"score": "distinct"},
@@ -88,9 +91,13 @@ class Scene:
         """The scene's name."""
         return next(name for name, given in (FAMILIES | QWEN).items() if given == (self.options, self.kind))
 
+    def apart(self, name=None):
+        """Whether pictures are left out of prompts with videos: for a method of videos, or one placeholder for both."""
+        return name in MOVING or self.model.config.model_type == "glm4v"
+
     def prompt(self, name=None):
         """Several pictures in one prompt; with videos, images and videos mixed, where a method takes images."""
-        if self.kind == "videos" and name in MOVING:
+        if self.kind == "videos" and self.apart(name):
             return tiny.prompt(self.model, [4, "video", 3, "video", 5], [], videos=[3, 3])
         if self.kind == "videos":
             parts = [4, "video", 3, "image", 2, "video", 5]
@@ -101,7 +108,7 @@ class Scene:
         """Prompts that differ in all they can, of what a method takes: several images have one view each, to some."""
         if self.kind == "videos":
             parts = [([3, "video", 4], [], [3]), ([6], [], []), (["image", 2, "video", 9, "video"], [(20, 70)], [3, 3])]
-            if name in MOVING:
+            if self.apart(name):
                 parts[2] = (["video", 9, "video"], [], [3, 3])
         else:
             sizes = [LARGE[self.kind], (20, 70), (24, 24)]
@@ -224,9 +231,8 @@ def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED
     images, cuts, start = [], [], 0
     for turn in turns:
         first, end = len(images), start + len(turn.ids)
-        for token, given in zip(
-            (config.image_token_id, getattr(config, "video_token_id", None)), turn.features, strict=True
-        ):
+        film = "image_token_id" if config.model_type == "glm4v" else "video_token_id"
+        for token, given in zip((config.image_token_id, getattr(config, film, None)), turn.features, strict=True):
             holes = (ids[start:end] == token).nonzero().flatten() + start if given else ids[:0]
             x = x.index_put((holes,), torch.cat(list(given))) if given else x
             edges = [0, *accumulate(len(f) for f in given)]

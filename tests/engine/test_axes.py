@@ -21,7 +21,7 @@ import vlmprune
 from vlmprune import UnsupportedError
 
 F64 = torch.float64
-FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
+FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
 CUTS = {
     "0": [Rule(0, positions="original")],
     "1": [Rule(1, positions="original")],

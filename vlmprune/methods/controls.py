@@ -125,9 +125,9 @@ class Downsample(Budgeted):
     It saves nothing. It tells how much of a task needs detail at all, so it stands apart from methods in every table.
 
     Where a processor bounds the pixels of pictures of any size (Qwen-VL) it is the picture itself that is smaller: as
-    many tokens as the budget has, or the few less that its sides allow. That saves the tower's time too, and is the rival
-    to beat. What does it is the processor, before the model is called, so `vlmprune run`, `fidelity` and `eval` do it, and
-    `vlmprune.patch` refuses.
+    many tokens as the budget has, or the few less that its sides allow. That saves the tower's time too, and is the
+    rival to beat. The processor does it, before the model is called: `vlmprune run`, `fidelity` and `eval` see to it,
+    and `vlmprune.patch` refuses.
 
     Args:
         keep, average: fraction of the pixels (an int is taken of one view's patches).

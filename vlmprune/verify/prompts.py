@@ -95,8 +95,9 @@ def make_prompt(
     tokens = torch.cat(ids)[None]
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures
     if family.axes > 1:
-        kinds = (tokens == family.token(inner, modality) for modality in family.modalities)
-        inputs["mm_token_type_ids"] = sum(number * kind for number, kind in enumerate(kinds, 1))
+        shown = [modality for modality in family.modalities if modality in parts] if family.alike else family.modalities
+        kinds = ((tokens == family.token(inner, m)) * (1 + family.modalities.index(m)) for m in shown)
+        inputs["mm_token_type_ids"] = sum(kinds, torch.zeros_like(tokens))
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
@@ -185,7 +186,8 @@ def prompts_for(family: Family, model: nn.Module, videos: bool) -> list[dict[str
     tile = side_of(family, family.inner(model))
     wide, tall = (tile, 2 * tile), (2 * tile, tile - tile // 3)
     if videos:
-        first = make_prompt(family, model, [7, "video", 5, "image", 9], [tall], 1)
+        one = [] if family.alike else ["image", 9]
+        first = make_prompt(family, model, [7, "video", 5, *one], [tall] if one else [], 1)
     else:
         first = make_prompt(family, model, [7, "image", 5, "image", 9], [wide, tall], 1)
     return [
