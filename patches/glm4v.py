@@ -18,7 +18,7 @@ class Glm4v(Qwen2VL):
     model_type = "glm4v"
     title = "GLM-4.1V (Glm4vForConditionalGeneration)"
     usual_tower = "glm4v_vision"
-    stamped, alike = True, True
+    stamped, alike, bounds_pixels = True, True, False  # its processor counts a picture as two frames
 
     def token(self, inner: nn.Module, modality: str = "image") -> int:
         return inner.config.image_token_id

@@ -158,6 +158,7 @@ def test_settings_that_cannot_be_followed(fields, words):
         ("LlavaOnevisionVideoProcessor", "llava_onevision", PLAIN),
         ("Qwen2VLVideoProcessor", "qwen2_5_vl", QWEN | MEANS | {"temporal_patch_size": 2}),
         ("Qwen3VLVideoProcessor", "qwen3_vl", QWEN | MEANS | {"temporal_patch_size": 2}),
+        ("Glm4vVideoProcessor", "glm4v", QWEN | MEANS | {"temporal_patch_size": 2}),
     ],
 )
 def test_as_the_models_own_video_processor_prepares_them(kind, model, fields, frames):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["FramesAsPictures"]
 
 #: Types of models whose bounds of pixels are of all frames of a video together.
-WHOLE = ("qwen3_vl", "qwen3_vl_moe")
+WHOLE = ("qwen3_vl", "qwen3_vl_moe", "glm4v")
 #: What a plain image processor is told of a video processor's settings.
 PLAIN = ("do_resize", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb")
 

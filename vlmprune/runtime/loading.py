@@ -31,7 +31,13 @@ ADAPTER = "adapter_config.json"  # of PEFT
 #: Of a processor: how many tokens beside the patches it counts, and whether the first of them is dropped.
 CLS_TOKEN = ("num_additional_image_tokens", "vision_feature_select_strategy")
 #: Processors that do without their own part for videos, which needs torchvision.
-PICTURES_ALONE = ("LlavaOnevisionProcessor", "Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+PICTURES_ALONE = (
+    "LlavaOnevisionProcessor",
+    "Qwen2VLProcessor",
+    "Qwen2_5_VLProcessor",
+    "Qwen3VLProcessor",
+    "Glm4vProcessor",
+)
 
 
 @dataclass(frozen=True)

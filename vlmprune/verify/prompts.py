@@ -190,9 +190,10 @@ def prompts_for(family: Family, model: nn.Module, videos: bool) -> list[dict[str
         first = make_prompt(family, model, [7, "video", 5, *one], [tall] if one else [], 1)
     else:
         first = make_prompt(family, model, [7, "image", 5, "image", 9], [wide, tall], 1)
+    films = videos and family.alike  # a batch has pictures or videos
     return [
         first,
-        make_prompt(family, model, ["image", 12], [tall], 2),
+        make_prompt(family, model, ["video" if films else "image", 12], [] if films else [tall], 2),
         make_prompt(family, model, [11], [], 3),
     ]
 
