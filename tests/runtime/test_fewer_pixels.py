@@ -129,7 +129,9 @@ def test_with_a_method_behind_it(loaded, record):
 
 
 def test_refused_where_nobody_makes_the_picture_smaller(loaded):
-    with pytest.raises(vlmprune.UnsupportedError, match="give its processor a smaller max_pixels, as `vlmprune run`"):
+    with pytest.raises(
+        vlmprune.UnsupportedError, match="give its processor a smaller bound of pixels, as `vlmprune run`"
+    ):
         vlmprune.patch(loaded.model, "downsample", keep=0.5)
 
 

@@ -138,11 +138,7 @@ class Downsample(Budgeted):
     looks_at = "nothing"
 
     def cuts(self, facts: ModelFacts) -> list[PixelCut]:
-        way_out = "give its processor a smaller bound, which is this control, and saves time"
-        if facts.axes > 1:
-            way_out = (
-                "give its processor a smaller max_pixels, as `vlmprune run`, `fidelity` and `eval` do for downsample"
-            )
+        way_out = "give its processor a smaller bound of pixels, as `vlmprune run`, `fidelity` and `eval` do on Qwen-VL"
         need_views(self.name, facts, way_out)
         budget = self.budget
         share = budget if isinstance(budget, float) else min(1.0, budget / facts.view_patches)
