@@ -15,7 +15,7 @@ from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layers import TowerLayer
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Packing
-from vlmprune.patches.language_models import LANGUAGE_MODELS
+from vlmprune.patches.language_models import LANGUAGE_MODELS, is_recurrent
 from vlmprune.patches.towers import TOWERS, packed_views, pooled, tower_layer
 
 __all__ = ["Bound", "Family"]
@@ -142,6 +142,7 @@ class Family:
             tower_from=tower_from(inner.config.vision_config),
             unit=self.unit(inner),
             closed=self.closed,
+            recurrent=tuple(i for i, layer in enumerate(self.decoder_layers(inner)) if is_recurrent(layer)),
         )
 
     def check_parts(self, inner: nn.Module) -> bool:

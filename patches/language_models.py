@@ -19,11 +19,13 @@ from vlmprune.parts.attention import split_heads
 
 __all__ = [
     "LANGUAGE_MODELS",
+    "RECURRENT",
     "NormedRotaryLayer",
     "RotaryLayer",
     "attention_mask",
     "counted",
     "decoder_layer",
+    "is_recurrent",
     "rotary_of",
     "sliding_window",
     "window_of",
@@ -43,7 +45,11 @@ LANGUAGE_MODELS = (
     "qwen3_vl_text",
     "qwen3_vl_moe_text",
     "glm4v_text",
+    "qwen3_5_text",
 )
+
+#: What `window_of` says of a recurrent layer, which has no attention and no window.
+RECURRENT = "recurrent"
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,23 @@ class Gemma3Layer(ClosedRotaryLayer, NormedRotaryLayer):
         return tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
 
 
+@dataclass(frozen=True)
+class GatedRotaryLayer(NormedRotaryLayer):
+    """Of Qwen3.5's build: beside a head's queries its projection makes a gate, and most layers are recurrent."""
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.module.linear_attn if is_recurrent(self.module) else self.module.self_attn
+
+    @property
+    def far_sighted(self) -> tuple[int, ...]:
+        return tuple(i for i, kind in enumerate(self.attention.config.layer_types) if kind == "full_attention")
+
+    def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        both = split_heads(self.attention.q_proj(rows), 2 * self.attention.head_dim)
+        return self.rotated(self.attention.q_norm(both.chunk(2, -1)[0]), cos, sin)
+
+
 LAYERS: dict[str, type[RotaryLayer]] = {
     "LlamaDecoderLayer": RotaryLayer,
     "MistralDecoderLayer": RotaryLayer,
@@ -151,6 +174,7 @@ LAYERS: dict[str, type[RotaryLayer]] = {
     "Qwen3VLTextDecoderLayer": NormedRotaryLayer,
     "Qwen3VLMoeTextDecoderLayer": NormedRotaryLayer,
     "Glm4vTextDecoderLayer": ClosedRotaryLayer,
+    "Qwen3_5DecoderLayer": GatedRotaryLayer,
 }
 
 
@@ -192,6 +216,8 @@ def attention_mask(
     """
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+    if is_recurrent(layer):  # which wants the padding of these inputs alone
+        return None if mask is None else mask[:, -hidden.shape[1] :]
     attention = layer.self_attn
     if blocks is not None:
         return blockwise_mask(attention, index, hidden, mask, cache, blocks)
@@ -233,6 +259,11 @@ def counted(position_ids: torch.Tensor | None) -> torch.Tensor | None:
     return position_ids[0] if len(position_ids) == 4 else None
 
 
-def window_of(layer: nn.Module) -> int | None:
-    """The window of a decoder layer in tokens, or None."""
-    return sliding_window(layer.self_attn)
+def is_recurrent(layer: nn.Module) -> bool:
+    """Whether a decoder layer has a state instead of attention over what came before."""
+    return not hasattr(layer, "self_attn")
+
+
+def window_of(layer: nn.Module) -> int | str | None:
+    """The window of a decoder layer in tokens, None where it sees all, or `RECURRENT`: layers alike get one mask."""
+    return RECURRENT if is_recurrent(layer) else sliding_window(layer.self_attn)

@@ -32,6 +32,7 @@ TOWERS = {
     "qwen3_vl_vision": False,
     "qwen3_vl_moe_vision": False,
     "glm4v_vision": False,
+    "qwen3_5_vision": False,
 }
 
 
@@ -186,6 +187,7 @@ LAYERS: dict[str, Callable] = {
     "Qwen3VLVisionBlock": RotaryTowerLayer,
     "Qwen3VLMoeVisionBlock": RotaryTowerLayer,
     "Glm4vVisionBlock": RotaryTowerLayer,
+    "Qwen3_5VisionBlock": RotaryTowerLayer,
 }
 
 

@@ -95,6 +95,13 @@ def windowed(layer: int, facts: ModelFacts) -> str | None:
     return f"in this layer a patch sees its window alone, whose scores do not compare with others'; take one of {whole}"
 
 
+def recurrent(layer: int, facts: ModelFacts) -> str | None:
+    """Why nothing attends in a decoder layer, or None."""
+    if layer not in facts.recurrent:
+        return None
+    return f"that layer is recurrent, and has no attention; take one of {', '.join(map(str, facts.attending))}"
+
+
 def of_no_layer(tap: TowerTap) -> str | None:
     """Why a tap that is known when the tower is done cannot be of a layer, or None."""
     return None if tap.layer == -1 else f"it is of no layer: write {type(tap).__name__}()"
@@ -125,12 +132,15 @@ class TowerTap(Tap):
 class DecoderTap(Tap):
     """A tap measured at the input of decoder layer `layer` (0-based): before a cut there, after it for later cuts."""
 
+    attends: ClassVar[bool] = False  # whether it asks its layer for queries or keys
+
     layer: int
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         if isinstance(at, Projector):
             return "no decoder layer has run before this cut"
-        return misplaced(at) or outside(self.layer, at.layer, "its layer must not lie behind the cut, so be one of")
+        wrong = misplaced(at) or outside(self.layer, at.layer, "its layer must not lie behind the cut, so be one of")
+        return wrong or (recurrent(self.layer, facts) if self.attends else None)
 
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         """From the layer's input `(batch, length, dim)`; returns `(images, tokens, ...)`."""
@@ -269,6 +279,8 @@ class TextAttention(DecoderTap):
     `(images, tokens)` float32.
     """
 
+    attends = True
+
     rows: Literal["last", "instruction", "all"] = "last"
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
@@ -296,6 +308,8 @@ class ReceivedAttention(DecoderTap):
     masks the rows of patches count by their weight. `logits=True` takes "self" before the softmax, as a mean over the
     rows that see the token (causal).
     """
+
+    attends = True
 
     logits: bool = False
 
@@ -335,6 +349,8 @@ class CrossShare(DecoderTap):
     Text is what is not visual, but for the first `system` tokens of the conversation (where they stand in front of the
     first image); None takes all that stands in front of it for system text. What a cache holds is no part of it.
     """
+
+    attends = True
 
     system: int | None = None
 
