@@ -11,6 +11,8 @@ from pathlib import Path
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from testbed import asking
+from testbed import split as splits
 
 from vlmprune.eval import tasks, testbed
 
@@ -43,6 +45,41 @@ dataset_kwargs:
     test: {split}.parquet
 process_docs: !function utils.{category}
 """
+MIXED = """\
+include: _shared.yaml
+task: {group}_mixed
+task_alias: all categories
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    test: {split}.parquet
+process_docs: !function utils.spread
+"""
+CAPTION = """\
+include: _shared.yaml
+task: {name}
+task_alias: {alias}
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    test: captions.parquet
+doc_to_text: !function utils.{ask}
+process_results: !function utils.score_caption
+generation_kwargs:
+  max_new_tokens: {longest}
+  temperature: 0
+  do_sample: false
+metric_list:
+  - metric: objects
+    aggregation: mean
+    higher_is_better: true
+  - metric: made_up
+    aggregation: mean
+    higher_is_better: false
+"""
+#: Tasks that ask for captions: alias, function that asks, longest answer.
+HOW = (("short captions", "ask_caption", 25), ("long captions", "ask_long_caption", 100))
+CAPTIONS = dict(zip(tasks.CAPTIONS, HOW, strict=True))
 GROUP = """\
 group: {group}
 task:
@@ -70,6 +107,27 @@ def table(split: str) -> pa.Table:
     return pa.table(columns, schema=features.arrow_schema)
 
 
+def captions(each: int = 60) -> pa.Table:
+    """Pictures of three or four objects, with a short caption: crowded ones, and as many of the sparse."""
+    rows = []
+    for name in ("crowded", "sparse"):
+        pictures = {record.picture_id: record.picture for record in testbed.questions(name)}
+        first = splits.SIZES[name][2]
+        scenes = ((picture, splits.test_scene(name, first + int(picture.rpartition("-")[2]))) for picture in pictures)
+        many = [(picture, scene) for picture, scene in scenes if len(scene.things) > 2][:each]
+        rows += [
+            (picture, asking.caption(scene), {"bytes": pictures[picture], "path": None}) for picture, scene in many
+        ]
+    text = datasets.Value("string")
+    features = datasets.Features({"picture_id": text, "answer": text, "image": datasets.Image()})
+    return pa.table(dict(zip(features, zip(*rows, strict=True), strict=True)), schema=features.arrow_schema)
+
+
+def write(table: pa.Table, path: Path) -> None:
+    """A picture is stored once: its rows point into the column's dictionary, which must not outgrow its page."""
+    pq.write_table(table, path, compression="zstd", dictionary_pagesize_limit=2**26)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,14 +135,17 @@ def main() -> None:
     out = parser.parse_args().out
     (out / "_shared.yaml").write_text(NOTE + SHARED.format(version=testbed.VERSION))
     for split, group in tasks.GROUPS.items():
-        # a picture is stored once: its rows point into the column's dictionary, which must not outgrow its page
-        pq.write_table(table(split), out / f"{split}.parquet", compression="zstd", dictionary_pagesize_limit=2**26)
+        write(table(split), out / f"{split}.parquet")
+        (out / f"{group}_mixed.yaml").write_text(NOTE + MIXED.format(group=group, split=split))
         members = tasks.names(split)
         for name in members:
             category = name.removeprefix(f"{group}_")
             (out / f"{name}.yaml").write_text(NOTE + TASK.format(group=group, category=category, split=split))
         listed = "\n".join(f"  - {name}" for name in members)
         (out / f"{group}.yaml").write_text(NOTE + GROUP.format(group=group, members=listed, version=testbed.VERSION))
+    write(captions(), out / "captions.parquet")
+    for name, (alias, ask, longest) in CAPTIONS.items():
+        (out / f"{name}.yaml").write_text(NOTE + CAPTION.format(name=name, alias=alias, ask=ask, longest=longest))
 
 
 if __name__ == "__main__":

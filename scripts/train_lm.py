@@ -2,6 +2,7 @@
 
     python scripts/train_lm.py scene-llava --minutes 50
     python scripts/train_lm.py scene-llava-next --minutes 34 --init .train/scene-llava --micro 2 --batch 24 --lr 2e-3
+    python scripts/train_lm.py scene-llava --long --init eval/testbed/scene-llava --out .train/scene-llava-long ...
 
 Rerunning the same command resumes; `--init eval/testbed/scene-llava` goes on from the shipped fp16 weights instead.
 Each step draws fresh pictures, so the accuracies it logs are those of pictures never seen before (handwriting excepted:
@@ -63,8 +64,11 @@ def lesson(args: argparse.Namespace, step: int, index: int, progress: float):
     for _ in range(args.micro):
         scene = training_scene(rng, rows, columns, 1.0 if args.init else progress)
         pixels.append(views_of(scene, rows, columns))
-        told = asking.caption(scene)
-        captions.append([packed.encode_turn("describe the picture .", told, packed.CAPTION_LENGTH)])
+        if args.long:
+            prompt, told, length = words.DESCRIBE, asking.description(scene), packed.LONG_LENGTH
+        else:
+            prompt, told, length = words.CAPTION, asking.caption(scene), packed.CAPTION_LENGTH
+        captions.append([packed.encode_turn(prompt, told, length)])
         pairs = asking.training_questions(rng, scene, args.questions)
         asked.append([packed.encode_turn(q, a, packed.QUESTION_LENGTH) for q, a in pairs])
         kinds.append([asking.category_of(q) for q, _ in pairs])
@@ -155,6 +159,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--squeeze", type=float, default=0.0, help="share of batches with squeezed visual positions")
+    parser.add_argument("--long", action="store_true", help="teach long captions in the place of short ones")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--micro", type=int, default=4, help="pictures a worker takes at once")
     parser.add_argument("--workers", type=int, default=2, help="single-threaded processes")

@@ -118,9 +118,7 @@ class LanguageLesson:
         rows, columns = anyres.draw_grid(rng)
         most = 3 if progress < 0.06 else 5
         scenes = [anyres.scene(rng, rows, columns, count=int(rng.integers(1, most))) for _ in range(size)]
-        captions = [
-            [packed.encode_turn("describe the picture .", asking.caption(s), packed.CAPTION_LENGTH)] for s in scenes
-        ]
+        captions = [[packed.encode_turn(words.CAPTION, asking.caption(s), packed.CAPTION_LENGTH)] for s in scenes]
         pairs = [asking.training_questions(rng, s, self.questions, 1) for s in scenes]
         asked = [[packed.encode_turn(q, a, packed.QUESTION_LENGTH) for q, a in some] for some in pairs]
         captions, asked = torch.tensor(captions), torch.tensor(asked)  # (B, n, 2, L)

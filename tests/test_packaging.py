@@ -143,6 +143,7 @@ def test_wheel_is_light_and_describes_itself(described: Message) -> None:
         "eval",
         "plot",
         "train",
+        "tune",
         "test",
         "vllm",
         "dev",

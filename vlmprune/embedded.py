@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["COLOURS", "NAMES", "folder", "looks_drawn", "path"]
+__all__ = ["COLOURS", "EVERY", "NAMES", "folder", "looks_drawn", "path"]
 
 #: Saturated RGB colours; the background and its clutter are always muted, so colour marks an object.
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -20,8 +20,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (158, 52, 190),
     "cyan": (40, 196, 206),
 }
-#: The shipped models.
+#: The shipped models that answer questions.
 NAMES: tuple[str, ...] = ("scene-llava", "scene-llava-next", "scene-qwen")
+#: All that are shipped: scene-llava-long describes pictures at length.
+EVERY: tuple[str, ...] = (*NAMES, "scene-llava-long")
 
 
 def folder() -> Path:
@@ -40,14 +42,14 @@ def path(name: str) -> Path:
     """Folder of a shipped model, for `from_pretrained`.
 
     Args:
-        name: one of `NAMES`.
+        name: one of `EVERY`.
 
     Raises:
         ValueError: no such model; the message lists the names.
         FileNotFoundError: the model's weights are missing from this installation.
     """
-    if name not in NAMES:
-        raise ValueError(f"no embedded model {name!r}; there are {', '.join(NAMES)}")
+    if name not in EVERY:
+        raise ValueError(f"no embedded model {name!r}; there are {', '.join(EVERY)}")
     where = folder() / name
     if not (where / "config.json").exists():
         raise FileNotFoundError(f"the weights of {name} are missing from this installation ({where})")

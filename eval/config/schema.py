@@ -146,6 +146,7 @@ class Setting(WithBudgets):
     device_map: kinds.DeviceMap | None = None
     template: Text | None = None
     plain_pictures: Switch = False
+    image_processor: dict[str, Any] = field(default_factory=dict)
     limit: Positive | None = None
     generation: kinds.Generation = field(default_factory=dict)
     include_path: Many[Text] = ()

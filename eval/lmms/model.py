@@ -20,7 +20,7 @@ A model that is too large for one GPU: `device_map=auto` in `--model_args`, with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class VlmPrune(lmms):
         template: file with a Jinja chat template, for a model that has none or another one.
         plain_pictures: convert pictures plainly, to compare with published numbers (`Reader`). Either way a warning
             counts the pictures for which it makes a difference.
+        image_processor: other settings of the image processor, such as `{"max_pixels": 12800}`.
         max_batch_size: accepted because lmms-eval passes it; no meaning here.
         **options: the method's options, `keep`, `average` and `seed` among them; with several methods
             `globalcom2.keep` says whose. None is a value: `tau=None` is todre without its second stage.
@@ -114,6 +115,7 @@ class VlmPrune(lmms):
         device_map: str | None = None,
         template: str | None = None,
         plain_pictures: bool | str = False,
+        image_processor: Mapping[str, Any] | None = None,
         max_batch_size: int | str | None = None,
         **options: Any,
     ):
@@ -130,6 +132,8 @@ class VlmPrune(lmms):
         if accelerator is not None:
             self.accelerator = accelerator
             self._rank, self._world_size = accelerator.process_index, accelerator.num_processes
+        if image_processor:
+            loading_options["image_processor"] = dict(image_processor)
         self.loaded = loading.load(loading.find_model(pretrained), device, dtype, **loading_options)
         self.loaded.processor.tokenizer.padding_side = "left"
         set_template(self.loaded, template)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +176,9 @@ def shared_by_all(draft: Draft, model: dict[str, Any], device: str) -> dict[str,
         "device": device,
         **{word: getattr(draft.setting, word) for word in words},
         "template": template_of(draft),
-        # only where it is on: results from before there was this key stand
+        # only where they are on: results from before there were these keys stand
         **({"plain_pictures": True} if draft.setting.plain_pictures else {}),
+        **({"image_processor": draft.setting.image_processor} if draft.setting.image_processor else {}),
     }
 
 
@@ -341,9 +342,10 @@ def impossible(cell: Cell, facts: ModelFacts | None) -> str | None:
     """Why a cell cannot be run on a model, or None; without facts, only what does not depend on the model."""
     try:
         made = spec.build(cell.method, cell.arguments, none=True)
-        if facts is not None:
+        if facts is not None:  # another model, or a processor, that a method asks besides is there when it runs
             smaller = FAMILIES[facts.family].bounds_pixels  # by the processor (runtime/fewer_pixels.py)
-            compile_cuts([m.done() if smaller and isinstance(m, Downsample) else m for m in made], facts)
+            made = [method.done() if smaller and isinstance(method, Downsample) else method for method in made]
+            compile_cuts([replace(method, **method.plain_with) for method in made], facts)
     except (TypeError, ValueError, FileNotFoundError, UnsupportedError) as error:
         return str(error)
     return None

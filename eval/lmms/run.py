@@ -132,6 +132,7 @@ def run_job(job: ModelJob, cells: list[Cell], folder: Path, watcher: Watcher) ->
             device_map=setting.device_map,
             template=setting.template,
             plain_pictures=setting.plain_pictures,
+            image_processor=setting.image_processor,
         )
         lm.progress = watcher.samples
         tasks: dict[str, Any] = {}

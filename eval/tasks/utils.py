@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 from PIL import Image
+
+from vlmprune.eval.testbed.words import CAPTION, COLOUR_NAMES, DESCRIBE, VALUES
 
 
 def only(category: str) -> Callable:
@@ -26,6 +29,15 @@ digit = only("digit")
 relation = only("relation")
 
 
+def spread(dataset: Any) -> Any:
+    """A `process_docs` that asks one question about every picture before it asks a second one about any.
+
+    The first so many are then about as many pictures as can be, and questions about one picture are not independent.
+    """
+    numbers = [int(name.rpartition("-")[2]) for name in dataset["id"]]
+    return dataset.select(sorted(range(len(numbers)), key=numbers.__getitem__))
+
+
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
     """The picture."""
     return [doc["image"].convert("RGB")]
@@ -39,3 +51,26 @@ def doc_to_text(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] |
 def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     """Right is the exact answer, as in `testbed.scoring`."""
     return {"exact_match": float(results[0].strip() == doc["answer"])}
+
+
+def ask_caption(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
+    """What asks for a short caption, whatever the picture."""
+    return CAPTION
+
+
+def ask_long_caption(doc: dict[str, Any], lmms_eval_specific_kwargs: dict[str, Any] | None = None) -> str:
+    """What asks `scene-llava-long` for a long one."""
+    return DESCRIBE
+
+
+def named(text: str) -> set[tuple[str, str]]:
+    """The things that a caption names: every colour with a shape or digit behind it."""
+    said = text.split()
+    return {pair for pair in itertools.pairwise(said) if pair[0] in COLOUR_NAMES and pair[1] in VALUES}
+
+
+def score_caption(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """`objects` is the F1 of the things named, once each; `made_up` the share of them that are not in the picture."""
+    said, there = named(results[0]), named(doc["answer"])
+    made_up = len(said - there) / len(said) if said else 0.0
+    return {"objects": 2 * len(said & there) / (len(said) + len(there)), "made_up": made_up}

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlmprune.embedded import NAMES, path
+from vlmprune.embedded import EVERY, NAMES, path
 
-__all__ = ["NAMES", "SPLITS", "VERSION", "Question", "path", "pictures", "questions"]
+__all__ = ["EVERY", "NAMES", "SPLITS", "VERSION", "Question", "path", "pictures", "questions"]
 
 #: Version of the shipped test split; results of different versions must not be compared.
 VERSION = "1"

@@ -20,6 +20,9 @@ UNSEEN_PAIRS: frozenset[tuple[str, str]] = frozenset(
     {("red", "cross"), ("blue", "triangle"), ("yellow", "circle"), ("green", "square")}
 )
 
+#: What asks for a caption: a short one, and the long one that `scene-llava-long` was taught.
+CAPTION, DESCRIBE = "describe the picture .", "describe the objects in the picture ."
+
 CATEGORIES: tuple[str, ...] = ("exist", "colour", "shape", "where", "count", "digit", "relation")
 
 SPECIAL_TOKENS: tuple[str, ...] = ("<pad>", "<s>", "</s>", "<unk>", "<image>")

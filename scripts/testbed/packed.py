@@ -18,6 +18,8 @@ from .scenes import GRID
 _INDEX = {word: i for i, word in enumerate(VOCABULARY)}
 #: Longest training turn without its last token: a question with its answer, and the caption.
 QUESTION_LENGTH, CAPTION_LENGTH = 10, 25
+#: The same of a long caption (`asking.description`).
+LONG_LENGTH = 100
 IGNORE = -100
 
 

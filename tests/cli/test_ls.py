@@ -167,3 +167,9 @@ def test_missing_embedded_model_is_said_to_be_missing(cli, monkeypatch, tmp_path
     out = cli("ls", "models")[1]
     assert "scene-llava: family llava" in out
     assert "scene-llava-next: missing: the weights of scene-llava-next are missing" in out
+
+
+def test_what_a_search_may_set(cli):
+    code, out, _ = cli("ls", "methods", "scope")
+    assert (code, "`vlmprune tune --method scope` searches: alpha from 0 to 4" in out) == (0, True)
+    assert "searches" not in cli("ls", "methods", "fopru")[1]

@@ -227,7 +227,6 @@ def test_fidelity_on_a_folder_of_videos(cli, tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ((), "name a folder of pictures (--images) or videos (--video)"),
         (("--images", "FOLDER", "--video", "FOLDER"), "--video is not allowed with --images"),
         (("--images", "FOLDER", "--frames", 3), "--frames is of videos"),
         (("--video", "FOLDER"), "no videos there (mp4, avi"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -16,10 +17,12 @@ from vlmprune.eval.statistics import (
     bounded_interval,
     difference,
     difference_interval,
+    holm,
     interval,
     mean,
     pareto,
     retention,
+    sign_flip,
     verdict,
 )
 
@@ -224,3 +227,45 @@ def test_a_difference_is_equal_only_where_no_sample_differs():
     assert difference(none, 0.0, 9, None, same=False) == (Estimate(0.0), None)
     assert difference(some, 0.3, 9, 1.0, same=False) == (Estimate(0.3, *interval(some)), "better")
     assert difference(some, 0.3, 9, 1.0, same=False, higher_is_better=False)[1] == "worse"
+
+
+def test_fisher_on_darwins_plants():
+    """Fisher (1935), section 21: of 2**15 assignments, 1,726 have a sum as far from 0 as 15 pairs of plants had."""
+    inches = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
+    assert sign_flip(inches, parts=1) == 1726 / 2**15
+    assert sign_flip([-x / 8 for x in inches], parts=8) == 1726 / 2**15
+
+
+@quick
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=9), st.sampled_from([1, 2, 3, 6]))
+def test_signs_by_brute_force(steps, parts):
+    values = np.array(steps, float) / parts
+    signs = np.array(list(itertools.product((1, -1), repeat=len(values))))
+    expected = np.mean(np.abs((signs * values).sum(1)) >= abs(values.sum()) - 1e-9)
+    assert sign_flip(values) == pytest.approx(expected, abs=1e-12)
+
+
+def test_an_exact_p_is_as_small_as_the_pairs_allow():
+    assert sign_flip(np.ones(60)) == pytest.approx(2 / 2**60)
+    assert sign_flip([1] * 6 + [0] * 50) == 2 / 2**6  # pairs without a difference decide nothing
+    assert sign_flip([]) == sign_flip([0, 0]) == sign_flip([1, -1]) == 1
+
+
+def test_holm_on_published_examples():
+    # the one of the encyclopaedia (Holm-Bonferroni method)
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    # Neuhaus et al. (1992) in Benjamini & Hochberg (1995): with the familywise error controlled, three of 15 stay
+    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590]
+    p = [*p, 1.0]
+    assert holm(p)[:4] == pytest.approx([0.0015, 0.0056, 0.0247, 0.114])
+    assert (holm(p) < 0.05).sum() == 3
+
+
+@quick
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_is_no_less_than_p_and_keeps_the_order(p):
+    adjusted = holm(p)
+    assert np.all(adjusted >= np.array(p) - 1e-15)
+    order = np.argsort(p, kind="stable")
+    assert np.all(np.diff(adjusted[order]) >= 0)
+    assert adjusted[order[0]] == pytest.approx(min(1, len(p) * min(p)))

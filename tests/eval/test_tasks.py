@@ -9,13 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from testbed import scoring
+from testbed import asking, packed, scoring
+from testbed import split as splits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmprune
 from vlmprune.eval import tasks, testbed
 from vlmprune.eval.lmms.model import VlmPrune
-from vlmprune.eval.testbed.words import CATEGORIES
+from vlmprune.eval.tasks import utils
+from vlmprune.eval.testbed.words import CAPTION, CATEGORIES, DESCRIBE, VOCABULARY
 
 ROOT = Path(__file__).resolve().parents[2]
 SUITES = sorted((ROOT / "configs" / "suites").glob("*.yaml"))
@@ -41,7 +43,7 @@ def test_the_parquet_holds_the_questions(split):
 
 def test_the_data_is_small():
     files = list(Path(tasks.path()).glob("*.parquet"))
-    assert len(files) == len(testbed.SPLITS)
+    assert {file.stem for file in files} == {*testbed.SPLITS, "captions"}
     assert sum(file.stat().st_size for file in files) < 7 * 2**20  # a picture once, not once a question
 
 
@@ -63,7 +65,9 @@ def test_the_files_are_what_the_script_writes(tmp_path, monkeypatch):
 def test_a_task_for_every_category_and_a_group_for_every_split():
     manager = harness.packaged()
     assert set(manager.all_groups) == set(tasks.GROUPS.values())
-    assert set(manager.all_subtasks) == {name for split in tasks.GROUPS for name in tasks.names(split)}
+    by_category = {name for split in tasks.GROUPS for name in tasks.names(split)}
+    whole = {f"{group}_mixed" for group in tasks.GROUPS.values()}
+    assert set(manager.all_subtasks) == by_category | whole | {*tasks.CAPTIONS}
     assert [name.rsplit("_", 1)[1] for name in tasks.names("sparse")] == list(CATEGORIES)
     loaded = manager.load_task_or_group(list(tasks.GROUPS.values()), "chat")
     found = {group.group: members for group, members in loaded.items()}
@@ -76,6 +80,46 @@ def test_a_task_for_every_category_and_a_group_for_every_split():
             assert int(testbed.VERSION) == member.VERSION
             (first,) = [r for r in records if r.id == member.test_docs()[0]["id"]]
             assert np.array_equal(member.test_docs()[0]["image"], first.image)
+
+
+def test_mixed_tasks_ask_one_question_about_every_picture_first():
+    found = harness.packaged().load_task_or_group([f"{group}_mixed" for group in tasks.GROUPS.values()], "chat")
+    for split, group in tasks.GROUPS.items():
+        docs = found[f"{group}_mixed"].test_docs()
+        assert docs["id"] == [record.id for record in tasks.mixed(split)]
+        assert sorted(docs["id"]) == sorted(record.id for record in testbed.questions(split))
+        pictures = len(set(docs["picture_id"]))
+        assert docs["picture_id"][:pictures] == sorted(set(docs["picture_id"]))
+
+
+def test_captions_are_of_three_things_or_four_and_say_what_is_there():
+    found = harness.packaged().load_task_or_group([*tasks.CAPTIONS], "chat")
+    short, long = (found[name] for name in tasks.CAPTIONS)
+    docs = short.test_docs()
+    assert docs["picture_id"] == long.test_docs()["picture_id"]
+    assert len(docs) == len(set(docs["picture_id"])) == 120
+    for doc in docs:
+        split, number = doc["picture_id"].split("-")
+        scene = splits.test_scene(split, splits.SIZES[split][2] + int(number))
+        assert doc["answer"] == asking.caption(scene)
+        assert 2 < len(scene.things) < 5
+        told = asking.description(scene)
+        assert utils.named(told) == utils.named(doc["answer"]) == {thing.pair for thing in scene.things}
+        assert 60 <= len(told.split()) < packed.LONG_LENGTH - 8  # the question and the end come on top
+        assert set(told.split()) <= set(VOCABULARY)
+    assert [task.doc_to_text(docs[0]) for task in (short, long)] == [CAPTION, DESCRIBE]
+    pictures = {record.picture_id: record for split in ("sparse", "crowded") for record in testbed.questions(split)}
+    assert np.array_equal(docs[0]["image"], pictures[docs[0]["picture_id"]].image)
+
+
+def test_captions_are_scored_by_what_they_name():
+    doc = {"answer": "top left red circle . bottom right blue 3 ."}
+    score = lambda said: tuple(utils.score_caption(doc, [said]).values())  # noqa: E731
+    assert score("the red circle is left of the blue 3 . the red circle .") == (1.0, 0.0)
+    assert score("top left red circle .") == (2 / 3, 0.0)
+    assert score("red circle . blue 3 . green cross . red red 4") == (2 / 3, 0.5)
+    assert score("circle red") == (0.0, 0.0)
+    assert score("green cross .") == (0.0, 1.0)
 
 
 @pytest.mark.parametrize(

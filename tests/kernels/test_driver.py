@@ -135,13 +135,12 @@ def test_what_a_launch_costs_the_host(cuda_on_cpu, monkeypatch):
 
     args = samples()["select_gather"]
     with kernels.use("cuda"), torch.no_grad():
-        torch.ops.vlmprune.select_gather(*args)
+        kernels.call("select_gather", *args)
         monkeypatch.setattr(driver, "library", lambda: Driver)
         times = []
         for _ in range(200):
             begin = time.perf_counter()
-            with kernels.without_autograd():
-                torch.ops.vlmprune.select_gather(*args)
+            kernels.call("select_gather", *args)
             times.append(time.perf_counter() - begin)
     assert min(times) < 100e-6, f"{1e6 * min(times):.0f} us"
     assert ops.library is not None

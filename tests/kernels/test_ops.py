@@ -10,6 +10,8 @@ import tiny
 import torch
 import waits
 from kernel_cases import samples
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmprune
@@ -24,6 +26,58 @@ ops = torch.ops.vlmprune
 def test_opcheck(name, grad):
     op = getattr(ops, name.partition(",")[0]).default
     torch.library.opcheck(op, samples(grad)[name])
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of our ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vlmprune":
+            self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", samples())
+def test_called_directly_it_is_the_same(name, monkeypatch):
+    op, args = name.partition(",")[0], samples()[name]
+    dispatched = getattr(ops, op)(*args)
+    monkeypatch.setitem(kernels.ops.__dict__, "getattr", None)  # the way through torch
+    with torch.no_grad():
+        found = kernels.call(op, *args)
+    for mine, theirs in zip(*[x if isinstance(x, list | tuple) else [x] for x in (found, dispatched)], strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_whoever_listens_hears_the_op():
+    """Past the dispatcher only where nothing rides on it: what looks on, traces or needs gradients sees one op."""
+    args = samples()["select_gather"]
+    with torch.no_grad():
+        with Calls() as calls:
+            kernels.call("select_gather", *args)
+        assert calls.seen == {"select_gather": 1}
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as run:
+            kernels.call("select_gather", *args)
+        assert "vlmprune::select_gather" in {event.key for event in run.key_averages()}
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
+            assert kernels.call("select_gather", *fake)[0].shape == (2, 3, 4)
+        assert kernels.call("select_gather", *fake)[0].shape == (2, 3, 4)  # a subclass, without its mode
+        traced = make_fx(lambda *x: kernels.call("select_gather", *x, 3, True)[0])(*args[:-2])
+        assert "vlmprune.select_gather" in traced.code
+        graphs = []
+        compiled = torch.compile(
+            lambda *x: kernels.call("select_gather", *x)[0], fullgraph=True,
+            backend=lambda graph, inputs: graphs.append(graph.code) or graph.forward,
+        )  # fmt: skip
+        assert torch.equal(compiled(*args), kernels.call("select_gather", *args)[0])
+        assert "vlmprune.select_gather" in graphs[0]
+    hidden = args[3].clone().requires_grad_()
+    kernels.call("select_gather", *args[:3], hidden, *args[4:])[0].sum().backward()
+    assert hidden.grad.sum() == 6 * 4  # of three rows in either sample
 
 
 @pytest.mark.parametrize("name", samples())
@@ -67,19 +121,6 @@ def test_no_gradient_goes_missing(name):
         if out:
             sum(x.sum() for x in out).backward()
     assert [i for i in floats if args[i].grad is not None] == wanted[op.__name__]
-
-
-class Calls(TorchDispatchMode):
-    """Counts calls of our ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vlmprune":
-            self.seen[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

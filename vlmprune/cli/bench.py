@@ -16,7 +16,7 @@ from typer import Option
 from vlmprune import spec
 from vlmprune.cli import bench_serving, flags
 from vlmprune.runtime.errors import UserError, brief, user_mistakes
-from vlmprune.runtime.files import has_content
+from vlmprune.runtime.files import has_content, write_whole
 
 if TYPE_CHECKING:
     from vlmprune.spec import Job
@@ -27,7 +27,7 @@ EXAMPLES = """\
 examples:
   vlmprune bench --quick                                    two methods on a small random model, a minute or two
   vlmprune bench --shape llava-1.5-7b --device cuda --method fopru,random --keep 64,128 --batch 1,8
-  vlmprune bench --model llava-hf/llava-v1.6-mistral-7b-hf --device cuda --json new.json --plot new.png
+  vlmprune bench --model llava-hf/llava-v1.6-mistral-7b-hf --device cuda --json new.json --html new.html
   vlmprune bench --compare old.json                         the same again: what changed?
   vlmprune bench --from new.json --compare old.json         two files, nothing is run
   vlmprune bench --selection                                greedy selection alone
@@ -57,11 +57,11 @@ QUICK = {"pairs": 5, "plain_runs": 5, "stage_runs": 1, "new_tokens": 16}
 LEAST = ("new_tokens", "pairs", "plain_runs", "stage_runs")  # one of each at least
 EITHER = (("model", "shape"), ("shape", "model"), ("keep", "average"), ("average", "keep"))  # one takes the other off
 CELLS = ("method", "keep", "average", "option", "batch")  # the flags that say which cells there are
-WRITTEN = ("json", "csv", "plot")
+WRITTEN = ("json", "csv", "plot", "html")
 #: Flags that say that no model is measured, what happens instead, and the flags that count then.
 INSTEAD = {
     "selection": ("times greedy selection alone", {"json", "device", "pairs", "quick", "kernels"}),
-    "source": ("measures nothing", {"csv", "plot", "compare"}),
+    "source": ("measures nothing", {"csv", "plot", "html", "compare"}),
     "engine": ("serves requests", bench_serving.USED),
 }
 
@@ -114,6 +114,7 @@ def verb(
     resume: Annotated[bool, Option("--resume", help="measure only what the file of --json lacks")] = False,
     csv: Annotated[str | None, file("write one line per cell")] = None,
     plot: Annotated[str | None, file("draw time against tokens, with the oracle's line")] = None,
+    html: Annotated[str | None, file("write a page: in words, as a plot, in tables that sort")] = None,
     compare: Annotated[
         str | None, file("show what changed since these results; settings not given are those of that file")
     ] = None,
@@ -148,8 +149,8 @@ def verb(
 
     from vlmprune import kernels as ops
     from vlmprune.eval.bench import compare as comparing
+    from vlmprune.eval.bench import page, report, results, run
     from vlmprune.eval.bench import plot as plotting
-    from vlmprune.eval.bench import report, results, run
     from vlmprune.runtime.status import show
 
     old = run.read_results(compare) if compare else None
@@ -164,9 +165,14 @@ def verb(
         if path:
             run.write(path, lambda target, how=how: how(found, target))
             print(f"written: {path}", file=sys.stderr)
+    changed = None
     if old is not None:
-        changes, differing = comparing.changes(old, found), comparing.differing_settings(old, found)
-        print(f"\nChanges since {compare}\n\n{report.changes_text(changes, differing)}")
+        changed = compare, comparing.changes(old, found), comparing.differing_settings(old, found)
+        print(f"\nChanges since {compare}\n\n{report.changes_text(*changed[1:])}")
+    if html:
+        told = page.page(found | {"asked": asked_in(found)}, changed)
+        run.write(html, lambda target: write_whole(target, told))
+        print(f"written: {html}", file=sys.stderr)
 
 
 def say_recipe(args: SimpleNamespace, made: Job) -> None:

@@ -1,4 +1,4 @@
-"""`vlmprune fidelity`: what pruning changes on the user's own pictures, without labels."""
+"""`vlmprune fidelity`: what pruning changes on the user's own pictures, with and without labels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,10 +16,11 @@ from typer import Option
 from vlmprune.cli import flags
 from vlmprune.runtime import videos
 from vlmprune.runtime.errors import CommandError, UserError, brief, printable, user_mistakes
-from vlmprune.runtime.prompts import Pair, read_pairs
+from vlmprune.runtime.prompts import Pair, labelled, read_pairs
 from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
+    from vlmprune.eval.fidelity.labels import Labels
     from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
     from vlmprune.eval.fidelity.report import Card, Study
     from vlmprune.runtime.loading import Loaded
@@ -34,31 +36,31 @@ examples:
 
   vlmprune fidelity --video films --frames 16 --prompts prompts.txt --model Qwen/Qwen2.5-VL-3B-Instruct --keep 25%
 
-with what comes in the package (from a checkout; the default model, scene-llava, knows drawn scenes):
-  echo 'how many objects are there ?' > prompts.txt
-  vlmprune fidelity --images 'eval/testbed/pictures/scene*.png' --prompts prompts.txt --method fopru,vtc_cls --keep 26
+with what comes in the package (drawn scenes with questions and answers, which the default model knows):
+  vlmprune fidelity --method fopru,vtc_cls --keep 26 --limit 20
 
 The prompts file has one prompt a line, each asked about every picture; or one JSON object a line, {"image": "cat.jpg",
-"prompt": "what is this?"}, where image may be a pattern ("2024/*.jpg") and without one means every picture. With
---video the videos take the pictures' place, in the report too.
+"prompt": "what is this?"}, where image may be a pattern ("2024/*.jpg") and without one means every picture. --data
+takes such lines with an "answer" too, a text or a list of those that count as right: answers are scored by --metric.
+With --video the videos take the pictures' place, in the report too.
 
 It writes report.html (self-contained), report.md with worst-*.png, and results.json with every row. What the measures
 mean is told there. Every result is kept in rows.jsonl as it comes: Ctrl-C stops and reports on what is finished, and
 --resume goes on, after a crash too, with other methods, budgets, pictures or prompts as well.
 
-exit codes: 0 done, 1 failed or under --min-agreement or --min-speedup, 2 wrong usage, 130 interrupted
+exit codes: 0 done, 1 failed, or not as good as --min-agreement, --min-speedup and --max-loss ask, 2 wrong usage, 130
+interrupted
 """
 
 
 def verb(
-    prompts: Annotated[str, Option(metavar="FILE", help="one prompt a line, or JSON lines (see below)")],
-    images: Annotated[
-        str | None, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")
-    ] = None,
+    images: flags.Images = None,
     video: Annotated[
         str | None, Option(metavar="FILE", help="instead of pictures: a video, a folder of videos, or a pattern")
     ] = None,
     frames: flags.Frames = None,
+    prompts: Annotated[str | None, Option(metavar="FILE", help="one prompt a line, or JSON lines (see below)")] = None,
+    data: flags.Data = None,
     model: flags.Model = "scene-llava",
     method: flags.SomeMethods = None,
     keep: flags.Keep = None,
@@ -78,6 +80,10 @@ def verb(
     min_speedup: Annotated[
         float | None, Option(metavar="X", help="fail where the first token comes less than X times as fast")
     ] = None,
+    metric: flags.Metric = "exact",
+    max_loss: Annotated[
+        str | None, Option(metavar="SHARE", help="with --data: fail where the score loses more (1% or 0.01)")
+    ] = None,
     max_new_tokens: flags.Longest = 64,
     batch: Annotated[int, Option(metavar="N", help="prompts at a time; halved by itself where memory is short")] = 4,
     out: Annotated[str, Option(metavar="FOLDER", help="folder for the report")] = "fidelity-out",
@@ -88,12 +94,12 @@ def verb(
     dtype: flags.DType = "auto",
     as_json: flags.Json = False,
 ) -> None:
-    """Tell what pruning changes on your own pictures, no labels needed.
+    """Tell what pruning changes on your own pictures, labels or not.
 
     Asks the full model and pruned ones about your own pictures, and measures how often the first token and the greedy
     answer stay the same and how far the next-token distributions drift apart (KL), with intervals, beside controls that
-    look at nothing. The pictures that suffer most are shown. Without --method: fopru; without --keep and
-    --average: a quarter of the patches.
+    look at nothing; with --data also how much of the score is lost. The pictures that suffer most are shown. Without
+    --method: fopru; without --keep and --average: a quarter of the patches.
     """
     args = SimpleNamespace(**locals())
     from vlmprune.eval.fidelity.journal import JournalError, refuse_second
@@ -112,6 +118,8 @@ def verb(
 
 def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
+    flags.one_of(prompts=args.prompts, data=args.data)
+    flags.one_of(images=args.images, video=args.video)
     counts = {name: getattr(args, name) for name in ("max_new_tokens", "batch", "seeds", "limit", "frames")}
     flags.least(1, **counts)
     flags.least(0, worst=args.worst, repeats=args.repeats)
@@ -121,15 +129,9 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     controls = [] if args.controls.strip() == "none" else flags.words_of(args.controls, "--controls")
     budgets, named = flags.budgets_of(args.keep, args.average, KEEP)
     options = flags.options_of(args.option)
-    flags.one_of(images=args.images, video=args.video)
-    if args.images is None and args.video is None:
-        raise UserError("name a folder of pictures (--images) or videos (--video).")
-    if args.frames is not None and args.video is None:
-        raise UserError("--frames is of videos: name some (--video).")
-    if args.video is not None:
-        videos.check_reader()
-    shots = None if args.video is None else args.frames or videos.FRAMES
-    pairs = read_pairs(args.images or args.video, args.prompts, args.limit, shots)
+    pairs, file = asked(args, folder), args.prompts or args.data or "the prompts"
+    if not labelled(pairs, file) and (args.data or least.loss is not None):
+        raise UserError(f'{file} has no answers: scores need --data with an "answer" in every line.')
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune import spec
@@ -137,6 +139,7 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     from vlmprune.eval.fidelity import run as fidelity_run
     from vlmprune.eval.fidelity.costs import CostBook
     from vlmprune.eval.fidelity.journal import Journal
+    from vlmprune.eval.fidelity.labels import Labels
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import note
 
@@ -151,7 +154,8 @@ def study(args: SimpleNamespace, folder: Path) -> None:
         loading.refuse_videos(source)
     loaded = loading.load(source, loading.pick_device(args.device), args.dtype)
     answering.check(loaded, [*todo, *beside])
-    check_prompts(loaded, pairs, args.prompts)
+    check_prompts(loaded, pairs, file)
+    labels = Labels.of(pairs, args.metric)
 
     journal = Journal(folder, setting_of(loaded, args))
     for line in journal.damaged:
@@ -164,20 +168,33 @@ def study(args: SimpleNamespace, folder: Path) -> None:
         refuse_nothing(skipped, interrupted)
     book = CostBook(loaded, journal, pairs, args.batch, args.max_new_tokens, args.repeats, skipped)
     costs = {entry.label: book.of(entry) for entry in entries if args.repeats and not interrupted}
-    cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst) for entry in entries if not entry.control}
+    cards = {
+        entry.label: worst_cards(loaded, entry, rows, pairs, args.worst, labels)
+        for entry in entries
+        if not entry.control
+    }
     unasked = sum(pair.picture in skipped for pair in pairs)
     about = about_run(loaded, "fidelity", args, prompts_skipped=unasked)
-    told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs), costs)
+    told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs), costs, labels)
     show(told, fidelity_report.write(folder, told), args.as_json)
     if skipped:
         note(left_out(list(skipped)))
     if interrupted:
         raise KeyboardInterrupt
-    refuse_worse(told, *least)
+    refuse_worse(told, least)
 
 
-def least_of(args: SimpleNamespace) -> tuple[float | None, float | None]:
-    """The shares of --min-agreement and --min-speedup.
+@dataclass(frozen=True)
+class Least:
+    """What a method must reach for exit code 0; None asks for nothing."""
+
+    agreement: float | None
+    speedup: float | None
+    loss: float | None
+
+
+def least_of(args: SimpleNamespace) -> Least:
+    """What --min-agreement, --min-speedup and --max-loss ask for.
 
     Raises:
         UserError: no share, or a speed-up that nothing measures.
@@ -186,17 +203,21 @@ def least_of(args: SimpleNamespace) -> tuple[float | None, float | None]:
 
     if args.min_speedup is not None and not args.repeats:
         raise UserError("--min-speedup needs times: give --repeats.")
-    if args.min_agreement is None:
-        return None, args.min_speedup
-    with user_mistakes():
-        share = read_share(args.min_agreement, "--min-agreement")
-    if not 0 < share <= 1:
+    shares = {}
+    for name in ("min_agreement", "max_loss"):
+        given = getattr(args, name)
+        with user_mistakes():
+            shares[name] = None if given is None else read_share(given, flags.flag(name))
+    agreement, loss = shares.values()
+    if agreement is not None and not 0 < agreement <= 1:
         raise UserError(f"--min-agreement {args.min_agreement} must be above 0 and at most 1 (100%).")
-    return share, args.min_speedup
+    if loss is not None and not 0 <= loss < 1:
+        raise UserError(f"--max-loss {args.max_loss} must be at least 0 and under 1 (100%).")
+    return Least(agreement, args.min_speedup, loss)
 
 
-def refuse_worse(told: Study, agreement: float | None, speedup: float | None) -> None:
-    """Fail where a method (no control) is under what was asked for.
+def refuse_worse(told: Study, least: Least) -> None:
+    """Fail where a method (no control) is not as good as was asked for.
 
     Raises:
         CommandError: one is.
@@ -204,13 +225,55 @@ def refuse_worse(told: Study, agreement: float | None, speedup: float | None) ->
     wrong = []
     for line in (line for line in told.lines if not line.entry.control):
         same = line.measures["answer_agrees"].value
-        if agreement is not None and same < agreement:
-            wrong.append(f"{line.entry.label}: {same:.3f} of the answers stay the same, under {agreement:g}")
+        if least.agreement is not None and same < least.agreement:
+            wrong.append(f"{line.entry.label}: {same:.3f} of the answers stay the same, under {least.agreement:g}")
+        if least.loss is not None and (lost := -line.score.change.value) > least.loss:
+            wrong.append(f"{line.entry.label}: the score loses {lost:.3f}, more than {least.loss:g}")
         fast = told.costs[line.entry.label].first["median"] if line.entry.label in told.costs else None
-        if speedup is not None and fast is not None and fast < speedup:
-            wrong.append(f"{line.entry.label}: the first token comes {fast:.2f} times as fast, under {speedup:g}")
+        if least.speedup is not None and fast is not None and fast < least.speedup:
+            wrong.append(f"{line.entry.label}: the first token comes {fast:.2f} times as fast, under {least.speedup:g}")
     if wrong:
         raise CommandError("; ".join(wrong))
+
+
+def asked(args: SimpleNamespace, folder: Path) -> list[Pair]:
+    """The prompts about the user's pictures, or about those that come with the model.
+
+    Raises:
+        UserError: pictures (or videos) without prompts, or prompts without pictures.
+    """
+    file, video = args.data or args.prompts, getattr(args, "video", None)
+    if video is None and getattr(args, "frames", None) is not None:
+        raise UserError("--frames is of videos: name some (--video).")
+    if video is not None:
+        videos.check_reader()
+        if file is None:
+            raise UserError("name --prompts (one a line), or --data with answers, to ask about the videos.")
+        return read_pairs(video, file, args.limit, args.frames or videos.FRAMES)
+    if args.images is None and file is None and args.model == "scene-llava":
+        return drawn(folder, args.limit)
+    if args.images is None or file is None:
+        raise UserError(
+            "name --images and --prompts (one a line), or --data with answers; without any the model scene-llava is "
+            "tried on pictures that come with it."
+        )
+    return read_pairs(args.images, file, args.limit)
+
+
+def drawn(folder: Path, limit: int | None) -> list[Pair]:
+    """Pictures with questions and answers that come with the package, written as a user's would be."""
+    from vlmprune.eval import testbed
+
+    pictures, lines = folder / "pictures", []
+    pictures.mkdir(exist_ok=True)
+    for question in testbed.questions("sparse"):
+        file = pictures / f"{question.picture_id}.webp"
+        if not file.is_file():
+            file.write_bytes(question.picture)
+        lines.append(json.dumps({"image": file.name, "prompt": question.question, "answer": question.answer}))
+    data = folder / "data.jsonl"
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return read_pairs(str(pictures), str(data), limit)
 
 
 def left_out(names: Sequence[str]) -> str:
@@ -254,7 +317,12 @@ def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
 
 
 def worst_cards(
-    loaded: Loaded, entry: StudyEntry, rows: Sequence[StudyRow], pairs: Sequence[Pair], count: int
+    loaded: Loaded,
+    entry: StudyEntry,
+    rows: Sequence[StudyRow],
+    pairs: Sequence[Pair],
+    count: int,
+    labels: Labels | None,
 ) -> list[Card]:
     """Prefill the worst pictures of an entry once more, each by itself, and draw what was kept."""
     from vlmprune.eval.fidelity.measure import worst
@@ -268,7 +336,7 @@ def worst_cards(
 
     files = {pair.picture: (pair.path, pair.frames) for pair in pairs}
     cards = []
-    for row in worst((row for row in rows if row.label == entry.label), count):
+    for row in worst((row for row in rows if row.label == entry.label), count, labels):
         status(f"drawing {entry.label}: {printable(row.picture)}")
         image = read_visual(*files[row.picture])
         job = Job(entry.method, entry.seeded(row.seed))
@@ -277,7 +345,8 @@ def worst_cards(
             guarded(lambda inputs=inputs: loaded.model(**inputs, use_cache=True, logits_to_keep=1))
             part = draw.eyes(loaded.processor, handle.trace.grids[0])
             kept = draw.kept_panel(image, handle.trace, part, 0, "", (), SIDE)
-        cards.append(Card(row, draw.plain_panel(image, "", (), SIDE), kept))
+        right = () if labels is None else tuple(labels.right(row))
+        cards.append(Card(row, draw.plain_panel(image, "", (), SIDE), kept, right))
     status()
     return cards
 
@@ -335,7 +404,8 @@ def show(told: Study, files: Sequence[Path], as_json: bool) -> None:
     header, rows = fidelity_report.table_of(told.lines, told.costs)
     print(f"{told.about['model']}: {told.asked}\n")
     print(table(header, rows, header[2:]))
-    print("\nAgreement in per cent, KL in nats (per token); in brackets 95 % intervals over pictures.")
+    scores = "" if told.labels is None else f"scores by {told.labels.metric} in per cent, "
+    print(f"\nAgreement in per cent, {scores}KL in nats (per token); in brackets 95 % intervals over pictures.")
     for line in told.lines:
         if not line.entry.control:
             print(fidelity_report.in_words(line, told.pictures))

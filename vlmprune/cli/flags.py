@@ -44,6 +44,13 @@ Options = Annotated[
 Recipe = Annotated[
     str | None, Option(metavar="FILE", help="a recipe (a YAML file), instead of --method, budget and --option")
 ]
+Images = Annotated[
+    str | None, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg'; default: ours)")
+]
+Data = Annotated[str | None, Option(metavar="FILE", help="JSON lines with image, prompt and answer")]
+Metric = Annotated[
+    Literal["exact", "contains", "anls", "choice"], Option(help="how answers are compared with those of --data")
+]
 Device = Annotated[str, DEVICE]
 DTypes = Literal["auto", "float32", "bfloat16", "float16"]
 DType = Annotated[DTypes, DTYPE]

@@ -85,7 +85,7 @@ def command_for(model: str, method: str, options: dict, rest: Sequence[str]) -> 
     for flag in ("--hf-overrides", "--model"):
         if has(flag, rest):
             raise UserError(f"{flag} cannot be given to vLLM here: vlmprune serve sets it.")
-    place = str(embedded.path(model)) if model in embedded.NAMES else model
+    place = str(embedded.path(model)) if model in embedded.EVERY else model
     with user_mistakes():
         if unsure := check_version():
             note(unsure)

@@ -233,18 +233,10 @@ class Sequence:
         empty = hidden.new_empty(*hidden.shape[:2], 0)
         # contiguous ids have another rotary embedding than the prompt's, and it is not gathered
         cos, sin = (empty, empty) if close else self.rotary
-        with kernels.without_autograd():
-            hidden, ids, cos, sin, index, mask, lost = torch.ops.vlmprune.select_gather(
-                ~drop,
-                None,
-                self.mask,
-                hidden,
-                self.columns if self.positions is None else self.positions,
-                cos,
-                sin,
-                new,
-                close,
-            )
+        ids = self.columns if self.positions is None else self.positions
+        hidden, ids, cos, sin, index, mask, lost = kernels.call(
+            "select_gather", ~drop, None, self.mask, hidden, ids, cos, sin, new, close
+        )
         left = replace(
             self,
             columns=by_columns(self.columns, index),

@@ -7,7 +7,7 @@ variable `VLMPRUNE_KERNELS` forces one of them.
 """
 
 from vlmprune.kernels.choice import IMPLEMENTATIONS, use
-from vlmprune.kernels.ops import OPS, without_autograd
+from vlmprune.kernels.ops import OPS, call
 from vlmprune.kernels.warm import warm_up
 
-__all__ = ["IMPLEMENTATIONS", "OPS", "use", "warm_up", "without_autograd"]
+__all__ = ["IMPLEMENTATIONS", "OPS", "call", "use", "warm_up"]

@@ -17,7 +17,6 @@ import torch
 __all__ = ["LoadError", "current_stream", "launch", "load", "loaded"]
 
 NAMES = ("nvcuda.dll",) if sys.platform == "win32" else ("libcuda.so.1", "libcuda.so")
-# what cuLaunchKernel's `extra` consists of
 BUFFER_POINTER, BUFFER_SIZE = 1, 2
 HANDLE, HANDLES = ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p)
 SIGNATURES = {
@@ -30,6 +29,18 @@ SIGNATURES = {
     "cuLaunchKernel": [HANDLE, *[ctypes.c_uint] * 7, HANDLE, HANDLE, HANDLE],
     "cuGetErrorString": [ctypes.c_int, ctypes.POINTER(ctypes.c_char_p)],
 }
+
+
+class Extra(ctypes.Structure):
+    """cuLaunchKernel's `extra`: names, each before its value, and 0 for their end."""
+
+    _fields_ = (
+        ("pointer", HANDLE),
+        ("arguments", ctypes.c_char_p),
+        ("length", HANDLE),
+        ("size", HANDLE),
+        ("end", HANDLE),
+    )
 
 
 class LoadError(Exception):
@@ -121,10 +132,8 @@ def launch(
     """
     context, function = kernel
     driver, size = library(), ctypes.c_size_t(len(arguments))
-    extra = (HANDLE * 5)(
-        BUFFER_POINTER, ctypes.cast(arguments, HANDLE), BUFFER_SIZE, ctypes.cast(ctypes.pointer(size), HANDLE), None
-    )
+    extra = Extra(BUFFER_POINTER, arguments, BUFFER_SIZE, ctypes.addressof(size))
     driver.cuCtxSetCurrent(context)  # a thread that has only just come may have none
-    status = driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, 0, stream, None, extra)
+    status = driver.cuLaunchKernel(function, *grid, 1, threads, 1, 1, 0, stream, None, ctypes.byref(extra))
     if status:
         check(status, name, torch.AcceleratorError)

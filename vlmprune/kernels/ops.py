@@ -5,8 +5,8 @@ Call them as `torch.ops.vlmprune.<name>`. None of them waits for the device, and
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch.utils.flop_counter import register_flop_formula
 from vlmprune.kernels.choice import OPS, run
 from vlmprune.kernels.reference import empty_gather, merge_weights
 
-__all__ = ["OPS", "without_autograd"]
+__all__ = ["OPS", "call"]
 
 library = Library("vlmprune", "DEF")
+functions: dict[str, Callable] = {}
 
 
 def define(function: Callable) -> Callable:
@@ -29,7 +30,7 @@ def define(function: Callable) -> Callable:
     name = function.__name__
     library.define(name + infer_schema(function, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, function, "CompositeExplicitAutograd")
-    return function
+    return functions.setdefault(name, function)
 
 
 def fake(name: str) -> Callable:
@@ -37,14 +38,31 @@ def fake(name: str) -> Callable:
     return torch.library.register_fake(f"vlmprune::{name}", lib=library)
 
 
-def without_autograd() -> contextlib.AbstractContextManager:
-    """A context in which ops go past autograd where no gradient is asked for.
+# Arguments that are nothing but themselves: no subclass that answers for an operation.
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), int, bool, float, str})
 
-    Autograd's part of an op is Python, and finding out there that nothing is to be done takes longer than a launch.
+
+def nobody_listens() -> bool:
+    """Whether nothing rides on torch's operations here: gradients, a compiler, a mode, a transform or a profiler."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack()
+        or torch._C._get_tracing_state()
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def call(name: str, *args: Any) -> Any:
+    """Call an op, past torch's dispatcher where that would find nothing to do.
+
+    Finding out takes the dispatcher longer than starting a kernel. The result is that of `torch.ops.vlmprune.<name>`.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return contextlib.nullcontext()
-    return torch._C._AutoDispatchBelowAutograd()
+    if nobody_listens() and PLAIN.issuperset(map(type, args)):
+        return functions[name](*args)
+    return getattr(torch.ops.vlmprune, name)(*args)
 
 
 @define

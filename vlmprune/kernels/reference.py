@@ -76,16 +76,22 @@ def empty_gather(
     scores: torch.Tensor, hidden: torch.Tensor, ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, ...]:
     """Uninitialised results of `select_gather`."""
-    short, batch = (length, cos.shape[-1]), scores.shape[0]
+    batch = scores.shape[0]
     return (
-        hidden.new_empty((*hidden.shape[:-2], length, hidden.shape[-1])),
-        ids.new_empty((*ids.shape[:-1], length)),
-        cos.new_empty(cos.shape[:-2] + short),
-        sin.new_empty(sin.shape[:-2] + short),
+        hidden.new_empty((batch, length, hidden.shape[-1])),
+        ids.new_empty((batch, length) if ids.ndim == 2 else (ids.shape[0], batch, length)),
+        empty_rotary(cos, batch, length),
+        empty_rotary(sin, batch, length),
         scores.new_empty((batch, length), dtype=torch.long),
         scores.new_empty((batch, length), dtype=torch.bool),
         scores.new_empty((batch,), dtype=torch.long),
     )
+
+
+def empty_rotary(x: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+    """Room for `length` columns of a rotary embedding, with or without axes."""
+    inner = x.shape[-1]
+    return x.new_empty((batch, length, inner) if x.ndim == 3 else (x.shape[0], batch, length, inner))
 
 
 def take(x: torch.Tensor, row: torch.Tensor, index: torch.Tensor, inner: int) -> torch.Tensor:

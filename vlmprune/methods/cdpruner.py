@@ -97,7 +97,7 @@ class CDPruner(Pruner):
     needs = "the question, features; CLIP's text tower (or relevance='embeddings')"
     looks_at = "question"
     syncs = 1
-    plain_with: ClassVar[dict[str, Any]] = {"relevance": "embeddings"}
+    plain_with: ClassVar[dict[str, Any]] = {"relevance": "embeddings", "clip": None}
 
     relevance: Literal["clip", "embeddings"] = "clip"
     clip: Annotated[Any, checked_clip] = None

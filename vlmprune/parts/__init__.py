@@ -52,8 +52,8 @@ if TYPE_CHECKING:
         peaks,
         spread_evenly,
     )
-    from vlmprune.parts.options import Must, Seed, Share, ascending, falling, is_number, is_whole
-    from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts, nearest
+    from vlmprune.parts.options import Must, Range, Seed, Share, ascending, falling, is_number, is_whole
+    from vlmprune.parts.schedules import DEPTH, Scaled, Schedule, decoder_cuts, nearest
     from vlmprune.parts.scores import Ensemble, ensemble_scores, random_scores
     from vlmprune.parts.selection import (
         AnyNewlines,
@@ -129,8 +129,10 @@ __all__ = [
     "QuestionIds",
     "QuestionMarks",
     "QuestionWords",
+    "Range",
     "ReceivedAttention",
     "Reduction",
+    "Scaled",
     "Scene",
     "Schedule",
     "Scope",

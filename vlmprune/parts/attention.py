@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from vlmprune import kernels
 from vlmprune.kernels.reference import CHUNK, upcast, visible_keys
 
 __all__ = [
@@ -59,7 +60,7 @@ def attention_mass(
     Returns:
         `(batch, keys)` in float32 (float64 for float64 input).
     """
-    return torch.ops.vlmprune.attention_mass(query, key, scale, *visible, weight, bias)
+    return kernels.call("attention_mass", query, key, scale, *visible, weight, bias)
 
 
 def mean_logits(

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
+from vlmprune import kernels
 from vlmprune.kernels.precision import product
 from vlmprune.kernels.reference import floor
 from vlmprune.parts.attention import upcast
@@ -44,7 +44,7 @@ def greedy_diversity(
         image's count).
     """
     budget = upload(counts, features.device)
-    return torch.ops.vlmprune.greedy(features, first, budget, candidates, objective, max(counts, default=0))
+    return kernels.call("greedy", features, first, budget, candidates, objective, max(counts, default=0))
 
 
 def weighted_det(features: torch.Tensor, weight: torch.Tensor, picks: int, candidates: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-import vlmprune.kernels  # noqa: F401 - registers torch.ops.vlmprune
+from vlmprune import kernels
 from vlmprune.parts.budget import count, share
 from vlmprune.parts.cuts import Reduction
 from vlmprune.parts.layout import Layout, upload
@@ -45,7 +45,7 @@ def top_k(scores: torch.Tensor, counts: list[int] | torch.Tensor, candidates: to
     Returns:
         `(..., tokens)` bool.
     """
-    return torch.ops.vlmprune.top_k(scores, upload(counts, scores.device), candidates)
+    return kernels.call("top_k", scores, upload(counts, scores.device), candidates)
 
 
 def stride(candidates: torch.Tensor, counts: list[int]) -> torch.Tensor:

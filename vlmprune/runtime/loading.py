@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,7 +79,7 @@ def find_model(name: str) -> Source:
     from vlmprune import embedded
     from vlmprune.errors import did_you_mean
 
-    if name in embedded.NAMES:
+    if name in embedded.EVERY:
         try:
             return Source(name, str(embedded.path(name)), local=True, embedded=True)
         except FileNotFoundError as error:
@@ -94,9 +94,9 @@ def find_model(name: str) -> Source:
     if folder.exists():
         raise UserError(f"{folder} is a file, not the folder of a model.")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        hint = did_you_mean(name, embedded.NAMES)
+        hint = did_you_mean(name, embedded.EVERY)
         raise UserError(
-            f"no model {name!r}: no such folder, no embedded model ({', '.join(embedded.NAMES)}), and not an id "
+            f"no model {name!r}: no such folder, no embedded model ({', '.join(embedded.EVERY)}), and not an id "
             f"owner/name on the hub.{hint}"
         )
     return Source(name, name, local=False)
@@ -161,17 +161,26 @@ def pick_device(wanted: str) -> str:
     return wanted
 
 
-def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: Any) -> Loaded:
+def load(
+    source: Source,
+    device: str = "cpu",
+    dtype: str = "auto",
+    image_processor: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Loaded:
     """Load a model and its processor.
 
     Args:
         source: of `find_model`.
         device: of `pick_device`.
         dtype: "float32", "bfloat16", "float16" or "auto", which is the checkpoint's own on a GPU and float32 on a CPU.
+        image_processor: other settings of the image processor, such as `max_pixels`. What the model's config has under
+            the same name is set there too: LLaVA-NeXT packs crops by `image_grid_pinpoints`.
         **options: more for `from_pretrained`; a `device_map` places the model instead of `device`.
 
     Raises:
-        UserError: not there, not reachable, not complete, or of a family that is not supported.
+        UserError: not there, not reachable, not complete, or of a family that is not supported; a setting that its
+            image processor does not know.
         CommandError: a release of transformers that is not supported.
     """
     check_release()
@@ -179,14 +188,32 @@ def load(source: Source, device: str = "cpu", dtype: str = "auto", **options: An
     note(f"loading {source.name}{where} ...")
     with quiet(downloads=not source.local), told(source):
         refuse_original(source)
-        processor = load_processor(source, type_of(source), local_files_only=source.local)
+        given = dict(image_processor or {})
+        processor = load_processor(source, type_of(source), local_files_only=source.local, **given)
         if getattr(processor, "image_processor", None) is None:
             raise UserError(f"{source.name} has no processor for pictures (processor_config.json).")
+        check_settings(processor.image_processor, given)
         model, family = load_model(source, device, dtype, **options)
         interruption.check()
+    for word in given.keys() & vars(model.config):
+        setattr(model.config, word, given[word])
     fill_in(processor, family.processor_fields(family.inner(model)), source.name)
     placed = model if options.get("device_map") is not None else model.to(device)
     return Loaded(source, placed.eval(), processor)
+
+
+def check_settings(image_processor: Any, given: Collection[str]) -> None:
+    """Refuse settings that an image processor does not have: transformers takes any word, and drops it.
+
+    Raises:
+        UserError: one of those given; the message lists what there is.
+    """
+    from vlmprune.errors import did_you_mean
+
+    known = sorted(image_processor.valid_kwargs.__annotations__)
+    if strange := next((word for word in given if word not in known), None):
+        hint, name = did_you_mean(strange, known), type(image_processor).__name__
+        raise UserError(f"{name} has no setting {strange!r}.{hint} It has {', '.join(known)}.")
 
 
 @contextmanager

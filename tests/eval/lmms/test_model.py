@@ -14,9 +14,11 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import vlmprune
+from vlmprune.eval import testbed
 from vlmprune.eval.lmms.model import VlmPrune, cut_off, generation_arguments, produced
 from vlmprune.eval.lmms.pictures import Reader
 from vlmprune.runtime.errors import CommandError, UserError
+from vlmprune.runtime.loading import model_inputs
 
 PRUNED = {"llava": {"method": "fopru", "keep": 5}, "llava_next": {"method": "globalcom2", "keep": 0.3}}
 
@@ -285,6 +287,25 @@ def test_the_reader_is_the_models(folders, docs, monkeypatch):
     assert "plain_pictures" not in repr(right)
     with pytest.raises(UserError, match="plain_pictures='maybe' is neither True nor False"):
         VlmPrune(folders["llava"], device="cpu", plain_pictures="maybe")
+
+
+def test_the_native_rival_has_fewer_tokens_for_the_tower_too():
+    """Other settings of the image processor: fewer pixels, or fewer crops, which the model's own packing knows of."""
+    for name, split, settings, whole, less in (
+        ("scene-qwen", "qwen", {"max_pixels": 2560}, 100, 9),
+        ("scene-llava-next", "next", {"image_grid_pinpoints": [[128, 128]]}, 800, 400),
+    ):
+        docs = testbed.questions(split)[:6:6]
+        counts = []
+        for given in (None, settings):
+            lm = VlmPrune(name, device="cpu", image_processor=given)
+            inputs = model_inputs(lm.loaded, [docs[0].image], docs[0].question)
+            counts.append(int((inputs["input_ids"] == lm.loaded.model.config.image_token_id).sum()))
+            lm.loaded.model.generate(**inputs, max_new_tokens=1, do_sample=False)  # as many features as placeholders
+            assert ("image_processor" in repr(lm)) == (given is not None)
+        assert counts == pytest.approx([whole, less], abs=20)
+    with pytest.raises(UserError, match=r"no setting 'max_pixel'\. Did you mean 'max_pixels'\?"):
+        VlmPrune("scene-qwen", device="cpu", image_processor={"max_pixel": 2560})
 
 
 def test_numbers_that_are_no_colours():

@@ -152,6 +152,21 @@ def test_methods_with_other_budgets(plan):
     assert cell.id == "tiny--two--own--vlmprune_scene_llava_shape"
 
 
+def test_what_is_there_only_when_a_method_runs_is_not_asked_for_before(plan):
+    """CDPruner asks a CLIP model and the processor: neither is loaded to make a plan."""
+    made = plan("[{name: cdpruner, clip: nobody/nothing, keep: 4}]", "controls: false")
+    assert variants(made) == [("cdpruner", {"keep": 4}, None)]
+
+
+def test_settings_of_the_image_processor_are_in_the_keys(plan):
+    keys = [
+        {job.key(cell) for job, cell in plan("[fopru]", "keep: 4", *more).cells}
+        for more in ((), ("image_processor: {}",), ("image_processor: {max_pixels: 400}",), ("plain_pictures: false",))
+    ]
+    assert keys[0] == keys[1] == keys[3]
+    assert not keys[0] & keys[2]
+
+
 def test_controls_without_a_budget_are_left_out_with_a_reason(plan):
     made = plan("[{name: fastv, own_budget: true}]")
     assert [c.label for _, c in made.cells] == ["none", "fastv"]

@@ -1,0 +1,141 @@
+"""docs/table.md is what the results say, and what it says of made-up results is right."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import table_page as page
+import table_results as results
+
+from vlmprune.eval import statistics
+
+COUNT = 200
+TASKS = {"sparse": "vlmprune_scene_llava_mixed", "crowded": "vlmprune_scene_llava_crowded_mixed"}
+
+
+def answered(label: str, budget: float | None, wrong: dict[str, list[int]], seed: int | None = None) -> list[dict]:
+    """Rows of a method on scene-llava that gives wrong answers to some questions of each split."""
+    made = []
+    for split, task in TASKS.items():
+        lost = set(wrong.get(split, ()))
+        scores = [float(place not in lost) for place in range(COUNT)]
+        yes = [float(place in lost) for place in results.no_of(task, COUNT)]
+        after = 256 * (budget or 1.0)
+        row = {"model": "scene-llava", "label": label, "method": label, "options": {}, "task": task, "count": COUNT}
+        row |= {"budget": budget and {"keep": budget}, "seed": seed, "control": label in ("none", "random")}
+        row |= {"scores": results.packed(scores), "said_yes": results.packed(yes), "tokens_before": 256}
+        made.append(row | {"tokens_after": after, "layer_average": after, "output_tokens": 2})
+    return made
+
+
+ALL = {"sparse": range(COUNT), "crowded": range(COUNT)}
+
+
+@pytest.fixture
+def made() -> dict:
+    """fopru (attention) is never wrong, divprune (likeness) always; random has three seeds, of which one is wrong."""
+    rows = answered("none", None, {}) + answered("fopru", 0.5, {}) + answered("divprune", 0.5, ALL)
+    for seed in range(3):
+        rows += answered("random", 0.5, ALL if seed == 0 else {}, seed)
+    versions = {"vlmprune": "1", "torch": "2", "python": "3"}
+    run = {
+        "commit": "abc",
+        "started": "2026-01-01",
+        "finished": None,
+        "device": "cpu",
+        "versions": versions,
+        "missing": 2,
+    }
+    why = "it cannot | at all"
+    return {
+        "runs": [run],
+        "rows": rows,
+        "absent": [{"model": "scene-llava", "method": "lrs", "budget": None, "why": why}],
+    }
+
+
+def test_scores_survive_being_packed():
+    rng = np.random.default_rng(0)
+    bits = rng.integers(2, size=37).astype(float)
+    assert np.array_equal(results.unpacked(results.packed(list(bits)), 37), bits)
+    assert isinstance(results.packed(list(bits)), str)
+    assert np.array_equal(results.unpacked(results.packed([0.5, 0.25]), 2), [0.5, 0.25])
+
+
+def test_differences_are_paired_and_corrected_together(made):
+    table = page.Table(made, None)
+    (model,) = table.models
+    lines = {line.label: line for line in model.lines}
+    assert lines["random"].seeds == 3
+    assert lines["random"].score == pytest.approx(200 / 3)
+    assert table.comparisons == 5  # three rows with the unpruned model, two with random
+    against = lines["fopru"].against["random"]
+    assert against.value == pytest.approx(100 / 3)
+    assert against.low < against.value < against.high  # all pictures alike: the exact bounds of a share
+    pictures = len({question.picture_id for split in TASKS for question in results.asked(TASKS[split], COUNT)})
+    p = 2 / 2**pictures
+    assert [one.p for one in (against, lines["divprune"].against["full"])] == pytest.approx([p, p])
+    raw = [one.p for line in model.lines for one in line.against.values()]
+    assert sorted(raw)[-1] == 1  # fopru is the unpruned model's equal
+    assert against.adjusted in statistics.holm(raw)
+    assert against.adjusted > p
+    assert against.better
+    assert lines["divprune"].against["random"].worse
+    assert not lines["fopru"].against["full"].sure
+
+
+def test_what_is_said_of_methods_follows(made):
+    told = page.page(page.Table(made, None))
+    assert "| scene-llava, 50 % | 2 | 1 | 0 | 1 | 1 | 66.7 | 100.0 | `fopru` |" in told
+    assert "- scene-llava: `divprune` at 50 % (-66.7)." in told
+    assert "differ for certain on sparse pictures at 50 % (-100.0) and on crowded pictures at 50 % (-100.0)" in told
+    no = sum(len(results.no_of(task, COUNT)) for task in TASKS.values())
+    assert "| scene-llava, 50 % | 0 | 33 | 0 | 100 |  |  | **+100.0** |" in told
+    assert f"({no} of scene-llava)" in told
+    assert "for certain at: scene-llava, 50 %; less often at:\nnone" in told
+    assert "2 cells of the run are missing" in told
+    assert r"| `lrs` | scene-llava | it cannot \| at all |" in told
+    swapped = json.loads(json.dumps(made).replace("fopru", "@").replace("divprune", "fopru").replace("@", "divprune"))
+    other = page.page(page.Table(swapped, None))
+    assert "on sparse pictures at 50 % (+100.0)" in other
+    assert "for certain at: none; less often at:\nscene-llava, 50 %" in other
+
+
+def test_costs_and_fronts(made):
+    costs = [
+        {"model": "scene-llava", "label": label, "budget": {"keep": 0.5}, "flops": [100, flops], "load": 1.5}
+        | {"speedup": {"median": speed, "low": speed - 0.1, "high": speed + 0.1, "pairs": 9}, "ms": [2, 1]}
+        for label, flops, speed in (("fopru", 60, 2.0), ("divprune", 50, 0.5), ("random", 50, 1.05))
+    ]
+    machine = {"processor": "a processor", "cores": 2, "threads": 1}
+    told = page.page(page.Table(made, {"rows": costs, "pairs": 9, "machine": machine}))
+    assert "| scene-llava | prefill FLOPs | `random` 50 % (50 %: 66.7); `fopru` 50 % (60 %: 100.0) |" in told
+    assert "| scene-llava | prefill time | `fopru` 50 % (50 %: 100.0) |" in told
+    assert "| scene-llava, 50 % | 0.50 | 2.00 | 2.00 | 1 | 1 | 2 |" in told
+    assert "| `fopru` | 50 % | 60 % | 2.00 [1.90, 2.10] | 100.0 | +0.0" in told
+
+
+def test_a_part_of_a_row_is_no_row(made):
+    made["rows"] = [row for row in made["rows"] if (row["label"], row["task"]) != ("fopru", TASKS["crowded"])]
+    (model,) = page.Table(made, None).models
+    assert {line.label for line in model.lines} == {"none", "divprune", "random"}
+
+
+def test_a_method_with_a_budget_of_its_own_is_compared_by_layers(made):
+    made["rows"] += [row | {"layer_average": 131} for row in answered("atp", None, {})]
+    (model,) = page.Table(made, None).models
+    assert next(line for line in model.lines if line.label == "atp").against["random"].value == pytest.approx(100 / 3)
+    for row in made["rows"]:
+        row["layer_average"] = 30 if row["label"] == "atp" else row["layer_average"]
+    (model,) = page.Table(made, None).models
+    assert "random" not in next(line for line in model.lines if line.label == "atp").against
+
+
+def test_native_rivals_are_told_from_their_names():
+    settings = results.load_config(results.CONFIG).settings
+    found = [(setting.name, results.native(setting)) for setting in settings if results.native(setting)]
+    assert ("scene-qwen-0.1", ("scene-qwen", {"keep": 0.1})) in found
+    assert ("scene-llava-next-0.5", ("scene-llava-next", {"keep": 0.5})) in found
+    assert {keep["keep"] for _, (model, keep) in found if model == "scene-qwen"} == set(page.BUDGETS)
