@@ -93,7 +93,7 @@ def test_the_tower_reads_fewer_patches_and_the_answer_is_that_of_the_smaller_pic
     jobs = [Job(name, {"keep": 0.25}) for name in ("downsample", "random")]
     try:
         with Bar(3) as bar:
-            plain, (fewer, pruned) = answering.run_jobs(loaded, jobs, prepare, 12, bar)
+            plain, (fewer, pruned) = answering.run_jobs(loaded, jobs, prepare(loaded), 12, bar, 0, prepare)
     finally:
         handle.remove()
     whole = record.image.width * record.image.height // EDGE**2
@@ -123,7 +123,9 @@ def test_with_a_method_behind_it(loaded, record):
     prepare = partial(loading.model_inputs, visuals=[record.image], prompt=record.question)
     options = {"downsample.keep": 0.5, "random.keep": 0.5}
     with Bar(2) as bar:
-        _, (both,) = answering.run_jobs(loaded, [Job("downsample+random", options)], prepare, 2, bar)
+        _, (both,) = answering.run_jobs(
+            loaded, [Job("downsample+random", options)], prepare(loaded), 2, bar, 0, prepare
+        )
     (grid,) = both.trace.grids
     assert both.total["patches_after"] == grid.tokens // 2 < both.total["patches_before"] // 2
 
@@ -141,4 +143,4 @@ def test_videos_are_not_made_smaller(loaded):
     clip = VideoClip((Image.new("RGB", (64, 64)),) * 2, (0, 1), (0.0, 0.1), 2, 10.0)
     prepare = partial(loading.model_inputs, visuals=[clip], prompt="describe the picture .")
     with Bar(2) as bar, pytest.raises(UserError, match="downsample makes pictures of this model smaller"):
-        answering.run_jobs(loaded, [Job("downsample", {"keep": 0.5})], prepare, 2, bar)
+        answering.run_jobs(loaded, [Job("downsample", {"keep": 0.5})], prepare(loaded), 2, bar, 0, prepare)

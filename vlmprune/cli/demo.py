@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,9 +126,9 @@ def verb(out: Annotated[str, Option(metavar="FOLDER", help="folder for the pictu
                 mine, lacks = fitting(loaded, todo)
                 reasons |= lacks
             image = read_picture(picture["file"])
-            prepare = partial(loading.model_inputs, visuals=[image], prompt=picture["question"])
+            inputs = loading.model_inputs(loaded, [image], picture["question"])
             status(f"{Path(picture['file']).name}: full model")
-            asked.append(AnsweredPicture(picture, *answering.run_jobs(loaded, mine, prepare, LONGEST, bar)))
+            asked.append(AnsweredPicture(picture, *answering.run_jobs(loaded, mine, inputs, LONGEST, bar)))
             bar.at(bar.done + len(todo) - len(mine))
             drawn.append(folder / f"{number}-{Path(picture['file']).stem}.png")
             save(drawn[-1], loaded, asked[-1], image)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from vlmprune.cli import flags
-from vlmprune.runtime import videos
 from vlmprune.runtime.errors import CommandError, UserError, brief, printable, user_mistakes
 from vlmprune.runtime.prompts import Pair, labelled, read_pairs
 from vlmprune.runtime.tables import counted
@@ -246,10 +245,12 @@ def asked(args: SimpleNamespace, folder: Path) -> list[Pair]:
     if video is None and getattr(args, "frames", None) is not None:
         raise UserError("--frames is of videos: name some (--video).")
     if video is not None:
+        from vlmprune.runtime import videos
+
         videos.check_reader()
         if file is None:
             raise UserError("name --prompts (one a line), or --data with answers, to ask about the videos.")
-        return read_pairs(video, file, args.limit, args.frames or videos.FRAMES)
+        return read_pairs(video, file, args.limit, frames_of(args))
     if args.images is None and file is None and args.model == "scene-llava":
         return drawn(folder, args.limit)
     if args.images is None or file is None:
@@ -258,6 +259,13 @@ def asked(args: SimpleNamespace, folder: Path) -> list[Pair]:
             "tried on pictures that come with it."
         )
     return read_pairs(args.images, file, args.limit)
+
+
+def frames_of(args: SimpleNamespace) -> int:
+    """How many frames are read of every video."""
+    from vlmprune.runtime.videos import FRAMES
+
+    return args.frames or FRAMES
 
 
 def drawn(folder: Path, limit: int | None) -> list[Pair]:
@@ -364,7 +372,7 @@ def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_new_tokens": args.max_new_tokens,
         "versions": flags.versions(),
-        **({"frames": args.frames or videos.FRAMES} if getattr(args, "video", None) is not None else {}),
+        **({"frames": frames_of(args)} if getattr(args, "video", None) is not None else {}),
     }
 
 

@@ -129,12 +129,13 @@ def verb(
     loaded = loading.load(source, loading.pick_device(device), dtype)
     answering.check(loaded, todo)
     prepare = partial(loading.model_inputs, visuals=visuals, prompt=prompt)
+    inputs = prepare(loaded)
     if loaded.source.embedded and (strange := loading.unknown_words(loaded, prompt)):
         note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
     loading.warn_of_photographs(loaded.source.name, loading.strange_pictures(loaded, visuals))
     with Bar(1 + len(todo)) as bar:
         status("full model: answering")
-        plain, outcomes = answering.run_jobs(loaded, todo, prepare, max_new_tokens, bar, repeats)
+        plain, outcomes = answering.run_jobs(loaded, todo, inputs, max_new_tokens, bar, repeats, prepare)
 
     asked = AnsweredPrompt(loaded, prompt, [*image, *video], visuals, plain, outcomes)
     show(json.dumps(in_json(asked), indent=2) if as_json else in_text(asked))

@@ -183,13 +183,18 @@ def times_of(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 def run_job(
-    loaded: Loaded, job: Job, prepare: Prepare, inputs: dict[str, Any], max_new_tokens: int, repeats: int = 0
+    loaded: Loaded,
+    job: Job,
+    inputs: dict[str, Any],
+    max_new_tokens: int,
+    repeats: int = 0,
+    prepare: Prepare | None = None,
 ) -> Outcome:
-    """Answer with one method, time it and leave the model as it was; `inputs` are the full model's."""
+    """Answer with one method, time it and leave the model as it was; as of `run_jobs`."""
     status(f"{job.label}: answering")
     mine, whole = seen_by(loaded, job), None
-    own = inputs if mine is loaded else prepare(mine)
-    if mine is not loaded:
+    own = inputs if mine is loaded or prepare is None else prepare(mine)
+    if own is not inputs:
         whole = token_counts(inputs["image_grid_thw"], loaded.processor.image_processor.merge_size)
     with patch(loaded, job) as handle:
         said = answer(loaded, own, max_new_tokens)
@@ -205,17 +210,23 @@ def token_counts(grids: Any, merge: int) -> list[int]:
 
 
 def run_jobs(
-    loaded: Loaded, todo: Sequence[Job], prepare: Prepare, max_new_tokens: int, bar: Bar, repeats: int = 0
+    loaded: Loaded,
+    todo: Sequence[Job],
+    inputs: dict[str, Any],
+    max_new_tokens: int,
+    bar: Bar,
+    repeats: int = 0,
+    prepare: Prepare | None = None,
 ) -> tuple[str, list[Outcome]]:
     """The full model's answer, and what every job did; a step of the bar each.
 
     Args:
-        prepare: makes the inputs, by the processor of what it gets.
+        inputs: of the full model.
+        prepare: makes them again by the processor of what it gets, where a job is to see something else.
     """
-    inputs = prepare(loaded)
     plain, outcomes = answer(loaded, inputs, max_new_tokens), []
     bar.step()
     for job in todo:
-        outcomes.append(run_job(loaded, job, prepare, inputs, max_new_tokens, repeats))
+        outcomes.append(run_job(loaded, job, inputs, max_new_tokens, repeats, prepare))
         bar.step()
     return plain, outcomes

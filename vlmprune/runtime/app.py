@@ -80,7 +80,7 @@ class Asker:
             todo = spec.jobs(list(methods), [{"keep": keep}], {}, named=False)
         with self.turn, Bar(1 + len(todo)) as bar:
             prepare = partial(loading.model_inputs, visuals=[image], prompt=prompt)
-            plain, outcomes = answering.run_jobs(self.loaded, todo, prepare, LONGEST, bar, PAIRS)
+            plain, outcomes = answering.run_jobs(self.loaded, todo, prepare(self.loaded), LONGEST, bar, PAIRS, prepare)
         return rows(plain, outcomes), self.drawn(image, outcomes), self.about(image, prompt)
 
     def drawn(self, image: Image.Image, outcomes: Sequence[Outcome]) -> list[tuple[Image.Image, str]]:
