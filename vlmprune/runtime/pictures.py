@@ -13,12 +13,10 @@ from PIL import ExifTags, Image, ImageOps
 
 from vlmprune.runtime import interruption
 from vlmprune.runtime.errors import CommandError, UserError, brief, printable
+from vlmprune.runtime.prompts import VIDEOS
 
-__all__ = ["VIDEOS", "check_target", "plainly_wrong", "read_picture", "refuse_no_file", "to_rgb", "upright_rgb"]
+__all__ = ["check_target", "plainly_wrong", "read_picture", "refuse_no_file", "to_rgb", "upright_rgb"]
 __all__ += ["write_picture"]
-
-#: File names that count as videos.
-VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 
 
 def read_picture(path: str | Path) -> Image.Image:

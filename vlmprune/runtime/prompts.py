@@ -13,12 +13,13 @@ from typing import Any
 
 from vlmprune.errors import did_you_mean
 from vlmprune.runtime.errors import UserError, brief, printable
-from vlmprune.runtime.pictures import VIDEOS
 
-__all__ = ["ENDINGS", "Pair", "check_text", "find_pictures", "labelled", "read_pairs"]
+__all__ = ["ENDINGS", "VIDEOS", "Pair", "check_text", "find_pictures", "labelled", "read_pairs"]
 
 #: File names that count as pictures in a folder.
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".ppm")
+#: And as videos.
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 #: By the flag that names them: what is looked for, and how it is called in a folder.
 KINDS = {"--images": ("picture", ENDINGS), "--video": ("video", VIDEOS)}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
