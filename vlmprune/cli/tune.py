@@ -18,11 +18,12 @@ from vlmprune.cli.fidelity import (
     asked,
     check_prompts,
     entries_of,
+    held,
     refuse_nothing,
     setting_of,
     worst_cards,
 )
-from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
+from vlmprune.runtime.errors import UserError, user_mistakes
 from vlmprune.runtime.prompts import Pair, labelled
 
 if TYPE_CHECKING:
@@ -80,19 +81,19 @@ def verb(
     method: Annotated[
         str | None, Option(metavar="NAME", help="search this method's own options instead, those that have a range")
     ] = None,
-    trials: Annotated[int, Option(metavar="N", help="how many of them --method tries at each budget")] = 40,
+    trials: Annotated[int, flags.number("how many of them --method tries at each budget", 1)] = 40,
     keep: Annotated[
         str | None,
         Option(metavar="N[,N]", help=f"budgets that are tried, beside published schedules (default: {KEEP})"),
     ] = None,
     average: flags.Average = None,
     option: flags.Options = [],  # noqa: B006
-    minutes: Annotated[float, Option(metavar="N", help="end with what there is after so many")] = 30,
-    limit: Annotated[int | None, Option(metavar="N", help="only the first N pictures by name")] = None,
-    repeats: Annotated[int, Option(metavar="N", help="timed pairs of a candidate and the unpruned model")] = 5,
+    minutes: Annotated[float, flags.number("end with what there is after so many")] = 30,
+    limit: flags.Limit = None,
+    repeats: Annotated[int, flags.number("timed pairs of a candidate and the unpruned model", 1)] = 5,
     max_new_tokens: flags.Longest = 64,
-    batch: Annotated[int, Option(metavar="N", help="prompts at a time, in timing too")] = 1,
-    worst: Annotated[int, Option(metavar="N", help="pictures shown that lost most")] = 6,
+    batch: Annotated[int, flags.number("prompts at a time, in timing too", 1)] = 1,
+    worst: Annotated[int, flags.number("pictures shown that lost most", 0)] = 6,
     out: Annotated[str, Option(metavar="FOLDER", help="folder for report and recipe")] = "tune-out",
     resume: Annotated[bool, Option("--resume", help="go on with the search in that folder")] = False,
     device: flags.Device = "auto",
@@ -107,38 +108,11 @@ def verb(
     args = SimpleNamespace(**locals())
     flags.one_of(prompts=prompts, data=data)
     flags.one_of(methods=methods, method=method)
-    flags.least(1, limit=limit, repeats=repeats, max_new_tokens=max_new_tokens, batch=batch, trials=trials)
-    flags.least(0, worst=worst)
     if not speedup > 0 or not minutes > 0:
         raise UserError(f"--{'minutes' if speedup > 0 else 'speedup'} must be above 0.")
-    args.loss = share_of(max_loss)
-    from vlmprune.eval.fidelity.journal import JournalError, refuse_second
-    from vlmprune.eval.lmms.store import StoreError, locked
-
-    folder = flags.folder(out)
-    try:
-        with locked(folder, "tune", "--out FOLDER"):
-            refuse_second(folder, resume, "tune")
-            tune(args, folder)
-    except (StoreError, JournalError) as error:
-        raise UserError(str(error)) from None
-    except OSError as error:
-        raise CommandError(f"cannot write into {folder}: {brief(error)}") from None
-
-
-def share_of(text: str) -> float:
-    """The share of --max-loss.
-
-    Raises:
-        UserError: none, or none between 0 and 1.
-    """
-    from vlmprune.spec import read_share
-
-    with user_mistakes():
-        found = read_share(text, "--max-loss")
-    if not 0 < found < 1:
-        raise UserError(f"--max-loss {text} must be above 0 and under 1 (100%).")
-    return found
+    args.loss = flags.share_of(max_loss, "--max-loss")
+    with held(out, "tune", resume) as folder:
+        tune(args, folder)
 
 
 def tune(args: SimpleNamespace, folder: Path) -> None:
@@ -160,7 +134,7 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
             todo, refused = jobs_of(names, budgets, options)
         else:
             searched, todo, refused = *searched_of(args, options), {}
-    loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
+    loaded = loading.open_model(args.model, args.device, args.dtype)
     entries = list(
         entries_of(fitting(loaded, todo, refused, named=names is not None or args.method is not None), False, 1)
     )

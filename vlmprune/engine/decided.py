@@ -13,6 +13,7 @@ import torch
 from vlmprune.engine.compile import place
 from vlmprune.engine.finite import demand
 from vlmprune.engine.plan import Plan
+from vlmprune.kernels.checks import bools, floats, longs
 from vlmprune.parts.cuts import AnyCut, Clusters, Merge, Pick, Reduction
 from vlmprune.parts.options import is_whole
 
@@ -22,18 +23,6 @@ __all__ = ["check_clusters", "check_flow", "check_pick", "check_pixels", "check_
 def whose(plan: Plan, cut: AnyCut) -> str:
     """The method of a cut and its place, as errors begin."""
     return next(f"{name}, {place(one)}" for name, one in plan.cuts if one is cut)
-
-
-def bools(dtype: torch.dtype) -> bool:
-    return dtype == torch.bool
-
-
-def longs(dtype: torch.dtype) -> bool:
-    return dtype == torch.long
-
-
-def floats(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point
 
 
 def check_type(where: str, decided: Any, wanted: type) -> None:

@@ -96,18 +96,18 @@ def hook_towers(inner: nn.Module, plan: Plan) -> None:
     """Put the hooks of `plan` on the vision towers and their layers."""
     for tower in plan.family.towers(inner):
         through = None if plan.family.handing else Watch()
-        tower.register_forward_pre_hook(BeforeTower(plan, through), with_kwargs=True)
+        tower.register_forward_pre_hook(BeforeTower(plan, watching=through), with_kwargs=True)
         for index, layer in enumerate(plan.family.tower_layers(tower)):
             watching = Watch() if index in plan.key_layers else None
             if any(tap.layer == index for tap in plan.measured):
                 tower_layer(layer)  # one that is not known is refused here, and not in the first call
-            layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching, through), with_kwargs=True)
+            layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, through, watching=watching), with_kwargs=True)
             if watching is not None:
                 kind = tower_layer(layer)
                 kind.key_projection.register_forward_hook(AfterKeys(plan, index, watching, kind.attention.num_heads))
             if index in plan.inside_layers:
                 between, attention = Watch(), tower_layer(layer).attention
-                attention.register_forward_pre_hook(BeforeTowerAttention(plan, between), with_kwargs=True)
+                attention.register_forward_pre_hook(BeforeTowerAttention(plan, watching=between), with_kwargs=True)
                 attention.register_forward_hook(AfterTowerAttention(plan, between))
         tower.register_forward_hook(AfterTower(plan, through), with_kwargs=True)
 
@@ -119,7 +119,7 @@ def hook_language_model(inner: nn.Module, plan: Plan) -> None:
         watching = Watch() if index in plan.block_layers else None
         if index in plan.decoder_tap_layers:
             decoder_layer(layer)  # as in towers
-        layer.register_forward_pre_hook(BeforeLayer(plan, index, watching), with_kwargs=True)
+        layer.register_forward_pre_hook(BeforeLayer(plan, index, watching=watching), with_kwargs=True)
         if watching is not None:
             kind = decoder_layer(layer)
             for block, last in ((kind.attention, False), (kind.feed_forward, True)):

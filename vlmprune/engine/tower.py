@@ -18,7 +18,7 @@ from vlmprune.engine.finite import demand
 from vlmprune.engine.placement import check_device, loaded
 from vlmprune.engine.plan import Hook, Plan, handed
 from vlmprune.engine.sequence import visible
-from vlmprune.engine.watch import Watch
+from vlmprune.engine.watch import Watch, Watched
 from vlmprune.errors import CutNotRunError, UnsupportedError, check_first_run
 from vlmprune.parts.cuts import Pick, ProjectorCut, TowerCut, Vision
 from vlmprune.parts.layout import Views
@@ -256,14 +256,10 @@ def wide(index: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class BeforeTower(Hook):
+class BeforeTower(Watched):
     """Pre-hook of the tower: starts a frame in the calls of its own model, which says so."""
 
-    through: Watch | None = None
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if self.through is not None:
-            self.through.end()
+    def start(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         pixels, rest, kwargs = handed(args, kwargs, "pixel_values")
         pixels, note = untag(pixels)
         call = kwargs.get(OWNER) if note is None else note
@@ -277,25 +273,21 @@ class BeforeTower(Hook):
         frame = TowerFrame(self.plan, module, call, note)
         if Pixels() in self.plan.measured:
             frame.seen[Pixels()] = Pixels.of(pixels.detach(), self.plan.facts.view_patches)
-        if self.through is not None:
-            self.through.begin(frame)
+        self.show(frame)
         return (pixels, *rest), kwargs | {FRAME: frame}
 
 
 @dataclass
-class BeforeTowerLayer(Hook):
+class BeforeTowerLayer(Watched):
     """Pre-hook of a tower layer: takes the frame out and lets it measure and merge.
 
     `through` has the frame of a tower that hands its layers none of its keyword arguments.
     """
 
     index: int
-    watching: Watch | None = None
-    through: Watch | None = None
+    through: Watch | None
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if self.watching is not None:
-            self.watching.end()
+    def start(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         frame = kwargs.get(FRAME) if self.through is None else self.through.frame(last=False)
         if not self.owns(frame):
             return None
@@ -303,7 +295,7 @@ class BeforeTowerLayer(Hook):
         changed = frame.enter(self.index, module, *handed(args, kwargs))
         if self.watching is not None:
             self.check_keys(module)
-            self.watching.begin(frame)
+        self.show(frame)
         return changed
 
     def check_keys(self, layer: nn.Module) -> None:
@@ -317,18 +309,15 @@ class BeforeTowerLayer(Hook):
 
 
 @dataclass
-class BeforeTowerAttention(Hook):
+class BeforeTowerAttention(Watched):
     """Pre-hook of a tower layer's attention with a cut behind it: gives it the layer's real input (see `Inside`)."""
 
-    watching: Watch
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self.watching.end()
+    def start(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         inside = kwargs.get(INSIDE)
         if inside is None or not self.owns(inside.frame):
             return None
         hidden = kwargs["attention_mask"]
-        self.watching.begin((inside, hidden))
+        self.show((inside, hidden))
         changed = {"hidden_states": inside.norm(hidden), "attention_mask": inside.mask}
         return (), {name: value for name, value in kwargs.items() if name != INSIDE} | changed
 

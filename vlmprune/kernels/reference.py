@@ -9,6 +9,7 @@ from vlmprune.kernels.precision import product
 
 __all__ = [
     "attention_mass",
+    "by_key_head",
     "empty_gather",
     "greedy",
     "merge",
@@ -227,6 +228,12 @@ def visible_keys(at: torch.Tensor | None, real: torch.Tensor | None, window: int
     return visible & (column > at[..., None] - window) if window else visible
 
 
+def by_key_head(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries `(batch, key heads, heads of one, rows, dim)` and keys `(batch, key heads, 1, dim, keys)`, in float32."""
+    query, key = upcast(query), upcast(key)
+    return query.unflatten(1, (key.shape[1], query.shape[1] // key.shape[1])), key[:, :, None].transpose(-1, -2)
+
+
 def attention_mass(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -237,11 +244,9 @@ def attention_mass(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    query, key = upcast(query), upcast(key)
-    batch, heads, rows, _ = query.shape
+    batch, _, rows, _ = query.shape
     keys = key.shape[2]
-    key = key[:, :, None].transpose(-1, -2)
-    query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    query, key = by_key_head(query, key)
     weight = query.new_full((batch, rows), 1 / max(rows, 1)) if weight is None else weight.to(query.dtype)
     mass = query.new_zeros(batch, keys)
     for start in range(0, rows, CHUNK):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmprune.parts.templates import started_once
 from vlmprune.runtime import interruption
 from vlmprune.runtime.errors import CommandError, UserError, brief
 from vlmprune.runtime.fewer_pixels import FewerPixels
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from vlmprune.patches import Family
     from vlmprune.runtime.frames import FramesAsPictures
 
-__all__ = ["Loaded", "find_model", "load", "model_inputs", "pick_device", "refuse_videos"]
+__all__ = ["Loaded", "find_model", "load", "model_inputs", "open_model", "pick_device"]
 
 ADAPTER = "adapter_config.json"  # of PEFT
 #: Of a processor: how many tokens beside the patches it counts, and whether the first of them is dropped.
@@ -63,11 +64,19 @@ class Loaded:
     processor: Any
 
     @property
+    def about(self) -> dict[str, str]:
+        """For a program."""
+        return {
+            "model": self.source.name,
+            "family": self.model.config.model_type,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    @property
     def description(self) -> str:
         size = sum(p.numel() for p in self.model.parameters())
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        kind = self.model.config.model_type
-        return f"{self.source.name} ({kind}, {size / 1e6:.3g} M parameters), {self.model.device}, {dtype}"
+        return "{model} ({family}, {size:.3g} M parameters), {device}, {dtype}".format(**self.about, size=size / 1e6)
 
 
 def find_model(name: str) -> Source:
@@ -200,6 +209,21 @@ def load(
     fill_in(processor, family.processor_fields(family.inner(model)), source.name)
     placed = model if options.get("device_map") is not None else model.to(device)
     return Loaded(source, placed.eval(), processor)
+
+
+def open_model(name: str, device: str, dtype: str, videos: bool = False) -> Loaded:
+    """`load` what a user named, on the device that was named; raises as the three do.
+
+    Args:
+        videos: whether it is to read some.
+
+    Raises:
+        UserError: its family reads pictures alone.
+    """
+    source = find_model(name)
+    if videos:
+        refuse_videos(source)
+    return load(source, pick_device(device), dtype)
 
 
 def check_settings(image_processor: Any, given: Collection[str]) -> None:
@@ -410,9 +434,7 @@ def model_inputs(loaded: Loaded, visuals: Sequence[Image.Image | VideoClip], pro
             raise UserError("downsample makes pictures of this model smaller, and videos as they are: leave it out.")
     text = prompt_text(processor, {"image": len(images), "video": len(clips)}, prompt)
     check_shapes(processor, images)
-    # a template that writes the first token itself must not get a second one
-    bos = getattr(processor.tokenizer, "bos_token", None)
-    given: dict[str, Any] = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+    given: dict[str, Any] = started_once(processor, text)
     if images:
         given["images"] = [images]  # in a list of their own: LLaVA-OneVision prepares several of one prompt differently
     if clips:
