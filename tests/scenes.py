@@ -67,6 +67,9 @@ REFUSED |= {
     for kind in tiny_qwen.CLASSES
 }
 REFUSED[("transprune", "glm4v")] = "puts that through norms"
+# by their own schedules these cut in front of the first layer with attention, or look at one without
+STATES = ("atp", "catp", "pyramiddrop", "sparsevlm", "todre", "transprune", "v2drop", "vflowopt", "vscan")
+REFUSED |= {(name, "qwen3_5"): "recurrent" for name in STATES}
 FALLBACK = {
     "vtc_cls": {"fallback": "received"},
     "globalcom2": {"score": "distinct"},
