@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from vlmprune.patches.qwen2_vl import Qwen2VL
@@ -18,7 +19,11 @@ class Glm4v(Qwen2VL):
     model_type = "glm4v"
     title = "GLM-4.1V (Glm4vForConditionalGeneration)"
     usual_tower = "glm4v_vision"
-    stamped, alike, bounds_pixels = True, True, False  # its processor counts a picture as two frames
+    stamped, alike = True, True
+    sparse, bounds_pixels = False, False  # its processor counts a picture as two frames
 
     def token(self, inner: nn.Module, modality: str = "image") -> int:
         return inner.config.image_token_id
+
+    def said_of(self, inner: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"mm_token_type_ids": (ids == self.token(inner)).long()}  # of pictures

@@ -16,4 +16,4 @@ class Qwen3_5(Qwen2VL):
     model_type = "qwen3_5"
     title = "Qwen3.5 (Qwen3_5ForConditionalGeneration)"
     usual_tower = "qwen3_5_vision"
-    stamped = True
+    stamped, sparse = True, False
