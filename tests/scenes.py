@@ -40,9 +40,14 @@ QWEN = {
     "qwen2.5-vl-video": ({"family": "qwen2_5_vl"}, "videos"),
     "qwen3-vl": ({"family": "qwen3_vl"}, "images"),
     "qwen3-vl-video": ({"family": "qwen3_vl"}, "videos"),
+    "qwen3-vl-moe": ({"family": "qwen3_vl_moe"}, "images"),
+}
+# the same, of what has files of its own (tests/patches/test_glm.py, test_recurrent.py)
+OWN = {
     "glm-4v": ({"family": "glm4v"}, "images"),
     "glm-4v-video": ({"family": "glm4v"}, "videos"),
-    "qwen3-vl-moe": ({"family": "qwen3_vl_moe"}, "images"),
+    "qwen3.5": ({"family": "qwen3_5"}, "images"),
+    "qwen3.5-video": ({"family": "qwen3_5"}, "videos"),
 }
 # (height, width) of the first image, large where its canvas is to be shrunk
 LARGE = {"images": (40, 24), "shrunk": (90, 96), "videos": (40, 24)}
@@ -113,7 +118,7 @@ class Scene:
     @property
     def label(self):
         """The scene's name."""
-        return next(name for name, given in (FAMILIES | QWEN).items() if given == (self.options, self.kind))
+        return next(name for name, given in (FAMILIES | QWEN | OWN).items() if given == (self.options, self.kind))
 
     def apart(self, name=None):
         """Whether pictures are left out of prompts with videos: for a method of videos, or one placeholder for both."""

@@ -12,7 +12,7 @@ import tiny
 import torch
 from probes import generated_logits, random_tokens, rules
 from reference import Rule
-from scenes import MOVING, Scene, options, replay, with_cache
+from scenes import MOVING, OWN, Scene, options, replay, with_cache
 from tiny import CACHE
 from transformers import DynamicCache
 
@@ -21,7 +21,7 @@ from vlmprune import UnsupportedError, registry
 from vlmprune.patches.language_models import GatedRotaryLayer, NormedRotaryLayer
 
 NEAR = {"rtol": 1e-5, "atol": 3e-6}
-SCENES = {"images": Scene({"family": "qwen3_5"}, "images"), "videos": Scene({"family": "qwen3_5"}, "videos")}
+SCENES = {"images": Scene(*OWN["qwen3.5"]), "videos": Scene(*OWN["qwen3.5-video"])}
 CUTS = {
     "0": [Rule(0, positions="original")],
     "2": [Rule(2, positions="original")],  # a recurrent layer
@@ -86,7 +86,10 @@ def test_every_method(kind, name):
     else:
         refused = ""
     if refused:
-        assert any(words in refused for words in ("packs pictures of any size", "single view", "recurrent")), refused
+        assert any(
+            words in refused
+            for words in ("packs pictures of any size", "single view", "recurrent", "reads pictures whole")
+        ), refused
         pytest.skip(f"refused, as it should be: {refused}")
     if words := scene.refusal(name):
         with handle, torch.no_grad(), pytest.raises(UnsupportedError):
