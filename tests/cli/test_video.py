@@ -12,6 +12,7 @@ import pytest
 import tiny
 import tiny_folders
 import torch
+from kin.family import lively
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -127,7 +128,7 @@ def test_families_whose_processors_need_torchvision(cli, film, tmp_path, family)
         VideoLlavaVideoProcessor,
     )
 
-    made = kin.lively(kin.video_llava()) if family == "video_llava" else tiny.model(family)
+    made = lively(kin.video_llava()) if family == "video_llava" else tiny.model(family)
     made.config.video_token_id = tiny_folders.VIDEO
     made.save_pretrained(tmp_path)
     shared = {"tokenizer": tiny_folders.tokenizer(), "patch_size": tiny.PATCH, "num_additional_image_tokens": 1}
