@@ -202,7 +202,7 @@ def test_hopeless_candidates_see_few_pictures(folders, tmp_path, cli, monkeypatc
 
     def answered(loaded, todo, some, longest, tell):
         rows = {}
-        for pair, _ in some:
+        for pair in (one.pair for one in some):
             for (entry, seed), key in zip(todo.steps, todo.keys(pair), strict=True):
                 asked.append(entry.label)
                 same = entry.options["keep"] >= 0.3
@@ -232,7 +232,7 @@ def test_who_refuses_a_picture_is_left_out_and_named(run, monkeypatch):
 
     def refusing(loaded, todo, some, *more):
         if any(entry.label == "grid, keep 0.5" for entry, _ in todo.steps) and any(
-            p.picture == "b.jpg" for p, _ in some
+            one.pair.picture == "b.jpg" for one in some
         ):
             raise UserError("this picture is too small")
         one_batch(loaded, todo, some, *more)
@@ -274,7 +274,7 @@ def own(folders, tmp_path, cli, monkeypatch):
         def answered(loaded, todo, some, longest, tell):
             for entry, seed in todo.steps:
                 rows = {}
-                for pair, _ in some:
+                for pair in (one.pair for one in some):
                     asked.append((entry.label, pair.picture))
                     alpha = entry.options.get("alpha", 1.0)
                     far = kl(alpha)
