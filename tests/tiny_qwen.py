@@ -30,10 +30,11 @@ def model(family, dtype=torch.float32, seed=0, attn="sdpa", **text_options):
         "depth": DEPTH,
         "num_heads": 2,
     }
+    into = text_options.get("hidden_size", 32)
     if family == "qwen2_vl":
-        vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+        vision |= {"embed_dim": 32, "hidden_size": into, "mlp_ratio": 2}
     else:
-        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": into}
     if family == "qwen2_5_vl":
         vision |= {"window_size": 2 * TOKEN, "fullatt_block_indexes": list(FULL)}
     if family.startswith("qwen3"):
@@ -58,6 +59,8 @@ def model(family, dtype=torch.float32, seed=0, attn="sdpa", **text_options):
         for name, weight in made.named_parameters():
             if weight.ndim > 1:  # the default init hardly reacts to anything
                 weight.mul_(4.0 if "embed" not in name else 12.0)
+    if family == "qwen3_vl_moe" and dtype == torch.float64:
+        made.set_experts_implementation("eager")  # the others have no float64
     made.generation_config.eos_token_id = None
     return made.to(dtype).eval()
 

@@ -29,7 +29,7 @@ Rest: packing, embedding, masks, norm, head. Drop: taps + selection + gather as 
 NEEDS = """\
 KV: bytes in the cache after the prefill. Peak: above the weights{how}.
 FLOPs of the first token: by torch's counter, and by formula (docs/performance.md), which leaves out taps and the
-decisions of methods."""
+decisions of methods, and knows towers of LLaVA's build alone."""
 VERDICTS = "better, worse: the intervals (quartiles of times, 95 % of ratios) are apart."
 SPREAD = "±: half the distance between the quartiles"
 
@@ -259,7 +259,7 @@ def needs_grid(results: dict[str, Any]) -> Grid:
                     scaled(cell["kv_bytes"], 1e6),
                     scaled(cell["peak_bytes"], 1e6),
                     scaled(flops["counted"], 1e9),
-                    scaled(flops["formula"], 1e9),
+                    "-" if flops["formula"] is None else scaled(flops["formula"], 1e9),
                 ]
             )
     return columns, rows
