@@ -41,6 +41,8 @@ __all__ = ["verb"]
 
 KEEP = "0.5,0.35,0.25,0.15,0.1"
 OWN = "0.25"  # of --method
+#: What methods look at (`Method.looks_at`), in the order in which they are tried, should time be short.
+ORDER = ("tower", "nothing", "features", "question", "decoder", "")
 #: What --methods all does not try, and why; who names them gets them.
 LEFT_OUT = {
     "atp": "its modules are trained for one model: --methods atp --option weights=FOLDER.",
@@ -226,7 +228,7 @@ def jobs_of(
         except ValueError as error:  # of another package
             refused[name] = [str(error)]
     spec.check_known(options, {name: {name: cls} for name, cls in classes.items()})
-    for name, cls in classes.items():
+    for name, cls in sorted(classes.items(), key=lambda item: (*ORDER, item[1].looks_at).index(item[1].looks_at)):
         mine = {key: value for key, value in options.items() if spec.takers(key, {name: cls})}
         try:
             jobs[name] = of_methods([name], budgets, mine) if name not in LEFT_OUT else []
