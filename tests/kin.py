@@ -15,7 +15,7 @@ from itertools import chain
 
 import tiny
 import torch
-from scenes import MOVING, OPTIONS, changes_of
+from scenes import FALLBACK, MOVING, OPTIONS, REPEATS, changes_of
 from tiny import CACHE, IMAGE, PAD, VIDEO, VOCAB
 from torch import nn
 
@@ -89,7 +89,13 @@ class Kin:
     def refusal(self, name: str) -> str | None:
         """Words of the error by which a method cannot be had, or not with what the scene shows; None if it can."""
         still = self.shows is not FILMS and "a still picture has none"
-        return self.refused.get(name) or (still if name in MOVING else None) or None
+        whole = "reads pictures whole" if name in REPEATS else None
+        return self.refused.get(name) or whole or (still if name in MOVING else None) or None
+
+    def windowed(self) -> bool:
+        """Whether a layer of the language model sees a window alone."""
+        text = self.model().config.get_text_config()
+        return "sliding_attention" in (getattr(text, "layer_types", None) or [])
 
     def model(self, **options) -> nn.Module:
         return shared(self.name, **options)
@@ -176,6 +182,12 @@ def shared(name: str, **options) -> nn.Module:
 
 def noise(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def options(kin: Kin, name: str) -> dict:
+    """Options of a method that make a difference, with its documented fallback where there is no [CLS] token."""
+    given = OPTIONS[name](kin.model()) if name in OPTIONS else {"keep": 0.4}
+    return given if kin.has_cls else given | FALLBACK.get(name, {})
 
 
 # -- by hand
@@ -564,7 +576,7 @@ WHOLE = {
     "lrs": "lrs chooses among the crops of an image",
 }
 #: Methods that merge or pick patches in the vision tower or behind it: what leaves it is no longer what it would be.
-IN_TOWER = [name for name in registry.names() if name != "atp" and merges_in_tower(name)]
+IN_TOWER = [name for name in registry.names() if name not in ("atp", *REPEATS) and merges_in_tower(name)]
 #: What cannot be had where a token is no patch of the tower as its layers leave it.
 UNLIKE = WHOLE | dict.fromkeys(IN_TOWER, "merges patches in or behind")
 
