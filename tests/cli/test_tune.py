@@ -80,6 +80,7 @@ def test_on_the_models_own_pictures(cli, tmp_path):
     assert vlmprune.patch(model, out / "recipe.yaml").methods == recipe.build()
     assert f"recipe: {out / 'recipe.yaml'}" in said
     assert "vlmprune serve --model scene-llava" in said
+    assert "they say nothing about a real model" in said
 
 
 def test_the_fast_enough_with_least_loss_wins(run):

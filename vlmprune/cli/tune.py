@@ -288,7 +288,7 @@ def tell(result: Result, loaded: Loaded, pairs: Sequence[Pair], folder: Path, ar
     from vlmprune.eval.report import render
     from vlmprune.eval.tune import report
     from vlmprune.runtime.files import write_whole
-    from vlmprune.runtime.tables import table
+    from vlmprune.runtime.tables import OVERHEAD, table
 
     path, best = folder / "recipe.yaml", result.best
     lines = [report.python_line(result), report.command_line(result), f'vlmprune.patch(model, "{path}")']
@@ -315,4 +315,6 @@ def tell(result: Result, loaded: Loaded, pairs: Sequence[Pair], folder: Path, ar
     print(table(header, rows[: len(result.finalists)], header[2:]))
     print(f"\n{report.verdict_line(result)}\n{report.statement(result, best)}\n")
     print("\n".join(lines))
+    if loaded.source.embedded:
+        print(f"\n{OVERHEAD}")
     print(f"\nreport: {folder / 'report.html'}\nrecipe: {path}")
