@@ -46,7 +46,7 @@ ORDER = ("tower", "nothing", "features", "question", "decoder", "")
 #: What --methods all does not try, and why; who names them gets them.
 LEFT_OUT = {
     "atp": "its modules are trained for one model: --methods atp --option weights=FOLDER.",
-    "downsample": "it takes detail away and no token, so it makes nothing faster.",
+    "downsample": "on most models it takes detail away and no token: --methods downsample tries it all the same.",
 }
 EXAMPLES = """\
 examples:
