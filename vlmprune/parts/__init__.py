@@ -40,8 +40,6 @@ if TYPE_CHECKING:
         ModelFacts,
         check_layer,
         need_cls,
-        need_patches,
-        need_sparse,
         need_views,
         scale_tower_layer,
     )
@@ -191,8 +189,6 @@ __all__ = [
     "most_apart",
     "nearest",
     "need_cls",
-    "need_patches",
-    "need_sparse",
     "need_views",
     "nested_cells",
     "peaks",
