@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         ModelFacts,
         check_layer,
         need_cls,
+        need_patches,
         need_views,
         scale_tower_layer,
     )
@@ -189,6 +190,7 @@ __all__ = [
     "most_apart",
     "nearest",
     "need_cls",
+    "need_patches",
     "need_views",
     "nested_cells",
     "peaks",
