@@ -40,9 +40,19 @@ class ClipLayer(HostLayer):
     names = ("self_attn", "mlp", "layer_norm1")
 
     @property
+    def query_projection(self) -> nn.Module:
+        """The module whose output the queries are, all heads side by side."""
+        return self.attention.q_proj
+
+    @property
     def key_projection(self) -> nn.Module:
-        """The module whose output the keys are, all heads side by side."""
+        """The same of the keys."""
         return self.attention.k_proj
+
+    @property
+    def value_projection(self) -> nn.Module:
+        """The same of the values."""
+        return self.attention.v_proj
 
     @property
     def scale(self) -> float:

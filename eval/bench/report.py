@@ -311,7 +311,7 @@ def selection_text(found: Sequence[dict[str, Any]]) -> str:
         for one in found
     ]
     note = (
-        "The published loops are those of DivPrune (max_min) and CDPruner (log_det). Times faster: "
-        f"{behind(found[0]['speedup'])}; vectors of {found[0]['dim']} numbers.\n{SPREAD}."
+        "The published loops are those of DivPrune (max_min), CDPruner (log_det), SCOPE and MMTok (coverage). "
+        f"Times faster: {behind(found[0]['speedup'])}; vectors of {found[0]['dim']} numbers.\n{SPREAD}."
     )
     return table(columns, rows, columns[1:]) + "\n\n" + note

@@ -69,15 +69,17 @@ def test_what_the_trace_says_is_what_was_computed(label, name, support):
     model, prompt = scene.model, scene.prompt(name)
     with torch.no_grad(), start(scene, name) as handle:
         got = with_cache(model, prompt)[:, 0]
-    trace, features = handle.trace, features_of(model, prompt)
+        features = features_of(model, prompt)  # of the patched tower: what it reads may be less
+        added = reference.injected(model, prompt, prompt["input_ids"].shape[1] + len(FORCED))
+    trace = handle.trace
     with torch.no_grad():
-        want, cut = replay(model, prompt, features, trace)
+        want, cut = replay(model, prompt, features, trace, added=added)
         same(label, got, want)
         assert cut or name == "m3"  # which has no smaller scale of a grid with an odd side
         # forced tokens that count on by columns; a kept token taken for a dropped one
         twins = [{"positions": "counted"}] * cut + [{"wrong": True}] * (cut and trace.cuts[-1].merge is None)
         for twin in twins:
-            astray = replay(model, prompt, features, trace, **twin)[0]
+            astray = replay(model, prompt, features, trace, added=added, **twin)[0]
             assert (astray - got)[1:].abs().max() > (1e-3 if label.endswith("moe") else 1e-5), twin
 
 
@@ -97,7 +99,7 @@ def test_a_row_of_a_batch_is_the_sample_alone(label, name, side, support):
 def test_beams_and_unpatching(label, name, support):
     scene = Scene(*QWEN[label])
     claim(support, scene, name, "beam search", "unpatching")
-    model, prompts = scene.model, scene.questions()
+    model, prompts = scene.model, scene.questions(name)
     both = tiny.batch(prompts)
     with torch.no_grad():
         before = model(**both).logits
@@ -118,9 +120,10 @@ def test_a_static_cache(label, name, support):
     with torch.no_grad(), start(scene, name) as handle:
         asked = {"cache_implementation": "static", "disable_compile": True}
         got = probes.generated_logits(model, prompt, forced, **asked)[0]
-        features = features_of(model, prompt)
+        trace, features = handle.trace, features_of(model, prompt)
+        added = reference.injected(model, prompt, prompt["input_ids"].shape[1] + len(FORCED))
     with torch.no_grad():
-        same(label, got, replay(model, prompt, features, handle.trace)[0])
+        same(label, got, replay(model, prompt, features, trace, added=added)[0])
 
 
 @product("second turn, text")

@@ -46,15 +46,15 @@ class Watched(Hook):
     """Base of pre-hooks of modules (a layer, a tower) inside which other hooks may want the frame.
 
     Attributes:
-        watching: shared with these; None where there are none.
+        watching: one shared with each of them.
     """
 
     _: KW_ONLY
-    watching: Watch | None = None
+    watching: tuple[Watch, ...] = ()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if self.watching is not None:
-            self.watching.end()
+        for watch in self.watching:
+            watch.end()
         return self.start(module, args, kwargs)
 
     def start(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -63,5 +63,5 @@ class Watched(Hook):
 
     def show(self, frame: Any) -> None:
         """Show the frame to the hooks inside."""
-        if self.watching is not None:
-            self.watching.begin(frame)
+        for watch in self.watching:
+            watch.begin(frame)

@@ -171,12 +171,14 @@ def first_of_equal(x: torch.Tensor) -> torch.Tensor:
 
 
 def gram(x: torch.Tensor, block: int = 256) -> torch.Tensor:
-    """All cosines of `(images, tokens, dim)` unit vectors; symmetric, so the lower half is a copy."""
-    out = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
-    for start in range(0, x.shape[1], block):
-        part = product(x[:, start : start + block], x[:, start:].transpose(1, 2))
-        out[:, start : start + block, start:] = part
-        out[:, start:, start : start + block] = part.transpose(1, 2)
+    """All cosines of `(..., tokens, dim)` unit vectors; symmetric, so the lower half is a copy."""
+    tokens = x.shape[-2]
+    out = x.new_empty(*x.shape[:-1], tokens)
+    for start in range(0, tokens, block):
+        end = start + block
+        part = product(x[..., start:end, :], x[..., start:, :].mT)
+        out[..., start:end, start:] = part
+        out[..., start:, start:end] = part.mT
     return out
 
 

@@ -122,6 +122,10 @@ def packed_pictures(
         for t, rows, cols in grid
     ]
     flat = [x.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1) for x in patches]
+    for picture, (frames, rows, cols) in zip(flat, grid, strict=True):
+        # a margin that repeats, as pages have one: the last column of tokens is the one beside it
+        raster = picture.view(frames, rows // vision.spatial_merge_size, cols // vision.spatial_merge_size, -1)
+        raster[:, :, -1:] = raster[:, :, -2:-1]
     values = torch.cat(flat).repeat(1, vision.temporal_patch_size)
     layouts = [[family.packing(inner, modality, size).trace()] for size in grid]
     return {pixels[modality]: values, f"{modality}_grid_thw": torch.tensor(grid)}, layouts
