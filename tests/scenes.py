@@ -91,6 +91,7 @@ TOLD = {
     "chooses among the crops": "crops whose grid is known are needed",
     "have a single view": "crops whose grid is known are needed",
     "a still picture has none": "of videos alone",
+    "reads pictures whole": "of towers that pack pictures of any size alone",
     "frames of a video are no screenshots": "of still pictures alone",
     "tokens alone": "in a prompt longer than the window, attention in a layer that has one says nothing of the rest",
     "recurrent": "it cuts in front of the first layer with attention, or looks at one that has none",
