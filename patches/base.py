@@ -46,6 +46,7 @@ class Family:
     trunk: ClassVar[str] = "vision_tower"  # the inner model's attribute that the tower is
     axes: ClassVar[int] = 1  # on how many axes a token's position lies: 1, or 3 (M-RoPE)
     packed: ClassVar[bool] = False  # whether the tower reads pictures of any size as one sequence
+    sparse: ClassVar[bool] = False  # whether such a tower can read a part of a picture's patches (`token_pixels`, ...)
     views: ClassVar[bool] = False
     needs_sizes: ClassVar[bool] = False  # whether the packing of images depends on more than the model
     modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -54,7 +55,9 @@ class Family:
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     usual_unit: ClassVar[int] = 1  # `unit` of the published checkpoints
     image: ClassVar[str] = ""  # what a budget per image is of, where that is not simply a picture
-    text: ClassVar[str] = "language_model"  # and the one that is its language model
+    text: ClassVar[str] = "language_model"  # the one that is its language model
+    projector: ClassVar[str] = "multi_modal_projector"  # and that between the two, by its path
+    by_formula: ClassVar[bool] = False  # whether `cost.flops` counts its tower and projector
     handing: ClassVar[bool] = True  # whether the tower hands its keyword arguments to its layers
     closed: ClassVar[bool] = False  # whether features leave the tower through a norm behind its last layer
     listed: ClassVar[bool] = False  # whether the views of all pictures of a row come as one list
@@ -136,6 +139,7 @@ class Family:
             view_patches=math.prod(self.side(inner)),
             axes=self.axes,
             packed=self.packed,
+            sparse=self.sparse,
             windowed=self.windowed(inner),
             tower_from=tower_from(inner.config.vision_config),
             unit=self.unit(inner),
@@ -236,6 +240,31 @@ class Family:
         """
         return values if unit == 1 else pooled(values, (math.isqrt(values.shape[1]),) * 2, unit)
 
+    def token_pixels(self, tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """`(tokens, numbers)`, the pixels of every token of what a `sparse` tower is handed, in raster order."""
+        raise NotImplementedError
+
+    def token_sizes(self, tower: nn.Module, sizes: Sequence[Any]) -> list[tuple[int, int, int]]:
+        """(frames, rows, columns) of tokens of images or videos of these sizes (of `sizes`)."""
+        raise NotImplementedError
+
+    def reading_order(self, tower: nn.Module, sizes: Sequence[Any]) -> torch.Tensor | None:
+        """`(tokens,)` long, which token a `sparse` tower reads where; None for raster order."""
+        return None
+
+    def mergers(self, tower: nn.Module) -> list[nn.Module]:
+        """The modules of a `sparse` tower that make `(tokens, dim)` of what its layers write."""
+        raise NotImplementedError
+
+    def of_patches(self, kwargs: dict[str, Any], stay: torch.Tensor, before: torch.Tensor) -> dict[str, Any]:
+        """Keyword arguments of a layer of a `sparse` tower for some of its patches.
+
+        Args:
+            stay: `(patches that stay,)` long, their numbers in the order of reading.
+            before: `(patches + 1,)` long, how many of those in front of each stay.
+        """
+        raise NotImplementedError
+
     def sized(self, modality: str) -> bool:
         """Whether the packing of an image or video depends on more than the model, which `sizes` tells."""
         return self.needs_sizes or modality == "video"
@@ -258,6 +287,13 @@ class Family:
             kwargs: arguments of the inner model.
         """
         return None
+
+    def said_of(self, inner: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the processor says of every token of `(batch, length)` prompts beside its id: arguments of the model."""
+        if self.axes == 1:
+            return {}
+        kinds = (ids == self.token(inner, modality) for modality in self.modalities)
+        return {"mm_token_type_ids": sum(number * kind for number, kind in enumerate(kinds, 1))}
 
     def told_kinds(self, kwargs: dict[str, Any]) -> torch.Tensor:
         """`token_type_ids` of a call with pictures.

@@ -187,7 +187,7 @@ def test_every_user_extra_is_in_the_developers_environment() -> None:
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     dev = config["options.extras_require"]["dev"]
-    assert "vlmprune[docs,plot,test,train]" in dev
+    assert "vlmprune[docs,plot,test,train,tune]" in dev
 
 
 # Installed, and imported from elsewhere

@@ -59,6 +59,8 @@ def model(family, dtype=torch.float32, seed=0, attn="sdpa", **text_options):
         for name, weight in made.named_parameters():
             if weight.ndim > 1:  # the default init hardly reacts to anything
                 weight.mul_(4.0 if "embed" not in name else 12.0)
+    if family == "qwen3_vl_moe" and dtype == torch.float64:
+        made.set_experts_implementation("eager")  # the others have no float64
     made.generation_config.eos_token_id = None
     return made.to(dtype).eval()
 
@@ -88,6 +90,21 @@ def packed(made, grids, seed, pixels, sizes):
     count = sum(t * rows * cols for t, rows, cols in grids)
     values = torch.randn(count, 3 * 2 * PATCH * PATCH, generator=generator)
     return {pixels: values.to(made.dtype), sizes: torch.tensor(grids)}
+
+
+def repeated(made, prompt):
+    """A prompt whose pictures repeat themselves, as screens do: from the middle on every row has one token's pixels."""
+    prompt = dict(prompt)
+    for name, sizes in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        if name in prompt:
+            prompt[name], start = prompt[name].clone(), 0
+            tokens = prompt[name].unflatten(0, (-1, MERGE**2))
+            for frames, rows, cols in (prompt[sizes] // torch.tensor([1, MERGE, MERGE])).tolist():
+                end = start + frames * rows * cols
+                raster = tokens[start:end].unflatten(0, (frames, rows, cols))
+                raster[:, :, cols // 2 :] = raster[:, :, cols // 2 :][:, :, :1].clone()
+                start = end
+    return prompt
 
 
 def placeholders(made, part, tokens, frames, generator):

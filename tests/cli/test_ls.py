@@ -133,12 +133,13 @@ def test_models(cli):
         assert word in out
     about = json.loads(cli("ls", "models", "--json")[1])
     towers = {tower["model_type"]: tower for tower in about["towers"]}
-    assert towers["clip_vision_model"]["refused_methods"] == {}
+    assert set(towers["clip_vision_model"]["refused_methods"]) == {"pixelprune"}
     assert "vtc_cls" in towers["siglip_vision_model"]["refused_methods"]
     assert "fopru" not in towers["siglip_vision_model"]["refused_methods"]
     assert "fallback='received'" in out
-    assert all("view" in why for why in about["families"][0]["refused_methods"].values())
-    assert about["families"][1]["refused_methods"] == {}
+    told = about["families"][0]["refused_methods"].items()
+    assert all("view" in why or name == "pixelprune" for name, why in told)
+    assert set(about["families"][1]["refused_methods"]) == {"pixelprune"}
     assert [family["model_type"] for family in about["families"]] == list(FAMILIES)
 
 
@@ -147,7 +148,7 @@ def test_what_cannot_run_on_which_family_is_listed(cli):
     families = {f["model_type"]: f for f in json.loads(cli("ls", "models", "--json")[1])["families"]}
     onevision = families["llava_onevision"]
     assert {"vtc_cls", "globalcom2", "todre"} <= set(onevision["refused_methods"])  # by its usual tower
-    merging = {"tome", "pitome", "visionzip", "prumerge", "prumerge_plus"}
+    merging = {"flowcut", "tome", "pitome", "visionzip", "prumerge", "prumerge_plus"}
     assert set(onevision["refused_inputs"]["videos"]) == merging | {"globalcom2", "globalcom2_fixed", "lrs", "showui"}
     assert set(onevision["refused_inputs"]["large images, whose canvas is shrunk"]) == merging | {"showui"}
     assert set(families["llava_next_video"]["refused_inputs"]) == {"videos"}

@@ -34,8 +34,9 @@ examples:
   vlmprune bench --engine vllm --method vtc_cls --keep 144,64 --concurrency 1,8,32      requests served by vLLM
 
 shapes, with random weights made on the device (no download): llava-1.5-7b, llava-next-7b, llava-onevision-7b,
-scene-llava, small (the default: a 0.3 B language model for two CPU cores), small-half (half of that, the default of
---engine), small-next (small with five views).
+qwen2.5-vl-7b, qwen3-vl-8b, internvl3.5-8b, scene-llava, small (the default: a 0.3 B language model for two CPU cores),
+small-half (half of that, the default of --engine), small-next (small with five views), and small-qwen2.5-vl,
+small-qwen3-vl and small-internvl (0.2 B language models).
 Prompts are random text around one random picture: times do not depend on what it shows.
 """
 
@@ -54,7 +55,6 @@ DEFAULTS: dict[str, Any] = {
     "stage_runs": 3,
 }
 QUICK = {"pairs": 5, "plain_runs": 5, "stage_runs": 1, "new_tokens": 16}
-LEAST = ("new_tokens", "pairs", "plain_runs", "stage_runs")  # one of each at least
 EITHER = (("model", "shape"), ("shape", "model"), ("keep", "average"), ("average", "keep"))  # one takes the other off
 CELLS = ("method", "keep", "average", "option", "batch")  # the flags that say which cells there are
 WRITTEN = ("json", "csv", "plot", "html")
@@ -64,11 +64,6 @@ INSTEAD = {
     "source": ("measures nothing", {"csv", "plot", "html", "compare"}),
     "engine": ("serves requests", bench_serving.USED),
 }
-
-
-def number(text: str) -> Any:
-    """A flag that takes a number."""
-    return Option(metavar="N", help=text)
 
 
 def file(text: str) -> Any:
@@ -93,15 +88,17 @@ def verb(
     option: flags.Options = [],  # noqa: B006
     recipe: flags.Recipe = None,
     batch: Annotated[str | None, Option(metavar="N[,N]", help="prompts at a time (default: 1)")] = None,
-    prompt_tokens: Annotated[int | None, number("text tokens of a prompt (default: 60)")] = None,
-    new_tokens: Annotated[int | None, number("tokens of an answer, 1 for the first alone (default: 32)")] = None,
+    prompt_tokens: Annotated[int | None, flags.number("text tokens of a prompt (default: 60)", 2)] = None,
+    new_tokens: Annotated[
+        int | None, flags.number("tokens of an answer, 1 for the first alone (default: 32)", 1)
+    ] = None,
     device: Annotated[str | None, flags.DEVICE] = None,
     dtype: Annotated[flags.DTypes | None, flags.DTYPE] = None,
-    pairs: Annotated[int | None, number("pairs of (pruned, oracle) first tokens (default: 15)")] = None,
-    plain_runs: Annotated[int | None, number("unpruned first tokens among them (default: 3)")] = None,
-    stage_runs: Annotated[int | None, number("runs with stamps (default: 3)")] = None,
+    pairs: Annotated[int | None, flags.number("pairs of (pruned, oracle) first tokens (default: 15)", 1)] = None,
+    plain_runs: Annotated[int | None, flags.number("unpruned first tokens among them (default: 3)", 1)] = None,
+    stage_runs: Annotated[int | None, flags.number("runs with stamps (default: 3)", 1)] = None,
     sizes: Annotated[
-        int | None, number("draw N picture sizes too, and tell what a new one costs (default: none)")
+        int | None, flags.number("draw N picture sizes too, and tell what a new one costs (default: none)", 1)
     ] = None,
     kernels: Annotated[
         Literal["auto", "torch", "triton", "cuda"] | None,
@@ -191,7 +188,6 @@ def time_selection(args: SimpleNamespace) -> None:
     from vlmprune.runtime.status import show, status
 
     pairs = (QUICK if args.quick else DEFAULTS)["pairs"] if args.pairs is None else args.pairs
-    flags.least(1, pairs=pairs)
     device, kernels = loading.pick_device(args.device or "auto"), effective_kernels(args.kernels)
     status("timing selection")
     replaced = run.Replaced()
@@ -245,15 +241,13 @@ def settings_of(args: SimpleNamespace, old: dict[str, Any] | None) -> dict[str, 
     """All settings: the flags given, else those of the old results, else the defaults.
 
     Raises:
-        UserError: a number out of range.
+        UserError: as `effective_kernels`.
     """
     settings = DEFAULTS | {"shape": "small", "model": None, "average": None, "option": [], "kernels": None}
     settings |= known(asked_in(old, args.method), settings) if old is not None else {}
     settings |= QUICK if args.quick else {}
     given = known(given_by(args), settings)
     settings |= {other: None for one, other in EITHER if one in given} | given
-    flags.least(2, prompt_tokens=settings["prompt_tokens"])
-    flags.least(1, **{name: settings[name] for name in LEAST}, sizes=args.sizes)
     beside = {name: min(settings[name], settings["pairs"]) for name in ("plain_runs", "stage_runs")}
     return settings | beside | {"kernels": effective_kernels(settings["kernels"])}
 
@@ -310,7 +304,7 @@ def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | N
     methods = flags.words_of(asked["method"], "--method")
     budgets = [budget_of(text, word) for text in flags.words_of(asked[word], f"--{word}")]
     options = flags.options_of(asked["option"])
-    batches = [batch_size(text) for text in flags.words_of(asked["batch"], "--batch")]
+    batches = flags.whole_numbers(asked["batch"], "--batch")
     with user_mistakes():
         todo = spec.jobs(methods, budgets, options, named=False)
         if getattr(args, word) is not None and idle(budgets, word, todo):
@@ -327,26 +321,15 @@ def idle(budgets: list[dict[str, Any]], word: str, todo: list[Job]) -> bool:
 def again(cells: list[dict[str, Any]]) -> list[tuple[Job, int]]:
     """The jobs that made cells, those of one batch together."""
     order = list(dict.fromkeys(cell["batch"] for cell in cells))
-    return [(one_job(cell), batch) for batch in order for cell in cells if cell["batch"] == batch]
-
-
-def one_job(cell: dict[str, Any]) -> Job:
-    """The job that made a cell."""
     with user_mistakes():
-        return spec.jobs([cell["method"]], [{}], cell["options"])[0]
+        made = [(spec.jobs([cell["method"]], [{}], cell["options"])[0], cell["batch"]) for cell in cells]
+    return sorted(made, key=lambda one: order.index(one[1]))
 
 
 def budget_of(text: str, word: str) -> dict[str, Any]:
     """A budget of --keep or --average; `none` is the method's own."""
     with user_mistakes():
         return {} if text == "none" else {word: spec.read_budget(text, word)}
-
-
-def batch_size(text: str) -> int:
-    """A batch size of --batch."""
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--batch {text!r} is not a whole number of at least 1.")
-    return int(text)
 
 
 def check_paths(args: SimpleNamespace) -> None:

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
     from vlmprune.eval.fidelity.report import Card, Study
     from vlmprune.runtime.loading import Loaded
+    from vlmprune.spec import Job
 
 __all__ = ["verb"]
 
-KEEP = "0.25"
 EXAMPLES = """\
 examples:
   vlmprune fidelity --images photos --prompts prompts.txt --model llava-hf/llava-1.5-7b-hf --method fopru,todre \\
@@ -62,10 +63,10 @@ def verb(
     controls: Annotated[
         str, Option(metavar="NAME[,NAME]", help="what methods are measured against at the same budgets, or none")
     ] = "random,grid,pool",
-    seeds: Annotated[int, Option(metavar="N", help="seeds of `random`, averaged")] = 3,
-    limit: Annotated[int | None, Option(metavar="N", help="only the first N pictures by name")] = None,
-    worst: Annotated[int, Option(metavar="N", help="pictures shown per method and budget")] = 10,
-    repeats: Annotated[int, Option(metavar="N", help="timed pairs with the unpruned model, 0 for none")] = 3,
+    seeds: Annotated[int, flags.number("seeds of `random`, averaged", 1)] = 3,
+    limit: flags.Limit = None,
+    worst: Annotated[int, flags.number("pictures shown per method and budget", 0)] = 10,
+    repeats: Annotated[int, flags.number("timed pairs with the unpruned model, 0 for none", 0)] = 3,
     min_agreement: Annotated[
         str | None, Option(metavar="SHARE", help="fail (exit code 1) where fewer answers stay the same (0.98 or 98%)")
     ] = None,
@@ -77,7 +78,7 @@ def verb(
         str | None, Option(metavar="SHARE", help="with --data: fail where the score loses more (1% or 0.01)")
     ] = None,
     max_new_tokens: flags.Longest = 64,
-    batch: Annotated[int, Option(metavar="N", help="prompts at a time; halved by itself where memory is short")] = 4,
+    batch: Annotated[int, flags.number("prompts at a time; halved by itself where memory is short", 1)] = 4,
     out: Annotated[str, Option(metavar="FOLDER", help="folder for the report")] = "fidelity-out",
     resume: Annotated[
         bool, Option("--resume", help="go on with the run in that folder; what is there is not measured again")
@@ -94,14 +95,26 @@ def verb(
     --method: fopru; without --keep and --average: a quarter of the patches.
     """
     args = SimpleNamespace(**locals())
+    with held(out, "fidelity", resume) as folder:
+        study(args, folder)
+
+
+@contextmanager
+def held(out: str, verb: str, resume: bool) -> Iterator[Path]:
+    """The folder that a verb writes into, for this run alone.
+
+    Raises:
+        UserError: it is in use, or holds a run and nobody said `resume`.
+        CommandError: it cannot be written into.
+    """
     from vlmprune.eval.fidelity.journal import JournalError, refuse_second
     from vlmprune.eval.lmms.store import StoreError, locked
 
     folder = flags.folder(out)
     try:
-        with locked(folder, "fidelity", "--out FOLDER"):
-            refuse_second(folder, resume)
-            study(args, folder)
+        with locked(folder, verb, "--out FOLDER"):
+            refuse_second(folder, resume, verb)
+            yield folder
     except (StoreError, JournalError) as error:
         raise UserError(str(error)) from None
     except OSError as error:
@@ -111,20 +124,13 @@ def verb(
 def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
     flags.one_of(prompts=args.prompts, data=args.data)
-    flags.least(1, max_new_tokens=args.max_new_tokens, batch=args.batch, seeds=args.seeds, limit=args.limit)
-    flags.least(0, worst=args.worst, repeats=args.repeats)
     least = least_of(args)
-    made = flags.alone(args.recipe, method=args.method, keep=args.keep, average=args.average, option=args.option)
-    methods = flags.words_of("fopru" if args.method is None else args.method, "--method")
-    controls = [] if args.controls.strip() == "none" else flags.words_of(args.controls, "--controls")
-    budgets, named = flags.budgets_of(args.keep, args.average, KEEP)
-    options = flags.options_of(args.option)
+    wanted = flags.wanted(args.method, args.keep, args.average, args.option, args.recipe)
     pairs, file = asked(args, folder), args.prompts or args.data or "the prompts"
     if not labelled(pairs, file) and (args.data or least.loss is not None):
         raise UserError(f'{file} has no answers: scores need --data with an "answer" in every line.')
 
     # from here on it takes seconds: torch and transformers are imported
-    from vlmprune import spec
     from vlmprune.eval.fidelity import report as fidelity_report
     from vlmprune.eval.fidelity import run as fidelity_run
     from vlmprune.eval.fidelity.costs import CostBook
@@ -133,13 +139,10 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import note
 
-    with user_mistakes():
-        todo = spec.jobs(methods, budgets, options, named) if made is None else [made]
-        if made is not None:
-            methods, budgets = [made.method], [spec.budgets_in(made.options)]
-        beside = spec.jobs([name for name in controls if name not in methods], budgets, {}, named=False)
+    todo = wanted.jobs()
+    beside = controls_of(args.controls, wanted, todo)
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
-    loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
+    loaded = loading.open_model(args.model, args.device, args.dtype)
     answering.check(loaded, [*todo, *beside])
     check_prompts(loaded, pairs, file)
     labels = Labels.of(pairs, args.metric)
@@ -171,6 +174,21 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     refuse_worse(told, least)
 
 
+def controls_of(names: str, wanted: flags.Wanted, todo: Sequence[Job]) -> list[Job]:
+    """The controls of --controls at the methods' budgets, but for those that are methods here.
+
+    Raises:
+        UserError: an unknown one.
+    """
+    from vlmprune import spec
+
+    controls = [] if names.strip() == "none" else flags.words_of(names, "--controls")
+    budgets = wanted.budgets if wanted.recipe is None else [spec.budgets_in(wanted.recipe.options)]
+    taken = {job.method for job in todo}
+    with user_mistakes():
+        return spec.jobs([name for name in controls if name not in taken], budgets, {}, named=False)
+
+
 @dataclass(frozen=True)
 class Least:
     """What a method must reach for exit code 0; None asks for nothing."""
@@ -186,21 +204,14 @@ def least_of(args: SimpleNamespace) -> Least:
     Raises:
         UserError: no share, or a speed-up that nothing measures.
     """
-    from vlmprune.spec import read_share
-
     if args.min_speedup is not None and not args.repeats:
         raise UserError("--min-speedup needs times: give --repeats.")
-    shares = {}
-    for name in ("min_agreement", "max_loss"):
-        given = getattr(args, name)
-        with user_mistakes():
-            shares[name] = None if given is None else read_share(given, flags.flag(name))
-    agreement, loss = shares.values()
-    if agreement is not None and not 0 < agreement <= 1:
-        raise UserError(f"--min-agreement {args.min_agreement} must be above 0 and at most 1 (100%).")
-    if loss is not None and not 0 <= loss < 1:
-        raise UserError(f"--max-loss {args.max_loss} must be at least 0 and under 1 (100%).")
-    return Least(agreement, args.min_speedup, loss)
+    agreement, loss = args.min_agreement, args.max_loss
+    return Least(
+        None if agreement is None else flags.share_of(agreement, "--min-agreement", whole=True),
+        args.min_speedup,
+        None if loss is None else flags.share_of(loss, "--max-loss", zero=True),
+    )
 
 
 def refuse_worse(told: Study, least: Least) -> None:
@@ -281,10 +292,11 @@ def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[Study
 
 def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
     """Refuse prompts that place several pictures, and name words that an embedded model does not know."""
+    from vlmprune.parts.templates import image_token
     from vlmprune.runtime.loading import unknown_words
     from vlmprune.runtime.status import note
 
-    token, strange = getattr(loaded.processor, "image_token", None) or "<image>", {}
+    token, strange = image_token(loaded.processor), {}
     for pair in {pair.prompt: pair for pair in pairs}.values():
         if pair.prompt.count(token) > 1:
             raise UserError(
@@ -339,7 +351,7 @@ def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
         "weights": fingerprints.files(Path(source.place)) if source.local else model.config._commit_hash,
         "adapter": fingerprints.files(Path(source.adapter)) if source.adapter else None,
         "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": loaded.about["dtype"],
         "max_new_tokens": args.max_new_tokens,
         "versions": flags.versions(),
     }
@@ -348,10 +360,7 @@ def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
 def about_run(loaded: Loaded, verb: str, args: SimpleNamespace, **more: Any) -> dict[str, Any]:
     """What somebody else needs to repeat a run of a verb."""
     return {
-        "model": loaded.source.name,
-        "family": loaded.model.config.model_type,
-        "device": str(loaded.model.device),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        **loaded.about,
         "versions": flags.versions(),
         "command": " ".join(("vlmprune", verb, *quoted(args))),
         "max_new_tokens": args.max_new_tokens,

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import date
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,12 +19,14 @@ from vlmprune.cli.fidelity import (
     asked,
     check_prompts,
     entries_of,
+    held,
     refuse_nothing,
     setting_of,
     worst_cards,
 )
-from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
+from vlmprune.runtime.errors import UserError, user_mistakes
 from vlmprune.runtime.prompts import Pair, labelled
+from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
     from vlmprune.eval.fidelity.measure import StudyEntry
@@ -45,7 +48,7 @@ LEFT_OUT = {
 }
 EXAMPLES = """\
 examples:
-  vlmprune tune                                    on pictures and questions that come with vlmprune, a few minutes
+  vlmprune tune --minutes 5                        on pictures and questions that come with vlmprune
   vlmprune tune --images photos --prompts prompts.txt --model llava-hf/llava-1.5-7b-hf --speedup 2 --max-loss 1%
   vlmprune tune --images photos --data data.jsonl --metric anls --speed-of first --methods fopru,vtc_cls,random
 
@@ -80,19 +83,19 @@ def verb(
     method: Annotated[
         str | None, Option(metavar="NAME", help="search this method's own options instead, those that have a range")
     ] = None,
-    trials: Annotated[int, Option(metavar="N", help="how many of them --method tries at each budget")] = 40,
+    trials: Annotated[int, flags.number("how many of them --method tries at each budget", 1)] = 40,
     keep: Annotated[
         str | None,
         Option(metavar="N[,N]", help=f"budgets that are tried, beside published schedules (default: {KEEP})"),
     ] = None,
     average: flags.Average = None,
     option: flags.Options = [],  # noqa: B006
-    minutes: Annotated[float, Option(metavar="N", help="end with what there is after so many")] = 30,
-    limit: Annotated[int | None, Option(metavar="N", help="only the first N pictures by name")] = None,
-    repeats: Annotated[int, Option(metavar="N", help="timed pairs of a candidate and the unpruned model")] = 5,
+    minutes: Annotated[float, flags.number("end with what there is after so many")] = 30,
+    limit: flags.Limit = None,
+    repeats: Annotated[int, flags.number("timed pairs of a candidate and the unpruned model", 1)] = 5,
     max_new_tokens: flags.Longest = 64,
-    batch: Annotated[int, Option(metavar="N", help="prompts at a time, in timing too")] = 1,
-    worst: Annotated[int, Option(metavar="N", help="pictures shown that lost most")] = 6,
+    batch: Annotated[int, flags.number("prompts at a time, in timing too", 1)] = 1,
+    worst: Annotated[int, flags.number("pictures shown that lost most", 0)] = 6,
     out: Annotated[str, Option(metavar="FOLDER", help="folder for report and recipe")] = "tune-out",
     resume: Annotated[bool, Option("--resume", help="go on with the search in that folder")] = False,
     device: flags.Device = "auto",
@@ -107,38 +110,11 @@ def verb(
     args = SimpleNamespace(**locals())
     flags.one_of(prompts=prompts, data=data)
     flags.one_of(methods=methods, method=method)
-    flags.least(1, limit=limit, repeats=repeats, max_new_tokens=max_new_tokens, batch=batch, trials=trials)
-    flags.least(0, worst=worst)
     if not speedup > 0 or not minutes > 0:
         raise UserError(f"--{'minutes' if speedup > 0 else 'speedup'} must be above 0.")
-    args.loss = share_of(max_loss)
-    from vlmprune.eval.fidelity.journal import JournalError, refuse_second
-    from vlmprune.eval.lmms.store import StoreError, locked
-
-    folder = flags.folder(out)
-    try:
-        with locked(folder, "tune", "--out FOLDER"):
-            refuse_second(folder, resume, "tune")
-            tune(args, folder)
-    except (StoreError, JournalError) as error:
-        raise UserError(str(error)) from None
-    except OSError as error:
-        raise CommandError(f"cannot write into {folder}: {brief(error)}") from None
-
-
-def share_of(text: str) -> float:
-    """The share of --max-loss.
-
-    Raises:
-        UserError: none, or none between 0 and 1.
-    """
-    from vlmprune.spec import read_share
-
-    with user_mistakes():
-        found = read_share(text, "--max-loss")
-    if not 0 < found < 1:
-        raise UserError(f"--max-loss {text} must be above 0 and under 1 (100%).")
-    return found
+    args.loss = flags.share_of(max_loss, "--max-loss")
+    with held(out, "tune", resume) as folder:
+        tune(args, folder)
 
 
 def tune(args: SimpleNamespace, folder: Path) -> None:
@@ -160,7 +136,7 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
             todo, refused = jobs_of(names, budgets, options)
         else:
             searched, todo, refused = *searched_of(args, options), {}
-    loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
+    loaded = loading.open_model(args.model, args.device, args.dtype)
     entries = list(
         entries_of(fitting(loaded, todo, refused, named=names is not None or args.method is not None), False, 1)
     )
@@ -185,7 +161,7 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
         if search.skipped:
             refuse_nothing(search.skipped, search.interrupted)
         raise UserError("there was no time to measure anything: give more --minutes, fewer --methods or --limit.")
-    complete = not search.over and len(candidates) == len(entries) and len(trials) in (0, len(todo) * (1 + args.trials))
+    complete = not search.over and not search.untimed and len(trials) in (0, len(todo) * (1 + args.trials))
     about = about_run(loaded, "tune", args, **{"pairs of timed runs": args.repeats})
     for name, why in search.refused.items():
         refused.setdefault(name, []).extend(why)
@@ -194,7 +170,8 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
     if search.interrupted:
         raise KeyboardInterrupt
     if not complete:
-        note("time was over before all was measured: --resume goes on")
+        few = f", {counted(len(search.untimed), 'candidate')} not tried at all" if search.untimed else ""
+        note(f"time was over before all was measured{few}: --resume goes on")
 
 
 def searched_of(args: SimpleNamespace, options: dict[str, Any]) -> tuple[dict[str, Range], list[Job]]:
@@ -242,7 +219,7 @@ def jobs_of(
 
     if names is not None:
         return of_methods(names, budgets, options), {}
-    jobs, classes, refused = [], {}, {name: [why] for name, why in LEFT_OUT.items()}
+    jobs, classes, refused = {}, {}, {name: [why] for name, why in LEFT_OUT.items()}
     for name in registry.names():
         try:
             classes[name] = registry.find(name)
@@ -252,10 +229,11 @@ def jobs_of(
     for name, cls in classes.items():
         mine = {key: value for key, value in options.items() if spec.takers(key, {name: cls})}
         try:
-            jobs += of_methods([name], budgets, mine) if name not in LEFT_OUT else []
+            jobs[name] = of_methods([name], budgets, mine) if name not in LEFT_OUT else []
         except (TypeError, ValueError, FileNotFoundError) as error:  # it needs an option, or a file
             refused[name] = [str(error)]
-    return jobs, refused
+    by_budget = zip_longest(*jobs.values())  # should time be short, all methods were tried at some
+    return [job for some in by_budget for job in some if job is not None], refused
 
 
 def of_methods(names: Sequence[str], budgets: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[Job]:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from vlmprune import kernels
-from vlmprune.kernels.reference import CHUNK, upcast, visible_keys
+from vlmprune.kernels.precision import product
+from vlmprune.kernels.reference import CHUNK, by_key_head, upcast, visible_keys
 
 __all__ = [
     "Visible",
@@ -72,11 +73,9 @@ def mean_logits(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `attention_mass` without the softmax: weighted mean over the query rows that see a key; `bias` is ignored."""
-    query, key = upcast(query), upcast(key)
-    batch, heads, rows, _ = query.shape
+    batch, _, rows, _ = query.shape
     keys = key.shape[2]
-    key = key[:, :, None].transpose(-1, -2)
-    query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    query, key = by_key_head(query, key)
     weight = query.new_ones(batch, rows) if weight is None else weight.to(query.dtype)
     total = query.new_zeros(batch, keys)
     seen = torch.zeros_like(total)
@@ -86,7 +85,7 @@ def mean_logits(
         at = None if visible.at is None else visible.at[:, part]
         if (may := visible_keys(at, visible.real, visible.window, keys)) is not None:
             share = share * may
-        total += ((query[:, :, :, part] @ key).mean((1, 2)) * share).sum(1)
+        total += (product(query[:, :, :, part], key).mean((1, 2)) * share).sum(1)
         seen += share.sum(1)
     return total * scale / torch.where(seen > 0, seen, 1)
 
@@ -100,7 +99,7 @@ def cls_logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Te
     Returns:
         `(..., patches)`.
     """
-    return (upcast(key) @ upcast(query)[..., None]).squeeze(-1).mean(-2) * scale
+    return product(upcast(key), upcast(query)[..., None]).squeeze(-1).mean(-2) * scale
 
 
 def distinctness(tokens: torch.Tensor) -> torch.Tensor:
