@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import kin
+import kin.family
+import kin.models
 import tiny
 import tiny_folders
 import tiny_qwen
@@ -57,7 +58,7 @@ def save_other(folder: Path, name: str) -> str:
         made.config.text_config.rope_parameters["mrope_interleaved"] = name == "qwen3_vl"
     else:
         torch.manual_seed(0)
-        made, reads = kin.lively(kin.KIN[name].build(language=LANGUAGE | {"head_dim": 32})), internvl_processor()
+        made, reads = kin.family.lively(kin.KIN[name].build(language=LANGUAGE | {"head_dim": 32})), internvl_processor()
     made.generation_config.eos_token_id = made.config.text_config.eos_token_id
     made.save_pretrained(folder)
     reads.save_pretrained(folder)
@@ -81,7 +82,7 @@ def qwen_processor(family: str):
 
 def internvl_processor():
     """Of pictures with up to four tiles and a thumbnail."""
-    size = {"height": kin.SIDE, "width": kin.SIDE}
+    size = {"height": kin.models.SIDE, "width": kin.models.SIDE}
     words = tiny_folders.tokenizer(
         context_image_token="<image>", start_image_token=OPENS, end_image_token=CLOSES, video_token="user:"
     )

@@ -297,7 +297,7 @@ def usual(name: str) -> tuple[Family, ModelFacts]:
     facts = ModelFacts(
         name, 24, 23 if behind else 22, TOWERS[family.usual_tower], decoder_layers=32, views=family.views,
         view_patches=0 if family.packed else 36, axes=family.axes, packed=family.packed, unit=family.usual_unit,
-        closed=family.closed,
+        closed=family.closed, sparse=family.sparse,
     )  # fmt: skip
     return family, facts
 
