@@ -133,7 +133,8 @@ class Model:
             for (label, budget), some in found.items()
             if {row["task"] for row in some} == {*every}  # a part of a run is no row
         ]
-        self.compare()
+        if any(line.label == NONE for line in self.lines):
+            self.compare()
 
     def line(
         self, label: str, budget: float | None, rows: list[dict[str, Any]], whole: dict[str, float], cost: Any
@@ -210,7 +211,9 @@ class Table:
         short = [row for row in rows if "said_yes" in row]
         names = dict.fromkeys(row["model"] for row in short)
         order = [name for name in testbed.NAMES if name in names]
-        self.models = [Model(name, [row for row in short if row["model"] == name], timed) for name in order]
+        models = [Model(name, [row for row in short if row["model"] == name], timed) for name in order]
+        # an unfinished run may lack the unpruned model, or `random`: then there is nothing to compare with
+        self.models = [model for model in models if {NONE, "random"} <= {line.label for line in model.lines}]
         longs = [row for row in rows if row["task"] == LONG]
         self.long = Model(longs[0]["model"], longs, []) if longs else None
         self.made_up = {(row["label"], (row["budget"] or {}).get("keep"), row["seed"]): row["made_up"] for row in longs}
@@ -279,7 +282,7 @@ def cells(table: Table) -> Iterator[tuple[Model, float, list[Line]]]:
     """Every model and budget with the methods that were asked there."""
     for model in table.models:
         for budget in BUDGETS:
-            if lines := [line for line in model.at(budget, controls=False) if line.against]:
+            if lines := [line for line in model.at(budget, controls=False) if "random" in line.against]:
                 yield model, budget, lines
 
 
@@ -411,6 +414,8 @@ def false_yes(table: Table) -> str:
     rows, apart, count = [], [], {}
     for model, budget, lines in cells(table):
         rates = means(lines, lambda line: line.said_yes)
+        if not {"tower", "features"} <= set(rates):
+            continue
         apart.append(plain_difference(rates["features"] - rates["tower"]))
         told = [f"{100 * rates[group].mean():.0f}" if group in rates else "" for group in KINDS]
         shown = [f"{100 * one.said_yes.mean():.0f}" for one in (model.full, model.random(budget))]

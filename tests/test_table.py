@@ -56,6 +56,26 @@ def made() -> dict:
     }
 
 
+def test_the_page_is_what_the_results_say():
+    answers, costs = (json.loads(path.read_text()) for path in (results.ANSWERS, results.COSTS))
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(page.Table(answers, costs)), (
+        "docs/table.md is not what benchmarks/table.json says: run `python scripts/table_page.py`"
+    )
+
+
+def test_every_row_of_the_config_is_there_or_said_to_be_missing():
+    answers = json.loads(results.ANSWERS.read_text())
+    config = results.load_config(results.CONFIG)
+    missing = sum(run["missing"] for run in answers["runs"])
+    for setting in config.settings:
+        if results.native(setting) is None:
+            there = {row["label"] for row in answers["rows"] if row["model"] == setting.name}
+            labels = {entry.label for entry in (*setting.methods, *setting.controls)}
+            assert there <= labels
+            assert there == labels or missing
+    assert ("cells of the run are missing" in page.PAGE.read_text()) == bool(missing)
+
+
 def test_scores_survive_being_packed():
     rng = np.random.default_rng(0)
     bits = rng.integers(2, size=37).astype(float)
@@ -115,6 +135,14 @@ def test_costs_and_fronts(made):
     assert "| scene-llava | prefill time | `fopru` 50 % (50 %: 100.0) |" in told
     assert "| scene-llava, 50 % | 0.50 | 2.00 | 2.00 | 1 | 1 | 2 |" in told
     assert "| `fopru` | 50 % | 60 % | 2.00 [1.90, 2.10] | 100.0 | +0.0" in told
+
+
+@pytest.mark.parametrize("there", [("none",), ("none", "fopru"), ("fopru", "random"), ("none", "fopru", "random")])
+def test_an_unfinished_run_makes_a_page(made, there):
+    made["rows"] = [row for row in made["rows"] if row["label"] in there]
+    told = page.page(page.Table(made, None))
+    assert ("#### scene-llava, 50 %" in told) == ({"none", "random"} <= set(there))
+    assert "2 cells of the run are missing" in told
 
 
 def test_a_part_of_a_row_is_no_row(made):
