@@ -127,7 +127,7 @@ class Model:
         found: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
         for row in rows:
             found.setdefault((row["label"], (row["budget"] or {}).get("keep")), []).append(row)
-        whole = {row["task"]: row["tokens_before"] for row in rows if row["method"] == NONE and row["label"] == NONE}
+        whole = {row["task"]: row["tokens_before"] for row in rows if row["label"] != NATIVE}
         self.lines = [
             self.line(label, budget, some, whole, cost.get((label, str(some[0]["budget"]))))
             for (label, budget), some in found.items()
@@ -156,10 +156,6 @@ class Model:
     def full(self) -> Line:
         return next(line for line in self.lines if line.label == NONE)
 
-    @cached_property
-    def resampler(self) -> statistics.Resampler:
-        return statistics.Resampler(self.clusters)
-
     def random_for(self, line: Line) -> Line | None:
         """`random` at the same budget, or of about as many tokens over layers where a method has its own."""
         drawn = [one for one in self.lines if one.label == "random"]
@@ -174,22 +170,30 @@ class Model:
 
     def compare(self) -> None:
         """Every line against the unpruned model and against `random`."""
+        pairs = []
         for line in (one for one in self.lines if one is not self.full):
             bases = {"full": self.full, "random": self.random_for(line) if line.label != "random" else None}
-            for name, base in bases.items():
-                if base is not None:
-                    line.against[name] = self.difference(line.scores, base.scores)
+            pairs += [(line, name, base) for name, base in bases.items() if base is not None]
+        found = self.differences([line.scores for line, *_ in pairs], [base.scores for *_, base in pairs])
+        for (line, name, _), against in zip(pairs, found, strict=True):
+            line.against[name] = against
 
-    def difference(self, scores: np.ndarray, base: np.ndarray, mine: np.ndarray | None = None) -> Against:
-        """Of two lines' scores, on the questions of a mask or on all; whole pictures are drawn, and given signs."""
-        mine = np.ones(len(scores), bool) if mine is None else mine
-        apart, names = (scores - base)[mine], [name for name, there in zip(self.clusters, mine, strict=True) if there]
-        resampler = self.resampler if mine.all() else statistics.Resampler(names)
-        drawn = resampler.means(names, apart)
-        found, _ = statistics.difference(drawn, float(apart.mean()), len(resampler), 1.0, not apart.any())
+    def differences(
+        self, scores: Sequence[np.ndarray], bases: Sequence[np.ndarray], mine: np.ndarray | None = None
+    ) -> list[Against]:
+        """Of pairs of scores, on the questions of a mask or on all; whole pictures are drawn, and given signs."""
+        if not scores:
+            return []
+        mine = np.ones(len(self.clusters), bool) if mine is None else mine
+        names = [name for name, there in zip(self.clusters, mine, strict=True) if there]
+        apart, resampler = np.stack(scores, 1)[mine] - np.stack(bases, 1)[mine], statistics.Resampler(names)
         where = np.array([resampler.position[name] for name in names])
-        sums = np.bincount(where, apart, len(resampler))
-        return Against(100 * found.value, 100 * found.low, 100 * found.high, statistics.sign_flip(sums))
+        made = []
+        for drawn, column in zip(resampler.means(names, apart).T, apart.T, strict=True):
+            found, _ = statistics.difference(drawn, float(column.mean()), len(resampler), 1.0, not column.any())
+            p = statistics.sign_flip(np.bincount(where, column, len(resampler)))
+            made.append(Against(100 * found.value, 100 * found.low, 100 * found.high, p))
+        return made
 
     def of(self, line: Line, split: str) -> float:
         """A line's score on one split."""
@@ -367,7 +371,7 @@ def rivals(table: Table) -> str:
     for model in table.models:
         for line in (one for one in model.lines if one.label == NATIVE and model.at(one.budget, controls=False)):
             others = model.at(line.budget, controls=False)
-            apart = [model.difference(other.scores, line.scores) for other in others]
+            apart = model.differences([other.scores for other in others], [line.scores] * len(others))
             correct(apart)
             best = max(others, key=score)
             flops = ["" if one.flops is None else f", {percent(one.flops)} of the FLOPs" for one in (line, best)]
@@ -391,7 +395,7 @@ def kinds(table: Table) -> str:
         for budget in BUDGETS:
             found = means(model.at(budget, controls=False), lambda line: line.scores)
             if {"tower", "features"} <= set(found):
-                apart.append(model.difference(found["features"], found["tower"], mine))
+                apart += model.differences([found["features"]], [found["tower"]], mine)
                 told = [f"{100 * found[group][mine].mean():.1f}" if group in found else "" for group in KINDS]
                 rows.append([f"{split}, {percent(budget)}", *told])
     correct(apart)
