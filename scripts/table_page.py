@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -596,9 +597,10 @@ All methods that run on the [embedded models](../eval/testbed/README.md), beside
 native rival (fewer pixels or crops for equal tokens), at a half, a quarter, a tenth and a twentieth of the visual
 tokens. **These are models of two million parameters that answer questions about drawn scenes. Nothing here is a claim
 about any other model**: a method that leads here may lose on photographs, and the other way round
-([ledger](#the-ledger)). No method was tuned to them; all run with their sources' options, but those that a model
-without a [CLS] token needs. They renumber positions or keep them as their sources do, which matters to models this
-small ([results](results.md)).
+([ledger](#the-ledger)). No method was tuned to them. All run with their sources' options, except where a model lacks
+something: `todre` starts from the mean patch where there is no [CLS] token, and `cdpruner` reads the question by the
+language model's embeddings, for these towers have no text half. They renumber positions or keep them as their sources
+do, which matters to models this small ([results](results.md)). `prunesid` and `tcc` draw numbers too, and ran with one seed.
 
 ```bash
 vlmprune eval table.yaml                              # an hour of one CPU core; started again, it goes on
@@ -617,6 +619,10 @@ they can be as small as that needs. An interval without 0 in it that is not bold
 ## In short
 
 {bullets}
+
+![Accuracy against tokens over layers, FLOPs and time of a prefill](table.png)
+
+Crosses are controls (the native rival too), the dotted line the unpruned model, the grey one the front.
 
 ## All rows
 
@@ -639,11 +645,39 @@ theirs. It was not run by us.
 """
 
 
+def draw(table: Table, path: Path) -> None:
+    """Accuracy against cost: a row for each model, a column for each cost, a colour for each group."""
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(
+        len(table.models), len(COSTS_BY), figsize=(4.2 * len(COSTS_BY), 3.4 * len(table.models)), squeeze=False
+    )
+    for axes, model in zip(grid, table.models, strict=True):
+        lines = [line for line in model.lines if line.method != "downsample"]
+        for axis, (kind, cost) in zip(axes, COSTS_BY.items(), strict=True):
+            for group, told in {**KINDS, "nothing": "controls"}.items():
+                mine = [line for line in lines if line.group == group and cost(line) is not None]
+                look = {"marker": "x", "color": "black"} if group == "nothing" else {"marker": "o", "alpha": 0.7}
+                axis.scatter(
+                    [100 * cost(line) for line in mine], [line.score for line in mine], s=18, label=told, **look
+                )
+            front = [line for line in pareto(model, cost) if cost(line) is not None]
+            axis.step([100 * cost(line) for line in front], [line.score for line in front], where="post", color="0.6")
+            axis.axhline(model.full.score, linestyle=":", color="0.5")
+            axis.set(title=model.name, xlabel=f"{kind}, % of unpruned", ylabel="right answers, %")
+    grid[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def main() -> None:
-    """Write the page."""
+    """Write the page and its picture."""
     answers = json.loads(ANSWERS.read_text())
     costs = json.loads(COSTS.read_text()) if COSTS.is_file() else None
-    PAGE.write_text(page(Table(answers, costs)), encoding="utf-8")
+    table = Table(answers, costs)
+    PAGE.write_text(page(table), encoding="utf-8")
+    draw(table, PAGE.with_suffix(".png"))
 
 
 if __name__ == "__main__":
