@@ -600,7 +600,8 @@ about any other model**: a method that leads here may lose on photographs, and t
 ([ledger](#the-ledger)). No method was tuned to them. All run with their sources' options, except where a model lacks
 something: `todre` starts from the mean patch where there is no [CLS] token, and `cdpruner` reads the question by the
 language model's embeddings, for these towers have no text half. They renumber positions or keep them as their sources
-do, which matters to models this small ([results](results.md)). `prunesid` and `tcc` draw numbers too, and ran with one seed.
+do, which matters to models this small ([results](results.md)). `prunesid` and `tcc` draw numbers too, and ran with one
+seed.
 
 ```bash
 vlmprune eval table.yaml                              # an hour of one CPU core; started again, it goes on

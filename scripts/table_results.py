@@ -155,7 +155,7 @@ def answers(folders: list[Path], out: Path) -> None:
     for model, task in {(row["model"], row["task"]) for row in rows}:
         if len(counts := {row["count"] for row in rows if (row["model"], row["task"]) == (model, task)}) > 1:
             raise SystemExit(f"{task} of {model} was asked with limits {sorted(counts)}: evaluate with one.")
-    order = [name for setting in config.settings for name in (setting.name,)]
+    order = [setting.name for setting in config.settings]
     rows.sort(key=lambda row: order.index(row["model"]))
     save(out, {"format": FORMAT, "runs": runs, "absent": absent(config)}, rows)
     print(f"{out}: {len(rows)} rows")

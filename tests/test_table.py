@@ -161,6 +161,39 @@ def test_a_method_with_a_budget_of_its_own_is_compared_by_layers(made):
     assert "random" not in next(line for line in model.lines if line.label == "atp").against
 
 
+def cell(**about) -> dict:
+    """A cell of a run: the first 40 crowded questions, the odd ones right, yes to everything else."""
+    questions = results.asked(TASKS["crowded"], 40)
+    samples = [
+        {"doc": i, "score": float(i % 2), "target": one.answer, "answer": one.answer if i % 2 else "yes"}
+        | {"tokens_before": 100, "tokens_after": 10, "layer_average": 10 + i, "output_tokens": 2}
+        for i, one in enumerate(questions)
+    ]
+    named = {"id": "x", "model": "scene-llava", "method": "fopru", "label": "fopru", "options": {}, "control": False}
+    named |= {"budget": {"keep": 0.1}, "seed": None, "task": TASKS["crowded"]}
+    return {"cell": named | about, "samples": samples[::-1], "error": None, "metrics": {"made_up": {"value": 0.25}}}
+
+
+def test_a_cell_becomes_a_row():
+    row = results.row_of(cell(), {})
+    assert np.array_equal(results.unpacked(row["scores"], 40), np.arange(40) % 2)
+    no = results.no_of(TASKS["crowded"], 40)
+    assert np.array_equal(results.unpacked(row["said_yes"], len(no)), [1 - i % 2 for i in no])
+    assert (row["layer_average"], row["count"], row["control"]) == (29.5, 40, False)
+    rival = results.row_of(
+        cell(model="scene-llava-0.5", method="none"), {"scene-llava-0.5": ("scene-llava", {"keep": 0.5})}
+    )
+    assert (rival["model"], rival["label"], rival["budget"], rival["control"]) == (
+        "scene-llava", results.NATIVE, {"keep": 0.5}, True
+    )  # fmt: skip
+    other = cell()
+    other["samples"][3]["target"] = "something else"
+    with pytest.raises(SystemExit, match="x answers other questions"):
+        results.row_of(other, {})
+    long = cell(task=page.LONG)
+    assert results.row_of(long, {})["made_up"] == 0.25
+
+
 def test_native_rivals_are_told_from_their_names():
     settings = results.load_config(results.CONFIG).settings
     found = [(setting.name, results.native(setting)) for setting in settings if results.native(setting)]
