@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,13 @@ SURE = 0.05
 NEAR = 0.1
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
 GROUPS = {**LOOKS_AT, "nothing": "nothing (controls)"}
+#: Made for flat screenshots, and so no example of its group here.
+APART = "showui"
 #: The groups of methods that are compared as groups.
 KINDS = {"tower": "attention", "features": "likeness", "question": "question", "decoder": "inside the LLM"}
 RIVALS = {"scene-qwen": "fewer pixels", "scene-llava-next": "one crop"}
+#: Where positions lie on three axes (M-RoPE), none is renumbered.
+THREE_AXES = ("scene-qwen",)
 LONG = "vlmprune_scene_llava_long"
 
 
@@ -279,7 +283,8 @@ def groups_of(lines: Sequence[Line]) -> list[str]:
 
 
 def means(lines: Sequence[Line], what: Callable[[Line], np.ndarray]) -> dict[str, np.ndarray]:
-    """Something of every sample, averaged over the methods of a group."""
+    """Something of every sample, averaged over the methods of a group, without the one that is apart."""
+    lines = [line for line in lines if line.method != APART]
     return {g: np.mean([what(line) for line in lines if line.group == g], 0) for g in groups_of(lines)}
 
 
@@ -355,13 +360,13 @@ def losses(table: Table) -> str:
     """Who is below random."""
     made = []
     for model in table.models:
-        below = [
-            f"{name_of(line, model)} at {percent(line.budget)} ({line.against['random'].value:+.1f})"
-            for budget in BUDGETS
-            for line in model.at(budget)
-            if "random" in line.against and line.against["random"].worse
-        ]
-        made += [f"- {model.name}: {listed(below)}."] if below else []
+        below: dict[str, list[str]] = {}
+        for line in (one for budget in BUDGETS for one in model.at(budget) if "random" in one.against):
+            if line.against["random"].worse:
+                told = f"{percent(line.budget)}: {line.against['random'].value:+.1f}"
+                below.setdefault(name_of(line, model), []).append(told)
+        found = [f"{name} ({', '.join(some)})" for name, some in below.items()]
+        made += [f"- {model.name}: {listed(found)}."] if found else []
     told = "**Below `random`** at the same budget for certain, controls included (in points):"
     return "\n".join([told, "", *made]) if made else f"{told} none."
 
@@ -406,12 +411,21 @@ def kinds(table: Table) -> str:
         ]
         sure = [f"{budget} ({one.value:+.1f})" for budget, one in mine if one.sure]
         words.append(f"on {split} pictures at {listed(sure) if sure else 'no budget'}")
+    pulled = 0.0 if not rows else np.mean([drag(model, budget) for budget in BUDGETS if model.at(budget)])
     told = f"""\
 **Attention or diversity?** Public findings: the tower's attention does better on simple pictures, diversity on
-crowded ones. Here (scene-llava, means over the methods of a group) the two differ for certain {listed(words)}; a plus
-is for diversity. Last column: likeness minus attention, corrected within this table:"""
+crowded ones. Here (scene-llava, means over the methods of a group, without `showui`, which is made for flat screenshots
+and would pull likeness down by {pulled:.0f} points) the two differ for certain {listed(words)}; a plus is for
+diversity. Last column: likeness minus attention, corrected within this table:"""
     rows = [[*row, str(one)] for row, one in zip(rows, apart, strict=True)]
     return f"{told}\n\n{markdown(['scenes, tokens left', *KINDS.values(), 'difference'], rows)}" if rows else ""
+
+
+def drag(model: Model, budget: float) -> float:
+    """How far the method that is apart would pull down the mean of its group, in points."""
+    scores = {line.label: line.score for line in model.at(budget, controls=False) if line.group == "features"}
+    rest = [score for label, score in scores.items() if label != APART]
+    return float(np.mean(rest) - np.mean([*scores.values()])) if rest else 0.0
 
 
 def false_yes(table: Table) -> str:
@@ -432,7 +446,7 @@ def false_yes(table: Table) -> str:
     asked_of = listed([f"{number} of {name}" for name, number in count.items()])
     told = f"""\
 **Does diversity hallucinate more?** Public findings say so. Per cent of the questions `is there a ... ?` about things
-that are not in the picture which are answered yes, as means over the methods of a group. There are few such questions
+that are not in the picture which are answered yes, as means over the same methods. There are few such questions
 ({asked_of}). Methods that go by likeness say yes more often for certain at: {listed(more)}; less often at:
 {listed(less)} (last column: likeness minus attention, corrected within this table):"""
     rows = [[*row, f"**{one.value:+.1f}**" if one.sure else f"{one.value:+.1f}"] for row, one in named]
@@ -479,9 +493,18 @@ def overview(model: Model) -> str:
     rows = []
     for place, label in order:
         mine = {line.budget: line for line in model.lines if line.label == label}
-        cells = [score_of(mine[budget]) if budget in mine else "" for budget in BUDGETS]
-        rows.append([name_of(next(iter(mine.values())), model), GROUPS[list(GROUPS)[place]], *cells])
-    return markdown(["method", "looks at", *map(percent, BUDGETS)], rows, 2)
+        scores = [score_of(mine[budget]) if budget in mine else "" for budget in BUDGETS]
+        one = next(iter(mine.values()))
+        rows.append([name_of(one, model), GROUPS[list(GROUPS)[place]], positions(one, model), *scores])
+    return markdown(["method", "looks at", "positions", *map(percent, BUDGETS)], rows, 3)
+
+
+def positions(line: Line, model: Model) -> str:
+    """What becomes of the positions of the tokens that stay."""
+    if line.label == NATIVE or "positions" not in registry.options(registry.find(line.method)):
+        return ""
+    own = next(field for field in fields(registry.find(line.method)) if field.name == "positions").default
+    return "kept" if own == "original" or (own is None and model.name in THREE_AXES) else "renumbered"
 
 
 def score_of(line: Line) -> str:
@@ -564,12 +587,12 @@ def left_out(table: Table) -> str:
 def origin(table: Table) -> str:
     """Where the numbers come from."""
     told = [
-        f"commit {(run['commit'] or 'unknown')[:12]}, {run['started'][:10]}, {run['device']}, "
+        f"commit {(run['commit'] or 'unknown')[:12]}, {run['day']}, {run['device']}, "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version and name != "python")
         for run in table.about["runs"]
     ]
     runs = "; ".join(told)
-    lost = sum(run["missing"] for run in table.about["runs"])
+    lost = table.about["missing"]
     unfinished = f" **{lost} cells of the run are missing still, and so are their rows.**" if lost else ""
     asked = ", ".join(f"{len(model.clusters)} questions about {len(set(model.clusters))} pictures of {model.name}"
                       for model in table.models)  # fmt: skip
@@ -604,7 +627,7 @@ do, which matters to models this small ([results](results.md)). `prunesid` and `
 seed.
 
 ```bash
-vlmprune eval table.yaml                              # an hour of one CPU core; started again, it goes on
+vlmprune eval table.yaml                              # under an hour of one CPU core; started again, it goes on
 python scripts/table_results.py answers runs/table    # -> benchmarks/table.json
 python scripts/table_results.py costs                 # -> benchmarks/table-costs.json
 python scripts/table_page.py                          # -> this page

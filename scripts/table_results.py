@@ -145,19 +145,22 @@ def answers(folders: list[Path], out: Path) -> None:
     config = load_config(CONFIG)
     natives = {setting.name: found for setting in config.settings if (found := native(setting))}
     cells: dict[str, dict[str, Any]] = {}
-    runs = []
+    planned: set[str] = set()
+    runs: list[dict[str, Any]] = []
     for folder in folders:
         run = store.load_run(folder)
         cells |= {cell["cell"]["id"]: cell for cell in run.cells if cell["error"] is None}
-        words = ("commit", "started", "finished", "device", "versions")
-        runs.append({word: run.info[word] for word in words} | {"missing": len(run.missing)})
+        planned |= {*run.info["cells"]}
+        about = {word: run.info[word] for word in ("commit", "device", "versions")} | {"day": run.info["started"][:10]}
+        runs += [about] if about not in runs else []
     rows = [row_of(cell, natives) for cell in cells.values()]
     for model, task in {(row["model"], row["task"]) for row in rows}:
         if len(counts := {row["count"] for row in rows if (row["model"], row["task"]) == (model, task)}) > 1:
             raise SystemExit(f"{task} of {model} was asked with limits {sorted(counts)}: evaluate with one.")
     order = [setting.name for setting in config.settings]
     rows.sort(key=lambda row: order.index(row["model"]))
-    save(out, {"format": FORMAT, "runs": runs, "absent": absent(config)}, rows)
+    about = {"format": FORMAT, "missing": len(planned - cells.keys()), "runs": runs, "absent": absent(config)}
+    save(out, about, rows)
     print(f"{out}: {len(rows)} rows")
 
 
