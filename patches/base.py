@@ -46,6 +46,7 @@ class Family:
     trunk: ClassVar[str] = "vision_tower"  # the inner model's attribute that the tower is
     axes: ClassVar[int] = 1  # on how many axes a token's position lies: 1, or 3 (M-RoPE)
     packed: ClassVar[bool] = False  # whether the tower reads pictures of any size as one sequence
+    sparse: ClassVar[bool] = False  # whether such a tower can read a part of a picture's patches (`token_pixels`, ...)
     views: ClassVar[bool] = False
     needs_sizes: ClassVar[bool] = False  # whether the packing of images depends on more than the model
     modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -136,6 +137,7 @@ class Family:
             view_patches=math.prod(self.side(inner)),
             axes=self.axes,
             packed=self.packed,
+            sparse=self.sparse,
             windowed=self.windowed(inner),
             tower_from=tower_from(inner.config.vision_config),
             unit=self.unit(inner),
@@ -235,6 +237,31 @@ class Family:
             unit: of the model (`unit`).
         """
         return values if unit == 1 else pooled(values, (math.isqrt(values.shape[1]),) * 2, unit)
+
+    def token_pixels(self, tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """`(tokens, numbers)`, the pixels of every token of what a `sparse` tower is handed, in raster order."""
+        raise NotImplementedError
+
+    def token_sizes(self, tower: nn.Module, sizes: Sequence[Any]) -> list[tuple[int, int, int]]:
+        """(frames, rows, columns) of tokens of images or videos of these sizes (of `sizes`)."""
+        raise NotImplementedError
+
+    def reading_order(self, tower: nn.Module, sizes: Sequence[Any]) -> torch.Tensor | None:
+        """`(tokens,)` long, which token a `sparse` tower reads where; None for raster order."""
+        return None
+
+    def mergers(self, tower: nn.Module) -> list[nn.Module]:
+        """The modules of a `sparse` tower that make `(tokens, dim)` of what its layers write."""
+        raise NotImplementedError
+
+    def of_patches(self, kwargs: dict[str, Any], stay: torch.Tensor, before: torch.Tensor) -> dict[str, Any]:
+        """Keyword arguments of a layer of a `sparse` tower for some of its patches.
+
+        Args:
+            stay: `(patches that stay,)` long, their numbers in the order of reading.
+            before: `(patches + 1,)` long, how many of those in front of each stay.
+        """
+        raise NotImplementedError
 
     def sized(self, modality: str) -> bool:
         """Whether the packing of an image or video depends on more than the model, which `sizes` tells."""

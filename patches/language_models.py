@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
-from vlmprune.parts.attention import split_heads
+from vlmprune.patches.layers import HostLayer, kind_of
 
 __all__ = [
     "LANGUAGE_MODELS",
@@ -46,20 +46,10 @@ LANGUAGE_MODELS = (
 
 
 @dataclass(frozen=True)
-class RotaryLayer:
-    """A decoder layer of Llama's build: `input_layernorm`, `self_attn` with `q_proj` and `k_proj`, `mlp`."""
+class RotaryLayer(HostLayer):
+    """A decoder layer of Llama's build, with `q_proj` and `k_proj`."""
 
-    module: nn.Module
-
-    @property
-    def attention(self) -> nn.Module:
-        """The attention block."""
-        return self.module.self_attn
-
-    @property
-    def feed_forward(self) -> nn.Module:
-        """The block behind it."""
-        return self.module.mlp
+    names = ("self_attn", "mlp", "input_layernorm")
 
     @property
     def index(self) -> int:
@@ -78,14 +68,11 @@ class RotaryLayer:
         """The layers without a window, where a model has both kinds and methods had better look there."""
         return ()
 
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.module.input_layernorm(hidden)
-
     def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return self.rotated(split_heads(self.attention.q_proj(rows), self.attention.head_dim), cos, sin)
+        return self.rotated(self.heads(self.attention.q_proj(rows)), cos, sin)
 
     def keys(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        return self.rotated(split_heads(self.attention.k_proj(rows), self.attention.head_dim), cos, sin)
+        return self.rotated(self.heads(self.attention.k_proj(rows)), cos, sin)
 
     def rotated(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """With the rotary embedding, by the function of the attention's own module."""
@@ -98,12 +85,10 @@ class NormedRotaryLayer(RotaryLayer):
     """Of Qwen3's build: queries and keys go through a norm, head by head, before they are rotated."""
 
     def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        heads = split_heads(self.attention.q_proj(rows), self.attention.head_dim)
-        return self.rotated(self.attention.q_norm(heads), cos, sin)
+        return self.rotated(self.attention.q_norm(self.heads(self.attention.q_proj(rows))), cos, sin)
 
     def keys(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        heads = split_heads(self.attention.k_proj(rows), self.attention.head_dim)
-        return self.rotated(self.attention.k_norm(heads), cos, sin)
+        return self.rotated(self.attention.k_norm(self.heads(self.attention.k_proj(rows))), cos, sin)
 
 
 @dataclass(frozen=True)
@@ -152,13 +137,8 @@ def decoder_layer(module: nn.Module) -> RotaryLayer:
     Raises:
         UnsupportedError: a layer of another class.
     """
-    for cls in type(module).__mro__:
-        if cls.__name__ in LAYERS:
-            return LAYERS[cls.__name__](module)
-    raise UnsupportedError(
-        f"this patch looks into decoder layers, and {type(module).__name__} is not one that is known "
-        f"({', '.join(LAYERS)}): take a method that cuts before the language model without looking at its layers."
-    )
+    way = "cuts before the language model without looking at its layers"
+    return kind_of(LAYERS, module, "decoder layers", way)(module)
 
 
 def sliding_window(attention: nn.Module) -> int | None:

@@ -35,6 +35,9 @@ class Qwen2_5VL(Qwen2VL):
         vision = inner.config.vision_config
         return tuple(layer for layer in range(vision.depth) if layer not in vision.fullatt_block_indexes)
 
+    def reading_order(self, tower: nn.Module, sizes: Sequence[Any]) -> torch.Tensor:
+        return home_of(tuple(sizes), tower.spatial_merge_size, tower.window_size, tower.patch_size).argsort()
+
     def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any], unit: int) -> torch.Tensor:
         home = home_of(tuple(sizes), tower.spatial_merge_size, tower.window_size, tower.patch_size)
         return super().tokens_of(tower, values, sizes, unit)[:, upload(home, values.device)]

@@ -20,7 +20,7 @@ class Qwen2VL(Family):
 
     model_type = "qwen2_vl"
     title = "Qwen2-VL (Qwen2VLForConditionalGeneration)"
-    trunk, axes, packed, needs_sizes, fixed = "visual", 3, True, True, ()
+    trunk, axes, packed, sparse, needs_sizes, fixed = "visual", 3, True, True, True, ()
     image = "a picture of any size, or a whole video: its number of tokens follows its pixels"
     modalities = ("image", "video")
     usual_tower = "qwen2_vl_vision"
@@ -57,3 +57,20 @@ class Qwen2VL(Family):
     def tokens_of(self, tower: nn.Module, values: torch.Tensor, sizes: Sequence[Any], unit: int) -> torch.Tensor:
         # the m x m patches of a token are neighbours in the sequence
         return values.unflatten(1, (-1, tower.spatial_merge_size**2)).mean(2)
+
+    def token_pixels(self, tower: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.unflatten(0, (-1, tower.spatial_merge_size**2)).flatten(1)
+
+    def token_sizes(self, tower: nn.Module, sizes: Sequence[Any]) -> list[tuple[int, int, int]]:
+        merge = tower.spatial_merge_size
+        return [(frames, rows // merge, cols // merge) for frames, rows, cols in sizes]
+
+    def mergers(self, tower: nn.Module) -> list[nn.Module]:
+        return [tower.merger, *getattr(tower, "deepstack_merger_list", ())]
+
+    def of_patches(self, kwargs: dict[str, Any], stay: torch.Tensor, before: torch.Tensor) -> dict[str, Any]:
+        cos, sin = kwargs["position_embeddings"]
+        ends = kwargs["cu_seqlens"]
+        short = before[ends].to(ends.dtype).unique_consecutive()  # attention knows no windows of nothing
+        # `max_seqlen`, which may stand beside the two, stays an upper bound
+        return kwargs | {"position_embeddings": (cos[stay], sin[stay]), "cu_seqlens": short}

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from torch.nn.functional import avg_pool2d
 
-from vlmprune.errors import UnsupportedError
-from vlmprune.parts.attention import split_heads
 from vlmprune.parts.layers import TowerLayer
+from vlmprune.patches.layers import HostLayer, kind_of
 
 __all__ = ["TOWERS", "ClipLayer", "RotaryTowerLayer", "packed_views", "pooled", "tower_layer"]
 
@@ -35,101 +34,71 @@ TOWERS = {
 
 
 @dataclass(frozen=True)
-class ClipLayer:
-    """A layer of CLIP's build: `layer_norm1`, `self_attn` with `q_proj` and `k_proj`, `layer_norm2`, `mlp`."""
+class ClipLayer(HostLayer):
+    """A layer of CLIP's build, with `q_proj` and `k_proj`."""
 
-    module: nn.Module
-
-    @property
-    def attention(self) -> nn.Module:
-        """The attention block."""
-        return self.module.self_attn
+    names = ("self_attn", "mlp", "layer_norm1")
 
     @property
-    def feed_forward(self) -> nn.Module:
-        """The block behind it."""
-        return self.module.mlp
+    def query_projection(self) -> nn.Module:
+        """The module whose output the queries are, all heads side by side."""
+        return self.attention.q_proj
 
     @property
     def key_projection(self) -> nn.Module:
-        """The module whose output the keys are, all heads side by side."""
+        """The same of the keys."""
         return self.attention.k_proj
+
+    @property
+    def value_projection(self) -> nn.Module:
+        """The same of the values."""
+        return self.attention.v_proj
 
     @property
     def scale(self) -> float:
         return self.attention.scale
 
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.module.layer_norm1(hidden)
-
     def queries(self, rows: torch.Tensor) -> torch.Tensor:
-        return split_heads(self.attention.q_proj(rows), self.attention.head_dim)
+        return self.heads(self.attention.q_proj(rows))
 
     def keys(self, rows: torch.Tensor) -> torch.Tensor:
-        return split_heads(self.attention.k_proj(rows), self.attention.head_dim)
+        return self.heads(self.attention.k_proj(rows))
 
 
 @dataclass(frozen=True)
 class InternVLLayer(ClipLayer):
-    """A layer of InternVL's tower: other names, and norms over all heads together that some checkpoints have."""
+    """A layer of InternVL's tower, with norms over all heads together that some checkpoints have."""
 
-    @property
-    def attention(self) -> nn.Module:
-        return self.module.attention
-
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.module.layernorm_before(hidden)
+    names = ("attention", "mlp", "layernorm_before")
 
     def queries(self, rows: torch.Tensor) -> torch.Tensor:
-        return split_heads(self.attention.q_norm(self.attention.q_proj(rows)), self.attention.head_dim)
+        return self.heads(self.attention.q_norm(self.attention.q_proj(rows)))
 
     def keys(self, rows: torch.Tensor) -> torch.Tensor:
-        return split_heads(self.attention.k_norm(self.attention.k_proj(rows)), self.attention.head_dim)
+        return self.heads(self.attention.k_norm(self.attention.k_proj(rows)))
 
 
 @dataclass(frozen=True)
 class Ovis2Layer(ClipLayer):
     """A layer of Ovis2's tower: other names alone."""
 
-    @property
-    def attention(self) -> nn.Module:
-        return self.module.attention
-
-    @property
-    def feed_forward(self) -> nn.Module:
-        return self.module.ffn
-
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.module.rms_norm1(hidden)
+    names = ("attention", "ffn", "rms_norm1")
 
 
 @dataclass(frozen=True)
-class RotaryTowerLayer:
-    """A layer of Qwen-VL's build: `norm1`, `attn` with one projection for all, `norm2`, `mlp`.
+class RotaryTowerLayer(HostLayer):
+    """A layer of Qwen-VL's build, with one projection for all.
 
     Attributes:
         rotary: (cos, sin) of what it reads, each `(views, tokens, head dim)`.
     """
 
-    module: nn.Module
+    names = ("attn", "mlp", "norm1")
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    @property
-    def attention(self) -> nn.Module:
-        """The attention block."""
-        return self.module.attn
-
-    @property
-    def feed_forward(self) -> nn.Module:
-        """The block behind it."""
-        return self.module.mlp
 
     @property
     def scale(self) -> float:
         return self.attention.scaling
-
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.module.norm1(hidden)
 
     def queries(self, rows: torch.Tensor) -> torch.Tensor:
         return self.rotated(rows, 0)
@@ -146,22 +115,13 @@ class RotaryTowerLayer:
 
 @dataclass(frozen=True)
 class PixtralLayer(RotaryTowerLayer):
-    """A layer of Pixtral's tower: other names, and a projection for each."""
+    """A layer of Pixtral's tower, with a projection for each."""
 
-    @property
-    def attention(self) -> nn.Module:
-        return self.module.attention
-
-    @property
-    def feed_forward(self) -> nn.Module:
-        return self.module.feed_forward
-
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.module.attention_norm(hidden)
+    names = ("attention", "feed_forward", "attention_norm")
 
     def rotated(self, rows: torch.Tensor, which: int) -> torch.Tensor:
         projection = (self.attention.q_proj, self.attention.k_proj)[which]
-        heads = split_heads(projection(rows), self.attention.head_dim)
+        heads = self.heads(projection(rows))
         rotate: Callable = sys.modules[type(self.attention).__module__].apply_rotary_pos_emb
         return rotate(heads, heads[:, :1], *self.rotary)[0]
 
@@ -215,10 +175,5 @@ def tower_layer(module: nn.Module, *given: Any) -> TowerLayer:
     Raises:
         UnsupportedError: a layer of another class.
     """
-    for cls in type(module).__mro__:
-        if cls.__name__ in LAYERS:
-            return LAYERS[cls.__name__](module, *given)
-    raise UnsupportedError(
-        f"this patch looks into layers of the vision tower, and {type(module).__name__} is not one that is known "
-        f"({', '.join(LAYERS)}): take a method that does not look at the tower."
-    )
+    looks, way = "layers of the vision tower", "does not look at the tower"
+    return kind_of(LAYERS, module, looks, way)(module, *given)

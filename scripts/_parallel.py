@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import torch.multiprocessing as mp
@@ -96,10 +96,3 @@ class Workers:
             self.counters[3] = -1
         for process in self.processes:
             process.join(10)
-
-
-def rates(optimizers: Iterable[torch.optim.Optimizer], peaks: Iterable[float], factor: float) -> None:
-    """Sets every optimizer's learning rate to its peak times `factor`."""
-    for optimizer, peak in zip(optimizers, peaks, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * factor

@@ -9,7 +9,7 @@ draw() { # model, method, further options
     --method "$2" --save "docs/methods/$2.png" "${@:3}"
 }
 
-for method in fopru vtc_cls vispruner fastervlm hiprune holov vscan prumerge prumerge_plus divprune scope prunesid mmtok \
+for method in fopru vtc_cls flowcut vispruner fastervlm hiprune holov vscan prumerge prumerge_plus divprune scope prunesid mmtok \
   visionzip todre transprune fastv pyramiddrop sparsevlm dart v2drop vflowopt zero_tprune m3 tcc showui catp random grid \
   pool; do
   draw scene-llava "$method" --keep 0.25,0.1

@@ -3,8 +3,9 @@
     python scripts/tower_ratio.py                        # two minutes on two cores
     python scripts/tower_ratio.py --methods pitome --keep 0.25 --runs 15
 
-The tower has random weights: 24 layers of width 1024 on 577 tokens. Every figure is a ratio of neighbouring runs, and
-`mid-depth` is the share of the tokens that is left after half of the layers.
+The tower has random weights: 24 layers of width 1024 on 577 tokens. Their attention is even, and FlowCut, which asks
+how even it is, leaves all patches to the last cut then: `--peak 150` makes it less so. Every figure is a ratio of
+neighbouring runs, and `mid-depth` is the share of the tokens that is left after half of the layers.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import vlmprune
 
-OPTIONS = {"tome": ("tome", {}), "tome weigh": ("tome", {"weigh": True}), "pitome": ("pitome", {})}
+OPTIONS = {name: (name, {}) for name in ("flowcut", "tome", "pitome")} | {"tome weigh": ("tome", {"weigh": True})}
 
 
 def build() -> LlavaForConditionalGeneration:
@@ -42,9 +43,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--keep", type=float, nargs="+", default=[0.1], help="fraction of the patches that is left")
+    parser.add_argument("--peak", type=float, default=1.0, help="factor on queries: less even attention")
     parser.add_argument("--runs", type=int, default=7, help="pairs per line")
     args = parser.parse_args()
     model, picture = build(), torch.randn(1, 3, 336, 336)
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.self_attn.q_proj.weight.data *= args.peak
     lengths: list[int] = []
     # what the second half's first attention reads: 12 layers have run, whatever they merged, inside or behind them
     half = model.model.vision_tower.encoder.layers[12].self_attn.q_proj

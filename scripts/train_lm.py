@@ -12,14 +12,13 @@ only the evaluation uses held-out digits).
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from _parallel import Workers, rates
+from _parallel import Workers
+from _training import TrainingRun
 from testbed import asking, models, packed, scenes, tower
 from torch.nn import functional
 from transformers import AutoModelForImageTextToText, CLIPVisionModel
@@ -171,65 +170,34 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     llava = build(args)
-    hidden = [p for p in llava.model.language_model.layers.parameters() if p.ndim == 2]
-    rest = [p for p in llava.parameters() if p.requires_grad and not any(p is h for h in hidden)]
-    optimizers = [
-        torch.optim.Muon(hidden, lr=args.lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=args.lr / 2, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
-    step, spent = 0, 0.0
-    checkpoint = args.out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        llava.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, spent = state["step"], state["spent"]
-        print("resumed at step", step, flush=True)
-
-    def done() -> float:
-        return step / args.steps if args.steps else spent / (60 * args.minutes)
-
-    def save() -> None:
-        state = {"model": llava.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        torch.save(
-            state | {"step": step, "spent": spent, "width": args.width, "layers": args.layers},
-            checkpoint.with_suffix(".tmp"),
-        )
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
-
+    run = TrainingRun(
+        llava, llava.model.language_model.layers, (args.lr, args.lr / 2), args.out / "checkpoint.pt",
+        args.out / "log.jsonl", width=args.width, layers=args.layers,
+    )  # fmt: skip
     workers = Workers(make_micro, llava, args, args.workers, 17)
     micros = args.batch // args.micro
-    log = (args.out / "log.jsonl").open("a")
-    sums, last, window = torch.zeros(17, dtype=torch.float64), time.time(), 0
-    while done() < 1:
+    sums, window = torch.zeros(17, dtype=torch.float64), 0
+    run.start()
+    while (done := run.step / args.steps if args.steps else run.spent / (60 * args.minutes)) < 1:
         # Constant, then a cosine down: the run can be prolonged while the rate is constant.
-        decay = 1.0 if done() < 0.6 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done() - 0.6) / 0.4))
-        rate = min(1, (step + 1) / 100) * decay
-        rates(optimizers, (args.lr, args.lr / 2), rate)
-        sums += workers.step(step, micros, done())
-        torch.nn.utils.clip_grad_norm_(hidden + rest, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step, window = step + 1, window + 1
-        now = time.time()
-        spent, last = spent + (now - last), now
-        if step % args.every == 0:
+        decay = 1.0 if done < 0.6 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done - 0.6) / 0.4))
+        rate = min(1, (run.step + 1) / 100) * decay
+        sums += workers.step(run.step, micros, done)
+        run.update(rate)
+        window += 1
+        if run.step % args.every == 0:
             right, total = sums[1:].view(2, 8).numpy()
-            record = {"step": step, "spent": round(spent), "rate": round(rate, 4)}
-            record |= {"loss": round(float(sums[0]) / window / micros, 4)}
+            record = {"rate": round(rate, 4), "loss": round(float(sums[0]) / window / micros, 4)}
             record |= {"all": round(float(right[:7].sum() / total[:7].sum()), 4)}
             share = (right / np.maximum(total, 1)).tolist()
             record |= {c: round(v, 3) for c, v in zip((*words.CATEGORIES, "caption"), share, strict=True)}
             sums.zero_()
             window = 0
-            print(json.dumps(record), flush=True)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
-            if step % (4 * args.every) == 0:
-                save()
+            run.write(**record)
+            if run.step % (4 * args.every) == 0:
+                run.save()
     workers.stop()
-    save()
+    run.save()
 
 
 if __name__ == "__main__":

@@ -11,18 +11,16 @@ accuracies it logs are those of pictures never seen before.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import signal
 import sys
-import time
 from collections import Counter
 from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
 import torch
-from _parallel import rates
+from _training import TrainingRun
 from testbed import anyres, asking, packed
 from torch.nn import functional
 
@@ -165,62 +163,30 @@ def main() -> None:
     torch.manual_seed(args.seed)
     host = anyres.model()
     lesson = {"tower": TowerLesson, "look": LookLesson, "lm": LanguageLesson}[args.stage](host, args)
-    module = lesson.module
-    trained = [p for p in module.parameters() if p.requires_grad]
-    hidden = [p for p in lesson.blocks.parameters() if p.ndim == 2]
-    rest = [p for p in trained if not any(p is h for h in hidden)]
-    optimizers = [
-        torch.optim.Muon(hidden, lr=args.lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=args.lr / 2, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
-    step, spent = 0, 0.0
-    checkpoint = args.out / f"{args.stage}.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        module.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, spent = state["step"], state["spent"]
-        print("resumed at step", step, flush=True)
-
-    def save() -> None:
-        state = {"model": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        torch.save(state | {"step": step, "spent": spent}, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
-
-    log = (args.out / f"{args.stage}.jsonl").open("a")
-    hits, total, losses, last, saved = Counter(), Counter(), [], time.time(), spent
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(save()))
-    while (done := spent / (60 * args.minutes)) < 1:
+    files = args.out / f"{args.stage}.pt", args.out / f"{args.stage}.jsonl"
+    run = TrainingRun(lesson.module, lesson.blocks, (args.lr, args.lr / 2), *files)
+    hits, total, losses, saved = Counter(), Counter(), [], run.spent
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(run.save()))
+    while (done := run.spent / (60 * args.minutes)) < 1:
         # Constant, then a cosine down: the run can be prolonged while the rate is constant.
         decay = 1.0 if done < 0.5 else 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (done - 0.5) / 0.5))
-        rate = min(1, (step + 1) / args.warm) * decay
-        rates(optimizers, (args.lr, args.lr / 2), rate)
+        rate = min(1, (run.step + 1) / args.warm) * decay
         for index in range(args.batch // args.micro):
-            rng = np.random.default_rng([args.seed, args.stage == "lm", step, index])
+            rng = np.random.default_rng([args.seed, args.stage == "lm", run.step, index])
             loss, right, out_of = lesson(rng, args.micro, done)
             (loss * args.micro / args.batch).backward()
             losses.append(loss.item())
             hits.update(right)
             total.update(out_of)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        now = time.time()
-        spent, last = spent + (now - last), now
-        if step % args.every == 0:
-            record = {"step": step, "spent": round(spent), "rate": round(rate, 4), "loss": round(np.mean(losses), 4)}
-            record |= {name: round(hits[name] / max(total[name], 1), 3) for name in total}
-            print(json.dumps(record), flush=True)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+        run.update(rate)
+        if run.step % args.every == 0:
+            shares = {name: round(hits[name] / max(total[name], 1), 3) for name in total}
+            run.write(rate=round(rate, 4), loss=round(np.mean(losses), 4), **shares)
             hits, total, losses = Counter(), Counter(), []
-        if spent - saved > 120:
-            saved = spent
-            save()
-    save()
+        if run.spent - saved > 120:
+            saved = run.spent
+            run.save()
+    run.save()
 
 
 if __name__ == "__main__":

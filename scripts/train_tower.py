@@ -11,12 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from _parallel import Workers, rates
+from _parallel import Workers
+from _training import TrainingRun
 from testbed import scenes, targets, tower
 
 LOSSES = (
@@ -107,58 +107,29 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     model = tower.SupervisedTower()
-    hidden = [p for n, p in model.tower.encoder.named_parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if not any(p is h for h in hidden)]
-    optimizers = [
-        torch.optim.Muon(hidden, lr=args.lr, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
-    step, spent = 0, 0.0
-    checkpoint = args.out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        step, spent = state["step"], state["spent"]
-        print("resumed at step", step, flush=True)
-
-    def save() -> None:
-        state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        torch.save(state | {"step": step, "spent": spent}, checkpoint.with_suffix(".tmp"))
-        checkpoint.with_suffix(".tmp").replace(checkpoint)
-
+    run = TrainingRun(
+        model, model.tower.encoder, (args.lr, args.lr), args.out / "checkpoint.pt", args.out / "log.jsonl"
+    )
     workers = Workers(make_micro, model, args, args.workers, len(LOSSES))
     micros = args.batch // args.micro
-    log = (args.out / "log.jsonl").open("a")
-    sums, last, window = torch.zeros(len(LOSSES), dtype=torch.float64), time.time(), 0
-    while True:
-        done = step / args.steps if args.steps else spent / (60 * args.minutes)
-        if done >= 1:
-            break
-        rate = min(1, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(1, done))) + 0.01
-        rates(optimizers, (args.lr, args.lr), rate)
-        sums += workers.step(step, micros, done) / micros
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        step, window = step + 1, window + 1
-        now = time.time()
-        spent, last = spent + (now - last), now
-        if step % 50 == 0:
-            record = {"step": step, "spent": round(spent), "lr": args.lr * rate}
-            record |= {k: round(v / window, 4) for k, v in zip(LOSSES, sums.tolist(), strict=True)}
+    sums, window = torch.zeros(len(LOSSES), dtype=torch.float64), 0
+    run.start()
+    while (done := run.step / args.steps if args.steps else run.spent / (60 * args.minutes)) < 1:
+        rate = min(1, (run.step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * min(1, done))) + 0.01
+        sums += workers.step(run.step, micros, done) / micros
+        run.update(rate)
+        window += 1
+        if run.step % 50 == 0:
+            record = {k: round(v / window, 4) for k, v in zip(LOSSES, sums.tolist(), strict=True)}
             sums.zero_()
             window = 0
-            if step % 250 == 0:
+            if run.step % 250 == 0:
                 record["report"] = report(model)
-                save()
-            print(json.dumps(record), flush=True)
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+                run.save()
+            run.write(lr=args.lr * rate, **record)
     workers.stop()
-    save()
-    print(json.dumps({"step": step, "spent": round(spent), "report": report(model, 6)}), flush=True)
+    run.save()
+    print(json.dumps({"step": run.step, "spent": round(run.spent), "report": report(model, 6)}), flush=True)
     model.tower.half().save_pretrained(args.out / "tower")
 
 

@@ -21,8 +21,8 @@ FAMILIES = {
 }
 
 # methods that ask to see nothing that eager attention has
-BLIND = {"dart", "m3", "showui", "vflowopt", "zero_tprune", "random", "grid", "pool", "downsample", "pitome"}
-BLIND |= {"prumerge", "prumerge_plus"}  # their attention is that of no heads
+BLIND = {"dart", "flowcut", "m3", "showui", "vflowopt", "zero_tprune", "random", "grid", "pool", "downsample", "pitome"}
+BLIND |= {"pixelprune", "prumerge", "prumerge_plus"}  # their attention is that of no heads
 
 
 def unseen(method):

@@ -15,7 +15,7 @@ from itertools import chain
 
 import tiny
 import torch
-from scenes import MOVING, OPTIONS, changes_of
+from scenes import MOVING, OPTIONS, REPEATS, changes_of
 from tiny import CACHE, IMAGE, PAD, VIDEO, VOCAB
 from torch import nn
 
@@ -89,7 +89,8 @@ class Kin:
     def refusal(self, name: str) -> str | None:
         """Words of the error by which a method cannot be had, or not with what the scene shows; None if it can."""
         still = self.shows is not FILMS and "a still picture has none"
-        return self.refused.get(name) or (still if name in MOVING else None) or None
+        whole = "reads pictures whole" if name in REPEATS else None
+        return self.refused.get(name) or whole or (still if name in MOVING else None) or None
 
     def model(self, **options) -> nn.Module:
         return shared(self.name, **options)
@@ -564,7 +565,7 @@ WHOLE = {
     "lrs": "lrs chooses among the crops of an image",
 }
 #: Methods that merge or pick patches in the vision tower or behind it: what leaves it is no longer what it would be.
-IN_TOWER = [name for name in registry.names() if name != "atp" and merges_in_tower(name)]
+IN_TOWER = [name for name in registry.names() if name not in ("atp", *REPEATS) and merges_in_tower(name)]
 #: What cannot be had where a token is no patch of the tower as its layers leave it.
 UNLIKE = WHOLE | dict.fromkeys(IN_TOWER, "merges patches in or behind")
 

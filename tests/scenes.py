@@ -50,19 +50,24 @@ OPTIONS = {
     "todre": lambda model: {"keep": 0.4, "tau": 0.35},
     "cdpruner": lambda model: {"keep": 0.4, "relevance": "embeddings"},
     "transprune": lambda model: {"keep": 0.3},
+    "pixelprune": lambda model: {},
     "atp": lambda model: {"thresholds": tiny.modules(model, biases=(-0.3, 1.5))},
 }
 # methods of videos alone
 MOVING = [name for name in registry.names() if "image" in registry.find(name).refuses_inputs]
-STILL = [name for name in registry.names() if name not in MOVING]
+REPEATS = ("pixelprune",)  # methods that drop what repeats in a picture, on packed towers alone
+STILL = [name for name in registry.names() if name not in (*MOVING, *REPEATS)]
 CROPS = ("globalcom2", "lrs")  # methods of images that are cut into crops
 REFUSED = {
     (name, kind): f"{kind} models have a single view" for name in CROPS for kind in (*tiny.SINGLE, *tiny_qwen.CLASSES)
 }
 REFUSED |= {
     (name, kind): "packs pictures of any size"
-    for name in ("downsample", "pitome", "prumerge", "prumerge_plus", "showui", "tome", "visionzip")
+    for name in ("downsample", "flowcut", "pitome", "prumerge", "prumerge_plus", "showui", "tome", "visionzip")
     for kind in tiny_qwen.CLASSES
+}
+REFUSED |= {
+    (name, kind): "reads pictures whole" for name in REPEATS for kind in tiny.CLASSES.keys() - tiny_qwen.CLASSES.keys()
 }
 FALLBACK = {
     "vtc_cls": {"fallback": "received"},
@@ -88,8 +93,17 @@ class Scene:
         """The scene's name."""
         return next(name for name, given in (FAMILIES | QWEN).items() if given == (self.options, self.kind))
 
+    def shown(self, name, prompt):
+        """A prompt with pictures of which a method drops something."""
+        repeats = name in REPEATS and self.model.config.model_type in tiny_qwen.CLASSES
+        return tiny_qwen.repeated(self.model, prompt) if repeats else prompt
+
     def prompt(self, name=None):
         """Several pictures in one prompt; with videos, images and videos mixed, where a method takes images."""
+        return self.shown(name, self.several(name))
+
+    def several(self, name=None):
+        """The prompt of `prompt`, of noise."""
         if self.kind == "videos" and name in MOVING:
             return tiny.prompt(self.model, [4, "video", 3, "video", 5], [], videos=[3, 3])
         if self.kind == "videos":
@@ -111,16 +125,18 @@ class Scene:
             if name and "single" in registry.find(name).refuses_inputs:
                 parts[2] = (["image", 9], sizes[1:2], [])
         return [
-            tiny.prompt(self.model, p, sizes, seed=s, videos=videos, together=True)
+            self.shown(name, tiny.prompt(self.model, p, sizes, seed=s, videos=videos, together=True))
             for s, (p, sizes, videos) in enumerate(parts)
         ]
 
-    def questions(self):
+    def questions(self, name=None):
         """Two prompts with one picture or video each."""
         if self.kind == "videos":
-            return [tiny.prompt(self.model, [3, "video", 4 + s], [], seed=s, videos=[2]) for s in range(2)]
-        sizes = [LARGE[self.kind], (20, 70)]
-        return [tiny.prompt(self.model, [3, "image", 4 + s], [sizes[s]], seed=s, together=True) for s in range(2)]
+            made = [tiny.prompt(self.model, [3, "video", 4 + s], [], seed=s, videos=[2]) for s in range(2)]
+        else:
+            sizes = [LARGE[self.kind], (20, 70)]
+            made = [tiny.prompt(self.model, [3, "image", 4 + s], [sizes[s]], seed=s, together=True) for s in range(2)]
+        return [self.shown(name, prompt) for prompt in made]
 
     def refused(self, name):
         """Why a method cannot be had on this model, or not with what it is shown; None if it can."""
@@ -180,10 +196,11 @@ class Turn:
     trace: object = None
 
 
-def replay(model, prompt, features, trace, wrong=False, positions=None, forced=FORCED):
+def replay(model, prompt, features, trace, wrong=False, positions=None, forced=FORCED, added=None):
     """As `replay_turns`, for a prompt that is all there is; also whether anything was cut."""
     turn = Turn(prompt["input_ids"][0].tolist(), features, trace)
-    return replay_turns(model, [turn], wrong, positions, forced=forced, prompt=prompt), bool(changes_of(trace))
+    made = replay_turns(model, [turn], wrong, positions, forced=forced, prompt=prompt, added=added)
+    return made, bool(changes_of(trace))
 
 
 def changes_of(trace):
@@ -209,18 +226,20 @@ def stands(model, prompt, forced, astray):
     return place, reference.injected(model, prompt, length + forced)
 
 
-def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED, prompt=None):
+def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED, prompt=None, added=None):
     """Logits of the last turn's last token and of every forced one, from what the turns' traces say was kept.
 
     Args:
         wrong: swap one kept token of the first image of turn `at` at its first cut for a dropped one.
         positions: another position policy than the trace's in turn `at`.
         prompt: all turns in one, where positions lie on several axes.
+        added: what the patched model adds behind layers (of `reference.injected`); None for what it does as it is.
     """
     config = model.config
     ids = torch.tensor([token for turn in turns for token in turn.ids] + list(forced))
     x, length = model.get_input_embeddings()(ids), len(ids) - len(forced)
     place, more = (torch.arange(len(x)), []) if prompt is None else stands(model, prompt, len(forced), positions)
+    more = more if added is None else list(added)
     images, cuts, start = [], [], 0
     for turn in turns:
         first, end = len(images), start + len(turn.ids)

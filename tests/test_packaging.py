@@ -143,6 +143,7 @@ def test_wheel_is_light_and_describes_itself(described: Message) -> None:
         "eval",
         "plot",
         "train",
+        "tune",
         "test",
         "vllm",
         "dev",
@@ -186,7 +187,7 @@ def test_every_user_extra_is_in_the_developers_environment() -> None:
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     dev = config["options.extras_require"]["dev"]
-    assert "vlmprune[docs,plot,test,train]" in dev
+    assert "vlmprune[docs,plot,test,train,tune]" in dev
 
 
 # Installed, and imported from elsewhere

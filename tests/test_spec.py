@@ -19,7 +19,7 @@ import vlmprune
 from vlmprune import Method, UnsupportedError, registry, spec
 from vlmprune.cli import bench, flags
 from vlmprune.eval.config import schema as config
-from vlmprune.eval.lmms import plan
+from vlmprune.eval.lmms import cells
 from vlmprune.methods import FastV, FoPru, Random, ToDRE, TransPrune
 from vlmprune.parts.budget import SmallBudgetWarning
 from vlmprune.parts.facts import ModelFacts
@@ -99,7 +99,7 @@ def by_yaml(method, options, tmp_path):
     path.write_text(yaml.safe_dump(setting))
     (setting,) = config.load_config(path).settings
     (entry,) = setting.methods
-    cell = plan.cell_of(setting, entry, entry.budgets[0], None, "any", None)
+    cell = cells.cell_of(setting, entry, entry.budgets[0], None, "any", None)
     return spec.build(cell.method, cell.arguments, none=True)
 
 

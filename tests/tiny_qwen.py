@@ -89,6 +89,21 @@ def packed(made, grids, seed, pixels, sizes):
     return {pixels: values.to(made.dtype), sizes: torch.tensor(grids)}
 
 
+def repeated(made, prompt):
+    """A prompt whose pictures repeat themselves, as screens do: from the middle on every row has one token's pixels."""
+    prompt = dict(prompt)
+    for name, sizes in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
+        if name in prompt:
+            prompt[name], start = prompt[name].clone(), 0
+            tokens = prompt[name].unflatten(0, (-1, MERGE**2))
+            for frames, rows, cols in (prompt[sizes] // torch.tensor([1, MERGE, MERGE])).tolist():
+                end = start + frames * rows * cols
+                raster = tokens[start:end].unflatten(0, (frames, rows, cols))
+                raster[:, :, cols // 2 :] = raster[:, :, cols // 2 :][:, :, :1].clone()
+                start = end
+    return prompt
+
+
 def placeholders(made, part, tokens, frames, generator):
     """Ids of one picture in a prompt."""
     token = IMAGE if part == "image" else VIDEO

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from vlmprune import spec
 from vlmprune._version import __version__
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.yamls.kinds import Plain, Some, Text, kind
-from vlmprune.yamls.told import ConfigSource, mistakes, must_be
-from vlmprune.yamls.tree import Key, Mistakes, read_start, read_tree
+from vlmprune.yamls.told import ConfigSource, as_mistake
+from vlmprune.yamls.tree import Key, Mistakes, read_text, read_tree
 
 if TYPE_CHECKING:
     from vlmprune.methods.base import Method
@@ -34,30 +34,20 @@ HEAD = "# A recipe of vlmprune: vlmprune.patch(model, FILE), or --recipe FILE.\n
 
 def budget(value: Any, info: ValidationInfo) -> Any:
     """One of `spec.BUDGETS`."""
-    try:
+    with as_mistake():
         return None if value is None else spec.read_budget(value, info.field_name or "")
-    except (TypeError, ValueError) as error:
-        raise mistakes(((), str(error))) from None
 
 
 def buildable(methods: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
     """Known methods, each once."""
-    try:
+    with as_mistake():
         spec.takes("+".join(methods))
-    except (TypeError, ValueError) as error:
-        raise mistakes(((), str(error))) from None
     return tuple(name for one in methods for name in spec.names_of(one))
 
 
-def mapping(value: Any) -> Any:
-    """A mapping; nothing stands for an empty one."""
-    if not isinstance(value, dict | None):
-        raise must_be("a mapping (key: value)", value)
-    return value or {}
-
-
 Budget = Annotated[Any, AfterValidator(budget)]
-Facts = Annotated[dict[str, Plain], BeforeValidator(mapping)]
+#: Nothing stands for an empty one.
+Facts = Annotated[dict[str, Plain], BeforeValidator(lambda value: {} if value is None else value)]
 
 
 @dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -156,22 +146,14 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
         Mistakes (a ValueError): everything that is wrong with it, with lines; no such file, or none that can be read.
     """
     path = Path(path).expanduser()
-    try:
-        text = read_start(path)
-    except FileNotFoundError:
-        raise Mistakes([(str(path), "no such recipe.")]) from None
-    except UnicodeDecodeError:
-        raise Mistakes([(str(path), "not a text file in UTF-8.")]) from None
-    except OSError as error:
-        raise Mistakes([(str(path), f"cannot be read: {error.strerror or error}.")]) from None
-    tree = read_tree(text, str(path))
+    tree = read_tree(read_text(path, lambda: "no such recipe."), str(path))
     source = ConfigSource(tree, unknown=unknown, missing=missing)
     if not isinstance(tree.value, dict):
         raise Mistakes([(str(path), "not a recipe: a mapping that begins with `recipe: 1` and names a `method`.")])
-    try:
-        made = RECIPE.validate_python(tree.value, context=source)
-    except ValidationError as error:
-        raise Mistakes(list(source.told(error))) from None
+    found: list[tuple[str, str]] = []
+    made = source.read(RECIPE, tree.value, found)
+    if found:
+        raise Mistakes(found)
     try:
         made.build()
     except (TypeError, ValueError, FileNotFoundError) as error:

@@ -8,7 +8,10 @@ from typing import Any
 
 from vlmprune.runtime.tables import table
 
-__all__ = ["as_text", "changes_text", "selection_text"]
+__all__ = ["Grid", "as_text", "changes_text", "selection_text"]
+
+#: Header and rows of a table; its first column is flush left.
+Grid = tuple[list[str], list[list[str]]]
 
 SPEED = """\
 First token: vision tower to first token. Tokens: visual ones, mean over decoder layers.
@@ -27,7 +30,14 @@ NEEDS = """\
 KV: bytes in the cache after the prefill. Peak: above the weights{how}.
 FLOPs of the first token: by torch's counter, and by formula (docs/performance.md), which leaves out taps and the
 decisions of methods."""
+VERDICTS = "better, worse: the intervals (quartiles of times, 95 % of ratios) are apart."
 SPREAD = "±: half the distance between the quartiles"
+
+
+def laid(grid: Grid, left: int = 1) -> str:
+    """A table as text."""
+    header, rows = grid
+    return table(header, rows, header[left:])
 
 
 def paragraph(text: str) -> str:
@@ -87,36 +97,57 @@ def as_text(results: dict[str, Any]) -> str:
 
 def speed_text(results: dict[str, Any]) -> str:
     """The first token and its ceilings."""
+    return f"{laid(speed_grid(results['cells']))}\n\n{paragraph(speed_legend(results))}"
+
+
+def speed_legend(results: dict[str, Any]) -> str:
+    """What the columns of the first token are."""
     first = results["cells"][0]
-    legend = SPEED.format(
+    return SPEED.format(
         plain=behind(first["speedup"]),
         pairs=behind(first["overhead"]),
         fewer=", of which there are fewer" * (first["speedup"]["pairs"] < first["overhead"]["pairs"]),
         spread=SPREAD,
     )
-    return f"{speed_table(results['cells'])}\n\n{paragraph(legend)}"
 
 
 def decode_text(results: dict[str, Any]) -> str:
     """Tokens after the first; empty where none were measured."""
-    decoded, new = [cell for cell in results["cells"] if "decode_ms" in cell], results["settings"]["new_tokens"]
-    if not decoded:
+    if not (decoded := decoded_in(results)):
         return ""
-    legend = DECODE.format(pairs=behind(decoded[0]["decode_overhead"]), new_tokens=new)
-    return f"{decode_table(decoded, new)}\n\n{paragraph(legend)}"
+    grid = decode_grid(decoded, results["settings"]["new_tokens"])
+    return f"{laid(grid)}\n\n{paragraph(decode_legend(results, decoded))}"
+
+
+def decoded_in(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells in which tokens after the first were measured."""
+    return [cell for cell in results["cells"] if "decode_ms" in cell]
+
+
+def decode_legend(results: dict[str, Any], decoded: Sequence[dict[str, Any]]) -> str:
+    """What the columns of the tokens after the first are."""
+    return DECODE.format(pairs=behind(decoded[0]["decode_overhead"]), new_tokens=results["settings"]["new_tokens"])
 
 
 def stages_text(results: dict[str, Any]) -> str:
     """Stage by stage."""
+    return f"{laid(stage_grid(results))}\n\n{paragraph(stage_legend(results))}"
+
+
+def stage_legend(results: dict[str, Any]) -> str:
+    """What the stages are."""
     runs = results["cells"][0]["stages_ms"]["total"]["runs"]
-    legend = STAGES.format(runs=f"medians of {runs}" if runs > 1 else "one each")
-    return f"{stage_table(results)}\n\n{paragraph(legend)}"
+    return STAGES.format(runs=f"medians of {runs}" if runs > 1 else "one each")
 
 
 def needs_text(results: dict[str, Any]) -> str:
     """Memory and operations."""
-    how = ", the allocator's" if results["machine"].get("gpu") else ", all tensors alive at one time"
-    return f"{needs_table(results)}\n\n{paragraph(NEEDS.format(how=how))}"
+    return f"{laid(needs_grid(results))}\n\n{paragraph(needs_legend(results))}"
+
+
+def needs_legend(results: dict[str, Any]) -> str:
+    """What memory and operations are."""
+    return NEEDS.format(how=", the allocator's" if results["machine"].get("gpu") else ", all tensors alive at one time")
 
 
 def unlike(results: dict[str, Any]) -> list[str]:
@@ -153,7 +184,7 @@ def label(cell: dict[str, Any]) -> list[str]:
     return [cell["method"], cell["budget"], str(cell["batch"])]
 
 
-def speed_table(cells: Sequence[dict[str, Any]]) -> str:
+def speed_grid(cells: Sequence[dict[str, Any]]) -> Grid:
     """The first token, one row per cell."""
     columns = ["method", "keep", "batch", "tokens", "first token ms", "speed-up", "oracle", "Amdahl", "overhead"]
     rows = []
@@ -170,10 +201,10 @@ def speed_table(cells: Sequence[dict[str, Any]]) -> str:
                 interval(cell["overhead"]),
             ]
         )
-    return table(columns, rows, columns[1:])
+    return columns, rows
 
 
-def decode_table(cells: Sequence[dict[str, Any]], new_tokens: int) -> str:
+def decode_grid(cells: Sequence[dict[str, Any]], new_tokens: int) -> Grid:
     """The tokens after the first, one row per cell in which they were measured."""
     from vlmprune.eval.bench.measure import answer_speedup
 
@@ -190,10 +221,10 @@ def decode_table(cells: Sequence[dict[str, Any]], new_tokens: int) -> str:
                 *(f"{answer_speedup(cell, new_tokens, who):.2f}x" for who in ("pruned", "oracle")),
             ]
         )
-    return table(columns, rows, columns[1:])
+    return columns, rows
 
 
-def stage_table(results: dict[str, Any]) -> str:
+def stage_grid(results: dict[str, Any]) -> Grid:
     """Stages of the unpruned model and of every cell."""
     names = ["tower", "projector", "taps", "selection", "gather"]
     columns = ["method", "keep", "batch", *names, "prefill", "rest", "total", "drop"]
@@ -209,10 +240,10 @@ def stage_table(results: dict[str, Any]) -> str:
         for cell in (c for c in results["cells"] if c["batch"] == one["batch"]):
             share = f"{cell['cost_share']['median']:.1%}"
             rows.append(row(cell["method"], cell["budget"], cell["batch"], cell["stages_ms"], share))
-    return table(columns, rows, columns[1:])
+    return columns, rows
 
 
-def needs_table(results: dict[str, Any]) -> str:
+def needs_grid(results: dict[str, Any]) -> Grid:
     """Memory and operations."""
     columns = ["method", "keep", "batch", "KV MB", "peak MB", "GFLOPs counted", "by formula"]
     rows = []
@@ -231,16 +262,27 @@ def needs_table(results: dict[str, Any]) -> str:
                     scaled(flops["formula"], 1e9),
                 ]
             )
-    return table(columns, rows, columns[1:])
+    return columns, rows
 
 
 def changes_text(found: Sequence[dict[str, Any]], differing: dict[str, tuple[Any, Any]]) -> str:
     """What changed since an earlier benchmark."""
-    lines = [f"{name}: {was} -> {now}" for name, (was, now) in differing.items()]
-    if lines:
+    if lines := unlike_settings(differing):
         lines = ["The two were not measured alike; absolute times may say nothing:", *(f"  {x}" for x in lines), ""]
     if not found:
         return "\n".join([*lines, "The two have no cell in common (method, options and batch)."])
+    lines += [table(*(grid := changes_grid(found)), grid[0][4:7]), ""]
+    lines.append(VERDICTS)
+    return "\n".join(lines)
+
+
+def unlike_settings(differing: dict[str, tuple[Any, Any]]) -> list[str]:
+    """`threads: 1 -> 2`."""
+    return [f"{name}: {was} -> {now}" for name, (was, now) in differing.items()]
+
+
+def changes_grid(found: Sequence[dict[str, Any]]) -> Grid:
+    """What changed, one row per figure."""
     columns = ["method", "keep", "batch", "figure", "old", "new", "change", ""]
 
     def figure(value: float) -> str:
@@ -251,9 +293,7 @@ def changes_text(found: Sequence[dict[str, Any]], differing: dict[str, tuple[Any
          f"{c['change']:+.1%}", c["verdict"]]
         for c in found
     ]  # fmt: skip
-    lines += [table(columns, rows, columns[4:7]), ""]
-    lines.append("better, worse: the intervals (quartiles of times, 95 % of ratios) are apart.")
-    return "\n".join(lines)
+    return columns, rows
 
 
 def selection_text(found: Sequence[dict[str, Any]]) -> str:

@@ -95,28 +95,24 @@ def stamps(work: Workload, spans: Spans) -> Iterator[None]:
     """Hooks that stamp the model's parts and, where there is a patch, what its hooks do at each place."""
     family, inner, handles = work.family, work.family.inner(work.model), []
 
-    def pre(module: nn.Module, action: Callable, name: str, first: bool) -> None:
-        hook = lambda *_: action(name)  # noqa: E731
-        handles.append(module.register_forward_pre_hook(hook, prepend=first))
+    def stamp(register: Callable, action: Callable, name: str, first: bool) -> None:
+        handles.append(register(lambda *_: action(name), prepend=first))
 
-    def post(module: nn.Module, action: Callable, name: str, first: bool) -> None:
-        hook = lambda *_: action(name)  # noqa: E731
-        handles.append(module.register_forward_hook(hook, prepend=first))
+    def around(module: nn.Module, name: str, first: bool) -> None:
+        stamp(module.register_forward_pre_hook, spans.begin, name, first)
+        stamp(module.register_forward_hook, spans.end, name, False)
 
-    parts = {"tower": family.towers(inner)[0], "projector": inner.multi_modal_projector}
-    for name, module in parts.items():
-        pre(module, spans.begin, name, first=True)
-        post(module, spans.end, name, first=False)
-    pre(inner, spans.begin, "before model", first=True)
-    pre(inner, spans.end, "before model", first=False)
+    def hooks(register: Callable, name: str) -> None:
+        stamp(register, spans.begin, name, True)
+        stamp(register, spans.end, name, False)
+
+    around(family.towers(inner)[0], "tower", True)
+    around(inner.multi_modal_projector, "projector", True)
+    hooks(inner.register_forward_pre_hook, "before model")
     for index, layer in enumerate(family.decoder_layers(inner)):
-        pre(layer, spans.begin, "before layers", first=True)
-        pre(layer, spans.end, "before layers", first=False)
-        pre(layer, spans.begin, f"layer {index}", first=False)
-        post(layer, spans.end, f"layer {index}", first=False)
-    language_model = family.language_model(inner)
-    post(language_model, spans.begin, "after layers", first=True)
-    post(language_model, spans.end, "after layers", first=False)
+        hooks(layer.register_forward_pre_hook, "before layers")
+        around(layer, f"layer {index}", False)
+    hooks(family.language_model(inner).register_forward_hook, "after layers")
     mine = inner.__dict__.get("get_image_features")
     inner.get_image_features = spans.around("encode", inner.get_image_features)
     try:

@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from vlmprune import registry, spec
 from vlmprune.eval.config.kinds import Average, Keep, Seeds
 from vlmprune.yamls.kinds import Plain, Switch, Text
-from vlmprune.yamls.told import mistakes, must_be
+from vlmprune.yamls.told import as_mistake, mistakes, must_be
 
 __all__ = ["STRICT", "Budget", "Entries", "Entry", "Part", "WithBudgets", "or_controls", "unique"]
 
@@ -54,11 +54,9 @@ class Part:
 def looked_up(part: Part, info: ValidationInfo) -> Part:
     """Where anything else is wrong, a method and its options are looked up too; budgets are the plan's."""
     if info.context and info.context.thorough and part.name != spec.NONE:
-        try:
+        with as_mistake(f"{part.name}: "):
             options = {"keep": 0.5} if "keep" in spec.takes(part.name) else {}
             spec.build(part.name, options | {k: v for k, v in part.options.items() if k not in spec.BUDGETS})
-        except (TypeError, ValueError, FileNotFoundError) as error:
-            raise mistakes(((), f"{part.name}: {error}")) from None
     return part
 
 

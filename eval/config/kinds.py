@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from vlmprune import spec
 from vlmprune.errors import did_you_mean
 from vlmprune.yamls.kinds import AnyText, Many, Number, Plain, Some, Switch, Text, Whole, kind
-from vlmprune.yamls.told import about, mistakes, must_be
+from vlmprune.yamls.told import about, as_mistake, mistakes, must_be
 
 #: What `device_map` takes besides a device.
 MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -29,24 +29,27 @@ DType = Annotated[Literal["auto", "float32", "bfloat16", "float16"], kind(f"one 
 # Seeds and budgets
 
 
-def seeds_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
-    """A seed that counts twice would narrow the spread."""
-    if twice := sorted({seed for seed in seeds if seeds.count(seed) > 1}):
-        raise mistakes(((), f"seed {', '.join(map(str, twice))} is given twice."))
-    return seeds
+def each_once(word: str) -> AfterValidator:
+    """Numbers that differ; 1 (a token) and 1.0 (all of them) do. A seed that counts twice would narrow the spread."""
+
+    def check(given: tuple[int | float, ...]) -> tuple[int | float, ...]:
+        said = [repr(number) for number in given]
+        if twice := dict.fromkeys(number for number in said if said.count(number) > 1):
+            raise mistakes(((), f"{word} {', '.join(twice)} is given twice."))
+        return given
+
+    return AfterValidator(check)
 
 
-Seeds = Annotated[Some[Whole], AfterValidator(seeds_once)]
+Seeds = Annotated[Some[Whole], each_once("seed")]
 
 
 def budgets(word: str) -> Any:
-    """`keep` and `average`: one or several numbers, each once; 1 (a token) and 1.0 (all of them) are two."""
+    """`keep` and `average`: one or several numbers, each once."""
 
     def read(value: Any) -> int | float:
-        try:
+        with as_mistake():
             return spec.read_budget(value, word)
-        except (TypeError, ValueError) as error:
-            raise mistakes(((), str(error))) from None
 
     def given(value: Any) -> Any:
         if value is None:
@@ -54,13 +57,7 @@ def budgets(word: str) -> Any:
             raise about(f"is null, which is no budget: {way}")
         return value
 
-    def once(amounts: tuple[int | float, ...]) -> tuple[int | float, ...]:
-        said = [repr(amount) for amount in amounts]
-        if twice := next((amount for amount in said if said.count(amount) > 1), None):
-            raise mistakes(((), f"{word} {twice} is given twice."))
-        return amounts
-
-    return Annotated[Many[Annotated[Any, AfterValidator(read)]], AfterValidator(once), BeforeValidator(given)]
+    return Annotated[Many[Annotated[Any, AfterValidator(read)]], each_once(word), BeforeValidator(given)]
 
 
 Keep, Average = budgets("keep"), budgets("average")

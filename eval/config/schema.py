@@ -7,7 +7,7 @@ from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from vlmprune import configs, spec
@@ -15,17 +15,11 @@ from vlmprune.errors import did_you_mean
 from vlmprune.eval.config import kinds
 from vlmprune.eval.config.entries import STRICT, Budget, Entries, WithBudgets, or_controls
 from vlmprune.eval.config.kinds import Average, Keep, Seeds
-from vlmprune.yamls.kinds import Many, Number, Positive, Some, Switch, Text, kind
+from vlmprune.yamls.kinds import Many, Number, Positive, Some, Switch, Text
 from vlmprune.yamls.told import ConfigSource, about, mistakes, must_be
-from vlmprune.yamls.tree import Key, Mistakes, Tree, read_start, read_tree
+from vlmprune.yamls.tree import Key, Mistakes, Tree, read_start, read_text, read_tree
 
 __all__ = ["KEYS", "Config", "Published", "Setting", "load_config"]
-
-
-def listed(value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, list):
-        raise must_be("a list", value)
-    return tuple(value)
 
 
 # Published numbers
@@ -134,7 +128,7 @@ class Setting(WithBudgets):
     model: Text
     name: Annotated[Text | None, AfterValidator(name_or_model)] = None
     suites: Some[Annotated[Text, AfterValidator(suite)]] = Field(alias="tasks")
-    methods: Annotated[Entries, BeforeValidator(listed)] = field(default_factory=list)
+    methods: Entries = field(default_factory=list)
     keep: Keep = ()
     average: Average = ()
     controls: Annotated[Entries, BeforeValidator(or_controls)] = True
@@ -151,9 +145,9 @@ class Setting(WithBudgets):
     generation: kinds.Generation = field(default_factory=dict)
     include_path: Many[Text] = ()
     metrics: Annotated[dict[str, Text], AfterValidator(of_tasks)] = field(default_factory=dict)
-    published: Annotated[
-        tuple[Annotated[Published, BeforeValidator(said)], ...], BeforeValidator(listed), AfterValidator(about_entries)
-    ] = field(default_factory=list)
+    published: Annotated[tuple[Annotated[Published, BeforeValidator(said)], ...], AfterValidator(about_entries)] = (
+        field(default_factory=list)
+    )
     where: Annotated[dict[str, str], AfterValidator(lines)] = field(default_factory=dict, init=False)
 
     @property
@@ -200,9 +194,7 @@ class Head:
     """What stands at the top of a file alone; pydantic ignores the rest."""
 
     output: Text = ""
-    runs: Annotated[
-        tuple[Annotated[dict[str, Any], kind("a mapping (key: value)")], ...], BeforeValidator(per_model)
-    ] = ()
+    runs: Annotated[tuple[dict[str, Any], ...], BeforeValidator(per_model)] = ()
 
 
 HEAD = TypeAdapter(Head)
@@ -231,19 +223,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             too, so that one mistake does not hide another.
     """
     path = configs.find(path)
-    text = read_text(path)
+    text = read_text(path, lambda: f"no such file.{near(path)}")
     tree = read_tree(text, str(path))
     for assignment in overrides:
         tree.override(assignment)
     if tree.value is None:
         raise Mistakes([(str(path), "the file is empty; `vlmprune init FILE` writes one that explains every key.")])
     found: list[tuple[str, str]] = []
-    head = validated(HEAD, tree.value, ConfigSource(tree), found)
-    settings = [validated(SETTING, given, source, found) for given, source in models(tree)]
+    head = ConfigSource(tree).read(HEAD, tree.value, found)
+    settings = [source.read(SETTING, given, found) for given, source in models(tree)]
     found += named_twice(tree, [setting and setting.name for setting in settings])
     if found:
         for given, source in models(tree):
-            validated(SETTING, given, replace(source, thorough=True), found)
+            replace(source, thorough=True).read(SETTING, given, found)
         raise Mistakes(found)
     output = Path(head.output or Path("runs") / path.stem).expanduser()
     return Config(path, output, tuple(settings), text, tree.value)
@@ -258,22 +250,10 @@ def named_twice(tree: Tree, names: Sequence[str | None]) -> list[tuple[str, str]
     ]
 
 
-def read_text(path: Path) -> str:
-    """The text of a config.
-
-    Raises:
-        Mistakes: there is no such file, or none that can be read.
-    """
-    try:
-        return read_start(path)
-    except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        why = f"no such file.{did_you_mean(path.name, near + configs.names())}"
-    except UnicodeDecodeError:
-        why = "not a text file in UTF-8."
-    except OSError as error:
-        why = f"cannot be read: {error.strerror or error}."
-    raise Mistakes([(str(path), why)])
+def near(path: Path) -> str:
+    """The file that may be meant by one that is not there."""
+    beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    return did_you_mean(path.name, beside + configs.names())
 
 
 def models(tree: Tree) -> Iterator[tuple[dict[str, Any], ConfigSource]]:
@@ -289,12 +269,3 @@ def models(tree: Tree) -> Iterator[tuple[dict[str, Any], ConfigSource]]:
             place: Key = ("runs", i)
             home = dict.fromkeys(shared, ()) | dict.fromkeys(mine, place)
             yield shared | mine, ConfigSource(tree, home, place, unknown, missing)
-
-
-def validated(adapter: TypeAdapter[Any], given: Any, source: ConfigSource, found: list[tuple[str, str]]) -> Any:
-    """The model that is meant, or None and what is wrong."""
-    try:
-        return adapter.validate_python(given, context=source)
-    except ValidationError as error:
-        found += source.told(error)
-        return None

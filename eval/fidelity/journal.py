@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from vlmprune.runtime.files import write_whole
 __all__ = ["FILE", "Journal", "JournalError", "refuse_second"]
 
 FILE = "rows.jsonl"
-FORMAT = 1  # of the first line
+FORMAT = 2  # of the first line
 
 
 class JournalError(Exception):
@@ -141,6 +142,7 @@ def encoded(lines: Iterable[str]) -> bytes:
 def row_of(said: dict[str, Any]) -> StudyRow:
     """The reverse of `StudyRow.as_json`; the tokens of the answer are not kept."""
     measured = {field.name: said.pop(field.name) for field in fields(Compared) if field.name != "tokens"}
-    if not all(isinstance(value, bool | int | float) for value in measured.values()):
+    along = tuple((tokens, agreeing, kl) for tokens, agreeing, kl in measured.pop("along"))
+    if not all(isinstance(value, bool | int | float) for value in (*measured.values(), *chain(*along))):
         raise ValueError("a measure is no number")
-    return StudyRow(**said, compared=Compared(tokens=[], **measured))
+    return StudyRow(**said, compared=Compared(tokens=[], along=along, **measured))

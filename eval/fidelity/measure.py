@@ -1,4 +1,4 @@
-"""How far a pruned model strays from the unpruned one, on pictures that nobody has labelled.
+"""How far a pruned model strays from the unpruned one, on pictures with and without labels.
 
 The unpruned model is the reference. Four measures per prompt, each of one pruned model:
 
@@ -10,8 +10,9 @@ The unpruned model is the reference. Four measures per prompt, each of one prune
 `kl_answer` is teacher-forced: both models read the unpruned answer. Two models that each read their own answer are
 soon asked different questions, and their distributions cannot be compared. The first token is reported apart because
 short answers ("yes", "B", "3") are decided by it, and because in a long answer the words already written make the
-others easy, which hides what was lost. KL is taken in this direction since it weighs by what the unpruned model would
-say: it is the log-likelihood that the pruned model loses on it.
+others easy, which hides what was lost: `Compared.along` has agreement and KL by position in the answer. KL is taken in
+this direction since it weighs by what the unpruned model would say: it is the log-likelihood that the pruned model
+loses on it.
 
 The answer to teach is appended to the cache of the pruned prompt, not to the prompt: methods that look at the prompt's
 last token must see the prompt that they would see in use.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -28,13 +30,14 @@ import torch
 
 from vlmprune.api import Handle
 from vlmprune.eval import statistics
+from vlmprune.eval.fidelity.labels import Labels
 from vlmprune.eval.statistics import Estimate
 from vlmprune.patches import family_of
 from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.spec import budget_text, budgets_in
 
-__all__ = ["MEASURES", "Compared", "Reference", "StudyEntry", "StudyLine", "StudyRow", "collate", "compare"]
-__all__ += ["reference", "summarise", "worst"]
+__all__ = ["MEASURES", "Compared", "Reference", "Scored", "StudyEntry", "StudyLine", "StudyRow", "collate", "compare"]
+__all__ += ["reference", "stretches", "summarise", "worst"]
 
 #: The measures, and what they cannot go beyond, none being below 0.
 TOPS: dict[str, float | None] = {"first_agrees": 1.0, "answer_agrees": 1.0, "kl_first": None, "kl_answer": None}
@@ -68,7 +71,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Compared:
-    """One prompt under one pruned model; the measures are this module's. Token counts have newlines in them."""
+    """One prompt under one pruned model; the measures are this module's. Token counts have newlines in them.
+
+    Attributes:
+        same_for: tokens, from the first on, that the greedy answers of both models share.
+        along: per stretch (`stretches`) that the unpruned answer reaches: its tokens there; how many of them are the
+            pruned model's likeliest, which has read the unpruned answer up to each; and the sum of their KL.
+    """
 
     first_agrees: bool
     answer_agrees: bool
@@ -78,16 +87,19 @@ class Compared:
     tokens_before: int
     tokens_after: int
     layer_average: float
+    same_for: int = 0
+    along: tuple[tuple[int, int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class StudyEntry:
-    """A method at a budget, run with one or several seeds (`(None,)` for a method without)."""
+    """A method at a budget, run with one or several seeds (`(None,)` without); `name` is of its options."""
 
     method: str
     options: dict[str, Any]
     control: bool = False
     seeds: tuple[int | None, ...] = (None,)
+    name: str = ""
 
     @property
     def budget(self) -> str:
@@ -97,7 +109,7 @@ class StudyEntry:
     @property
     def label(self) -> str:
         """`fopru, keep 0.25`."""
-        return ", ".join(part for part in (self.method, self.budget) if part)
+        return ", ".join(part for part in (self.method, self.budget, self.name) if part)
 
     def seeded(self, seed: int | None) -> dict[str, Any]:
         """The options for one seed."""
@@ -124,6 +136,15 @@ class StudyRow:
 
 
 # Measuring
+
+
+def stretches(longest: int) -> list[tuple[int, int]]:
+    """First and last positions, counted from 1: 1, 2, 3 to 4, 5 to 8, ... up to the one that has the longest."""
+    found = [(1, 1)]
+    while found[-1][1] < longest:
+        last = found[-1][1]
+        found.append((last + 1, 2 * last))
+    return found
 
 
 def collate(prompts: Sequence[Inputs], pad: int) -> Inputs:
@@ -238,12 +259,13 @@ def compare(handle: Handle, inputs: Inputs, full: Reference, max_new_tokens: int
         )
     mean = (kl * full.real).sum(1) / full.real.sum(1)
     first = log_probs[:, 0].argmax(-1) == full.log_probs[:, 0].argmax(-1)
-    same = ((log_probs.argmax(-1) == full.tokens) | ~full.real).all(1) & full.pure
+    alike = log_probs.argmax(-1) == full.tokens
+    same = (alike | ~full.real).all(1) & full.pure
     said = {row: full.answer(row) for row in range(len(same))}
     if rows := (~same).nonzero().flatten().tolist():
         tokens, real, _ = greedy(handle.model, chosen(inputs, rows), max_new_tokens)
         said |= {row: tokens[i][real[i]].tolist() for i, row in enumerate(rows)}
-    measured = zip(first.tolist(), kl[:, 0].tolist(), mean.tolist(), strict=True)
+    measured = zip(first.tolist(), kl[:, 0].tolist(), mean.tolist(), by_stretch(full.real, alike, kl), strict=True)
     return [
         Compared(
             first_agrees=agrees,
@@ -254,12 +276,47 @@ def compare(handle: Handle, inputs: Inputs, full: Reference, max_new_tokens: int
             tokens_before=trace.grids[row].tokens,
             tokens_after=trace.entering(row),
             layer_average=trace.layer_average(row),
+            same_for=shared(said[row], full.answer(row)),
+            along=along_it,
         )
-        for row, (agrees, at_first, on_average) in enumerate(measured)
+        for row, (agrees, at_first, on_average, along_it) in enumerate(measured)
+    ]
+
+
+def shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many entries, from the first on, are the same in both."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def by_stretch(real: torch.Tensor, alike: torch.Tensor, kl: torch.Tensor) -> list[tuple[tuple[int, int, float], ...]]:
+    """`Compared.along` of every row of three `(rows, longest)` tensors."""
+    parts = [slice(first - 1, last) for first, last in stretches(real.shape[1])]
+    counts, same, sums = (
+        torch.stack([x[:, part].sum(1) for part in parts], 1).tolist() for x in (real, alike & real, kl.where(real, 0))
+    )
+    return [
+        tuple((n, agree, round(total, 6)) for n, agree, total in zip(*row, strict=True) if n)
+        for row in zip(counts, same, sums, strict=True)
     ]
 
 
 # What the measurements say together
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores by the labels, 0 to 1, on the same prompts.
+
+    Attributes:
+        unpruned, pruned: of the two models.
+        change: pruned minus unpruned, paired.
+        verdict: of it: better, worse, noise or equal; None with a single picture.
+    """
+
+    unpruned: Estimate
+    pruned: Estimate
+    change: Estimate
+    verdict: str | None
 
 
 @dataclass(frozen=True)
@@ -270,6 +327,7 @@ class StudyLine:
         measures: by the names of `MEASURES`; shares are 0 to 1.
         over_random: `answer_agrees` minus that of the random control at the same budget, paired; None without one.
         verdict: of that difference: better, worse, noise or equal; None without one or with a single picture.
+        score: by the labels, where there are some.
     """
 
     entry: StudyEntry
@@ -279,9 +337,10 @@ class StudyLine:
     measures: dict[str, Estimate]
     over_random: Estimate | None = None
     verdict: str | None = None
+    score: Scored | None = None
 
 
-def summarise(entries: Sequence[StudyEntry], rows: Iterable[StudyRow]) -> list[StudyLine]:
+def summarise(entries: Sequence[StudyEntry], rows: Iterable[StudyRow], labels: Labels | None = None) -> list[StudyLine]:
     """One line per entry that has rows, in the order of `entries`; the order of `rows` means nothing.
 
     A prompt counts once: seeds are averaged first. Pictures are drawn with replacement, each with all its prompts.
@@ -291,18 +350,22 @@ def summarise(entries: Sequence[StudyEntry], rows: Iterable[StudyRow]) -> list[S
     """
     by_entry = by_prompt(rows)
     values = {label: {pair: mean_of(some, MEASURES) for pair, some in by.items()} for label, by in by_entry.items()}
-    return [line_of(entry, by_entry[entry.label], values) for entry in entries if entry.label in by_entry]
+    return [line_of(entry, by_entry[entry.label], values, labels) for entry in entries if entry.label in by_entry]
 
 
 def line_of(
-    entry: StudyEntry, by_prompt: Mapping[tuple[str, str], Sequence[StudyRow]], values: Mapping[str, Values]
+    entry: StudyEntry,
+    by_prompt: Mapping[tuple[str, str], Sequence[StudyRow]],
+    values: Mapping[str, Values],
+    labels: Labels | None,
 ) -> StudyLine:
     """The line of one entry, of its own rows and the values of all by label."""
     every = [row for some in by_prompt.values() for row in some]
     tokens = mean_of(every, ("tokens_before", "tokens_after", "layer_average"))
     mine, control = values[entry.label], values.get(StudyEntry("random", entry.options).label)
     beside = (None, None) if control is None or entry.method == "random" else over(mine, control)
-    return StudyLine(entry, *tokens, estimates(mine), *beside)
+    score = None if labels is None else scored({pair: scores_of(some, labels) for pair, some in by_prompt.items()})
+    return StudyLine(entry, *tokens, estimates(mine), *beside, score)
 
 
 def by_prompt(rows: Iterable[StudyRow]) -> dict[str, dict[tuple[str, str], list[StudyRow]]]:
@@ -325,6 +388,20 @@ def estimates(values: Values) -> dict[str, Estimate]:
     return {name: statistics.mean(draws[i], means[i], count, top) for i, (name, top) in enumerate(TOPS.items())}
 
 
+def scores_of(rows: Sequence[StudyRow], labels: Labels) -> list[float]:
+    """The scores of both models on a prompt, and their difference; seeds are averaged."""
+    unpruned, pruned = np.mean([labels.scores(row) for row in rows], 0).tolist()
+    return [unpruned, pruned, pruned - unpruned]
+
+
+def scored(values: Values) -> Scored:
+    """Means over prompts of `scores_of`, with their intervals over pictures."""
+    pictures, table = [picture for picture, _ in values], np.array(list(values.values()))
+    draws, means, count = drawn(pictures, table), table.mean(0).tolist(), len(set(pictures))
+    both = [statistics.mean(draws[i], means[i], count, 1.0) for i in range(2)]
+    return Scored(*both, *statistics.difference(draws[2], means[2], count, 1.0, same=not table[:, 2].any()))
+
+
 def over(mine: Values, control: Values) -> tuple[Estimate, str | None]:
     """`answer_agrees` minus the control's on the same prompts, and in a word."""
     pairs, which = [pair for pair in mine if pair in control], MEASURES.index("answer_agrees")
@@ -341,15 +418,23 @@ def drawn(pictures: Sequence[str], values: np.ndarray) -> Sequence[np.ndarray | 
     return list(statistics.Resampler(pictures).means(pictures, values).T)
 
 
-def worst(rows: Iterable[StudyRow], count: int) -> list[StudyRow]:
+def worst(rows: Iterable[StudyRow], count: int, labels: Labels | None = None) -> list[StudyRow]:
     """The worst row of each of the `count` worst pictures, worst first.
 
-    Changed answers are worse than others; among them, and among the others, the larger `kl_answer` is worse. Pictures
-    that lost nothing (the same answer, no KL) are never shown.
+    With labels it is worst to lose score. Then, and without them, changed answers are worse than others; among them,
+    and among the others, the larger `kl_answer` is worse. Pictures that lost nothing (the same answer, no KL) are never
+    shown.
     """
     order = sorted(
         (row for row in rows if row.compared.kl_answer > 0 or not row.compared.answer_agrees),
-        key=lambda r: (r.compared.answer_agrees, -r.compared.kl_answer, r.picture, r.prompt, r.seed or 0),
+        key=lambda r: (
+            0 if labels is None else -labels.loss(r),
+            r.compared.answer_agrees,
+            -r.compared.kl_answer,
+            r.picture,
+            r.prompt,
+            r.seed or 0,
+        ),
     )
     first: dict[str, StudyRow] = {}
     for row in order:

@@ -16,8 +16,11 @@ from PIL import Image
 
 from vlmprune.eval import statistics
 from vlmprune.eval.fidelity.costs import EntryCosts
-from vlmprune.eval.fidelity.measure import StudyEntry, StudyLine, StudyRow, summarise
+from vlmprune.eval.fidelity.labels import Labels
+from vlmprune.eval.fidelity.measure import Scored, StudyEntry, StudyLine, StudyRow, stretches, summarise
+from vlmprune.eval.fidelity.positions import AnswerPart, along
 from vlmprune.eval.report import render
+from vlmprune.eval.report.chart import Chart, Mark
 from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Heading, Table, Text, repeat
 from vlmprune.eval.statistics import Estimate
 from vlmprune.runtime import draw
@@ -30,6 +33,7 @@ SIDE = 256  # pixels of a picture's longer side on a card
 GAP = 6
 WRAP = 30  # characters of a line on a sheet
 SAID = 3  # lines of an answer on a sheet; the page has all of it
+LONG = 4  # tokens; of longer answers the page tells how they change along the way
 
 DEFINITIONS = (
     ("first token", "how often the likeliest first token is that of the unpruned model, in per cent"),
@@ -50,7 +54,11 @@ DEFINITIONS = (
     ("entering", "visual tokens of a picture that enter the language model, newlines included"),
     ("layer average", "visual tokens that a decoder layer sees, averaged over all layers"),
     ("answer - random", "difference to `random` at the same budget in percentage points, paired prompt by prompt"),
+    ("unpruned score", "how right the unpruned model's answers are by the labels, in per cent"),
+    ("score", "how right the pruned model's answers are"),
+    ("score - unpruned", "the difference of the two in percentage points, paired prompt by prompt"),
 )
+SCORES = ("unpruned score", "score", "score - unpruned")
 #: Columns of what was timed, and what they are.
 COSTS = {
     "speed-up first": "how many times as soon as the unpruned model's the first token is there, in pairs run in turns "
@@ -68,15 +76,21 @@ CAVEAT = (
     "Agreement says what pruning changes, not whether the unpruned model was right: a changed answer may be a better "
     "one. It is worth what it is worth beside the controls, which look at nothing."
 )
+ALONG = (
+    "Next token: how often the pruned model's likeliest token is the unpruned answer's, which it has read up to there. "
+    "Same so far: how many answers, each going its own way, are the same up to the last of these tokens or to their "
+    "end. In per cent; KL in nats per token, as next token."
+)
 
 
 @dataclass(frozen=True)
 class Card:
-    """One of the worst pictures: its row, and the picture as it is and with what was kept."""
+    """One of the worst pictures: its row, the picture as it is and with what was kept, and what was right."""
 
     row: StudyRow
     plain: draw.Panel
     kept: draw.Panel
+    right: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +105,7 @@ class Study:
         cards: the worst pictures of every entry that is no control, worst first, by label.
         planned: how many prompts there were to be (fewer were measured if it was interrupted).
         costs: time and memory by label, where they were measured.
+        labels: right answers, where there are some.
     """
 
     about: dict[str, Any]
@@ -100,11 +115,17 @@ class Study:
     cards: dict[str, list[Card]]
     planned: int
     costs: Mapping[str, EntryCosts] = field(default_factory=dict)
+    labels: Labels | None = None
 
     @cached_property
     def lines(self) -> list[StudyLine]:
         """The sums."""
-        return summarise(self.entries, self.rows)
+        return summarise(self.entries, self.rows, self.labels)
+
+    @cached_property
+    def along(self) -> dict[str, list[AnswerPart]]:
+        """Agreement by position in the answer, by label."""
+        return along(self.rows)
 
     @property
     def prompts(self) -> int:
@@ -151,6 +172,7 @@ def table_of(
     costs = costs or {}
     header = ["method", "budget", "entering", "layer average", "first token", "answer", "KL first", "KL answer"]
     compared = any(line.over_random is not None for line in lines)
+    labelled = any(line.score is not None for line in lines)
     rows = []
     for line in lines:
         seeds = f" ({len(line.entry.seeds)} seeds)" if len(line.entry.seeds) > 1 else ""
@@ -167,10 +189,19 @@ def table_of(
         ]
         if compared:
             row.append("" if line.over_random is None else spread(line.over_random, "+.1f", 100))
+        if labelled:
+            row += score_cells(line.score)
         if costs:
             row += cost_cells(costs.get(line.entry.label))
         rows.append(row)
-    return header + (["answer - random"] if compared else []) + (list(COSTS) if costs else []), rows
+    more = ["answer - random"] * compared + list(SCORES) * labelled + list(COSTS) * bool(costs)
+    return header + more, rows
+
+
+def score_cells(score: Scored) -> list[str]:
+    """The cells of the columns `SCORES`."""
+    both = [spread(one, ".1f", 100) for one in (score.unpruned, score.pruned)]
+    return [*both, spread(score.change, "+.1f", 100)]
 
 
 def cost_cells(costs: EntryCosts | None) -> list[str]:
@@ -187,6 +218,7 @@ def in_words(line: StudyLine, pictures: int) -> str:
     told = f"{line.entry.label}: {same} % of the answers stay the same"
     few = f" (only {counted(pictures, 'picture')}: trust neither numbers nor intervals much)"
     few = few if pictures < statistics.FEW_CLUSTERS else ""
+    few += "" if line.score is None else f". {score_in_words(line.score)}"
     if line.over_random is None:
         return f"{told}{few}."
     gap = spread(line.over_random, "+.1f", 100)
@@ -200,6 +232,19 @@ def in_words(line: StudyLine, pictures: int) -> str:
     return f"{told}, {verdicts[line.verdict]}{few}."
 
 
+def score_in_words(score: Scored) -> str:
+    """What became of the score."""
+    verdicts = {
+        "better": "better than the unpruned model's",
+        "worse": "worse than the unpruned model's",
+        "noise": "which cannot be told from the unpruned model's",
+        "equal": "prompt by prompt the unpruned model's",
+        None: "beside the unpruned model's, and one picture gives no interval",
+    }
+    change = spread(score.change, "+.1f", 100)
+    return f"The score is {spread(score.pruned, '.1f', 100)} %, {verdicts[score.verdict]} ({change} points)"
+
+
 # The page
 
 
@@ -208,16 +253,19 @@ def title(study: Study) -> str:
     return f"Fidelity of {study.about['model']}"
 
 
-def build(study: Study, sheets: Mapping[str, Path]) -> list[Block]:
-    """The whole report; `sheets` are the files of the worst pictures by label."""
+def build(study: Study, sheets: Mapping[str, Path], folder: Path) -> list[Block]:
+    """The whole report; `sheets` are the files of the worst pictures by label, plots are drawn into `folder`."""
+    labels = study.labels
+    told = "Nothing was labelled." if labels is None else f"Answers are scored by {labels.metric!r}."
     blocks: list[Block] = [
         Heading(title(study), 1),
         Text(
             f"{study.asked}; the reference is the unpruned model's own greedy answer (at most "
-            f"{study.about['max_new_tokens']} tokens). Nothing was labelled."
+            f"{study.about['max_new_tokens']} tokens). {told}"
         ),
         *troubles(study),
-        *numbers(study),
+        *numbers(study, folder),
+        *positions(study, folder),
     ]
     for label in (entry.label for entry in study.entries if not entry.control):
         blocks += [Heading(f"Worst pictures: {label}"), *worst_pictures(study, label, sheets)]
@@ -225,13 +273,14 @@ def build(study: Study, sheets: Mapping[str, Path]) -> list[Block]:
     return blocks + left_out(study) + repeat(facts, study.about["command"])
 
 
-def numbers(study: Study) -> list[Block]:
-    """The table, in words too, and how to read it."""
+def numbers(study: Study, folder: Path) -> list[Block]:
+    """The table, in words and as a picture too, and how to read it."""
     lines, (header, rows) = study.lines, table_of(study.lines, study.costs)
     kinds = ["control" if line.entry.control else "" for line in lines]
     return [
         Heading("In short"),
         Bullets([in_words(line, study.pictures) for line in lines if not line.entry.control]),
+        overview(study).block(folder / "agreement.svg", "What stays the same. Bars are 95 % intervals; controls grey."),
         Heading("Numbers"),
         Table(header, rows, range(2), kinds),
         Text(INTERVALS),
@@ -239,6 +288,77 @@ def numbers(study: Study) -> list[Block]:
         Heading("What the columns are"),
         Bullets([f"{name}: {text}" for name, text in (*DEFINITIONS, *COSTS.items()) if name in header]),
     ]
+
+
+def overview(study: Study) -> Chart:
+    """Agreement, and the score where there is one, against what a budget leaves and what was timed."""
+    axes = {"layer_average": "visual tokens, mean over layers"}
+    if study.costs:
+        axes |= {"first": "first token, times as fast", "answer": "answer, times as fast", "cache": "cache, % of all"}
+    panels = {"agreement": "same answers, %"} | ({} if study.labels is None else {"score": "score, %"})
+    points = [made for line in study.lines for made in points_of(line, study.costs.get(line.entry.label))]
+    before = max(line.tokens_before for line in study.lines)
+    plain = {"layer_average": before} | ({"first": 1.0, "answer": 1.0, "cache": 100.0} if study.costs else {})
+    tops = [100.0] if study.labels is None else [100.0, 100 * study.lines[0].score.unpruned.value]
+    points += [Mark("", "unpruned", plain, top, panel=i, full=True) for i, top in enumerate(tops)]
+    return Chart(axes, panels, points, {line.entry.method for line in study.lines if line.entry.control})
+
+
+def points_of(line: StudyLine, costs: EntryCosts | None) -> list[Mark]:
+    """An entry in every panel of `overview`."""
+    x = {"layer_average": line.layer_average}
+    if costs is not None:
+        x |= {
+            "first": costs.first["median"],
+            "answer": costs.answer["median"],
+            "cache": 100 * costs.kv[1] / costs.kv[0],
+        }
+    shown = [line.measures["answer_agrees"]] + ([] if line.score is None else [line.score.pruned])
+    return [
+        Mark(line.entry.method, line.entry.label, x, *scaled(estimate, 100), panel=i)
+        for i, estimate in enumerate(shown)
+    ]
+
+
+def scaled(estimate: Estimate, scale: float = 1.0) -> list[float | None]:
+    """Value, low and high."""
+    return [None if x is None else scale * x for x in (estimate.value, estimate.low, estimate.high)]
+
+
+def positions(study: Study, folder: Path) -> list[Block]:
+    """How answers of some length change along the way; nothing where all are short."""
+    most = max((len(found) for found in study.along.values()), default=0)
+    if most <= len(stretches(LONG)):
+        return []
+    names = [line.entry.label for line in study.lines]
+    header, rows = ["method and budget", "tokens", "prompts", "next token", "same so far", "KL"], []
+    for name in names:
+        for one in study.along[name]:
+            shares = [spread(x, ".1f", 100) for x in (one.next_agrees, one.same_so_far)]
+            rows.append([name, span(one), str(one.prompts), *shares, spread(one.kl, ".3f")])
+    kinds = ["start" if i % most == 0 else "" for i in range(len(rows))]
+    panels = {"next token": "next token, %", "same so far": "same so far, %", "KL": "KL, nats per token"}
+    points = [
+        Mark(name, f"{name}, tokens {span(one)}", {"position": one.last}, *scaled(value, scale), panel=i)
+        for name in names
+        for one in study.along[name]
+        for i, (value, scale) in enumerate(((one.next_agrees, 100), (one.same_so_far, 100), (one.kl, 1)))
+    ]
+    chart = Chart(
+        {"position": "position in the answer, up to this token"}, panels, points,
+        {line.entry.label for line in study.lines if line.entry.control},
+    )  # fmt: skip
+    return [
+        Heading("Along the answer"),
+        Text(ALONG),
+        chart.block(folder / "along.svg", "Agreement along the answer. Bars are 95 % intervals; controls grey."),
+        Table(header, rows, range(2), kinds),
+    ]
+
+
+def span(stretch: AnswerPart) -> str:
+    """`5 to 8`."""
+    return f"{stretch.first} to {stretch.last}" if stretch.first < stretch.last else str(stretch.first)
 
 
 def troubles(study: Study) -> list[Block]:
@@ -268,6 +388,7 @@ def worst_pictures(study: Study, label: str, sheets: Mapping[str, Path]) -> list
         "Changed answers first, then by KL answer; of a picture with several prompts the worst one is shown. Dark is "
         "what was dropped."
     )
+    told = told if study.labels is None else f"What lost score first. {told}"
     return [Text(told), Cards([captioned(card) for card in study.cards[label]], sheets[label], label)]
 
 
@@ -277,6 +398,7 @@ def captioned(card: Card) -> Captioned:
     side_by_side([*card.plain.pictures, *card.kept.pictures]).save(made, "JPEG", quality=90, subsampling=0)
     facts = {
         "prompt": row.prompt,
+        **({"right": " / ".join(card.right)} if card.right else {}),
         "unpruned": shown(row.unpruned),
         "pruned": pruned(row),
         "KL answer": kl(row),
@@ -317,6 +439,7 @@ def sheet_of(label: str, cards: Sequence[Card], across: int = 2) -> Image.Image:
     for number, card in enumerate(cards, 1):
         row = card.row
         asked = wrapped("prompt: ", row.prompt) + wrapped("unpruned: ", shown(row.unpruned))
+        asked += wrapped("right: ", " / ".join(card.right)) if card.right else []
         said = [*card.kept.lines, *wrapped("pruned: ", pruned(row))]
         panels.append(draw.Panel(f"{number}. {row.picture}", asked, card.plain.pictures))
         panels.append(draw.Panel(f"KL answer {kl(row)} nats", said, card.kept.pictures))
@@ -345,11 +468,21 @@ def as_json(study: Study) -> dict[str, Any]:
             {"label": line.entry.label}
             | asdict(line.entry)
             | {k: v for k, v in asdict(line).items() if k != "entry"}
+            | {"along": [asdict(one) for one in study.along[line.entry.label]]}
             | ({"costs": asdict(study.costs[line.entry.label])} if line.entry.label in study.costs else {})
             for line in study.lines
         ],
-        "rows": [row.as_json() for row in study.rows],
+        "metric": None if study.labels is None else study.labels.metric,
+        "rows": [row.as_json() | scores_json(row, study.labels) for row in study.rows],
     }
+
+
+def scores_json(row: StudyRow, labels: Labels | None) -> dict[str, Any]:
+    """What labels say of a row."""
+    if labels is None:
+        return {}
+    unpruned, pruned = labels.scores(row)
+    return {"right": list(labels.right(row)), "unpruned_score": unpruned, "pruned_score": pruned}
 
 
 def write(folder: Path, study: Study) -> list[Path]:
@@ -368,7 +501,9 @@ def write(folder: Path, study: Study) -> list[Path]:
         for label, cards in study.cards.items()
         if cards
     }
-    files = render.pages(build(study, sheets), title(study), folder)
+    for old in folder.glob("*.svg"):
+        old.unlink()
+    files = render.pages(build(study, sheets, folder), title(study), folder)
     told = json.dumps(as_json(study), indent=1, ensure_ascii=False) + "\n"
     files["results.json"] = told.encode(errors=render.ESCAPED)
     for label, path in sheets.items():
@@ -380,4 +515,4 @@ def write(folder: Path, study: Study) -> list[Path]:
     for old in folder.glob("worst-*.png"):
         if old.name not in files:
             old.unlink()
-    return [folder / name for name in files]
+    return [*(folder / name for name in files), *sorted(folder.glob("*.svg"))]

@@ -21,7 +21,7 @@ A model that is too large for one GPU: `device_map=auto` in `--model_args`, with
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from vlmprune.errors import did_you_mean
 from vlmprune.eval.lmms.measure import Cost, Record, StopAt, Stopwatch, criteria, summary
 from vlmprune.eval.lmms.parallel import place
 from vlmprune.eval.lmms.pictures import Reader
+from vlmprune.parts.templates import image_token, started_once
 from vlmprune.runtime import answering, loading
 from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
 from vlmprune.spec import NONE
@@ -60,7 +61,7 @@ class Counts(TokenCounts):
     record: Record | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        cost = self.record.as_dict() if self.record else {}
+        cost = asdict(self.record) if self.record else {}
         return super().to_dict() | {key: value for key, value in cost.items() if key not in ("task", "doc")}
 
 
@@ -181,7 +182,7 @@ class VlmPrune(lmms):
         """
         records = sorted([*self._records, *self._new], key=lambda record: (record.task, record.doc))
         self._records, self._new, self._seconds = [], [], 0.0
-        return [record.as_dict() for record in records]
+        return [asdict(record) for record in records]
 
     def gathered(self) -> tuple[list[Record], float]:
         """What all processes have measured since the last evaluation ended, and their seconds together."""
@@ -298,7 +299,7 @@ class VlmPrune(lmms):
     def prompt_text(self, turns: list[dict[str, Any]], images: int) -> str:
         """The prompt by the chat template; raises as `ask` does."""
         processor = self.loaded.processor
-        token = getattr(processor, "image_token", None) or "<image>"
+        token = image_token(processor)
         for part in (part for turn in turns for part in turn["content"] if part["type"] == "text"):
             part["text"] = part["text"].replace(token, "")  # the images come apart, and each has its placeholder
         text = processor.apply_chat_template(turns, add_generation_prompt=True)
@@ -314,9 +315,7 @@ class VlmPrune(lmms):
         processor, texts = self.loaded.processor, [one.text for one in asked]
         # prompt by prompt: LLaVA-OneVision prepares several pictures of one prompt differently
         images = [one.images for one in asked if one.images]
-        bos = processor.tokenizer.bos_token
-        # a template that writes the first token itself must not get a second one
-        once = {"add_special_tokens": False} if bos and texts[0].startswith(bos) else {}
+        once = started_once(processor, texts[0])
         try:
             made = processor(text=texts, images=images or None, padding=True, return_tensors="pt", **once)
         except (ValueError, TypeError, ZeroDivisionError) as error:

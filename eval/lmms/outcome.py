@@ -95,16 +95,12 @@ def main_metric(found: Mapping[str, Any], metrics: Mapping[str, Any], task: Any,
         raise NoMetric(f"this task has no metric {wanted!r}; it has {', '.join(metrics) or 'none that is a number'}")
     if not metrics:
         raise Incomplete("no metric of this task is a number (does it only write a file to submit?)")
-    main = wanted or first_of(metrics, task)
+    # the first of the task's list that is there, else the first there is
+    listed = [entry["metric"] for entry in task.config.metric_list or () if entry.get("metric") in metrics]
+    main = wanted or next(iter([*listed, *metrics]))
     if main not in metrics:
         raise Incomplete(f"{main} is not a number here; this task has {', '.join(metrics)}")
     return main
-
-
-def first_of(metrics: Mapping[str, Any], task: Any) -> str:
-    """The first metric of a task's list that is there, else the first there is."""
-    listed = [entry["metric"] for entry in task.config.metric_list or () if entry.get("metric") in metrics]
-    return next(iter([*listed, *metrics]))
 
 
 def number_of(value: Any) -> float | None:

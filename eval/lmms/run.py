@@ -18,7 +18,8 @@ from vlmprune import spec
 from vlmprune.eval.config.schema import Setting
 from vlmprune.eval.lmms import fingerprints, outcome, store
 from vlmprune.eval.lmms import plan as plans
-from vlmprune.eval.lmms.plan import Cell, EvalPlan, ModelJob
+from vlmprune.eval.lmms.cells import Cell
+from vlmprune.eval.lmms.plan import EvalPlan, ModelJob
 from vlmprune.eval.lmms.survey import Survey, survey
 from vlmprune.eval.lmms.taskindex import imported
 from vlmprune.runtime import interruption
@@ -27,6 +28,9 @@ from vlmprune.runtime.errors import CommandError, UserError, brief
 __all__ = ["Done", "rank", "run_plan"]
 
 LOG = "lmms-eval.log"
+#: What a setting says of how its model is loaded.
+LOADING = ("batch_size", "device", "dtype", "attn_implementation", "device_map", "template", "plain_pictures")
+LOADING += ("image_processor",)
 
 
 @dataclass(frozen=True)
@@ -122,42 +126,13 @@ def run_job(job: ModelJob, cells: list[Cell], folder: Path, watcher: Watcher) ->
             from vlmprune.eval.lmms.model import VlmPrune
 
             share_locks()
-        setting = job.setting
-        lm = VlmPrune(
-            setting.model,
-            batch_size=setting.batch_size,
-            device=setting.device,
-            dtype=setting.dtype,
-            attn_implementation=setting.attn_implementation,
-            device_map=setting.device_map,
-            template=setting.template,
-            plain_pictures=setting.plain_pictures,
-            image_processor=setting.image_processor,
-        )
+        lm = VlmPrune(job.setting.model, **{word: getattr(job.setting, word) for word in LOADING})
         lm.progress = watcher.samples
         tasks: dict[str, Any] = {}
         measured, failed = [], {}
         for cell in cells:
             watcher.cell(job, cell)
-            start = time.perf_counter()
-            about = {
-                "format": store.FORMAT,
-                "cell": asdict(cell),
-                "key": job.key(cell),
-                "depends": job.depends(cell),
-            }
-            try:
-                content = measure(lm, job, cell, tasks, about, folder, start)
-            except (KeyboardInterrupt, MemoryError):
-                raise
-            except BaseException as error:  # whatever a task's code, a data set or a model raises; sys.exit too
-                if isinstance(error, GeneratorExit):
-                    raise
-                interruption.check(error)  # or Ctrl-C would be kept as a failed cell
-                log(f"{cell.id} failed", error)
-                if isinstance(error, outcome.NoMetric):
-                    tasks[cell.task] = error  # as a data set that cannot be opened: its other cells fail at once
-                content = outcome.failed_cell(about, told(error), time.perf_counter() - start)
+            content = run_cell(lm, job, cell, tasks, folder, log)
             if content is None:  # not the first process
                 continue
             if rank() == 0:
@@ -170,6 +145,24 @@ def run_job(job: ModelJob, cells: list[Cell], folder: Path, watcher: Watcher) ->
             else:
                 measured.append(cell.id)
     return Done(tuple(measured), failed)
+
+
+def run_cell(
+    lm: Any, job: ModelJob, cell: Cell, tasks: dict[str, Any], folder: Path, log: Callable[[str, BaseException], None]
+) -> dict[str, Any] | None:
+    """A cell's file, measured or with its error; None in processes other than the first."""
+    start = time.perf_counter()
+    about = {"format": store.FORMAT, "cell": asdict(cell), "key": job.key(cell), "depends": job.depends(cell)}
+    try:
+        return measure(lm, job, cell, tasks, about, folder, start)
+    except (KeyboardInterrupt, MemoryError, GeneratorExit):
+        raise
+    except BaseException as error:  # whatever a task's code, a data set or a model raises; sys.exit too
+        interruption.check(error)  # or Ctrl-C would be kept as a failed cell
+        log(f"{cell.id} failed", error)
+        if isinstance(error, outcome.NoMetric):
+            tasks[cell.task] = error  # as a data set that cannot be opened: its other cells fail at once
+        return outcome.failed_cell(about, told(error), time.perf_counter() - start)
 
 
 def measure(

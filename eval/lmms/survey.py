@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from vlmprune.eval.lmms import store, taskindex
-from vlmprune.eval.lmms.plan import Cell, EvalPlan, ModelJob
+from vlmprune.eval.lmms.cells import Cell
+from vlmprune.eval.lmms.plan import EvalPlan, ModelJob
 
 __all__ = ["Survey", "TimeLeft", "estimate", "survey"]
 
@@ -94,12 +95,6 @@ class TimeLeft:
     unknown: int
 
 
-def comparable(plan: EvalPlan, folder: Path) -> Iterator[dict[str, Any]]:
-    """The cells in the folder that tell something of one of the plan's."""
-    planned = {group for _, cell in plan.cells for group in groups(asdict(cell))}
-    yield from (old for old in store.all_cells(folder) if old["error"] is None and planned & {*groups(old["cell"])})
-
-
 def estimate(plan: EvalPlan, found: Survey, folder: Path) -> TimeLeft:
     """How long the cells to do may take, by what cells in the folder took, of whatever config they are.
 
@@ -109,7 +104,10 @@ def estimate(plan: EvalPlan, found: Survey, folder: Path) -> TimeLeft:
     rates: dict[tuple[str, ...], list[float]] = defaultdict(list)
     sizes: dict[str, int] = {}
     measured = 0
-    for old in comparable(plan, folder):
+    planned = {group for _, cell in plan.cells for group in groups(asdict(cell))}
+    for old in store.all_cells(folder):
+        if old["error"] is not None or not planned & {*groups(old["cell"])}:
+            continue  # it tells nothing of the plan's
         measured += 1
         sizes[old["cell"]["task"]] = old.get("documents") or len(old["samples"])
         for group in groups(old["cell"]):
@@ -125,7 +123,8 @@ def seconds_of(
 ) -> float | None:
     """How long a cell may take, of seconds per sample and of the sizes of tasks; None where nothing is known."""
     rate = next((fmean(rates[group]) for group in groups(asdict(cell)) if group in rates), None)
-    size = samples_of(job, sizes.get(cell.task))
+    # the limit, or all that its task has, if a cell was measured of it
+    size = min((many for many in (job.setting.limit, sizes.get(cell.task)) if many is not None), default=None)
     return None if rate is None or size is None else rate * size
 
 
@@ -133,8 +132,3 @@ def groups(cell: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     """From like to less like."""
     model, label, task = cell["model"], cell["label"], cell["task"]
     return (model, label, task), (model, task), (model,)
-
-
-def samples_of(job: ModelJob, known: int | None) -> int | None:
-    """How many samples a cell will have: the limit, or all that its task has, if a cell was measured of it."""
-    return min((many for many in (job.setting.limit, known) if many is not None), default=None)

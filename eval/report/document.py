@@ -1,4 +1,4 @@
-"""The blocks that both reports (`vlmprune report`, `vlmprune fidelity`) are written with.
+"""The blocks that all reports (of `vlmprune report`, `fidelity`, `tune` and `bench`) are written with.
 
 All text in them is plain: the templates of `render` escape what they must.
 """
@@ -66,7 +66,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Plot:
-    """Points that a reader can turn over (`interactive.points`), and the same as pictures.
+    """Points that a reader can turn over (`interactive.points`, `Chart.values`), and the same as pictures.
 
     The pictures are shown where nothing can be drawn: in Markdown, without scripts, without Plotly.
     """

@@ -23,7 +23,7 @@ SYMBOLS = {
     "<": "triangle-left", ">": "triangle-right", "p": "pentagon", "h": "hexagon", "d": "diamond-tall",
     "x": "x-thin", "+": "cross-thin", "1": "y-down", "2": "y-up",
 }  # fmt: skip
-DASHES = {"-": "solid", ":": "dot", "--": "dash"}
+DASHES = {"-": "solid", ":": "dot", "--": "dash", "": None}
 
 
 def points(results: Results, model: str) -> dict[str, Any] | None:

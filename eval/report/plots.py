@@ -46,7 +46,8 @@ TIME = Axis("ttft_s", "time", "measured time to first token, ms", scale=1000.0)
 MARKS = "Rings and the broad stepped line mark the Pareto front: no other point has as high a score for as little. "
 MARKS += "Thin bars are 95 % intervals (of scores, not of differences: the tables have those). Controls are grey."
 SIDEWAYS = "Points of the same token count are drawn side by side."
-TURN = "bars are 95 % intervals; a click on a name in the legend takes a method off, a double click all others."
+CLICK = "A click on a name in the legend takes a method off, a double click all others."
+TURN = f"bars are 95 % intervals. {CLICK}"
 #: What the file of retention task by task ends with.
 HEAT = "retention"
 HEAT_CAPTION = "retention task by task, in per cent of the full model's score on the same samples. "

@@ -5,14 +5,18 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from vlmprune.eval import statistics
 from vlmprune.eval.fidelity.measure import worst
+from vlmprune.eval.report.chart import Chart, Mark
 from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Code, Heading, Table, Text, repeat
+from vlmprune.eval.tune.calibrate import Trial
 from vlmprune.eval.tune.judge import CONFIDENCE
 from vlmprune.eval.tune.run import Candidate, Goal
 from vlmprune.recipe import Recipe
+from vlmprune.runtime.tables import counted
 from vlmprune.spec import BUDGETS, write_value
 
 __all__ = ["Result", "as_json", "build", "command_line", "python_line", "recipe", "statement", "table_of"]
@@ -32,7 +36,9 @@ class Result:
         all: every candidate that was timed.
         finalists: those that saw all pictures, best first.
         skipped: pictures that could not be read, and why.
+        refused: methods that do not go with the model or the pictures, and why.
         complete: whether time was enough.
+        trials: of a search for one method's options, which the finalists' pictures were no part of.
     """
 
     about: dict[str, Any]
@@ -41,7 +47,9 @@ class Result:
     all: Sequence[Candidate]
     finalists: Sequence[Candidate]
     skipped: dict[str, str]
+    refused: dict[str, list[str]]
     complete: bool
+    trials: Sequence[Trial] = ()
 
     @property
     def best(self) -> Candidate:
@@ -135,6 +143,24 @@ def table_of(result: Result) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
+def chart(result: Result) -> Chart:
+    """Loss of the finalists and drift of all that answered something, against what was timed."""
+    axes = {"answer": "answer, times as fast", "first": "first token, times as fast", "cache": "cache, % of all"}
+    axes = {result.goal.of: axes[result.goal.of]} | axes  # first what was asked for
+    panels = {"loss": "loss, points", "KL": "KL, nats per token"}
+    plain = {"answer": 1.0, "first": 1.0, "cache": 100.0}
+    points = [Mark("", "unpruned", plain, 0.0, panel=i, full=True) for i in (0, 1)]
+    for one in result.all:
+        costs, found = one.costs, one.verdict
+        x = {"answer": costs.answer["median"], "first": costs.first["median"], "cache": 100 * costs.kv[1] / costs.kv[0]}
+        if found is not None:
+            ends = (100 * found.low, 100 * found.high)
+            points.append(Mark(one.entry.method, one.label, x, 100 * found.loss, *ends))
+        if one.rows:
+            points.append(Mark(one.entry.method, one.label, x, one.kl, panel=1))
+    return Chart(axes, panels, points)
+
+
 def options(one: Candidate) -> dict[str, Any]:
     """The options that mean a candidate, its seed among them."""
     return one.entry.seeded(one.entry.seeds[0])
@@ -191,18 +217,19 @@ def command_line(result: Result) -> str:
     )
 
 
-def build(result: Result, title: str, lines: Sequence[str], cards: Sequence[Captioned], sheet: Any) -> list[Block]:
-    """The page."""
+def build(result: Result, title: str, lines: Sequence[str], cards: Sequence[Captioned], folder: Path) -> list[Block]:
+    """The page; pictures are in `folder`."""
     header, rows = table_of(result)
     blocks: list[Block] = [
         Heading(title, 1),
         Text(verdict_line(result)),
         Text(statement(result, result.best)),
         Code("\n".join(lines)),
-        *(
-            []
-            if result.complete
-            else [Text("Time was over, or it was interrupted: not all was measured.", warning=True)]
+        *([] if result.complete else [Text(UNFINISHED, warning=True)]),
+        chart(result).block(
+            folder / "tune.svg",
+            "Loss of the finalists (bars are one-sided 95 % bounds, for all of them together), and KL divergence from "
+            "the unpruned model of all that answered, on as many pictures as each saw.",
         ),
         Heading("Finalists, and what was given up earlier"),
         Table(header, rows, range(2)),
@@ -215,12 +242,57 @@ def build(result: Result, title: str, lines: Sequence[str], cards: Sequence[Capt
             "faster and better."
         ),
     ]
+    blocks += searched(result, folder)
     if cards:
-        blocks += [Heading(f"Worst pictures: {result.best.label}"), Cards(cards, sheet, result.best.label)]
+        blocks += [
+            Heading(f"Worst pictures: {result.best.label}"),
+            Cards(cards, folder / "worst.png", result.best.label),
+        ]
     if result.skipped:
-        blocks += [Heading("Left out"), Bullets([f"{name}: {why}" for name, why in result.skipped.items()])]
+        blocks += [Heading("Pictures left out"), Bullets([f"{name}: {why}" for name, why in result.skipped.items()])]
+    if result.refused:
+        blocks += [
+            Heading("Methods left out"),
+            Bullets([f"{name}: {' '.join(why)}" for name, why in result.refused.items()]),
+        ]
     facts = {name: value for name, value in result.about.items() if name != "command"}
     return blocks + repeat(facts, result.about["command"])
+
+
+def searched(result: Result, folder: Path) -> list[Block]:
+    """The trials of a search for options; nothing without one."""
+    if not result.trials:
+        return []
+    names = list(dict.fromkeys(name for one in result.trials for name in one.options))
+    rows = [
+        [
+            str(one.number) if one.number else "own",
+            *(f"{one.options[name]:g}" if name in one.options else "" for name in names),
+            "" if one.kl is None else f"{one.kl:.4f}",
+            "" if one.kl is None else f"{one.layer_average:.1f}",
+            one.why,
+        ]
+        for one in result.trials
+    ]
+    taken = [one for one in result.trials if one.kl is not None]
+    points = [
+        Mark(
+            "not taken" if one.why else "trial", f"trial {one.number}", {"trial": one.number, **one.options}, one.kl,
+            full=one.number == 0,
+        )
+        for one in taken
+    ]  # fmt: skip
+    axes = {"trial": "number of the trial"} | {name: name for name in names}
+    chart = Chart(axes, {"KL": "KL, nats per token"}, points, {"not taken"}, {"trial", "not taken"})
+    return [
+        Heading("The search for options"),
+        Text(
+            f"Each trial answered the same prompts about {counted(result.trials[0].pictures, 'picture')}, by none of "
+            "which the finalists are judged. The star and its line are the method's own options."
+        ),
+        chart.block(folder / "trials.svg", "KL divergence from the unpruned model, trial by trial."),
+        Table(["trial", *names, "KL", "layer average", "not taken, since"], rows, (0, len(names) + 3)),
+    ]
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -238,6 +310,17 @@ def as_json(result: Result) -> dict[str, Any]:
         "candidates": [told(one) for one in result.all],
         "worst": [row.as_json() for row in worst(result.best.rows, 10)],
         "skipped": result.skipped,
+        "refused": result.refused,
+        "trials": [
+            {
+                "number": one.number,
+                "options": one.options,
+                "kl": one.kl,
+                "layer_average": one.layer_average,
+                "why": one.why,
+            }
+            for one in result.trials
+        ],
     }
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from vlmprune.eval.fidelity import run as fidelity_run
 from vlmprune.eval.fidelity.costs import CostBook, EntryCosts
 from vlmprune.eval.fidelity.journal import Journal
 from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
+from vlmprune.eval.scores import score
 from vlmprune.eval.tune.judge import LossVerdict, judge
-from vlmprune.eval.tune.scores import score
 from vlmprune.eval.tune.search import Standing, better_half, rungs
 from vlmprune.runtime.errors import CommandError
 from vlmprune.runtime.loading import Loaded
@@ -98,6 +99,7 @@ class Tuning:
         self.pairs = shuffled(pairs)
         self.pictures = list(dict.fromkeys(pair.picture for pair in self.pairs))
         self.skipped: dict[str, str] = {}
+        self.refused: dict[str, list[str]] = {}
         self.book = CostBook(loaded, self.journal, self.pairs, batch, longest, repeats, self.skipped)
         self.end = now() + deadline
         self.interrupted = False
@@ -106,6 +108,16 @@ class Tuning:
     def over(self) -> bool:
         """Whether there is no time left, or the user said stop."""
         return self.interrupted or self.now() > self.end
+
+    @contextmanager
+    def within(self, share: float) -> Iterator[None]:
+        """Time is over when this share of what is left is."""
+        end, now = self.end, self.now()
+        self.end = now + share * (end - now)
+        try:
+            yield
+        finally:
+            self.end = end
 
     def costs(self, entries: Sequence[StudyEntry]) -> list[Candidate]:
         """Measure what entries cost that are not known yet; those that time was too short for are left out."""
@@ -121,7 +133,7 @@ class Tuning:
                     self.interrupted = True
                     break
                 except CommandError as error:  # a method that refuses still pictures, or this size of them
-                    note(f"left out: {entry.label}: {error}")
+                    self.refuse(entry, error)
                 bar.step()
         return made
 
@@ -130,7 +142,7 @@ class Tuning:
         left = list(candidates)
         steps = rungs(len(self.pictures), len(left))
         for number, pictures in enumerate(steps, 1):
-            self.measure(left, pictures, number)
+            self.measure(left, self.pictures[:pictures], number)
             measured = [one for one in left if one.rung == number]
             if self.over or not measured:
                 break
@@ -138,31 +150,72 @@ class Tuning:
                 stay = set(better_half([self.standing(one, len(left)) for one in measured], self.goal.speedup))
                 left = [one for one in measured if one.label in stay]
                 note(f"{counted(pictures, 'picture')}: {counted(len(left), 'candidate')} of {len(measured)} go on")
-        reached = max((one.rung for one in left), default=0)
-        finalists = [one for one in left if one.rung == reached > 0]
+        return self.judged(left)
+
+    def judged(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that came furthest, with their verdicts, best first."""
+        reached = max((one.rung for one in candidates), default=0)
+        finalists = [one for one in candidates if one.rung == reached > 0]
         for one in finalists:
             one.verdict = judge(self.losses(one), self.goal.loss, len(finalists))
         return sorted(finalists, key=lambda one: rank(one, self.goal))
 
-    def measure(self, candidates: Sequence[Candidate], pictures: int, number: int) -> None:
-        """Ask candidates about the first so many pictures; the rows of whoever has all of them are taken."""
-        wanted = set(self.pictures[:pictures])
+    def measure(self, candidates: Sequence[Candidate], pictures: Sequence[str], number: int) -> None:
+        """Ask candidates about pictures; the rows of prompts that all of them answered are taken."""
+        by_label = self.rows([one.entry for one in candidates], pictures)
+        for one in (one for one in candidates if one.label in by_label):
+            one.rows, one.rung = by_label[one.label], number
+            one.kl = float(np.mean([row.compared.kl_answer for row in one.rows]))
+
+    def rows(self, entries: Sequence[StudyEntry], pictures: Sequence[str]) -> dict[str, list[StudyRow]]:
+        """The rows of the prompts about pictures that all entries answered, by label; what is not there is asked.
+
+        An entry that refuses a picture is left out, and noted.
+
+        Raises:
+            CommandError: the only entry refuses one.
+        """
+        wanted = set(pictures)
         pairs = [pair for pair in self.pairs if pair.picture in wanted]
-        entries = [one.entry for one in candidates]
         todo = fidelity_run.Todo(self.journal, entries, pairs)
         left = todo.left()
         size = 4 * self.batch
         for start in range(0, len(left), size):
             if self.over:
                 break
-            some = fidelity_run.Todo(self.journal, entries, left[start : start + size])
-            self.interrupted |= fidelity_run.measure(self.loaded, some, self.batch, self.longest, self.skipped)
-        done = todo.rows()
-        if not done:
-            return
-        for one in candidates:
-            one.rows, one.rung = [row for row in done if row.label == one.label], number
-            one.kl = float(np.mean([row.compared.kl_answer for row in one.rows]))
+            some = left[start : start + size]
+            try:
+                self.ask(entries, some)
+            except CommandError:
+                if len(entries) == 1:
+                    raise
+                entries = [entry for entry in entries if self.takes(entry, some)]
+                todo = fidelity_run.Todo(self.journal, entries, pairs)
+        by_label: dict[str, list[StudyRow]] = {}
+        if not entries:
+            return by_label
+        for row in todo.rows():
+            by_label.setdefault(row.label, []).append(row)
+        return by_label
+
+    def ask(self, entries: Sequence[StudyEntry], pairs: Sequence[Pair]) -> None:
+        """Put the rows of entries and prompts into the journal."""
+        todo = fidelity_run.Todo(self.journal, entries, pairs)
+        self.interrupted |= fidelity_run.measure(self.loaded, todo, self.batch, self.longest, self.skipped)
+
+    def takes(self, entry: StudyEntry, pairs: Sequence[Pair]) -> bool:
+        """`ask`, and whether the entry refused no picture."""
+        try:
+            self.ask([entry], pairs)
+        except CommandError as error:
+            self.refuse(entry, error)
+            return False
+        return True
+
+    def refuse(self, entry: StudyEntry, error: CommandError) -> None:
+        """Note that an entry is left out, and why."""
+        note(f"left out: {entry.label}: {error}")
+        self.refused.setdefault(entry.method, []).append(f"{entry.budget}: {error}" if entry.budget else str(error))
 
     def losses(self, candidate: Candidate) -> list[float]:
         """The mean loss of every picture."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
@@ -102,27 +103,25 @@ def _picture_settings() -> dict:
     }
 
 
-def llava_processor() -> LlavaProcessor:
-    """The processor that goes with `llava`."""
-    return LlavaProcessor(
-        CLIPImageProcessor(**_picture_settings()),
+def _processor(kind: type, image_processor: Any) -> Any:
+    return kind(
+        image_processor,
         tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def llava_processor() -> LlavaProcessor:
+    """The processor that goes with `llava`."""
+    return _processor(LlavaProcessor, CLIPImageProcessor(**_picture_settings()))
 
 
 def llava_next_processor() -> LlavaNextProcessor:
     """The processor that goes with `llava_next`."""
     from transformers import LlavaNextImageProcessor
 
-    return LlavaNextProcessor(
-        LlavaNextImageProcessor(**_picture_settings(), image_grid_pinpoints=PINPOINTS),
-        tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
-    )
+    pictures = LlavaNextImageProcessor(**_picture_settings(), image_grid_pinpoints=PINPOINTS)
+    return _processor(LlavaNextProcessor, pictures)

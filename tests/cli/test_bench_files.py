@@ -196,3 +196,24 @@ def test_an_interrupted_run_says_how_to_go_on(bench, tmp_path, monkeypatch, stop
     assert code == (130 if stop is KeyboardInterrupt else 1)
     assert f"{file} has 1 cells: the same call with --resume goes on" in err
     assert cells(file) == [("random", "4", 1)]
+
+
+def test_a_page_of_a_file(cli, tmp_path, unbuilt):
+    """Nothing is measured; the page says how what is in the file was."""
+    page = tmp_path / "page.html"
+    code, _, err = cli("bench", "--from", ROOT / "benchmarks" / "cpu-576.json", "--html", page)
+    assert (code, f"written: {page}" in err) == (0, True), err
+    text = page.read_text()
+    assert "<title>Speed of small</title>" in text
+    assert "vlmprune bench --method fopru,todre" in text
+    code, _, err = cli("bench", "--selection", "--html", page)
+    assert (code, "--html would have no effect" in err) == (2, True)
+    code, _, err = cli("bench", "--html", tmp_path / "none" / "page.html")
+    assert (code, "there is no folder" in err) == (2, True)
+
+
+def test_a_page_of_a_run(bench, tmp_path):
+    page, made = tmp_path / "page.html", tmp_path / "r.json"
+    assert bench(*FIRST, "--json", made, "--html", page)[0] == 0
+    text, (cell,) = page.read_text(), json.loads(made.read_text())["cells"]
+    assert f"the first token comes {cell['speedup']['median']:.2f} times as soon" in text

@@ -92,9 +92,8 @@ def test_end_to_end(run, folders, pictures, tmp_path):
     assert "random (3 seeds)" in out
     assert f"report: {tmp_path / 'out' / 'report.html'}" in out
     assert err == f"loading {folders['next']} ...\n"
-    names = [".lock", "report.html", "report.md", "results.json", "rows.jsonl"] + [f"worst-{m}.png" for m in (
-        "fastv-keep-0.25", "fastv-keep-4", "fopru-keep-0.25", "fopru-keep-4",
-    )]  # fmt: skip
+    names = [".lock", "agreement.svg", "report.html", "report.md", "results.json", "rows.jsonl"]
+    names += [f"worst-{m}.png" for m in ("fastv-keep-0.25", "fastv-keep-4", "fopru-keep-0.25", "fopru-keep-4")]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names  # no temporary file either
 
 
@@ -124,7 +123,8 @@ def test_the_page(run, prompts, tmp_path):
     page = Tags()
     page.feed((tmp_path / "out" / "report.html").read_text())
     assert page.open == []
-    pictures = [link for link in page.links if not link.startswith("#")]
+    still, *pictures = [link for link in page.links if not link.startswith("#")]
+    assert still.startswith("data:image/svg+xml;base64,")  # of the plot, where no script runs
     assert len(pictures) == 3
     for link in pictures:  # nothing is fetched from anywhere
         head, data = link.split(",", 1)
@@ -172,7 +172,9 @@ def test_order_and_batches_mean_nothing(run, pictures, prompts, tmp_path):
         return (row["label"], row["picture"], row["prompt"], row["seed"] or 0)
 
     for a, b in zip(sorted(first["rows"], key=key), sorted(second["rows"], key=key), strict=True):
-        assert {k: v for k, v in a.items() if "kl" not in k} == {k: v for k, v in b.items() if "kl" not in k}
+        about = [{k: v for k, v in row.items() if "kl" not in k and k != "along"} for row in (a, b)]
+        assert about[0] == about[1]
+        assert [n for *n, _ in a["along"]] == [n for *n, _ in b["along"]]
         assert (a["kl_first"], a["kl_answer"]) == pytest.approx((b["kl_first"], b["kl_answer"]), rel=1e-3, abs=1e-6)
     for a, b in zip(first["summary"], second["summary"], strict=True):
         assert a["measures"]["answer_agrees"] == b["measures"]["answer_agrees"]
@@ -401,8 +403,18 @@ def test_a_method_that_does_not_fit_is_told_before_work_is_done(refused, folders
     assert "[CLS]" in refused(model=folders["siglip"], method="vtc_cls")
 
 
+def test_from_nothing(cli, tmp_path):
+    """The example of the help, on fewer pictures: they come with their questions and answers."""
+    code, _, err = cli("fidelity", "--limit", 2, "--keep", "100%", "--controls", "none", "--out", tmp_path / "out")
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["pictures"], results["metric"]) == (2, "exact")
+    score = results["summary"][0]["score"]
+    assert score["unpruned"] == score["pruned"]
+    assert score["unpruned"]["value"] > 0.5  # the model was trained for these
+
+
 def test_embedded_model_and_pictures(cli, tmp_path):
-    """The example of the help."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("how many objects are there ?\nwhat colour is a zebra ?\n")
     pattern = Path(testbed.__file__).parent / "pictures" / "scene*.png"
@@ -415,6 +427,45 @@ def test_embedded_model_and_pictures(cli, tmp_path):
     assert "does not know these words: zebra" in err
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert all(row["unpruned"] == row["pruned"] != "" for row in rows)
+
+
+def test_labels(run, folders, pictures, tmp_path):
+    """Right is what the unpruned model says of two pictures; of the two others nobody is right."""
+    data = tmp_path / "data.jsonl"
+    said = {name: answer(folders["next"], pictures / name, PROMPTS[0], 4) for name in sorted(PICTURES)}
+    right = {name: text if i < 2 else "never said" for i, (name, text) in enumerate(said.items())}
+    lines = [{"image": name, "prompt": PROMPTS[0], "answer": text} for name, text in right.items()]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    given = {"prompts": None, "data": data, "controls": "random", "seeds": 2, "worst": 1}
+    code, out, _, results = run(**given)
+    assert code == 0
+    pruned = {name: answer(folders["next"], pictures / name, PROMPTS[0], 4, "fopru", keep=4) for name in right}
+    score = results["summary"][0]["score"]
+    assert score["unpruned"]["value"] == 0.5
+    assert score["pruned"]["value"] == sum(pruned[name] == right[name] for name in right) / 4
+    assert score["change"]["value"] == score["pruned"]["value"] - 0.5 < 0
+    assert "score - unpruned" in out
+    assert f"The score is {100 * score['pruned']['value']:.1f} [" in out
+    lost = -score["change"]["value"]
+    again = given | {"resume": True}
+    assert run(**again, max_loss=f"{lost:.4f}")[0] == 0  # of controls nothing is asked
+    code, _, err, _ = run(**again, max_loss=f"{100 * lost - 1}%")
+    assert (code, f"fopru, keep 4: the score loses {lost:.3f}" in err) == (1, True)
+    code, _, _, results = run(**again, metric="contains")
+    assert (code, results["metric"]) == (0, "contains")
+
+
+def test_labels_that_are_not_there(refused, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "what ?", "answer": "a"}\n{"prompt": "who ?"}\n')
+    assert f"{data}, line 2: give an answer to every prompt, or to none" in refused(prompts=None, data=data)
+    data.write_text('{"prompt": "what ?"}\n')
+    assert f'{data} has no answers: scores need --data with an "answer"' in refused(prompts=None, data=data)
+    assert "has no answers" in refused(max_loss="1%")
+    assert "must be at least 0 and under 1" in refused(max_loss="1")
+    assert "--data is not allowed with --prompts" in refused(data=data)
+    assert "name --images and --prompts (one a line)" in refused(prompts=None)
+    assert "name --images and --prompts (one a line)" in refused(images=None)
 
 
 def costing(times):

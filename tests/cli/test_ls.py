@@ -131,12 +131,13 @@ def test_models(cli):
         assert word in out
     about = json.loads(cli("ls", "models", "--json")[1])
     towers = {tower["model_type"]: tower for tower in about["towers"]}
-    assert towers["clip_vision_model"]["refused_methods"] == {}
+    assert set(towers["clip_vision_model"]["refused_methods"]) == {"pixelprune"}
     assert "vtc_cls" in towers["siglip_vision_model"]["refused_methods"]
     assert "fopru" not in towers["siglip_vision_model"]["refused_methods"]
     assert "fallback='received'" in out
-    assert all("view" in why for why in about["families"][0]["refused_methods"].values())
-    assert about["families"][1]["refused_methods"] == {}
+    told = about["families"][0]["refused_methods"].items()
+    assert all("view" in why or name == "pixelprune" for name, why in told)
+    assert set(about["families"][1]["refused_methods"]) == {"pixelprune"}
     assert [family["model_type"] for family in about["families"]] == list(FAMILIES)
 
 
@@ -145,7 +146,7 @@ def test_what_cannot_run_on_which_family_is_listed(cli):
     families = {f["model_type"]: f for f in json.loads(cli("ls", "models", "--json")[1])["families"]}
     onevision = families["llava_onevision"]
     assert {"vtc_cls", "globalcom2", "todre"} <= set(onevision["refused_methods"])  # by its usual tower
-    merging = {"tome", "pitome", "visionzip", "prumerge", "prumerge_plus"}
+    merging = {"flowcut", "tome", "pitome", "visionzip", "prumerge", "prumerge_plus"}
     assert set(onevision["refused_inputs"]["videos"]) == merging | {"globalcom2", "lrs", "showui"}
     assert set(onevision["refused_inputs"]["large images, whose canvas is shrunk"]) == merging | {"showui"}
     assert set(families["llava_next_video"]["refused_inputs"]) == {"videos"}
@@ -167,3 +168,9 @@ def test_missing_embedded_model_is_said_to_be_missing(cli, monkeypatch, tmp_path
     out = cli("ls", "models")[1]
     assert "scene-llava: family llava" in out
     assert "scene-llava-next: missing: the weights of scene-llava-next are missing" in out
+
+
+def test_what_a_search_may_set(cli):
+    code, out, _ = cli("ls", "methods", "scope")
+    assert (code, "`vlmprune tune --method scope` searches: alpha from 0 to 4" in out) == (0, True)
+    assert "searches" not in cli("ls", "methods", "fopru")[1]

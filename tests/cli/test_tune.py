@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -195,6 +196,184 @@ def test_hopeless_candidates_see_few_pictures(folders, tmp_path, cli, monkeypatc
     assert recipe["keep"] >= 0.3
 
 
+def test_who_refuses_a_picture_is_left_out_and_named(run, monkeypatch):
+    """Only grid at keep 0.5 refuses, and only one of the pictures: all others are reported on."""
+    from vlmprune.runtime.errors import UserError
+
+    one_batch = tuning.fidelity_run.one_batch
+
+    def refusing(loaded, todo, some, *more):
+        if any(entry.label == "grid, keep 0.5" for entry, _ in todo.steps) and any(
+            p.picture == "b.jpg" for p, _ in some
+        ):
+            raise UserError("this picture is too small")
+        one_batch(loaded, todo, some, *more)
+
+    monkeypatch.setattr(tuning.fidelity_run, "one_batch", refusing)
+    code, results, _, err = run()
+    assert code == 0, err
+    assert results["refused"] == {"grid": ["keep 0.5: this picture is too small"]}
+    assert {one["label"] for one in results["finalists"]} == {"fopru, keep 0.5", "fopru, keep 1.0", "grid, keep 1.0"}
+    assert {one["pictures"] for one in results["finalists"]} == {4}
+    assert "left out: grid, keep 0.5: this picture is too small" in err
+
+
+def test_methods_that_do_not_go_with_the_model_are_named(run, folders):
+    """All methods on a model without [CLS]: those that need one are named, and nothing fails."""
+    code, results, _, err = run(methods="all", keep="0.5", model=folders["siglip"])
+    assert code == 0, err
+    assert "[CLS]" in results["refused"]["vtc_cls"][0]
+    assert {"atp", "downsample", "globalcom2"} <= set(results["refused"])
+    assert "left out: vtc_cls: " in err
+    assert len({one["method"] for one in results["candidates"]}) > 15
+
+
+@pytest.fixture
+def own(folders, tmp_path, cli, monkeypatch):
+    """`own(kl=..., ...)`: `tune --method scope` with answers made up by alpha: code, results, stderr, who was asked."""
+    pytest.importorskip("optuna")
+    from PIL import Image
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(12):
+        Image.new("RGB", (24, 24), (i, 0, 0)).save(photos / f"{i}.png")
+    (tmp_path / "prompts.txt").write_text("what is it ?\n")
+    monkeypatch.setattr(costs, "measure_costs", timed(lambda method: 2.0))
+    asked: list[tuple[str, str]] = []
+
+    def call(*more, kl=lambda alpha: (alpha - 2.5) ** 2, tokens=lambda alpha: 4.0, out="out", **given):
+        def answered(loaded, todo, some, longest, tell):
+            for entry, seed in todo.steps:
+                rows = {}
+                for pair, _ in some:
+                    asked.append((entry.label, pair.picture))
+                    alpha = entry.options.get("alpha", 1.0)
+                    far = kl(alpha)
+                    one = measure.Compared(far < 0.3, far < 0.3, far, far, [], 16, 4, tokens(alpha))
+                    (key,) = tuning.fidelity_run.Todo(todo.journal, [entry], [pair]).keys(pair)
+                    rows[key] = measure.StudyRow(pair.picture, pair.prompt, entry.label, seed, "a", "b", one)
+                todo.journal.add(rows)
+
+        monkeypatch.setattr(tuning.fidelity_run, "one_batch", answered)
+        flags = {
+            "images": photos, "prompts": tmp_path / "prompts.txt", "model": folders["llava"], "method": "scope",
+            "keep": "0.5", "trials": "20", "speedup": "1.5", "max_loss": "60%", "out": tmp_path / out, "worst": "0",
+        } | given  # fmt: skip
+        argv = [part for name, value in flags.items() for part in (f"--{name.replace('_', '-')}", value) if value]
+        code, _, err = cli("tune", *argv, *more)
+        file = tmp_path / out / "results.json"
+        return code, json.loads(file.read_text()) if file.is_file() else None, err, asked
+
+    return call
+
+
+def test_a_methods_own_options(own, tmp_path):
+    code, results, err, asked = own()
+    assert code == 0, err
+    assert len(results["trials"]) == 1 + 20
+    assert results["trials"][0] | {"kl": None} == {
+        "number": 0, "options": {}, "kl": None, "layer_average": 4.0, "why": "",
+    }  # fmt: skip
+    assert results["trials"][0]["kl"] == pytest.approx(1.5**2)
+    best = min(results["trials"], key=lambda one: one["kl"])
+    assert abs(best["options"]["alpha"] - 2.5) < 0.3
+    recipe = read_recipe(tmp_path / "out" / "recipe.yaml")
+    assert (recipe.method, recipe.given) == ("scope", {"keep": 0.5, **best["options"]})
+    assert "yes" in results["statement"]
+    # the verdict is of pictures that the search has not seen, beside the method's own options
+    seen = {picture for label, picture in asked if label.endswith("trial 1")}
+    others = {picture for label, picture in asked if label == results["finalists"][0]["label"]} - seen
+    assert (len(seen), len(others), results["finalists"][0]["verdict"]["pictures"]) == (6, 6, 6)
+    assert "scope, keep 0.5" in {one["label"] for one in results["finalists"]}
+    assert len(results["finalists"]) == 4
+
+
+def test_a_stopped_search_for_options_is_gone_on_with(own, tmp_path, monkeypatch):
+    _, whole, _, asked = own(out="whole")
+    all_of_it = len(asked)
+
+    def stopping(alpha, left=[30]):  # noqa: B006
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return (alpha - 2.5) ** 2
+
+    code, _, err, asked = own(kl=stopping)
+    assert code == 130, err
+    assert len(asked) == all_of_it + 30
+    code, results, err, asked = own("--resume")
+    assert code == 0, err
+    assert results["trials"] == whole["trials"]
+    assert results["finalists"] == whole["finalists"]
+    assert len(asked) == 2 * all_of_it + 1  # what was there is not asked again
+    assert own("--resume")[1]["trials"] == whole["trials"]
+    assert len(asked) == 2 * all_of_it + 1
+
+
+def test_options_that_cost_more_or_are_refused_are_not_taken(own):
+    from vlmprune.runtime.errors import CommandError
+
+    def refusing(alpha):
+        if alpha < 1:
+            raise CommandError("too small for this picture")
+        return (alpha - 2.5) ** 2
+
+    code, results, err, _ = own(kl=refusing, tokens=lambda alpha: 4.0 if alpha < 2 else 4.5)
+    assert code == 0, err
+    told = {one["why"] for one in results["trials"]}
+    assert told == {"", "too small for this picture", "sees 4.5 tokens, more than 4.0"}
+    taken = {one["label"] for one in results["finalists"]}
+    for one in results["trials"]:
+        if one["options"].get("alpha", 1) >= 2 or one["kl"] is None:
+            assert f"scope, keep 0.5, trial {one['number']}" not in taken
+    assert len(taken) > 1
+
+
+def test_options_for_real(cli, tmp_path):
+    """On the trained model, from the command to a recipe; a budget is an average, which holds the cost."""
+    pytest.importorskip("optuna")
+    given = ["--method", "vflowopt", "--trials", "3", "--limit", "4", "--repeats", "1", "--max-new-tokens", "3"]
+    code, _, err = cli(
+        "tune", *given, "--out", tmp_path / "out", "--max-loss", "90%", "--speedup", "0.1", "--worst", "0"
+    )
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [set(one["options"]) for one in results["trials"]] == [
+        set(),
+        *[{"threshold", "cell", "second", "third"}] * 3,
+    ]
+    own, *found = (one["layer_average"] for one in results["trials"])
+    assert all(tokens == pytest.approx(own, rel=0.05) for tokens in found)
+    recipe = read_recipe(tmp_path / "out" / "recipe.yaml")
+    assert recipe.average == 0.25
+    model, _ = vlmprune.load("scene-llava", device="cpu", dtype=torch.float32)
+    vlmprune.patch(model, tmp_path / "out" / "recipe.yaml")
+
+
+def test_optuna_is_an_extra(own, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    code, results, err, _ = own()
+    assert (code, results, "pip install 'vlmprune[tune]'" in err) == (2, None, True), err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"method": "fopru"}, "fopru has no option with a range left to search. Who has some: "),
+        ({"option": "alpha=1.5"}, "no option with a range left"),
+        ({"method": "vflowop"}, "Did you mean 'vflowopt'"),
+        ({"methods": "grid"}, "--method is not allowed with --methods"),
+        ({"limit": "1"}, "at least two pictures"),
+        ({"average": "0.5"}, "--average is not allowed with --keep"),
+        ({"trials": "0"}, "--trials must be at least 1"),
+    ],
+)
+def test_mistakes_with_own_options(own, given, words):
+    code, results, err, _ = own(**given)
+    assert (code, results, words in err) == (2, None, True), err
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -216,7 +395,7 @@ def test_all_means_what_fits(folders):
     from vlmprune.runtime import loading
 
     loaded = loading.load(loading.find_model(folders["siglip"]))
-    jobs = verb.fitting(loaded, verb.jobs_of(None, [{"keep": 0.5}], {}), named=False)
+    jobs = verb.fitting(loaded, *verb.jobs_of(None, [{"keep": 0.5}], {}), named=False)
     names = {job.method for job in jobs}
     assert {"fopru", "fastv", "random", "grid"} <= names
     assert not {"vtc_cls", "globalcom2", "atp", "downsample"} & names

@@ -34,7 +34,7 @@ from vlmprune.parts.taps import (
 )
 
 FACTS = ModelFacts("llava", 6, 4, True, 4, views=False, view_patches=16)
-IN_TOWER = "a cut in the tower sees Hidden() and BlockKeys(layer) alone"
+IN_TOWER = "a cut in the tower sees Hidden(), BlockKeys(layer), BlockFlow(layer) and Carried() alone"
 
 
 def keep_all(seen, layout):
@@ -82,7 +82,7 @@ class Stray(Tap):
         (cut(Decoder(0), VisionAttention(-1)), "this tower has layers 0..5"),
         (cut(Decoder(0), VisionAttention(1.0)), "this tower has layers 0..5"),
         (cut(Decoder(0), Distinctness(6)), "this tower has layers 0..5"),  # its output becomes no feature
-        (cut(Decoder(0), Kept()), "cannot see Kept(layer=-1): there is no ProjectorCut, which alone keeps"),
+        (cut(Decoder(0), Kept()), "cannot see Kept(layer=-1): no cut in or around the tower keeps"),
         (cut(Decoder(0), Kept(3)), "it is of no layer: write Kept()"),
         (cut(Decoder(0), ClusterOf(3)), "it is of no layer: write ClusterOf()"),
         (cut(Decoder(1), CrossShare(1, system="4")), "system='4' must be a number of tokens of at least 0, or None"),

@@ -314,7 +314,7 @@ def test_random_is_uniform():
 
 
 SINGLE_VIEW = "llava models have a single view"
-UNEQUAL_VIEWS = "merges all views alike, and images differ in their views: give a fraction as keep"
+UNEQUAL_VIEWS = "treats all views alike, and images differ in their views: give a fraction as keep"
 
 
 def refused(words, call):
@@ -349,7 +349,7 @@ def test_a_budget_of_all_tokens_is_the_identity_bitwise(tiny_model, name, family
     plain = probes.forced_logits(model, prompt, forced)
     if name in CROPS and family == "llava":
         refused(SINGLE_VIEW, lambda: vlmprune.patch(model, name, keep=keep))
-    if name in ("tome", "pitome") and family == "llava_next" and isinstance(keep, int):
+    if name in ("flowcut", "pitome", "tome") and family == "llava_next" and isinstance(keep, int):
         refused(UNEQUAL_VIEWS, lambda: vlmprune.patch(model, name, keep=keep))
     with vlmprune.patch(model, name, keep=keep, **vlmprune.registry.find(name).plain_with) as handle:
         pruned = probes.forced_logits(model, prompt, forced)

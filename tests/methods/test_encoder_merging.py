@@ -284,5 +284,5 @@ def test_matchings_are_partitions():
 @pytest.mark.parametrize("second", [{"keep": 0.5}, {"keep": 0.25}])
 def test_two_mergers_are_refused(second):
     for other in (vlmprune.methods.ToMe, vlmprune.methods.PiToMe):
-        with pytest.raises(vlmprune.UnsupportedError, match="both merge tokens in or behind the vision tower"):
+        with pytest.raises(vlmprune.UnsupportedError, match="both take or merge tokens in, in front of"):
             vlmprune.patch(tiny.shared(), [vlmprune.methods.ToMe(keep=0.5), other(**second)])

@@ -166,6 +166,33 @@ def test_vflowopt_has_the_released_schedules(average, index):
         vlmprune.patch(tiny.shared(), "vflowopt", alpha=0.5)
 
 
+@pytest.mark.parametrize(("budget", "second", "third"), [({"average": 0.25}, 0.8, 0.3), ({"keep": 0.1}, 0.5, None)])
+def test_vflowopt_with_cuts_of_ones_own(budget, second, third):
+    """The later cuts leave what was said, and the first what the budget needs."""
+    facts = ModelFacts("llava", 24, 22, True, 30, False, 576)
+    schedule = VFlowOpt(**budget, second=second, third=third).cuts(facts)[0].reduce.keywords["schedule"]
+    first, middle, last = (schedule.left(10**6, stage) for stage in range(3))
+    assert middle / first == pytest.approx(second, abs=1e-5)
+    assert last / middle == pytest.approx(
+        0.8773 if third is None and "average" in budget else third or 0.6011, abs=1e-5
+    )
+    got = last if "keep" in budget else (first + middle + last) / 3
+    assert got == pytest.approx(10**6 * next(iter(budget.values())), abs=2)
+    assert VFlowOpt(keep=1.0, second=0.5).cuts(facts)[0].reduce.keywords["schedule"].left(99, 2) == 99
+
+
+def test_vflowopt_cuts_that_no_budget_meets():
+    facts = ModelFacts("llava", 24, 22, True, 30, False, 576)
+    with pytest.raises(
+        ValueError, match=r"keep=0\.5 cannot be met with these cuts: the first would have to leave 2\.5"
+    ):
+        VFlowOpt(keep=0.5, second=0.5, third=0.4).cuts(facts)
+    with pytest.raises(ValueError, match=r"average=0\.9 cannot be met"):
+        VFlowOpt(average=0.9, second=0.5, third=0.4).cuts(facts)
+    with pytest.raises(ValueError, match="second=0"):
+        VFlowOpt(keep=0.5, second=0)
+
+
 @torch.no_grad()
 def test_m3_is_average_pooling():
     model, prompt = ask()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import pytest
 
 from vlmprune.methods.base import Method, Pruner
-from vlmprune.parts.options import Must, Seed, Share, ascending, falling, hints, is_whole
+from vlmprune.parts.options import Must, Range, Seed, Share, ascending, checked, falling, hints, is_whole, ranges
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -128,3 +128,16 @@ def test_types_are_read_where_they_were_written():
 def test_options_do_not_wait_for_torch():
     code = "import sys, vlmprune.parts.options, vlmprune.parts.budget; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code]).returncode == 0
+
+
+def test_ranges_stand_beside_rules():
+    @dataclass
+    class Some:
+        plain: float = 1.0
+        free: Annotated[float, Range(0, 4)] = 1.0
+        ruled: Annotated[float | None, Must("above 0", lambda x: x > 0), Range(1, 50, log=True)] = None
+
+    assert ranges(Some) == {"free": Range(0, 4), "ruled": Range(1, 50, log=True)}
+    assert checked("ruled", hints(Some)["ruled"], 60.0) == 60.0  # a range refuses nothing
+    with pytest.raises(ValueError, match="ruled=-1 must be above 0"):
+        checked("ruled", hints(Some)["ruled"], -1)

@@ -10,7 +10,7 @@ import pytest
 import reference
 import tiny
 import torch
-from scenes import QWEN, REFUSED, Scene, replay, start, with_cache
+from scenes import FORCED, QWEN, REFUSED, Scene, replay, start, with_cache
 
 from vlmprune import registry
 
@@ -46,15 +46,17 @@ def test_what_the_trace_says_is_what_was_computed(label, name):
     model, prompt = scene.model, scene.prompt(name)
     with torch.no_grad(), start(scene, name) as handle:
         got = with_cache(model, prompt)[:, 0]
-    trace, features = handle.trace, (reference.image_features(model, prompt), reference.video_features(model, prompt))
+        features = reference.image_features(model, prompt), reference.video_features(model, prompt)
+        added = reference.injected(model, prompt, prompt["input_ids"].shape[1] + len(FORCED))
+    trace = handle.trace
     with torch.no_grad():
-        want, cut = replay(model, prompt, features, trace)
+        want, cut = replay(model, prompt, features, trace, added=added)
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
         assert cut or name == "m3"  # which has no smaller scale of a grid with an odd side
         # forced tokens that count on by columns; a kept token taken for a dropped one
         twins = [{"positions": "counted"}] * cut + [{"wrong": True}] * (cut and trace.cuts[-1].merge is None)
         for twin in twins:
-            astray = replay(model, prompt, features, trace, **twin)[0]
+            astray = replay(model, prompt, features, trace, added=added, **twin)[0]
             assert (astray - got)[1:].abs().max() > 1e-5, twin
 
 
@@ -73,7 +75,7 @@ def test_a_row_of_a_batch_is_the_sample_alone(label, name, side):
 @product("beam search")
 def test_beams_and_unpatching(label, name):
     scene = Scene(*QWEN[label])
-    model, prompts = scene.model, scene.questions()
+    model, prompts = scene.model, scene.questions(name)
     both = tiny.batch(prompts)
     with torch.no_grad():
         before = model(**both).logits

@@ -19,7 +19,7 @@ from vlmprune import registry
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method, Pruner
 from vlmprune.parts import Cut, Decoder, Hidden, Reduction, TowerTap, VisionAttention, select
-from vlmprune.parts.cuts import Clusters, Merge, Pick, PixelCut, ProjectorCut, TowerCut
+from vlmprune.parts.cuts import Clusters, Merge, PatchCut, Pick, PixelCut, ProjectorCut, Stay, TowerCut
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout, Views
 from vlmprune.parts.packing import Layouts
@@ -345,10 +345,12 @@ FIELDS = {
     TowerCut: {"at", "see", "reduce", "weigh"},
     ProjectorCut: {"see", "reduce"},
     PixelCut: {"reduce"},
+    PatchCut: {"reduce"},
     Reduction: {"keep", "counts", "patches", "merge", "scores", "soft"},
     Merge: {"into", "weight", "source"},
     Pick: {"keep", "merge", "mix"},
     Clusters: {"into", "count"},
+    Stay: {"keep", "count", "scores"},
     Views: {"grids"},
     Layout: {
         "grids", "sample", "ordinal", "start", "position", "alive", "alive_counts", "alive_patches", "entered",

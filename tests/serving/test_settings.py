@@ -44,6 +44,7 @@ def test_overrides_name_our_architecture_and_the_settings(folder):
         ("transprune", {"keep": 4}, "cuts inside the language model"),
         ("fopru", {"keep": 4, "positions": "original"}, "use positions='contiguous'"),
         ("tome", {"keep": 6, "weigh": True}, "vLLM's takes no weights"),
+        ("flowcut", {"keep": 6}, "drops what little flows from inside the tower"),
         ("downsample", {"keep": 0.5}, "leaves all its tokens"),
         ("globalcom2", {"keep": 0.5}, "have a single view"),
     ],

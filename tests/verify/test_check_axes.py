@@ -9,7 +9,7 @@ import tiny
 import tiny_qwen
 import torch
 from checked import passes
-from scenes import FALLBACK, OPTIONS, REFUSED, STILL
+from scenes import FALLBACK, OPTIONS, REFUSED, REPEATS, STILL
 
 from vlmprune.engine import decode
 from vlmprune.engine.injected import Injected
@@ -32,7 +32,7 @@ def options(family, name):
 
 def cells():
     """Every method on every family; one family a method in every run."""
-    for number, name in enumerate(STILL):
+    for number, name in enumerate((*STILL, *REPEATS)):
         for place, family in enumerate(FAMILIES):
             if (name, family) not in REFUSED:
                 often = place == number % len(FAMILIES)

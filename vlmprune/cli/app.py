@@ -21,7 +21,7 @@ examples:
 def verb(
     model: flags.Model = "scene-llava",
     host: Annotated[str, Option(metavar="ADDRESS", help="0.0.0.0 for everybody on the network")] = "127.0.0.1",
-    port: Annotated[int, Option(metavar="N", help="where the page is")] = 7860,
+    port: Annotated[int, flags.number("where the page is")] = 7860,
     device: flags.Device = "auto",
     dtype: flags.DType = "auto",
 ) -> None:
@@ -35,7 +35,7 @@ def verb(
     from vlmprune.runtime import loading
     from vlmprune.runtime.app import Asker, page
 
-    loaded = loading.load(loading.find_model(model), loading.pick_device(device), dtype)
+    loaded = loading.open_model(model, device, dtype)
     shown = testbed.pictures() if loaded.source.embedded else []
     examples = [(str(one["file"]), one["question"]) for one in shown if one["model"] == loaded.source.name]
     made = page(Asker(loaded), examples)

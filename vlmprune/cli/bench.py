@@ -16,7 +16,7 @@ from typer import Option
 from vlmprune import spec
 from vlmprune.cli import bench_serving, flags
 from vlmprune.runtime.errors import UserError, brief, user_mistakes
-from vlmprune.runtime.files import has_content
+from vlmprune.runtime.files import has_content, write_whole
 
 if TYPE_CHECKING:
     from vlmprune.spec import Job
@@ -27,7 +27,7 @@ EXAMPLES = """\
 examples:
   vlmprune bench --quick                                    two methods on a small random model, a minute or two
   vlmprune bench --shape llava-1.5-7b --device cuda --method fopru,random --keep 64,128 --batch 1,8
-  vlmprune bench --model llava-hf/llava-v1.6-mistral-7b-hf --device cuda --json new.json --plot new.png
+  vlmprune bench --model llava-hf/llava-v1.6-mistral-7b-hf --device cuda --json new.json --html new.html
   vlmprune bench --compare old.json                         the same again: what changed?
   vlmprune bench --from new.json --compare old.json         two files, nothing is run
   vlmprune bench --selection                                greedy selection alone
@@ -54,21 +54,15 @@ DEFAULTS: dict[str, Any] = {
     "stage_runs": 3,
 }
 QUICK = {"pairs": 5, "plain_runs": 5, "stage_runs": 1, "new_tokens": 16}
-LEAST = ("new_tokens", "pairs", "plain_runs", "stage_runs")  # one of each at least
 EITHER = (("model", "shape"), ("shape", "model"), ("keep", "average"), ("average", "keep"))  # one takes the other off
 CELLS = ("method", "keep", "average", "option", "batch")  # the flags that say which cells there are
-WRITTEN = ("json", "csv", "plot")
+WRITTEN = ("json", "csv", "plot", "html")
 #: Flags that say that no model is measured, what happens instead, and the flags that count then.
 INSTEAD = {
     "selection": ("times greedy selection alone", {"json", "device", "pairs", "quick", "kernels"}),
-    "source": ("measures nothing", {"csv", "plot", "compare"}),
+    "source": ("measures nothing", {"csv", "plot", "html", "compare"}),
     "engine": ("serves requests", bench_serving.USED),
 }
-
-
-def number(text: str) -> Any:
-    """A flag that takes a number."""
-    return Option(metavar="N", help=text)
 
 
 def file(text: str) -> Any:
@@ -93,15 +87,17 @@ def verb(
     option: flags.Options = [],  # noqa: B006
     recipe: flags.Recipe = None,
     batch: Annotated[str | None, Option(metavar="N[,N]", help="prompts at a time (default: 1)")] = None,
-    prompt_tokens: Annotated[int | None, number("text tokens of a prompt (default: 60)")] = None,
-    new_tokens: Annotated[int | None, number("tokens of an answer, 1 for the first alone (default: 32)")] = None,
+    prompt_tokens: Annotated[int | None, flags.number("text tokens of a prompt (default: 60)", 2)] = None,
+    new_tokens: Annotated[
+        int | None, flags.number("tokens of an answer, 1 for the first alone (default: 32)", 1)
+    ] = None,
     device: Annotated[str | None, flags.DEVICE] = None,
     dtype: Annotated[flags.DTypes | None, flags.DTYPE] = None,
-    pairs: Annotated[int | None, number("pairs of (pruned, oracle) first tokens (default: 15)")] = None,
-    plain_runs: Annotated[int | None, number("unpruned first tokens among them (default: 3)")] = None,
-    stage_runs: Annotated[int | None, number("runs with stamps (default: 3)")] = None,
+    pairs: Annotated[int | None, flags.number("pairs of (pruned, oracle) first tokens (default: 15)", 1)] = None,
+    plain_runs: Annotated[int | None, flags.number("unpruned first tokens among them (default: 3)", 1)] = None,
+    stage_runs: Annotated[int | None, flags.number("runs with stamps (default: 3)", 1)] = None,
     sizes: Annotated[
-        int | None, number("draw N picture sizes too, and tell what a new one costs (default: none)")
+        int | None, flags.number("draw N picture sizes too, and tell what a new one costs (default: none)", 1)
     ] = None,
     kernels: Annotated[
         Literal["auto", "torch", "triton", "cuda"] | None,
@@ -114,6 +110,7 @@ def verb(
     resume: Annotated[bool, Option("--resume", help="measure only what the file of --json lacks")] = False,
     csv: Annotated[str | None, file("write one line per cell")] = None,
     plot: Annotated[str | None, file("draw time against tokens, with the oracle's line")] = None,
+    html: Annotated[str | None, file("write a page: in words, as a plot, in tables that sort")] = None,
     compare: Annotated[
         str | None, file("show what changed since these results; settings not given are those of that file")
     ] = None,
@@ -148,8 +145,8 @@ def verb(
 
     from vlmprune import kernels as ops
     from vlmprune.eval.bench import compare as comparing
+    from vlmprune.eval.bench import page, report, results, run
     from vlmprune.eval.bench import plot as plotting
-    from vlmprune.eval.bench import report, results, run
     from vlmprune.runtime.status import show
 
     old = run.read_results(compare) if compare else None
@@ -164,9 +161,14 @@ def verb(
         if path:
             run.write(path, lambda target, how=how: how(found, target))
             print(f"written: {path}", file=sys.stderr)
+    changed = None
     if old is not None:
-        changes, differing = comparing.changes(old, found), comparing.differing_settings(old, found)
-        print(f"\nChanges since {compare}\n\n{report.changes_text(changes, differing)}")
+        changed = compare, comparing.changes(old, found), comparing.differing_settings(old, found)
+        print(f"\nChanges since {compare}\n\n{report.changes_text(*changed[1:])}")
+    if html:
+        told = page.page(found | {"asked": asked_in(found)}, changed)
+        run.write(html, lambda target: write_whole(target, told))
+        print(f"written: {html}", file=sys.stderr)
 
 
 def say_recipe(args: SimpleNamespace, made: Job) -> None:
@@ -185,7 +187,6 @@ def time_selection(args: SimpleNamespace) -> None:
     from vlmprune.runtime.status import show, status
 
     pairs = (QUICK if args.quick else DEFAULTS)["pairs"] if args.pairs is None else args.pairs
-    flags.least(1, pairs=pairs)
     device, kernels = loading.pick_device(args.device or "auto"), effective_kernels(args.kernels)
     status("timing selection")
     replaced = run.Replaced()
@@ -239,15 +240,13 @@ def settings_of(args: SimpleNamespace, old: dict[str, Any] | None) -> dict[str, 
     """All settings: the flags given, else those of the old results, else the defaults.
 
     Raises:
-        UserError: a number out of range.
+        UserError: as `effective_kernels`.
     """
     settings = DEFAULTS | {"shape": "small", "model": None, "average": None, "option": [], "kernels": None}
     settings |= known(asked_in(old, args.method), settings) if old is not None else {}
     settings |= QUICK if args.quick else {}
     given = known(given_by(args), settings)
     settings |= {other: None for one, other in EITHER if one in given} | given
-    flags.least(2, prompt_tokens=settings["prompt_tokens"])
-    flags.least(1, **{name: settings[name] for name in LEAST}, sizes=args.sizes)
     beside = {name: min(settings[name], settings["pairs"]) for name in ("plain_runs", "stage_runs")}
     return settings | beside | {"kernels": effective_kernels(settings["kernels"])}
 
@@ -304,7 +303,7 @@ def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | N
     methods = flags.words_of(asked["method"], "--method")
     budgets = [budget_of(text, word) for text in flags.words_of(asked[word], f"--{word}")]
     options = flags.options_of(asked["option"])
-    batches = [batch_size(text) for text in flags.words_of(asked["batch"], "--batch")]
+    batches = flags.whole_numbers(asked["batch"], "--batch")
     with user_mistakes():
         todo = spec.jobs(methods, budgets, options, named=False)
         if getattr(args, word) is not None and idle(budgets, word, todo):
@@ -321,26 +320,15 @@ def idle(budgets: list[dict[str, Any]], word: str, todo: list[Job]) -> bool:
 def again(cells: list[dict[str, Any]]) -> list[tuple[Job, int]]:
     """The jobs that made cells, those of one batch together."""
     order = list(dict.fromkeys(cell["batch"] for cell in cells))
-    return [(one_job(cell), batch) for batch in order for cell in cells if cell["batch"] == batch]
-
-
-def one_job(cell: dict[str, Any]) -> Job:
-    """The job that made a cell."""
     with user_mistakes():
-        return spec.jobs([cell["method"]], [{}], cell["options"])[0]
+        made = [(spec.jobs([cell["method"]], [{}], cell["options"])[0], cell["batch"]) for cell in cells]
+    return sorted(made, key=lambda one: order.index(one[1]))
 
 
 def budget_of(text: str, word: str) -> dict[str, Any]:
     """A budget of --keep or --average; `none` is the method's own."""
     with user_mistakes():
         return {} if text == "none" else {word: spec.read_budget(text, word)}
-
-
-def batch_size(text: str) -> int:
-    """A batch size of --batch."""
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--batch {text!r} is not a whole number of at least 1.")
-    return int(text)
 
 
 def check_paths(args: SimpleNamespace) -> None:

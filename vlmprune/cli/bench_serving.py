@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmprune import spec
 from vlmprune.cli import flags
-from vlmprune.runtime.errors import UserError, user_mistakes
+from vlmprune.runtime.errors import user_mistakes
 
 __all__ = ["USED", "time_serving"]
 
@@ -39,22 +39,14 @@ def time_serving(args: SimpleNamespace) -> None:
     from vlmprune.runtime.status import show
 
     asked = {key: value if getattr(args, key, None) is None else getattr(args, key) for key, value in DEFAULTS.items()}
-    flags.least(1, pairs=asked["pairs"], new_tokens=asked["new_tokens"])
     with user_mistakes():
         keeps = [spec.read_budget(text) for text in flags.words_of(asked["keep"], "--keep")]
         spec.jobs([asked["method"]], [{"keep": keep} for keep in keeps], flags.options_of(args.option))
-    flying = [whole_number(text) for text in flags.words_of(asked["concurrency"], "--concurrency")]
+    flying = flags.whole_numbers(asked["concurrency"], "--concurrency")
     found = measured(args, asked, keeps, flying)
     show(as_text(found))
     if args.json:
         run.write(args.json, lambda path: results.write_json(found, path))
-
-
-def whole_number(text: str) -> int:
-    """One of --concurrency."""
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--concurrency {text!r} is not a whole number of at least 1.")
-    return int(text)
 
 
 def measured(args: SimpleNamespace, asked: dict[str, Any], keeps: list, flying: list[int]) -> dict[str, Any]:

@@ -41,14 +41,14 @@ def share(text: str) -> Any:
 def verb(
     method: Annotated[str, Option(metavar="NAME", help="the method (`vlmprune ls methods`)")],
     model: flags.Model = "scene-llava",
-    keep: Annotated[str | None, Option(metavar="N", help="patches per image (64), or a fraction (0.1 or 10%)")] = None,
+    keep: flags.OneKeep = None,
     average: Annotated[str | None, Option(metavar="N", help="the same as a mean over all decoder layers")] = None,
     flops: Annotated[str | None, share("FLOPs of a prefill")] = None,
     kv: Annotated[str | None, share("bytes in the cache")] = None,
     first_token: Annotated[str | None, share("time to the first token, measured")] = None,
     option: flags.Options = [],  # noqa: B006
-    text: Annotated[int, Option(metavar="N", help="text tokens of the prompt")] = 60,
-    repeats: Annotated[int, Option(metavar="N", help="timed pairs of prefills, 0 for none")] = 5,
+    text: Annotated[int, flags.number("text tokens of the prompt", 2)] = 60,
+    repeats: Annotated[int, flags.number("timed pairs of prefills, 0 for none", 0)] = 5,
     device: flags.Device = "auto",
     dtype: flags.DType = "auto",
     as_json: flags.Json = False,
@@ -58,9 +58,8 @@ def verb(
     Without a budget the method's own schedule, where it has one.
     """
     flags.one_of(keep=keep, average=average, flops=flops, kv=kv, first_token=first_token)
-    flags.least(2, text=text)
     flags.least(0 if first_token is None else 1, repeats=repeats)
-    options = flags.options_of(option)
+    options = flags.options_of(option) | flags.budget_of(keep, average)
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune import spec
@@ -70,14 +69,13 @@ def verb(
 
     with user_mistakes():
         spec.takes(method)
-        options |= {w: spec.read_budget(v, w) for w, v in (("keep", keep), ("average", average)) if v is not None}
         asked = {"flops": flops, "kv": kv, "first_token": first_token}
         goal = {
             word: check_share(word, spec.read_share(v, flags.flag(word))) for word, v in asked.items() if v is not None
         }
         if not goal:
             spec.build(method, options)
-    loaded = loading.load(loading.find_model(model), loading.pick_device(device), dtype)
+    loaded = loading.open_model(model, device, dtype)
     with user_mistakes(f"{method} on {loaded.source.name}: "):
         costs = Costs(loaded.model, text)
         timed = timer(loaded, text, repeats)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["verb"]
 
-KEEP = "0.25"
 WORDS = {"pass": "pass", "FAIL": "fail", "!": "unknown model", "?": "inconclusive", "-": "not applicable"}
 # before the LLM, inside it, at both, merging before it and in the tower, stacked
 METHODS = "fopru,fastv,transprune,todre,pool,tome,fopru+fastv"
@@ -58,21 +57,16 @@ def verb(
     fopru,fastv,transprune,todre,pool,tome,fopru+fastv that the model can run. One budget (default: a quarter of the
     patches); in a+b, a keeps twice that.
     """
-    asked = flags.words_of(METHODS if method is None else method, "--method")
-    budgets, named = flags.budgets_of(keep, average, KEEP)
-    if len(budgets) > 1:
+    wanted = flags.wanted(method, keep, average, option, recipe, METHODS)
+    if len(wanted.budgets) > 1:
         raise UserError("check takes one budget.")
-    options = flags.options_of(option)
-    made = flags.alone(recipe, method=method, keep=keep, average=average, option=option)
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune.runtime import answering, loading
 
-    if made is None:
-        todo = methods_of(asked, budgets, options, named and method is not None)
-    else:
-        todo = {made.method: made.build()}
-    loaded = loading.load(loading.find_model(model), loading.pick_device(device), dtype)
+    made = wanted.recipe
+    todo = methods_of(wanted, wanted.named and method is not None) if made is None else {made.method: made.build()}
+    loaded = loading.open_model(model, device, dtype)
     answering.check(loaded, [] if made is None else [made])
     subject = subject_of(loaded)
     skipped = {name: why for name, methods in todo.items() if (why := refusal(loaded, name, methods))}
@@ -94,16 +88,14 @@ def tell(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str], bu
         print("", block(loaded, reports, skipped), sep="\n")
 
 
-def methods_of(
-    asked: list[str], budgets: list[dict[str, Any]], options: dict[str, Any], named: bool
-) -> dict[str, list[Method]]:
+def methods_of(wanted: flags.Wanted, named: bool) -> dict[str, list[Method]]:
     """What every name on the command line stands for; `named` as of `spec.jobs`."""
     from vlmprune import spec
 
     with user_mistakes():
-        parts = dict.fromkeys(part for name in asked for part in spec.names_of(name))
-        own = {job.method: job.options for job in spec.jobs(list(parts), budgets, options, named=named)}
-        return {name: staggered(name, own).build() for name in asked}
+        parts = dict.fromkeys(part for name in wanted.methods for part in spec.names_of(name))
+        own = {job.method: job.options for job in spec.jobs(list(parts), wanted.budgets, wanted.options, named=named)}
+        return {name: staggered(name, own).build() for name in wanted.methods}
 
 
 def subject_of(loaded: Loaded) -> Subject:
@@ -209,7 +201,8 @@ def in_text(reports: dict[str, Report], skipped: dict[str, str]) -> str:
     for outcome, word in WORDS.items():
         told = dict.fromkeys(
             f"{word}: {'' if outcome == '-' else f'{name}, '}{line.check}{details(line)}"
-            for name, line in every_line(reports)
+            for name, report in reports.items()
+            for line in report.lines
             if line.outcome == outcome != "pass"
         )
         lines += ["", *told] if told else []
@@ -217,15 +210,9 @@ def in_text(reports: dict[str, Report], skipped: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def every_line(reports: dict[str, Report]) -> Iterator[tuple[str, Line]]:
-    """The lines of all reports, with their methods."""
-    return ((name, line) for name, report in reports.items() for line in report.lines)
-
-
 def details(line: Line) -> str:
     """Words and numbers behind an outcome, with what leads up to them."""
-    said = "; ".join(part for part in (line.told, line.numbers) if part)
-    return f": {said}" if said else ""
+    return f": {line.words}" if line.words else ""
 
 
 def in_json(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> dict[str, Any]:

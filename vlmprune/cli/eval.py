@@ -16,7 +16,8 @@ from vlmprune.runtime.status import Bar, note, status
 from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
-    from vlmprune.eval.lmms.plan import Cell, EvalPlan, ModelJob
+    from vlmprune.eval.lmms.cells import Cell
+    from vlmprune.eval.lmms.plan import EvalPlan, ModelJob
     from vlmprune.eval.lmms.survey import Survey, TimeLeft
 
 __all__ = ["about", "planned", "verb"]

@@ -1,4 +1,4 @@
-"""`vlmprune fidelity`: what pruning changes on the user's own pictures, without labels."""
+"""`vlmprune fidelity`: what pruning changes on the user's own pictures, with and without labels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,41 +16,43 @@ from typer import Option
 
 from vlmprune.cli import flags
 from vlmprune.runtime.errors import CommandError, UserError, brief, printable, user_mistakes
-from vlmprune.runtime.prompts import Pair, read_pairs
+from vlmprune.runtime.prompts import Pair, labelled, read_pairs
 from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
+    from vlmprune.eval.fidelity.labels import Labels
     from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
     from vlmprune.eval.fidelity.report import Card, Study
     from vlmprune.runtime.loading import Loaded
 
 __all__ = ["verb"]
 
-KEEP = "0.25"
 EXAMPLES = """\
 examples:
   vlmprune fidelity --images photos --prompts prompts.txt --model llava-hf/llava-1.5-7b-hf --method fopru,todre \\
       --keep 64,128 --device cuda --batch 8
   vlmprune fidelity --images 'photos/**/*.jpg' --prompts pairs.jsonl --model llava-hf/llava-1.5-7b-hf --keep 25%
 
-with what comes in the package (from a checkout; the default model, scene-llava, knows drawn scenes):
-  echo 'how many objects are there ?' > prompts.txt
-  vlmprune fidelity --images 'eval/testbed/pictures/scene*.png' --prompts prompts.txt --method fopru,vtc_cls --keep 26
+with what comes in the package (drawn scenes with questions and answers, which the default model knows):
+  vlmprune fidelity --method fopru,vtc_cls --keep 26 --limit 20
 
 The prompts file has one prompt a line, each asked about every picture; or one JSON object a line, {"image": "cat.jpg",
-"prompt": "what is this?"}, where image may be a pattern ("2024/*.jpg") and without one means every picture.
+"prompt": "what is this?"}, where image may be a pattern ("2024/*.jpg") and without one means every picture. --data
+takes such lines with an "answer" too, a text or a list of those that count as right: answers are scored by --metric.
 
 It writes report.html (self-contained), report.md with worst-*.png, and results.json with every row. What the measures
 mean is told there. Every result is kept in rows.jsonl as it comes: Ctrl-C stops and reports on what is finished, and
 --resume goes on, after a crash too, with other methods, budgets, pictures or prompts as well.
 
-exit codes: 0 done, 1 failed or under --min-agreement or --min-speedup, 2 wrong usage, 130 interrupted
+exit codes: 0 done, 1 failed, or not as good as --min-agreement, --min-speedup and --max-loss ask, 2 wrong usage, 130
+interrupted
 """
 
 
 def verb(
-    images: Annotated[str, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg')")],
-    prompts: Annotated[str, Option(metavar="FILE", help="one prompt a line, or JSON lines (see below)")],
+    images: flags.Images = None,
+    prompts: Annotated[str | None, Option(metavar="FILE", help="one prompt a line, or JSON lines (see below)")] = None,
+    data: flags.Data = None,
     model: flags.Model = "scene-llava",
     method: flags.SomeMethods = None,
     keep: flags.Keep = None,
@@ -58,18 +62,22 @@ def verb(
     controls: Annotated[
         str, Option(metavar="NAME[,NAME]", help="what methods are measured against at the same budgets, or none")
     ] = "random,grid,pool",
-    seeds: Annotated[int, Option(metavar="N", help="seeds of `random`, averaged")] = 3,
-    limit: Annotated[int | None, Option(metavar="N", help="only the first N pictures by name")] = None,
-    worst: Annotated[int, Option(metavar="N", help="pictures shown per method and budget")] = 10,
-    repeats: Annotated[int, Option(metavar="N", help="timed pairs with the unpruned model, 0 for none")] = 3,
+    seeds: Annotated[int, flags.number("seeds of `random`, averaged", 1)] = 3,
+    limit: flags.Limit = None,
+    worst: Annotated[int, flags.number("pictures shown per method and budget", 0)] = 10,
+    repeats: Annotated[int, flags.number("timed pairs with the unpruned model, 0 for none", 0)] = 3,
     min_agreement: Annotated[
         str | None, Option(metavar="SHARE", help="fail (exit code 1) where fewer answers stay the same (0.98 or 98%)")
     ] = None,
     min_speedup: Annotated[
         float | None, Option(metavar="X", help="fail where the first token comes less than X times as fast")
     ] = None,
+    metric: flags.Metric = "exact",
+    max_loss: Annotated[
+        str | None, Option(metavar="SHARE", help="with --data: fail where the score loses more (1% or 0.01)")
+    ] = None,
     max_new_tokens: flags.Longest = 64,
-    batch: Annotated[int, Option(metavar="N", help="prompts at a time; halved by itself where memory is short")] = 4,
+    batch: Annotated[int, flags.number("prompts at a time; halved by itself where memory is short", 1)] = 4,
     out: Annotated[str, Option(metavar="FOLDER", help="folder for the report")] = "fidelity-out",
     resume: Annotated[
         bool, Option("--resume", help="go on with the run in that folder; what is there is not measured again")
@@ -78,22 +86,34 @@ def verb(
     dtype: flags.DType = "auto",
     as_json: flags.Json = False,
 ) -> None:
-    """Tell what pruning changes on your own pictures, no labels needed.
+    """Tell what pruning changes on your own pictures, labels or not.
 
     Asks the full model and pruned ones about your own pictures, and measures how often the first token and the greedy
     answer stay the same and how far the next-token distributions drift apart (KL), with intervals, beside controls that
-    look at nothing. The pictures that suffer most are shown. Without --method: fopru; without --keep and
-    --average: a quarter of the patches.
+    look at nothing; with --data also how much of the score is lost. The pictures that suffer most are shown. Without
+    --method: fopru; without --keep and --average: a quarter of the patches.
     """
     args = SimpleNamespace(**locals())
+    with held(out, "fidelity", resume) as folder:
+        study(args, folder)
+
+
+@contextmanager
+def held(out: str, verb: str, resume: bool) -> Iterator[Path]:
+    """The folder that a verb writes into, for this run alone.
+
+    Raises:
+        UserError: it is in use, or holds a run and nobody said `resume`.
+        CommandError: it cannot be written into.
+    """
     from vlmprune.eval.fidelity.journal import JournalError, refuse_second
     from vlmprune.eval.lmms.store import StoreError, locked
 
     folder = flags.folder(out)
     try:
-        with locked(folder, "fidelity", "--out FOLDER"):
-            refuse_second(folder, resume)
-            study(args, folder)
+        with locked(folder, verb, "--out FOLDER"):
+            refuse_second(folder, resume, verb)
+            yield folder
     except (StoreError, JournalError) as error:
         raise UserError(str(error)) from None
     except OSError as error:
@@ -102,15 +122,13 @@ def verb(
 
 def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
-    flags.least(1, max_new_tokens=args.max_new_tokens, batch=args.batch, seeds=args.seeds, limit=args.limit)
-    flags.least(0, worst=args.worst, repeats=args.repeats)
+    flags.one_of(prompts=args.prompts, data=args.data)
     least = least_of(args)
-    made = flags.alone(args.recipe, method=args.method, keep=args.keep, average=args.average, option=args.option)
-    methods = flags.words_of("fopru" if args.method is None else args.method, "--method")
+    wanted = flags.wanted(args.method, args.keep, args.average, args.option, args.recipe)
     controls = [] if args.controls.strip() == "none" else flags.words_of(args.controls, "--controls")
-    budgets, named = flags.budgets_of(args.keep, args.average, KEEP)
-    options = flags.options_of(args.option)
-    pairs = read_pairs(args.images, args.prompts, args.limit)
+    pairs, file = asked(args, folder), args.prompts or args.data or "the prompts"
+    if not labelled(pairs, file) and (args.data or least.loss is not None):
+        raise UserError(f'{file} has no answers: scores need --data with an "answer" in every line.')
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune import spec
@@ -118,18 +136,21 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     from vlmprune.eval.fidelity import run as fidelity_run
     from vlmprune.eval.fidelity.costs import CostBook
     from vlmprune.eval.fidelity.journal import Journal
+    from vlmprune.eval.fidelity.labels import Labels
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import note
 
+    todo, budgets = wanted.jobs(), wanted.budgets
+    if wanted.recipe is not None:
+        budgets = [spec.budgets_in(wanted.recipe.options)]
     with user_mistakes():
-        todo = spec.jobs(methods, budgets, options, named) if made is None else [made]
-        if made is not None:
-            methods, budgets = [made.method], [spec.budgets_in(made.options)]
-        beside = spec.jobs([name for name in controls if name not in methods], budgets, {}, named=False)
+        taken = {job.method for job in todo}
+        beside = spec.jobs([name for name in controls if name not in taken], budgets, {}, named=False)
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
-    loaded = loading.load(loading.find_model(args.model), loading.pick_device(args.device), args.dtype)
+    loaded = loading.open_model(args.model, args.device, args.dtype)
     answering.check(loaded, [*todo, *beside])
-    check_prompts(loaded, pairs, args.prompts)
+    check_prompts(loaded, pairs, file)
+    labels = Labels.of(pairs, args.metric)
 
     journal = Journal(folder, setting_of(loaded, args))
     for line in journal.damaged:
@@ -142,39 +163,49 @@ def study(args: SimpleNamespace, folder: Path) -> None:
         refuse_nothing(skipped, interrupted)
     book = CostBook(loaded, journal, pairs, args.batch, args.max_new_tokens, args.repeats, skipped)
     costs = {entry.label: book.of(entry) for entry in entries if args.repeats and not interrupted}
-    cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst) for entry in entries if not entry.control}
+    cards = {
+        entry.label: worst_cards(loaded, entry, rows, pairs, args.worst, labels)
+        for entry in entries
+        if not entry.control
+    }
     unasked = sum(pair.picture in skipped for pair in pairs)
     about = about_run(loaded, "fidelity", args, prompts_skipped=unasked)
-    told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs), costs)
+    told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs), costs, labels)
     show(told, fidelity_report.write(folder, told), args.as_json)
     if skipped:
         note(left_out(list(skipped)))
     if interrupted:
         raise KeyboardInterrupt
-    refuse_worse(told, *least)
+    refuse_worse(told, least)
 
 
-def least_of(args: SimpleNamespace) -> tuple[float | None, float | None]:
-    """The shares of --min-agreement and --min-speedup.
+@dataclass(frozen=True)
+class Least:
+    """What a method must reach for exit code 0; None asks for nothing."""
+
+    agreement: float | None
+    speedup: float | None
+    loss: float | None
+
+
+def least_of(args: SimpleNamespace) -> Least:
+    """What --min-agreement, --min-speedup and --max-loss ask for.
 
     Raises:
         UserError: no share, or a speed-up that nothing measures.
     """
-    from vlmprune.spec import read_share
-
     if args.min_speedup is not None and not args.repeats:
         raise UserError("--min-speedup needs times: give --repeats.")
-    if args.min_agreement is None:
-        return None, args.min_speedup
-    with user_mistakes():
-        share = read_share(args.min_agreement, "--min-agreement")
-    if not 0 < share <= 1:
-        raise UserError(f"--min-agreement {args.min_agreement} must be above 0 and at most 1 (100%).")
-    return share, args.min_speedup
+    agreement, loss = args.min_agreement, args.max_loss
+    return Least(
+        None if agreement is None else flags.share_of(agreement, "--min-agreement", whole=True),
+        args.min_speedup,
+        None if loss is None else flags.share_of(loss, "--max-loss", zero=True),
+    )
 
 
-def refuse_worse(told: Study, agreement: float | None, speedup: float | None) -> None:
-    """Fail where a method (no control) is under what was asked for.
+def refuse_worse(told: Study, least: Least) -> None:
+    """Fail where a method (no control) is not as good as was asked for.
 
     Raises:
         CommandError: one is.
@@ -182,13 +213,48 @@ def refuse_worse(told: Study, agreement: float | None, speedup: float | None) ->
     wrong = []
     for line in (line for line in told.lines if not line.entry.control):
         same = line.measures["answer_agrees"].value
-        if agreement is not None and same < agreement:
-            wrong.append(f"{line.entry.label}: {same:.3f} of the answers stay the same, under {agreement:g}")
+        if least.agreement is not None and same < least.agreement:
+            wrong.append(f"{line.entry.label}: {same:.3f} of the answers stay the same, under {least.agreement:g}")
+        if least.loss is not None and (lost := -line.score.change.value) > least.loss:
+            wrong.append(f"{line.entry.label}: the score loses {lost:.3f}, more than {least.loss:g}")
         fast = told.costs[line.entry.label].first["median"] if line.entry.label in told.costs else None
-        if speedup is not None and fast is not None and fast < speedup:
-            wrong.append(f"{line.entry.label}: the first token comes {fast:.2f} times as fast, under {speedup:g}")
+        if least.speedup is not None and fast is not None and fast < least.speedup:
+            wrong.append(f"{line.entry.label}: the first token comes {fast:.2f} times as fast, under {least.speedup:g}")
     if wrong:
         raise CommandError("; ".join(wrong))
+
+
+def asked(args: SimpleNamespace, folder: Path) -> list[Pair]:
+    """The prompts about the user's pictures, or about those that come with the model.
+
+    Raises:
+        UserError: pictures without prompts, or prompts without pictures.
+    """
+    file = args.data or args.prompts
+    if args.images is None and file is None and args.model == "scene-llava":
+        return drawn(folder, args.limit)
+    if args.images is None or file is None:
+        raise UserError(
+            "name --images and --prompts (one a line), or --data with answers; without any the model scene-llava is "
+            "tried on pictures that come with it."
+        )
+    return read_pairs(args.images, file, args.limit)
+
+
+def drawn(folder: Path, limit: int | None) -> list[Pair]:
+    """Pictures with questions and answers that come with the package, written as a user's would be."""
+    from vlmprune.eval import testbed
+
+    pictures, lines = folder / "pictures", []
+    pictures.mkdir(exist_ok=True)
+    for question in testbed.questions("sparse"):
+        file = pictures / f"{question.picture_id}.webp"
+        if not file.is_file():
+            file.write_bytes(question.picture)
+        lines.append(json.dumps({"image": file.name, "prompt": question.question, "answer": question.answer}))
+    data = folder / "data.jsonl"
+    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return read_pairs(str(pictures), str(data), limit)
 
 
 def left_out(names: Sequence[str]) -> str:
@@ -216,10 +282,11 @@ def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[Study
 
 def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
     """Refuse prompts that place several pictures, and name words that an embedded model does not know."""
+    from vlmprune.parts.templates import image_token
     from vlmprune.runtime.loading import unknown_words
     from vlmprune.runtime.status import note
 
-    token, strange = getattr(loaded.processor, "image_token", None) or "<image>", {}
+    token, strange = image_token(loaded.processor), {}
     for pair in {pair.prompt: pair for pair in pairs}.values():
         if pair.prompt.count(token) > 1:
             raise UserError(
@@ -232,7 +299,12 @@ def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
 
 
 def worst_cards(
-    loaded: Loaded, entry: StudyEntry, rows: Sequence[StudyRow], pairs: Sequence[Pair], count: int
+    loaded: Loaded,
+    entry: StudyEntry,
+    rows: Sequence[StudyRow],
+    pairs: Sequence[Pair],
+    count: int,
+    labels: Labels | None,
 ) -> list[Card]:
     """Prefill the worst pictures of an entry once more, each by itself, and draw what was kept."""
     from vlmprune.eval.fidelity.measure import worst
@@ -246,14 +318,15 @@ def worst_cards(
 
     paths = {pair.picture: pair.path for pair in pairs}
     cards = []
-    for row in worst((row for row in rows if row.label == entry.label), count):
+    for row in worst((row for row in rows if row.label == entry.label), count, labels):
         status(f"drawing {entry.label}: {printable(row.picture)}")
         image = read_picture(paths[row.picture])
         with patch(loaded, Job(entry.method, entry.seeded(row.seed))) as handle:
             inputs = model_inputs(loaded, [image], row.prompt)
             guarded(lambda inputs=inputs: loaded.model(**inputs, use_cache=True, logits_to_keep=1))
             kept = draw.kept_panel(image, handle.trace, loaded.processor.image_processor, 0, "", (), SIDE)
-        cards.append(Card(row, draw.plain_panel(image, "", (), SIDE), kept))
+        right = () if labels is None else tuple(labels.right(row))
+        cards.append(Card(row, draw.plain_panel(image, "", (), SIDE), kept, right))
     status()
     return cards
 
@@ -268,7 +341,7 @@ def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
         "weights": fingerprints.files(Path(source.place)) if source.local else model.config._commit_hash,
         "adapter": fingerprints.files(Path(source.adapter)) if source.adapter else None,
         "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": loaded.about["dtype"],
         "max_new_tokens": args.max_new_tokens,
         "versions": flags.versions(),
     }
@@ -277,10 +350,7 @@ def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
 def about_run(loaded: Loaded, verb: str, args: SimpleNamespace, **more: Any) -> dict[str, Any]:
     """What somebody else needs to repeat a run of a verb."""
     return {
-        "model": loaded.source.name,
-        "family": loaded.model.config.model_type,
-        "device": str(loaded.model.device),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        **loaded.about,
         "versions": flags.versions(),
         "command": " ".join(("vlmprune", verb, *quoted(args))),
         "max_new_tokens": args.max_new_tokens,
@@ -310,7 +380,8 @@ def show(told: Study, files: Sequence[Path], as_json: bool) -> None:
     header, rows = fidelity_report.table_of(told.lines, told.costs)
     print(f"{told.about['model']}: {told.asked}\n")
     print(table(header, rows, header[2:]))
-    print("\nAgreement in per cent, KL in nats (per token); in brackets 95 % intervals over pictures.")
+    scores = "" if told.labels is None else f"scores by {told.labels.metric} in per cent, "
+    print(f"\nAgreement in per cent, {scores}KL in nats (per token); in brackets 95 % intervals over pictures.")
     for line in told.lines:
         if not line.entry.control:
             print(fidelity_report.in_words(line, told.pictures))

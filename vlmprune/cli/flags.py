@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Argument, Option
+from typer import Argument, CallbackParam, Option
 from typer.core import TyperCommand, TyperGroup
 
 from vlmprune._version import __version__
@@ -19,8 +20,20 @@ from vlmprune.runtime.status import noted_warnings
 if TYPE_CHECKING:
     from vlmprune.spec import Job
 
-__all__ = ["Group", "Verb", "alone", "budgets_of", "flag", "folder", "least", "one_of", "options_of", "refuse_family"]
-__all__ += ["versions", "words_of"]
+__all__ = ["Group", "Verb", "Wanted", "alone", "budget_of", "budgets_of", "flag", "folder", "least", "number", "one_of"]
+__all__ += ["options_of", "refuse_family", "share_of", "versions", "wanted", "whole_numbers", "words_of"]
+
+
+def number(text: str, lowest: int | None = None) -> Any:
+    """A flag that takes a number; one under `lowest` is refused."""
+
+    def checked(param: CallbackParam, value: Any) -> Any:
+        if lowest is not None:
+            least(lowest, **{param.name: value})
+        return value
+
+    return Option(metavar="N", help=text, callback=checked)
+
 
 MODEL = Option(metavar="NAME", help="embedded model, folder or hub id")
 METHOD = Option("--method", metavar="NAME[,NAME]", help="methods (`vlmprune ls methods`; a+b: one after the other)")
@@ -30,7 +43,9 @@ DTYPE = Option(help="auto: float32 on a CPU, the checkpoint's own on a GPU")
 Model = Annotated[str, MODEL]
 Methods = Annotated[str, METHOD]
 SomeMethods = Annotated[str | None, METHOD]
-Keep = Annotated[str | None, Option(metavar="N[,N]", help="patches per image (64), or a fraction (0.1 or 10%)")]
+PATCHES = "patches per image (64), or a fraction (0.1 or 10%)"
+Keep = Annotated[str | None, Option(metavar="N[,N]", help=PATCHES)]
+OneKeep = Annotated[str | None, Option(metavar="N", help=PATCHES)]
 Average = Annotated[str | None, Option(metavar="N[,N]", help="the same as a mean over all decoder layers")]
 Options = Annotated[
     list[str],
@@ -44,10 +59,18 @@ Options = Annotated[
 Recipe = Annotated[
     str | None, Option(metavar="FILE", help="a recipe (a YAML file), instead of --method, budget and --option")
 ]
+Images = Annotated[
+    str | None, Option(metavar="DIR", help="folder of pictures, or a pattern ('photos/**/*.jpg'; default: ours)")
+]
+Data = Annotated[str | None, Option(metavar="FILE", help="JSON lines with image, prompt and answer")]
+Metric = Annotated[
+    Literal["exact", "contains", "anls", "choice"], Option(help="how answers are compared with those of --data")
+]
 Device = Annotated[str, DEVICE]
 DTypes = Literal["auto", "float32", "bfloat16", "float16"]
 DType = Annotated[DTypes, DTYPE]
-Longest = Annotated[int, Option("--max-new-tokens", metavar="N", help="longest answer")]
+Longest = Annotated[int, number("longest answer", 1)]
+Limit = Annotated[int | None, number("only the first N pictures by name", 1)]
 Json = Annotated[bool, Option("--json", help="print JSON")]
 Config = Annotated[str, Argument(metavar="CONFIG.yaml", help="a file, or the name of one that comes with vlmprune")]
 Overrides = Annotated[
@@ -58,6 +81,9 @@ Overrides = Annotated[
         help="another value for a key (a.b.0=value; the value is read as YAML); may be repeated",
     ),
 ]
+
+
+QUARTER = "0.25"  # the usual budget
 
 
 class Told:
@@ -110,6 +136,50 @@ def one_of(**given: Any) -> None:
     named = [flag(name) for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise UserError(f"{named[1]} is not allowed with {named[0]}.")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What --method, --keep or --average, and --option say, as `spec.jobs` takes it, or what a recipe says."""
+
+    methods: list[str]
+    budgets: list[dict[str, Any]]
+    options: dict[str, Any]
+    named: bool
+    recipe: Job | None
+
+    def jobs(self) -> list[Job]:
+        """What is to be run.
+
+        Raises:
+            UserError: an unknown method or option, or a bad value.
+        """
+        from vlmprune import spec
+
+        if self.recipe is not None:
+            return [self.recipe]
+        with user_mistakes():
+            return spec.jobs(self.methods, self.budgets, self.options, self.named)
+
+
+def wanted(
+    method: str | None,
+    keep: str | None,
+    average: str | None,
+    option: Sequence[str],
+    recipe: str | None,
+    usual: str = "fopru",
+) -> Wanted:
+    """Read the flags that say what is to be run; without any: `usual` methods at a quarter of the patches.
+
+    Raises:
+        UserError: a mistake in one of them, or a recipe beside others.
+    """
+    methods = words_of(usual if method is None else method, "--method")
+    budgets, named = budgets_of(keep, average, QUARTER)
+    options = options_of(option)
+    made = alone(recipe, method=method, keep=keep, average=average, option=option)
+    return Wanted(methods, budgets, options, named, made)
 
 
 def alone(recipe: str | None, **given: Any) -> Job | None:
@@ -195,6 +265,44 @@ def budgets_of(keep: str | None, average: str | None, default: str) -> tuple[lis
     with user_mistakes():
         amounts = words_of(default if given is None else given, f"--{word}")
         return [{word: read_budget(text, word)} for text in amounts], given is not None
+
+
+def budget_of(keep: str | None, average: str | None) -> dict[str, Any]:
+    """The one budget of `--keep` or `--average`, if there is one; raises as `budgets_of` does."""
+    from vlmprune.spec import read_budget
+
+    one_of(keep=keep, average=average)
+    with user_mistakes():
+        given = {"keep": keep, "average": average}
+        return {word: read_budget(text, word) for word, text in given.items() if text is not None}
+
+
+def share_of(text: str, flag: str, zero: bool = False, whole: bool = False) -> float:
+    """A share between 0 and 1, of which `zero` is one, or the `whole`.
+
+    Raises:
+        UserError: another number, or none.
+    """
+    from vlmprune.spec import read_share
+
+    with user_mistakes():
+        found = read_share(text, flag)
+    if not 0 <= found <= 1 or (found == 0 and not zero) or (found == 1 and not whole):
+        least, most = "at least" if zero else "above", "at most" if whole else "under"
+        raise UserError(f"{flag} {text} must be {least} 0 and {most} 1 (100%).")
+    return found
+
+
+def whole_numbers(text: str, flag: str) -> list[int]:
+    """The comma-separated numbers of a flag, each once.
+
+    Raises:
+        UserError: something else than whole numbers above 0.
+    """
+    parts = words_of(text, flag)
+    if wrong := next((part for part in parts if not part.isdecimal() or int(part) < 1), None):
+        raise UserError(f"{flag} {wrong!r} is not a whole number of at least 1.")
+    return list(map(int, parts))
 
 
 def options_of(texts: Sequence[str]) -> dict[str, Any]:

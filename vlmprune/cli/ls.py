@@ -87,6 +87,8 @@ def methods() -> list[dict[str, Any]]:
 
 def describe(name: str, cls: type) -> dict[str, Any]:
     """What a method's class says about itself."""
+    from vlmprune.parts.options import ranges
+
     options = {
         f.name: {"type": f.type if isinstance(f.type, str) else getattr(f.type, "__name__", str(f.type))}
         | ({} if f.default is MISSING else {"default": f.default})
@@ -105,6 +107,7 @@ def describe(name: str, cls: type) -> dict[str, Any]:
         "training": cls.training,
         "vllm": served(cls),
         "options": json.loads(json.dumps(options, default=str)),
+        "searched": {name: [one.low, one.high] for name, one in ranges(cls).items()},
         "doc": inspect.getdoc(cls) or "",
     }
 
@@ -160,7 +163,9 @@ def details(method: dict[str, Any]) -> list[str]:
     if "error" in method:
         return []
     given = [f"{o}={v['default']!r}" if "default" in v else o for o, v in method["options"].items()]
-    return [f"    options: {', '.join(given)}", "", method["doc"]]
+    searched = [f"{o} from {low:g} to {high:g}" for o, (low, high) in method["searched"].items()]
+    more = [f"    `vlmprune tune --method {method['name']}` searches: {', '.join(searched)}"] if searched else []
+    return [f"    options: {', '.join(given)}", *more, "", method["doc"]]
 
 
 def models() -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from vlmprune.cli import flags
-from vlmprune.runtime.errors import UserError, printable, user_mistakes
+from vlmprune.runtime.errors import UserError, printable
 from vlmprune.runtime.prompts import check_text
 from vlmprune.runtime.tables import OVERHEAD, change, table
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["verb"]
 
-KEEP = "0.25"
 EXAMPLES = """\
 examples:
   vlmprune run --image scene.png --prompt "what colour is the circle ?"
@@ -79,7 +78,7 @@ def verb(
     recipe: flags.Recipe = None,
     save: Annotated[str | None, Option(metavar="FILE", help="draw the kept tokens over the picture")] = None,
     max_new_tokens: flags.Longest = 64,
-    repeats: Annotated[int, Option(metavar="N", help="timed pairs of prefills, 0 for none")] = 5,
+    repeats: Annotated[int, flags.number("timed pairs of prefills, 0 for none", 0)] = 5,
     device: flags.Device = "auto",
     dtype: flags.DType = "auto",
     as_json: flags.Json = False,
@@ -91,26 +90,19 @@ def verb(
     """
     from vlmprune.runtime.pictures import check_target, read_picture
 
-    flags.least(1, max_new_tokens=max_new_tokens)
-    flags.least(0, repeats=repeats)
     if not prompt.strip():
         raise UserError("--prompt is empty.")
     check_text(prompt, "--prompt")
-    methods = flags.words_of("fopru" if method is None else method, "--method")
-    budgets, named = flags.budgets_of(keep, average, KEEP)
-    options = flags.options_of(option)
-    made = flags.alone(recipe, method=method, keep=keep, average=average, option=option)
+    wanted = flags.wanted(method, keep, average, option, recipe)
     target = check_target(save) if save else None
     images = [read_picture(path) for path in image]
 
     # from here on it takes seconds: torch and transformers are imported
-    from vlmprune import spec
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import Bar, note, show, status
 
-    with user_mistakes():
-        todo = spec.jobs(methods, budgets, options, named) if made is None else [made]
-    loaded = loading.load(loading.find_model(model), loading.pick_device(device), dtype)
+    todo = wanted.jobs()
+    loaded = loading.open_model(model, device, dtype)
     answering.check(loaded, todo)
     inputs = loading.model_inputs(loaded, images, prompt)
     if loaded.source.embedded and (strange := loading.unknown_words(loaded, prompt)):
@@ -197,13 +189,9 @@ def line(text: str) -> str:
 
 def in_json(asked: AnsweredPrompt) -> dict[str, Any]:
     """The same for a program, image by image."""
-    model = asked.loaded.model
     pictures = zip(asked.files, asked.images, asked.seen, strict=True)
     return {
-        "model": asked.loaded.source.name,
-        "family": model.config.model_type,
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **asked.loaded.about,
         "prompt": asked.prompt,
         "images": [{"file": f, "width": i.width, "height": i.height, "seen": round(s, 3)} for f, i, s in pictures],
         "full": {"answer": asked.plain},

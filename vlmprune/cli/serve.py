@@ -47,20 +47,13 @@ def verb(
     context: Context,
     model: Annotated[str, flags.MODEL],
     method: Annotated[str | None, Option(metavar="NAME", help="the method (a+b: one after the other)")] = None,
-    keep: Annotated[str | None, Option(metavar="N", help="patches per image (64), or a fraction (0.1 or 10%)")] = None,
+    keep: flags.OneKeep = None,
     average: Annotated[str | None, Option(metavar="N", help="the same; of served methods both mean one thing")] = None,
     option: flags.Options = [],  # noqa: B006 - typer copies it
     recipe: flags.Recipe = None,
 ) -> None:
     """Serve a pruned model by vLLM's OpenAI-compatible server; takes all flags of vLLM's own."""
-    from vlmprune.spec import read_budget
-
-    flags.one_of(keep=keep, average=average)
-    options = flags.options_of(option)
-    with user_mistakes():
-        for word, given in (("keep", keep), ("average", average)):
-            if given is not None:
-                options[word] = read_budget(given, word)
+    options = flags.options_of(option) | flags.budget_of(keep, average)
     if made := flags.alone(recipe, method=method, keep=keep, average=average, option=option):
         method, options = made.method, made.options
         flags.refuse_family(model, made)

@@ -18,7 +18,7 @@ from vlmprune.engine import install as engine
 from vlmprune.engine.compile import compile_plan
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method
-from vlmprune.parts.cuts import AnyCut, Cut, TowerCut, Vision
+from vlmprune.parts.cuts import AnyCut, Cut, Stay, TowerCut, Vision
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.patches import family_of
 
@@ -113,20 +113,25 @@ def narrow(model: nn.Module) -> nn.Module:
 def watched(name: str, cut: AnyCut, merged: dict[Vision, int]) -> AnyCut:
     """A cut that says how many tokens it leaves in the tower, and refuses to let the picture decide."""
     if isinstance(cut, TowerCut):
-        return replace(cut, reduce=Merging(cut.reduce, cut.at, merged))
+        return replace(cut, reduce=Merging(name, cut.reduce, cut.at, merged))
     return replace(cut, reduce=Known(name, cut.reduce, cut.at.layer)) if isinstance(cut, Cut) else cut
 
 
 @dataclass
 class Merging:
-    """Notes what a cut in the tower leaves."""
+    """Notes what a cut in the tower leaves, and refuses counts that hang on the picture."""
 
+    name: str
     reduce: Callable
     at: Vision
     merged: dict[Vision, int]
 
     def __call__(self, *seen: Any) -> Any:
         made = self.reduce(*seen)
+        if isinstance(made, Stay) and made.keep is None:
+            return made
+        if made.count is None:
+            raise unknown(self.name, f"tower layer {self.at.layer}")
         self.merged[self.at] = made.count
         return made
 
@@ -142,8 +147,13 @@ class Known:
     def __call__(self, *seen: Any) -> Any:
         made = self.reduce(*seen)
         if made.counts is None:
-            raise UnsupportedError(
-                f"how many tokens {self.name} keeps at decoder layer {self.layer} hangs on the picture: what it costs "
-                "is not known before it has seen one (`vlmprune tune` measures it)."
-            )
+            raise unknown(self.name, f"decoder layer {self.layer}")
         return made
+
+
+def unknown(name: str, where: str) -> UnsupportedError:
+    """What to say where the picture decides how many tokens stay."""
+    return UnsupportedError(
+        f"how many tokens {name} keeps at {where} hangs on the picture: what it costs is not known before it has seen "
+        "one (`vlmprune tune` measures it)."
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -92,15 +92,14 @@ def count_prompts(
         # padding is not counted, so it stays where it is, masked
         return Census(holes, {"image": promised}, real, [length] * rows, (text_after, most), most)
     counts = torch.stack([everything, *holes.values(), placeholder & ~everything]).sum(-1)
-    where = [found.flatten().long() for found in holes.values()] if plan.family.runs else []
+    where = holes if plan.family.runs else {}
     between = everything & ~placeholder & ~after & (placeholder.cumsum(1) > 0)
     told = torch.stack((text_before, one.long(), stands.long(), between.any().long()))
-    read = download(torch.cat((*where, counts.flatten(), text_after, finite.long(), told)))
-    size = rows * length
-    runs = {m: runs_of(read[at * size :], rows, length) for at, m in enumerate(holes) if where}
-    read = read[len(where) * size :]
-    lengths, *wanted, unseen, counts_after = [read[at * rows :][:rows] for at in range(len(counts) + 1)]
-    *good, most_before, single, standing, amid = read[(len(counts) + 1) * rows :]
+    columns = (found.flatten().long() for found in where.values())
+    read = iter(download(torch.cat((*columns, counts.flatten(), text_after, finite.long(), told))))
+    runs = {modality: runs_of([*islice(read, rows * length)], rows, length) for modality in where}
+    lengths, *wanted, unseen, counts_after = ([*islice(read, rows)] for _ in range(len(counts) + 1))
+    *good, most_before, single, standing, amid = read
     demand_sound(
         plan, bool(single), bool(standing), [part[:2] for part, ok in zip(given, good, strict=True) if not ok], unseen
     )

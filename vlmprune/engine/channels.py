@@ -135,7 +135,7 @@ CHANNELS: tuple[Channel, ...] = (
         "thread",
         "the frame, for hooks on modules inside a layer, or inside a tower, during its call",
         "hooks.BeforeLayer, tower.BeforeTowerLayer, tower.BeforeTower",
-        "hooks.AfterBlock, tower.AfterKeys, tower.BeforeTowerLayer",
+        "hooks.AfterBlock, tower.AfterProjection, tower.BeforeTowerLayer",
         "feed-forward blocks and projections get no keyword arguments, nor do the layers of some towers",
     ),
     Channel(

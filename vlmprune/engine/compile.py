@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from vlmprune.engine.plan import Plan
 from vlmprune.errors import UnsupportedError, did_you_mean
-from vlmprune.parts.cuts import AnyCut, Cut, Decoder, PixelCut, Positions, ProjectorCut, TowerCut, Vision
-from vlmprune.parts.facts import ModelFacts, need_patches
-from vlmprune.parts.taps import BlockKeys, ClusterOf, Kept, Tap, TowerTap
+from vlmprune.parts.cuts import AnyCut, Cut, Decoder, PatchCut, PixelCut, Positions, ProjectorCut, TowerCut, Vision
+from vlmprune.parts.facts import ModelFacts, need_patches, need_sparse
+from vlmprune.parts.taps import BlockFlow, BlockKeys, ClusterOf, Kept, Tap, TowerTap
 from vlmprune.patches import Family
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["compile_cuts", "compile_plan"]
 
-STAGES = (PixelCut, TowerCut, ProjectorCut, Cut)
+STAGES = (PixelCut, PatchCut, TowerCut, ProjectorCut, Cut)
 
 
 def compile_plan(methods: Sequence[Method], family: Family, facts: ModelFacts) -> Plan:
@@ -67,6 +67,8 @@ def place(cut: AnyCut) -> str:
     match cut:
         case PixelCut():
             return "the cut of pixels"
+        case PatchCut():
+            return "the cut in front of the tower"
         case ProjectorCut():
             return "the cut in front of the projector"
         case TowerCut():
@@ -83,6 +85,8 @@ def check_cut(name: str, cut: AnyCut, facts: ModelFacts) -> None:
     where = f"{name}, {place(cut)}"
     if isinstance(cut, Cut):
         check_positions(where, cut.positions, facts)
+    elif isinstance(cut, PatchCut):
+        need_sparse(name, facts)
     elif facts.packed:
         raise UnsupportedError(
             f"{where}: this tower packs pictures of any size into one sequence, in and around which nothing can be "
@@ -145,15 +149,15 @@ def layers_for(cut: Cut | TowerCut, facts: ModelFacts) -> tuple[str, range]:
     return "tower layer", range(1, facts.feature_layer + 2)
 
 
-def looks(cuts: list[tuple[str, AnyCut]], kind: type[Tap]) -> list[tuple[str, AnyCut, Tap]]:
+def looks(cuts: list[tuple[str, AnyCut]], kind: Any) -> list[tuple[str, AnyCut, Tap]]:
     """Who looks where at what: the method, its cut and the tap, for all taps of a kind."""
     return [(name, cut, tap) for name, cut in cuts for tap in cut.see if isinstance(tap, kind)]
 
 
 def check_keys(cuts: list[tuple[str, AnyCut]]) -> None:
-    """Refuse a second look at a tower layer's keys: the first cut has merged their tokens."""
+    """Refuse a second look at a tower layer's keys or flow: the first cut has merged their tokens."""
     seen: set[Tap] = set()
-    for name, cut, tap in looks(cuts, BlockKeys):
+    for name, cut, tap in looks(cuts, BlockKeys | BlockFlow):
         if tap in seen:
             raise ValueError(f"{name}, {place(cut)} cannot see {tap}: an earlier cut there has merged these tokens.")
         seen.add(tap)
@@ -161,18 +165,18 @@ def check_keys(cuts: list[tuple[str, AnyCut]]) -> None:
 
 def check_kept(cuts: list[tuple[str, AnyCut]]) -> None:
     """Refuse to look at what was kept where nothing keeps."""
-    if not any(isinstance(cut, ProjectorCut) for _, cut in cuts):
+    if all(isinstance(cut, PixelCut | Cut) for _, cut in cuts):
         for name, cut, tap in looks(cuts, Kept):
-            raise ValueError(f"{name}, {place(cut)} cannot see {tap}: there is no ProjectorCut, which alone keeps.")
+            raise ValueError(f"{name}, {place(cut)} cannot see {tap}: no cut in or around the tower keeps.")
 
 
 def check_methods(methods: list[tuple[str, list[AnyCut]]]) -> None:
     """Refuse methods that cannot share a model: their cuts would not mean what they say."""
-    merging, cutting = makers(methods, TowerCut | ProjectorCut), makers(methods, Cut)
+    merging, cutting = makers(methods, PatchCut | TowerCut | ProjectorCut), makers(methods, Cut)
     if len(merging) > 1:
         raise UnsupportedError(
-            f"{merging[0]!r} and {merging[1]!r} both merge tokens in or behind the vision tower, and each counts on "
-            "all of them: take one of the two."
+            f"{merging[0]!r} and {merging[1]!r} both take or merge tokens in, in front of or behind the vision tower, "
+            "and each counts on all of them: take one of the two."
         )
     writing = [name for name, cuts in methods for cut in cuts if isinstance(cut, Cut) and cut.reorders]
     if writing and len(cutting) > 1:
@@ -190,11 +194,11 @@ def makers(methods: list[tuple[str, list[AnyCut]]], kind: Any) -> list[str]:
 
 def check_merged_tower(cuts: list[tuple[str, AnyCut]]) -> None:
     """Refuse to look at a tower in which tokens are merged."""
-    merging = next((name for name, cut in cuts if isinstance(cut, TowerCut)), None)
+    merging = next((name for name, cut in cuts if isinstance(cut, PatchCut | TowerCut)), None)
     if merging is None:
         return
     for name, cut, tap in looks(cuts, TowerTap):
-        if isinstance(cut, Cut) and not isinstance(tap, ClusterOf):
+        if isinstance(cut, Cut) and not isinstance(tap, ClusterOf | Kept):
             raise UnsupportedError(
                 f"{merging!r} merges tokens inside the vision tower and {name!r} looks at that tower ({tap}): "
                 "combine it with a method that needs no tower tap."

@@ -13,27 +13,25 @@ import torch
 from vlmprune.engine.compile import place
 from vlmprune.engine.finite import demand
 from vlmprune.engine.plan import Plan
-from vlmprune.parts.cuts import AnyCut, Clusters, Merge, Pick, Reduction
+from vlmprune.kernels.checks import bools, floats, longs
+from vlmprune.parts.cuts import AnyCut, Clusters, Merge, Pick, Reduction, Stay
 from vlmprune.parts.options import is_whole
 
-__all__ = ["check_clusters", "check_flow", "check_pick", "check_pixels", "check_reduction", "whose"]
+__all__ = [
+    "check_clusters",
+    "check_flow",
+    "check_kept",
+    "check_pick",
+    "check_pixels",
+    "check_reduction",
+    "check_stay",
+    "whose",
+]
 
 
 def whose(plan: Plan, cut: AnyCut) -> str:
     """The method of a cut and its place, as errors begin."""
     return next(f"{name}, {place(one)}" for name, one in plan.cuts if one is cut)
-
-
-def bools(dtype: torch.dtype) -> bool:
-    return dtype == torch.bool
-
-
-def longs(dtype: torch.dtype) -> bool:
-    return dtype == torch.long
-
-
-def floats(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point
 
 
 def check_type(where: str, decided: Any, wanted: type) -> None:
@@ -136,6 +134,27 @@ def check_clusters(where: str, decided: Any, sizes: torch.Tensor) -> None:
     demand((filled == count).all(), f"{where}: reduce returned count={count}, and clusters without a token.")
 
 
+def check_stay(where: str, decided: Stay, sizes: torch.Tensor) -> None:
+    """Refuse what a `TowerCut` cannot keep of `(views, tokens)` of these sizes.
+
+    Raises:
+        TypeError, ValueError: fields that do not fit these tokens, or a view of which nothing stays.
+    """
+    shape = tuple(sizes.shape)
+    if decided.scores is not None:
+        check_tensor(where, "scores", decided.scores, sizes, shape, floats)
+    if decided.keep is None:
+        return
+    check_tensor(where, "keep", decided.keep, sizes, shape, bools)
+    kept = (decided.keep & (sizes > 0)).sum(1)
+    demand((kept > 0).all(), f"{where}: reduce returned keep without a token of some view.")
+    if decided.count is not None:
+        if not torch.compiler.is_compiling() and not is_whole(decided.count, 1, shape[1]):
+            raise ValueError(f"{where}: reduce returned count={decided.count!r}, which is not one of 1..{shape[1]}.")
+        told = f"{where}: reduce returned count={decided.count}, and keep of another number of tokens."
+        demand((kept == decided.count).all(), told)
+
+
 def check_pick(where: str, decided: Any, features: torch.Tensor, has_cls: bool) -> None:
     """Refuse what a `ProjectorCut` cannot have decided about `(views, tokens, dim)`.
 
@@ -153,6 +172,16 @@ def check_pick(where: str, decided: Any, features: torch.Tensor, has_cls: bool) 
         check_tensor(where, "mix", decided.mix, features, (views, patches, patches), floats)
         if decided.merge is not None:
             raise ValueError(f"{where}: reduce returned merge and mix, of which one is taken.")
+
+
+def check_kept(where: str, keep: Any, pixels: torch.Tensor) -> None:
+    """Refuse what a `PatchCut` cannot have kept of `(tokens, numbers)`.
+
+    Raises:
+        TypeError, ValueError: no tensor, one of another shape, dtype or device, or one that keeps nothing.
+    """
+    check_tensor(where, "keep", keep, pixels, (len(pixels),), bools)
+    demand(keep.any(), f"{where}: reduce kept nothing.")
 
 
 def check_pixels(where: str, changed: Any, pixels: torch.Tensor) -> None:

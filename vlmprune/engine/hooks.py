@@ -33,7 +33,7 @@ from vlmprune.engine.plan import Hook, handed
 from vlmprune.engine.prefill import Prefill
 from vlmprune.engine.sequence import Segment
 from vlmprune.engine.turn import catch_up
-from vlmprune.engine.watch import Watch
+from vlmprune.engine.watch import Watch, Watched
 from vlmprune.errors import CutNotRunError, UnsupportedError
 from vlmprune.patches import Family
 from vlmprune.patches.host import cache_of, in_words_of
@@ -178,15 +178,12 @@ class AfterBlock(Hook):
 
 
 @dataclass
-class BeforeLayer(Hook):
+class BeforeLayer(Watched):
     """Pre-hook of a decoder layer: takes its own plan's frame out and lets it act."""
 
     index: int
-    watching: Watch | None = None
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if self.watching is not None:
-            self.watching.end()
+    def start(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if not self.owns(kwargs.get(FRAME)):
             if self.index == 0:
                 check_plain(module, kwargs)
@@ -194,8 +191,8 @@ class BeforeLayer(Hook):
         frame = kwargs.pop(FRAME)
         hidden, rest, kwargs = handed(args, kwargs)
         hidden, kwargs = frame.enter(self.index, module, hidden, kwargs)
-        if self.watching is not None and isinstance(frame, Prefill):
-            self.watching.begin(frame)
+        if isinstance(frame, Prefill):
+            self.show(frame)
         return (hidden, *rest), kwargs
 
 

@@ -19,8 +19,9 @@ from vlmprune.engine.hooks import (
     BeforeModel,
 )
 from vlmprune.engine.plan import Hook, Plan
+from vlmprune.engine.thin import AfterMerger
 from vlmprune.engine.tower import (
-    AfterKeys,
+    AfterProjection,
     AfterTower,
     AfterTowerAttention,
     BeforeTower,
@@ -95,20 +96,26 @@ def bind_encoders(inner: nn.Module, plan: Plan) -> None:
 def hook_towers(inner: nn.Module, plan: Plan) -> None:
     """Put the hooks of `plan` on the vision towers and their layers."""
     for tower in plan.family.towers(inner):
-        through = None if plan.family.handing else Watch()
-        tower.register_forward_pre_hook(BeforeTower(plan, through), with_kwargs=True)
+        through = Watch() if plan.patch_cuts or not plan.family.handing else None
+        shown = () if through is None else (through,)
+        tower.register_forward_pre_hook(BeforeTower(plan, watching=shown), with_kwargs=True)
         for index, layer in enumerate(plan.family.tower_layers(tower)):
-            watching = Watch() if index in plan.key_layers else None
+            names = plan.projected(index)
             if any(tap.layer == index for tap in plan.measured):
                 tower_layer(layer)  # one that is not known is refused here, and not in the first call
-            layer.register_forward_pre_hook(BeforeTowerLayer(plan, index, watching, through), with_kwargs=True)
-            if watching is not None:
+            handed = None if plan.family.handing else through
+            before = BeforeTowerLayer(plan, index, handed, names, watching=tuple(Watch() for _ in names))
+            layer.register_forward_pre_hook(before, with_kwargs=True)
+            for name, watch in zip(names, before.watching, strict=True):
                 kind = tower_layer(layer)
-                kind.key_projection.register_forward_hook(AfterKeys(plan, index, watching, kind.attention.num_heads))
+                after = AfterProjection(plan, index, watch, name, kind.attention.num_heads)
+                getattr(kind, f"{name}_projection").register_forward_hook(after)
             if index in plan.inside_layers:
                 between, attention = Watch(), tower_layer(layer).attention
-                attention.register_forward_pre_hook(BeforeTowerAttention(plan, between), with_kwargs=True)
+                attention.register_forward_pre_hook(BeforeTowerAttention(plan, watching=(between,)), with_kwargs=True)
                 attention.register_forward_hook(AfterTowerAttention(plan, between))
+        for merger in plan.family.mergers(tower) if plan.patch_cuts else ():
+            merger.register_forward_hook(AfterMerger(plan, through))
         tower.register_forward_hook(AfterTower(plan, through), with_kwargs=True)
 
 
@@ -116,14 +123,14 @@ def hook_language_model(inner: nn.Module, plan: Plan) -> None:
     """Put the hooks of `plan` on the inner model, its language model and decoder layers."""
     inner.register_forward_pre_hook(BeforeModel(plan), with_kwargs=True)
     for index, layer in enumerate(plan.family.decoder_layers(inner)):
-        watching = Watch() if index in plan.block_layers else None
+        watching = (Watch(),) if index in plan.block_layers else ()
         if index in plan.decoder_tap_layers:
             decoder_layer(layer)  # as in towers
-        layer.register_forward_pre_hook(BeforeLayer(plan, index, watching), with_kwargs=True)
-        if watching is not None:
+        layer.register_forward_pre_hook(BeforeLayer(plan, index, watching=watching), with_kwargs=True)
+        for watch in watching:
             kind = decoder_layer(layer)
             for block, last in ((kind.attention, False), (kind.feed_forward, True)):
-                block.register_forward_hook(AfterBlock(plan, index, watching, last), with_kwargs=True)
+                block.register_forward_hook(AfterBlock(plan, index, watch, last), with_kwargs=True)
     if plan.family.axes > 1 or plan.family.injected:
         plan.family.language_model(inner).register_forward_pre_hook(BeforeLanguageModel(plan), with_kwargs=True)
     # in this order: inner and language model may be one module

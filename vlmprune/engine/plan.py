@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, ProjectorCut, TowerCut
+from vlmprune.parts.cuts import AnyCut, Cut, PatchCut, PixelCut, ProjectorCut, TowerCut
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Layouts
-from vlmprune.parts.taps import BlockKeys, BlockTap, DecoderTap, Tap, TowerTap
+from vlmprune.parts.taps import BlockFlow, BlockKeys, BlockTap, DecoderTap, Tap, TowerTap
 from vlmprune.patches import Family
 from vlmprune.trace import Trace
 
@@ -90,6 +90,11 @@ class Plan:
         return [cut for _, cut in self.cuts if isinstance(cut, PixelCut)]
 
     @property
+    def patch_cuts(self) -> list[PatchCut]:
+        """What goes in front of a packed tower."""
+        return [cut for _, cut in self.cuts if isinstance(cut, PatchCut)]
+
+    @property
     def tower_cuts(self) -> list[TowerCut]:
         """Cuts inside the vision tower."""
         return [cut for _, cut in self.cuts if isinstance(cut, TowerCut)]
@@ -119,6 +124,17 @@ class Plan:
     def key_layers(self) -> set[int]:
         """Tower layers whose keys a cut in or behind the tower wants."""
         return {tap.layer for tap in wanted_taps((*self.tower_cuts, *self.projector_cuts), BlockKeys)}
+
+    @property
+    def flow_layers(self) -> set[int]:
+        """Tower layers of which a cut in the tower wants all that is projected."""
+        return {tap.layer for tap in wanted_taps(self.tower_cuts, BlockFlow)}
+
+    def projected(self, layer: int) -> tuple[str, ...]:
+        """Which projections of a tower layer are kept for cuts behind it."""
+        if layer in self.flow_layers:
+            return ("query", "key", "value")
+        return ("key",) if layer in self.key_layers else ()
 
     @property
     def inside_layers(self) -> set[int]:

@@ -9,6 +9,7 @@ from vlmprune.kernels.precision import product
 
 __all__ = [
     "attention_mass",
+    "by_key_head",
     "empty_gather",
     "greedy",
     "merge",
@@ -170,12 +171,14 @@ def first_of_equal(x: torch.Tensor) -> torch.Tensor:
 
 
 def gram(x: torch.Tensor, block: int = 256) -> torch.Tensor:
-    """All cosines of `(images, tokens, dim)` unit vectors; symmetric, so the lower half is a copy."""
-    out = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
-    for start in range(0, x.shape[1], block):
-        part = product(x[:, start : start + block], x[:, start:].transpose(1, 2))
-        out[:, start : start + block, start:] = part
-        out[:, start:, start : start + block] = part.transpose(1, 2)
+    """All cosines of `(..., tokens, dim)` unit vectors; symmetric, so the lower half is a copy."""
+    tokens = x.shape[-2]
+    out = x.new_empty(*x.shape[:-1], tokens)
+    for start in range(0, tokens, block):
+        end = start + block
+        part = product(x[..., start:end, :], x[..., start:, :].mT)
+        out[..., start:end, start:] = part
+        out[..., start:, start:end] = part.mT
     return out
 
 
@@ -227,6 +230,12 @@ def visible_keys(at: torch.Tensor | None, real: torch.Tensor | None, window: int
     return visible & (column > at[..., None] - window) if window else visible
 
 
+def by_key_head(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries `(batch, key heads, heads of one, rows, dim)` and keys `(batch, key heads, 1, dim, keys)`, in float32."""
+    query, key = upcast(query), upcast(key)
+    return query.unflatten(1, (key.shape[1], query.shape[1] // key.shape[1])), key[:, :, None].transpose(-1, -2)
+
+
 def attention_mass(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -237,11 +246,9 @@ def attention_mass(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    query, key = upcast(query), upcast(key)
-    batch, heads, rows, _ = query.shape
+    batch, _, rows, _ = query.shape
     keys = key.shape[2]
-    key = key[:, :, None].transpose(-1, -2)
-    query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    query, key = by_key_head(query, key)
     weight = query.new_full((batch, rows), 1 / max(rows, 1)) if weight is None else weight.to(query.dtype)
     mass = query.new_zeros(batch, keys)
     for start in range(0, rows, CHUNK):

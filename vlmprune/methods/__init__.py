@@ -9,6 +9,7 @@ from vlmprune.methods.dart import Dart
 from vlmprune.methods.divprune import DivPrune
 from vlmprune.methods.evs import Evs
 from vlmprune.methods.fastv import FastV
+from vlmprune.methods.flowcut import FlowCut
 from vlmprune.methods.fopru import FoPru
 from vlmprune.methods.globalcom2 import GlobalCom2
 from vlmprune.methods.hiprune import HiPrune
@@ -16,6 +17,7 @@ from vlmprune.methods.holov import HoloV
 from vlmprune.methods.lrs import Lrs
 from vlmprune.methods.m3 import M3
 from vlmprune.methods.mmtok import MMTok
+from vlmprune.methods.pixelprune import PixelPrune
 from vlmprune.methods.prumerge import PruMerge, PruMergePlus
 from vlmprune.methods.prunesid import PruneSID
 from vlmprune.methods.pyramiddrop import PyramidDrop
@@ -47,6 +49,7 @@ __all__ = [
     "Evs",
     "FastV",
     "FasterVLM",
+    "FlowCut",
     "FoPru",
     "GlobalCom2",
     "Grid",
@@ -56,6 +59,7 @@ __all__ = [
     "MMTok",
     "Method",
     "PiToMe",
+    "PixelPrune",
     "Pool",
     "PruMerge",
     "PruMergePlus",

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from vlmprune.errors import UnsupportedError, did_you_mean
-from vlmprune.parts.budget import check_keep
+from vlmprune.parts.budget import check_keep, count
 from vlmprune.parts.cuts import AnyCut, Cut, Decoder, Pick, Positions, ProjectorCut, Reduction
-from vlmprune.parts.facts import ModelFacts
+from vlmprune.parts.facts import ModelFacts, need_patches
 from vlmprune.parts.layout import Layout, Views
 from vlmprune.parts.options import ascending, checked, falling, hints
 from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts
 from vlmprune.parts.selection import AnyNewlines, Newlines, keep_patches
 from vlmprune.parts.taps import Kept, Seen, Tap
 
-__all__ = ["LOOKS_AT", "REGISTERED", "BehindTower", "Budgeted", "Method", "Pruner", "Staged", "register"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LOOKS_AT", "REGISTERED", "BehindTower", "Budgeted", "InTower", "Method", "Pruner", "Staged", "register"]
 
 KINDS = ("image", "video", "shrunk", "single")  # of inputs that a method may refuse
 
@@ -174,6 +178,47 @@ class Pruner(Budgeted):
 
     positions: Positions | None = None
     newlines: Newlines = "all"
+
+
+@dataclass(frozen=True)
+class InTower(Pruner):
+    """A method that makes the vision tower's own layers shorter, so that its time falls too.
+
+    All views keep as many patches. The rest of the model finds a token at every original position (what it became, or
+    zeros), and what is left over is dropped where the sequence is cut.
+    """
+
+    stage = "vision tower, then before the LLM"
+    refuses_inputs: ClassVar[dict[str, str]] = {
+        "shrunk": "merges patches inside the tower, and tokens that blend several patches (a shrunken canvas, pooled "
+        "frames) belong to no single cluster"
+    }
+
+    def left(self, facts: ModelFacts) -> int:
+        """Patches of a view that are left behind the tower.
+
+        Raises:
+            UnsupportedError: tokens are no patches, or images have views and the budget is no fraction.
+        """
+        need_patches(self.known_as, facts)
+        if facts.views and isinstance(self.budget, int):
+            raise UnsupportedError(
+                f"{self.known_as} treats all views alike, and images differ in their views: give a fraction as "
+                f"{self.word}."
+            )
+        return count(self.budget, facts.view_patches)
+
+    @property
+    def word(self) -> str:
+        """The word in which the budget was given."""
+        return "average" if self.keep is None else "keep"
+
+    def stays(self, keep: torch.Tensor, layout: Layout, left: int) -> Reduction:
+        """Keep what `(images, tokens)` marks, of every view as many."""
+        # where packing cuts padding off, what is left of a view hangs on the picture
+        whole = all(p == math.prod(grid.side) for grid in layout.grids for p in grid.patches_per_view)
+        counts = [left * grid.views for grid in layout.grids] if whole else None
+        return keep_patches(keep & layout.patches, layout, counts, self.newlines)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from vlmprune.parts import (
     Merge,
     ModelFacts,
     Must,
+    Range,
     Reduction,
     Seen,
     Tap,
@@ -119,7 +120,7 @@ class GlobalCom2(Pruner):
         "prompt), or take another method",
     }
 
-    tau: Annotated[float, POSITIVE] = 10.0
+    tau: Annotated[float, POSITIVE, Range(1, 40, log=True)] = 10.0
     score: Literal["cls", "distinct"] = "cls"
     parity: Literal["released"] | None = None
 

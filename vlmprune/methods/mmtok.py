@@ -18,6 +18,7 @@ from vlmprune.parts import (
     Must,
     QuestionMarks,
     QuestionWords,
+    Range,
     Reduction,
     Seen,
     candidates,
@@ -73,9 +74,9 @@ class MMTok(Pruner):
     needs = "the question, tower features"
     looks_at = "question"
 
-    alpha: Annotated[float, Must("a number of at least 0", partial(is_number, most=float("inf")))] = 0.5
-    text_temperature: Annotated[float, TEMPERATURE] = 0.02
-    vision_temperature: Annotated[float, TEMPERATURE] = 0.2
+    alpha: Annotated[float, Must("a number of at least 0", partial(is_number, most=float("inf"))), Range(0, 4)] = 0.5
+    text_temperature: Annotated[float, TEMPERATURE, Range(0.005, 0.2, log=True)] = 0.02
+    vision_temperature: Annotated[float, TEMPERATURE, Range(0.02, 2, log=True)] = 0.2
     question: Annotated[QuestionMarks | None, told_question] = None
     newlines: AnyNewlines = "all"
 

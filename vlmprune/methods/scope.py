@@ -14,6 +14,7 @@ from vlmprune.parts import (
     Layout,
     ModelFacts,
     Must,
+    Range,
     Reduction,
     Seen,
     candidates,
@@ -54,7 +55,7 @@ class Scope(Pruner):
     needs = "tower features and attention"
     looks_at = "features"
 
-    alpha: Annotated[float, Must("a number of at least 0", positive)] = 1.0
+    alpha: Annotated[float, Must("a number of at least 0", positive), Range(0, 4)] = 1.0
     newlines: AnyNewlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import InTower, register
 from vlmprune.parts import (
     AnyCut,
     BlockKeys,
@@ -25,15 +24,11 @@ from vlmprune.parts import (
     Reduction,
     Seen,
     TowerCut,
-    UnsupportedError,
     Vision,
-    count,
     first_of_cluster,
     is_whole,
-    keep_patches,
     match_alternating,
     match_energy,
-    need_patches,
     spread_evenly,
 )
 
@@ -41,38 +36,27 @@ __all__ = ["PiToMe", "ToMe"]
 
 
 @dataclass(frozen=True)
-class EncoderMerge(Pruner):
+class EncoderMerge(InTower):
     """What both methods share: a schedule of merges in the tower's layers, and one token per cluster afterwards.
 
-    Every layer up to the feature layer merges, 23 of CLIP-L's 24 as in the sources. The rest of the model sees every
-    original position carry its cluster's token, and the repeats are dropped where the sequence is cut.
+    Every layer up to the feature layer merges, 23 of CLIP-L's 24 as in the sources.
     """
 
     stage = "vision tower, every layer"
     needs = "the tower's keys or hidden states"
     looks_at = "features"
-    refuses_inputs: ClassVar[dict[str, str]] = {
-        "shrunk": "merges patches inside the tower, and tokens that blend several patches (a shrunken canvas, pooled "
-        "frames) belong to no single cluster"
-    }
 
     weigh: bool = False
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
-        need_patches(self.known_as, facts)
-        word = "average" if self.keep is None else "keep"
-        if facts.views and isinstance(self.budget, int):
-            raise UnsupportedError(
-                f"{self.name} merges all views alike, and images differ in their views: give a fraction as {word}."
-            )
         layers, patches = facts.feature_layer + 1, facts.view_patches
-        schedule = self.schedule(patches, count(self.budget, patches), layers)
+        schedule = self.schedule(patches, self.left(facts), layers)
         cuts, left = [], patches
         for layer, removed in enumerate(schedule):
             if removed > left // 2:
                 raise ValueError(
-                    f"{word}={self.budget} would merge {removed} of {left} tokens in one layer, at most half can go: "
-                    f"raise {word} (this tower has {layers} layers to merge in)."
+                    f"{self.word}={self.budget} would merge {removed} of {left} tokens in one layer, at most half can "
+                    f"go: raise {self.word} (this tower has {layers} layers to merge in)."
                 )
             if removed:
                 cuts.append(self.cut(layer, removed, facts))
@@ -90,11 +74,7 @@ class EncoderMerge(Pruner):
     def reduce(self, seen: Seen, layout: Layout, clusters: int) -> Reduction:
         """Pure: cluster numbers in, one token per cluster stays."""
         (cluster,) = seen.values()
-        keep = first_of_cluster(cluster, layout)
-        # where packing cuts padding off, whole clusters can go with it
-        whole = all(p == math.prod(grid.side) for grid in layout.grids for p in grid.patches_per_view)
-        counts = [clusters * grid.views for grid in layout.grids] if whole else None
-        return keep_patches(keep, layout, counts, self.newlines)
+        return self.stays(first_of_cluster(cluster, layout), layout, clusters)
 
 
 @register("tome")

@@ -21,7 +21,9 @@ from vlmprune.parts import (
     ModelFacts,
     Must,
     Positions,
+    Range,
     Reduction,
+    Scaled,
     Schedule,
     Seen,
     TowerLayer,
@@ -45,6 +47,7 @@ RELEASED = (
     ((0.1166, 1.0, 0.6011), 39.26, 17.39),
 )
 POSITIVE = Must("a number above 0, or None for the released one", lambda x: is_number(x, 0, 1e9) and x > 0)
+PART = Must("a number above 0 and at most 1, or None for the released one", lambda x: is_number(x) and x > 0)
 
 
 def context_relevance(
@@ -148,12 +151,15 @@ class VFlowOpt(Pruner):
         threshold: t, how many times the mean a context token receives; None is that of the schedule.
         cell: side of a cell in patches, any number above 0; None is that of the schedule. Videos are not recycled
             (code).
+        second, third: what these cuts leave of what they get; None is that of the schedule. With one of them the first
+            cut alone follows from the budget.
         positions: original (code).
         newlines: kept (code).
 
-    The patch entropy of the paper has weight 0 in every released configuration, and is not here. Towers with a [CLS]
-    token are read by the attention between patches (inferred); where no patch reaches the threshold, the one that
-    receives most is the context (the code divides by nothing).
+    The paper searches threshold, cell and cuts for every model and budget; `vlmprune tune --method vflowopt` does. The
+    patch entropy of the paper has weight 0 in every released configuration, and is not here. Towers with a [CLS] token
+    are read by the attention between patches (inferred); where no patch reaches the threshold, the one that receives
+    most is the context (the code divides by nothing).
     """
 
     summary = "the patches that the tower's context tokens look at, in three cuts; the rest recycled by cells"
@@ -166,8 +172,11 @@ class VFlowOpt(Pruner):
         "alpha": "every released configuration gives the entropy of a patch's pixels the weight 0."
     }
 
-    threshold: Annotated[float | None, POSITIVE] = None
-    cell: Annotated[float | None, POSITIVE] = None
+    # where the code searches, in its box for an average of 25 %
+    threshold: Annotated[float | None, POSITIVE, Range(1, 50)] = None
+    cell: Annotated[float | None, POSITIVE, Range(3, 24)] = None
+    second: Annotated[float | None, PART, Range(0.5, 1)] = None
+    third: Annotated[float | None, PART, Range(0.1, 1)] = None
     positions: Positions = "original"
 
     def schedules(self, layers: list[int], depth: int) -> list[Schedule]:
@@ -181,10 +190,13 @@ class VFlowOpt(Pruner):
             raise ValueError(f"vflowopt cuts at thirds of the decoder, and this one has {depth} layers.")
         made = self.schedules(layers, depth)
         chosen = nearest(made, self.keep, self.average, facts.view_patches or 576)
+        released, threshold, side = RELEASED[chosen]
         schedule = replace(made[chosen], keep=self.keep, average=self.average)
-        if isinstance(self.average, float):
+        if self.second is not None or self.third is not None:
+            own = (released[0], self.second or released[1], self.third or released[2])
+            schedule = Scaled(tuple(accumulate(own, mul)), schedule.shares, self.keep, self.average)
+        if isinstance(self.average if self.keep is None else self.keep, float):
             schedule.left(10**9, 0)  # a fraction can be met for all images or for none
-        _, threshold, side = RELEASED[chosen]
         see = (Context(facts.attention_layer, threshold if self.threshold is None else self.threshold),)
         reduce = partial(self.reduce, schedule=schedule, side=side if self.cell is None else self.cell)
         return [

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
         Cut,
         Decoder,
         Merge,
+        PatchCut,
         Pick,
         PixelCut,
         Positions,
         ProjectorCut,
         Reduction,
+        Stay,
         TowerCut,
         Vision,
         schedule_layers,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         check_layer,
         need_cls,
         need_patches,
+        need_sparse,
         need_views,
         scale_tower_layer,
     )
@@ -52,8 +55,8 @@ if TYPE_CHECKING:
         peaks,
         spread_evenly,
     )
-    from vlmprune.parts.options import Must, Seed, Share, ascending, falling, is_number, is_whole
-    from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts, nearest
+    from vlmprune.parts.options import Must, Range, Seed, Share, ascending, falling, is_number, is_whole
+    from vlmprune.parts.schedules import DEPTH, Scaled, Schedule, decoder_cuts, nearest
     from vlmprune.parts.scores import Ensemble, ensemble_scores, random_scores
     from vlmprune.parts.selection import (
         AnyNewlines,
@@ -69,8 +72,10 @@ if TYPE_CHECKING:
         top_k,
     )
     from vlmprune.parts.taps import (
+        BlockFlow,
         BlockKeys,
         BlockTap,
+        Carried,
         ClsLogits,
         ClusterOf,
         CrossShare,
@@ -97,8 +102,10 @@ __all__ = [
     "HAIR",
     "AnyCut",
     "AnyNewlines",
+    "BlockFlow",
     "BlockKeys",
     "BlockTap",
+    "Carried",
     "Clip",
     "ClsLogits",
     "ClusterOf",
@@ -121,6 +128,7 @@ __all__ = [
     "Must",
     "Newlines",
     "OwnText",
+    "PatchCut",
     "Pick",
     "PixelCut",
     "Pixels",
@@ -129,14 +137,17 @@ __all__ = [
     "QuestionIds",
     "QuestionMarks",
     "QuestionWords",
+    "Range",
     "ReceivedAttention",
     "Reduction",
+    "Scaled",
     "Scene",
     "Schedule",
     "Scope",
     "Seed",
     "Seen",
     "Share",
+    "Stay",
     "Tap",
     "TextAttention",
     "TowerCut",
@@ -181,6 +192,7 @@ __all__ = [
     "nearest",
     "need_cls",
     "need_patches",
+    "need_sparse",
     "need_views",
     "nested_cells",
     "peaks",

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vlmprune import kernels
-from vlmprune.kernels.reference import CHUNK, upcast, visible_keys
+from vlmprune.kernels.reference import CHUNK, by_key_head, upcast, visible_keys
 
 __all__ = [
     "Visible",
@@ -72,11 +72,9 @@ def mean_logits(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As `attention_mass` without the softmax: weighted mean over the query rows that see a key; `bias` is ignored."""
-    query, key = upcast(query), upcast(key)
-    batch, heads, rows, _ = query.shape
+    batch, _, rows, _ = query.shape
     keys = key.shape[2]
-    key = key[:, :, None].transpose(-1, -2)
-    query = query.unflatten(1, (key.shape[1], heads // key.shape[1]))
+    query, key = by_key_head(query, key)
     weight = query.new_ones(batch, rows) if weight is None else weight.to(query.dtype)
     total = query.new_zeros(batch, keys)
     seen = torch.zeros_like(total)

@@ -26,6 +26,7 @@ __all__ = ["Cover", "greedy_cover", "select_covering"]
 
 LIMIT = 1 << 24  # numbers that are held at one time; of more, rows are worked out where they are needed
 CHUNK = 256  # rows that are worked out together
+MANY = 3  # where a pick covers one row in so many better, all tokens are summed up anew: that is faster then
 NEARLY = 1e-5  # tokens whose worth is this share of the best one's away from it are summed up anew
 
 
@@ -66,7 +67,7 @@ class Cover:
     def part(self, at: torch.Tensor | None = None) -> torch.Tensor:
         """`(rows, tokens)` of some rows, of all for None."""
         if at is None and self.rows is self.tokens:
-            return self.shaped(gram(self.tokens[None], 64)[0], slice(None))
+            return self.shaped(gram(self.tokens, 96), slice(None))
         at = slice(None) if at is None else at
         return self.shaped(product(self.rows[at], self.tokens.T), at)
 
@@ -78,7 +79,7 @@ class Cover:
         """What some rows of cosines mean."""
         if self.temperature is not None:
             cosine = torch.exp(cosine / self.temperature - self.level[at][:, None]) * self.scale
-        return cosine if self.real is None else cosine * self.real[at][:, None]
+        return cosine if self.real is None else cosine.mul_(self.real[at][:, None])
 
 
 def greedy_cover(
@@ -137,40 +138,59 @@ def array(x: torch.Tensor) -> np.ndarray:
 
 
 class Covered:
-    """A `Cover` on the host, and how well its rows are covered so far."""
+    """A `Cover` on the host: how well its rows are covered so far, and what every token would add to that.
+
+    Attributes:
+        now: `(rows, 1)`.
+        gain: `(tokens,)` float64.
+    """
 
     def __init__(self, cover: Cover, held: bool):
-        self.cover, self.whole = cover, array(cover.part()) if held else None
+        self.cover, self.table = cover, cover.part().detach().cpu() if held else None
+        self.whole = None if self.table is None else self.table.numpy()
         self.now = np.zeros((len(cover), 1), np.float64 if cover.tokens.dtype == torch.float64 else np.float32)
+        self.gain = self.sums()
 
     def rows(self, at: np.ndarray) -> np.ndarray:
-        """`(rows, tokens)` of some rows."""
+        """`(rows, tokens)` of some rows, a copy."""
         if self.whole is not None:
-            return self.whole[at]
+            return self.whole.take(at, 0)
         return array(self.cover.part(torch.from_numpy(at).to(self.cover.tokens.device)))
 
     def column(self, token: int) -> np.ndarray:
         """`(rows, 1)` of a token."""
         return array(self.cover.column(token))[:, None] if self.whole is None else self.whole[:, token, None]
 
-    def alone(self) -> np.ndarray:
-        """`(tokens,)` what every token adds to no picks."""
-        parts = np.split(np.arange(len(self.now)), range(CHUNK, len(self.now), CHUNK))
-        return sum(np.maximum(self.rows(part), 0).sum(0, dtype=np.float64) for part in parts)
+    def sums(self) -> np.ndarray:
+        """`(tokens,)` what every token adds, summed up over all rows."""
+        total = torch.zeros(len(self.cover.tokens), dtype=torch.float64)
+        for at in torch.arange(len(self.now)).split(CHUNK):
+            part = slice(int(at[0]), int(at[-1]) + 1)
+            rows = torch.from_numpy(self.rows(at.numpy())) if self.table is None else self.table[part]
+            total += (rows - torch.from_numpy(self.now[part])).relu_().sum(0, dtype=torch.float64)
+        return total.numpy()
 
-    def gain(self, token: int) -> float:
-        """What a token adds now."""
-        return float(np.maximum(self.column(token) - self.now, 0).sum(dtype=np.float64))
+    def anew(self, token: int) -> None:
+        """Sum up what one token adds."""
+        self.gain[token] = np.maximum(self.column(token) - self.now, 0).sum(dtype=np.float64)
 
-    def pick(self, token: int) -> np.ndarray:
-        """Cover the rows by a token; `(tokens,)` what every token adds less from now on."""
-        before, self.now = self.now, np.maximum(self.now, self.column(token))
-        better = np.flatnonzero(self.now > before)
-        lost = 0.0
-        for part in np.split(better, range(CHUNK, len(better), CHUNK)):
-            rows = self.rows(part)
-            lost = lost + (np.minimum(np.maximum(rows, before[part]), self.now[part]) - before[part]).sum(0)
-        return lost
+    def pick(self, token: int) -> None:
+        """Cover the rows by a token."""
+        column = self.column(token)
+        better = (column > self.now).ravel().nonzero()[0]
+        if self.whole is not None and MANY * len(better) > len(self.now):
+            self.now = np.maximum(self.now, column)
+            self.gain = self.sums()
+            return
+        before, after = self.now[better], column[better]
+        for start in range(0, len(better), CHUNK):
+            part = slice(start, start + CHUNK)
+            rows = self.rows(better[part])
+            np.maximum(rows, before[part], out=rows)
+            np.minimum(rows, after[part], out=rows)
+            rows -= before[part]
+            self.gain -= rows.sum(0, dtype=np.float64)
+        self.now[better] = after
 
 
 @dataclass
@@ -183,20 +203,28 @@ class Greedy:
 
     def order(self, picks: int, candidates: np.ndarray) -> list[int]:
         """The picks, at most as many as there are candidates."""
-        weight = 1.0 if self.weight is None else array(self.weight).astype(np.float64)
-        bonus = 0.0 if self.bonus is None else array(self.bonus).astype(np.float64)
-        gain, left, order = sum(cover.alone() for cover in self.covers), np.where(candidates, 0, -np.inf), []
-        dust = NEARLY * float(np.max(gain * weight, initial=0.0)) / 100
-        while len(order) < min(picks, int(candidates.sum())):
-            score = gain * weight + bonus + left
-            top = score.max()
-            if len(near := np.flatnonzero(score >= top - NEARLY * abs(top) - dust)) > 1:
-                gain[near] = [sum(cover.gain(int(token)) for cover in self.covers) for token in near]
-                near = near[(gain * weight + bonus + left)[near].argmax()]
-            order.append(int(near if np.ndim(near) == 0 else near[0]))
-            left[order[-1]] = -np.inf
+        weight = None if self.weight is None else array(self.weight).astype(np.float64)
+        left, order = np.where(candidates, 0, -np.inf), []
+        left = left if self.bonus is None else left + array(self.bonus)
+
+        def worth() -> np.ndarray:
+            gain = sum((cover.gain for cover in self.covers[1:]), self.covers[0].gain)
+            return gain if weight is None else gain * weight
+
+        dust = NEARLY * float(np.max(worth(), initial=0.0)) / 100
+        for _ in range(min(picks, int(candidates.sum()))):
+            score = worth() + left
+            best = int(score.argmax())
+            near = (score >= score[best] - NEARLY * abs(score[best]) - dust).nonzero()[0]
+            if len(near) > 1:
+                for token in near:
+                    for cover in self.covers:
+                        cover.anew(token)
+                best = int(near[(worth() + left)[near].argmax()])
+            order.append(best)
+            left[best] = -np.inf
             for cover in self.covers:
-                gain = gain - cover.pick(order[-1])
+                cover.pick(best)
         return order
 
 

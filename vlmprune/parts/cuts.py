@@ -1,7 +1,7 @@
 """What a method asks for: where it cuts, what it wants to see, and what it decides there.
 
-There are four places with a contract of their own each: `PixelCut`, `TowerCut`, `ProjectorCut`, and `Cut` in the
-language model.
+There are five kinds with a contract of their own each: `PixelCut`, `PatchCut`, `TowerCut`, `ProjectorCut`, and `Cut` in
+the language model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ __all__ = [
     "Cut",
     "Decoder",
     "Merge",
+    "PatchCut",
     "Pick",
     "PixelCut",
     "Place",
@@ -29,6 +30,7 @@ __all__ = [
     "Projector",
     "ProjectorCut",
     "Reduction",
+    "Stay",
     "TowerCut",
     "Vision",
     "schedule_layers",
@@ -46,7 +48,7 @@ class Decoder:
 
 @dataclass(frozen=True, order=True)
 class Vision:
-    """A cut inside the vision tower, where tokens are merged.
+    """A cut inside the vision tower, where tokens are merged or dropped.
 
     At the input of tower layer `layer` (0-based, from 1 to the one behind the feature layer), or `inside` that layer
     (from 0 to the feature layer), between its attention and its feed-forward block.
@@ -75,6 +77,22 @@ class Clusters:
 
     into: torch.Tensor
     count: int
+
+
+@dataclass(frozen=True)
+class Stay:
+    """What a cut in the tower decides that drops tokens instead of merging them.
+
+    Attributes:
+        keep: `(views, tokens)` bool, the tokens that stay, of every view as many as it likes; None for all.
+        count: how many that is, where it is the same for every view and known beforehand; None means that the engine
+            reads it once from the device.
+        scores: `(views, tokens)` float for the next cut in the tower, which sees those of what stayed (`Carried`).
+    """
+
+    keep: torch.Tensor | None
+    count: int | None = None
+    scores: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -157,19 +175,19 @@ class Cut:
 
 @dataclass(frozen=True)
 class TowerCut:
-    """Where tokens are merged inside the vision tower.
+    """Where tokens are merged or dropped inside the vision tower.
 
     Attributes:
         at: the place.
-        see: taps handed to `reduce`: `Hidden()` and `BlockKeys(layer)` alone.
-        reduce: pure function `(seen, sizes) -> Clusters`, where sizes `(views, tokens)` float says how many patches a
-            token stands for; picklable.
+        see: taps handed to `reduce`: `Hidden()`, `BlockKeys(layer)`, `BlockFlow(layer)` and `Carried()` alone.
+        reduce: pure function `(seen, sizes) -> Clusters`, or `Stay`, where sizes `(views, tokens)` float says how many
+            patches a token stands for: 0 behind the last token of a view of which fewer are left; picklable.
         weigh: whether attention from there on counts a token as often as its size (adds log size to the scores).
     """
 
     at: Vision
     see: tuple[Tap, ...]
-    reduce: Callable[[dict[Tap, Any], torch.Tensor], Clusters]
+    reduce: Callable[[dict[Tap, Any], torch.Tensor], Clusters | Stay]
     weigh: bool = False
 
 
@@ -200,7 +218,24 @@ class PixelCut:
     reduce: Callable[[torch.Tensor], torch.Tensor]
 
 
-AnyCut = PixelCut | TowerCut | ProjectorCut | Cut
+@dataclass(frozen=True)
+class PatchCut:
+    """In front of a tower that packs pictures of any size: tokens go before its layers read their patches.
+
+    What is left keeps its places. A `Cut` that sees `Kept` drops the others.
+
+    Attributes:
+        reduce: pure function `(pixels, sizes) -> keep` of the `(tokens, numbers)` that every token is made of, in
+            raster order frame by frame, and of the (frames, rows, columns) of tokens of every image or video in them;
+            keep is `(tokens,)` bool. Picklable.
+    """
+
+    at: ClassVar[None] = None
+    see: ClassVar[tuple[Tap, ...]] = ()
+    reduce: Callable[[torch.Tensor, list[tuple[int, int, int]]], torch.Tensor]
+
+
+AnyCut = PixelCut | PatchCut | TowerCut | ProjectorCut | Cut
 
 
 def schedule_layers(layers: tuple[int, ...], depth: int) -> list[int]:

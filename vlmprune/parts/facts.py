@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vlmprune.errors import UnsupportedError
 
-__all__ = ["ModelFacts", "check_layer", "need_cls", "need_patches", "need_views", "scale_tower_layer"]
+__all__ = ["ModelFacts", "check_layer", "need_cls", "need_patches", "need_sparse", "need_views", "scale_tower_layer"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class ModelFacts:
         closed: whether features leave the tower through a norm behind its last layer.
         axes: on how many axes a token's position lies: 1, or 3 (time, height and width: M-RoPE).
         packed: whether the tower reads pictures of any size as one sequence.
+        sparse: whether such a tower can read a part of a picture's patches.
         windowed: tower layers in which a patch sees its window alone.
         tower_from: checkpoint that the vision tower came from, where the model's config tells it.
     """
@@ -42,6 +43,7 @@ class ModelFacts:
     tower_from: str | None = None
     unit: int = 1
     closed: bool = False
+    sparse: bool = False
 
     @property
     def attention_layer(self) -> int:
@@ -83,6 +85,15 @@ def need_views(method: str, facts: ModelFacts, way_out: str) -> None:
         raise UnsupportedError(
             f"{method} changes what the vision tower reads or makes of equal views, and this tower packs pictures of "
             f"any size into one sequence; {way_out}."
+        )
+
+
+def need_sparse(method: str, facts: ModelFacts) -> None:
+    """Raise UnsupportedError if the tower cannot read a part of a picture's patches."""
+    if not facts.sparse:
+        raise UnsupportedError(
+            f"{method} drops tokens before the vision tower reads their patches, and that of {facts.family} models "
+            "reads pictures whole: the towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL alone take a part of one."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from vlmprune.parts.layout import Layout
     from vlmprune.parts.taps import Tap
 
-__all__ = ["DecoderLayer", "Remaining", "Scene", "TowerLayer"]
+__all__ = ["DecoderLayer", "Projections", "Remaining", "Scene", "TowerLayer"]
 
 
 class TowerLayer(Protocol):
@@ -26,6 +27,19 @@ class TowerLayer(Protocol):
 
     def keys(self, rows: torch.Tensor) -> torch.Tensor:
         """`(views, key heads, rows, head dim)` of normed rows `(views, rows, dim)`."""
+
+
+@dataclass
+class Projections:
+    """What the projections of a tower layer made as it ran, each `(views, heads, tokens, head dim)`.
+
+    `scale` is what products of queries and keys are multiplied with.
+    """
+
+    scale: float
+    query: torch.Tensor | None = None
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
 
 
 class DecoderLayer(Protocol):

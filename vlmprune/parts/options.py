@@ -1,7 +1,8 @@
 """What a method's options may be: said by the types of its fields, and checked where one is made.
 
 `Literal["rank", "row"]` is a choice and `bool` a switch. `Annotated[float, rule]` adds a rule, a function of the
-option's name and value that returns what the field shall hold or raises; `Must` makes one from words.
+option's name and value that returns what the field shall hold or raises; `Must` makes one from words. A `Range` among
+them says where a search may look for the option.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from numbers import Real
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["Must", "Seed", "Share", "ascending", "checked", "falling", "hints", "is_number", "is_whole"]
+__all__ = ["Must", "Range", "Seed", "Share", "ascending", "checked", "falling", "hints", "is_number", "is_whole"]
+__all__ += ["ranges"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,15 @@ class Must:
         if not self.fits(value):
             raise ValueError(f"{name}={value!r} must be {self.be}.")
         return value
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where `vlmprune tune --method` looks for a number: from `low` to `high`, evenly or evenly in its logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
 
 
 def is_whole(value: object, least: int = 0, most: float = float("inf")) -> bool:
@@ -98,6 +109,12 @@ def hints(cls: type) -> dict[str, Any]:
                 "TYPE_CHECKING."
             ) from None
     return found
+
+
+def ranges(cls: type) -> dict[str, Range]:
+    """The options of a method that a search may set, by name."""
+    found = {name: [part for part in get_args(hint) if isinstance(part, Range)] for name, hint in hints(cls).items()}
+    return {name: parts[0] for name, parts in found.items() if parts}
 
 
 def checked(name: str, hint: Any, value: Any) -> Any:

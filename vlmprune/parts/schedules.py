@@ -9,7 +9,7 @@ from itertools import pairwise
 from vlmprune.parts.budget import count, floored
 from vlmprune.parts.cuts import schedule_layers
 
-__all__ = ["DEPTH", "Schedule", "decoder_cuts", "nearest"]
+__all__ = ["DEPTH", "Scaled", "Schedule", "decoder_cuts", "nearest"]
 
 DEPTH = 32  # of the decoder that a user's layer numbers mean
 
@@ -100,6 +100,43 @@ class Schedule:
             f"average={self.average} cannot be met with these cuts: even with nothing left after the first one the "
             f"average is {1 - sum(self.shares):.3f} of the tokens."
         )
+
+
+@dataclass(frozen=True)
+class Scaled(Schedule):
+    """A schedule of which the ratios say how the cuts stand to each other: a budget scales all of them by one factor.
+
+    So that what later cuts leave of what they get can be chosen freely, and the first cut follows.
+    """
+
+    def left(self, total: int, stage: int) -> int:
+        """As of `Schedule`.
+
+        Raises:
+            ValueError: the first cut would have to leave more than there is, or nothing.
+        """
+        asked = self.keep if self.average is None else self.average
+        wanted = asked / total if isinstance(asked, int) and total else asked
+        if total == 0 or (wanted is not None and wanted >= 1):
+            return total
+        if self.average is None and asked is not None and stage == len(self.ratios) - 1:
+            return count(asked, total)
+        return max(1, floored(total * self.scale(wanted) * self.ratios[stage]))
+
+    def scale(self, wanted: float | None) -> float:
+        """What the ratios are multiplied by for a share of all tokens."""
+        if wanted is None:
+            return 1.0
+        before = 1 - sum(self.shares)  # layers that see all
+        mean = sum(share * ratio for share, ratio in zip(self.shares, self.ratios, strict=True))
+        factor = wanted / self.ratios[-1] if self.average is None else (wanted - before) / mean
+        if not 0 < factor * self.ratios[0] <= 1 + 1e-9:
+            word, asked = ("keep", self.keep) if self.average is None else ("average", self.average)
+            raise ValueError(
+                f"{word}={asked} cannot be met with these cuts: the first would have to leave "
+                f"{factor * self.ratios[0]:.3f} of the tokens."
+            )
+        return factor
 
 
 def nearest(published: Sequence[Schedule], keep: int | float | None, average: int | float | None, total: int) -> int:

@@ -23,9 +23,10 @@ from vlmprune.parts.attention import (
     mean_logits,
     mean_weight,
     take_rows,
+    upcast,
 )
 from vlmprune.parts.cuts import Decoder, Place, Projector, Vision
-from vlmprune.parts.layers import DecoderLayer, Scene, TowerLayer
+from vlmprune.parts.layers import DecoderLayer, Projections, Scene, TowerLayer
 from vlmprune.parts.layout import upload
 from vlmprune.parts.options import is_whole
 
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
     from vlmprune.parts.facts import ModelFacts
 
 __all__ = [
+    "BlockFlow",
     "BlockKeys",
     "BlockTap",
+    "Carried",
     "ClsLogits",
     "ClusterOf",
     "CrossShare",
@@ -73,7 +76,8 @@ Seen = dict[Tap, torch.Tensor]
 
 def misplaced(at: Place) -> str | None:
     """Why a cut cannot see what is known when the tower is done, or None."""
-    return "a cut in the tower sees Hidden() and BlockKeys(layer) alone" if isinstance(at, Vision) else None
+    inside = "a cut in the tower sees Hidden(), BlockKeys(layer), BlockFlow(layer) and Carried() alone"
+    return inside if isinstance(at, Vision) else None
 
 
 def outside(layer: object, most: int, what: str) -> str | None:
@@ -93,6 +97,12 @@ def windowed(layer: int, facts: ModelFacts) -> str | None:
         return None
     whole = ", ".join(str(n) for n in range(facts.tower_layers) if n not in facts.windowed)
     return f"in this layer a patch sees its window alone, whose scores do not compare with others'; take one of {whole}"
+
+
+def elsewhere(tap: TowerTap, at: Vision, what: str) -> str | None:
+    """Why a cut in the tower cannot see what a layer projects, which is seen as it runs, or None."""
+    made, which = (at.layer, "its own layer") if at.inside else (at.layer - 1, "the layer before it")
+    return None if tap.layer == made else f"this cut sees {what} of {which}, {made}"
 
 
 def of_no_layer(tap: TowerTap) -> str | None:
@@ -209,13 +219,54 @@ class BlockKeys(TowerTap):
             return outside(self.layer, facts.tower_layers - 1, "this tower has layers")
         if not isinstance(at, Vision):
             return "only cuts in the tower, Vision(layer), and behind it, Projector(), see keys"
-        made, which = (at.layer, "its own layer") if at.inside else (at.layer - 1, "the layer before it")
-        return None if self.layer == made else f"this cut sees the keys of {which}, {made}"
+        return elsewhere(self, at, "the keys")
+
+
+@dataclass(frozen=True)
+class BlockFlow(TowerTap):
+    """What flows between the [CLS] token and the others in a tower layer, `(views, tokens, 3)`, for cuts in the tower.
+
+    The attention that it pays a token, how much that token's values are like its own (softmax of their products), both
+    head means, and the length (L1) of the token's head-mean values. Without a [CLS] token the mean over all tokens
+    stands for it. Taken from the layer's own projections as they run.
+    """
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        return (
+            elsewhere(self, at, "the flow") if isinstance(at, Vision) else "only cuts in the tower, Vision(layer), do"
+        )
+
+    @staticmethod
+    def of(projected: Projections, there: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        """From what a layer's projections made, of the tokens that are `there`, `(views, tokens)` bool."""
+        rows = slice(1) if has_cls else slice(None)
+        weight, seen = mean_weight(there[:, rows]), Visible(real=there)
+        paid, alike = (
+            attention_mass(own[:, :, rows], others, scale, seen, weight)
+            for own, others, scale in (
+                (projected.query, projected.key, projected.scale),
+                (projected.value, projected.value, 1.0),
+            )
+        )
+        return torch.stack((paid, alike, upcast(projected.value).mean(1).abs().sum(-1)), -1)
+
+
+@dataclass(frozen=True)
+class Carried(TowerTap):
+    """The scores that the cut in the tower before this one left, of the tokens that stayed, `(views, tokens)`."""
+
+    layer: int = -1  # of the cut before
+
+    def misfit(self, at: Place, facts: ModelFacts) -> str | None:
+        return of_no_layer(self) if isinstance(at, Vision) else "only cuts in the tower, Vision(layer), do"
 
 
 @dataclass(frozen=True)
 class ClusterOf(TowerTap):
-    """After cuts in the tower: the number of the cluster that every patch belongs to at the feature layer."""
+    """After cuts in the tower: the number of the cluster that every patch belongs to at the feature layer.
+
+    -1 is that of patches which were dropped.
+    """
 
     layer: int = -1  # known when the tower is done
 
@@ -225,7 +276,10 @@ class ClusterOf(TowerTap):
 
 @dataclass(frozen=True)
 class Kept(TowerTap):
-    """What a cut between tower and projector has kept, `(images, tokens)` bool; nothing is said of newlines."""
+    """What cuts in the tower, or between it and the projector, have kept, `(images, tokens)` bool.
+
+    Nothing is said of newlines.
+    """
 
     layer: int = -1  # known when the tower is done
 

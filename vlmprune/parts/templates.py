@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["QuestionMarks", "question_of", "system_prefix", "told_question"]
+__all__ = ["QuestionMarks", "image_token", "question_of", "started_once", "system_prefix", "told_question"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +98,7 @@ def system_prefix(processor: Any) -> int | None:
         return None
     one, other = ([{"type": "text", "text": word}] for word in ("what", "7"))
     said, else_said, shown = (written(processor, parts) for parts in (one, other, [{"type": "image"}, *one]))
-    token = processor.tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", None) or "<image>")
+    token = processor.tokenizer.convert_tokens_to_ids(image_token(processor))
     return max(common(said, else_said), shown.index(token) if token in shown else 0)
 
 
@@ -118,9 +118,18 @@ def written(processor: Any, parts: list[dict[str, str]], later: bool = False) ->
         if not later:
             raise
         return None
+    return processor.tokenizer(text, **started_once(processor, text))["input_ids"]
+
+
+def image_token(processor: Any) -> str:
+    """The placeholder of a picture in a prompt's text."""
+    return getattr(processor, "image_token", None) or "<image>"
+
+
+def started_once(processor: Any, text: str) -> dict[str, bool]:
+    """Arguments of a tokenizer: where a template writes the first token itself, there must be no second one."""
     bos = getattr(processor.tokenizer, "bos_token", None)
-    once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}  # never twice
-    return processor.tokenizer(text, **once)["input_ids"]
+    return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
 
 
 def common(a: list[int], b: list[int]) -> int:

@@ -41,7 +41,7 @@ def load(
     if kind not in ("auto", "float32", "bfloat16", "float16"):
         raise ValueError(f"unknown dtype {dtype!r}: auto, float32, bfloat16 or float16.")
     try:
-        loaded = loading.load(loading.find_model(os.fspath(name)), loading.pick_device(str(device)), kind)
+        loaded = loading.open_model(os.fspath(name), str(device), kind)
     except UserError as error:
         raise ValueError(str(error)) from error
     return loaded.model, loaded.processor

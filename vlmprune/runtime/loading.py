@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmprune.parts.templates import image_token, started_once
 from vlmprune.runtime import interruption
 from vlmprune.runtime.errors import CommandError, UserError, brief
 from vlmprune.runtime.prompts import check_text
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from vlmprune.patches import Family
 
-__all__ = ["Loaded", "find_model", "load", "model_inputs", "pick_device"]
+__all__ = ["Loaded", "find_model", "load", "model_inputs", "open_model", "pick_device"]
 
 ADAPTER = "adapter_config.json"  # of PEFT
 #: Of a processor: how many tokens beside the patches it counts, and whether the first of them is dropped.
@@ -53,11 +54,19 @@ class Loaded:
     processor: Any
 
     @property
+    def about(self) -> dict[str, str]:
+        """For a program."""
+        return {
+            "model": self.source.name,
+            "family": self.model.config.model_type,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+    @property
     def description(self) -> str:
         size = sum(p.numel() for p in self.model.parameters())
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        kind = self.model.config.model_type
-        return f"{self.source.name} ({kind}, {size / 1e6:.3g} M parameters), {self.model.device}, {dtype}"
+        return "{model} ({family}, {size:.3g} M parameters), {device}, {dtype}".format(**self.about, size=size / 1e6)
 
 
 def find_model(name: str) -> Source:
@@ -190,6 +199,11 @@ def load(
     fill_in(processor, family.processor_fields(family.inner(model)), source.name)
     placed = model if options.get("device_map") is not None else model.to(device)
     return Loaded(source, placed.eval(), processor)
+
+
+def open_model(name: str, device: str, dtype: str) -> Loaded:
+    """`load` what a user named, on the device that was named; raises as the three do."""
+    return load(find_model(name), pick_device(device), dtype)
 
 
 def check_settings(image_processor: Any, given: Collection[str]) -> None:
@@ -356,12 +370,9 @@ def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> 
     check_text(prompt, "the prompt")
     text = prompt_text(processor, len(images), prompt)
     check_shapes(processor, images)
-    # a template that writes the first token itself must not get a second one
-    bos = getattr(processor.tokenizer, "bos_token", None)
-    once = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
     try:
         # in a list of their own: LLaVA-OneVision prepares several pictures of one prompt differently
-        inputs = processor(text=text, images=[list(images)], return_tensors="pt", **once)
+        inputs = processor(text=text, images=[list(images)], return_tensors="pt", **started_once(processor, text))
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UserError(
             f"the model's processor cannot prepare these pictures and this prompt: {brief(error)}"
@@ -377,7 +388,7 @@ def prompt_text(processor: Any, images: int, prompt: str) -> str:
     Raises:
         UserError: there are more or fewer of them than pictures.
     """
-    token = getattr(processor, "image_token", None) or "<image>"
+    token = image_token(processor)
     if token in prompt:
         text, made = prompt, f"the prompt has {prompt.count(token)} {token}"
     elif getattr(processor, "chat_template", None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import takewhile
@@ -14,7 +14,7 @@ from typing import Any
 from vlmprune.errors import did_you_mean
 from vlmprune.runtime.errors import UserError, brief, printable
 
-__all__ = ["ENDINGS", "Pair", "check_text", "find_pictures", "read_pairs"]
+__all__ = ["ENDINGS", "Pair", "check_text", "find_pictures", "labelled", "read_pairs"]
 
 #: File names that count as pictures in a folder.
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".ppm")
@@ -114,6 +114,18 @@ def read_pairs(images: str, prompts: str, limit: int | None = None) -> list[Pair
     chosen = sorted({pair.picture for pair in found.values()})[:limit]
     order = {name: i for i, name in enumerate(chosen)}
     return sorted((pair for pair in found.values() if pair.picture in order), key=lambda p: (order[p.picture], p.line))
+
+
+def labelled(pairs: Sequence[Pair], file: str) -> bool:
+    """Whether the prompts of a file have answers that count as right.
+
+    Raises:
+        UserError: some have and some have not.
+    """
+    given = bool(pairs[0].answers)
+    if odd := next((pair for pair in pairs if bool(pair.answers) != given), None):
+        raise UserError(f"{file}, line {odd.line}: give an answer to every prompt, or to none.")
+    return given
 
 
 def no_picture(image: str, base: Path, named: dict[str, Path]) -> str:

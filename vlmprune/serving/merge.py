@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from vlmprune.engine.decided import whose
 from vlmprune.engine.tower import TowerFrame, means, spread
-from vlmprune.parts.cuts import Vision
+from vlmprune.errors import UnsupportedError
+from vlmprune.parts.cuts import Stay, TowerCut, Vision
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Tap
 from vlmprune.serving.choice import Choice
+from vlmprune.serving.rule import DROPS
 from vlmprune.serving.watch import TowerWatcher
 
 __all__ = ["Tower", "install"]
@@ -45,6 +48,10 @@ class Tower(TowerFrame):
             return hidden
         self.real = hidden
         return hidden.new_zeros(len(hidden), 1, hidden.shape[-1])
+
+    def drop(self, cut: TowerCut, stay: Stay) -> Any:
+        """Refuse what transformers' towers alone follow: views of which fewer tokens are left need a mask."""
+        raise UnsupportedError(f"{whose(self.plan, cut)}: reduce dropped tokens inside the tower: {DROPS}.")
 
     def after_attention(self, index: int, attended: torch.Tensor) -> torch.Tensor:
         """What a layer goes on with instead of what its attention made."""

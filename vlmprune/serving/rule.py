@@ -19,15 +19,16 @@ from torch import nn
 
 from vlmprune.errors import UnsupportedError
 from vlmprune.parts.attention import split_heads
-from vlmprune.parts.cuts import AnyCut, Cut, PixelCut, ProjectorCut, TowerCut
+from vlmprune.parts.cuts import AnyCut, Cut, PatchCut, PixelCut, ProjectorCut, TowerCut
 from vlmprune.parts.facts import ModelFacts
-from vlmprune.parts.taps import BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
+from vlmprune.parts.taps import BlockFlow, BlockKeys, ClusterOf, Hidden, Kept, Tap, TowerTap
 from vlmprune.serving.watch import Projected
 
-__all__ = ["FAILURES", "averages_heads", "refusing", "why_not"]
+__all__ = ["DROPS", "FAILURES", "averages_heads", "refusing", "why_not"]
 
 #: What code that was written for tensors with values, and for another host, may raise without them.
 FAILURES = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
+DROPS = "vLLM's is merged in, not shortened view by view"
 HEADS, HEAD_DIM, PATCHES = 2, 4, 9  # of the layer that taps are tried on
 
 
@@ -38,6 +39,10 @@ def why_not(name: str, cut: AnyCut, facts: ModelFacts) -> str | None:
             return f"{name} changes the picture and leaves all its tokens: there is nothing to serve faster"
         case TowerCut() if cut.weigh:
             return f"{name} with weigh=True weighs the tower's attention, and vLLM's takes no weights"
+        case PatchCut():
+            return f"{name} lets pixels say how many tokens stay, which nobody has seen when placeholders are written"
+        case TowerCut() if any(isinstance(tap, BlockFlow) for tap in cut.see):
+            return f"{name} drops what little flows from inside the tower: {DROPS}"
         case TowerCut() if facts.views:
             return f"{name} merges views whole, and how much un-padding leaves of that is not known beforehand"
         case Cut() if cut.at.layer > 0:

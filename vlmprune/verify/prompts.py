@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import chain, repeat
 from typing import Any
@@ -75,16 +76,8 @@ def make_prompt(
             f"the self-test of {family.model_type} models needs transformers 5.23 or newer: before, they call the "
             "pixels of images by a name of their own."
         )
-    tile, videos = side_of(family, inner), sum(part == "video" for part in parts)
-    pictures, images, frames = {}, [], 0
-    if sizes:
-        pictures, images = pictures_of(family, inner, sizes, generator)
-    if videos and family.packed:
-        more, (frames, *_) = packed_pictures(family, inner, "video", [(FRAMES, tile, tile // 2)] * videos, generator)
-        pictures |= more
-    elif videos:
-        pictures["pixel_values_videos"] = random_pixels((videos, FRAMES, 3, tile, tile), generator)
-        frames = family.video_grid(inner, FRAMES).tokens
+    pictures, images = pictures_of(family, inner, sizes, generator)
+    films, frames = videos_of(family, inner, sum(part == "video" for part in parts), generator)
     features = {"image": iter(images), "video": repeat(frames)}
     ids = [
         random_text(family, inner, (part,), generator)
@@ -93,7 +86,7 @@ def make_prompt(
         for part in parts
     ]
     tokens = torch.cat(ids)[None]
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures | films
     if family.axes > 1:
         kinds = (tokens == family.token(inner, modality) for modality in family.modalities)
         inputs["mm_token_type_ids"] = sum(number * kind for number, kind in enumerate(kinds, 1))
@@ -128,15 +121,35 @@ def packed_pictures(
         for t, rows, cols in grid
     ]
     flat = [x.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1) for x in patches]
+    for picture, (frames, rows, cols) in zip(flat, grid, strict=True):
+        # a margin that repeats, as pages have one: the last column of tokens is the one beside it
+        raster = picture.view(frames, rows // vision.spatial_merge_size, cols // vision.spatial_merge_size, -1)
+        raster[:, :, -1:] = raster[:, :, -2:-1]
     values = torch.cat(flat).repeat(1, vision.temporal_patch_size)
     tokens = [family.packing(inner, modality, size).trace().tokens for size in grid]
     return {pixels[modality]: values, f"{modality}_grid_thw": torch.tensor(grid)}, tokens
+
+
+def videos_of(
+    family: Family, inner: nn.Module, count: int, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The arguments that bring so many random videos, and how many tokens each becomes."""
+    if not count:
+        return {}, 0
+    tile = side_of(family, inner)
+    if family.packed:
+        given, tokens = packed_pictures(family, inner, "video", [(FRAMES, tile, tile // 2)] * count, generator)
+        return given, tokens[0]
+    pixels = random_pixels((count, FRAMES, 3, tile, tile), generator)
+    return {"pixel_values_videos": pixels}, family.video_grid(inner, FRAMES).tokens
 
 
 def pictures_of(
     family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator
 ) -> tuple[dict[str, torch.Tensor], list[int]]:
     """The arguments that bring random pictures of some sizes, and how many tokens each becomes."""
+    if not sizes:
+        return {}, []
     if family.axes > 1:
         return packed_pictures(family, inner, "image", [(1, *size) for size in sizes], generator)
     if family.packed:
@@ -144,7 +157,7 @@ def pictures_of(
     if family.runs or family.listed:
         return tiled(family, inner, sizes, generator)
     given, tile = {"image_sizes": torch.tensor(sizes)}, side_of(family, inner)
-    if "batch_num_images" in family_arguments(inner):
+    if "batch_num_images" in inspect.signature(inner.get_image_features).parameters:
         given["batch_num_images"] = torch.tensor([len(sizes)])
     known = family.sizes("image", given) if family.needs_sizes else list(sizes)
     views = max(family.grid(inner, size)[0] for size in known)
@@ -171,13 +184,6 @@ def tiled(
     pixels = random_pixels((sum(tiles), 3, tile, tile), generator)
     tokens = family.facts(inner).view_patches
     return {"pixel_values": pixels[None] if family.listed else pixels}, [n * tokens for n in tiles]
-
-
-def family_arguments(inner: nn.Module) -> list[str]:
-    """Names that the model's image encoder takes."""
-    import inspect
-
-    return list(inspect.signature(inner.get_image_features).parameters)
 
 
 def prompts_for(family: Family, model: nn.Module, videos: bool) -> list[dict[str, Any]]:

@@ -61,6 +61,11 @@ class Line:
         known = {"off": self.off, "noise": self.noise, "deliberate mistake": self.twin}
         return ", ".join(f"{name} {value:.2g}" for name, value in known.items() if value is not None)
 
+    @property
+    def words(self) -> str:
+        """All that is told of it, numbers last; empty for a plain pass that measured nothing."""
+        return "; ".join(filter(None, (self.told, self.numbers)))
+
 
 @dataclass(frozen=True)
 class Report:
@@ -107,8 +112,7 @@ class Report:
 
     def __str__(self) -> str:
         wide = max(map(len, CHECKS))
-        told = ["; ".join(part for part in (line.told, line.numbers) if part) for line in self.lines]
-        rows = [f"{line.check:{wide}}  {line.outcome:4}  {words}" for line, words in zip(self.lines, told, strict=True)]
+        rows = [f"{line.check:{wide}}  {line.outcome:4}  {line.words}" for line in self.lines]
         return "\n".join([self.method, *(row.rstrip() for row in rows)])
 
 

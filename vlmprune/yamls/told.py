@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from vlmprune.errors import did_you_mean
 from vlmprune.yamls.tree import Key, Tree
 
-__all__ = ["ConfigSource", "about", "mistakes", "must_be"]
+__all__ = ["ConfigSource", "about", "as_mistake", "mistakes", "must_be"]
+
+
+#: What pydantic wants, in a file's words.
+TYPES = {"tuple_type": "a list", **dict.fromkeys(("dataclass_type", "dict_type"), "a mapping (key: value)")}
 
 
 def about(what: str) -> PydanticCustomError:
@@ -29,6 +34,15 @@ def must_be(wanted: str, value: Any, known: Iterable[str] = ()) -> PydanticCusto
 def mistakes(*found: tuple[Key | str, str]) -> PydanticCustomError:
     """Whole sentences, each with its key below that of the validator, or with its file and line."""
     return PydanticCustomError("mistakes", "{found}", {"found": found})
+
+
+@contextmanager
+def as_mistake(start: str = "") -> Iterator[None]:
+    """Around what reads a value as methods and options do: what that raises is a mistake in the file."""
+    try:
+        yield
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        raise mistakes(((), f"{start}{error}")) from None
 
 
 @dataclass
@@ -68,6 +82,14 @@ class ConfigSource:
         """File and line of a location."""
         return self.tree.where(self.key(loc))
 
+    def read(self, adapter: TypeAdapter[Any], value: Any, found: list[tuple[str, str]]) -> Any:
+        """What a value means, or None, and what is wrong with it goes to `found`."""
+        try:
+            return adapter.validate_python(value, context=self)
+        except ValidationError as error:
+            found += self.told(error)
+            return None
+
     def told(self, error: ValidationError) -> Iterator[tuple[str, str]]:
         """All that is wrong, as (where, what)."""
         for line in error.errors(include_url=False):
@@ -88,8 +110,8 @@ class ConfigSource:
             return self.missing(loc)
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
             return self.unknown(loc, self.key(loc))
-        if kind in ("dataclass_type", "dict_type"):
-            return f"{name} must be a mapping (key: value), not {shown(line['input'])}."
+        if kind in TYPES:
+            return f"{name} must be {TYPES[kind]}, not {shown(line['input'])}."
         return f"{name}: {line['msg']}."
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["Key", "Mistakes", "Tree", "read_start", "read_tree"]
+__all__ = ["Key", "Mistakes", "Tree", "read_start", "read_text", "read_tree"]
 
 LARGEST, NODES, DEPTH = 1_000_000, 20_000, 30  # characters, values after aliases are expanded, nested levels
 TOO_DEEP = f"nested too deeply: more than {DEPTH} levels of nesting."
@@ -71,16 +72,13 @@ class Tree:
         try:
             holder, key = self.find(steps)
         except ValueError as error:
-            only = f" The file is about one model: write {'.'.join(steps[2:])}={text}."
-            raise Mistakes([(where, f"{error}{only if steps[0] == 'runs' and not self.has_runs() else ''}")]) from None
+            alone = steps[0] == "runs" and ("runs",) not in self.origin
+            only = f" The file is about one model: write {'.'.join(steps[2:])}={text}." if alone else ""
+            raise Mistakes([(where, f"{error}{only}")]) from None
         if isinstance(holder, list) and key[-1] == len(holder):
             holder.append(None)
         holder[key[-1]] = read_tree(text, where).value
         self.origin = {at: told for at, told in self.origin.items() if at[: len(key)] != key} | {key: where}
-
-    def has_runs(self) -> bool:
-        """Whether the file is about several models."""
-        return isinstance(self.value, dict) and "runs" in self.value
 
     def find(self, steps: list[str]) -> tuple[Any, Key]:
         """The dict or list that the last step is in, with the whole key; those on the way are made.
@@ -122,6 +120,23 @@ def read_start(path: Path) -> str:
     """
     with open(path, encoding="utf-8") as file:
         return file.read(LARGEST + 1)
+
+
+def read_text(path: Path, missing: Callable[[], str]) -> str:
+    """As `read_start`; `missing` is what to say where there is no such file.
+
+    Raises:
+        Mistakes: there is none, or none that can be read.
+    """
+    try:
+        return read_start(path)
+    except FileNotFoundError:
+        why = missing()
+    except UnicodeDecodeError:
+        why = "not a text file in UTF-8."
+    except OSError as error:
+        why = f"cannot be read: {error.strerror or error}."
+    raise Mistakes([(str(path), why)])
 
 
 def read_tree(text: str, name: str) -> Tree:

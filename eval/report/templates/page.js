@@ -45,6 +45,14 @@ function choice(names, label, changed) {
   return select;
 }
 
+// Of values, those that have room beside each other on a logarithmic axis.
+function apart(values) {
+  const sorted = [...new Set(values.map(x => +x.toPrecision(3)))].sort((a, b) => a - b), ticks = [];
+  const least = (sorted.at(-1) / sorted[0]) ** (1 / 12);
+  for (const x of sorted) if (!ticks.length || x / ticks.at(-1) >= least) ticks.push(x);
+  return ticks;
+}
+
 function plot(place) {
   const data = JSON.parse(place.querySelector("script").textContent);
   const canvas = document.createElement("div");
@@ -66,7 +74,7 @@ function plot(place) {
       const full = label === "full model", look = data.looks[label] || {symbol: "star", dash: "solid"};
       const paint = full ? colour("--fore") : look.color || colour("--soft");
       return {
-        type: "scatter", mode: full ? "markers" : "lines+markers", name: label,
+        type: "scatter", mode: full || !look.dash ? "markers" : "lines+markers", name: label,
         x: mine.map(p => p.x[word]), y: mine.map(p => p.y), text: mine.map(p => p.name),
         hovertemplate: "%{text}<br>%{x:.4~g}, %{y:.4~g}<extra></extra>",
         error_y: {type: "data", symmetric: false, thickness: 1, width: 2, color: paint,
@@ -85,7 +93,7 @@ function plot(place) {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: {color: colour("--fore"), size: 13},
       legend: narrow ? {orientation: "h", y: -0.2} : {},
       xaxis: {...grid, title: {text: data.axes[axis.value].title}, type: wide ? "log" : "linear",
-        tickvals: wide ? [...new Set(xs.map(x => +x.toPrecision(3)))] : undefined},
+        tickvals: wide ? apart(xs) : undefined},
       yaxis: {...grid, title: {text: data.panels[panel.value].title}},
       shapes: whole ? [{type: "line", xref: "paper", x0: 0, x1: 1, y0: whole.y, y1: whole.y,
         line: {color: colour("--soft"), width: 1}}] : [],

@@ -14,6 +14,7 @@ import torch
 import vlmprune
 from vlmprune.eval.fidelity import measure as fidelity
 from vlmprune.eval.fidelity import report as fidelity_report
+from vlmprune.eval.fidelity.labels import Labels
 from vlmprune.eval.fidelity.measure import Compared, StudyEntry, StudyRow
 from vlmprune.eval.statistics import Estimate
 
@@ -103,6 +104,14 @@ def test_measures_by_hand(tiny_model, family, method):
         assert kl[0] != pytest.approx(np.mean(kl), rel=1e-2)  # or one could pass for the other
         assert row.first_agrees == (plain[0].argmax() == pruned[0].argmax())
         assert row.answer_agrees == (row.tokens == answer)
+        differ = (i for i, pair in enumerate(zip(row.tokens, answer, strict=False)) if pair[0] != pair[1])
+        assert row.same_for == next(differ, min(len(row.tokens), len(answer)))
+        alike = [int(step.argmax()) == token for step, token in zip(pruned, answer, strict=True)]
+        for (tokens, agreeing, total), part in zip(
+            row.along, (slice(1), slice(1, 2), slice(2, 4), slice(4, 6)), strict=True
+        ):
+            assert (tokens, agreeing) == (len(alike[part]), sum(alike[part]))
+            assert total == pytest.approx(sum(kl[part]), rel=1e-3, abs=1e-5)
         assert (row.tokens_after, row.layer_average) == (entering, average)
 
 
@@ -162,6 +171,8 @@ def test_answers_end(tiny_model):
         full, rows = measured(model, prompts, "fopru", keep=3)
         assert full.answer(0) == whole[0][:2]
         assert any(len(full.answer(i)) == LONG for i in (1, 2))  # a batch of unequal answers
+        assert [tokens for tokens, *_ in rows[0].along] == [1, 1]
+        assert max(sum(tokens for tokens, *_ in row.along) for row in rows) == LONG
         kl = []
         for patched in (False, True):
             with vlmprune.patch(model, "fopru", keep=3) if patched else torch.no_grad():
@@ -186,9 +197,10 @@ def test_outputs_that_are_no_numbers(tiny_model):
 # In sum
 
 
-def row(picture, label="a, keep 1", prompt="p", seed=None, agrees=True, kl=0.0, first=True, tokens=4):
+def row(picture, label="a, keep 1", prompt="p", seed=None, agrees=True, kl=0.0, first=True, tokens=4, **said):
     compared = Compared(first, agrees, kl / 2, kl, [], 10, tokens, tokens / 2)
-    return StudyRow(picture, prompt, label, seed, "full", "full" if agrees else "other", compared)
+    said = {"unpruned": "full", "pruned": "full" if agrees else "other"} | said
+    return StudyRow(picture, prompt, label, seed, **said, compared=compared)
 
 
 def entry(method="a", control=False, seeds=(None,)):
@@ -290,6 +302,42 @@ def test_order_of_rows_means_nothing():
         random.shuffle(rows)
         assert fidelity.summarise(entries, rows) == lines
         assert fidelity.worst(rows, 5) == fidelity.worst(sorted(rows, key=str), 5)
+
+
+def test_scores_by_hand():
+    """Three pictures: one is lost, one gained by half of the seeds, one is right in both; each is drawn 1 in 27."""
+    labels = Labels("contains", {("x", "p"): ["a cat"], ("y", "p"): ["one", "two"], ("z", "p"): ["red"]})
+    rows = [
+        row("x", "random, keep 1", seed=0, unpruned="It is a cat.", pruned="a dog"),
+        row("x", "random, keep 1", seed=1, unpruned="It is a cat.", pruned="a dog"),
+        row("y", "random, keep 1", seed=0, unpruned="three", pruned="Two!"),
+        row("y", "random, keep 1", seed=1, unpruned="three", pruned="four"),
+        row("z", "random, keep 1", seed=0, unpruned="red", pruned="red"),
+        row("z", "random, keep 1", seed=1, unpruned="red", pruned="red"),
+    ]
+    (line,) = fidelity.summarise([entry("random", True, (0, 1))], rows, labels)
+    score = line.score
+    assert (score.unpruned.value, score.pruned.value) == pytest.approx((2 / 3, 1.5 / 3))
+    assert (score.pruned.low, score.pruned.high) == pytest.approx((0, 1))
+    assert score.change.value == pytest.approx(-1 / 6)
+    assert (score.change.low, score.change.high) == pytest.approx((-1, 0.5))  # x alone to y alone: paired
+    assert score.verdict == "noise"
+    assert fidelity.summarise([entry("random")], rows)[0].score is None
+    kept = [row(name, unpruned="red", pruned="red") for name in "vwxyz"]
+    (line,) = fidelity.summarise([entry()], kept, Labels("exact", {(name, "p"): ["Red."] for name in "vwxyz"}))
+    assert (line.score.unpruned.value, line.score.change.value, line.score.verdict) == (1, 0, "equal")
+    assert line.score.change.low < -0.3  # five pictures prove little
+
+
+def test_what_loses_score_is_worst():
+    rows = [
+        row("a", kl=9.0, agrees=False, unpruned="no", pruned="never"),
+        row("b", kl=0.1, agrees=False, unpruned="cat", pruned="dog"),
+        row("c", kl=5.0, agrees=False, unpruned="dog", pruned="cat"),
+    ]
+    labels = Labels("exact", {(name, "p"): ["cat"] for name in "abc"})
+    assert [r.picture for r in fidelity.worst(rows, 3)] == ["a", "c", "b"]
+    assert [r.picture for r in fidelity.worst(rows, 3, labels)] == ["b", "a", "c"]
 
 
 def test_worst():

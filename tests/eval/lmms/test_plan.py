@@ -82,7 +82,7 @@ def variants(plan, label=None):
         (
             "[[{name: tome, keep: 0.5}, {name: pitome, keep: 0.5}]]",
             "llava",
-            "both merge tokens in or behind the vision tower",
+            "both take or merge tokens in, in front of or behind the vision tower",
         ),
         ("[[{name: tome, keep: 0.5}, {name: fopru, keep: 4}]]", "llava", "looks at that tower"),
         ("[[{name: globalcom2, parity: released, keep: 0.5}, {name: random, keep: 4}]]", "next", "order of its own"),
@@ -211,7 +211,7 @@ def test_a_budget_that_one_method_cannot_meet_is_left_out(plan):
         ("[[fopru, none]]", "", "llava", "4", "cannot be combined"),
         ("[[todre, fastv]]", "keep: 4", "llava", "4", "todre needs keep="),
         ("[[{name: tome, keep: 4}, {name: fopru, keep: 4}]]", "", "llava", "4", "merges tokens inside"),
-        ("[[{name: tome, keep: 4}, {name: pitome, keep: 4}]]", "", "llava", "4", "both merge tokens in or"),
+        ("[[{name: tome, keep: 4}, {name: pitome, keep: 4}]]", "", "llava", "4", "both take or merge tokens in"),
         ("[fopru]", "keep: 4", "scene-lava", "1", "Did you mean 'scene-llava'?"),
         ("[fopru]", "keep: 4", "/no/such/folder", "1", "no such folder"),
         ("[fopru]", "keep: 4\ntemplate: no.jinja", "llava", "6", "no file 'no.jinja'"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmprune.eval.tune.scores import score
+from vlmprune.eval.scores import score
 
 
 @pytest.mark.parametrize(
