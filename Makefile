@@ -74,10 +74,13 @@ test test-all test-fast test-oldest test-versions: export HF_HUB_OFFLINE = 1
 test: $(VENV)/.installed ## run the tests
 	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS) $(TESTS)
 
-# Products of which `test` takes a part: every GPU architecture and number format a kernel is compiled for, every pair of
-# methods on models that share a part.
-test-all: $(VENV)/.installed ## run all tests, products in full (some minutes more)
-	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal -m "exhaustive or not exhaustive" $(PYTEST_ARGS) $(TESTS)
+# Products of which `test` takes a part: every family beyond LLaVA with every method and feature, every GPU architecture
+# and number format a kernel is compiled for, every pair of methods on models that share a part. Of all tests there are,
+# docs/support.md has to say what they say.
+EVERY := -m "exhaustive or not exhaustive"
+test-all: $(VENV)/.installed ## run all tests, products in full (an hour and more of one core)
+	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --dist worksteal $(EVERY) --support build/support-all.json $(PYTEST_ARGS) $(TESTS)
+	$(VENV)/bin/python scripts/support_matrix.py build/support-all.json --check
 
 # The engine's core on LLaVA-1.5 and LLaVA-1.6, while one works; what torch.compile makes of it takes longer than the rest.
 FAST_TESTS ?= tests/test_house.py tests/test_contributing.py tests/engine tests/methods/test_matrix.py
@@ -154,12 +157,27 @@ test-serving: export HF_HUB_OFFLINE = 1
 test-serving: $(VLLM_VENV)/.installed ## run the tests of vLLM serving (installs 3.5 GB; ten to thirty minutes)
 	$(VLLM_VENV)/bin/python -P -m pytest --show-capture=no $(PYTEST_ARGS) $(SERVING_TESTS)
 
-# Whatever the tests claim works, and no more, stands in docs/support.md.
-SUPPORT := build/support.json
+# Whatever the tests claim works, and no more, stands in docs/support.md. The families beyond LLaVA are a piece each, run
+# in full; what was stopped goes on with the pieces that are lacking. Remove build/support to run all of them again.
+SUPPORT := build/support
+PRODUCTS := tests/patches/test_kin.py tests/patches/test_qwen.py tests/verify/test_check_axes.py tests/verify/test_check_families.py
+PIECES := llava qwen2_vl qwen2_5_vl qwen3_vl internvl mistral3 pixtral deepseek_vl aya_vision cohere2_vision smolvlm idefics3 \
+  ovis2 gemma3 paligemma video_llava
+# how tests of a piece are called, where that is not its name
+CALLED_qwen2_vl := qwen2-vl or qwen2_vl
+CALLED_qwen2_5_vl := qwen2.5-vl or qwen2_5_vl
+CALLED_qwen3_vl := qwen3-vl or qwen3_vl
+CLAIMS = $(VENV)/bin/python -P -m pytest -q -n $(WORKERS) --support $@ --support-only $(EVERY) $(PYTEST_ARGS)
+
 support: export HF_HUB_OFFLINE = 1
-support: $(VENV)/.installed ## run the tests of families and features, and write docs/support.md from their results
-	$(VENV)/bin/python -P -m pytest -n $(WORKERS) --support $(SUPPORT) --support-only $(PYTEST_ARGS) tests
-	$(VENV)/bin/python scripts/support_matrix.py $(SUPPORT)
+support: $(PIECES:%=$(SUPPORT)/%.json) ## run the tests of families and features in full, and write docs/support.md from their results
+	$(VENV)/bin/python scripts/support_matrix.py $^
+
+$(SUPPORT)/llava.json: | $(VENV)/.installed
+	$(CLAIMS) $(PRODUCTS:%=--ignore %) tests
+
+$(SUPPORT)/%.json: | $(VENV)/.installed
+	$(CLAIMS) -k "$(or $(CALLED_$*),$*)" $(PRODUCTS)
 
 # Goes on where it was stopped: what a file holds is not measured again, and one of another thread count or package version
 # is refused. Remove the files to measure anew.

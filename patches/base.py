@@ -55,7 +55,9 @@ class Family:
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     usual_unit: ClassVar[int] = 1  # `unit` of the published checkpoints
     image: ClassVar[str] = ""  # what a budget per image is of, where that is not simply a picture
-    text: ClassVar[str] = "language_model"  # and the one that is its language model
+    text: ClassVar[str] = "language_model"  # the one that is its language model
+    projector: ClassVar[str] = "multi_modal_projector"  # and that between the two, by its path
+    by_formula: ClassVar[bool] = False  # whether `cost.flops` counts its tower and projector
     handing: ClassVar[bool] = True  # whether the tower hands its keyword arguments to its layers
     closed: ClassVar[bool] = False  # whether features leave the tower through a norm behind its last layer
     listed: ClassVar[bool] = False  # whether the views of all pictures of a row come as one list
@@ -285,6 +287,13 @@ class Family:
             kwargs: arguments of the inner model.
         """
         return None
+
+    def said_of(self, inner: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the processor says of every token of `(batch, length)` prompts beside its id: arguments of the model."""
+        if self.axes == 1:
+            return {}
+        kinds = (ids == self.token(inner, modality) for modality in self.modalities)
+        return {"mm_token_type_ids": sum(number * kind for number, kind in enumerate(kinds, 1))}
 
     def told_kinds(self, kwargs: dict[str, Any]) -> torch.Tensor:
         """`token_type_ids` of a call with pictures.

@@ -18,6 +18,7 @@ class DeepseekVL(Family):
     title = "DeepSeek-VL (DeepseekVLForConditionalGeneration)"
     usual_tower = "siglip_vision_model"
     trunk = "vision_model"
+    projector = "aligner"
     closed = True
 
     def processor_fields(self, inner: nn.Module) -> dict[str, Any]:

@@ -36,5 +36,8 @@ class Gemma3(Family):
         starts = picture & ~nn.functional.pad(picture, (1, 0))[:, :-1]
         return torch.where(picture, starts.cumsum(1) - 1, -1)
 
+    def said_of(self, inner: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"token_type_ids": (ids == self.token(inner)).long()}
+
     def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
         return {"image_seq_length": inner.config.mm_tokens_per_image}

@@ -15,6 +15,7 @@ class Llava(Family):
 
     model_type = "llava"
     title = "LLaVA-1.5, Pixtral (LlavaForConditionalGeneration)"
+    by_formula = True
 
     def suited(self, config: Any) -> Family:
         return PIXTRAL if config.vision_config.model_type == "pixtral" else self

@@ -17,6 +17,7 @@ class LlavaNext(Family):
 
     model_type = "llava_next"
     title = "LLaVA-1.6 / LLaVA-NeXT (LlavaNextForConditionalGeneration)"
+    by_formula = True
     views = True
     needs_sizes = True
 

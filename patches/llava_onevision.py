@@ -22,8 +22,7 @@ class LlavaOnevision(Family):
 
     model_type = "llava_onevision"
     title = "LLaVA-OneVision (LlavaOnevisionForConditionalGeneration)"
-    views = True
-    needs_sizes = True
+    views = needs_sizes = by_formula = True
     modalities = ("image", "video")
     usual_tower = "siglip_vision_model"
     single = "several images of one prompt, which have no crops"

@@ -17,6 +17,7 @@ class Ovis2(Family):
     model_type = "ovis2"
     title = "Ovis2 (Ovis2ForConditionalGeneration)"
     usual_tower = "ovis2_vision"
+    projector = "visual_embeddings_table"
     usual_unit = 2
     image = "a tile of a picture; the whole picture, first, is a tile; markers are text and stay"
     closed = True

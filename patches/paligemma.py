@@ -28,5 +28,8 @@ class PaliGemma(Family):
     def blocks(self, kwargs: dict[str, Any]) -> torch.Tensor:
         return torch.where(self.told_kinds(kwargs) == 0, 0, -1)
 
+    def said_of(self, inner: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"token_type_ids": torch.zeros_like(ids)}  # all of it is prompt
+
     def processor_fields(self, inner: nn.Module) -> dict[str, Any]:
         return {"image_seq_length": self.facts(inner).view_patches}

@@ -23,7 +23,7 @@ class Qwen2VL(Family):
     trunk, axes, packed, sparse, needs_sizes, fixed = "visual", 3, True, True, True, ()
     image = "a picture of any size, or a whole video: its number of tokens follows its pixels"
     modalities = ("image", "video")
-    usual_tower = "qwen2_vl_vision"
+    usual_tower, projector = "qwen2_vl_vision", "visual.merger"
     shared = ("image_grid_thw", "video_grid_thw")
 
     def tower_layers(self, tower: nn.Module) -> nn.ModuleList:

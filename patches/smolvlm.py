@@ -25,6 +25,7 @@ class SmolVLM(Family):
     usual_unit = 4
     image = "a tile of a picture, or a frame of a video; the whole picture, last, is a tile; markers are text and stay"
     trunk = "vision_model"
+    projector = "connector"
     text = "text_model"
     handing = False
     listed = True

@@ -18,6 +18,7 @@ class VipLlava(Family):
 
     model_type = "vipllava"
     title = "ViP-LLaVA (VipLlavaForConditionalGeneration)"
+    by_formula = True
     fixed = ("vision_feature_layers", "vision_feature_layer")
 
     def facts(self, inner: nn.Module) -> ModelFacts:

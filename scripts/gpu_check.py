@@ -26,6 +26,7 @@ from vlmprune.eval.bench.selection import compare_selection
 from vlmprune.eval.bench.shapes import build, find_shape
 from vlmprune.eval.bench.workload import make_workload
 from vlmprune.kernels import choice, reference, trial, triton_greedy
+from vlmprune.kernels.cases import difference
 
 ops = torch.ops.vlmprune
 FOUND = {"todre": 1}  # cuts whose counts a method finds out itself: every one is read
@@ -40,7 +41,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
     found: dict[str, Any] = {"machine": describe_machine(args.device), "device": args.device}
-    kernel_parts = (agreement, gather, mass, greedy, greedy_parts, host, capture, syncs)
+    kernel_parts = (first_use_in_capture, agreement, gather, mass, greedy, greedy_parts, host, capture, syncs)
     alone = {"trial": tried, "no_toolkit": no_toolkit, "sanitize": sanitize, "profile": profiles}
     parts = kernel_parts if args.part == "kernels" else (alone[args.part],)
     for part in parts:
@@ -73,12 +74,16 @@ def seconds(call: Callable[[], Any], device: str, runs: int = 30) -> float:
 
 
 def tried(device: str) -> dict[str, Any]:
-    """The trial of every implementation of every op, each in a process of its own; on a CPU nothing has to be tried."""
+    """The trial of every implementation of every op, each in a process of its own; on a CPU nothing has to be tried.
+
+    Verdicts are kept for the steps that follow.
+    """
     here, found = torch.device(device, 0), {}
     for op in kernels.OPS:
         for name in choice.ON_GPU[op] if device == "cuda" else ():
             begin = time.perf_counter()
-            found[f"{op} [{name}]"] = trial.in_a_process(name, op, here) | {"s": time.perf_counter() - begin}
+            reason = trial.verdict(name, op, here)
+            found[f"{op} [{name}]"] = {"reason": reason, "s": time.perf_counter() - begin}
     return found
 
 
@@ -101,6 +106,11 @@ def names(op: str, device: str) -> list[str]:
     """Implementations that can run here."""
     here = torch.device(device, 0) if device == "cuda" else torch.device(device)
     return ["torch"] + [n for n in ("triton", "cuda") if choice.why_not(n, op, here) is None]
+
+
+def required(op: str, device: str) -> list[str]:
+    """Implementations that have to run here: on a GPU all that are meant for one."""
+    return ["torch", *choice.ON_GPU[op]] if device == "cuda" else names(op, device)
 
 
 def cases(device: str, seed: int) -> dict[str, tuple]:
@@ -141,10 +151,11 @@ def agreement(device: str) -> dict[str, Any]:
             op = case.partition(" ")[0]
             home = [x.cpu() if isinstance(x, torch.Tensor) else x for x in args]
             expected = getattr(reference, op)(*home)
-            for name in names(op, device):
-                got = getattr(reference, op)(*args) if name == "torch" else choice.attempt(name, op, args)
+            for name in required(op, device):
+                why = None if name == "torch" else choice.why_not(name, op, args[0].device)
+                got = why or (getattr(reference, op)(*args) if name == "torch" else choice.attempt(name, op, args))
                 if isinstance(got, str):  # it did not run, which is no agreement
-                    worst[f"{case} [{name}]: {got}"] = float("inf")
+                    worst[f"{case} [{name}]: {got.splitlines()[0]}"] = float("inf")
                     continue
                 pairs = zip(*[(x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)], strict=True)
                 for i, (mine, theirs) in enumerate(pairs):
@@ -257,7 +268,10 @@ def greedy_parts(device: str) -> dict[str, float]:
 
 
 def host(device: str) -> dict[str, float]:
-    """Microseconds of the host per call of `select_gather` on a device that has nothing to do, and long sequences."""
+    """Microseconds of the host per call of `select_gather` on a device that has nothing to do; at 46,000 columns too.
+
+    With them the milliseconds of the device and the gigabytes that it moves a second.
+    """
     found = {}
     for columns, batch in ((2944, 1), (46_000, 1)) if device == "cuda" else ((200, 1),):
         hidden = torch.randn(batch, columns, 1024, device=device, dtype=torch.bfloat16)
@@ -266,8 +280,11 @@ def host(device: str) -> dict[str, float]:
         length = -(-columns // 8)
         for name in names("select_gather", device):
             with kernels.use(name), torch.no_grad():
-                call = partial(ops.select_gather, marked, None, None, hidden, ids, cos, cos, length, False)
-                found[f"{columns} columns [{name}], ms"] = 1e3 * seconds(call, device)
+                args = (marked, None, None, hidden, ids, cos, cos, length, False)
+                call = partial(kernels.call, "select_gather", *args)  # as the package calls it
+                took, moved = seconds(call, device), 2 * batch * length * (hidden.shape[-1] + 2 * cos.shape[-1]) * 2
+                found[f"{columns} columns [{name}], ms"] = 1e3 * took
+                found[f"{columns} columns [{name}], GB/s"] = moved / took / 1e9
                 times = []
                 for _ in range(50):
                     if device == "cuda":
@@ -279,8 +296,27 @@ def host(device: str) -> dict[str, float]:
     return found
 
 
+def first_use_in_capture(device: str) -> dict[str, Any]:
+    """Ops that nothing has loaded, called inside a CUDA graph: plain torch is captured, and a warning says so."""
+    found: dict[str, Any] = {}
+    for case, args in cases(device, 2).items() if device == "cuda" else ():
+        op = case.partition(" ")[0]
+        names(op, device)  # the trial, if none has been
+        expected = getattr(reference, op)(*args)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = kernels.call(op, *args)
+        graph.replay()
+        said = [why for _, other, _, why in choice.told if other == op]
+        refused = any("inside a CUDA-graph capture" in why for why in said)
+        found[case] = {"apart": difference(op, args, got, expected), "refused": refused, "said": said}
+    choice.told.clear()  # what is replaced later on is another matter
+    return found
+
+
 def capture(device: str) -> dict[str, Any]:
-    """Every op inside a CUDA graph, after one run outside, against itself without; and a first use inside one."""
+    """Every op inside a CUDA graph, after one run outside, against itself without."""
     found: dict[str, Any] = {}
     for case, args in cases(device, 2).items() if device == "cuda" else ():
         op = getattr(ops, case.partition(" ")[0])

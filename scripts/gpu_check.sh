@@ -69,7 +69,7 @@ bare() {
 }
 python="$(command -v "$python")"
 bare no_toolkit 60
-bare trial 150
+bare trial 200
 sanitizer="$(command -v compute-sanitizer || true)"
 for tool in memcheck racecheck; do
   if [ "$device" = cuda ] && [ -n "$sanitizer" ]; then

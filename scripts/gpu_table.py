@@ -82,6 +82,9 @@ def trial_rows(folder: Path) -> Iterator[Row]:
 
 def kernel_rows(found: dict[str, Any], gpu: bool) -> Iterator[Row]:
     """What the operators compute, and how fast."""
+    for case, one in found.get("first_use_in_capture", {}).items():
+        good = one["refused"] and one["apart"] is None
+        yield Row(f"first use in a CUDA graph: {case}", "plain torch, the same" if good else str(one), "the same", good)
     for case, one in found.get("capture", {}).items():
         good = one["same"] and not one["replaced"]
         yield Row(f"in a CUDA graph: {case}", "the same" if good else str(one), "the same", good)

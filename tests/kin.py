@@ -15,7 +15,7 @@ from itertools import chain
 
 import tiny
 import torch
-from scenes import MOVING, OPTIONS, REPEATS, changes_of
+from scenes import FALLBACK, MOVING, OPTIONS, REPEATS, changes_of
 from tiny import CACHE, IMAGE, PAD, VIDEO, VOCAB
 from torch import nn
 
@@ -91,6 +91,11 @@ class Kin:
         still = self.shows is not FILMS and "a still picture has none"
         whole = "reads pictures whole" if name in REPEATS else None
         return self.refused.get(name) or whole or (still if name in MOVING else None) or None
+
+    def windowed(self) -> bool:
+        """Whether a layer of the language model sees a window alone."""
+        text = self.model().config.get_text_config()
+        return "sliding_attention" in (getattr(text, "layer_types", None) or [])
 
     def model(self, **options) -> nn.Module:
         return shared(self.name, **options)
@@ -177,6 +182,12 @@ def shared(name: str, **options) -> nn.Module:
 
 def noise(*shape: int, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def options(kin: Kin, name: str) -> dict:
+    """Options of a method that make a difference, with its documented fallback where there is no [CLS] token."""
+    given = OPTIONS[name](kin.model()) if name in OPTIONS else {"keep": 0.4}
+    return given if kin.has_cls else given | FALLBACK.get(name, {})
 
 
 # -- by hand

@@ -40,6 +40,7 @@ QWEN = {
     "qwen2.5-vl-video": ({"family": "qwen2_5_vl"}, "videos"),
     "qwen3-vl": ({"family": "qwen3_vl"}, "images"),
     "qwen3-vl-video": ({"family": "qwen3_vl"}, "videos"),
+    "qwen3-vl-moe": ({"family": "qwen3_vl_moe"}, "images"),
 }
 # (height, width) of the first image, large where its canvas is to be shrunk
 LARGE = {"images": (40, 24), "shrunk": (90, 96), "videos": (40, 24)}
@@ -68,6 +69,19 @@ REFUSED |= {
 }
 REFUSED |= {
     (name, kind): "reads pictures whole" for name in REPEATS for kind in tiny.CLASSES.keys() - tiny_qwen.CLASSES.keys()
+}
+#: What the page on support says where an error's words, of which tests look for a part, are of one case.
+TOLD = {
+    "packs pictures of any size": "the tower packs pictures of any size into one sequence: nothing can be merged, "
+    "picked or shrunk in it",
+    "merges patches in or behind": "a token is no patch as the tower's layers leave it: none can be merged or picked",
+    "shares a budget among the crops": "crops whose grid is known are needed",
+    "chooses among the crops": "crops whose grid is known are needed",
+    "have a single view": "crops whose grid is known are needed",
+    "a still picture has none": "of videos alone",
+    "frames of a video are no screenshots": "of still pictures alone",
+    "tokens alone": "in a prompt longer than the window, attention in a layer that has one says nothing of the rest",
+    "puts that through norms": "what blocks write goes through norms before it is added",
 }
 FALLBACK = {
     "vtc_cls": {"fallback": "received"},
@@ -153,6 +167,11 @@ def claim(support, scene, name, *features):
     """Claim features of a method on a scene; where `start` skips, as refused."""
     for feature in features:
         support(feature, scene.label, name, refused=scene.refused(name))
+
+
+def told(words):
+    """What the page says of a refusal in these words; None of None."""
+    return next((text for part, text in TOLD.items() if part in words), words) if words else None
 
 
 def options(model, name):

@@ -59,7 +59,8 @@ def tower_tokens(work: Workload) -> Iterator[dict[int, list[int]]]:
     family, seen = work.family, {}
 
     def look(index: int, args: tuple, kwargs: dict) -> None:
-        seen.setdefault(index, []).append((args[0] if args else kwargs["hidden_states"]).shape[1])
+        # packed towers have no dimension of views, or an empty one
+        seen.setdefault(index, []).append((args[0] if args else kwargs["hidden_states"]).shape[-2])
 
     layers = family.tower_layers(family.towers(family.inner(work.model))[0])
     handles = [

@@ -230,19 +230,21 @@ def run_method(
     }
 
 
-def flops_of(work: Workload, counted: dict[str, Any], kv_lengths: list[int]) -> dict[str, int]:
-    """FLOPs of a batch by torch's counter and by formula."""
+def flops_of(work: Workload, counted: dict[str, Any], kv_lengths: list[int]) -> dict[str, int | None]:
+    """FLOPs of a batch by torch's counter and by formula, None where that is of towers of another build."""
+    if not work.family.by_formula:
+        return {"counted": counted["flops"], "formula": None}
     formula = formula_flops(work.model.config, kv_lengths, counted["tower_tokens"], work.views)
     return {"counted": counted["flops"], "formula": work.batch * formula}
 
 
 def tokens_of(work: Workload, trace: Trace) -> dict[str, Any]:
     """Visual tokens before and after, in the mean over the batch."""
-    batch = range(work.batch)
+    images = range(len(trace.grids))
     return {
         "visual": work.visual,
-        "entering": sum(trace.entering(i) for i in batch) / work.batch,
-        "layer_average": sum(trace.layer_average(i) for i in batch) / work.batch,
+        "entering": sum(trace.entering(i) for i in images) / work.batch,
+        "layer_average": sum(trace.layer_average(i) for i in images) / work.batch,
         "kv_lengths": trace.kv_lengths,
     }
 

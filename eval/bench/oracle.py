@@ -16,7 +16,7 @@ from vlmprune.eval.bench.workload import Workload
 from vlmprune.patches.host import returned_cache, with_cache
 from vlmprune.trace import Trace
 from vlmprune.verify import byhand
-from vlmprune.verify.byhand import Stretch, run_layers
+from vlmprune.verify.byhand import Stretch, in_stretches, run_layers
 
 __all__ = ["Oracle", "PlainRun", "Stretch", "stretches"]
 
@@ -27,8 +27,10 @@ def stretches(trace: Trace, work: Workload) -> list[Stretch]:
     Raises:
         ValueError: soft masks, which remove nothing.
     """
-    columns = range(work.start, work.start + work.visual)
-    images = [columns] * len(trace.sample)
+    ends, images = [work.start] * work.batch, []
+    for grid, row in zip(trace.grids, trace.sample, strict=True):
+        images.append(range(ends[row], ends[row] + grid.tokens))
+        ends[row] += grid.tokens
     return byhand.stretches(trace.cuts, trace.sample, images, (work.batch, work.length), work.model.device)
 
 
@@ -46,8 +48,12 @@ class PlainRun:
 
     def place(self, number: int) -> Any:
         """What decode step `number` (from 0) needs to know beforehand: position ids, as `generate` counts them."""
-        position = torch.full((self.work.batch, 1), self.work.length + number)
-        return position.to(self.work.model.device)
+        work = self.work
+        place = torch.full((work.batch, 1), work.end + number)
+        if work.family.axes > 1:
+            count = torch.full_like(place, work.length + number)
+            place = torch.stack((count, *[place] * work.family.axes))
+        return place.to(work.model.device)
 
     def step(self, token: torch.Tensor, place: Any) -> torch.Tensor:
         """The next `(batch, 1)` tokens."""
@@ -64,9 +70,16 @@ class Oracle(PlainRun):
         self.inner = work.family.inner(work.model)
         self.language_model = work.family.language_model(self.inner)
         self.head = work.model.get_output_embeddings()
-        self.stretches = stretches(trace, work)
+        self.stretches = parts = stretches(trace, work)
+        self.blocks = work.family.blocks(work.inputs)
         # one short prompt is a plain call of the language model; with a mask that call would wait for the device
-        self.whole = len(self.stretches) == 1 and self.stretches[0].mask is None
+        plain = self.blocks is None and work.family.injected is None
+        self.whole = plain and len(parts) == 1 and parts[0].mask is None
+        if self.blocks is not None:
+            self.blocks = in_stretches(self.blocks, parts)
+        self.places = [part.positions + work.family.origin for part in parts]
+        if work.family.axes > 1:
+            self.places = in_stretches(work.places, parts)
         ids, device = work.inputs["input_ids"], work.model.device
         # entries of (text rows of all samples, then visual rows of all samples) that the first layer sees
         text = work.length - work.visual
@@ -84,23 +97,28 @@ class Oracle(PlainRun):
         encoded = self.inner.get_image_features(**self.work.vision, return_dict=True)
         text = self.language_model.embed_tokens(self.text_ids).flatten(0, 1)
         hidden = torch.cat((text, *encoded.pooler_output))[self.entry]
-        first = self.stretches[0]
         self.cache = DynamicCache(config=self.language_model.config)
         if self.whole:
             hidden = self.language_model(
                 inputs_embeds=hidden,
-                position_ids=first.positions,
+                position_ids=self.places[0],
                 use_cache=True,
                 **with_cache(self.cache),
             ).last_hidden_state
         else:
-            places = [stretch.positions for stretch in self.stretches]
-            hidden = run_layers(self.language_model, hidden, self.stretches, places, self.cache)
+            injected = [
+                torch.cat((torch.zeros_like(text), *features))[self.entry]
+                for features in getattr(encoded, "deepstack_features", ())
+            ]
+            more = {"injected": injected, "blocks": self.blocks}
+            hidden = run_layers(self.language_model, hidden, self.stretches, self.places, self.cache, **more)
         self.logits = self.head(hidden[:, -1:])
         return self.logits.argmax(-1)
 
     def place(self, number: int) -> Any:
-        positions = [super(Oracle, self).place(number) - stretch.shift for stretch in self.stretches]
+        positions = [self.work.end + number - stretch.shift for stretch in self.stretches]
+        if self.work.family.axes > 1:
+            positions = [each.expand(self.work.family.axes, -1, -1) for each in positions]
         return number, positions
 
     def step(self, token: torch.Tensor, place: Any) -> torch.Tensor:

@@ -29,7 +29,7 @@ Rest: packing, embedding, masks, norm, head. Drop: taps + selection + gather as 
 NEEDS = """\
 KV: bytes in the cache after the prefill. Peak: above the weights{how}.
 FLOPs of the first token: by torch's counter, and by formula (docs/performance.md), which leaves out taps and the
-decisions of methods."""
+decisions of methods, and knows towers of LLaVA's build alone."""
 VERDICTS = "better, worse: the intervals (quartiles of times, 95 % of ratios) are apart."
 SPREAD = "±: half the distance between the quartiles"
 
@@ -259,7 +259,7 @@ def needs_grid(results: dict[str, Any]) -> Grid:
                     scaled(cell["kv_bytes"], 1e6),
                     scaled(cell["peak_bytes"], 1e6),
                     scaled(flops["counted"], 1e9),
-                    scaled(flops["formula"], 1e9),
+                    "-" if flops["formula"] is None else scaled(flops["formula"], 1e9),
                 ]
             )
     return columns, rows
@@ -311,7 +311,7 @@ def selection_text(found: Sequence[dict[str, Any]]) -> str:
         for one in found
     ]
     note = (
-        "The published loops are those of DivPrune (max_min) and CDPruner (log_det). Times faster: "
-        f"{behind(found[0]['speedup'])}; vectors of {found[0]['dim']} numbers.\n{SPREAD}."
+        "The published loops are those of DivPrune (max_min), CDPruner (log_det), SCOPE and MMTok (coverage). "
+        f"Times faster: {behind(found[0]['speedup'])}; vectors of {found[0]['dim']} numbers.\n{SPREAD}."
     )
     return table(columns, rows, columns[1:]) + "\n\n" + note

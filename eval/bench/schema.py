@@ -16,7 +16,7 @@ NEEDS = {
     "stages_ms": STAGES | {"prefill": [SPREAD]},
     "kv_bytes": NUMBER,
     "peak_bytes": NUMBER,
-    "flops": {"counted": NUMBER, "formula": NUMBER},
+    "flops": {"counted": NUMBER, "formula": (*NUMBER, type(None))},
 }
 CELL = NEEDS | {
     "method": str,

@@ -32,6 +32,52 @@ QWEN2_7B = {
     "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 32768,
     "rope_theta": 1e6,
 }  # fmt: skip
+QWEN2_5_VL_TOWER = {
+    "model_type": "qwen2_5_vl_vision", "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+    "patch_size": 14, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": 3584,
+}  # fmt: skip
+QWEN2_5_VL_TEXT = {
+    "model_type": "qwen2_5_vl_text", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+}  # fmt: skip
+QWEN3_VL_TOWER = {
+    "model_type": "qwen3_vl_vision", "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
+    "patch_size": 16, "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
+    "out_hidden_size": 4096,
+}  # fmt: skip
+QWEN3_8B = {
+    "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+QWEN3_VL_TEXT = QWEN3_8B | {
+    "model_type": "qwen3_vl_text", "max_position_embeddings": 262144,
+    "rope_parameters": {
+        "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True,
+    },
+}  # fmt: skip
+QWEN3_TEXT = QWEN3_8B | {
+    "model_type": "qwen3", "max_position_embeddings": 40960,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+}  # fmt: skip
+INTERN_VIT_300M = {
+    "model_type": "internvl_vision", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": [448, 448], "patch_size": [14, 14], "attention_bias": True,
+}  # fmt: skip
+QWEN_TOKENS = {
+    "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+}  # fmt: skip
+FEW_TOKENS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+# half the layers, a quarter of the width, heads as wide
+QUARTER_QWEN2_5 = {
+    "hidden_size": 896, "intermediate_size": 4736, "num_hidden_layers": 14, "num_attention_heads": 7,
+    "num_key_value_heads": 1, "vocab_size": 8192,
+}  # fmt: skip
+QUARTER_QWEN3 = {
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 18, "num_attention_heads": 8,
+    "num_key_value_heads": 2, "vocab_size": 8192,
+}  # fmt: skip
 # LLaVA-1.5-7B at about a twentieth: as many patches, tower layers and nearly as many decoder layers, the same share of
 # tower (3 %) and vocabulary (3 %) in the parameters
 SMALL_TOWER = {
@@ -116,6 +162,63 @@ SHAPES: dict[str, Shape] = {
             "llava",
             "0.3 B language model for two CPU cores; 576 patches",
             composed("llava", SMALL_TOWER, SMALL_TEXT, image_token_index=5, image_seq_length=576),
+        ),
+        Shape(
+            "qwen2.5-vl-7b",
+            "qwen2_5_vl",
+            "Qwen2.5-VL-7B; 672 x 672 pixels are 576 tokens",
+            composed("qwen2_5_vl", QWEN2_5_VL_TOWER, QWEN2_5_VL_TEXT, **QWEN_TOKENS),
+        ),
+        Shape(
+            "qwen3-vl-8b",
+            "qwen3_vl",
+            "Qwen3-VL-8B; 768 x 768 pixels are 576 tokens",
+            composed("qwen3_vl", QWEN3_VL_TOWER, QWEN3_VL_TEXT, **QWEN_TOKENS),
+        ),
+        Shape(
+            "internvl3.5-8b",
+            "internvl",
+            "InternVL3.5-8B; four tiles and a thumbnail are 1280 tokens",
+            composed("internvl", INTERN_VIT_300M, QWEN3_TEXT, image_token_id=151671, tie_word_embeddings=False),
+        ),
+        Shape(
+            "small-qwen2.5-vl",
+            "qwen2_5_vl",
+            "Qwen2.5-VL-7B at half the depth and a quarter of the width; 576 tokens",
+            composed(
+                "qwen2_5_vl",
+                QWEN2_5_VL_TOWER
+                | {"depth": 16, "hidden_size": 320, "intermediate_size": 855, "num_heads": 4, "out_hidden_size": 896}
+                | {"fullatt_block_indexes": [3, 7, 11, 15]},
+                QWEN2_5_VL_TEXT | QUARTER_QWEN2_5,
+                **FEW_TOKENS,
+            ),
+        ),
+        Shape(
+            "small-qwen3-vl",
+            "qwen3_vl",
+            "Qwen3-VL-8B at half the depth and a quarter of the width; 576 tokens",
+            composed(
+                "qwen3_vl",
+                QWEN3_VL_TOWER
+                | {"depth": 13, "hidden_size": 288, "intermediate_size": 1076, "num_heads": 4, "out_hidden_size": 1024}
+                | {"deepstack_visual_indexes": [4, 8, 12]},
+                QWEN3_VL_TEXT | QUARTER_QWEN3,
+                **FEW_TOKENS,
+            ),
+        ),
+        Shape(
+            "small-internvl",
+            "internvl",
+            "InternVL3.5-8B at half the depth and a quarter of the width; 1280 tokens",
+            composed(
+                "internvl",
+                INTERN_VIT_300M
+                | {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 4},
+                QWEN3_TEXT | QUARTER_QWEN3,
+                image_token_id=5,
+                tie_word_embeddings=False,
+            ),
         ),
         Shape(
             "small-half",

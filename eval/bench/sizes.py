@@ -12,7 +12,7 @@ from torch import nn
 from vlmprune.engine.plan import Plan
 from vlmprune.errors import UnsupportedError
 from vlmprune.eval.bench.stats import spread
-from vlmprune.patches import family_of
+from vlmprune.patches import Family, family_of
 
 __all__ = ["check_sizes", "draw", "measure_sizes"]
 
@@ -25,6 +25,15 @@ def draw(count: int, seed: int = 0) -> list[tuple[int, int]]:
     while len(found) < count:
         found[generator.randint(*SIDES), generator.randint(*SIDES)] = None
     return list(found)
+
+
+def known(family: Family, inner: nn.Module, size: tuple[int, int]) -> tuple[int, ...]:
+    """A (height, width) in pixels as the family's packing knows it: some count patches, an even number of them."""
+    if family.axes == 1:
+        return size
+    vision = inner.config.vision_config
+    step = vision.patch_size * vision.spatial_merge_size
+    return 1, *(vision.spatial_merge_size * max(1, round(side / step)) for side in size)
 
 
 def check_sizes(model: nn.Module) -> None:
@@ -48,10 +57,11 @@ def measure_sizes(model: nn.Module, count: int, clock: Callable[[], float] = tim
     family = family_of(model)
     inner = family.inner(model)
     # what comes with the first picture of all (imports, caches of the host) is no cost of a size
-    Plan(family, family.facts(inner), []).grid(inner, "image", (SIDES[0] - 1, SIDES[1] + 1))
+    first = known(family, inner, (SIDES[0] - 1, SIDES[1] + 1))
+    Plan(family, family.facts(inner), []).grid(inner, "image", first)
     plan = Plan(family, family.facts(inner), [])
     took: dict[str, list[float]] = {"packed_ms": [], "alike_ms": [], "known_ms": []}
-    sizes = draw(count)
+    sizes = [known(family, inner, size) for size in draw(count)]
     met: set[int] = set()
     grids = []  # all alive, so that no two have one identity
     for kind in ("new", "known_ms"):

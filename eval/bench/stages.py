@@ -107,7 +107,7 @@ def stamps(work: Workload, spans: Spans) -> Iterator[None]:
         stamp(register, spans.end, name, False)
 
     around(family.towers(inner)[0], "tower", True)
-    around(inner.multi_modal_projector, "projector", True)
+    around(inner.get_submodule(family.projector), "projector", True)
     hooks(inner.register_forward_pre_hook, "before model")
     for index, layer in enumerate(family.decoder_layers(inner)):
         hooks(layer.register_forward_pre_hook, "before layers")
@@ -156,9 +156,11 @@ def stage_seconds(
     """
     took, total = stamped(work, clock, plan)
     count = len(work.family.decoder_layers(work.family.inner(work.model)))
+    inside = work.family.projector.startswith(f"{work.family.trunk}.")
+    tower = took["tower"] - took["projector"] * inside
     layers = [took[f"layer {i}"] - took[f"taps in layer {i}"] for i in range(count)]
     stages: dict[str, Any] = {
-        "tower": took["tower"] - took["taps in tower"] - took["selection in tower"],
+        "tower": tower - took["taps in tower"] - took["selection in tower"],
         "projector": took["projector"],
         "taps": sum(seconds for name, seconds in took.items() if name.startswith("taps")),
         "selection": took["selection in tower"] + took["selection before layers"],

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from vlmprune import registry
 from vlmprune.eval.report import plots, render
 from vlmprune.eval.report.document import Plot, Text
 from vlmprune.eval.report.interactive import look
 
-__all__ = ["Chart", "Mark"]
+__all__ = ["Chart", "Mark", "blind"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,11 @@ class Chart:
         if points:
             plots.log_ticks(panel, [point.x[axis] for point in points])
         return handles
+
+
+def blind(methods: Iterable[str]) -> set[str]:
+    """Those that look at nothing: the controls."""
+    return {name for name in {*methods} & {*registry.names()} if registry.find(name).looks_at == "nothing"}
 
 
 def named(titles: Mapping[str, str]) -> list[dict[str, str]]:

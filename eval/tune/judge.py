@@ -55,7 +55,7 @@ def bounds(lost: float, gained: float, pictures: int, miss: float) -> tuple[floa
     net = (lost - gained) / pictures
     low, high = exact_share(abs(net), pictures, miss)
     low, high = (low, high) if net >= 0 else (-high, -low)
-    return min(middle - reach, low), max(middle + reach, high)
+    return max(-1.0, min(middle - reach, low)), min(1.0, max(middle + reach, high))
 
 
 def judge(losses: Sequence[float], limit: float, tested: int = 1) -> LossVerdict:

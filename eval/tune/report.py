@@ -10,11 +10,12 @@ from typing import Any
 
 from vlmprune.eval import statistics
 from vlmprune.eval.fidelity.measure import worst
-from vlmprune.eval.report.chart import Chart, Mark
+from vlmprune.eval.report.chart import Chart, Mark, blind
 from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Code, Heading, Table, Text, repeat
 from vlmprune.eval.tune.calibrate import Trial
 from vlmprune.eval.tune.judge import CONFIDENCE
 from vlmprune.eval.tune.run import Candidate, Goal
+from vlmprune.eval.tune.search import FINALISTS
 from vlmprune.recipe import Recipe
 from vlmprune.runtime.tables import counted
 from vlmprune.spec import BUDGETS, write_value
@@ -158,7 +159,7 @@ def chart(result: Result) -> Chart:
             points.append(Mark(one.entry.method, one.label, x, 100 * found.loss, *ends))
         if one.rows:
             points.append(Mark(one.entry.method, one.label, x, one.kl, panel=1))
-    return Chart(axes, panels, points)
+    return Chart(axes, panels, points, blind(one.entry.method for one in result.all))
 
 
 def options(one: Candidate) -> dict[str, Any]:
@@ -233,7 +234,7 @@ def build(result: Result, title: str, lines: Sequence[str], cards: Sequence[Capt
         ),
         Heading("Finalists, and what was given up earlier"),
         Table(header, rows, range(2)),
-        Bullets([statement(result, one) for one in result.finalists]),
+        Bullets([statement(result, one) for one in result.finalists[:FINALISTS]]),
         Text(
             "First token and answer: how many times as fast as the unpruned model, medians of interleaved pairs on "
             "this machine; memory (above the weights, while the prompt is read) and cache: what is left of them. Loss: "

@@ -27,6 +27,8 @@ from vlmprune.runtime.tables import counted
 
 __all__ = ["Candidate", "Goal", "Tuning", "loss_of"]
 
+TIMING = 0.5  # of what time is left; the rest is for the answers
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -99,10 +101,11 @@ class Tuning:
         self.pairs = shuffled(pairs)
         self.pictures = list(dict.fromkeys(pair.picture for pair in self.pairs))
         self.skipped: dict[str, str] = {}
-        self.refused: dict[str, list[str]] = {}
+        self.refusals: dict[str, dict[str, list[str]]] = {}  # by method and reason the budgets
         self.book = CostBook(loaded, self.journal, self.pairs, batch, longest, repeats, self.skipped)
         self.end = now() + deadline
         self.interrupted = False
+        self.untimed: list[StudyEntry] = []  # what time was too short for
 
     @property
     def over(self) -> bool:
@@ -120,18 +123,19 @@ class Tuning:
             self.end = end
 
     def costs(self, entries: Sequence[StudyEntry]) -> list[Candidate]:
-        """Measure what entries cost that are not known yet; those that time was too short for are left out."""
+        """Measure what entries cost that are not known yet, in half of the time; the others are left out."""
         made = []
-        with Bar(len(entries)) as bar:
+        with self.within(TIMING), Bar(len(entries)) as bar:
             for entry in entries:
                 if entry not in self.book and self.over:
-                    break
+                    self.untimed.append(entry)
+                    continue
                 status(f"timing {entry.label}")
                 try:
                     made.append(Candidate(entry, self.book.of(entry)))
                 except KeyboardInterrupt:
                     self.interrupted = True
-                    break
+                    self.untimed.append(entry)
                 except CommandError as error:  # a method that refuses still pictures, or this size of them
                     self.refuse(entry, error)
                 bar.step()
@@ -215,7 +219,16 @@ class Tuning:
     def refuse(self, entry: StudyEntry, error: CommandError) -> None:
         """Note that an entry is left out, and why."""
         note(f"left out: {entry.label}: {error}")
-        self.refused.setdefault(entry.method, []).append(f"{entry.budget}: {error}" if entry.budget else str(error))
+        reasons = self.refusals.setdefault(entry.method, {})
+        reasons.setdefault(str(error), []).append(entry.budget or "own schedule")
+
+    @property
+    def refused(self) -> dict[str, list[str]]:
+        """What was left out of methods, and why."""
+        return {
+            method: [f"{', '.join(budgets)}: {why}" for why, budgets in reasons.items()]
+            for method, reasons in self.refusals.items()
+        }
 
     def losses(self, candidate: Candidate) -> list[float]:
         """The mean loss of every picture."""

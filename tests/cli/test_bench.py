@@ -149,4 +149,8 @@ def test_selection_alone(cli, tmp_path, monkeypatch):
     code, out, _ = cli("bench", "--selection", "--pairs", 2, "--device", "cpu", "--json", file)
     assert code == 0
     assert "80 -> 10" in out
-    assert [one["objective"] for one in json.loads(file.read_text())["selection"]] == 2 * ["max_min", "log_det"]
+    assert [one["objective"] for one in json.loads(file.read_text())["selection"]] == 2 * [
+        "max_min",
+        "log_det",
+        "coverage",
+    ]

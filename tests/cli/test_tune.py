@@ -160,6 +160,34 @@ def test_time_that_is_over_ends_with_what_there_is(run, monkeypatch):
     assert "--resume goes on" in err
 
 
+def test_timing_leaves_time_for_answers(run, monkeypatch):
+    """A candidate takes a minute to time, of five: three are, in half of the time, each method among them."""
+    clock = {"now": 0.0}
+    cost = costs.measure_costs
+
+    def slow(*args):
+        clock["now"] += 60
+        return cost(*args)
+
+    init = tuning.Tuning.__init__
+    monkeypatch.setattr(tuning.Tuning, "__init__", lambda self, *args: init(self, *args, now=lambda: clock["now"]))
+    monkeypatch.setattr(costs, "measure_costs", slow)
+    code, results, _, err = run(minutes="5")
+    assert code == 0, err
+    assert "1 candidate not tried at all: --resume goes on" in err
+    assert not results["complete"]
+    assert {one["label"] for one in results["finalists"]} == {"fopru, keep 0.5", "grid, keep 0.5", "fopru, keep 1.0"}
+
+
+def test_all_methods_come_before_other_budgets(folders):
+    from vlmprune import registry
+
+    jobs, refused = verb.jobs_of(None, [{"keep": 0.5}, {"keep": 0.25}], {})
+    first = [job.method for job in jobs[: len(registry.names()) - len(refused)]]
+    assert len(set(first)) == len(first)
+    assert set(first) | set(refused) == set(registry.names())
+
+
 def test_hopeless_candidates_see_few_pictures(folders, tmp_path, cli, monkeypatch):
     """Answers by a made-up model: of ten methods at budgets, what loses everything does not see all 32 pictures."""
     from PIL import Image

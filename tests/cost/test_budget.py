@@ -77,7 +77,7 @@ def test_the_random_numbers_of_others_stay(tiny_model):
 
 
 def test_a_tower_for_any_size_has_no_cost():
-    with pytest.raises(vlmprune.UnsupportedError, match="takes pictures of any size"):
+    with pytest.raises(vlmprune.UnsupportedError, match="of LLaVA's build alone"):
         Costs(tiny.model(family="qwen2_vl"))
 
 

@@ -70,28 +70,20 @@ def everything(go, floats, few):
     """Compile all, or with `few` the largest."""
     for kind in floats:
         for dim in (128,) if few else (64, 128, 256):  # 72 is padded to 128
-            for masks in (True,) if few else (False, True):
-                size = triton_attention.tiles(100, dim, DTYPES[kind])
-                size |= {"CAUSAL": masks, "REAL": masks, "BIAS": masks, "WIDE": False}
+            for causal in (True,) if few else (False, True):
+                size = triton_attention.tiles(100, dim, DTYPES[kind]) | {"CAUSAL": causal, "WIDE": False}
                 for kernel in (triton_attention.softmax_kernel, triton_attention.mass_kernel):
                     go(kernel, {"query": kind, "key": kind}, dict(size))
         if few:
             continue
         go(triton_merge.merge_kernel, {"hidden": kind}, {"AT_ONCE": 8, "BLOCK": 512}, out=f"*{kind}")
         go(triton_greedy.hash_kernel, {"features": kind, "keys": "i64"}, {"ROWS": 16, "BLOCK": 128})
-        step = {"LOW": 1e-5, "OBJECTIVE": "max_min", "GRAM": False, "BLOCK": 128, "PARTS": 128, "WIDE": 32}
+        step = {"LOW": 1e-5, "OBJECTIVE": "max_min", "GRAM": False, "BLOCK": 128, "PARTS": 256, "WIDE": 32}
         go(triton_greedy.greedy_step_kernel, {"source": kind}, step)
         for ranked in (True, False):
             rows = dict.fromkeys(("hidden", "cos", "sin", "hidden_out", "cos_out", "sin_out"), kind)
             rows["scores"] = "fp32" if ranked else "u8"
-            size = {
-                "RANK": ranked,
-                "REAL": ranked,
-                "CONTIGUOUS": not ranked,
-                "BLOCK": 4096,
-                "WIDE": 2048,
-                "NARROW": 128,
-            }
+            size = {"RANK": ranked, "BLOCK": 4096, "WIDE": triton_choose.WIDE, "NARROW": triton_choose.NARROW}
             go(triton_choose.select_gather_kernel, rows, size | {"num_warps": triton_common.warps(4096)})
     for block in (4096,) if few else (1024, 4096, 16384):
         size = {"BLOCK": block, "num_warps": triton_common.warps(block)}
@@ -105,7 +97,7 @@ def everything(go, floats, few):
             go(triton_greedy.greedy_kernel, {}, constants | triton_greedy.greedy_size(block))
     if not few:
         go(triton_greedy.twin_kernel, {"keys": "i64"}, {"ROWS": 64, "BLOCK": 128})
-        step |= {"OBJECTIVE": "log_det", "GRAM": True}
+        step |= {"OBJECTIVE": "log_det", "GRAM": True, "PARTS": 128}
         go(triton_greedy.greedy_step_kernel, {"source": "fp32"}, step)
 
 

@@ -53,3 +53,23 @@ def test_gradients(sparse):
     given[5] = given[5].double().requires_grad_()
     assert torch.autograd.gradcheck(lambda hidden, weight: merge(hidden, *given[1:5], weight, given[6]),
                                     (given[0], given[5]))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [("into", -1, "into is no token"), ("into", 8, "into is no token"), ("at", 39, "at is no row")],
+)
+def test_what_is_no_token_or_row(device, monkeypatch, name, wrong, message):
+    """A GPU says so in a debug build (TRITON_DEBUG=1); without, what flows to no token would be left out."""
+    if device.type == "cuda":
+        pytest.skip("an assertion on a GPU ends its context")
+    given, place = merge_inputs(torch.float32), {"at": 1, "into": 4}[name]
+    given[place][1, 7] = wrong  # a token that is kept
+    with pytest.raises((RuntimeError, IndexError)):
+        merge(*given)
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    from vlmprune.kernels import triton_merge
+
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", interpreter.InterpreterOptions(debug=True))
+    with pytest.raises(Exception, match=message):
+        triton_merge.merge(*given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from threading import Thread
 
 import pytest
 import tiny
@@ -78,6 +79,51 @@ def test_whoever_listens_hears_the_op():
     hidden = args[3].clone().requires_grad_()
     kernels.call("select_gather", *args[:3], hidden, *args[4:])[0].sum().backward()
     assert hidden.grad.sum() == 6 * 4  # of three rows in either sample
+
+
+def test_a_profiler_of_all_threads_hears_the_op():
+    from torch._C._profiler import _ExperimentalConfig
+
+    args = samples()["select_gather"]
+    every = _ExperimentalConfig(profile_all_threads=True)
+    with torch.no_grad(), torch.profiler.profile(experimental_config=every) as run:
+        assert not torch.autograd._profiler_enabled()
+        thread = Thread(target=torch.no_grad()(kernels.call), args=("select_gather", *args))
+        thread.start()
+        thread.join()
+    assert "vlmprune::select_gather" in {event.key for event in run.key_averages()}
+
+
+def test_forward_gradients_are_those_of_the_op(monkeypatch):
+    """They go on under `no_grad`. Kernels would drop them where plain torch does not."""
+    monkeypatch.setattr(kernels.ops, "functions", {})
+    args = list(samples()["select_gather"])
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        args[3] = torch.autograd.forward_ad.make_dual(args[3], torch.ones_like(args[3]))
+        kernels.call("select_gather", *args)
+
+
+@pytest.mark.parametrize("name", samples())
+def test_a_tensor_without_values_has_a_shape(name):
+    op, args = name.partition(",")[0], samples()[name]
+    with torch.no_grad():
+        expected = getattr(ops, op)(*args)
+        found = kernels.call(op, *[x.to("meta") if isinstance(x, torch.Tensor) else x for x in args])
+    for mine, theirs in zip(*[x if isinstance(x, list | tuple) else [x] for x in (found, expected)], strict=True):
+        assert (mine.shape, mine.dtype, mine.device.type) == (theirs.shape, theirs.dtype, "meta")
+
+
+def test_a_sign_that_waits_is_applied(monkeypatch):
+    """Torch keeps the sign of an imaginary part apart from its memory, which is what a kernel would read."""
+    given, args = [], list(samples()["select_gather"])
+    monkeypatch.setattr(choice, "attempt", lambda name, op, args: given.extend(args) or reference.select_gather(*args))
+    monkeypatch.setattr(choice, "why_not", lambda *args: None)
+    args[3] = torch.complex(torch.zeros_like(args[3]), args[3]).conj().imag
+    assert args[3].is_neg()
+    with torch.no_grad(), kernels.use("cuda"):
+        found = kernels.call("select_gather", *args)[0]
+    assert not any(x.is_neg() for x in given if isinstance(x, torch.Tensor))
+    assert torch.equal(found, reference.select_gather(*args)[0])
 
 
 @pytest.mark.parametrize("name", samples())

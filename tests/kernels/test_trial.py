@@ -75,17 +75,57 @@ def test_a_capture_is_no_time_for_a_trial(machine, monkeypatch):
     assert trial.verdict("triton", "merge", CPU) is None
 
 
-def test_a_cache_that_cannot_be_read_or_written(machine, monkeypatch, tmp_path):
-    machine += [PASSED, PASSED, PASSED]
-    trial.verdict("triton", "merge", CPU)
-    trial.file_of(ABOUT).write_text("{")
-    trial.verdicts.clear()
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"about": %s}', '{"about": %s, "found": null}', '{"about": %s, "found": {}}']
+)
+def test_a_file_that_cannot_be_read(machine, text):
+    machine += [PASSED, PASSED]
     assert trial.verdict("triton", "merge", CPU) is None
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    about = {"op": "merge on triton"} | ABOUT
+    trial.file_of(about).write_text(text.replace("%s", json.dumps(about)))
     trial.verdicts.clear()
     assert trial.verdict("triton", "merge", CPU) is None
     assert machine == []
+
+
+def nobodys_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("home", ["a file", "nobody's"])
+def test_a_home_that_cannot_be_written_to(machine, monkeypatch, tmp_path, home):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file") if home == "a file" else "")
+    if home == "nobody's":
+        monkeypatch.setattr(trial.Path, "home", nobodys_home)
+    machine.append(PASSED)
+    for _ in range(2):
+        assert trial.verdict("triton", "merge", CPU) is None
+    assert machine == []
+
+
+def test_two_processes_keep_what_both_found(machine, monkeypatch):
+    """Each asks for another op while the other's trial runs."""
+    machine += [PASSED, PASSED]
+
+    def tried(name, op, device):
+        if op == "merge":  # meanwhile the other process
+            trial.verdict("triton", "greedy", CPU)
+        return machine.pop(0)
+
+    monkeypatch.setattr(trial, "in_a_process", tried)
+    for op in ("merge", "greedy", "merge"):
+        trial.verdicts.clear()
+        assert trial.verdict("triton", op, CPU) is None
+    assert machine == []
+
+
+def test_a_program_without_python(monkeypatch):
+    """One that Python is embedded in."""
+    monkeypatch.setattr(sys, "executable", None)
+    found = trial.in_a_process("triton", "merge", torch.device("cuda", 0))
+    assert "no Python to start" in found["reason"]
+    assert not found["lasting"]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +198,10 @@ def wrong_values(*args):
     return out
 
 
+def no_memory(*args):
+    raise torch.AcceleratorError("top_k: out of memory (2)", 2)
+
+
 def access_out_of_bounds(*args):
     raise torch.AcceleratorError("an illegal memory access", 700)
 
@@ -168,6 +212,7 @@ def access_out_of_bounds(*args):
         (wrong_values, "output 0 differs in 1 of 5 places, first at", True),
         (access_out_of_bounds, "illegal memory access", True),
         (lambda *args: args[99], "IndexError", False),
+        (no_memory, "there was no memory to try it", False),
     ],
 )
 def test_a_wrong_kernel_fails(monkeypatch, kernel, reason, lasting):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
+from importlib import util
+from pathlib import Path
 
 import pytest
 import tiny
@@ -45,3 +50,16 @@ def test_patch_warms_up_unless_told_not_to(monkeypatch):
         assert seen == [({torch.device("cpu")}, torch.float32)]
     with vlmprune.patch(model, "fopru", keep=5, warmup=False):
         assert len(seen) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.exhaustive)])
+def test_what_models_call_is_loaded(dtype):
+    """A form of a kernel that is not would be compiled in the first prefill, and refused where a graph is captured."""
+    if util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).parent / "loaded_triton.py"
+    done = subprocess.run([sys.executable, "-P", script, dtype], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "missing" not in done.stdout, done.stdout[:2000]
+    assert int(done.stdout.split()[-1]) > 40

@@ -40,7 +40,8 @@ def cells():
 
 
 @pytest.mark.parametrize(("family", "name"), list(cells()))
-def test_a_sound_engine_passes(family, name):
+def test_a_sound_engine_passes(family, name, support):
+    support("vlmprune check", family, name)
     passes(subject(family).check(name, **options(family, name)))
 
 

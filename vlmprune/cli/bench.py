@@ -34,8 +34,9 @@ examples:
   vlmprune bench --engine vllm --method vtc_cls --keep 144,64 --concurrency 1,8,32      requests served by vLLM
 
 shapes, with random weights made on the device (no download): llava-1.5-7b, llava-next-7b, llava-onevision-7b,
-scene-llava, small (the default: a 0.3 B language model for two CPU cores), small-half (half of that, the default of
---engine), small-next (small with five views).
+qwen2.5-vl-7b, qwen3-vl-8b, internvl3.5-8b, scene-llava, small (the default: a 0.3 B language model for two CPU cores),
+small-half (half of that, the default of --engine), small-next (small with five views), and small-qwen2.5-vl,
+small-qwen3-vl and small-internvl (0.2 B language models).
 Prompts are random text around one random picture: times do not depend on what it shows.
 """
 

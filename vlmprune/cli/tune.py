@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from datetime import date
+from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -25,6 +26,7 @@ from vlmprune.cli.fidelity import (
 )
 from vlmprune.runtime.errors import UserError, user_mistakes
 from vlmprune.runtime.prompts import Pair, labelled
+from vlmprune.runtime.tables import counted
 
 if TYPE_CHECKING:
     from vlmprune.eval.fidelity.measure import StudyEntry
@@ -46,7 +48,7 @@ LEFT_OUT = {
 }
 EXAMPLES = """\
 examples:
-  vlmprune tune                                    on pictures and questions that come with vlmprune, a few minutes
+  vlmprune tune --minutes 5                        on pictures and questions that come with vlmprune
   vlmprune tune --images photos --prompts prompts.txt --model llava-hf/llava-1.5-7b-hf --speedup 2 --max-loss 1%
   vlmprune tune --images photos --data data.jsonl --metric anls --speed-of first --methods fopru,vtc_cls,random
 
@@ -159,7 +161,7 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
         if search.skipped:
             refuse_nothing(search.skipped, search.interrupted)
         raise UserError("there was no time to measure anything: give more --minutes, fewer --methods or --limit.")
-    complete = not search.over and len(candidates) == len(entries) and len(trials) in (0, len(todo) * (1 + args.trials))
+    complete = not search.over and not search.untimed and len(trials) in (0, len(todo) * (1 + args.trials))
     about = about_run(loaded, "tune", args, **{"pairs of timed runs": args.repeats})
     for name, why in search.refused.items():
         refused.setdefault(name, []).extend(why)
@@ -168,7 +170,8 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
     if search.interrupted:
         raise KeyboardInterrupt
     if not complete:
-        note("time was over before all was measured: --resume goes on")
+        few = f", {counted(len(search.untimed), 'candidate')} not tried at all" if search.untimed else ""
+        note(f"time was over before all was measured{few}: --resume goes on")
 
 
 def searched_of(args: SimpleNamespace, options: dict[str, Any]) -> tuple[dict[str, Range], list[Job]]:
@@ -216,7 +219,7 @@ def jobs_of(
 
     if names is not None:
         return of_methods(names, budgets, options), {}
-    jobs, classes, refused = [], {}, {name: [why] for name, why in LEFT_OUT.items()}
+    jobs, classes, refused = {}, {}, {name: [why] for name, why in LEFT_OUT.items()}
     for name in registry.names():
         try:
             classes[name] = registry.find(name)
@@ -226,10 +229,11 @@ def jobs_of(
     for name, cls in classes.items():
         mine = {key: value for key, value in options.items() if spec.takers(key, {name: cls})}
         try:
-            jobs += of_methods([name], budgets, mine) if name not in LEFT_OUT else []
+            jobs[name] = of_methods([name], budgets, mine) if name not in LEFT_OUT else []
         except (TypeError, ValueError, FileNotFoundError) as error:  # it needs an option, or a file
             refused[name] = [str(error)]
-    return jobs, refused
+    by_budget = zip_longest(*jobs.values())  # should time be short, all methods were tried at some
+    return [job for some in by_budget for job in some if job is not None], refused
 
 
 def of_methods(names: Sequence[str], budgets: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[Job]:

@@ -56,19 +56,19 @@ class Costs:
         text: text tokens of the prompt.
 
     Raises:
-        UnsupportedError: a model that is none, or one whose tower takes pictures of any size.
+        UnsupportedError: a model that is none, or one whose tower and projector the formula does not know.
     """
 
     def __init__(self, model: nn.Module, text: int = TEXT):
         self.family: Family = family_of(model)
         inner = self.family.inner(model)
         self.config, self.facts, self.text = inner.config, self.family.facts(inner), text
-        tile = getattr(self.config.vision_config, "image_size", None)
-        if not isinstance(tile, int):
+        if not self.family.by_formula:
             raise UnsupportedError(
-                f"what a prefill of {self.family.model_type} costs is not computed: its tower takes pictures of any "
-                "size. Give keep= or average=; `vlmprune tune` measures."
+                f"what a prefill of {self.family.model_type} models costs is not computed: the formula knows towers "
+                "and projectors of LLaVA's build alone. Give keep= or average=; `vlmprune tune` measures."
             )
+        tile = self.config.vision_config.image_size
         self.size = (2 * tile, 2 * tile) if self.family.views else (tile, tile)
         self.grid = self.family.image_grid(inner, self.size)
         self.bytes = model.dtype.itemsize

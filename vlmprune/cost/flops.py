@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vlmprune.errors import UnsupportedError
+
 __all__ = ["formula_flops", "kv_width", "language_flops", "prefill_flops"]
 
 
 def prefill_flops(
-    tokens: Sequence[int], hidden: int, ffn: int, ffn_matrices: int = 3, kv_hidden: int | None = None
+    tokens: Sequence[int],
+    hidden: int,
+    ffn: int,
+    ffn_matrices: int = 3,
+    kv_hidden: int | None = None,
+    q_hidden: int | None = None,
 ) -> int:
     """Multiply-adds of a prefill, counting each as one: sum over layers of 4 n d² + 2 n² d + f n d m.
 
@@ -22,29 +29,44 @@ def prefill_flops(
             (arXiv 2505.18757), which undercounts Llama.
         kv_hidden: k, the width of keys and values where grouped queries make it less than d (4 n d² is then
             2 n d² + 2 n d k); the papers have none.
+        q_hidden: q, the width of all heads of queries where that is not d (4 n d² + 2 n² d is then 2 n d q + 2 n d k +
+            2 n² q).
     """
-    projections = 2 * hidden * (hidden + (hidden if kv_hidden is None else kv_hidden))
-    return sum(n * projections + 2 * n**2 * hidden + ffn_matrices * n * hidden * ffn for n in tokens)
+    wide = hidden if q_hidden is None else q_hidden
+    projections = 2 * hidden * (wide + (hidden if kv_hidden is None else kv_hidden))
+    return sum(n * projections + 2 * n**2 * wide + ffn_matrices * n * hidden * ffn for n in tokens)
 
 
 def kv_width(config: Any) -> int:
     """Numbers that a decoder layer caches as the keys (or the values) of one token; `config` is the model's."""
     text = config.text_config
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return head * text.num_key_value_heads
+    return head_width(text) * text.num_key_value_heads
+
+
+def head_width(text: Any) -> int:
+    """Numbers in one head of a language model with this config."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def language_flops(config: Any, tokens: Sequence[int]) -> int:
-    """FLOPs of the decoder layers for one prompt: 2 n (2 d² + 2 d k + 2 n d + 3 d m) per layer.
+    """FLOPs of the decoder layers for one prompt: 2 n (2 d q + 2 d k + 2 n q + 3 d m) per layer.
 
-    d is the hidden size, k the width of keys and m that of the feed-forward.
+    d is the hidden size, q the width of queries (mostly d), k that of keys and m that of the feed-forward.
 
     Args:
         config: the model's.
         tokens: n of every layer, as the cache has them.
+
+    Raises:
+        UnsupportedError: layers with experts, of which a token sees some.
     """
     text = config.text_config
-    return 2 * prefill_flops(tokens, text.hidden_size, text.intermediate_size, kv_hidden=kv_width(config))
+    if getattr(text, "num_experts", None):
+        raise UnsupportedError(f"FLOPs of layers with experts, as {config.model_type} has them, are not computed.")
+    wide = head_width(text) * text.num_attention_heads
+    return 2 * prefill_flops(
+        tokens, text.hidden_size, text.intermediate_size, kv_hidden=kv_width(config), q_hidden=wide
+    )
 
 
 def formula_flops(config: Any, tokens: Sequence[int], tower_tokens: Sequence[tuple[int, int]], views: int) -> int:

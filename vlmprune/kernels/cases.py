@@ -67,6 +67,11 @@ def of_select_gather() -> Iterator[Case]:
         length = int((marked & real).sum(1).max())
         given = rows_of(2, columns, 7, torch.float32, 3)  # rows that no wide access fits
         yield f"{columns} columns, marked", (marked, None, real, *given, length, True)
+        for dtype in FLOATS:  # what a model has: rows that begin where wide accesses do
+            hidden, ids, cos, _ = rows_of(2, columns, 64, dtype, 0)
+            cos, none = hidden[..., :32].contiguous(), cos[..., :0]
+            yield f"{columns} columns, {dtype}, original", (marked, None, None, hidden, ids, cos, cos, columns, False)
+            yield f"{columns} columns, {dtype}, closed", (marked, None, real, hidden, ids, none, none, columns, True)
     hidden, ids, cos, sin = rows_of(2, 300, 16, torch.bfloat16, 0)
     given = (spread(hidden.transpose(1, 2)).transpose(1, 2), spread(ids), cos, sin)
     yield "odd steps, nothing padded", (spread(marked[:, :300]), None, None, *given, 290, True)
@@ -94,6 +99,8 @@ def of_greedy() -> Iterator[Case]:
         features = random(images, tokens, dim, seed=5)
         every = torch.ones(images, tokens, dtype=torch.bool)
         yield f"log_det, {tokens} tokens", (features, first, counts, every, "log_det", int(counts.max()))
+    features, every = random(1, 200, 128, seed=6), torch.ones(1, 200, dtype=torch.bool)
+    yield "log_det, 70 picks", (features, torch.tensor([9]), torch.tensor([70]), every, "log_det", 70)
     features = random(1, 40, 16)
     features[0, 7, 3] = float("nan")
     for objective in ("max_min", "max_sum", "log_det"):
@@ -102,18 +109,21 @@ def of_greedy() -> Iterator[Case]:
 
 
 def of_attention_mass() -> Iterator[Case]:
+    at, real = (torch.arange(70) + 80).expand(2, -1), chance(0.8, 2, 150)
+    real[1, :90] = False  # rows that see nothing
     for dim in (64, 72, 128, 256):
         for dtype in FLOATS:
-            query, key = random(2, 4, 70, dim).to(dtype), random(2, 2, 150, dim, seed=1).to(dtype)
-            if dim == 72:  # heads are split off a projection
-                query, key = query.transpose(1, 2).contiguous().transpose(1, 2), key.mT.contiguous().mT
-            yield f"{dim} per head, {dtype}", (query, key, 0.1, None, None, 0, None, None)
-            if dim in (72, 256):
-                continue
-            at, real = (torch.arange(70) + 80).expand(2, -1), chance(0.8, 2, 150)
-            real[1, :90] = False  # rows that see nothing
-            yield f"{dim} per head, {dtype}, causal", (query, key, 0.1, at, real, 0, None, None)
-            yield f"{dim} per head, {dtype}, one row", (query[:, :, -1:], key, 0.1, at[:, -1:], real, 0, None, None)
+            query, key = random(2, 70, 4, dim).to(dtype), random(2, 150, 2, dim, seed=1).to(dtype)
+            query, key = query.transpose(1, 2), key.transpose(1, 2)  # heads are split off a projection
+            if dim == 64:
+                key = key.mT.contiguous().mT
+            what, last = f"{dim} per head, {dtype}", query[:, :, -1:]
+            if dim != 256:  # of towers
+                yield what, (query, key, 0.1, None, None, 0, None, None)
+                yield f"{what}, one row", (last, key, 0.1, None, None, 0, None, None)
+            if dim != 72:  # of language models
+                yield f"{what}, causal", (query, key, 0.1, at, real, 0, None, None)
+                yield f"{what}, causal, one row", (last, key, 0.1, at[:, -1:], None, 0, None, None)
     weight, bias = random(2, 70).abs(), random(2, 150)
     bias[0, :64] = -torch.inf  # a whole tile
     bias[1] += 100  # beyond what an exponential holds
@@ -127,7 +137,7 @@ def of_attention_mass() -> Iterator[Case]:
 
 def of_merge() -> Iterator[Case]:
     for dtype in FLOATS:
-        for dim in (24, 1500):
+        for dim in (24, 1536):
             at = torch.arange(40).view(2, 20) + torch.tensor([[2], [7]])
             alive, keep = chance(0.8, 2, 20), chance(0.4, 2, 20, seed=1)
             keep[:, 0] = alive[:, 0] = True

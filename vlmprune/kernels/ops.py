@@ -46,13 +46,23 @@ def nobody_listens() -> bool:
     """Whether nothing rides on torch's operations here: gradients, a compiler, a mode, a transform or a profiler."""
     return not (
         torch.is_grad_enabled()
+        or torch.autograd.forward_ad._current_level >= 0  # which `no_grad` leaves on
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack()
         or torch._C._get_tracing_state()
         or torch.autograd._profiler_enabled()
+        or torch.autograd.profiler._is_profiler_enabled  # another thread's, of all threads
     )
+
+
+def values_lie_there(args: tuple) -> bool:
+    """Whether what the tensors' memory holds is their values: not for one that has none, nor for one to be negated."""
+    for x in args:  # noqa: SIM110 - a generator takes twice as long
+        if isinstance(x, Tensor) and (x.is_meta or x.is_neg()):
+            return False
+    return True
 
 
 def call(name: str, *args: Any) -> Any:
@@ -60,7 +70,7 @@ def call(name: str, *args: Any) -> Any:
 
     Finding out takes the dispatcher longer than starting a kernel. The result is that of `torch.ops.vlmprune.<name>`.
     """
-    if nobody_listens() and PLAIN.issuperset(map(type, args)):
+    if nobody_listens() and PLAIN.issuperset(map(type, args)) and values_lie_there(args):
         return functions[name](*args)
     return getattr(torch.ops.vlmprune, name)(*args)
 

@@ -45,15 +45,15 @@ def verdict(name: str, op: str, device: torch.device) -> str | None:
     with lock:
         if key in verdicts:
             return verdicts[key]
-        about = machine(device)
-        found = remembered(about).get(f"{op} on {name}")
+        about = {"op": f"{op} on {name}"} | machine(device)
+        found = remembered(about)
         if found is None:
             if torch.cuda.is_current_stream_capturing():  # not now, and not for good
                 return "its first use on this device is inside a CUDA-graph capture: call it once before"
             found = in_a_process(name, op, device)
             if found["lasting"]:
-                remember(about, f"{op} on {name}", found)
-        verdicts[key] = None if found["reason"] is None else found["reason"] + report(name, op, about, found)
+                remember(about, found)
+        verdicts[key] = None if found["reason"] is None else found["reason"] + report(about, found)
         return verdicts[key]
 
 
@@ -81,9 +81,9 @@ def examine(name: str, op: str, device: torch.device) -> dict[str, Any]:
 
 def failed(label: str, error: Exception) -> dict[str, Any]:
     """The verdict of a case that ended with an error."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return {"reason": "there was no memory to try it", "lasting": False}
     first = (str(error).strip().splitlines() or [""])[0]
+    if "out of memory" in first.lower():  # torch's, the driver's or Triton's
+        return {"reason": "there was no memory to try it", "lasting": False}
     lasting = isinstance(error, torch.AcceleratorError)  # not a compiler that is missing today
     return {"reason": f"it failed in a trial ({label}: {type(error).__name__}: {first})", "lasting": lasting}
 
@@ -95,6 +95,8 @@ def in_a_process(name: str, op: str, device: torch.device) -> dict[str, Any]:
     """`examine` in a process of its own; one that dies has failed, one that cannot be had leaves the question open."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "CUDA_LAUNCH_BLOCKING": "0"}
     index = torch.cuda.current_device() if device.index is None else device.index
+    if not sys.executable:  # a program that Python is only a part of
+        return {"reason": "it could not be tried on this device (no Python to start: sys.executable)", "lasting": False}
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", COMMAND, name, op, f"cuda:{index}"],
@@ -140,36 +142,43 @@ def versions() -> dict[str, str]:
 
 
 def folder() -> Path:
-    """Where verdicts are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmprune" / "kernels"
+    """Where verdicts are kept.
+
+    Raises:
+        OSError: nobody's home, as in containers that run as a user whom the system does not know.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vlmprune" / "kernels"
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 def file_of(about: dict[str, str]) -> Path:
+    """A file for every verdict: processes that try different ops at one time do not overwrite each other's."""
     return folder() / f"{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]}.json"
 
 
-def remembered(about: dict[str, str]) -> dict[str, Any]:
-    """Verdicts of a machine by "op on implementation"; none if they cannot be read."""
+def remembered(about: dict[str, str]) -> dict[str, Any] | None:
+    """The verdict on an op on a machine; None if there is none that can be read."""
     try:
-        found = json.loads(file_of(about).read_text())
-    except (OSError, ValueError):
-        return {}
-    return found.get("verdicts", {}) if isinstance(found, dict) and found.get("machine") == about else {}
+        kept = json.loads(file_of(about).read_text())
+        return kept["found"] if kept["about"] == about and {"reason", "lasting"} <= kept["found"].keys() else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not what `remember` wrote
+        return None
 
 
-def remember(about: dict[str, str], what: str, found: dict[str, Any]) -> None:
-    """Add a verdict to a machine's. A home that cannot be written to costs a trial per process."""
+def remember(about: dict[str, str], found: dict[str, Any]) -> None:
+    """Keep a verdict. A home that cannot be written to costs a trial per process."""
     with contextlib.suppress(OSError):
         folder().mkdir(parents=True, exist_ok=True)
-        both = {"machine": about, "verdicts": remembered(about) | {what: found}}
         with tempfile.NamedTemporaryFile("w", dir=folder(), suffix=".tmp", delete=False) as file:
-            file.write(json.dumps(both, indent=1))
+            file.write(json.dumps({"about": about, "found": found}, indent=1))
         Path(file.name).replace(file_of(about))
 
 
-def report(name: str, op: str, about: dict[str, str], found: dict[str, Any]) -> str:
+def report(about: dict[str, str], found: dict[str, Any]) -> str:
     """For a kernel that is wrong: what a bug report needs."""
     if not found["lasting"]:
         return ""
-    lines = [f"op: {op} on {name}", f"found: {found['reason']}", *(f"{key}: {value}" for key, value in about.items())]
-    return "\nPlease report this, with these lines:\n  " + "\n  ".join(lines) + "\nThe next implementation runs instead"
+    lines = "".join(f"\n  {key}: {value}" for key, value in (about | {"found": found["reason"]}).items())
+    return f"\nPlease report this, with these lines:{lines}\nThe next implementation runs instead"

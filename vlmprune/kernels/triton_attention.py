@@ -14,14 +14,17 @@ __all__ = ["attention_mass", "tiles"]
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 MOST_SPLITS = 16
-PROMPT = ["rows", "keys", "heads", "group", "splits", "window", "scale"]  # numbers that no compiled kernel depends on
+# what no compiled kernel depends on: a prompt's numbers, and where in memory begins what may be a part of something
+PROMPT = {
+    "do_not_specialize": ["rows", "keys", "heads", "group", "splits", "window", "scale", "padded", "biased"],
+    "do_not_specialize_on_alignment": ["at", "real", "bias", "weight"],
+}
 
 
 @triton.jit
 def scores_of(
-    query, key, at, real, bias, row, column, rows, keys, dim, query_step, key_step, scale, window,
-    CAUSAL: tl.constexpr, REAL: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr,
-    DIM: tl.constexpr,
+    query, key, at, real, bias, row, column, rows, keys, dim, query_step, key_step, scale, window, padded, biased,
+    CAUSAL: tl.constexpr, WIDE: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """A tile of scaled scores: what a row may not see is the lowest number, what is no key minus infinity."""
     d = tl.arange(0, DIM)
@@ -31,13 +34,12 @@ def scores_of(
     if WIDE:
         q, k = q.to(tl.float32), k.to(tl.float32)
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    if BIAS:
-        score += tl.load(bias + column, mask=column < keys, other=0)[None]
+    score += tl.load(bias + column, mask=(column < keys) & (biased != 0), other=0)[None]
     if CAUSAL:
         here = tl.load(at + row, mask=row < rows, other=0)[:, None]
         score = tl.where((column[None] <= here) & (column[None] > here - window), score, LOWEST)
-    if REAL:
-        score = tl.where((tl.load(real + column, mask=column < keys, other=0) != 0)[None], score, LOWEST)
+    there = tl.load(real + column, mask=(column < keys) & (padded != 0), other=1) != 0
+    score = tl.where(there[None], score, LOWEST)
     return tl.where((column < keys)[None], score, float("-inf"))
 
 
@@ -49,10 +51,10 @@ def joined(largest, below, other, more):
     return now, below * tl.exp(largest - base) + more * tl.exp(other - base)
 
 
-@triton.jit(do_not_specialize=PROMPT)
+@triton.jit(**PROMPT)
 def softmax_kernel(
     query, key, at, real, bias, top, total, rows, keys, dim, heads, group, query_batch, query_head, query_step,
-    key_batch, key_head, key_step, scale, window, splits, CAUSAL: tl.constexpr, REAL: tl.constexpr, BIAS: tl.constexpr,
+    key_batch, key_head, key_step, scale, window, splits, padded, biased, CAUSAL: tl.constexpr,
     WIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The largest score of every row, and the sum of the exponentials below it, over a share of the keys."""
@@ -75,7 +77,7 @@ def softmax_kernel(
         column = first + tl.arange(0, KEYS)
         score = scores_of(
             query, key, at + batch * rows, real + batch * keys, bias + batch * keys, row, column,
-            rows, keys, dim, query_step, key_step, scale, window, CAUSAL, REAL, BIAS, WIDE, DIM,
+            rows, keys, dim, query_step, key_step, scale, window, padded, biased, CAUSAL, WIDE, DIM,
         )  # fmt: skip
         now = tl.max(score, 1)
         base = tl.where(now == float("-inf"), 0.0, now)
@@ -89,11 +91,11 @@ def softmax_kernel(
     tl.store(total + out, below, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=PROMPT)
+@triton.jit(**PROMPT)
 def mass_kernel(
     query, key, at, real, bias, weight, top, total, out, rows, keys, dim, heads, group, query_batch, query_head,
-    query_step, key_batch, key_head, key_step, scale, window, splits, CAUSAL: tl.constexpr, REAL: tl.constexpr,
-    BIAS: tl.constexpr, WIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    query_step, key_batch, key_head, key_step, scale, window, splits, padded, biased,
+    CAUSAL: tl.constexpr, WIDE: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """The weighted column sums of one head's attention for one block of keys, in one pass over the rows."""
     head, batch = (tl.program_id(1) % heads).to(tl.int64), (tl.program_id(1) // heads).to(tl.int64)
@@ -119,7 +121,7 @@ def mass_kernel(
         if needed != 0:
             score = scores_of(
                 query, key, at + batch * rows, real + batch * keys, bias + batch * keys, row, column, rows, keys, dim,
-                query_step, key_step, scale, window, CAUSAL, REAL, BIAS, WIDE, DIM,
+                query_step, key_step, scale, window, padded, biased, CAUSAL, WIDE, DIM,
             )  # fmt: skip
             share = tl.load(weight + batch * rows + row, mask=row < rows, other=0)
             given = tl.exp(score - largest[:, None]) * (share / below)[:, None]
@@ -128,7 +130,7 @@ def mass_kernel(
 
 
 def tiles(rows: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Sizes of a program: few rows need no tall tiles, and what a program holds must fit its registers.
+    """Sizes of a program: a few rows need no tall tiles, and what a program holds must fit its registers.
 
     Products in float32 run without tensor cores and hold whole rows of both factors.
     """
@@ -137,7 +139,7 @@ def tiles(rows: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
         tall, keys = 16, 32 if wide <= 64 else 16
     else:
         tall, keys = (64, 64) if wide <= 128 else (32, 32)
-    return {"ROWS": max(16, min(tall, triton.next_power_of_2(rows))), "KEYS": keys, "DIM": wide, "num_warps": 4}
+    return {"ROWS": 16 if rows <= 16 else tall, "KEYS": keys, "DIM": wide, "num_warps": 4}
 
 
 def attention_mass(
@@ -162,17 +164,17 @@ def attention_mass(
     none = query.new_empty(0, dtype=torch.float32)
     seen = [
         none if at is None else at.expand(batch, -1).contiguous(),
-        none if real is None else real.expand(batch, -1).contiguous().view(torch.uint8),
+        none.view(torch.uint8) if real is None else real.expand(batch, -1).contiguous().view(torch.uint8),
         none if bias is None else bias.float().expand(batch, -1).contiguous(),
     ]
     size = tiles(rows, dim, kind)
     blocks = triton.cdiv(rows, size["ROWS"]) * batch * heads
     splits = max(1, min(MOST_SPLITS, triton.cdiv(keys, size["KEYS"]), 2 * processors(device) // blocks))
     numbers = [rows, keys, dim, heads, heads // key.shape[1], *query.stride()[:3], *key.stride()[:3], float(scale)]
-    numbers += [window or rows + keys + 2**30, splits]
-    size |= {"CAUSAL": at is not None, "REAL": real is not None, "BIAS": bias is not None}
+    numbers += [window or rows + keys + 2**30, splits, int(real is not None), int(bias is not None)]
+    size["CAUSAL"] = at is not None
     size["WIDE"] = kind == torch.bfloat16 and not query.is_cuda  # Triton's interpreter has no bfloat16 products
-    top, total = query.new_empty(2, batch, heads, splits, rows, dtype=torch.float32)
+    top, total = (query.new_empty(batch, heads, splits, rows, dtype=torch.float32) for _ in range(2))
     grid = (triton.cdiv(rows, size["ROWS"]) * splits, batch * heads)
     start(device, softmax_kernel, grid, query, key, *seen, top, total, *numbers, **size)
     mass = query.new_empty(batch, heads, keys, dtype=torch.float32)

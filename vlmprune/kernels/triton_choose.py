@@ -13,6 +13,7 @@ from vlmprune.kernels.triton_common import LOWEST_KEY, block_of, ordered, proces
 __all__ = ["select_gather", "top_k"]
 
 TILE = 4096  # columns of which a program of top_k holds the keys at once
+WIDE, NARROW = 1024, 128  # numbers of a row of hidden states and of a rotary embedding that are moved at once
 
 
 @triton.jit
@@ -31,7 +32,7 @@ def best(score, among, wanted):
     return (above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= need))) & (number > 0)
 
 
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit(do_not_specialize=["columns"], do_not_specialize_on_alignment=["scores", "counts", "candidates"])
 def top_k_kernel(scores, counts, candidates, out, columns, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -59,7 +60,7 @@ def at_least(scores, candidates, row, limit, columns, TILE: tl.constexpr):
     return tl.sum(found, 0)
 
 
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit(do_not_specialize=["columns"], do_not_specialize_on_alignment=["scores", "counts", "candidates"])
 def top_k_tiled_kernel(scores, counts, candidates, out, columns, TILE: tl.constexpr):
     """`best` for rows that have no room in registers: every bit reads the row anew, from the cache."""
     row = tl.program_id(0).to(tl.int64)
@@ -113,23 +114,22 @@ def copy_row(source, to, n, BLOCK: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "columns", "length", "rows", "axes", "rotary_axes", "score_sample", "score_step", "real_sample", "real_step",
-        "ids_axis", "ids_sample", "ids_step",
-    ]
+        "ids_axis", "ids_sample", "ids_step", "padded", "contiguous",
+    ],
+    do_not_specialize_on_alignment=["scores", "counts", "real", "ids"],
 )  # fmt: skip
 def select_gather_kernel(
     scores, counts, real, hidden, ids, cos, sin, hidden_out, ids_out, cos_out, sin_out, index_out, mask_out,
     dropped_out, columns, length, rows, dim, rotary, axes, rotary_axes, score_sample, score_step, real_sample,
     real_step, hidden_sample, hidden_step, ids_axis, ids_sample, ids_step, cos_axis, cos_sample, cos_step, sin_axis,
-    sin_sample,
-    sin_step, RANK: tl.constexpr, REAL: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    BLOCK: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
+    sin_sample, sin_step, padded, contiguous, RANK: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
 ):  # fmt: skip
     first, sample, batch = tl.program_id(0) * rows, tl.program_id(1).to(tl.int64), tl.num_programs(1)
     column = tl.arange(0, BLOCK)
     among = column < columns
     score = tl.load(scores + sample * score_sample + column * score_step, mask=among, other=0)
-    if REAL:
-        among = (tl.load(real + sample * real_sample + column * real_step, mask=among, other=0) != 0) & among
+    among &= tl.load(real + sample * real_sample + column * real_step, mask=among & (padded != 0), other=1) != 0
     if RANK:  # noqa: SIM108 - decided while compiling
         kept = best(score, among, tl.load(counts + sample))
     else:
@@ -150,7 +150,7 @@ def select_gather_kernel(
         tl.store(mask_out + out, (row >= length - total).to(tl.uint8))
         for axis in range(axes):
             number = tl.load(ids + axis * ids_axis + sample * ids_sample + source * ids_step)
-            if CONTIGUOUS:
+            if contiguous != 0:
                 number = tl.maximum(number - tl.sum(tl.where(here, gone, 0), 0), 0)
             tl.store(ids_out + axis * batch * length + out, number)
         copy_row(hidden + sample * hidden_sample + source * hidden_step, hidden_out + out * dim, dim, WIDE)
@@ -188,15 +188,16 @@ def select_gather(
     rows = max(1, min(16, -(-batch * length // (2 * processors(hidden.device)))))
     byte = lambda x: x.view(torch.uint8) if x.dtype == torch.bool else x  # noqa: E731
     none = hidden.new_empty(0, dtype=torch.long)
+    if not rotary:  # steps between nothing: those of an empty tensor change from prompt to prompt
+        cos_step = sin_step = [0, 0, 0]
     start(
         hidden.device, select_gather_kernel, (max(1, triton.cdiv(length, rows)), batch), byte(scores),
-        none if counts is None else counts.long().contiguous(), none if real is None else byte(real), hidden, ids, cos,
-        sin, *outs[:5], byte(outs[5]), outs[6], columns, length, rows, hidden.shape[-1], rotary,
-        1 if ids.ndim == 2 else ids.shape[0], (1 if cos.ndim == 3 else cos.shape[0]) if rotary else 0,
+        none if counts is None else counts.long().contiguous(),
+        none.view(torch.uint8) if real is None else byte(real), hidden, ids, cos, sin, *outs[:5], byte(outs[5]),
+        outs[6], columns, length, rows, hidden.shape[-1], rotary, 1 if ids.ndim == 2 else ids.shape[0],
+        (1 if cos.ndim == 3 else cos.shape[0]) if rotary else 0,
         *scores.stride(), *((0, 0) if real is None else real.stride()), *step[1:],
-        *[0] * (3 - ids.ndim), *ids.stride(), *cos_step, *sin_step,
-        RANK=counts is not None, REAL=real is not None, CONTIGUOUS=contiguous, BLOCK=block,
-        WIDE=min(2048, triton.next_power_of_2(max(hidden.shape[-1], 16))),
-        NARROW=min(1024, triton.next_power_of_2(max(rotary, 16))), num_warps=warps(block),
+        *[0] * (3 - ids.ndim), *ids.stride(), *cos_step, *sin_step, int(real is not None), int(contiguous),
+        RANK=counts is not None, BLOCK=block, WIDE=WIDE, NARROW=NARROW, num_warps=warps(block),
     )  # fmt: skip
     return outs

@@ -16,6 +16,7 @@ __all__ = ["greedy"]
 
 STEP_BLOCK = 128  # tokens of a program of `greedy_step_kernel`
 MANY_STEPS = 64  # of log_det: one program would read all earlier components at every pick
+GIVEN = ["first", "counts", "candidates"]  # which may begin anywhere: they may be parts of what a caller has
 ASK = 256 << 20  # bytes of dot products from which on free memory is looked at first
 
 
@@ -62,7 +63,7 @@ def twins_of(features: Tensor) -> Tensor:
     return twins
 
 
-@triton.jit(do_not_specialize=["tokens", "steps"])
+@triton.jit(do_not_specialize=["tokens", "steps"], do_not_specialize_on_alignment=GIVEN)
 def greedy_kernel(
     products, scale, twins, first, counts, candidates, picked, order, basis, tokens, steps, LOW: tl.constexpr,
     OBJECTIVE: tl.constexpr, BLOCK: tl.constexpr, UNROLL: tl.constexpr, HELD: tl.constexpr,
@@ -120,7 +121,10 @@ def lowered(value, component, LOW: tl.constexpr):
     return tl.where((value > float("-inf")) & (value < LOW), 0.0, value)
 
 
-@triton.jit(do_not_specialize=["i", "tokens", "steps", "parts", "image_step", "token_step"])
+@triton.jit(
+    do_not_specialize=["i", "tokens", "steps", "parts", "image_step", "token_step"],
+    do_not_specialize_on_alignment=GIVEN,
+)
 def greedy_step_kernel(
     source, scale, twins, first, counts, candidates, value, best_key, best_at, picked, order, basis, i, tokens,
     steps, dim, parts, image_step, token_step, dim_step, LOW: tl.constexpr, OBJECTIVE: tl.constexpr, GRAM: tl.constexpr,
@@ -254,10 +258,12 @@ def step_by_step(
     scale, (images, tokens) = given[0], given[0].shape
     parts = triton.cdiv(tokens, STEP_BLOCK)
     value = scale.new_empty(2, images, tokens)
-    best_key, best_at = torch.empty(2, 2, images, parts, dtype=torch.int32, device=scale.device)
+    # each begins where memory does: no compiled kernel depends on how many there are
+    best_key, best_at = (torch.empty(2, images, parts, dtype=torch.int32, device=scale.device) for _ in range(2))
     for i in range(1, steps + 1):
         start(
             scale.device, greedy_step_kernel, (parts, images), source, *given, value, best_key, best_at, *made, i,
-            tokens, steps, source.shape[-1], parts, *source.stride(), LOW=floor(torch.float32), OBJECTIVE=objective,
-            GRAM=gram, BLOCK=STEP_BLOCK, PARTS=max(16, triton.next_power_of_2(parts)), WIDE=32, num_warps=4,
+            tokens, steps, 0 if gram else source.shape[-1], parts, *source.stride(), LOW=floor(torch.float32),
+            OBJECTIVE=objective, GRAM=gram, BLOCK=STEP_BLOCK, PARTS=max(128, triton.next_power_of_2(parts)), WIDE=32,
+            num_warps=4,
         )  # fmt: skip

@@ -13,7 +13,10 @@ from vlmprune.kernels.triton_common import single, start
 __all__ = ["merge"]
 
 
-@triton.jit(do_not_specialize=["tokens", "entries", "hidden_sample", "length", "all_rows"])
+@triton.jit(
+    do_not_specialize=["tokens", "entries", "hidden_sample", "length", "all_rows"],
+    do_not_specialize_on_alignment=["at", "keep", "rows", "weight"],
+)
 def merge_kernel(
     hidden, at, keep, entry, rows, weight, begin, end, out, tokens, entries, dim, hidden_sample, hidden_step, length,
     all_rows, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
@@ -21,6 +24,9 @@ def merge_kernel(
     token, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     here = image * tokens + token
     part = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    own = image * tokens
+    within = (tl.load(begin + own) == 0) & (tl.load(end + own + tokens - 1) == entries)  # sorted: none before or after
+    tl.device_assert(within, "into is no token")
     if tl.load(keep + here) != 0:
         total = tl.zeros((BLOCK,), tl.float32)
         last = tl.load(end + here).to(tl.int32)

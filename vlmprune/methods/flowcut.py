@@ -32,7 +32,7 @@ __all__ = ["FlowCut", "importance", "to_remove"]
 
 
 def importance(flow: torch.Tensor) -> torch.Tensor:
-    """`(views, patches)`: (share of the attention + share of the alikeness) * length, of `(views, patches, 3)`."""
+    """`(views, patches)` of `BlockFlow` `(views, patches, 3)`: (share of attention + share of alikeness) * length."""
     paid, alike, length = flow.unbind(-1)
     return (paid / paid.sum(1, keepdim=True) + alike / alike.sum(1, keepdim=True)) * length
 
@@ -56,11 +56,10 @@ def to_remove(paid: torch.Tensor, left: torch.Tensor, target: int, ahead: int, t
 @register("flowcut")
 @dataclass(frozen=True)
 class FlowCut(InTower):
-    """Drop patches in every second tower layer by what flows from them, judged over all layers so far.
+    """Drop patches in every second tower layer by what flows between them and [CLS], judged over all layers so far.
 
-    A layer's score is (attention paid by [CLS] + alikeness of values to [CLS]'s, each as a share of its sum) * length
-    (L1) of the head-mean values; c = c / 2 + score / 2 from layer to layer. The last cut is in front of the layer whose
-    output becomes the features.
+    A layer's score is `importance`; c = c / 2 + score / 2 from layer to layer. How many go is `to_remove`, and the last
+    cut, in front of the layer whose output becomes the features, leaves the budget.
 
     Args:
         keep, average: patches per image (a fraction on families with views).

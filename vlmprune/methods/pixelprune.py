@@ -19,7 +19,6 @@ from vlmprune.parts import (
     Reduction,
     Seen,
     keep_patches,
-    need_sparse,
 )
 
 __all__ = ["PixelPrune", "unpredicted"]
@@ -69,7 +68,6 @@ class PixelPrune(Method):
     }
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
-        need_sparse(self.known_as, facts)
         return [PatchCut(self.pick), Cut(Decoder(0), (Kept(),), self.drop)]
 
     def pick(self, pixels: torch.Tensor, sizes: list[tuple[int, int, int]]) -> torch.Tensor:

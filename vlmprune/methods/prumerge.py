@@ -18,7 +18,6 @@ from vlmprune.parts import (
     WholeKeys,
     WholeRow,
     is_whole,
-    need_patches,
     top_k,
     upload,
 )
@@ -94,7 +93,6 @@ class PruMerge(BehindTower):
     spreads: ClassVar[bool] = False  # whether patches from all over the picture stay too
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
-        need_patches(self.known_as, facts)
         last = facts.tower_layers - 1
         return self.behind(WholeRow(last), WholeKeys(last))
 

@@ -18,7 +18,6 @@ from vlmprune.parts import (
     Views,
     VisionAttention,
     gather_to,
-    need_patches,
     stride,
     top_k,
     upload,
@@ -81,7 +80,6 @@ class VisionZip(BehindTower):
     contextual: Share = 5 / 32
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
-        need_patches(self.known_as, facts)
         row = VisionAttention(facts.feature_layer, "cls" if facts.has_cls else "patches")
         return self.behind(row, BlockKeys(facts.feature_layer))
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vlmprune import kernels
+from vlmprune.kernels.precision import product
 from vlmprune.kernels.reference import CHUNK, by_key_head, upcast, visible_keys
 
 __all__ = [
@@ -84,7 +85,7 @@ def mean_logits(
         at = None if visible.at is None else visible.at[:, part]
         if (may := visible_keys(at, visible.real, visible.window, keys)) is not None:
             share = share * may
-        total += ((query[:, :, :, part] @ key).mean((1, 2)) * share).sum(1)
+        total += (product(query[:, :, :, part], key).mean((1, 2)) * share).sum(1)
         seen += share.sum(1)
     return total * scale / torch.where(seen > 0, seen, 1)
 
@@ -98,7 +99,7 @@ def cls_logits(query: torch.Tensor, key: torch.Tensor, scale: float) -> torch.Te
     Returns:
         `(..., patches)`.
     """
-    return (upcast(key) @ upcast(query)[..., None]).squeeze(-1).mean(-2) * scale
+    return product(upcast(key), upcast(query)[..., None]).squeeze(-1).mean(-2) * scale
 
 
 def distinctness(tokens: torch.Tensor) -> torch.Tensor:

@@ -141,14 +141,13 @@ class Covered:
     """A `Cover` on the host: how well its rows are covered so far, and what every token would add to that.
 
     Attributes:
-        now: `(rows, 1)`.
+        now: `(rows,)`.
         gain: `(tokens,)` float64.
     """
 
     def __init__(self, cover: Cover, held: bool):
-        self.cover, self.table = cover, cover.part().detach().cpu() if held else None
-        self.whole = None if self.table is None else self.table.numpy()
-        self.now = np.zeros((len(cover), 1), np.float64 if cover.tokens.dtype == torch.float64 else np.float32)
+        self.cover, self.whole = cover, array(cover.part()) if held else None
+        self.now = np.zeros(len(cover), np.float64 if cover.tokens.dtype == torch.float64 else np.float32)
         self.gain = self.sums()
 
     def rows(self, at: np.ndarray) -> np.ndarray:
@@ -158,16 +157,17 @@ class Covered:
         return array(self.cover.part(torch.from_numpy(at).to(self.cover.tokens.device)))
 
     def column(self, token: int) -> np.ndarray:
-        """`(rows, 1)` of a token."""
-        return array(self.cover.column(token))[:, None] if self.whole is None else self.whole[:, token, None]
+        """`(rows,)` of a token."""
+        return array(self.cover.column(token)) if self.whole is None else self.whole[:, token]
 
     def sums(self) -> np.ndarray:
         """`(tokens,)` what every token adds, summed up over all rows."""
-        total = torch.zeros(len(self.cover.tokens), dtype=torch.float64)
-        for at in torch.arange(len(self.now)).split(CHUNK):
-            part = slice(int(at[0]), int(at[-1]) + 1)
-            rows = torch.from_numpy(self.rows(at.numpy())) if self.table is None else self.table[part]
-            total += (rows - torch.from_numpy(self.now[part])).relu_().sum(0, dtype=torch.float64)
+        total = torch.full((len(self.cover.tokens),), -self.now.sum(dtype=np.float64), dtype=torch.float64)
+        for start in range(0, len(self.now), CHUNK):
+            now = self.now[start : start + CHUNK, None]
+            at = slice(start, start + len(now))
+            rows = self.rows(np.arange(at.start, at.stop)) if self.whole is None else self.whole[at]
+            total += torch.maximum(torch.from_numpy(rows), torch.from_numpy(now)).sum(0, dtype=torch.float64)
         return total.numpy()
 
     def anew(self, token: int) -> None:
@@ -177,20 +177,18 @@ class Covered:
     def pick(self, token: int) -> None:
         """Cover the rows by a token."""
         column = self.column(token)
-        better = (column > self.now).ravel().nonzero()[0]
+        better = (column > self.now).nonzero()[0]
+        before, after = self.now[better], column[better]
+        self.now[better] = after
         if self.whole is not None and MANY * len(better) > len(self.now):
-            self.now = np.maximum(self.now, column)
             self.gain = self.sums()
             return
-        before, after = self.now[better], column[better]
         for start in range(0, len(better), CHUNK):
             part = slice(start, start + CHUNK)
             rows = self.rows(better[part])
-            np.maximum(rows, before[part], out=rows)
-            np.minimum(rows, after[part], out=rows)
-            rows -= before[part]
-            self.gain -= rows.sum(0, dtype=np.float64)
-        self.now[better] = after
+            np.maximum(rows, before[part, None], out=rows)
+            np.minimum(rows, after[part, None], out=rows)
+            self.gain -= rows.sum(0, dtype=np.float64) - before[part].sum(dtype=np.float64)
 
 
 @dataclass
@@ -208,7 +206,9 @@ class Greedy:
         left = left if self.bonus is None else left + array(self.bonus)
 
         def worth() -> np.ndarray:
-            gain = sum((cover.gain for cover in self.covers[1:]), self.covers[0].gain)
+            gain = self.covers[0].gain
+            for cover in self.covers[1:]:
+                gain = gain + cover.gain
             return gain if weight is None else gain * weight
 
         dust = NEARLY * float(np.max(worth(), initial=0.0)) / 100

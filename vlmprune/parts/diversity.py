@@ -71,7 +71,8 @@ def weighted_det(features: torch.Tensor, weight: torch.Tensor, picks: int, candi
         along, rest = kernel[image, best], left[image, best]
         if basis:
             known = torch.stack(basis)
-            along = along - torch.einsum("ti,tin->in", known[:, image, best], known)
+            own = known[:, image, best].T[:, None]
+            along = along - product(own, known.transpose(0, 1)).squeeze(1)
         along = torch.where(rest[:, None] > SPANNED, along / rest.clamp(min=SPANNED).sqrt()[:, None], 0)
         left = torch.where(left > -torch.inf, left - along.square(), left)
         # what is left of a token in the span of the picks is rounding: it goes by its weight alone, after all others
@@ -97,7 +98,7 @@ def most_apart(features: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor
     number = torch.arange(unit.shape[1], device=unit.device)
     nearest = []
     for rows in number.split(CHUNK):
-        cosine = unit[:, rows] @ unit.transpose(-1, -2)
+        cosine = product(unit[:, rows], unit.transpose(-1, -2))
         others = candidates[:, None] & (rows[:, None] != number)
         nearest.append(cosine.masked_fill(~others, -torch.inf).amax(-1))
     return torch.cat(nearest, 1).masked_fill(~candidates, torch.inf).argmin(1)

@@ -19,10 +19,10 @@ from torch import nn
 
 from vlmprune.parts.cuts import Merge
 from vlmprune.patches.host import with_cache
-from vlmprune.patches.language_models import attention_mask, window_of
+from vlmprune.patches.language_models import attention_mask, rotary_of, window_of
 from vlmprune.trace import CutTrace
 
-__all__ = ["Flow", "Stretch", "flow_of", "flows", "run_layers", "stretches"]
+__all__ = ["Flow", "Stretch", "flow_of", "flows", "in_stretches", "run_layers", "stretches"]
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,18 @@ def stretch_of(first: int, before: Left, now: Left, flows: Sequence[Flow], devic
     )
 
 
+def in_stretches(values: torch.Tensor, parts: Sequence[Stretch]) -> list[torch.Tensor]:
+    """What is left in every stretch of `(..., batch, length)` values of a prompt's columns, such as its positions.
+
+    Entries that pad have some column's value.
+    """
+    made = []
+    for part in parts:
+        values = values.gather(-1, part.index.expand(*values.shape[:-1], -1))
+        made.append(values)
+    return made
+
+
 def run_layers(
     language_model: nn.Module,
     hidden: torch.Tensor,
@@ -236,6 +248,7 @@ def run_layers(
     cache: Any,
     decoded: int = 0,
     injected: Sequence[torch.Tensor] = (),
+    blocks: Sequence[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """All decoder layers and the norm, called as the model calls them, each stretch with its own rows and positions.
 
@@ -246,26 +259,36 @@ def run_layers(
         decoded: tokens after the prompt, `hidden` included; 0 in the prefill.
         injected: `(batch, length, dim)` what is added to the hidden states behind layers 0, 1, ..., for the entries of
             the first stretch.
+        blocks: of `Family.blocks`, one per stretch, in a prefill; None where attention is causal.
     """
-    number, masks, more = -1, {}, list(injected)
+    number, made, more = -1, {}, list(injected)
     for index, layer in enumerate(language_model.layers):
         if 0 < index <= len(more):
             hidden = hidden + more[index - 1]
         if number + 1 < len(parts) and parts[number + 1].first == index:
             number += 1
-            part, masks = parts[number], {}
+            part, made = parts[number], {}
             if number and not decoded:
                 hidden = part.take(hidden)
                 more[index:] = [part.take(x) for x in more[index:]]
-            rotary = language_model.rotary_emb(hidden, position_ids=positions[number])
-        if (window := window_of(layer)) not in masks:  # full and sliding layers may take turns
-            masks[window] = attention_mask(layer, index, hidden, part.longer(decoded), cache)
+        if (window := window_of(layer)) not in made:  # full and sliding layers may take turns
+            groups = None if blocks is None else padded_blocks(blocks[number], part.mask)
+            made[window] = (
+                attention_mask(layer, index, hidden, part.longer(decoded), cache, groups),
+                rotary_of(layer, language_model.rotary_emb, hidden, positions[number]),
+            )
+        mask, rotary = made[window]
         hidden = layer(
             hidden,
-            attention_mask=masks[window],
+            attention_mask=mask,
             position_embeddings=rotary,
             position_ids=positions[number] if positions[number].ndim == 2 else None,
             use_cache=True,
             **with_cache(cache),
         )
     return language_model.norm(hidden)
+
+
+def padded_blocks(blocks: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Blocks of which entries that pad are none."""
+    return blocks if mask is None else blocks.masked_fill(~mask, -1)

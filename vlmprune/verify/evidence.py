@@ -16,7 +16,7 @@ from vlmprune.engine.finite import WAY_OUT, each_finite
 from vlmprune.patches import Family
 from vlmprune.patches.language_models import window_of
 from vlmprune.trace import CutTrace, Trace
-from vlmprune.verify.prompts import batch
+from vlmprune.verify.prompts import SAID, batch
 from vlmprune.verify.runs import (
     FORCED,
     Hand,
@@ -234,8 +234,8 @@ def intruded(prompt: dict[str, Any]) -> dict[str, Any]:
     def longer(row: torch.Tensor) -> torch.Tensor:
         return torch.cat((row[:, :-2], row[:, -1:].expand(-1, INTRUDERS), row[:, -2:]), 1)
 
-    rows = ("input_ids", "attention_mask", "mm_token_type_ids")
-    return prompt | {name: longer(prompt[name]) for name in rows if name in prompt}
+    rows = {"input_ids", "attention_mask", *SAID}
+    return prompt | {name: longer(prompt[name]) for name in rows.intersection(prompt)}
 
 
 def pruned_of(family: Family, handle: Handle, plain: Plain) -> Pruned:

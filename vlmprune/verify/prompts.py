@@ -11,22 +11,30 @@ import torch
 from torch import nn
 
 from vlmprune.errors import UnsupportedError
+from vlmprune.parts.layout import ImageGrid
 from vlmprune.patches import Family
 from vlmprune.patches.host import reads_pixel_values
 
 __all__ = [
+    "SAID",
     "batch",
     "check_placeholders",
     "check_rotary",
+    "joined",
     "make_prompt",
+    "pictures_of",
     "prompts_for",
     "random_pixels",
     "random_text",
     "side_of",
 ]
 
+Pictures = tuple[dict[str, torch.Tensor], list[list[ImageGrid]]]
+
 FRAMES = 2  # of a video
 SIDE = 6  # tokens along a side of a picture, where pictures have any size
+#: What processors say of every token beside its id (`Family.said_of`).
+SAID = frozenset({"mm_token_type_ids", "token_type_ids"})
 ROOM = 16  # positions beside those of a prompt: tokens that are decoded, columns that a mistake lets through
 
 
@@ -65,11 +73,6 @@ def make_prompt(
         parts: numbers of text tokens, "image" (the next of `sizes`) and "video".
         sizes: (height, width) of the pictures in pixels.
     """
-    if family.kinds:
-        raise UnsupportedError(
-            f"the self-test does not know pictures that see all of themselves, as those of {family.model_type} models "
-            "do: they are proved in this project's own tests alone."
-        )
     inner, generator = family.inner(model), torch.Generator().manual_seed(seed)
     if not reads_pixel_values(inner):
         raise UnsupportedError(
@@ -78,7 +81,7 @@ def make_prompt(
         )
     pictures, images = pictures_of(family, inner, sizes, generator)
     films, frames = videos_of(family, inner, sum(part == "video" for part in parts), generator)
-    features = {"image": iter(images), "video": repeat(frames)}
+    features = {"image": (sum(grid.tokens for grid in picture) for picture in images), "video": repeat(frames)}
     ids = [
         random_text(family, inner, (part,), generator)
         if isinstance(part, int)
@@ -87,9 +90,7 @@ def make_prompt(
     ]
     tokens = torch.cat(ids)[None]
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures | films
-    if family.axes > 1:
-        kinds = (tokens == family.token(inner, modality) for modality in family.modalities)
-        inputs["mm_token_type_ids"] = sum(number * kind for number, kind in enumerate(kinds, 1))
+    inputs |= family.said_of(inner, tokens)
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
@@ -109,7 +110,7 @@ def placeholders(
 
 def packed_pictures(
     family: Family, inner: nn.Module, modality: str, sizes: Sequence[tuple[int, int, int]], generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], list[int]]:
+) -> Pictures:
     """As `pictures_of`, of (frames, height, width) each, for towers that read patches of any number in one sequence."""
     vision, pixels = inner.config.vision_config, {"image": "pixel_values", "video": "pixel_values_videos"}
     patch, grid = (
@@ -126,8 +127,8 @@ def packed_pictures(
         raster = picture.view(frames, rows // vision.spatial_merge_size, cols // vision.spatial_merge_size, -1)
         raster[:, :, -1:] = raster[:, :, -2:-1]
     values = torch.cat(flat).repeat(1, vision.temporal_patch_size)
-    tokens = [family.packing(inner, modality, size).trace().tokens for size in grid]
-    return {pixels[modality]: values, f"{modality}_grid_thw": torch.tensor(grid)}, tokens
+    layouts = [[family.packing(inner, modality, size).trace()] for size in grid]
+    return {pixels[modality]: values, f"{modality}_grid_thw": torch.tensor(grid)}, layouts
 
 
 def videos_of(
@@ -138,16 +139,16 @@ def videos_of(
         return {}, 0
     tile = side_of(family, inner)
     if family.packed:
-        given, tokens = packed_pictures(family, inner, "video", [(FRAMES, tile, tile // 2)] * count, generator)
-        return given, tokens[0]
+        given, layouts = packed_pictures(family, inner, "video", [(FRAMES, tile, tile // 2)] * count, generator)
+        return given, layouts[0][0].tokens
     pixels = random_pixels((count, FRAMES, 3, tile, tile), generator)
     return {"pixel_values_videos": pixels}, family.video_grid(inner, FRAMES).tokens
 
 
 def pictures_of(
     family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """The arguments that bring random pictures of some sizes, and how many tokens each becomes."""
+) -> Pictures:
+    """The arguments that bring random pictures of some sizes, and the layouts that each is made of: mostly one."""
     if not sizes:
         return {}, []
     if family.axes > 1:
@@ -163,27 +164,27 @@ def pictures_of(
     views = max(family.grid(inner, size)[0] for size in known)
     pixels = random_pixels((len(sizes), *((views,) if family.views else ()), 3, tile, tile), generator)
     inputs = {"pixel_values": pixels} | (given if family.needs_sizes else {})
-    return inputs, [family.image_grid(inner, size).tokens for size in known]
+    return inputs, [[family.image_grid(inner, size)] for size in known]
 
 
 def filled_up(
     family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], list[int]]:
+) -> Pictures:
     """As `pictures_of`, for pictures of any size that are filled up to the largest."""
     most = [max(size[axis] for size in sizes) for axis in (0, 1)]
     pixels = random_pixels((len(sizes), 3, *most), generator)
-    tokens = [family.packing(inner, "image", size).trace().tokens for size in sizes]
-    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, tokens
+    layouts = [[family.packing(inner, "image", size).trace()] for size in sizes]
+    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, layouts
 
 
-def tiled(
-    family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator
-) -> tuple[dict[str, torch.Tensor], list[int]]:
-    """As `pictures_of`, for pictures that come as tiles: two of those that are wider than high, one of others."""
-    tiles, tile = [1 + (width > height) for height, width in sizes], side_of(family, inner)
+def tiled(family: Family, inner: nn.Module, sizes: Sequence[tuple[int, int]], generator: torch.Generator) -> Pictures:
+    """As `pictures_of`, for pictures that come as tiles: as many as lie in them, one at least."""
+    tile = side_of(family, inner)
+    tiles = [(height // tile) * (width // tile) or 1 for height, width in sizes]
     pixels = random_pixels((sum(tiles), 3, tile, tile), generator)
-    tokens = family.facts(inner).view_patches
-    return {"pixel_values": pixels[None] if family.listed else pixels}, [n * tokens for n in tiles]
+    if family.runs:
+        return {"pixel_values": pixels}, [[family.packing(inner, "image", n).trace()] for n in tiles]
+    return {"pixel_values": pixels[None]}, [[family.image_grid(inner, None)] * n for n in tiles]
 
 
 def prompts_for(family: Family, model: nn.Module, videos: bool) -> list[dict[str, Any]]:
@@ -250,8 +251,8 @@ def batch(prompts: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
     ids = [padded(prompt["input_ids"], width, side, int(prompt["input_ids"][0, -1])) for prompt in prompts]
     masks = [padded(prompt["attention_mask"], width, side, 0) for prompt in prompts]
     out = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
-    if "mm_token_type_ids" in prompts[0]:
-        out["mm_token_type_ids"] = torch.cat([padded(p["mm_token_type_ids"], width, side, 0) for p in prompts])
+    for name in SAID.intersection(prompts[0]):
+        out[name] = torch.cat([padded(prompt[name], width, side, 0) for prompt in prompts])
     if "image_sizes" in prompts[0] and prompts[0]["pixel_values"].ndim == 4:
         prompts = equal_sizes(prompts)
     others = dict.fromkeys(name for name in chain(*prompts) if name not in out)

@@ -15,9 +15,9 @@ from transformers import DynamicCache
 from vlmprune.engine.encode import encode
 from vlmprune.patches import Family
 from vlmprune.patches.host import returned_cache, with_cache
-from vlmprune.patches.language_models import window_of
+from vlmprune.patches.language_models import rotary_of, window_of
 from vlmprune.trace import CutTrace, Trace
-from vlmprune.verify.byhand import Flow, Stretch, flow_of, flows, run_layers, stretches
+from vlmprune.verify.byhand import Flow, Stretch, flow_of, flows, in_stretches, run_layers, stretches
 
 __all__ = [
     "FORCED",
@@ -90,13 +90,13 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
     every = torch.arange(len(mask), device=mask.device)
     first, on_axes = {"use_cache": True, "logits_to_keep": 1}, family.axes > 1
     if not on_axes:
-        first["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+        first["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + family.origin
     with last_hidden(family.inner(model)) as seen:
         out = model(**inputs, **first)
     hidden, cache = seen[0], returned_cache(out)
     lengths = [layer.keys.shape[2] for layer in cache.layers]
     logits = [model.get_output_embeddings()(hidden[every, last])]
-    place = mask.sum(1, keepdim=True)
+    place = mask.sum(1, keepdim=True) + family.origin
     if on_axes:
         place = place + (family.inner(model).rope_deltas if has_pictures(inputs) else 0)
     for token in forced:
@@ -127,6 +127,7 @@ class Rows:
         images: prompt columns of the tokens of every image, then of every video.
         places: `(length,)` position ids, or `(axes, length)`.
         injected: `(1, length, dim)` what is added to the hidden states behind layers 0, 1, ...
+        blocks: `(1, length)` of `Family.blocks`.
     """
 
     ids: torch.Tensor
@@ -134,6 +135,7 @@ class Rows:
     images: list[list[int]]
     places: torch.Tensor
     injected: list[torch.Tensor]
+    blocks: torch.Tensor | None
 
 
 def rows_of(family: Family, model: nn.Module, prompt: dict[str, Any]) -> Rows:
@@ -150,7 +152,8 @@ def rows_of(family: Family, model: nn.Module, prompt: dict[str, Any]) -> Rows:
         for layer, features in enumerate(getattr(encoded, "deepstack_features", ())):
             injected += [torch.zeros_like(hidden)] * (layer == len(injected))
             injected[layer][0, columns] = torch.cat(list(features)).to(hidden.dtype)
-    return Rows(ids, hidden, images, places_of(family, inner, prompt), injected)
+    blocks = family.blocks(prompt) if has_pictures(prompt) else None
+    return Rows(ids, hidden, images, places_of(family, inner, prompt), injected, blocks)
 
 
 def sizes_of(
@@ -167,7 +170,7 @@ def sizes_of(
 def places_of(family: Family, inner: nn.Module, prompt: dict[str, Any]) -> torch.Tensor:
     """As `Rows.places`, on several axes by the host's own rule."""
     length, device = prompt["input_ids"].shape[1], prompt["input_ids"].device
-    count = torch.arange(length, device=device)
+    count = torch.arange(length, device=device) + family.origin
     if family.axes == 1:
         return count
     if not has_pictures(prompt):
@@ -215,13 +218,12 @@ def by_hand(
     head, embed = model.get_output_embeddings(), model.get_input_embeddings()
     parts = stretches(cuts, [0] * len(rows.images), rows.images, (1, length), rows.hidden.device)
     cache = DynamicCache(config=language_model.config)
-    columns = columns_of(parts, length, 0, len(language_model.layers))
     entered, injected = parts[0].take(rows.hidden), [parts[0].take(x) for x in rows.injected]
-    places, end = [part.positions for part in parts], length
+    places, end = [part.positions + family.origin for part in parts], int(rows.places.max()) + 1
     if rows.places.ndim > 1:
-        places = [rows.places[:, None, columns[part.first]] for part in parts]
-        end = int(rows.places.max()) + 1
-    prompt = run_layers(language_model, entered, parts, places, cache, injected=injected)
+        places = in_stretches(rows.places[:, None], parts)
+    blocks = None if rows.blocks is None else in_stretches(rows.blocks, parts)
+    prompt = run_layers(language_model, entered, parts, places, cache, injected=injected, blocks=blocks)
     logits, tokens = [head(prompt[:, -1])], embed(rows.ids.new_tensor([list(forced)]))
     for number in range(len(forced)):
         places = [end + number + astray - part.shift for part in parts]
@@ -279,6 +281,7 @@ def masked(
     behind = rows.places.max() + 1 + astray + torch.arange(len(forced), device=number.device)
     place = torch.cat((rows.places, behind.expand(*rows.places.shape[:-1], -1)), -1)
     more = [nn.functional.pad(x, (0, 0, 0, len(forced))) for x in rows.injected]
+    blocks = None if rows.blocks is None else nn.functional.pad(rows.blocks[0], (0, len(forced)), value=-1)
     masks: dict[Any, torch.Tensor] = {}
     with masks_allowed(language_model):
         for index, layer in enumerate(language_model.layers):
@@ -293,11 +296,11 @@ def masked(
                     place = place - gone.cumsum(0)
                 masks = {}
             if (window := window_of(layer)) not in masks:
-                masks[window] = mask_of(alive, window, hidden.dtype)
+                masks[window] = mask_of(alive, window, hidden.dtype, blocks)
             hidden = layer(
                 hidden,
                 attention_mask=masks[window][None, None],
-                position_embeddings=language_model.rotary_emb(hidden, position_ids=place[..., None, :]),
+                position_embeddings=rotary_of(layer, language_model.rotary_emb, hidden, place[..., None, :]),
                 position_ids=number[None],
             )
         out = language_model.norm(hidden)[0, -1 - len(forced) :]
@@ -315,10 +318,19 @@ def taken(cut: CutTrace, images: Sequence[Sequence[int]], alive: torch.Tensor) -
     return gone, merging
 
 
-def mask_of(alive: torch.Tensor, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """The `(length, length)` mask of a layer that hides all columns but those `alive`, and those behind its window."""
+def mask_of(
+    alive: torch.Tensor, window: int | None, dtype: torch.dtype, blocks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The `(length, length)` mask of a layer that hides all columns but those `alive`, and those behind its window.
+
+    Args:
+        blocks: `(length,)` of `Family.blocks`.
+    """
     number, rank = torch.arange(len(alive), device=alive.device), alive.cumsum(0)
-    visible = (number <= number[:, None]) & alive
+    visible = number <= number[:, None]
+    if blocks is not None:
+        visible |= (blocks == blocks[:, None]) & (blocks >= 0)
+    visible &= alive
     if window is not None:
         visible &= rank > rank[:, None] - window
     visible |= torch.eye(len(alive), dtype=torch.bool, device=alive.device)  # rows that nobody reads need something

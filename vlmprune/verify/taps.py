@@ -293,11 +293,21 @@ def wanted(tap: Tap, host: Attended, at: Places) -> torch.Tensor:
     return shares(tap, weights, at.visual)[None]
 
 
-def home_of(tower: nn.Module, rotary: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor:
-    """As `Places.home` of one picture, told by what the tower turned every patch by: that is another in each place."""
-    (rows, cols), merge = layout.grids[0].side, tower.spatial_merge_size
+def home_of(family: Family, inner: nn.Module, rotary: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor | None:
+    """As `Places.home` of one picture.
+
+    Where a tower reads patches in an order of its own, it is told by what it turned every patch by: that is another in
+    each place. Others read row by row.
+    """
+    (rows, cols), tower = layout.grids[0].side, family.towers(inner)[0]
+    merge = tower.spatial_merge_size if family.axes > 1 else family.unit(inner)
+    if merge == 1:
+        return None
     down, right, i, j = torch.meshgrid(*map(torch.arange, (rows, cols, merge, merge)), indexing="ij")
-    places = torch.stack((down * merge + i, right * merge + j), -1).flatten(0, 3).to(rotary[0].device)
+    row, col = (down * merge + i).flatten(), (right * merge + j).flatten()
+    if family.axes == 1:
+        return (row * cols * merge + col).view(-1, merge**2)
+    places = torch.stack((row, col), -1).to(rotary[0].device)
     due, there = (torch.cat(list(pair), -1).double() for pair in (tower.rotary_pos_emb(rotary[0], places), rotary))
     return torch.cdist(due, there).argmin(1).view(-1, merge**2)
 
@@ -366,7 +376,8 @@ def compared(family: Family, model: nn.Module, asked: Asked, most: float) -> Lin
         with patch(model, look) as handle:
             model(**inputs, use_cache=False)
     inner = family.inner(model)
-    home = home_of(family.towers(inner)[0], host.rotary, look.layout) if host.rotary else None
+    towers = any(issubclass(kind, TowerTap) for kind, _ in host.blocks)
+    home = home_of(family, inner, host.rotary, look.layout) if towers else None
     at = Places.of(inputs["input_ids"][0] == family.token(inner), look.layout, handle._plan.facts.has_cls, home)
     lines = [tap_line(tap, look.seen[tap], host.blocks[site_of(tap)], at, model.dtype, most) for tap in asked.taps]
     lines += [hidden_line(n, look.seen[n], host.hidden[n], at, model.dtype) for n in asked.hidden]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from leftovers import ours
+from oracles import compare
 
 import vlmprune
 from vlmprune.eval.bench.oracle import Oracle, PlainRun, stretches
 from vlmprune.methods.base import Method
 from vlmprune.parts.cuts import Cut, Decoder, Reduction
 
-STEPS = 4
 METHODS = {
     "fopru": ("fopru", {"keep": 5}),
     "original positions": ("random", {"keep": 5, "positions": "original"}),
@@ -39,27 +39,6 @@ class Ragged(Method):
     def reduce(self, seen, layout):
         number = torch.arange(layout.width)
         return Reduction(layout.alive & (number < 3 + 4 * torch.tensor(layout.sample)[:, None]))
-
-
-def compare(work, handle):
-    """Largest difference of logits, at the first token and at STEPS decoded ones."""
-    pruned = PlainRun(work)
-    with torch.no_grad():
-        token = first = pruned.prefill()
-        logits, tokens = [pruned.logits], []
-        for number in range(STEPS):
-            token = pruned.step(token, pruned.place(number))
-            tokens.append(token)
-            logits.append(pruned.logits)
-        trace = handle.trace
-        handle.unpatch()
-        oracle = Oracle(work, trace)
-        assert oracle.prefill().shape == first.shape
-        others = [oracle.logits]
-        for number, token in enumerate([first, *tokens[:-1]]):
-            oracle.step(token, oracle.place(number))
-            others.append(oracle.logits)
-    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(logits, others, strict=True)), oracle
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next"])

@@ -194,13 +194,10 @@ def test_nothing_to_draw(found, tmp_path):
 
 @pytest.mark.parametrize("objective", selection.PUBLISHED)
 def test_the_published_loops_pick_what_the_library_picks(objective):
-    from vlmprune.parts.diversity import greedy_diversity
-
     for tokens, count in ((60, 20), (576, 64)):
-        x = selection.features_like(tokens, 64, seed=1)
-        everyone = torch.ones(1, tokens, dtype=torch.bool)
-        _, order = greedy_diversity(x[None], torch.tensor([7]), [count], everyone, objective)
-        assert selection.PUBLISHED[objective](x, 7, count) == order[0].tolist()
+        x, first = selection.features_like(tokens, 64, seed=1), None if objective == "coverage" else 7
+        order = selection.ours(objective, x[None], torch.tensor([7]), count)
+        assert selection.PUBLISHED[objective](x, first, count) == order.tolist()
 
 
 def test_the_loop_in_our_words_is_the_published_one():
@@ -226,7 +223,7 @@ def test_the_loop_in_our_words_is_the_published_one():
 
 def test_selection_is_timed_in_pairs():
     both = selection.compare_selection(tokens=300, keep=12, dim=64, pairs=3)
-    assert [one["objective"] for one in both] == ["max_min", "log_det"]
+    assert [one["objective"] for one in both] == ["max_min", "log_det", "coverage"]
     for one in both:
         assert one["speedup"]["pairs"] == 3
         assert one["same_picks"] > 0.9

@@ -31,6 +31,12 @@ def size(module):
         ("small-half", (0.15, 0.2), 576, 576),
         ("small-next", (0.3, 0.4), 2880, 2928),
         ("scene-llava", (0.0, 0.01), 256, 256),
+        ("qwen2.5-vl-7b", (8.29, 8.30), 576, 576),  # as the checkpoints have
+        ("qwen3-vl-8b", (8.76, 8.77), 576, 576),
+        ("internvl3.5-8b", (8.52, 8.53), 1280, 1280),
+        ("small-qwen2.5-vl", (0.2, 0.3), 576, 576),
+        ("small-qwen3-vl", (0.2, 0.3), 576, 576),
+        ("small-internvl", (0.2, 0.3), 1280, 1280),
     ],
 )
 def test_sizes_and_tokens(name, billions, patches, visual):
@@ -38,7 +44,8 @@ def test_sizes_and_tokens(name, billions, patches, visual):
     assert billions[0] <= size(model) / 1e9 <= billions[1]
     made = make_workload(model, 1, 60)
     assert (made.patches, made.visual, made.length) == (patches, visual, visual + 60)
-    assert made.views == (5 if name.endswith(("next", "next-7b", "onevision-7b")) else 1)
+    crops = ("next", "next-7b", "onevision-7b", "internvl", "internvl3.5-8b")
+    assert made.views == (5 if name.endswith(crops) else 1)
 
 
 def test_the_small_language_model_dominates():

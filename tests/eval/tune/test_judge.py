@@ -54,3 +54,9 @@ def test_fractions_are_parts_of_a_picture():
 def test_no_number_of_pictures_helps_where_the_loss_is_the_limit():
     assert more_pictures(1, 0, 100, 0.01, 0.05) is None
     assert more_pictures(1, 0, 100, 0.02, 0.05) > 100
+
+
+def test_a_bound_is_a_loss_that_there_can_be():
+    found = judge([1.0, 1.0, 0.0, 1.0], 0.1, 40)
+    assert (found.loss, found.high) == (0.75, 1.0)
+    assert judge([-1.0] * 4, 0.1, 40).low == -1.0
