@@ -144,6 +144,11 @@ def test_an_unfinished_run_makes_a_page(made, there):
     assert "2 cells of the run are missing" in told
 
 
+def test_random_without_all_its_seeds_is_no_row(made):
+    made["rows"] = [row for row in made["rows"] if row["seed"] != 2]
+    assert page.Table(made, None).models == []
+
+
 def test_a_part_of_a_row_is_no_row(made):
     made["rows"] = [row for row in made["rows"] if (row["label"], row["task"]) != ("fopru", TASKS["crowded"])]
     (model,) = page.Table(made, None).models
