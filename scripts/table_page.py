@@ -311,7 +311,7 @@ def cells(table: Table) -> Iterator[tuple[Model, float, list[Line]]]:
 
 def summary(table: Table) -> list[str]:
     """What a reader who decides should know, in order."""
-    parts = (verdicts, fronts, losses, rivals, kinds, false_yes, times)
+    parts = (verdicts, fronts, losses, rivals, lengths, kinds, false_yes, times)
     return [told for part in parts if (told := part(table))]
 
 
@@ -429,6 +429,30 @@ and would pull likeness down by {pulled:.0f} points) the two differ for certain 
 diversity. Last column: likeness minus attention, corrected within this table:"""
     rows = [[*row, str(one)] for row, one in zip(rows, apart, strict=True)]
     return f"{told}\n\n{markdown(['scenes, tokens left', *KINDS.values(), 'difference'], rows)}" if rows else ""
+
+
+def lengths(table: Table) -> str:
+    """What methods lose on short and on long answers."""
+    short = next((one for one in table.models if one.name == "scene-llava"), None)
+    made = []
+    for budget in BUDGETS if short is not None and table.long is not None else ():
+        lost = [
+            {line.label: -line.against["full"].value for line in model.at(budget, controls=False)}
+            for model in (short, table.long)
+        ]
+        both = [label for label in lost[1] if label in lost[0]]
+        if both:
+            least = sorted(both, key=lambda label: lost[1][label])[:3]
+            told = listed([f"`{label}` ({lost[1][label]:.1f})" for label in least])
+            means = [np.mean([one[label] for label in both]) for one in lost]
+            made.append(
+                f"- at {percent(budget)}, {len(both)} methods lose {means[0]:.1f} points on average on scene-llava's "
+                f"short answers, and {means[1]:.1f} on [long ones](#long-answers), where {told} lose least."
+            )
+    told = (
+        "**Short answers hide the damage**, on another model, other pictures and by another score, so read the order:"
+    )
+    return "\n".join([told, "", *made]) if made else ""
 
 
 def drag(model: Model, budget: float) -> float:

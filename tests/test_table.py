@@ -144,6 +144,21 @@ def test_an_unfinished_run_makes_a_page(made, there):
     assert "2 cells of the run are missing" in told
 
 
+def test_long_answers_stand_beside_short_ones(made):
+    for label, score, made_up in (("none", 0.9, 0.1), ("fopru", 0.4, 0.5), ("random", 0.2, 0.6)):
+        for seed in range(3) if label == "random" else (None,):
+            row = answered(label, None if label == "none" else 0.5, {}, seed)[0] | {"task": page.LONG, "count": 20}
+            del row["said_yes"]
+            row |= {"model": "scene-llava-long", "scores": [score] * 20, "made_up": made_up, "output_tokens": 70}
+            made["rows"].append(row)
+    told = page.page(page.Table(made, None))
+    assert "- at 50 %, 1 methods lose 0.0 points on average on scene-llava's short answers, and 50.0 on" in told
+    assert "where `fopru` (50.0) lose least" in told
+    (line,) = [line for line in told.splitlines() if line.startswith("| `fopru`, 50 % | 40.0 | **-50.0**")]
+    assert line.endswith("| 50.0 | 70 |")
+    assert "| unpruned | 90.0 |  |  | 10.0 | 70 |" in told
+
+
 def test_random_without_all_its_seeds_is_no_row(made):
     made["rows"] = [row for row in made["rows"] if row["seed"] != 2]
     assert page.Table(made, None).models == []
