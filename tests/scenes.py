@@ -58,7 +58,7 @@ OPTIONS = {
 MOVING = [name for name in registry.names() if "image" in registry.find(name).refuses_inputs]
 REPEATS = ("pixelprune",)  # methods that drop what repeats in a picture, on packed towers alone
 STILL = [name for name in registry.names() if name not in (*MOVING, *REPEATS)]
-CROPS = ("globalcom2", "lrs")  # methods of images that are cut into crops
+CROPS = ("globalcom2", "globalcom2_fixed", "lrs")  # methods of images that are cut into crops
 REFUSED = {
     (name, kind): f"{kind} models have a single view" for name in CROPS for kind in (*tiny.SINGLE, *tiny_qwen.CLASSES)
 }
@@ -86,6 +86,7 @@ TOLD = {
 FALLBACK = {
     "vtc_cls": {"fallback": "received"},
     "globalcom2": {"score": "distinct"},
+    "globalcom2_fixed": {"score": "distinct"},
     "todre": {"pivot": "mean"},
     "tcc": {"fallback": "received"},
 }

@@ -18,7 +18,7 @@ from vlmprune.serving.settings import KEEP
 
 LONGEST = 6
 CLOSE = 1e-4  # of log-probabilities
-SPLITS = {"scene-llava": "sparse", "scene-llava-next": "next"}
+SPLITS = {"scene-llava": "sparse", "scene-llava-next": "next", "scene-qwen": "qwen"}
 
 
 @dataclass(frozen=True)

@@ -42,13 +42,15 @@ class LlavaOnevisionProcessor(transformers.LlavaOnevisionProcessor):
         return ["image_processor", "tokenizer"]
 
 
-def tokenizer():
+def tokenizer(other=None, **named):
+    """Of the words, some of which may have `other` spellings; `named` are further special ones of them."""
     words = WORDS + [f"word{i}" for i in range(tiny.VOCAB - len(WORDS))]
+    words = [(other or {}).get(word, word) for word in words]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        extra_special_tokens={"image_token": "<image>"}, padding_side="left",
+        extra_special_tokens={"image_token": words[tiny.IMAGE]} | named, padding_side="left",
     )  # fmt: skip
 
 

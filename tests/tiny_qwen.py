@@ -30,10 +30,11 @@ def model(family, dtype=torch.float32, seed=0, attn="sdpa", **text_options):
         "depth": DEPTH,
         "num_heads": 2,
     }
+    into = text_options.get("hidden_size", 32)
     if family == "qwen2_vl":
-        vision |= {"embed_dim": 32, "hidden_size": 32, "mlp_ratio": 2}
+        vision |= {"embed_dim": 32, "hidden_size": into, "mlp_ratio": 2}
     else:
-        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 32}
+        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": into}
     if family == "qwen2_5_vl":
         vision |= {"window_size": 2 * TOKEN, "fullatt_block_indexes": list(FULL)}
     if family.startswith("qwen3"):

@@ -86,13 +86,15 @@ def test_methods_json(cli):
 def test_methods_say_whether_vllm_can_be_given_them(cli):
     found = {method["name"]: method["vllm"] for method in json.loads(cli("ls", "methods", "--json")[1])}
     assert {name for name, told in found.items() if told == "yes"} >= {
-        "divprune", "fopru", "grid", "pool", "random", "visionzip",
+        "divprune", "fopru", "grid", "pool", "random",
     }  # fmt: skip
-    assert found["vtc_cls"].startswith("on llava, llava_next (on others not: vtc_cls reads the attention")
-    assert found["todre"].startswith("on llava, llava_next with tau=None (on others not")
+    assert found["vtc_cls"].startswith("on llava, llava_next, internvl (on others not: vtc_cls reads the attention")
+    assert found["todre"].startswith("on llava, llava_next, internvl with tau=None (on others not")
     assert found["tome"].startswith("on llava (on others not: tome merges views whole")
     assert found["fastv"].startswith("no: fastv cuts inside the language model")
+    assert found["visionzip"].startswith("on llava, llava_next, llava_onevision (on others not: visionzip changes what")
     assert found["globalcom2"].startswith("no: how many tokens globalcom2 keeps is not known")
+    assert found["globalcom2_fixed"].startswith("on llava_next (on others not")
     assert "with tau=None" in cli("ls", "methods")[1]
 
 
@@ -147,7 +149,7 @@ def test_what_cannot_run_on_which_family_is_listed(cli):
     onevision = families["llava_onevision"]
     assert {"vtc_cls", "globalcom2", "todre"} <= set(onevision["refused_methods"])  # by its usual tower
     merging = {"flowcut", "tome", "pitome", "visionzip", "prumerge", "prumerge_plus"}
-    assert set(onevision["refused_inputs"]["videos"]) == merging | {"globalcom2", "lrs", "showui"}
+    assert set(onevision["refused_inputs"]["videos"]) == merging | {"globalcom2", "globalcom2_fixed", "lrs", "showui"}
     assert set(onevision["refused_inputs"]["large images, whose canvas is shrunk"]) == merging | {"showui"}
     assert set(families["llava_next_video"]["refused_inputs"]) == {"videos"}
     assert families["llava_next"]["refused_inputs"] == families["llava"]["refused_inputs"] == {}

@@ -33,8 +33,8 @@ def scores_by_hand(model, views, score):
     return (query * key).sum(-1).mean(1) * attention.head_dim**-0.5
 
 
-def by_hand(grid, scores, ratio, tau=10.0):
-    """Kept token numbers of one image, patches alone."""
+def views_by_hand(grid, scores, ratio, tau=10.0):
+    """Of every view of one image: its token numbers, the scores they are chosen by, and its share."""
     side, (down, across) = 4, grid.crops
     thumb = scores[0].view(side, side)
     cells = [[] for _ in range(down * across)]
@@ -46,7 +46,7 @@ def by_hand(grid, scores, ratio, tau=10.0):
     weight = [math.exp((m - max(mass)) / tau) for m in mass]
     share = [w / (sum(weight) + 1e-8) for w in weight]
     ratios = [min(1.0, ratio * (1 + s - sum(share) / len(share))) for s in share]
-    kept = reference.top(thumb.flatten().tolist(), int(16 * ratio), list(range(16)))
+    made = [(list(range(16)), thumb.flatten().tolist(), 16 * ratio)]
     rows, cols = grid.planes[1]
     guide = interpolate(thumb[None, None], (rows, cols), mode="bilinear", align_corners=False)[0, 0]
     for j, r in enumerate(ratios):
@@ -54,9 +54,25 @@ def by_hand(grid, scores, ratio, tau=10.0):
         local = torch.stack([scores[j + 1, int(grid.source[t]) % 16] for t in mine]) if mine else torch.zeros(0)
         far = torch.stack([guide[grid.row[t], grid.col[t]] for t in mine]) if mine else torch.zeros(0)
         both = local / local.norm().clamp(min=1e-12) + far / far.norm().clamp(min=1e-12)
-        best = reference.top(both.tolist(), int(len(mine) * r), list(range(len(mine))))
-        kept += [mine[i] for i in best]
+        made.append((mine, both.tolist(), len(mine) * r))
+    return made
+
+
+def by_hand(grid, scores, ratio, tau=10.0):
+    """Kept token numbers of one image, patches alone."""
+    kept = []
+    for mine, values, share in views_by_hand(grid, scores, ratio, tau):
+        kept += [mine[i] for i in reference.top(values, int(share + 1e-6), list(range(len(mine))))]
     return sorted(kept)
+
+
+def fixed_by_hand(grid, scores, ratio, count):
+    """The same of so many patches."""
+    beyond = []
+    for mine, values, share in views_by_hand(grid, scores, ratio):
+        best = sorted(range(len(mine)), key=lambda i, values=values: -values[i])
+        beyond += [(place - share, mine[i]) for place, i in enumerate(best, 1)]
+    return sorted(token for _, token in sorted(beyond)[:count])
 
 
 @pytest.mark.parametrize(("tower", "score"), [("clip", "cls"), ("clip", "distinct"), ("siglip", "distinct")])
@@ -78,6 +94,38 @@ def test_choice_and_batch(tower, score, keep):
             scores = scores_by_hand(model, prompt["pixel_values"][0, : grid.views], score)
             assert got[i] == handle.trace.kept_patches() == by_hand(grid, scores, ratio)
             assert by_hand(grid, scores.flip(0), ratio) != got[i]
+
+
+@pytest.mark.parametrize("size", [(40, 24), (20, 70), (48, 48), (24, 60), (30, 44)])
+@pytest.mark.parametrize("keep", [0.1, 0.25, 0.6, 20])
+def test_a_fixed_count_is_the_same_choice_topped_up(size, keep):
+    model = tiny.shared(dtype=F64, family="llava_next")
+    prompt, kept = tiny.prompt(model, [4, "image", 3], [size], seed=size[0]), {}
+    for name in ("globalcom2", "globalcom2_fixed"):
+        with torch.no_grad(), vlmprune.patch(model, name, keep=keep) as handle:
+            model(**prompt)
+            grid, kept[name] = handle.trace.grids[0], handle.trace.kept_patches()
+    count = keep if isinstance(keep, int) else int(keep * grid.patches + 1e-6)
+    own, fixed = set(kept["globalcom2"]), set(kept["globalcom2_fixed"])
+    assert len(fixed) == count
+    assert own <= fixed or fixed <= own  # the one goes on where the other ends
+    ratio, scores = count / grid.patches, scores_by_hand(model, prompt["pixel_values"][0, : grid.views], "cls")
+    ratio = keep if isinstance(keep, float) else ratio
+    assert kept["globalcom2_fixed"] == fixed_by_hand(grid, scores, ratio, count)
+
+
+def test_a_fixed_count_adds_little():
+    model, more = tiny.shared(dtype=F64, family="llava_next"), []
+    for seed in range(12):
+        prompt = tiny.prompt(model, [4, "image", 3], [(48, 48)], seed=seed)
+        found = []
+        for name in ("globalcom2", "globalcom2_fixed"):
+            with torch.no_grad(), vlmprune.patch(model, name, keep=0.3) as handle:
+                model(**prompt)
+                found.append(set(handle.trace.kept_patches()))
+        assert found[0] < found[1]
+        more.append(len(found[1] - found[0]))
+    assert max(more) < 5  # less than one for every view, which floors
 
 
 @pytest.mark.parametrize("tau", [0.001, 0.1])

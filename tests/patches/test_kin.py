@@ -12,7 +12,9 @@ from collections.abc import Iterator
 import probes
 import pytest
 import torch
-from kin import FILMS, FORCED, IN_TOWER, KIN, Kin, Prompt, answered, by_hand, features_of, options
+from kin import IN_TOWER, KIN
+from kin.byhand import answered, by_hand, features_of
+from kin.family import FILMS, FORCED, Kin, Prompt, options
 from scenes import changes_of, told
 from tiny import CACHE
 

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import probes
 import pytest
 import torch
-from kin import KIN, answered, by_hand
+from kin import KIN
+from kin.byhand import answered, by_hand
 from tiny import CACHE
 from torch import nn
 

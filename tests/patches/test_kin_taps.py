@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import probes
 import pytest
 import torch
-from kin import KIN, Kin, Prompt, language_model
+from kin import KIN
+from kin.byhand import language_model
+from kin.family import Kin, Prompt
 
 import vlmprune
 from vlmprune import Cut, Decoder, Method, Reduction

@@ -25,6 +25,7 @@ SIZES = [(40, 24), (20, 70), (90, 96)]
 ANYRES = ["divprune", "fopru", "grid", "pool", "random", "todre", "visionzip", "vtc_cls"]
 ANYRES += ["fastervlm", "hiprune", "holov", "prumerge", "prumerge_plus", "prunesid", "scope", "vispruner", "vscan"]
 CASES = [(family, name) for family in FAMILIES for name in ANYRES] + [("llava", "tome"), ("llava", "pitome")]
+CASES += [("llava_next", "globalcom2_fixed"), ("llava_onevision", "globalcom2_fixed")]
 
 
 @pytest.mark.parametrize("keep", [5, 0.3])
@@ -50,5 +51,6 @@ def test_counts_are_those_of_transformers(family, name, keep):
 
 def test_what_is_refused_says_why():
     assert set(refusals(registry.find("fastv"))) == set(SERVED)
-    assert set(refusals(registry.find("todre"))) == {"llava_onevision"}  # no [CLS]; elsewhere by its served_with
-    assert set(refusals(registry.find("tome"))) == {"llava_next", "llava_onevision"}
+    assert set(refusals(registry.find("todre"))) == {"llava_onevision", "qwen2_5_vl", "qwen3_vl"}  # no [CLS]
+    assert not refusals(registry.find("todre"), pivot="mean")
+    assert set(refusals(registry.find("tome"))) == set(SERVED) - {"llava"}

@@ -20,20 +20,20 @@ MODELS = {
     "scene-llava": ("llava", 64, 0.1),
     "scene-llava-next": ("llava_next", 128, 0.1),
     "onevision": ("llava_onevision", 40, 0.2),
+    "scene-qwen": ("qwen2_5_vl", 24, 0.15),
 }
 BUDGETS = {"tome": (64, 0.5), "pitome": (64, 0.5)}  # at most half of the tokens can go in each of four layers
 
 
 def served(model):
     """The methods that vLLM can be given on a model, those with a documented fallback too."""
-    family = MODELS[model][0]
-    fallback = scenes.FALLBACK if family == "llava_onevision" else {}
-    return [name for name in registry.names() if can(name, family, fallback)]
+    family, fallback = MODELS[model][0], fallbacks(model)
+    return [n for n in registry.names() if family not in refusals(registry.find(n), **fallback.get(n, {}))]
 
 
-def can(name, family, fallback):
-    why = refusals(registry.find(name))
-    return family not in why or (name in fallback and len(why) < len(MODELS))
+def fallbacks(model):
+    """Options of methods where the tower has no [CLS] token."""
+    return scenes.FALLBACK if model in ("onevision", "scene-qwen") else {}
 
 
 CASES = [(model, name) for model in MODELS for name in served(model)]
@@ -48,7 +48,7 @@ def onevision(tmp_path_factory):
 def test_every_served_method_at_two_budgets(engines, onevision, model, name, record_property):
     cls, (_, first, second) = registry.find(name), MODELS[model]
     first, second = BUDGETS.get(name, (first, second))
-    options = {"keep": first, **cls.served_with}
+    options = {"keep": first, **cls.served_with, **fallbacks(model).get(name, {})}
     if model == "onevision":
         model, prompts = onevision, serving_models.prompts(60, shrunk="shrunk" not in cls.refuses_inputs)
         options |= scenes.FALLBACK.get(name, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import serving_models
 import torch
@@ -11,12 +12,17 @@ from vlmprune import registry
 
 pytestmark = pytest.mark.vllm
 
-MODELS = {"scene-llava": ({"keep": 64}, 25, 0.5), "scene-llava-next": ({"keep": 128}, 0.1, 400)}
+MODELS = {
+    "scene-llava": ({"keep": 64}, 25, 0.5),
+    "scene-llava-next": ({"keep": 128}, 0.1, 400),
+    "scene-qwen": ({"keep": 24}, 0.4, 10),
+}
 
 
 MIXED = [
     *(("scene-llava", method) for method in ("divprune", "pool", "todre", "tome", "visionzip", "vtc_cls")),
     *(("scene-llava-next", method) for method in ("visionzip", "vtc_cls")),
+    *(("scene-qwen", method) for method in ("fopru", "pool")),
 ]
 
 
@@ -37,6 +43,36 @@ def test_everything_mixed_in_one_engine(engines, model, method):
     agree(engine.ask(prompts[::-1]), wanted[::-1])
     asked_anew = [Prompt(prompt.images, "is there a red circle ?", prompt.keep) for prompt in prompts]
     agree(engine.ask(asked_anew), expected(model, asked_anew, method, **options))
+
+
+def test_a_prefill_that_ends_inside_a_picture(engines):
+    # positions of its tokens come chunk by chunk, and those of text behind it are known before
+    prompts = questions("scene-qwen", 24) + several("scene-qwen", 12)
+    few = {"max_num_batched_tokens": 48, "max_num_seqs": 4}
+    engine, wanted = (
+        engines("scene-qwen", "fopru", keep=0.6, engine=few),
+        expected("scene-qwen", prompts, "fopru", keep=0.6),
+    )
+    assert max(answer.prompt for answer in wanted) > 2 * 48
+    agree(engine.ask(prompts), wanted)
+    agree(engine.ask(prompts[::-1]), wanted[::-1])
+
+
+def test_a_prompt_that_ends_with_a_picture_is_an_error_of_that_request_alone(engines):
+    engine = engines("scene-qwen", "fopru", keep=24)
+    prompts = questions("scene-qwen", 3)
+    request = engine.request(prompts[0])
+    ends = request["prompt_token_ids"].index(engine.inner.config.image_token_id) + 1
+    with pytest.raises(ValueError, match="must go on behind its last picture"):
+        engine.llm.generate([request | {"prompt_token_ids": request["prompt_token_ids"][:ends]}], use_tqdm=False)
+    agree(engine.ask(prompts), expected("scene-qwen", prompts, "fopru", keep=24))
+
+
+def test_videos_are_refused(engines):
+    engine, ids = engines("scene-qwen", "fopru", keep=24), [1, 66, 68, 67, 9]
+    frames = np.zeros((4, 32, 32, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="video"):
+        engine.llm.generate([{"prompt_token_ids": ids, "multi_modal_data": {"video": frames}}], use_tqdm=False)
 
 
 def test_several_pictures_of_onevision_have_crops_each(engines, tmp_path):

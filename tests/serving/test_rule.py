@@ -6,7 +6,7 @@ transformers; no vLLM is needed to see that.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -25,7 +25,7 @@ from vlmprune.parts.layout import Layout, Views
 from vlmprune.parts.packing import Layouts
 from vlmprune.parts.taps import Tap
 from vlmprune.patches import FAMILIES, family_of
-from vlmprune.serving.choice import SERVED, Choice, ServedPicture, refusals
+from vlmprune.serving.choice import SERVED, Choice, ServedPicture, refusals, usual
 from vlmprune.serving.merge import Tower, install
 from vlmprune.serving.rule import averages_heads
 from vlmprune.serving.watch import TowerWatcher, built_for, look_only
@@ -51,12 +51,11 @@ def test_every_registered_method_is_served_or_refused_for_a_reason(name):
     if found.keys() < set(SERVED):
         given = {"keep": 0.5} | cls.served_with
         for family in set(SERVED) - set(found):  # what an engine asks besides says so too
-            has_cls = family != "llava_onevision"
-            facts = ModelFacts(family, 24, 22, has_cls, 32, views=FAMILIES[family].views, view_patches=144)
-            choice_of(cls(**given), facts).check()
+            _, facts = usual(family)
+            choice_of(cls(**given), replace(facts, view_patches=4 * facts.view_patches)).check()
 
 
-CASES = [(family, name) for family in SERVED for name in registry.names()]
+CASES = [(family, name) for family in MODELS for name in registry.names()]  # of other towers in test_watch.py
 
 
 @pytest.mark.parametrize("keep", [5, 0.3])
@@ -158,7 +157,7 @@ def served_rows(inner, family, choice, grid, size, pixels):
     views = inner.multi_modal_projector(features[:, int(facts.has_cls) :])
     newline = getattr(inner, "image_newline", None)
     packed = views[0] if newline is None else family.pack(inner, views, newline, size)
-    return choice.rows([ServedPicture(grid)], watcher.take(), [packed])[0]
+    return choice.rows([ServedPicture(grid)], watcher.take(), [packed])[0][0]
 
 
 @torch.no_grad()

@@ -74,22 +74,56 @@ def test_a_plugin_that_is_not_loaded_does_not_start():
     assert "'VlmpruneLlavaForConditionalGeneration'] are not supported" in done.stderr + done.stdout
 
 
-RANKS = [("fopru", {"keep": 64}), ("vtc_cls", {"keep": 25}), ("visionzip", {"keep": 64}), ("tome", {"keep": 64})]
+def axes_config(**changed):
+    """What an engine says of itself, as far as positions on three axes ask."""
+    from types import SimpleNamespace
+
+    told = {"ranks": 1, "draft": None, "mode": "weights"} | changed
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(pipeline_parallel_size=told["ranks"]),
+        speculative_config=told["draft"],
+        model_config=SimpleNamespace(multimodal_config=SimpleNamespace(mm_encoder_tp_mode=told["mode"])),
+    )
 
 
-@pytest.mark.parametrize(("method", "options"), RANKS)
-def test_two_ranks(engines, method, options, monkeypatch):
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"ranks": 2}, "tells the first stage alone"),
+        ({"draft": object()}, "--speculative-config"),
+        ({"mode": "data"}, "--mm-encoder-tp-mode data"),
+    ],
+)
+def test_what_loses_places_is_refused(changed, words):
+    from vlmprune import UnsupportedError
+    from vlmprune.serving.models import check_axes
+
+    check_axes(axes_config())
+    with pytest.raises(UnsupportedError, match=words):
+        check_axes(axes_config(**changed))
+
+
+RANKS = [
+    ("scene-llava", "fopru", {"keep": 64}), ("scene-llava", "vtc_cls", {"keep": 25}),
+    ("scene-llava", "visionzip", {"keep": 64}), ("scene-llava", "tome", {"keep": 64}),
+    ("scene-qwen", "fopru", {"keep": 24}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "method", "options"), RANKS)
+def test_two_ranks(engines, model, method, options, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
-    prompts = questions("scene-llava")
+    prompts = questions(model)
     ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    found = engines("scene-llava", method, engine=ranks, **options).ask(prompts)
-    agree(found, expected("scene-llava", prompts, method, **options))
+    found = engines(model, method, engine=ranks, **options).ask(prompts)
+    agree(found, expected(model, prompts, method, **options))
 
 
-def test_a_compiled_language_model(engines):
-    prompts = questions("scene-llava")
-    found = engines("scene-llava", "vtc_cls", engine={"enforce_eager": False}, keep=25).ask(prompts)
-    agree(found, expected("scene-llava", prompts, "vtc_cls", keep=25))
+@pytest.mark.parametrize(("model", "method"), [("scene-llava", "vtc_cls"), ("scene-qwen", "fopru")])
+def test_a_compiled_language_model(engines, model, method):
+    prompts = questions(model)
+    found = engines(model, method, engine={"enforce_eager": False}, keep=25).ask(prompts)
+    agree(found, expected(model, prompts, method, keep=25))
 
 
 def test_users_who_do_not_prune_notice_nothing(engines, tmp_path):

@@ -9,7 +9,8 @@ from functools import cache
 
 import pytest
 from checked import passes
-from kin import KIN, options
+from kin import KIN
+from kin.family import options
 from scenes import STILL
 
 from vlmprune import UnsupportedError

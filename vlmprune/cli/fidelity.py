@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
     from vlmprune.eval.fidelity.report import Card, Study
     from vlmprune.runtime.loading import Loaded
+    from vlmprune.spec import Job
 
 __all__ = ["verb"]
 
@@ -125,13 +126,11 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     flags.one_of(prompts=args.prompts, data=args.data)
     least = least_of(args)
     wanted = flags.wanted(args.method, args.keep, args.average, args.option, args.recipe)
-    controls = [] if args.controls.strip() == "none" else flags.words_of(args.controls, "--controls")
     pairs, file = asked(args, folder), args.prompts or args.data or "the prompts"
     if not labelled(pairs, file) and (args.data or least.loss is not None):
         raise UserError(f'{file} has no answers: scores need --data with an "answer" in every line.')
 
     # from here on it takes seconds: torch and transformers are imported
-    from vlmprune import spec
     from vlmprune.eval.fidelity import report as fidelity_report
     from vlmprune.eval.fidelity import run as fidelity_run
     from vlmprune.eval.fidelity.costs import CostBook
@@ -140,12 +139,8 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import note
 
-    todo, budgets = wanted.jobs(), wanted.budgets
-    if wanted.recipe is not None:
-        budgets = [spec.budgets_in(wanted.recipe.options)]
-    with user_mistakes():
-        taken = {job.method for job in todo}
-        beside = spec.jobs([name for name in controls if name not in taken], budgets, {}, named=False)
+    todo = wanted.jobs()
+    beside = controls_of(args.controls, wanted, todo)
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
     loaded = loading.open_model(args.model, args.device, args.dtype)
     answering.check(loaded, [*todo, *beside])
@@ -177,6 +172,21 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     if interrupted:
         raise KeyboardInterrupt
     refuse_worse(told, least)
+
+
+def controls_of(names: str, wanted: flags.Wanted, todo: Sequence[Job]) -> list[Job]:
+    """The controls of --controls at the methods' budgets, but for those that are methods here.
+
+    Raises:
+        UserError: an unknown one.
+    """
+    from vlmprune import spec
+
+    controls = [] if names.strip() == "none" else flags.words_of(names, "--controls")
+    budgets = wanted.budgets if wanted.recipe is None else [spec.budgets_in(wanted.recipe.options)]
+    taken = {job.method for job in todo}
+    with user_mistakes():
+        return spec.jobs([name for name in controls if name not in taken], budgets, {}, named=False)
 
 
 @dataclass(frozen=True)

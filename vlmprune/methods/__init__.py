@@ -11,7 +11,7 @@ from vlmprune.methods.evs import Evs
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.flowcut import FlowCut
 from vlmprune.methods.fopru import FoPru
-from vlmprune.methods.globalcom2 import GlobalCom2
+from vlmprune.methods.globalcom2 import GlobalCom2, GlobalCom2Fixed
 from vlmprune.methods.hiprune import HiPrune
 from vlmprune.methods.holov import HoloV
 from vlmprune.methods.lrs import Lrs
@@ -52,6 +52,7 @@ __all__ = [
     "FlowCut",
     "FoPru",
     "GlobalCom2",
+    "GlobalCom2Fixed",
     "Grid",
     "HiPrune",
     "HoloV",

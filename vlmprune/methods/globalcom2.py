@@ -26,15 +26,17 @@ from vlmprune.parts import (
     Seen,
     Tap,
     UnsupportedError,
-    floored,
     is_number,
     keep_patches,
     need_cls,
+    select,
     top_k,
     upload,
 )
 
-__all__ = ["GlobalCom2", "crop_ratios", "guided"]
+__all__ = ["GlobalCom2", "GlobalCom2Fixed", "crop_ratios", "guided"]
+
+F64 = torch.float64
 
 POSITIVE = Must("a number above 0", lambda tau: is_number(tau, 0, sys.float_info.max) and tau > 0)
 
@@ -79,9 +81,85 @@ def stretch(scores: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     return functional.interpolate(scores[None, None], shape, mode="bilinear", align_corners=False)[0, 0]
 
 
+@dataclass(frozen=True)
+class Commanded(Pruner):
+    """What both ways of counting share: the thumbnail says how much of every crop stays, and helps to say what.
+
+    Scores are the last tower layer's [CLS] logits (before the softmax: with probabilities the budgets would be flat).
+    The thumbnail's share is N * R of its own patches; crop j's is n_j * r_j of its un-padded patches, by its own scores
+    plus the thumbnail's, stretched over the un-padded canvas.
+    """
+
+    paper = "arXiv 2501.05179"
+    needs = "a family with views; tower [CLS] logits (or score='distinct')"
+    looks_at = "tower"
+    optional = True
+    refuses_inputs: ClassVar[dict[str, str]] = {
+        "video": "lets the thumbnail of an image command its crops, and a video has no thumbnail",
+        "single": "lets the thumbnail of an image command its crops, and leaves an image with a single view as it is, "
+        "whatever the budget: give pictures that are cut into crops (LLaVA-OneVision cuts one that stands alone in its "
+        "prompt), or take another method",
+    }
+
+    tau: Annotated[float, POSITIVE, Range(1, 40, log=True)] = 10.0
+    score: Literal["cls", "distinct"] = "cls"
+
+    def cuts(self, facts: ModelFacts) -> list[Cut]:
+        if not facts.views:
+            raise UnsupportedError(
+                f"{self.known_as} shares a budget among the crops of an image, and {facts.family} models have a single "
+                "view or do not tell how their views lie."
+            )
+        if self.score == "cls":
+            need_cls(self.known_as, facts, "use score='distinct'")
+            tap: Tap = ClsLogits(facts.tower_layers - 1)
+        else:
+            tap = Distinctness(facts.feature_layer + 1)
+        return [Cut(Decoder(0), (tap,), self.reduce, self.positions)]
+
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
+        """Pure: `(images, tokens)` scores in, decision out."""
+        raise NotImplementedError
+
+    @property
+    def share(self) -> int | float:
+        """The budget, or the code's default."""
+        return 0.25 if self.budget is None else self.budget
+
+    def ratio(self, grid: ImageGrid) -> float:
+        """R of the paper for one image."""
+        return self.share if isinstance(self.share, float) else min(1.0, self.share / grid.patches)
+
+    def shares(self, scores: torch.Tensor, grid: ImageGrid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What every view of an image gets.
+
+        Args:
+            scores: `(tokens,)`.
+
+        Returns:
+            `(views, tokens)` scores by which a view's tokens are chosen, `(views, tokens)` bool which these are, and
+            `(views,)` float64 how many of them stay, fractions of a token among them.
+        """
+        ratio, thumb, device = self.ratio(grid), grid.side[0] * grid.side[1], scores.device
+        patch, view = ~upload(grid.newline, device), upload(grid.view, device)
+        own = (view == 0) & patch
+        if len(grid.planes) == 1:  # a picture so thin that un-padding leaves no patch of its canvas
+            return scores[None], own[None], torch.full((1,), max(1.0, thumb * ratio), dtype=F64, device=device)
+        rows, cols = grid.planes[1]
+        small = scores[:thumb].view(grid.side)
+        guide = stretch(small, (rows, cols))
+        guide = guide[upload(grid.row, device).clamp(max=rows - 1), upload(grid.col, device).clamp(max=cols - 1)]
+        crop = torch.arange(1, grid.views, device=device)[:, None]
+        member = (view == crop) & patch
+        local = guided(scores.expand_as(member), guide.expand_as(member), member)
+        quota = upload(grid.patches_per_view[1:], device) * crop_ratios(small, grid.crops, ratio, self.tau)
+        quota = torch.cat((torch.full((1,), thumb * ratio, dtype=F64, device=device), quota))
+        return torch.cat((scores[None], local)), torch.cat((own[None], member)), quota
+
+
 @register("globalcom2")
 @dataclass(frozen=True)
-class GlobalCom2(Pruner):
+class GlobalCom2(Commanded):
     """Let the thumbnail decide how much of every crop stays, and help to decide what.
 
     Scores are the last tower layer's [CLS] logits (before the softmax: with probabilities the budgets would be flat).
@@ -108,34 +186,12 @@ class GlobalCom2(Pruner):
     """
 
     summary = "the thumbnail sets each crop's budget and guides its choice"
-    paper = "arXiv 2501.05179"
-    needs = "a family with views; tower [CLS] logits (or score='distinct')"
-    looks_at = "tower"
     syncs = 1
-    optional = True
-    refuses_inputs: ClassVar[dict[str, str]] = {
-        "video": "lets the thumbnail of an image command its crops, and a video has no thumbnail",
-        "single": "lets the thumbnail of an image command its crops, and leaves an image with a single view as it is, "
-        "whatever the budget: give pictures that are cut into crops (LLaVA-OneVision cuts one that stands alone in its "
-        "prompt), or take another method",
-    }
 
-    tau: Annotated[float, POSITIVE, Range(1, 40, log=True)] = 10.0
-    score: Literal["cls", "distinct"] = "cls"
     parity: Literal["released"] | None = None
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
-        if not facts.views:
-            raise UnsupportedError(
-                f"globalcom2 shares a budget among the crops of an image, and {facts.family} models have a single view "
-                "or do not tell how their views lie."
-            )
-        if self.score == "cls":
-            need_cls("globalcom2", facts, "use score='distinct'")
-            tap: Tap = ClsLogits(facts.tower_layers - 1)
-        else:
-            tap = Distinctness(facts.feature_layer + 1)
-        return [Cut(Decoder(0), (tap,), self.reduce, self.positions, reorders=self.parity == "released")]
+        return [replace(cut, reorders=self.parity == "released") for cut in super().cuts(facts)]
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` scores in, decision out."""
@@ -152,32 +208,13 @@ class GlobalCom2(Pruner):
             return self.released(keep, combined, layout)
         return replace(keep_patches(keep, layout, None, self.newlines), scores=combined)
 
-    def ratio(self, grid: ImageGrid) -> float:
-        """R of the paper for one image."""
-        budget = 0.25 if self.budget is None else self.budget
-        return budget if isinstance(budget, float) else min(1.0, budget / grid.patches)
-
     def choose(self, scores: torch.Tensor, grid: ImageGrid) -> tuple[torch.Tensor, torch.Tensor]:
         """`(tokens,)` kept patches of one image, and the scores they were chosen by."""
-        device = scores.device
-        patch = ~upload(grid.newline, device)
-        if (ratio := self.ratio(grid)) >= 1:
-            return patch, scores
-        thumb, view = grid.side[0] * grid.side[1], upload(grid.view, device)
-        if len(grid.planes) == 1:  # a picture so thin that un-padding leaves no patch of its canvas
-            return top_k(scores, max(1, floored(thumb * ratio)), (view == 0) & patch), scores
-        rows, cols = grid.planes[1]
-        small = scores[:thumb].view(grid.side)
-        guide = stretch(small, (rows, cols))
-        guide = guide[upload(grid.row, device).clamp(max=rows - 1), upload(grid.col, device).clamp(max=cols - 1)]
-        crop = torch.arange(1, grid.views, device=device)[:, None]
-        member = (view == crop) & patch
-        local = guided(scores.expand_as(member), guide.expand_as(member), member)
-        sizes = upload(grid.patches_per_view[1:], device)
-        counts = (sizes * crop_ratios(small, grid.crops, ratio, self.tau) + HAIR).floor().long()
-        kept = top_k(local, counts, member).any(0)
-        kept |= top_k(scores, floored(thumb * ratio), (view == 0) & patch)
-        return kept, torch.where(view == 0, scores, local.sum(0))
+        if self.ratio(grid) >= 1:
+            return ~upload(grid.newline, scores.device), scores
+        local, member, quota = self.shares(scores, grid)
+        kept = top_k(local, (quota + HAIR).floor().long(), member).any(0)
+        return kept, torch.where(upload(grid.view, scores.device) == 0, scores, local[1:].sum(0))
 
     def released(self, keep: torch.Tensor, scores: torch.Tensor, layout: Layout) -> Reduction:
         """The sequence of the released code: a new order, written over the image's first tokens."""
@@ -199,6 +236,41 @@ class GlobalCom2(Pruner):
         anchors = torch.arange(layout.width, device=keep.device) < upload(counts, keep.device)[:, None]
         merge = Merge(torch.stack(into), torch.stack(weight), torch.stack(source))
         return Reduction(anchors, counts, merge=merge, scores=scores)
+
+
+@register("globalcom2_fixed")
+@dataclass(frozen=True)
+class GlobalCom2Fixed(Commanded):
+    """GlobalCom² with a count that is known beforehand: its choice, topped up to the budget.
+
+    A patch whose place among its view's patches, best first, is p (from 1) lies p - q beyond the share q of its view.
+    The source keeps those that lie beyond by nothing, so as many as its floors leave. This keeps as many as the budget
+    says, those that lie beyond by least: all of the source's where these are fewer, and then the next best of views
+    whose share was floored most. Where un-padding leaves crops of unequal size, shares can add up to more than the
+    budget; then some of the source's go, the last of their views. Not in the paper: a server has to know the count
+    before it has seen the picture.
+
+    Args:
+        keep, average: as of `globalcom2`; exactly so many patches stay of every image.
+        tau, score, positions, newlines: as of `globalcom2`.
+    """
+
+    summary = "globalcom2 with exactly the budget's number of patches, so that it can be served"
+
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
+        """Pure: `(images, tokens)` scores in, decision out."""
+        (scores,) = seen.values()
+        inside = torch.zeros_like(scores, dtype=torch.float32)
+        for i, grid in enumerate(layout.grids):
+            inside[i, : grid.tokens] = -self.beyond(scores[i, : grid.tokens], grid)
+        return select(inside, self.share, layout, self.newlines)
+
+    def beyond(self, scores: torch.Tensor, grid: ImageGrid) -> torch.Tensor:
+        """`(tokens,)` float64, how far every patch of an image lies beyond its view's share; newlines anything."""
+        local, member, quota = self.shares(scores, grid)
+        order = local.masked_fill(~member, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+        place = order.argsort(dim=-1) + 1
+        return torch.where(member, place - quota[:, None], 0).sum(0)
 
 
 def released_order(keep: torch.Tensor, scores: torch.Tensor, grid: ImageGrid) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,7 +32,7 @@ from vlmprune.serving.plugin import ARCHITECTURES
 from vlmprune.serving.rule import FAILURES, refusing, why_not
 from vlmprune.serving.watch import Projected
 
-__all__ = ["Choice", "ServedPicture", "refusals"]
+__all__ = ["Choice", "ServedPicture", "refusals", "usual"]
 
 #: Families that are served.
 SERVED = tuple(ARCHITECTURES)
@@ -42,6 +43,7 @@ NOISE: tuple[Look, ...] = (
     lambda x: x, lambda x: x * 0 + 0.5, lambda x: x**30, lambda x: x.flatten().sort().values.view_as(x),
 )  # fmt: skip
 HEADS, DIM = 2, 8  # of what stands for a model where there is none
+ANY_SIDE = 6  # tokens along a side of a picture that stands for those of any size
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ class Choice:
     @property
     def sample(self) -> ImageGrid:
         """The layout of a picture that stands for all."""
-        side = math.isqrt(self.plan.facts.view_patches)
+        side = math.isqrt(self.plan.facts.view_patches) or ANY_SIDE
+        if self.plan.family.runs:
+            return trace_packing(lambda x, newline: x.flatten(0, 1), 3, side, side, (1, 1), apart=True)
         views, crops = (3, (1, 2)) if self.plan.facts.views else (1, (1, 1))
         # a newline, where there are crops, makes rules about them act
         ends = views > 1
@@ -204,16 +208,22 @@ class Choice:
         return features, kept
 
     def rows(
-        self, pictures: Sequence[ServedPicture], seen: dict[Tap, torch.Tensor], features: Sequence[torch.Tensor]
-    ) -> list[torch.Tensor]:
+        self,
+        pictures: Sequence[ServedPicture],
+        seen: dict[Tap, torch.Tensor],
+        features: Sequence[torch.Tensor],
+        parts: int = 1,
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What enters the language model of every picture.
 
         Args:
             seen: tower taps of these pictures' views, one after the other, `(views, patches, ...)`.
             features: `(tokens, dim)` of every picture, packed and unpruned.
+            parts: of which a row of features is made, side by side: what enters the language model, which is what
+                methods see, and what is added behind its layers (DeepStack), which is kept and merged alike.
 
         Returns:
-            `(count, dim)` of every picture.
+            of every picture its rows `(count, dim)`, and which of its tokens `(count,)` they stand for.
 
         Raises:
             RuntimeError: features that are not as the layouts say.
@@ -222,15 +232,15 @@ class Choice:
         if found != told:
             raise RuntimeError(f"vLLM made {found} tokens of these pictures, and their layouts say {told}.")
         padded = torch.nn.utils.rnn.pad_sequence(list(features), batch_first=True)
-        hidden, layout = self.decide(layout_of(pictures, padded.device), seen, padded)
+        hidden, layout = self.decide(layout_of(pictures, padded.device), seen, padded, parts)
         promised = upload(layout.alive_counts, hidden.device)
         torch._assert_async((layout.alive.sum(1) == promised).all(), "a method kept other numbers than it promised.")
         order = (~layout.alive).to(torch.uint8).sort(dim=1, stable=True).indices
         chosen = zip(hidden, order, layout.alive_counts, strict=True)
-        return [rows.index_select(0, places[:count]) for rows, places, count in chosen]
+        return [(rows.index_select(0, places[:count]), places[:count]) for rows, places, count in chosen]
 
     def decide(
-        self, layout: Layout, seen: dict[Tap, torch.Tensor], hidden: torch.Tensor
+        self, layout: Layout, seen: dict[Tap, torch.Tensor], hidden: torch.Tensor, parts: int = 1
     ) -> tuple[torch.Tensor, Layout]:
         """Run all cuts on `(pictures, width, dim)`: the same with merges done, and the layout of what is left."""
         for method in self.plan.methods:
@@ -238,7 +248,8 @@ class Choice:
         at = torch.arange(hidden.shape[0] * hidden.shape[1], device=hidden.device).view(hidden.shape[:2])
         values = {tap: layout.from_tower(seen[tap]) for tap in self.plan.tower_taps}
         for name, cut in self.plan.decoder_cuts:
-            reduction = cut.reduce({tap: values.get(tap, hidden) for tap in cut.see}, layout)
+            own = hidden[..., : hidden.shape[-1] // parts]
+            reduction = cut.reduce({tap: values.get(tap, own) for tap in cut.see}, layout)
             check_reduction(where := whose(self.plan, cut), reduction, layout.alive, layout.alive_counts)
             if reduction.counts is None:
                 raise UnsupportedError(f"{UNKNOWN.format(name)}: take another method, or leave newlines='row' away.")
@@ -279,19 +290,27 @@ def layout_of(pictures: Sequence[ServedPicture], device: torch.device) -> Layout
     )
 
 
-def refusals(cls: type[Method]) -> dict[str, str]:
-    """Why vLLM cannot be given a method (with `served_with`), by the family where it cannot."""
+def usual(name: str) -> tuple[Family, ModelFacts]:
+    """A family, and the facts of a model of it as published ones are; with few patches, to try methods in no time."""
+    family = FAMILIES[name]
+    behind = family.packed or family.closed  # all layers make the features
+    facts = ModelFacts(
+        name, 24, 23 if behind else 22, TOWERS[family.usual_tower], decoder_layers=32, views=family.views,
+        view_patches=0 if family.packed else 36, axes=family.axes, packed=family.packed, unit=family.usual_unit,
+        closed=family.closed,
+    )  # fmt: skip
+    return family, facts
+
+
+def refusals(cls: type[Method], **more: Any) -> dict[str, str]:
+    """Why vLLM cannot be given a method (with `served_with`, and `more` options), by the family where it cannot."""
     given = {"keep": 0.5} if "keep" in options(cls) else {}
     if set(required(cls)) - set(given) or cls.training != "none":
         return dict.fromkeys(SERVED, f"{cls.name} cannot be asked without more options; it acts at: {cls.stage}")
     found = {}
     for name in SERVED:
-        family = FAMILIES[name]
-        has_cls = TOWERS[family.usual_tower]
-        # few patches: in no time
-        facts = ModelFacts(name, 24, 22, has_cls, decoder_layers=32, views=family.views, view_patches=36)
         try:
-            choice = Choice([cls(**given, **cls.plain_with | cls.served_with)], family, facts)
+            choice = Choice([cls(**given, **cls.plain_with | cls.served_with | more)], *usual(name))
             choice.check_alone(choice.sample)  # to ask without values too, torch gets ready for a second
         except (UnsupportedError, ValueError) as error:
             found[name] = str(error).removesuffix(".")

@@ -5,17 +5,21 @@ Arguments of overridden methods keep vLLM's names: it passes them by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from vlmprune.parts.layout import ImageGrid
 from vlmprune.serving import host
 from vlmprune.serving.served import Request, Served
 from vlmprune.serving.settings import KEEP
 
-__all__ = ["PrunedInfo", "PrunedNextInfo", "PrunedProcessor", "refuse"]
+__all__ = ["PrunedInfo", "PrunedNextInfo", "PrunedProcessor", "QwenInfo", "QwenProcessor"]
+__all__ += ["SizedProcessor", "TiledInfo", "refuse"]
 
 
 def refuse(model_config: Any, lora_config: Any = None) -> None:
@@ -54,9 +58,17 @@ class PrunedInfo:
         refuse(self.ctx.model_config)
         return Served(config, host.stand_in(config))
 
+    def counting(self) -> dict[str, Any]:
+        """What vLLM's count of a picture's tokens asks for besides its size."""
+        return {}
+
+    def size(self, width: int, height: int) -> Any:
+        """What the packing of a picture depends on (of `Family.sizes`)."""
+        return (height, width) if self.served.family.needs_sizes else None
+
     def whole_image_tokens(self, width: int, height: int) -> int:
         """Tokens of a picture before pruning, as vLLM counts them."""
-        return super().get_num_image_tokens(image_width=width, image_height=height)
+        return super().get_num_image_tokens(image_width=width, image_height=height, **self.counting())
 
     def kept(self, width: int, height: int, keep: int | float | None) -> int:
         """Tokens of a picture after pruning.
@@ -64,13 +76,13 @@ class PrunedInfo:
         Raises:
             RuntimeError: vLLM counts other tokens before it than its packing makes.
         """
-        size = (height, width) if self.served.family.needs_sizes else None
+        size = self.size(width, height)
         made, told = self.served.grid(size).tokens, self.whole_image_tokens(width, height)
         if made != told:
             raise RuntimeError(f"a picture of {width} x {height}: vLLM counts {told} tokens and packs {made}.")
         return self.served.kept(size, keep)
 
-    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+    def get_num_image_tokens(self, *, image_width: int, image_height: int, **counting: Any) -> int:
         return self.kept(image_width, image_height, None)
 
 
@@ -85,6 +97,10 @@ class PrunedNextInfo(PrunedInfo):
         """(height, width) of pictures among which are the largest: no padding is taken away from these."""
         return {tuple(size) for size in self.get_hf_config().image_grid_pinpoints}
 
+    def grid(self, height: int, width: int) -> ImageGrid:
+        """The layout of a picture."""
+        return self.served.grid(self.size(width, height))
+
     @cached_property
     def largest(self) -> tuple[tuple[int, int], int]:
         """(height, width) of the picture with most to encode, and the most tokens that stay of a picture.
@@ -95,7 +111,7 @@ class PrunedNextInfo(PrunedInfo):
         sizes, kept, refused = self.candidates(), {}, None
         for of in ("encoded", "tokens", "newlines"):
             # most first; the first that is taken is enough, for a grid is read off faster than a count
-            for size in sorted(sizes, key=lambda one: (-getattr(self.served.grid(one), of), one)):
+            for size in sorted(sizes, key=lambda one: (-getattr(self.grid(*one), of), one)):
                 try:
                     kept[of] = size, self.kept(size[1], size[0], None)
                 except ValueError as error:
@@ -106,12 +122,52 @@ class PrunedNextInfo(PrunedInfo):
             raise refused
         return kept["encoded"][0], max(count for _, count in kept.values())
 
-    def get_image_size_with_most_features(self) -> Any:
+    def get_image_size_with_most_features(self, max_pixels: int | None = None) -> Any:
         height, width = self.largest[0]
         return host.ImageSize(width=width, height=height)
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> dict[str, int]:
         return {"image": self.largest[1]}
+
+
+class PicturesAlone(PrunedNextInfo):
+    """The same of models that read videos too: prompts with these are refused by vLLM, which counts what it takes."""
+
+    def get_supported_mm_limits(self) -> dict[str, int | None]:
+        return {"image": None, "video": 0}  # vLLM reads the names of their processor's arguments off this
+
+
+class QwenInfo(PicturesAlone):
+    """Of models that read pictures of any size."""
+
+    def counting(self) -> dict[str, Any]:
+        return {"image_processor": self.get_image_processor(), "mm_kwargs": {}}
+
+    def size(self, width: int, height: int) -> Any:
+        resized, _ = self._get_vision_info(image_width=width, image_height=height, num_frames=1, **self.counting())
+        patch = self.get_hf_config().vision_config.patch_size
+        return 1, resized.height // patch, resized.width // patch
+
+    def candidates(self) -> set[tuple[int, int]]:
+        own = super(PrunedNextInfo, self).get_image_size_with_most_features()
+        square = math.isqrt(own.height * own.width)  # where that is a strip, which a method may refuse
+        return {(own.height, own.width), (square, square)}
+
+
+class TiledInfo(PicturesAlone):
+    """Of models that divide a picture into tiles, and are told their number alone."""
+
+    def counting(self) -> dict[str, Any]:
+        # as the processor has it, which vLLM's count does not know
+        return {"processor": self.get_hf_processor(), "mm_kwargs": {"crop_to_patches": True}}
+
+    def size(self, width: int, height: int) -> Any:
+        tokens, view = self.whole_image_tokens(width, height), self.served.facts.view_patches
+        return tokens // view
+
+    def candidates(self) -> set[tuple[int, int]]:
+        height, width = self.get_hf_config().vision_config.image_size
+        return {(height * down, width * across) for across, down in self.resolve_target_ratios()}
 
 
 class PrunedProcessor:
@@ -129,19 +185,19 @@ class PrunedProcessor:
         made = super()._apply_hf_processor_main(mm_items, hf_kwargs)
         if "pixel_values" in made:
             images = mm_items.get_items("image", host.ImageProcessorItems)
-            requests = [self.request(images, i, keep) for i in range(len(made["pixel_values"]))]
+            requests = [self.request(images, i, keep, made) for i in range(images.get_count())]
             made[KEEP] = torch.tensor([request.row() for request in requests], dtype=torch.float64)
         return made
 
-    def request(self, images: Any, index: int, keep: int | float | None) -> Request:
-        """What the model is told of one picture."""
+    def request(self, images: Any, index: int, keep: int | float | None, made: Any) -> Request:
+        """What the model is told of one picture; `made` is what the picture processor made of all."""
         number = 0
         if self.info.served.choice(keep).by_content:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
             number = int(host.MultiModalHasher.hash_kwargs(algorithm, image=images.get(index))[:10], 16)
-        return Request(keep, self.placeholders(images, index, keep), number)
+        return Request(keep, self.placeholders(images, index, keep, made), number)
 
-    def placeholders(self, images: Any, index: int, keep: int | float | None) -> int:
+    def placeholders(self, images: Any, index: int, keep: int | float | None, made: Any = None) -> int:
         """How many one picture gets."""
         size = images.get_image_size(index)
         return self.info.kept(size.width, size.height, keep)
@@ -160,3 +216,56 @@ class PrunedProcessor:
             return [token] * self.placeholders(images, index, keep)
 
         return [host.PromptReplacement(modality="image", target=[token], replacement=replacement)]
+
+
+class SizedProcessor(PrunedProcessor):
+    """The same where the picture processor says what a picture was made into: `size_field` of what it returns."""
+
+    size_field: str
+
+    def placeholders(self, images: Any, index: int, keep: int | float | None, made: Any = None) -> int:
+        size = made[self.size_field][index].tolist()
+        return self.info.served.kept(tuple(size) if isinstance(size, list) else size, keep)
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        own = {key: value for key, value in hf_processor_mm_kwargs.items() if key != KEEP}
+        (update,) = (
+            one
+            for one in super(PrunedProcessor, self)._get_prompt_updates(mm_items, own, out_mm_kwargs)
+            if one.modality == "image"
+        )
+        token = self.info.get_hf_config().image_token_id
+
+        def replacement(index: int) -> Any:
+            whole = update.replacement(index)
+            plain = isinstance(whole, list)
+            ids = list(whole if plain else whole.full)
+            count = Request.of(out_mm_kwargs["image"][index][KEEP].data.tolist()).placeholders
+            first, spare = ids.index(token), ids.count(token) - count
+            del ids[first : first + spare]
+            return ids if plain else host.PromptUpdateDetails.select_token_id(ids, token)
+
+        return [host.PromptReplacement(modality="image", target=update.target, replacement=replacement)]
+
+
+class QwenProcessor(SizedProcessor):
+    """The same where a prompt's positions follow from the sizes of its pictures."""
+
+    size_field = "image_grid_thw"
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().get_dummy_inputs(*args, **kwargs)
+        return replace(made, prompt=[*made.prompt, 0])
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """Refuse prompts that end with a picture: where an answer stands is read off the last token.
+
+        Raises:
+            ValueError: nothing stands behind the last picture.
+        """
+        # before anything is done: what vLLM's caches count as sent must be sent
+        if inputs.prompt[-1:] == [self.info.get_hf_config().image_token_id]:
+            raise ValueError("a pruned prompt must go on behind its last picture.")
+        return super().apply(inputs, timing_ctx)

@@ -17,6 +17,12 @@ from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce  # noqa: E402
 from vllm.model_executor.layers.attention import MMEncoderAttention  # noqa: E402
 from vllm.model_executor.models.clip import CLIPEncoderLayer  # noqa: E402
+from vllm.model_executor.models.interns1 import (  # noqa: E402
+    InternS1DummyInputsBuilder,
+    InternS1ForConditionalGeneration,
+    InternS1MultiModalProcessor,
+    InternS1ProcessingInfo,
+)
 from vllm.model_executor.models.llava import (  # noqa: E402
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
@@ -34,12 +40,24 @@ from vllm.model_executor.models.llava_onevision import (  # noqa: E402
     LlavaOnevisionMultiModalProcessor,
     LlavaOnevisionProcessingInfo,
 )
+from vllm.model_executor.models.qwen2_5_vl import (  # noqa: E402
+    Qwen2_5_VLDummyInputsBuilder,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLMultiModalProcessor,
+    Qwen2_5_VLProcessingInfo,
+)
+from vllm.model_executor.models.qwen3_vl import (  # noqa: E402
+    Qwen3VLDummyInputsBuilder,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMultiModalProcessor,
+    Qwen3VLProcessingInfo,
+)
 from vllm.model_executor.models.utils import WeightsMapper  # noqa: E402
 from vllm.multimodal import MULTIMODAL_REGISTRY  # noqa: E402
 from vllm.multimodal.hasher import MultiModalHasher  # noqa: E402
 from vllm.multimodal.inputs import MultiModalFieldConfig  # noqa: E402
 from vllm.multimodal.parse import ImageProcessorItems, ImageSize  # noqa: E402
-from vllm.multimodal.processing import PromptReplacement  # noqa: E402
+from vllm.multimodal.processing import PromptReplacement, PromptUpdateDetails  # noqa: E402
 
 __all__ = [
     "LLM",
@@ -48,6 +66,10 @@ __all__ = [
     "CLIPEncoderLayer",
     "ImageProcessorItems",
     "ImageSize",
+    "InternS1DummyInputsBuilder",
+    "InternS1ForConditionalGeneration",
+    "InternS1MultiModalProcessor",
+    "InternS1ProcessingInfo",
     "LlavaDummyInputsBuilder",
     "LlavaForConditionalGeneration",
     "LlavaMultiModalProcessor",
@@ -63,6 +85,15 @@ __all__ = [
     "MultiModalFieldConfig",
     "MultiModalHasher",
     "PromptReplacement",
+    "PromptUpdateDetails",
+    "Qwen2_5_VLDummyInputsBuilder",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen2_5_VLMultiModalProcessor",
+    "Qwen2_5_VLProcessingInfo",
+    "Qwen3VLDummyInputsBuilder",
+    "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMultiModalProcessor",
+    "Qwen3VLProcessingInfo",
     "SamplingParams",
     "mean_over_ranks",
     "stand_in",

@@ -15,6 +15,9 @@ ARCHITECTURES = {
     "llava": "VlmpruneLlavaForConditionalGeneration",
     "llava_next": "VlmpruneLlavaNextForConditionalGeneration",
     "llava_onevision": "VlmpruneLlavaOnevisionForConditionalGeneration",
+    "qwen2_5_vl": "VlmpruneQwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "VlmpruneQwen3VLForConditionalGeneration",
+    "internvl": "VlmpruneInternVLForConditionalGeneration",
 }
 
 

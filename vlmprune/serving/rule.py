@@ -50,7 +50,7 @@ def why_not(name: str, cut: AnyCut, facts: ModelFacts) -> str | None:
                 f"{name} cuts inside the language model (decoder layer {cut.at.layer}), and vLLM keeps as many keys in "
                 "every layer: take a method that cuts before it"
             )
-        case Cut() if cut.positions != "contiguous":
+        case Cut() if cut.positions != "contiguous" and facts.axes == 1:
             return f"{name} has positions='original', and vLLM counts positions through: use positions='contiguous'"
         case Cut() if cut.reorders:
             return f"{name} writes its tokens in an order of its own: leave parity='released' away"

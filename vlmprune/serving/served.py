@@ -29,14 +29,28 @@ def family_for(config: Any) -> Family:
     ratio = getattr(config, "vision_aspect_ratio", None)
     if config.model_type == "llava_onevision" and ratio != "anyres_max_9":
         raise UnsupportedError(f"vision_aspect_ratio={ratio!r}: vLLM packs as 'anyres_max_9' whatever the config says.")
-    return FAMILIES[config.model_type]
+    if config.model_type == "qwen3_vl" and not (config.text_config.rope_parameters or {}).get("mrope_interleaved"):
+        raise UnsupportedError(
+            "the config of this qwen3_vl model does not say mrope_interleaved=True among its text_config's "
+            "rope_parameters, as published ones do: transformers has the axes of positions so anyhow, vLLM would not."
+        )
+    family = FAMILIES[config.model_type]
+    if family.suited(config) is not family:
+        raise UnsupportedError(
+            f"{config.model_type} with a tower of type {config.vision_config.model_type!r} is not served pruned."
+        )
+    return family
 
 
 def stand_in(config: Any) -> SimpleNamespace:
-    """What `Family.facts` asks of a model: its config, and how many layers there are."""
+    """What `Family.facts` asks of a model, whatever its family calls that: its config, and how many layers it has."""
+    vision = config.vision_config
+    layers = [None] * (vision.depth if hasattr(vision, "depth") else vision.num_hidden_layers)
+    tower = SimpleNamespace(encoder=SimpleNamespace(layers=layers, layer=layers), blocks=layers)
     return SimpleNamespace(
         config=config,
-        vision_tower=SimpleNamespace(encoder=SimpleNamespace(layers=[None] * config.vision_config.num_hidden_layers)),
+        vision_tower=tower,
+        visual=tower,
         language_model=SimpleNamespace(layers=[None] * config.text_config.num_hidden_layers),
     )
 

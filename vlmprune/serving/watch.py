@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +21,10 @@ from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.taps import Tap, TowerTap
 
 if TYPE_CHECKING:
+    from vlmprune.patches import Family
     from vlmprune.serving.merge import Tower
 
-__all__ = ["TowerWatcher", "built_for", "look_only"]
+__all__ = ["AttentionWatcher", "TowerWatcher", "built_for", "look_only"]
 
 Mean = Callable[[torch.Tensor], torch.Tensor]
 
@@ -68,13 +70,21 @@ class TowerWatcher:
         self.hidden: torch.Tensor | None = None
         for index in sorted({*(tap.layer for tap in taps), *keys}):
             if index < len(layers):
-                layers[index].register_forward_pre_hook(self.before)
-                layers[index].self_attn.qkv_proj.register_forward_hook(self.projected(index, layers[index].self_attn))
-            else:  # behind the last one
-                layers[-1].register_forward_hook(self.behind(index))
+                self.look_into(index, layers[index])
+            else:
+                self.end(layers).register_forward_hook(self.behind(index))
+
+    def look_into(self, index: int, layer: nn.Module) -> None:
+        """Put hooks where a layer gets its input, and where it makes queries and keys."""
+        layer.register_forward_pre_hook(self.before)
+        layer.self_attn.qkv_proj.register_forward_hook(self.projected(index, layer.self_attn))
+
+    def end(self, layers: Sequence[nn.Module]) -> nn.Module:
+        """The module whose output is what leaves the tower."""
+        return layers[-1]
 
     def before(self, module: nn.Module, args: tuple) -> None:
-        """Pre-hook of a layer: its input, for taps that look at it."""
+        """Pre-hook of a layer, or of its first norm: its input, for taps that look at it."""
         self.hidden = args[0]
 
     def projected(self, index: int, attention: nn.Module) -> Callable[..., None]:
@@ -94,7 +104,7 @@ class TowerWatcher:
     def over_ranks(self, value: torch.Tensor, attention: nn.Module) -> torch.Tensor:
         """The mean of what the ranks see, each of its own heads."""
         # vLLM's reduction on a CPU works in place and does not heed strides: never hand it a view
-        return self.mean(value.contiguous()) if attention.tp_size > 1 else value
+        return self.mean(value.contiguous()) if getattr(attention, "tp_size", 1) > 1 else value
 
     def behind(self, index: int) -> Callable[..., None]:
         """Hook of the last layer, for taps behind it."""
@@ -103,9 +113,13 @@ class TowerWatcher:
             hidden = output[0] if isinstance(output, tuple) else output
             for tap in self.taps:
                 if tap.layer == index:
-                    self.note(tap, tap.measure(None, hidden, self.has_cls))
+                    self.note(tap, self.by_token(tap.measure(None, hidden, self.has_cls)))
 
         return hook
+
+    def by_token(self, values: torch.Tensor) -> torch.Tensor:
+        """What was measured of patches, `(views, patches, ...)`, by token: these are the same in towers of LLaVA."""
+        return values
 
     def note(self, tap: Tap, value: torch.Tensor) -> None:
         """Keep what was measured until somebody takes it."""
@@ -115,6 +129,79 @@ class TowerWatcher:
         """What was measured in the views that were encoded since the last time, `(views, patches, ...)` by tap."""
         seen, self.seen = self.seen, {}
         return {tap: torch.cat(values) for tap, values in seen.items()}
+
+
+class AttentionWatcher(TowerWatcher):
+    """The same in towers that turn or norm what they project: hooks on attention itself, which gets what it compares.
+
+    Args:
+        tower: with these layers in it.
+        family: knows how patches become tokens, and which of them see each other.
+
+    Attributes:
+        sizes: of the pictures that are being encoded (`Family.sizes`).
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        layers: Sequence[nn.Module],
+        taps: Sequence[TowerTap],
+        family: Family,
+        facts: ModelFacts,
+        mean: Mean,
+    ):
+        self.whole, self.family, self.unit, self.sizes = tower, family, facts.unit, []
+        super().__init__(layers, taps, (), facts, mean)
+
+    def look_into(self, index: int, layer: nn.Module) -> None:
+        # a layer that may be compiled calls no hooks of its own; what is in it does
+        norm, attention = (layer.norm1, layer.attn) if self.family.packed else (layer.layernorm_before, layer.attention)
+        norm.register_forward_pre_hook(self.before)
+        attention.attn.register_forward_pre_hook(self.attending(index, attention), with_kwargs=True)
+
+    def end(self, layers: Sequence[nn.Module]) -> nn.Module:
+        return self.whole
+
+    def attending(self, index: int, attention: nn.Module) -> Callable[..., None]:
+        """Pre-hook of what attends, `(batch, length, dim)` or `(batch, length, heads, head dim)` of each."""
+
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            qkv = torch.cat([given[name].flatten(2) for name in ("query", "key", "value")], -1)
+            hidden, self.hidden = self.hidden, None
+            views = [(qkv, hidden)]
+            if self.family.packed:  # (patches of all, 1, dim) reach the layer
+                parts = self.family.view_sizes(self.sizes)
+                views = list(zip(equal_views(qkv[0], parts), equal_views(hidden[:, 0], parts), strict=True))
+            for tap in self.taps:
+                if tap.layer == index:
+                    found = [
+                        tap.measure(Projected(rows, module.head_size, module.scale), inputs, self.has_cls)
+                        for rows, inputs in views
+                    ]
+                    self.note(tap, self.over_ranks(self.of_views(found), attention))
+
+        return hook
+
+    def of_views(self, found: list[torch.Tensor]) -> torch.Tensor:
+        """Measured `(views, patches, ...)` by token; `(tokens of all, 1, ...)` of a tower that reads all as one."""
+        if not self.family.packed:
+            return self.by_token(found[0])
+        return self.by_token(torch.cat([each.flatten(0, 1) for each in found])[None]).transpose(0, 1)
+
+    def by_token(self, values: torch.Tensor) -> torch.Tensor:
+        return self.family.tokens_of(self.whole, values, self.sizes, self.unit)
+
+
+def equal_views(rows: torch.Tensor, patches: Iterable[int]) -> list[torch.Tensor]:
+    """`(patches of all, dim)` of views of several sizes as `(views, patches, dim)` of equal neighbours, in order."""
+    found, start = [], 0
+    for size, equal in groupby(patches):
+        count = len(list(equal))
+        found.append(rows[start : start + count * size].unflatten(0, (count, size)))
+        start += count * size
+    return found
 
 
 def built_for(taps: Sequence[TowerTap], facts: ModelFacts, built: int) -> int:
