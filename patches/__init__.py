@@ -10,6 +10,7 @@ from vlmprune.patches.base import Family
 from vlmprune.patches.cohere2_vision import Cohere2Vision
 from vlmprune.patches.deepseek_vl import DeepseekVL
 from vlmprune.patches.gemma3 import Gemma3
+from vlmprune.patches.glm4v import Glm4v
 from vlmprune.patches.idefics3 import Idefics3
 from vlmprune.patches.internvl import InternVL
 from vlmprune.patches.llava import Llava
@@ -22,6 +23,7 @@ from vlmprune.patches.ovis2 import Ovis2
 from vlmprune.patches.paligemma import PaliGemma
 from vlmprune.patches.qwen2_5_vl import Qwen2_5VL
 from vlmprune.patches.qwen2_vl import Qwen2VL
+from vlmprune.patches.qwen3_5 import Qwen3_5
 from vlmprune.patches.qwen3_vl import Qwen3VL
 from vlmprune.patches.qwen3_vl_moe import Qwen3VLMoe
 from vlmprune.patches.smolvlm import SmolVLM
@@ -55,6 +57,8 @@ FAMILIES: dict[str, Family] = {
         Qwen2_5VL(),
         Qwen3VL(),
         Qwen3VLMoe(),
+        Glm4v(),
+        Qwen3_5(),
     )
 }
 
@@ -71,7 +75,6 @@ REFUSED: dict[str, str] = {
     "instructblipvideo": "a Q-former makes few tokens of a picture already",
     "fast_vlm": "its tower is a timm model, which this project does not install and has not run",
     "perception_lm": "its tower is a timm model, which this project does not install and has not run",
-    "qwen3_5": "most of its layers are recurrent, and a cut cannot take back what they have read; not supported yet",
     "lfm2_vl": "some of its layers are convolutions, which have no attention; not supported yet",
     "minicpmv4_6": "most of its layers are recurrent; not supported yet",
     "kimi_k25": "its language model keeps keys of all heads as one latent vector; not supported yet",

@@ -15,7 +15,7 @@ from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layers import TowerLayer
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Packing
-from vlmprune.patches.language_models import LANGUAGE_MODELS
+from vlmprune.patches.language_models import LANGUAGE_MODELS, is_recurrent
 from vlmprune.patches.towers import TOWERS, packed_views, pooled, tower_layer
 
 __all__ = ["Bound", "Family"]
@@ -46,6 +46,7 @@ class Family:
     trunk: ClassVar[str] = "vision_tower"  # the inner model's attribute that the tower is
     axes: ClassVar[int] = 1  # on how many axes a token's position lies: 1, or 3 (M-RoPE)
     packed: ClassVar[bool] = False  # whether the tower reads pictures of any size as one sequence
+    bounds_pixels: ClassVar[bool] = False  # whether its processor bounds every picture's number of pixels
     sparse: ClassVar[bool] = False  # whether such a tower can read a part of a picture's patches (`token_pixels`, ...)
     views: ClassVar[bool] = False
     needs_sizes: ClassVar[bool] = False  # whether the packing of images depends on more than the model
@@ -67,6 +68,7 @@ class Family:
     # arguments of a call that must be as the config says, since the layout and the taps are traced by it
     fixed: ClassVar[tuple[str, ...]] = ("vision_feature_layer", "vision_feature_select_strategy")
     stamped: ClassVar[bool] = False  # whether text stands between the frames of a video
+    alike: ClassVar[bool] = False  # whether pictures and videos have one placeholder, so that no prompt can have both
     # arguments of the encoders that the inner model goes on to need
     shared: ClassVar[tuple[str, ...]] = ()
     # arguments of the language model: which columns are visual, `(batch, length)` bool, and what it adds to these
@@ -144,6 +146,7 @@ class Family:
             tower_from=tower_from(inner.config.vision_config),
             unit=self.unit(inner),
             closed=self.closed,
+            recurrent=tuple(i for i, layer in enumerate(self.decoder_layers(inner)) if is_recurrent(layer)),
         )
 
     def check_parts(self, inner: nn.Module) -> bool:

@@ -19,11 +19,13 @@ from vlmprune.patches.layers import HostLayer, kind_of
 
 __all__ = [
     "LANGUAGE_MODELS",
+    "RECURRENT",
     "NormedRotaryLayer",
     "RotaryLayer",
     "attention_mask",
     "counted",
     "decoder_layer",
+    "is_recurrent",
     "rotary_of",
     "sliding_window",
     "window_of",
@@ -42,7 +44,12 @@ LANGUAGE_MODELS = (
     "qwen2_5_vl_text",
     "qwen3_vl_text",
     "qwen3_vl_moe_text",
+    "glm4v_text",
+    "qwen3_5_text",
 )
+
+#: What `window_of` says of a recurrent layer, which has no attention and no window.
+RECURRENT = "recurrent"
 
 
 @dataclass(frozen=True)
@@ -100,20 +107,39 @@ class Cohere2Layer(RotaryLayer):
 
 
 @dataclass(frozen=True)
-class Gemma3Layer(NormedRotaryLayer):
-    """One of Gemma 3's, most of which see a short window, and all of which have norms behind their blocks."""
+class ClosedRotaryLayer(RotaryLayer):
+    """Of GLM-4V's build: what a block writes goes through a norm before it is added."""
 
     @property
     def feed_forward(self) -> nn.Module:
         raise UnsupportedError(
-            "this patch watches what attention and feed-forward blocks of a decoder layer write, and Gemma 3 puts that "
-            "through norms before it is added: take a method that does not watch blocks."
+            "this patch watches what attention and feed-forward blocks of a decoder layer write, and "
+            f"{type(self.module).__name__} puts that through norms before it is added: take a method that does not "
+            "watch blocks."
         )
+
+
+@dataclass(frozen=True)
+class Gemma3Layer(ClosedRotaryLayer, NormedRotaryLayer):
+    """One of Gemma 3's, most of which see a short window, and all of which have norms behind their blocks."""
 
     @property
     def far_sighted(self) -> tuple[int, ...]:
         kinds = self.attention.config.layer_types
         return tuple(index for index, kind in enumerate(kinds) if kind == "full_attention")
+
+
+@dataclass(frozen=True)
+class GatedRotaryLayer(NormedRotaryLayer):
+    """Of Qwen3.5's build: beside a head's queries its projection makes a gate, and most layers are recurrent."""
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.module.linear_attn if is_recurrent(self.module) else self.module.self_attn
+
+    def queries(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        heads = self.heads(self.attention.q_proj(rows))[:, ::2]  # behind each stands its gate
+        return self.rotated(self.attention.q_norm(heads), cos, sin)
 
 
 LAYERS: dict[str, type[RotaryLayer]] = {
@@ -128,6 +154,8 @@ LAYERS: dict[str, type[RotaryLayer]] = {
     "Qwen2_5_VLDecoderLayer": RotaryLayer,
     "Qwen3VLTextDecoderLayer": NormedRotaryLayer,
     "Qwen3VLMoeTextDecoderLayer": NormedRotaryLayer,
+    "Glm4vTextDecoderLayer": ClosedRotaryLayer,
+    "Qwen3_5DecoderLayer": GatedRotaryLayer,
 }
 
 
@@ -164,6 +192,8 @@ def attention_mask(
     """
     from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+    if is_recurrent(layer):  # which wants the padding of these inputs alone
+        return None if mask is None else mask[:, -hidden.shape[1] :]
     attention = layer.self_attn
     if blocks is not None:
         return blockwise_mask(attention, index, hidden, mask, cache, blocks)
@@ -205,6 +235,11 @@ def counted(position_ids: torch.Tensor | None) -> torch.Tensor | None:
     return position_ids[0] if len(position_ids) == 4 else None
 
 
-def window_of(layer: nn.Module) -> int | None:
-    """The window of a decoder layer in tokens, or None."""
-    return sliding_window(layer.self_attn)
+def is_recurrent(layer: nn.Module) -> bool:
+    """Whether a decoder layer has a state instead of attention over what came before."""
+    return not hasattr(layer, "self_attn")
+
+
+def window_of(layer: nn.Module) -> int | str | None:
+    """The window of a decoder layer in tokens, None where it sees all, or `RECURRENT`: layers alike get one mask."""
+    return RECURRENT if is_recurrent(layer) else sliding_window(layer.self_attn)

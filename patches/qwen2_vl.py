@@ -21,6 +21,7 @@ class Qwen2VL(Family):
     model_type = "qwen2_vl"
     title = "Qwen2-VL (Qwen2VLForConditionalGeneration)"
     trunk, axes, packed, sparse, needs_sizes, fixed = "visual", 3, True, True, True, ()
+    bounds_pixels = True
     image = "a picture of any size, or a whole video: its number of tokens follows its pixels"
     modalities = ("image", "video")
     usual_tower, projector = "qwen2_vl_vision", "visual.merger"

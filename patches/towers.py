@@ -30,6 +30,8 @@ TOWERS = {
     "qwen2_5_vl_vision": False,
     "qwen3_vl_vision": False,
     "qwen3_vl_moe_vision": False,
+    "glm4v_vision": False,
+    "qwen3_5_vision": False,
 }
 
 
@@ -144,6 +146,8 @@ LAYERS: dict[str, Callable] = {
     "Qwen2_5_VLVisionBlock": RotaryTowerLayer,
     "Qwen3VLVisionBlock": RotaryTowerLayer,
     "Qwen3VLMoeVisionBlock": RotaryTowerLayer,
+    "Glm4vVisionBlock": RotaryTowerLayer,
+    "Qwen3_5VisionBlock": RotaryTowerLayer,
 }
 
 

@@ -8,9 +8,11 @@ Every number and every sentence that judges follows from these files; tests/test
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,17 @@ PAGE = ROOT / "docs" / "table.md"
 SURE = 0.05
 #: Of random's tokens over layers, how far those of a method on a schedule of its own may be away to be compared.
 NEAR = 0.1
+#: Of `random`.
+SEEDS = 3
 BUDGETS = (0.5, 0.25, 0.1, 0.05)
 GROUPS = {**LOOKS_AT, "nothing": "nothing (controls)"}
+#: Made for flat screenshots, and so no example of its group here.
+APART = "showui"
 #: The groups of methods that are compared as groups.
 KINDS = {"tower": "attention", "features": "likeness", "question": "question", "decoder": "inside the LLM"}
 RIVALS = {"scene-qwen": "fewer pixels", "scene-llava-next": "one crop"}
+#: Where positions lie on three axes (M-RoPE), none is renumbered.
+THREE_AXES = ("scene-qwen",)
 LONG = "vlmprune_scene_llava_long"
 
 
@@ -110,6 +118,13 @@ COSTS_BY: dict[str, Callable[[Line], float | None]] = {
 }
 
 
+def whole_row(rows: Sequence[dict[str, Any]], every: Sequence[str]) -> bool:
+    """Whether a method's cells at a budget are all there: every task, and of what is seeded every seed."""
+    seeds = {row["seed"] for row in rows}
+    wanted = SEEDS if None not in seeds else 1
+    return len(seeds) == wanted and len(rows) == wanted * len(every)
+
+
 class Model:
     """One model's lines on some tasks, and what they are compared by."""
 
@@ -118,7 +133,7 @@ class Model:
         # one that asks whether things are there is for the column of false yes alone
         self.tasks = [task for task in every if not task.endswith("_exist")]
         self.exist = [task for task in every if "said_yes" in next(row for row in rows if row["task"] == task)]
-        counts = {row["task"]: row["count"] for row in rows}
+        self.counts = counts = {row["task"]: row["count"] for row in rows}
         self.clusters, self.part = [], []
         for task in self.tasks:
             self.clusters += [one.picture_id for one in asked(task, counts[task])] or [*map(str, range(counts[task]))]
@@ -127,13 +142,14 @@ class Model:
         found: dict[tuple[str, float | None], list[dict[str, Any]]] = {}
         for row in rows:
             found.setdefault((row["label"], (row["budget"] or {}).get("keep")), []).append(row)
-        whole = {row["task"]: row["tokens_before"] for row in rows if row["method"] == NONE and row["label"] == NONE}
+        whole = {row["task"]: row["tokens_before"] for row in rows if row["label"] != NATIVE}
         self.lines = [
             self.line(label, budget, some, whole, cost.get((label, str(some[0]["budget"]))))
             for (label, budget), some in found.items()
-            if {row["task"] for row in some} == {*every}  # a part of a run is no row
+            if whole_row(some, every)
         ]
-        self.compare()
+        if any(line.label == NONE for line in self.lines):
+            self.compare()
 
     def line(
         self, label: str, budget: float | None, rows: list[dict[str, Any]], whole: dict[str, float], cost: Any
@@ -155,10 +171,6 @@ class Model:
     def full(self) -> Line:
         return next(line for line in self.lines if line.label == NONE)
 
-    @cached_property
-    def resampler(self) -> statistics.Resampler:
-        return statistics.Resampler(self.clusters)
-
     def random_for(self, line: Line) -> Line | None:
         """`random` at the same budget, or of about as many tokens over layers where a method has its own."""
         drawn = [one for one in self.lines if one.label == "random"]
@@ -173,22 +185,30 @@ class Model:
 
     def compare(self) -> None:
         """Every line against the unpruned model and against `random`."""
+        pairs = []
         for line in (one for one in self.lines if one is not self.full):
             bases = {"full": self.full, "random": self.random_for(line) if line.label != "random" else None}
-            for name, base in bases.items():
-                if base is not None:
-                    line.against[name] = self.difference(line.scores, base.scores)
+            pairs += [(line, name, base) for name, base in bases.items() if base is not None]
+        found = self.differences([line.scores for line, *_ in pairs], [base.scores for *_, base in pairs])
+        for (line, name, _), against in zip(pairs, found, strict=True):
+            line.against[name] = against
 
-    def difference(self, scores: np.ndarray, base: np.ndarray, mine: np.ndarray | None = None) -> Against:
-        """Of two lines' scores, on the questions of a mask or on all; whole pictures are drawn, and given signs."""
-        mine = np.ones(len(scores), bool) if mine is None else mine
-        apart, names = (scores - base)[mine], [name for name, there in zip(self.clusters, mine, strict=True) if there]
-        resampler = self.resampler if mine.all() else statistics.Resampler(names)
-        drawn = resampler.means(names, apart)
-        found, _ = statistics.difference(drawn, float(apart.mean()), len(resampler), 1.0, not apart.any())
+    def differences(
+        self, scores: Sequence[np.ndarray], bases: Sequence[np.ndarray], mine: np.ndarray | None = None
+    ) -> list[Against]:
+        """Of pairs of scores, on the questions of a mask or on all; whole pictures are drawn, and given signs."""
+        if not scores:
+            return []
+        mine = np.ones(len(self.clusters), bool) if mine is None else mine
+        names = [name for name, there in zip(self.clusters, mine, strict=True) if there]
+        apart, resampler = np.stack(scores, 1)[mine] - np.stack(bases, 1)[mine], statistics.Resampler(names)
         where = np.array([resampler.position[name] for name in names])
-        sums = np.bincount(where, apart, len(resampler))
-        return Against(100 * found.value, 100 * found.low, 100 * found.high, statistics.sign_flip(sums))
+        made = []
+        for drawn, column in zip(resampler.means(names, apart).T, apart.T, strict=True):
+            found, _ = statistics.difference(drawn, float(column.mean()), len(resampler), 1.0, not column.any())
+            p = statistics.sign_flip(np.bincount(where, column, len(resampler)))
+            made.append(Against(100 * found.value, 100 * found.low, 100 * found.high, p))
+        return made
 
     def of(self, line: Line, split: str) -> float:
         """A line's score on one split."""
@@ -210,7 +230,9 @@ class Table:
         short = [row for row in rows if "said_yes" in row]
         names = dict.fromkeys(row["model"] for row in short)
         order = [name for name in testbed.NAMES if name in names]
-        self.models = [Model(name, [row for row in short if row["model"] == name], timed) for name in order]
+        models = [Model(name, [row for row in short if row["model"] == name], timed) for name in order]
+        # an unfinished run may lack the unpruned model, or `random`: then there is nothing to compare with
+        self.models = [model for model in models if {NONE, "random"} <= {line.label for line in model.lines}]
         longs = [row for row in rows if row["task"] == LONG]
         self.long = Model(longs[0]["model"], longs, []) if longs else None
         self.made_up = {(row["label"], (row["budget"] or {}).get("keep"), row["seed"]): row["made_up"] for row in longs}
@@ -271,7 +293,8 @@ def groups_of(lines: Sequence[Line]) -> list[str]:
 
 
 def means(lines: Sequence[Line], what: Callable[[Line], np.ndarray]) -> dict[str, np.ndarray]:
-    """Something of every sample, averaged over the methods of a group."""
+    """Something of every sample, averaged over the methods of a group, without the one that is apart."""
+    lines = [line for line in lines if line.method != APART]
     return {g: np.mean([what(line) for line in lines if line.group == g], 0) for g in groups_of(lines)}
 
 
@@ -279,7 +302,7 @@ def cells(table: Table) -> Iterator[tuple[Model, float, list[Line]]]:
     """Every model and budget with the methods that were asked there."""
     for model in table.models:
         for budget in BUDGETS:
-            if lines := [line for line in model.at(budget, controls=False) if line.against]:
+            if lines := [line for line in model.at(budget, controls=False) if "random" in line.against]:
                 yield model, budget, lines
 
 
@@ -288,7 +311,7 @@ def cells(table: Table) -> Iterator[tuple[Model, float, list[Line]]]:
 
 def summary(table: Table) -> list[str]:
     """What a reader who decides should know, in order."""
-    parts = (verdicts, fronts, losses, rivals, kinds, false_yes, times)
+    parts = (verdicts, fronts, losses, rivals, lengths, kinds, false_yes, times)
     return [told for part in parts if (told := part(table))]
 
 
@@ -347,13 +370,13 @@ def losses(table: Table) -> str:
     """Who is below random."""
     made = []
     for model in table.models:
-        below = [
-            f"{name_of(line, model)} at {percent(line.budget)} ({line.against['random'].value:+.1f})"
-            for budget in BUDGETS
-            for line in model.at(budget)
-            if "random" in line.against and line.against["random"].worse
-        ]
-        made += [f"- {model.name}: {listed(below)}."] if below else []
+        below: dict[str, list[str]] = {}
+        for line in (one for budget in BUDGETS for one in model.at(budget) if "random" in one.against):
+            if line.against["random"].worse:
+                told = f"{percent(line.budget)}: {line.against['random'].value:+.1f}"
+                below.setdefault(name_of(line, model), []).append(told)
+        found = [f"{name} ({', '.join(some)})" for name, some in below.items()]
+        made += [f"- {model.name}: {listed(found)}."] if found else []
     told = "**Below `random`** at the same budget for certain, controls included (in points):"
     return "\n".join([told, "", *made]) if made else f"{told} none."
 
@@ -364,7 +387,7 @@ def rivals(table: Table) -> str:
     for model in table.models:
         for line in (one for one in model.lines if one.label == NATIVE and model.at(one.budget, controls=False)):
             others = model.at(line.budget, controls=False)
-            apart = [model.difference(other.scores, line.scores) for other in others]
+            apart = model.differences([other.scores for other in others], [line.scores] * len(others))
             correct(apart)
             best = max(others, key=score)
             flops = ["" if one.flops is None else f", {percent(one.flops)} of the FLOPs" for one in (line, best)]
@@ -388,7 +411,7 @@ def kinds(table: Table) -> str:
         for budget in BUDGETS:
             found = means(model.at(budget, controls=False), lambda line: line.scores)
             if {"tower", "features"} <= set(found):
-                apart.append(model.difference(found["features"], found["tower"], mine))
+                apart += model.differences([found["features"]], [found["tower"]], mine)
                 told = [f"{100 * found[group][mine].mean():.1f}" if group in found else "" for group in KINDS]
                 rows.append([f"{split}, {percent(budget)}", *told])
     correct(apart)
@@ -398,12 +421,45 @@ def kinds(table: Table) -> str:
         ]
         sure = [f"{budget} ({one.value:+.1f})" for budget, one in mine if one.sure]
         words.append(f"on {split} pictures at {listed(sure) if sure else 'no budget'}")
+    pulled = 0.0 if not rows else np.mean([drag(model, budget) for budget in BUDGETS if model.at(budget)])
     told = f"""\
 **Attention or diversity?** Public findings: the tower's attention does better on simple pictures, diversity on
-crowded ones. Here (scene-llava, means over the methods of a group) the two differ for certain {listed(words)}; a plus
-is for diversity. Last column: likeness minus attention, corrected within this table:"""
+crowded ones. Here (scene-llava, means over the methods of a group, without `showui`, which is made for flat screenshots
+and would pull likeness down by {pulled:.0f} points) the two differ for certain {listed(words)}; a plus is for
+diversity. Last column: likeness minus attention, corrected within this table:"""
     rows = [[*row, str(one)] for row, one in zip(rows, apart, strict=True)]
     return f"{told}\n\n{markdown(['scenes, tokens left', *KINDS.values(), 'difference'], rows)}" if rows else ""
+
+
+def lengths(table: Table) -> str:
+    """What methods lose on short and on long answers."""
+    short = next((one for one in table.models if one.name == "scene-llava"), None)
+    made = []
+    for budget in BUDGETS if short is not None and table.long is not None else ():
+        lost = [
+            {line.label: -line.against["full"].value for line in model.at(budget, controls=False)}
+            for model in (short, table.long)
+        ]
+        both = [label for label in lost[1] if label in lost[0]]
+        if both:
+            least = sorted(both, key=lambda label: lost[1][label])[:3]
+            told = listed([f"`{label}` ({lost[1][label]:.1f})" for label in least])
+            means = [np.mean([one[label] for label in both]) for one in lost]
+            made.append(
+                f"- at {percent(budget)}, {len(both)} methods lose {means[0]:.1f} points on average on scene-llava's "
+                f"short answers, and {means[1]:.1f} on [long ones](#long-answers), where {told} lose least."
+            )
+    told = (
+        "**Short answers hide the damage**, on another model, other pictures and by another score, so read the order:"
+    )
+    return "\n".join([told, "", *made]) if made else ""
+
+
+def drag(model: Model, budget: float) -> float:
+    """How far the method that is apart would pull down the mean of its group, in points."""
+    scores = {line.label: line.score for line in model.at(budget, controls=False) if line.group == "features"}
+    rest = [score for label, score in scores.items() if label != APART]
+    return float(np.mean(rest) - np.mean([*scores.values()])) if rest else 0.0
 
 
 def false_yes(table: Table) -> str:
@@ -411,6 +467,8 @@ def false_yes(table: Table) -> str:
     rows, apart, count = [], [], {}
     for model, budget, lines in cells(table):
         rates = means(lines, lambda line: line.said_yes)
+        if not {"tower", "features"} <= set(rates) or not len(model.full.said_yes):
+            continue
         apart.append(plain_difference(rates["features"] - rates["tower"]))
         told = [f"{100 * rates[group].mean():.0f}" if group in rates else "" for group in KINDS]
         shown = [f"{100 * one.said_yes.mean():.0f}" for one in (model.full, model.random(budget))]
@@ -422,7 +480,7 @@ def false_yes(table: Table) -> str:
     asked_of = listed([f"{number} of {name}" for name, number in count.items()])
     told = f"""\
 **Does diversity hallucinate more?** Public findings say so. Per cent of the questions `is there a ... ?` about things
-that are not in the picture which are answered yes, as means over the methods of a group. There are few such questions
+that are not in the picture which are answered yes, as means over the same methods. There are few such questions
 ({asked_of}). Methods that go by likeness say yes more often for certain at: {listed(more)}; less often at:
 {listed(less)} (last column: likeness minus attention, corrected within this table):"""
     rows = [[*row, f"**{one.value:+.1f}**" if one.sure else f"{one.value:+.1f}"] for row, one in named]
@@ -469,9 +527,18 @@ def overview(model: Model) -> str:
     rows = []
     for place, label in order:
         mine = {line.budget: line for line in model.lines if line.label == label}
-        cells = [score_of(mine[budget]) if budget in mine else "" for budget in BUDGETS]
-        rows.append([name_of(next(iter(mine.values())), model), GROUPS[list(GROUPS)[place]], *cells])
-    return markdown(["method", "looks at", *map(percent, BUDGETS)], rows, 2)
+        scores = [score_of(mine[budget]) if budget in mine else "" for budget in BUDGETS]
+        one = next(iter(mine.values()))
+        rows.append([name_of(one, model), GROUPS[list(GROUPS)[place]], positions(one, model), *scores])
+    return markdown(["method", "looks at", "positions", *map(percent, BUDGETS)], rows, 3)
+
+
+def positions(line: Line, model: Model) -> str:
+    """What becomes of the positions of the tokens that stay."""
+    if line.label == NATIVE or "positions" not in registry.options(registry.find(line.method)):
+        return ""
+    own = next(field for field in fields(registry.find(line.method)) if field.name == "positions").default
+    return "kept" if own == "original" or (own is None and model.name in THREE_AXES) else "renumbered"
 
 
 def score_of(line: Line) -> str:
@@ -494,7 +561,7 @@ def details(model: Model, budget: float | None) -> str:
             ]
             + [str(line.against[base]) if base in line.against else "" for base in ("full", "random")]
             + [f"{model.of(line, split):.1f}" for split in splits]
-            + [f"{100 * line.said_yes.mean():.0f}"]
+            + [f"{100 * line.said_yes.mean():.0f}" if len(line.said_yes) else ""]
         )
     header = [
         "method",
@@ -554,16 +621,27 @@ def left_out(table: Table) -> str:
 def origin(table: Table) -> str:
     """Where the numbers come from."""
     told = [
-        f"commit {(run['commit'] or 'unknown')[:12]}, {run['started'][:10]}, {run['device']}, "
+        f"commit {(run['commit'] or 'unknown')[:12]}, {run['day']}, {run['device']}, "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items() if version and name != "python")
         for run in table.about["runs"]
     ]
     runs = "; ".join(told)
-    lost = sum(run["missing"] for run in table.about["runs"])
+    lost = table.about["missing"]
     unfinished = f" **{lost} cells of the run are missing still, and so are their rows.**" if lost else ""
-    asked = ", ".join(f"{len(model.clusters)} questions about {len(set(model.clusters))} pictures of {model.name}"
-                      for model in table.models)  # fmt: skip
-    return f"{asked}. {runs}.{unfinished}"
+    about = "\n".join(f"- {model.name}: {composition(model)}." for model in table.models)
+    return f"""\
+{about}
+
+The questions are the first of each picture in the shipped splits, and those are not balanced: what is rarely possible
+(a digit, a relation) comes first. So a score here is none of the testbed's README, and says more of fine detail than of
+colours and places. Measured: {runs}.{unfinished}"""
+
+
+def composition(model: Model) -> str:
+    """How many questions there are about what."""
+    counts = Counter(one.category for task in model.tasks for one in asked(task, model.counts[task]))
+    told = ", ".join(f"{count} {category}" for category, count in counts.most_common())
+    return f"{len(model.clusters)} questions about {len(set(model.clusters))} pictures ({told})"
 
 
 def page(table: Table) -> str:
@@ -587,12 +665,14 @@ All methods that run on the [embedded models](../eval/testbed/README.md), beside
 native rival (fewer pixels or crops for equal tokens), at a half, a quarter, a tenth and a twentieth of the visual
 tokens. **These are models of two million parameters that answer questions about drawn scenes. Nothing here is a claim
 about any other model**: a method that leads here may lose on photographs, and the other way round
-([ledger](#the-ledger)). No method was tuned to them; all run with their sources' options, but those that a model
-without a [CLS] token needs. They renumber positions or keep them as their sources do, which matters to models this
-small ([results](results.md)).
+([ledger](#the-ledger)). No method was tuned to them. All run with their sources' options, except where a model lacks
+something: `todre` starts from the mean patch where there is no [CLS] token, and `cdpruner` reads the question by the
+language model's embeddings, for these towers have no text half. They renumber positions or keep them as their sources
+do, which matters to models this small ([results](results.md)). `prunesid` and `tcc` draw numbers too, and ran with one
+seed.
 
 ```bash
-vlmprune eval table.yaml                              # an hour of one CPU core; started again, it goes on
+vlmprune eval table.yaml                              # under an hour of one CPU core; started again, it goes on
 python scripts/table_results.py answers runs/table    # -> benchmarks/table.json
 python scripts/table_results.py costs                 # -> benchmarks/table-costs.json
 python scripts/table_page.py                          # -> this page
@@ -608,6 +688,10 @@ they can be as small as that needs. An interval without 0 in it that is not bold
 ## In short
 
 {bullets}
+
+![Accuracy against tokens over layers, FLOPs and time of a prefill](table.png)
+
+Crosses are controls (the native rival too), the dotted line the unpruned model, the grey one the front.
 
 ## All rows
 
@@ -630,11 +714,39 @@ theirs. It was not run by us.
 """
 
 
+def draw(table: Table, path: Path) -> None:
+    """Accuracy against cost: a row for each model, a column for each cost, a colour for each group."""
+    from matplotlib import pyplot as plt
+
+    figure, grid = plt.subplots(
+        len(table.models), len(COSTS_BY), figsize=(4.2 * len(COSTS_BY), 3.4 * len(table.models)), squeeze=False
+    )
+    for axes, model in zip(grid, table.models, strict=True):
+        lines = [line for line in model.lines if line.method != "downsample"]
+        for axis, (kind, cost) in zip(axes, COSTS_BY.items(), strict=True):
+            for group, told in {**KINDS, "nothing": "controls"}.items():
+                mine = [line for line in lines if line.group == group and cost(line) is not None]
+                look = {"marker": "x", "color": "black"} if group == "nothing" else {"marker": "o", "alpha": 0.7}
+                axis.scatter(
+                    [100 * cost(line) for line in mine], [line.score for line in mine], s=18, label=told, **look
+                )
+            front = [line for line in pareto(model, cost) if cost(line) is not None]
+            axis.step([100 * cost(line) for line in front], [line.score for line in front], where="post", color="0.6")
+            axis.axhline(model.full.score, linestyle=":", color="0.5")
+            axis.set(title=model.name, xlabel=f"{kind}, % of unpruned", ylabel="right answers, %")
+    grid[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def main() -> None:
-    """Write the page."""
+    """Write the page and its picture."""
     answers = json.loads(ANSWERS.read_text())
     costs = json.loads(COSTS.read_text()) if COSTS.is_file() else None
-    PAGE.write_text(page(Table(answers, costs)), encoding="utf-8")
+    table = Table(answers, costs)
+    PAGE.write_text(page(table), encoding="utf-8")
+    draw(table, PAGE.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ from vlmprune.eval.bench.counting import CPU_ATTENTION, attention_flops
 from vlmprune.eval.bench.stats import ratio
 from vlmprune.eval.config.entries import Entry, Part
 from vlmprune.eval.config.schema import Config, Setting, load_config
-from vlmprune.eval.lmms import fingerprints, plan, store
+from vlmprune.eval.lmms import cells, fingerprints, store
+from vlmprune.eval.lmms.plan import make_plan
 from vlmprune.runtime import answering, loading
 from vlmprune.runtime.files import write_whole
 from vlmprune.spec import Job
@@ -129,8 +130,8 @@ def absent(config: Config) -> list[dict[str, Any]]:
             else:
                 lacking = [at for at in setting.budgets if entry.budgets and at not in entry.budgets]
             for budget in lacking:
-                cell = plan.cell_of(setting, entry, budget if takes else None, None, "-", None)
-                why = plan.impossible(cell, facts) or registry.find(name).refuses_inputs.get("image")
+                cell = cells.cell_of(setting, entry, budget if takes else None, None, "-", None)
+                why = cells.impossible(cell, facts) or registry.find(name).refuses_inputs.get("image")
                 if why is None:
                     raise SystemExit(
                         f"{name} runs on {setting.name} at {budget}, and configs/table.yaml leaves it out."
@@ -144,20 +145,22 @@ def answers(folders: list[Path], out: Path) -> None:
     """Gather the cells of runs into one file."""
     config = load_config(CONFIG)
     natives = {setting.name: found for setting in config.settings if (found := native(setting))}
-    cells: dict[str, dict[str, Any]] = {}
-    runs = []
+    found: dict[str, dict[str, Any]] = {}
+    planned = {cell.id for _, cell in make_plan(config).cells}
+    runs: list[dict[str, Any]] = []
     for folder in folders:
         run = store.load_run(folder)
-        cells |= {cell["cell"]["id"]: cell for cell in run.cells if cell["error"] is None}
-        words = ("commit", "started", "finished", "device", "versions")
-        runs.append({word: run.info[word] for word in words} | {"missing": len(run.missing)})
-    rows = [row_of(cell, natives) for cell in cells.values()]
+        found |= {cell["cell"]["id"]: cell for cell in run.cells if cell["error"] is None}
+        about = {word: run.info[word] for word in ("commit", "device", "versions")} | {"day": run.info["started"][:10]}
+        runs += [about] if about not in runs else []
+    rows = [row_of(cell, natives) for cell in found.values()]
     for model, task in {(row["model"], row["task"]) for row in rows}:
         if len(counts := {row["count"] for row in rows if (row["model"], row["task"]) == (model, task)}) > 1:
             raise SystemExit(f"{task} of {model} was asked with limits {sorted(counts)}: evaluate with one.")
-    order = [name for setting in config.settings for name in (setting.name,)]
+    order = [setting.name for setting in config.settings]
     rows.sort(key=lambda row: order.index(row["model"]))
-    save(out, {"format": FORMAT, "runs": runs, "absent": absent(config)}, rows)
+    about = {"format": FORMAT, "missing": len(planned - found.keys()), "runs": runs, "absent": absent(config)}
+    save(out, about, rows)
     print(f"{out}: {len(rows)} rows")
 
 

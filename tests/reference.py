@@ -137,10 +137,18 @@ def window_of(model: nn.Module, index: int) -> int | None:
     return None
 
 
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """As `rotate`, of neighbouring numbers, of which some at the end stay as they are (GLM-4V)."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    pairs = torch.stack((-turned[..., 1::2], turned[..., ::2]), -1).flatten(-2)
+    return torch.cat((turned * cos + pairs * sin, rest), -1)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return x * cos + turned * sin
+    return torch.cat((x * cos + turned * sin, rest), -1)
 
 
 def probabilities(model: nn.Module, index: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -149,9 +157,12 @@ def probabilities(model: nn.Module, index: int, x: torch.Tensor, positions: torc
     dim, nothing = attention.head_dim, nn.Identity()
     normed = layer.input_layernorm(x)
     cos, sin = (c[0] for c in model.model.language_model.rotary_emb(x[None], position_ids=positions[..., None, :]))
-    query = getattr(attention, "q_norm", nothing)(attention.q_proj(normed).view(len(x), -1, dim))
+    query = attention.q_proj(normed).view(len(x), -1, dim)
+    query = query[:, ::2] if model.config.model_type == "qwen3_5" else query  # every other one is a gate
+    query = getattr(attention, "q_norm", nothing)(query)
     key = getattr(attention, "k_norm", nothing)(attention.k_proj(normed).view(len(x), -1, dim))
-    query, key = (rotate(side.transpose(0, 1), cos, sin) for side in (query, key))
+    turn = rotate_pairs if model.config.model_type == "glm4v" else rotate
+    query, key = (turn(side.transpose(0, 1), cos, sin) for side in (query, key))
     key = key.repeat_interleave(query.shape[0] // key.shape[0], 0)
     row, column = torch.arange(len(x))[:, None], torch.arange(len(x))
     hidden = column > row
@@ -160,14 +171,26 @@ def probabilities(model: nn.Module, index: int, x: torch.Tensor, positions: torc
     return (query @ key.transpose(1, 2) / dim**0.5).masked_fill(hidden, -torch.inf).softmax(-1)
 
 
+def gate_of(model: nn.Module, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | float:
+    """`(length, heads * dim)` what attention's output is weighted by; 1 where a layer has no gate."""
+    if model.config.model_type != "qwen3_5":
+        return 1.0
+    both = layer.self_attn.q_proj(layer.input_layernorm(x)).view(len(x), -1, 2, layer.self_attn.head_dim)
+    return both[:, :, 1].flatten(1).sigmoid()
+
+
 def run_layer(model: nn.Module, index: int, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Decoder layer `index` on `(length, dim)`."""
-    layer = model.model.language_model.layers[index]
+    layer, nothing = model.model.language_model.layers[index], nn.Identity()
+    if not hasattr(layer, "self_attn"):  # recurrent: the host's own, of a row without padding
+        return layer(x[None], position_embeddings=None, attention_mask=None)[0]
     weights = probabilities(model, index, x, positions)
     value = layer.self_attn.v_proj(layer.input_layernorm(x)).view(len(x), -1, layer.self_attn.head_dim).transpose(0, 1)
     value = value.repeat_interleave(weights.shape[0] // value.shape[0], 0)
-    x = x + layer.self_attn.o_proj((weights @ value).transpose(0, 1).flatten(1))
-    return x + layer.mlp(layer.post_attention_layernorm(x)[None])[0]
+    closing = [getattr(layer, f"post_{block}_layernorm", nothing) for block in ("self_attn", "mlp")]
+    seen = (weights @ value).transpose(0, 1).flatten(1) * gate_of(model, layer, x)
+    x = x + closing[0](layer.self_attn.o_proj(seen))
+    return x + closing[1](layer.mlp(layer.post_attention_layernorm(x)[None])[0])
 
 
 @dataclass

@@ -42,6 +42,13 @@ QWEN = {
     "qwen3-vl-video": ({"family": "qwen3_vl"}, "videos"),
     "qwen3-vl-moe": ({"family": "qwen3_vl_moe"}, "images"),
 }
+# the same, of what has files of its own (tests/patches/test_glm.py, test_recurrent.py)
+OWN = {
+    "glm-4v": ({"family": "glm4v"}, "images"),
+    "glm-4v-video": ({"family": "glm4v"}, "videos"),
+    "qwen3.5": ({"family": "qwen3_5"}, "images"),
+    "qwen3.5-video": ({"family": "qwen3_5"}, "videos"),
+}
 # (height, width) of the first image, large where its canvas is to be shrunk
 LARGE = {"images": (40, 24), "shrunk": (90, 96), "videos": (40, 24)}
 FORCED = [9, 33, 21]
@@ -67,6 +74,11 @@ REFUSED |= {
     for name in ("downsample", "flowcut", "pitome", "prumerge", "prumerge_plus", "showui", "tome", "visionzip")
     for kind in tiny_qwen.CLASSES
 }
+REFUSED[("transprune", "glm4v")] = "puts that through norms"
+# by their own schedules these cut in front of the first layer with attention, or look at one without
+STATES = ("atp", "catp", "pyramiddrop", "sparsevlm", "todre", "transprune", "v2drop", "vflowopt", "vscan")
+REFUSED |= {(name, "qwen3_5"): "recurrent" for name in STATES}
+REFUSED |= {(name, kind): "reads pictures whole" for name in REPEATS for kind in ("glm4v", "qwen3_5")}
 REFUSED |= {
     (name, kind): "reads pictures whole" for name in REPEATS for kind in tiny.CLASSES.keys() - tiny_qwen.CLASSES.keys()
 }
@@ -79,8 +91,10 @@ TOLD = {
     "chooses among the crops": "crops whose grid is known are needed",
     "have a single view": "crops whose grid is known are needed",
     "a still picture has none": "of videos alone",
+    "reads pictures whole": "of towers that pack pictures of any size alone",
     "frames of a video are no screenshots": "of still pictures alone",
     "tokens alone": "in a prompt longer than the window, attention in a layer that has one says nothing of the rest",
+    "recurrent": "it cuts in front of the first layer with attention, or looks at one that has none",
     "puts that through norms": "what blocks write goes through norms before it is added",
 }
 FALLBACK = {
@@ -106,7 +120,11 @@ class Scene:
     @property
     def label(self):
         """The scene's name."""
-        return next(name for name, given in (FAMILIES | QWEN).items() if given == (self.options, self.kind))
+        return next(name for name, given in (FAMILIES | QWEN | OWN).items() if given == (self.options, self.kind))
+
+    def apart(self, name=None):
+        """Whether pictures are left out of prompts with videos: for a method of videos, or one placeholder for both."""
+        return name in MOVING or self.model.config.model_type == "glm4v"
 
     def shown(self, name, prompt):
         """A prompt with pictures of which a method drops something."""
@@ -119,7 +137,7 @@ class Scene:
 
     def several(self, name=None):
         """The prompt of `prompt`, of noise."""
-        if self.kind == "videos" and name in MOVING:
+        if self.kind == "videos" and self.apart(name):
             return tiny.prompt(self.model, [4, "video", 3, "video", 5], [], videos=[3, 3])
         if self.kind == "videos":
             parts = [4, "video", 3, "image", 2, "video", 5]
@@ -130,7 +148,7 @@ class Scene:
         """Prompts that differ in all they can, of what a method takes: several images have one view each, to some."""
         if self.kind == "videos":
             parts = [([3, "video", 4], [], [3]), ([6], [], []), (["image", 2, "video", 9, "video"], [(20, 70)], [3, 3])]
-            if name in MOVING:
+            if self.apart(name):
                 parts[2] = (["video", 9, "video"], [], [3, 3])
         else:
             sizes = [LARGE[self.kind], (20, 70), (24, 24)]
@@ -263,9 +281,8 @@ def replay_turns(model, turns, wrong=False, positions=None, at=-1, forced=FORCED
     images, cuts, start = [], [], 0
     for turn in turns:
         first, end = len(images), start + len(turn.ids)
-        for token, given in zip(
-            (config.image_token_id, getattr(config, "video_token_id", None)), turn.features, strict=True
-        ):
+        film = "image_token_id" if config.model_type == "glm4v" else "video_token_id"
+        for token, given in zip((config.image_token_id, getattr(config, film, None)), turn.features, strict=True):
             holes = (ids[start:end] == token).nonzero().flatten() + start if given else ids[:0]
             x = x.index_put((holes,), torch.cat(list(given))) if given else x
             edges = [0, *accumulate(len(f) for f in given)]

@@ -145,6 +145,7 @@ def test_wheel_is_light_and_describes_itself(described: Message) -> None:
         "train",
         "tune",
         "test",
+        "video",
         "vllm",
         "dev",
     }
@@ -187,7 +188,7 @@ def test_every_user_extra_is_in_the_developers_environment() -> None:
     config = ConfigParser()
     config.read(ROOT / "setup.cfg")
     dev = config["options.extras_require"]["dev"]
-    assert "vlmprune[docs,plot,test,train,tune]" in dev
+    assert "vlmprune[docs,plot,test,train,tune,video]" in dev
 
 
 # Installed, and imported from elsewhere

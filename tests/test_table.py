@@ -42,18 +42,37 @@ def made() -> dict:
     versions = {"vlmprune": "1", "torch": "2", "python": "3"}
     run = {
         "commit": "abc",
-        "started": "2026-01-01",
-        "finished": None,
+        "day": "2026-01-01",
         "device": "cpu",
         "versions": versions,
-        "missing": 2,
     }
     why = "it cannot | at all"
     return {
+        "missing": 2,
         "runs": [run],
         "rows": rows,
         "absent": [{"model": "scene-llava", "method": "lrs", "budget": None, "why": why}],
     }
+
+
+def test_the_page_is_what_the_results_say():
+    answers, costs = (json.loads(path.read_text()) for path in (results.ANSWERS, results.COSTS))
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(page.Table(answers, costs)), (
+        "docs/table.md is not what benchmarks/table.json says: run `python scripts/table_page.py`"
+    )
+
+
+def test_every_row_of_the_config_is_there_or_said_to_be_missing():
+    answers = json.loads(results.ANSWERS.read_text())
+    config = results.load_config(results.CONFIG)
+    missing = answers["missing"]
+    for setting in config.settings:
+        if results.native(setting) is None:
+            there = {row["label"] for row in answers["rows"] if row["model"] == setting.name} - {results.NATIVE}
+            labels = {entry.label for entry in (*setting.methods, *setting.controls)}
+            assert there <= labels
+            assert there == labels or missing
+    assert ("cells of the run are missing" in page.PAGE.read_text()) == bool(missing)
 
 
 def test_scores_survive_being_packed():
@@ -89,7 +108,7 @@ def test_differences_are_paired_and_corrected_together(made):
 def test_what_is_said_of_methods_follows(made):
     told = page.page(page.Table(made, None))
     assert "| scene-llava, 50 % | 2 | 1 | 0 | 1 | 1 | 66.7 | 100.0 | `fopru` |" in told
-    assert "- scene-llava: `divprune` at 50 % (-66.7)." in told
+    assert "- scene-llava: `divprune` (50 %: -66.7)." in told
     assert "differ for certain on sparse pictures at 50 % (-100.0) and on crowded pictures at 50 % (-100.0)" in told
     no = sum(len(results.no_of(task, COUNT)) for task in TASKS.values())
     assert "| scene-llava, 50 % | 0 | 33 | 0 | 100 |  |  | **+100.0** |" in told
@@ -117,6 +136,34 @@ def test_costs_and_fronts(made):
     assert "| `fopru` | 50 % | 60 % | 2.00 [1.90, 2.10] | 100.0 | +0.0" in told
 
 
+@pytest.mark.parametrize("there", [("none",), ("none", "fopru"), ("fopru", "random"), ("none", "fopru", "random")])
+def test_an_unfinished_run_makes_a_page(made, there):
+    made["rows"] = [row for row in made["rows"] if row["label"] in there]
+    told = page.page(page.Table(made, None))
+    assert ("#### scene-llava, 50 %" in told) == ({"none", "random"} <= set(there))
+    assert "2 cells of the run are missing" in told
+
+
+def test_long_answers_stand_beside_short_ones(made):
+    for label, score, made_up in (("none", 0.9, 0.1), ("fopru", 0.4, 0.5), ("random", 0.2, 0.6)):
+        for seed in range(3) if label == "random" else (None,):
+            row = answered(label, None if label == "none" else 0.5, {}, seed)[0] | {"task": page.LONG, "count": 20}
+            del row["said_yes"]
+            row |= {"model": "scene-llava-long", "scores": [score] * 20, "made_up": made_up, "output_tokens": 70}
+            made["rows"].append(row)
+    told = page.page(page.Table(made, None))
+    assert "- at 50 %, 1 methods lose 0.0 points on average on scene-llava's short answers, and 50.0 on" in told
+    assert "where `fopru` (50.0) lose least" in told
+    (line,) = [line for line in told.splitlines() if line.startswith("| `fopru`, 50 % | 40.0 | **-50.0**")]
+    assert line.endswith("| 50.0 | 70 |")
+    assert "| unpruned | 90.0 |  |  | 10.0 | 70 |" in told
+
+
+def test_random_without_all_its_seeds_is_no_row(made):
+    made["rows"] = [row for row in made["rows"] if row["seed"] != 2]
+    assert page.Table(made, None).models == []
+
+
 def test_a_part_of_a_row_is_no_row(made):
     made["rows"] = [row for row in made["rows"] if (row["label"], row["task"]) != ("fopru", TASKS["crowded"])]
     (model,) = page.Table(made, None).models
@@ -131,6 +178,39 @@ def test_a_method_with_a_budget_of_its_own_is_compared_by_layers(made):
         row["layer_average"] = 30 if row["label"] == "atp" else row["layer_average"]
     (model,) = page.Table(made, None).models
     assert "random" not in next(line for line in model.lines if line.label == "atp").against
+
+
+def cell(**about) -> dict:
+    """A cell of a run: the first 40 crowded questions, the odd ones right, yes to everything else."""
+    questions = results.asked(TASKS["crowded"], 40)
+    samples = [
+        {"doc": i, "score": float(i % 2), "target": one.answer, "answer": one.answer if i % 2 else "yes"}
+        | {"tokens_before": 100, "tokens_after": 10, "layer_average": 10 + i, "output_tokens": 2}
+        for i, one in enumerate(questions)
+    ]
+    named = {"id": "x", "model": "scene-llava", "method": "fopru", "label": "fopru", "options": {}, "control": False}
+    named |= {"budget": {"keep": 0.1}, "seed": None, "task": TASKS["crowded"]}
+    return {"cell": named | about, "samples": samples[::-1], "error": None, "metrics": {"made_up": {"value": 0.25}}}
+
+
+def test_a_cell_becomes_a_row():
+    row = results.row_of(cell(), {})
+    assert np.array_equal(results.unpacked(row["scores"], 40), np.arange(40) % 2)
+    no = results.no_of(TASKS["crowded"], 40)
+    assert np.array_equal(results.unpacked(row["said_yes"], len(no)), [1 - i % 2 for i in no])
+    assert (row["layer_average"], row["count"], row["control"]) == (29.5, 40, False)
+    rival = results.row_of(
+        cell(model="scene-llava-0.5", method="none"), {"scene-llava-0.5": ("scene-llava", {"keep": 0.5})}
+    )
+    assert (rival["model"], rival["label"], rival["budget"], rival["control"]) == (
+        "scene-llava", results.NATIVE, {"keep": 0.5}, True
+    )  # fmt: skip
+    other = cell()
+    other["samples"][3]["target"] = "something else"
+    with pytest.raises(SystemExit, match="x answers other questions"):
+        results.row_of(other, {})
+    long = cell(task=page.LONG)
+    assert results.row_of(long, {})["made_up"] == 0.25
 
 
 def test_native_rivals_are_told_from_their_names():

@@ -206,9 +206,17 @@ def prompt(made, parts, sizes, seed=0, videos=(), together=False):
             ids += torch.randint(6, VOCAB, (part,), generator=generator).tolist()
     inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     if qwen(made):
-        inputs["mm_token_type_ids"] = tiny_qwen().types(inputs["input_ids"])
+        types = tiny_qwen().types(inputs["input_ids"])
+        # GLM-4V's videos have the placeholder of pictures
+        inputs["mm_token_type_ids"] = 2 * types if videos and made.config.model_type == "glm4v" else types
     inputs |= pixels(made, sizes, seed, together) if sizes else {}
     return inputs | (video_pixels(made, videos, seed) if videos else {})
+
+
+def filled(types, width, side):
+    """The token types of a prompt with those of padding."""
+    zeros = torch.zeros(1, width - types.shape[1], dtype=types.dtype)
+    return torch.cat((zeros, types) if side == "left" else (types, zeros), 1)
 
 
 def batch(prompts, side="left"):
@@ -231,7 +239,7 @@ def batch(prompts, side="left"):
             out["image_sizes"] = torch.cat([p["image_sizes"] for p in prompts if "image_sizes" in p])
         out["pixel_values"] = torch.cat(images)
     if "mm_token_type_ids" in prompts[0]:
-        out["mm_token_type_ids"] = tiny_qwen().types(out["input_ids"])
+        out["mm_token_type_ids"] = torch.cat([filled(p["mm_token_type_ids"], width, side) for p in prompts])
     names = ("batch_num_images", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     for name in names:
         if given := [p[name] for p in prompts if name in p]:

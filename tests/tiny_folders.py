@@ -25,9 +25,12 @@ from transformers import (
 import vlmprune
 
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "user:", "<image>", "assistant:", "what", "colour", "is", "it", "?"]
+WORDS.append("<video>")
+VIDEO = WORDS.index("<video>")  # the placeholder of a folder's model, whose vocabulary has a word where tiny.VIDEO is
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}user: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}assistant:"
+    "{% if part['type'] == 'image' %}<image> {% elif part['type'] == 'video' %}<video> {% else %}{{ part['text'] }} "
+    "{% endif %}{% endfor %}{% endfor %}assistant:"
 )
 SIZE = {"shortest_edge": tiny.TILE}
 CROP = {"height": tiny.TILE, "width": tiny.TILE}
@@ -50,7 +53,7 @@ def tokenizer(other=None, **named):
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>",
-        extra_special_tokens={"image_token": words[tiny.IMAGE]} | named, padding_side="left",
+        extra_special_tokens={"image_token": words[tiny.IMAGE], "video_token": "<video>"} | named, padding_side="left",
     )  # fmt: skip
 
 
@@ -78,6 +81,8 @@ def save(folder: Path, family="llava", tower="clip"):
     """Write model and processor; returns the folder."""
     made = tiny.model(family, tower=tower)
     made.generation_config.max_new_tokens = 8
+    if family in tiny.VIDEOS:
+        made.config.video_token_id = VIDEO
     made.save_pretrained(folder)
     processor(family, tower).save_pretrained(folder)
     return folder

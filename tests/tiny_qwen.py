@@ -15,8 +15,11 @@ CLASSES = {
     "qwen2_5_vl": ("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig"),
     "qwen3_vl": ("Qwen3VLForConditionalGeneration", "Qwen3VLConfig"),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeConfig"),
+    "glm4v": ("Glm4vForConditionalGeneration", "Glm4vConfig"),
+    "qwen3_5": ("Qwen3_5ForConditionalGeneration", "Qwen3_5Config"),
 }
-STAMP = 2  # text tokens in front of every frame of a qwen3_vl video
+STAMPED = ("qwen3_vl", "qwen3_vl_moe", "glm4v", "qwen3_5")  # in whose videos text stands in front of every frame
+STAMP = 2  # tokens of it
 SECONDS = 0.5  # between the frames of a qwen2_5_vl video
 
 
@@ -37,7 +40,9 @@ def model(family, dtype=torch.float32, seed=0, attn="sdpa", **text_options):
         vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": into}
     if family == "qwen2_5_vl":
         vision |= {"window_size": 2 * TOKEN, "fullatt_block_indexes": list(FULL)}
-    if family.startswith("qwen3"):
+    if family == "qwen3_5":
+        vision |= {"num_position_embeddings": 36}
+    elif family.startswith("qwen3"):
         vision |= {"deepstack_visual_indexes": [1, 3], "num_position_embeddings": 36}
     text = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
@@ -46,6 +51,18 @@ def model(family, dtype=torch.float32, seed=0, attn="sdpa", **text_options):
         # with the usual base the last axes would hardly turn anything
         "rope_parameters": {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [2, 1, 1]},
     }  # fmt: skip
+    if family == "qwen3_5":
+        text |= {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+            "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4, "head_dim": 16,
+        }  # fmt: skip
+        text["rope_parameters"]["partial_rotary_factor"] = 0.5
+    if family == "glm4v":
+        vision |= {"image_size": 24, "rms_norm_eps": 1e-6}
+        text["num_attention_heads"], text["num_key_value_heads"] = 2, 1
+        text["rope_parameters"]["partial_rotary_factor"] = 0.5  # as published
+        del text["head_dim"]
     if family == "qwen3_vl_moe":
         text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 2}
     kind, config = (getattr(transformers, name) for name in CLASSES[family])
@@ -109,8 +126,9 @@ def repeated(made, prompt):
 
 def placeholders(made, part, tokens, frames, generator):
     """Ids of one picture in a prompt."""
-    token = IMAGE if part == "image" else VIDEO
-    if part == "image" or not made.config.model_type.startswith("qwen3"):
+    glm = made.config.model_type == "glm4v"
+    token = IMAGE if part == "image" or glm else VIDEO
+    if part == "image" or made.config.model_type not in STAMPED:
         return [token] * tokens
     ids = []
     for _ in range(frames):

@@ -65,7 +65,12 @@ def only(handle: Handle, plain: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def measure_costs(
-    handle: Handle, inputs: dict[str, Any], tokens: int, pairs: int, clock: Clock | None = None
+    handle: Handle,
+    inputs: dict[str, Any],
+    tokens: int,
+    pairs: int,
+    clock: Clock | None = None,
+    whole: dict[str, Any] | None = None,
 ) -> EntryCosts:
     """Run pairs of the unpruned and the pruned model, in turns, after one of each that is not counted.
 
@@ -75,18 +80,22 @@ def measure_costs(
         tokens: of an answer; both models write as many.
         pairs: how often.
         clock: of the model's device, by default.
+        whole: the batch that the unpruned model gets, where that is another one.
     """
     model = handle.model
     clock = clock or Clock(model.device)
     cache: dict[bool, int] = {}
 
+    def given(plain: bool) -> dict[str, Any]:
+        return inputs if whole is None or not plain else whole
+
     def prefill(plain: bool) -> None:
-        out = model(**inputs, use_cache=True, logits_to_keep=1)
+        out = model(**given(plain), use_cache=True, logits_to_keep=1)
         out.logits[:, -1].argmax(-1).tolist()
         cache[plain] = kv_bytes(out.past_key_values)
 
     def answer(plain: bool) -> None:
-        model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1)
+        model.generate(**given(plain), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1)
 
     took: dict[Callable, list[tuple[float, float]]] = {prefill: [], answer: []}
     for number in range(pairs + 1):
@@ -147,23 +156,22 @@ class CostBook:
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
 
     @cached_property
-    def timed(self) -> tuple[dict[str, Any], int]:
-        """The prompts that are timed, and the length of an answer: what the unpruned model says to them."""
-        some = [
-            inputs for _, inputs in islice(fidelity_run.prepared(self.loaded, self.pairs, self.skipped), self.batch)
-        ]
-        tokenizer = self.loaded.processor.tokenizer
-        pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-        inputs = fidelity.collate(some, pad)
+    def timed(self) -> tuple[list[fidelity_run.Shown], dict[str, Any], int]:
+        """The prompts that are timed, as a batch, and the length of an answer: what the unpruned model says to them."""
+        some = list(islice(fidelity_run.prepared(self.loaded, self.pairs, self.skipped), self.batch))
+        inputs = fidelity.collate([one.inputs for one in some], fidelity_run.padding_of(self.loaded))
         full = guarded(fidelity.reference, self.loaded.model, inputs, self.longest)
-        return inputs, int(full.real.sum(1).max())
+        return some, inputs, int(full.real.sum(1).max())
 
     def of(self, entry: StudyEntry) -> EntryCosts:
         """What an entry costs, measured where that is not known, and kept."""
         key = self.key(entry)
         if key not in self.known:
-            inputs, tokens = self.timed
-            with patch(self.loaded, Job(entry.method, entry.seeded(entry.seeds[0]))) as handle:
-                self.known[key] = asdict(guarded(measure_costs, handle, inputs, tokens, self.repeats))
+            some, inputs, tokens = self.timed
+            job = Job(entry.method, entry.seeded(entry.seeds[0]))
+            own = fidelity_run.inputs_of(self.loaded, job, some, inputs)
+            both = () if own is inputs else (None, inputs)
+            with patch(self.loaded, job) as handle:
+                self.known[key] = asdict(guarded(measure_costs, handle, own, tokens, self.repeats, *both))
             write_whole(self.path, json.dumps(self.known, indent=1).encode())
         return EntryCosts(**self.known[key])

@@ -44,6 +44,8 @@ TOPS: dict[str, float | None] = {"first_agrees": 1.0, "answer_agrees": 1.0, "kl_
 MEASURES = tuple(TOPS)
 
 Inputs = dict[str, torch.Tensor]
+#: Pixels that lie packed, all pictures of a batch one behind another, where their grids come with them.
+PACKED = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}
 #: What was measured, in the order of `MEASURES`, by picture and prompt.
 Values = dict[tuple[str, str], list[float]]
 
@@ -152,7 +154,7 @@ def collate(prompts: Sequence[Inputs], pad: int) -> Inputs:
 
     Args:
         prompts: of batch size 1: input_ids, attention_mask, pixel_values `(1, [views,] channels, height, width)` or
-            packed `(patches, values)`, and whatever else has one row per picture.
+            packed `(patches, values)`, or those of a video, and whatever else has one row per picture.
         pad: token to pad with; it is masked.
     """
     return {name: torch.cat(equally_long(name, [p[name] for p in prompts], pad)) for name in prompts[0]}
@@ -174,12 +176,13 @@ def padded(parts: Sequence[torch.Tensor], longest: int, fill: int) -> list[torch
 
 
 def chosen(inputs: Inputs, rows: list[int]) -> Inputs:
-    """Some prompts of a batch, of one picture each; the patches of packed pictures lie one picture behind another."""
-    packed = (
-        inputs["pixel_values"].split(inputs["image_grid_thw"].prod(1).tolist()) if "image_grid_thw" in inputs else ()
-    )
-    some = {name: value[rows] for name, value in inputs.items() if name != "pixel_values" or not packed}
-    return some | ({"pixel_values": torch.cat([packed[row] for row in rows])} if packed else {})
+    """Some prompts of a batch, of one picture or video each; packed patches lie one picture behind another."""
+    some = dict(inputs)
+    for pixels, grids in PACKED.items():
+        if grids in inputs:
+            patches = some[pixels].split(inputs[grids].prod(1).tolist())
+            some[pixels] = torch.cat([patches[row] for row in rows])
+    return {name: value if PACKED.get(name) in inputs else value[rows] for name, value in some.items()}
 
 
 def greedy(model: Any, inputs: Inputs, max_new_tokens: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor, Any]:

@@ -23,7 +23,7 @@ from vlmprune.eval.report import render
 from vlmprune.eval.report.chart import Chart, Mark
 from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Heading, Table, Text, repeat
 from vlmprune.eval.statistics import Estimate
-from vlmprune.runtime import draw
+from vlmprune.runtime import draw, fewer_pixels
 from vlmprune.runtime.files import write_whole
 from vlmprune.runtime.tables import counted
 
@@ -178,7 +178,7 @@ def table_of(
         seeds = f" ({len(line.entry.seeds)} seeds)" if len(line.entry.seeds) > 1 else ""
         measured = line.measures
         row = [
-            f"{line.entry.method}{seeds}",
+            f"{line.entry.method}{smaller(line)}{seeds}",
             line.entry.budget,
             f"{whole(line.tokens_before)} -> {whole(line.tokens_after)}",
             f"{line.layer_average:.1f}",
@@ -202,6 +202,12 @@ def score_cells(score: Scored) -> list[str]:
     """The cells of the columns `SCORES`."""
     both = [spread(one, ".1f", 100) for one in (score.unpruned, score.pruned)]
     return [*both, spread(score.change, "+.1f", 100)]
+
+
+def smaller(line: StudyLine) -> str:
+    """What stands beside `downsample` where it made the pictures themselves smaller."""
+    made = line.entry.method == "downsample" and line.tokens_after < line.tokens_before
+    return f" ({fewer_pixels.SAID})" if made else ""
 
 
 def cost_cells(costs: EntryCosts | None) -> list[str]:
@@ -433,8 +439,9 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
     return made
 
 
-def sheet_of(label: str, cards: Sequence[Card], across: int = 2) -> Image.Image:
-    """The worst pictures of an entry as one picture with text, `across` of them in a row."""
+def sheet_of(label: str, cards: Sequence[Card]) -> Image.Image:
+    """The worst pictures of an entry as one picture with text, two of them in a row; of strips of videos one."""
+    across = 2 if all(max(p.width for p in card.plain.pictures) <= 2 * SIDE for card in cards) else 1
     panels = []
     for number, card in enumerate(cards, 1):
         row = card.row

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vlmprune.eval.fidelity import measure as fidelity
-from vlmprune.runtime.answering import guarded, patch
+from vlmprune.patches import family_of
+from vlmprune.runtime.answering import guarded, patch, seen_by
 from vlmprune.runtime.errors import CommandError, UserError
 from vlmprune.runtime.loading import model_inputs, strange_pictures, warn_of_photographs
-from vlmprune.runtime.pictures import read_picture
 from vlmprune.runtime.prompts import Pair
 from vlmprune.runtime.status import Bar, note, status
 from vlmprune.runtime.tables import counted
+from vlmprune.runtime.videos import read_visual
 from vlmprune.spec import Job
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from vlmprune.eval.fidelity.journal import Journal
     from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
     from vlmprune.runtime.loading import Loaded
+    from vlmprune.runtime.videos import VideoClip
 
-__all__ = ["Todo", "measure"]
+__all__ = ["Shown", "Todo", "inputs_of", "measure", "padding_of", "prepared"]
 
 
 class Todo:
@@ -97,7 +102,26 @@ def in_batches(
         del waiting[: len(some)]
 
 
-def prepared(loaded: Loaded, pairs: Sequence[Pair], skipped: dict[str, str]) -> Iterator[tuple[Pair, dict[str, Any]]]:
+@dataclass(frozen=True)
+class Shown:
+    """A prompt with its picture or video, and the model's inputs."""
+
+    pair: Pair
+    visual: Image.Image | VideoClip
+    inputs: dict[str, Any]
+
+    def as_seen_by(self, loaded: Loaded) -> dict[str, Any]:
+        """The inputs by another processor."""
+        return model_inputs(loaded, [self.visual], self.pair.prompt)
+
+
+def padding_of(loaded: Loaded) -> int:
+    """The token that prompts of a batch are padded with."""
+    tokenizer = loaded.processor.tokenizer
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def prepared(loaded: Loaded, pairs: Sequence[Pair], skipped: dict[str, str]) -> Iterator[Shown]:
     """Pairs with the model's inputs, each picture read once; pictures that cannot be read are noted and left out."""
     name, image, strange = None, None, 0
     for pair in pairs:
@@ -105,22 +129,19 @@ def prepared(loaded: Loaded, pairs: Sequence[Pair], skipped: dict[str, str]) -> 
             continue
         try:
             if pair.picture != name:
-                name, image = pair.picture, read_picture(pair.path)
+                name, image = pair.picture, read_visual(pair.path, pair.frames)
                 strange += strange_pictures(loaded, [image])
-            yield pair, model_inputs(loaded, [image], pair.prompt)
+            yield Shown(pair, image, model_inputs(loaded, [image], pair.prompt))
         except UserError as error:
             skipped[pair.picture] = str(error)
             note(f"left out: {error}")
     warn_of_photographs(loaded.source.name, strange)
 
 
-def one_batch(
-    loaded: Loaded, todo: Todo, some: Sequence[tuple[Pair, dict[str, Any]]], longest: int, tell: Callable
-) -> None:
+def one_batch(loaded: Loaded, todo: Todo, some: Sequence[Shown], longest: int, tell: Callable) -> None:
     """Measure one batch under all entries; the unpruned model answers once for all of them."""
-    tokenizer, journal, pairs = loaded.processor.tokenizer, todo.journal, [pair for pair, _ in some]
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    inputs = fidelity.collate([prompt for _, prompt in some], pad)
+    tokenizer, journal, pairs = loaded.processor.tokenizer, todo.journal, [one.pair for one in some]
+    inputs = fidelity.collate([one.inputs for one in some], padding_of(loaded))
     tell(0, "full model")
     full = fidelity.reference(loaded.model, inputs, longest)
     keys = [todo.keys(pair) for pair in pairs]
@@ -128,13 +149,30 @@ def one_batch(
         if all(mine[step] in journal.rows for mine in keys):
             continue
         tell(step + 1, entry.label)
-        with patch(loaded, Job(entry.method, entry.seeded(seed))) as handle:
-            compared = fidelity.compare(handle, inputs, full, longest)
+        job = Job(entry.method, entry.seeded(seed))
+        own = inputs_of(loaded, job, some, inputs)
+        with patch(loaded, job) as handle:
+            compared = fidelity.compare(handle, own, full, longest)
+        if own is not inputs:  # the pictures themselves are smaller
+            whole = [len_of(loaded, one.inputs) for one in some]
+            compared = [replace(one, tokens_before=tokens) for one, tokens in zip(compared, whole, strict=True)]
         made = {}
         for i, (pair, one, mine) in enumerate(zip(pairs, compared, keys, strict=True)):
             said = (answer_text(tokenizer, tokens) for tokens in (full.answer(i), one.tokens))
             made[mine[step]] = fidelity.StudyRow(pair.picture, pair.prompt, entry.label, seed, *said, one)
         journal.add({key: row for key, row in made.items() if key not in journal.rows})
+
+
+def inputs_of(loaded: Loaded, job: Job, some: Sequence[Shown], inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch as a job is to see it: `inputs`, or pictures made smaller."""
+    mine = seen_by(loaded, job)
+    return inputs if mine is loaded else fidelity.collate([one.as_seen_by(mine) for one in some], padding_of(loaded))
+
+
+def len_of(loaded: Loaded, inputs: dict[str, Any]) -> int:
+    """Visual tokens of a prompt about a picture."""
+    family = family_of(loaded.model)
+    return int((inputs["input_ids"] == family.token(family.inner(loaded.model))).sum())
 
 
 def answer_text(tokenizer: Any, tokens: list[int]) -> str:

@@ -13,7 +13,9 @@ from vlmprune.engine.compile import compile_cuts
 from vlmprune.errors import UnsupportedError
 from vlmprune.eval.config.entries import Budget, Entry, unique
 from vlmprune.eval.config.schema import Setting
+from vlmprune.methods.controls import Downsample
 from vlmprune.parts.facts import ModelFacts
+from vlmprune.patches import FAMILIES
 from vlmprune.spec import NONE
 
 __all__ = ["Cell", "Draft", "cells_of"]
@@ -165,6 +167,8 @@ def impossible(cell: Cell, facts: ModelFacts | None) -> str | None:
     try:
         made = spec.build(cell.method, cell.arguments, none=True)
         if facts is not None:  # another model, or a processor, that a method asks besides is there when it runs
+            smaller = FAMILIES[facts.family].bounds_pixels  # by the processor (runtime/fewer_pixels.py)
+            made = [method.done() if smaller and isinstance(method, Downsample) else method for method in made]
             compile_cuts([replace(method, **method.plain_with) for method in made], facts)
     except (TypeError, ValueError, FileNotFoundError, UnsupportedError) as error:
         return str(error)

@@ -42,8 +42,10 @@ from vlmprune.eval.lmms.measure import Cost, Record, StopAt, Stopwatch, criteria
 from vlmprune.eval.lmms.parallel import place
 from vlmprune.eval.lmms.pictures import Reader
 from vlmprune.parts.templates import image_token, started_once
+from vlmprune.patches import family_of
 from vlmprune.runtime import answering, loading
 from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
+from vlmprune.runtime.fewer_pixels import FewerPixels, fitted
 from vlmprune.spec import NONE
 
 __all__ = ["VlmPrune"]
@@ -168,11 +170,12 @@ class VlmPrune(lmms):
         with user_mistakes():
             made = spec.build(method, options, none=True)
         with user_mistakes(f"{method} on {self.loaded.source.name}: "):
-            told = [method.told_by(self.loaded.processor) for method in made]
+            processor = fitted(self.loaded.processor, made, family_of(self.loaded.model))
+            told = [method.told_by(processor) for method in made]
             self.handle = vlmprune.patch(self.loaded.model, told) if told else None
         if not made:
             vlmprune.unpatch(self.loaded.model)
-        self.method, self.options = method, options
+        self.method, self.options, self.processor = method, options, processor
 
     def take_records(self) -> list[dict[str, Any]]:
         """What the requests since the last call cost, by task and document; see `measure.Record`.
@@ -261,6 +264,9 @@ class VlmPrune(lmms):
         self._seconds += watch.cost.total_s
         speed, prompts = watch.cost.decode_speed(counts), inputs["attention_mask"].sum(1).tolist()
         visual = [self.tokens(inputs["input_ids"], row, arguments["num_beams"]) for row in range(len(requests))]
+        if isinstance(smaller := self.processor.image_processor, FewerPixels):
+            whole = [sum(map(smaller.tokens, one.images)) for one in asked]
+            visual = [(before, *after) for before, (_, *after) in zip(whole, visual, strict=True)]
         records = self.noted(requests, visual, counts, watch.cost, speed)
         answered = zip(texts, prompts, counts, records, strict=True)
         return [GenerationResult(text, Counts(*numbers, record=record)) for text, *numbers, record in answered]
@@ -312,7 +318,7 @@ class VlmPrune(lmms):
 
     def inputs(self, asked: Sequence[ReadyRequest]) -> dict[str, torch.Tensor]:
         """Processor's output for a left-padded batch, on the device."""
-        processor, texts = self.loaded.processor, [one.text for one in asked]
+        processor, texts = self.processor, [one.text for one in asked]
         # prompt by prompt: LLaVA-OneVision prepares several pictures of one prompt differently
         images = [one.images for one in asked if one.images]
         once = started_once(processor, texts[0])

@@ -39,7 +39,9 @@ def digits(rows: Sequence[Row]) -> int:
 
 def shown(row: Row) -> str:
     """What the method of a row is called."""
-    return FULL if row.full else row.label
+    # all tokens are kept, unless the picture itself is smaller
+    smaller = row.method == "downsample" and (row.tokens_after or 0) < (row.tokens_before or 0)
+    return FULL if row.full else f"{row.label} (fewer pixels)" if smaller else row.label
 
 
 def counts(row: Row) -> list[str]:

@@ -80,13 +80,14 @@ def statement(result: Result, one: Candidate) -> str:
     """`fopru, keep 0.25: 2.3 times as fast (...), loss 0.4 points, under 1.0 with 95 % confidence: yes`."""
     goal, found = result.goal, one.verdict
     what = "first token" if goal.of == "first" else f"answer of {one.costs.tokens} tokens"
-    lost = "of the score" if result.scored else "of the answers changed"
+    lost = per_cent(found.loss)
+    lost = f"loss {lost} points of the score" if result.scored else f"{lost} % of the answers changed"
     end = {"yes": "yes", "no": "no", "open": "no, as it looks, and more pictures may tell"}[found.answer]
     if found.more is not None:
         end = f"needs about {found.more} more pictures"
     return (
-        f"{one.label}: {one.speedup(goal):.2f} times as fast ({what}; 95 % interval {span(one, goal)}), loss "
-        f"{per_cent(found.loss)} points {lost}, under {per_cent(goal.loss)} with {CONFIDENCE:.0%} confidence: {end}."
+        f"{one.label}: {one.speedup(goal):.2f} times as fast ({what}; 95 % interval {span(one, goal)}), "
+        f"{lost}, under {per_cent(goal.loss)} with {CONFIDENCE:.0%} confidence: {end}."
     )
 
 
@@ -97,8 +98,8 @@ def verdict_line(result: Result) -> str:
     wanted = f"{goal.speedup:g} times as fast at a loss of at most {per_cent(goal.loss)} points"
     if best.speedup(goal) < goal.speedup:
         return (
-            f"Nothing tried is {wanted} here: the fastest of all was {fastest.label}, "
-            f"{fastest.speedup(goal):.2f} times. The best that was found:"
+            f"None of the {counted(len(result.all), 'candidate')} tried is {wanted} here: the fastest of all was "
+            f"{fastest.label}, {fastest.speedup(goal):.2f} times. The best that was found:"
         )
     if best.verdict.answer == "yes":
         return f"Yes, {wanted}:"

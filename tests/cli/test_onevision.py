@@ -57,7 +57,7 @@ def test_a_video_file_is_no_picture(cli, folder, tmp_path):
     (tmp_path / "film.mp4").write_bytes(b"\0\0\0\x18ftypmp42 and so on")
     code, out, err = ask(cli, folder, [tmp_path / "film.mp4"], "--method", "random")
     assert (code, out) == (2, "")
-    assert "film.mp4 is a video: this command takes pictures" in err
+    assert "film.mp4 is a video, not a picture: give it to `run` or `fidelity` by --video." in err
 
 
 def test_a_processor_that_needs_torchvision_says_so(cli, tmp_path, picture):

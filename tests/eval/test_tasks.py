@@ -112,6 +112,18 @@ def test_captions_are_of_three_things_or_four_and_say_what_is_there():
     assert np.array_equal(docs[0]["image"], pictures[docs[0]["picture_id"]].image)
 
 
+def test_the_long_model_describes_at_length_and_random_tokens_cost_it_things():
+    found = {}
+    for method, options in (("none", {}), ("random", {"keep": 0.05})):
+        lm = VlmPrune("scene-llava-long", method=method, **options, batch_size=6, device="cpu")
+        result = harness.evaluate(lm, ["vlmprune_scene_llava_long"], limit=6)
+        found[method] = result["results"]["vlmprune_scene_llava_long"]["objects,none"]
+        said = harness.answers(result, "vlmprune_scene_llava_long")
+        assert method == "random" or all(len(one.split()) >= 60 for one in said)
+    assert found["none"] > 0.7
+    assert found["random"] < found["none"] - 0.1
+
+
 def test_captions_are_scored_by_what_they_name():
     doc = {"answer": "top left red circle . bottom right blue 3 ."}
     score = lambda said: tuple(utils.score_caption(doc, [said]).values())  # noqa: E731

@@ -49,7 +49,8 @@ def tower_by_hand(model, view, target, wrong=""):
     tower, first = model.model.vision_tower, int(model.config.vision_config.model_type == "clip_vision_model")
     x = tower.embeddings(view[None])
     x = tower.pre_layrnorm(x)[0] if first else x[0]
-    layers, scores, left, lengths = tower.encoder.layers[:-1], None, list(range(len(x) - first)), []
+    behind = model.config.vision_feature_layer + 1 or None  # which of the last layers are not asked
+    layers, scores, left, lengths = tower.encoder.layers[:behind], None, list(range(len(x) - first)), []
     last = len(layers) - 2
     for index, layer in enumerate(layers):
         lengths.append(len(x))
@@ -98,10 +99,12 @@ def test_llava_equals_by_hand(tower, factor):
     assert (got - plain).abs().max() > 1e-7
 
 
+@pytest.mark.parametrize("feature", [-2, -1])
 @pytest.mark.parametrize("wrong", ["forgets", "even", "together"])
-def test_many_pictures_at_once_and_what_the_equality_tells_apart(wrong):
+def test_many_pictures_at_once_and_what_the_equality_tells_apart(wrong, feature):
     """Of twelve pictures in one call all keep what each alone would, and not what a known mistake would keep."""
     model = peaked(tiny.model(seed=3).double())
+    model.config.vision_feature_layer = model.model.config.vision_feature_layer = feature
     prompt = tiny.prompt(model, ["image"] * 12 + [3], [(24, 24)] * 12, seed=1)
     prompt["pixel_values"] *= torch.linspace(0.3, 3, 12, dtype=F64)[:, None, None, None]
     read = []
@@ -116,7 +119,7 @@ def test_many_pictures_at_once_and_what_the_equality_tells_apart(wrong):
         assert got == [left for left, _, _ in right]
         lengths = [length for _, _, length in right]
         assert len({tuple(length) for length in lengths}) > 1  # pictures differ in how many they lose
-        assert read[:-1] == [max(column) for column in zip(*lengths, strict=True)]
+        assert read[: len(lengths[0])] == [max(column) for column in zip(*lengths, strict=True)]
         if wrong != "together":
             assert got != [tower_by_hand(model, view, 4, wrong)[0] for view in prompt["pixel_values"]]
             return

@@ -9,6 +9,7 @@ import tiny
 import tiny_qwen
 import torch
 from torch import nn
+from waits import reads
 
 import vlmprune
 from vlmprune import UnsupportedError
@@ -171,6 +172,18 @@ def test_where_nothing_repeats_nothing_changes(family):
         with vlmprune.patch(model, PixelPrune()) as handle:
             assert torch.equal(model(**prompt).logits, plain)
             assert handle.trace.kv_lengths == [prompt["input_ids"].shape[1]] * tiny.LAYERS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_how_often_the_device_is_waited_for(family, monkeypatch):
+    """Beyond what any method before the language model waits for; windows are looked at apart."""
+    model = tiny.shared(family=family)
+    prompt, found = tiny_qwen.repeated(model, tiny.prompt(model, [4, "image", 6], [(40, 24)])), {}
+    for name, options in (("pixelprune", {}), ("random", {"keep": 4})):
+        with torch.no_grad(), vlmprune.patch(model, name, **options):
+            model(**prompt)
+            found[name] = reads(lambda: model(**prompt), monkeypatch).total
+    assert found["pixelprune"] == found["random"] + PixelPrune.syncs + (family == "qwen2_5_vl")
 
 
 def test_beside_a_method_with_a_budget():

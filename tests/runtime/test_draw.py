@@ -13,6 +13,9 @@ import vlmprune
 from vlmprune.methods import FastV, Pool
 from vlmprune.patches import family_of
 from vlmprune.runtime import draw
+from vlmprune.runtime.frames import FramesAsPictures
+from vlmprune.runtime.videos import VideoClip
+from vlmprune.trace import CutTrace, Trace
 
 
 def grid_of(model, size):
@@ -148,13 +151,62 @@ def test_a_kept_patch_of_a_shrunken_canvas_is_clear():
         assert np.array_equal(shown, original[y, x]) == (token in kept)
 
 
-def test_videos_are_not_drawn():
+def clip_of(frames):
+    return VideoClip(
+        tuple(frames), tuple(range(len(frames))), tuple(float(n) for n in range(len(frames))), len(frames), 1.0
+    )
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl"])
+def test_videos_are_drawn_as_strips(family):
+    """Every frame of tokens keeps its own patches' colours; frames beyond a line of eight go to the next."""
+    shots = [tiny_folders.noise_picture(48, 48, seed) for seed in range(10)]
+    if family == "qwen2_vl":  # two frames make one frame of tokens, a token is 24 pixels large
+        fields = {"size": {"shortest_edge": 2304, "longest_edge": 2304}, "patch_size": 12, "merge_size": 2}
+        model, size, tokens = tiny.shared(family=family), (5, 4, 4), 2
+        part = FramesAsPictures(fields | {"temporal_patch_size": 2}, None, family)
+    else:
+        model, size, tokens = onevision(), 10, 2
+        part = FramesAsPictures({"size": tiny_folders.CROP}, None, family)
+    family = family_of(model)
+    grid = family.video_grid(family.inner(model), size)
+    planes = len(grid.planes)
+    assert planes == (5 if size != 10 else 10)
+    boxes = np.array(draw.patch_boxes(part, (48, 48), grid))[~grid.newline.numpy()]
+    np.testing.assert_allclose(boxes, np.tile(by_hand(48, 48, tokens, tokens), (planes, 1)), atol=1.5)
+
+    keep = torch.zeros(1, grid.tokens, dtype=torch.bool)
+    keep[0, [0, 4 + 3]] = True  # of the first frame the upper left, of the second the lower right
+    trace = Trace([grid], [0], [CutTrace(0, "x", "original", keep)], 9, [9], [9, 9])
+    panel = draw.kept_panel(clip_of(shots), trace, part, 0, "x")
+    assert panel.lines[:2] == [
+        f"2 of {grid.patches} patches", f"frame by frame: {', '.join(['1', '1', *['0'] * (planes - 2)])}"
+    ]  # fmt: skip
+    (strip,) = panel.pictures
+    side, gap = 192, draw.GAP // 2
+    lines, across = (1, 5) if planes == 5 else (2, 8)
+    assert strip.size == (across * (side + gap) - gap, lines * (side + gap) - gap)
+    second = 2 if planes == 5 else 1  # the first of its pair
+    for at, shot, corner in ((0, 0, (0, 0)), (1, second, (96, 96))):
+        whole = shots[shot].resize((side, side), Image.Resampling.NEAREST)
+        inner = (corner[0] + 4, corner[1] + 4, corner[0] + 88, corner[1] + 88)
+        left = at * (side + gap)
+        shown = strip.crop((left + inner[0], inner[1], left + inner[2], inner[3]))
+        assert np.array_equal(np.asarray(shown), np.asarray(whole.crop(inner)))
+    assert np.asarray(strip.crop((100, 100, 190, 190))).mean() < 0.6 * np.asarray(shots[0]).mean()  # dropped
+
+
+def test_a_picture_is_no_video_and_the_reverse():
     model = onevision()
+    processor = tiny_folders.processor("llava_onevision", "siglip")
     with torch.no_grad(), vlmprune.patch(model, "random", keep=2) as handle:
         model(**tiny.prompt(model, [3, "video", 4], [], videos=[2]))
-    processor = tiny_folders.processor("llava_onevision", "siglip")
-    with pytest.raises(vlmprune.UnsupportedError, match="videos are not drawn"):
+    with pytest.raises(vlmprune.UnsupportedError, match="what to draw on is no video, as image 0"):
         draw.draw_kept(tiny_folders.noise_picture(30, 30), handle.trace, processor)
+    image = tiny_folders.noise_picture(48, 48)
+    trace, processor = one_view(image)
+    with pytest.raises(vlmprune.UnsupportedError, match="what to draw on is no picture"):
+        draw.draw_kept(clip_of([image]), trace, processor)
 
 
 def test_kept_patches_keep_their_colour():

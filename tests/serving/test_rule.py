@@ -19,7 +19,7 @@ from vlmprune import registry
 from vlmprune.errors import UnsupportedError
 from vlmprune.methods.base import Method, Pruner
 from vlmprune.parts import Cut, Decoder, Hidden, Reduction, TowerTap, VisionAttention, select
-from vlmprune.parts.cuts import Clusters, Merge, PatchCut, Pick, PixelCut, ProjectorCut, Stay, TowerCut
+from vlmprune.parts.cuts import Clusters, Merge, PatchCut, Pick, PixelCut, ProjectorCut, Stay, TowerCut, Vision
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layout import Layout, Views
 from vlmprune.parts.packing import Layouts
@@ -335,6 +335,28 @@ def test_a_cut_that_nobody_knows_is_refused():
     from vlmprune.serving.rule import why_not
 
     assert why_not("it", object(), FACTS) == "it makes a object, which serving does not know"
+
+
+@dataclass(frozen=True)
+class DropsInside(Pruner):
+    """Drops tokens inside the tower, by taps that serving knows."""
+
+    def cuts(self, facts):
+        return [TowerCut(Vision(1), (Hidden(),), self.five), Cut(Decoder(0), (Hidden(),), self.fine, "contiguous")]
+
+    fine = fine
+
+    def five(self, seen, sizes):
+        return Stay((torch.arange(sizes.shape[1]) < 5).expand(sizes.shape), 5)
+
+
+def test_a_tower_that_would_be_shortened_is_refused():
+    model = tiny.shared()
+    family, inner = family_of(model), family_of(model).inner(model)
+    choice = Choice([DropsInside(keep=4)], family, family.facts(inner))
+    grid, prompt = family.image_grid(inner, None), tiny.prompt(model, [3, "image", 4], [(24, 24)])
+    with pytest.raises(UnsupportedError, match="tower layer 1: reduce dropped tokens inside the tower"):
+        served_rows(inner, family, choice, grid, None, prompt["pixel_values"])
 
 
 #: What serving reads of all that methods and engine hand each other, or knows to mean nothing to it. A new field must

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+import films
 import probes
 import pytest
 import reference
@@ -22,6 +23,7 @@ import vlmprune
 from vlmprune.engine import prefill
 from vlmprune.eval import testbed
 from vlmprune.runtime import loading
+from vlmprune.runtime.videos import VideoClip
 
 METHODS = {"fopru": {}, "fastv": {}, "todre": {"pivot": "mean"}, "random": {}}
 KEEP, TOLERANCE, WORDS = 0.25, 1e-8, 12
@@ -151,6 +153,72 @@ def test_turns(kind):
     same(got, replay_turns(model, done, forced=forced[0].tolist(), prompt=prompt), TOLERANCE)
 
 
+# Videos, of drawn scenes as the model knows them, though it was never trained on any
+
+
+def filmed(colour, question, frames=6):
+    """A circle that moves to the right, every second frame of it read."""
+    clip = VideoClip(
+        frames=tuple(films.moving(2 * frames, colour)[::2]), numbers=tuple(range(0, 2 * frames, 2)),
+        seconds=tuple(number / 10 for number in range(0, 2 * frames, 2)), total=2 * frames, rate=10.0,
+    )  # fmt: skip
+    return loading.model_inputs(loaded(), [clip], question)
+
+
+RED, GREEN = (200, 30, 30), (30, 160, 60)
+
+
+@methods
+@torch.no_grad()
+def test_a_video_is_answered_as_by_hand(name):
+    """Three pairs of frames; with a quarter of its tokens the colour is still told."""
+    model = loaded().model
+    for colour, word in ((RED, "red"), (GREEN, "green")):
+        inputs = filmed(colour, "what colour is the circle ?")
+        forced = said(model, inputs)
+        assert loaded().processor.batch_decode(forced, skip_special_tokens=True)[0].strip() == word
+        with patched(name) as handle:
+            got = probes.generated_logits(model, inputs, forced)[0]
+            turn = Turn(inputs["input_ids"][0].tolist(), ([], reference.video_features(model, inputs)), handle.trace)
+            (counts,) = handle.trace.counts
+        want = replay_turns(model, [turn], forced=forced[0].tolist(), prompt=inputs)
+        same(got, want, TOLERANCE)
+        assert counts["patches_after"] <= counts["patches_before"] // 4 + 1
+        assert got[0].argmax() == forced[0, 0] or name == "random"
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_two_conversations_about_videos_take_turns(kind):
+    """A video, a question about it in text alone, another conversation between the two; then a picture."""
+    model, processor = loaded().model, loaded().processor
+    first, picture = filmed(RED, "what colour is the circle ?"), asked("tall", CAPTION)
+    words = processor.tokenizer("user: is there a red circle ? assistant:", return_tensors="pt")
+    turns = [first, {"input_ids": words["input_ids"]}, picture]
+    forced, cached, other, done = torch.tensor([[9, 8]]), caches(model, kind, columns=900), caches(model, kind), []
+    with patched("todre") as handle:
+        for turn in turns:
+            inputs = whole(done, turn)
+            got = probes.generated_logits(model, inputs, forced, **{CACHE: cached}, disable_compile=True)[0]
+            trace = handle.trace if "input_ids" in turn and len(turn) > 1 else None
+            features = reference.image_features(model, turn), reference.video_features(model, turn)
+            done.append(Turn(turn["input_ids"][0].tolist() + forced[0].tolist(), features, trace))
+            if turn is first:  # somebody else talks about another film, on the same model
+                between = filmed(GREEN, CAPTION, 4)
+                probes.generated_logits(model, between, forced, **{CACHE: other}, disable_compile=True)
+    done[-1] = replace(done[-1], ids=done[-1].ids[: -forced.shape[1]])
+    ids = torch.tensor([[token for turn in done for token in turn.ids]])
+    config = model.config
+    prompt = {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == config.image_token_id) + 2 * (ids == config.video_token_id),
+        "image_grid_thw": picture["image_grid_thw"],
+        "video_grid_thw": first["video_grid_thw"],
+        "second_per_grid_ts": first["second_per_grid_ts"],
+    }
+    same(got, replay_turns(model, done, forced=forced[0].tolist(), prompt=prompt), TOLERANCE)
+
+
 def test_a_picture_behind_a_cache_of_the_unpruned_model_is_refused():
     model, first = loaded().model, asked("wide")
     cached = caches(model, "dynamic")
@@ -168,7 +236,7 @@ def test_a_row_of_a_batch_is_that_row_alone(name):
     """Three shapes in one batch, padded on the left by what the pictures differ in."""
     model, processor = loaded().model, loaded().processor
     records = list(shown().values())
-    texts = [loading.prompt_text(processor, 1, CAPTION)] * len(records)
+    texts = [loading.prompt_text(processor, {"image": 1, "video": 0}, CAPTION)] * len(records)
     batch = processor(text=texts, images=[[r.image] for r in records], padding=True, return_tensors="pt")
     assert not batch["attention_mask"].all()
     batch["pixel_values"] = batch["pixel_values"].double()

@@ -195,5 +195,5 @@ def save(target: Path, loaded: Loaded, asked: AnsweredPicture, image: Image.Imag
     for keep in KEEPS:
         mine = [outcome for outcome in asked.outcomes if outcome.job.options["keep"] == keep]
         said = [(o.job.label, o.trace, o.answer + ("" if asked.right(o.answer) else " (wrong)")) for o in mine]
-        rows.append(draw.answer_panels(image, loaded.processor.image_processor, asked.plain, said, longest=LARGEST))
+        rows += draw.answer_panels(image, loaded.processor, asked.plain, said, longest=LARGEST)
     write_picture(draw.sheet(rows, heading=f"{asked.picture['question']}   ({asked.expected})"), target)

@@ -34,12 +34,15 @@ examples:
       --keep 64,128 --device cuda --batch 8
   vlmprune fidelity --images 'photos/**/*.jpg' --prompts pairs.jsonl --model llava-hf/llava-1.5-7b-hf --keep 25%
 
+  vlmprune fidelity --video films --frames 16 --prompts prompts.txt --model Qwen/Qwen2.5-VL-3B-Instruct --keep 25%
+
 with what comes in the package (drawn scenes with questions and answers, which the default model knows):
   vlmprune fidelity --method fopru,vtc_cls --keep 26 --limit 20
 
 The prompts file has one prompt a line, each asked about every picture; or one JSON object a line, {"image": "cat.jpg",
 "prompt": "what is this?"}, where image may be a pattern ("2024/*.jpg") and without one means every picture. --data
 takes such lines with an "answer" too, a text or a list of those that count as right: answers are scored by --metric.
+With --video the videos take the pictures' place, in the report too.
 
 It writes report.html (self-contained), report.md with worst-*.png, and results.json with every row. What the measures
 mean is told there. Every result is kept in rows.jsonl as it comes: Ctrl-C stops and reports on what is finished, and
@@ -52,6 +55,10 @@ interrupted
 
 def verb(
     images: flags.Images = None,
+    video: Annotated[
+        str | None, Option(metavar="FILE", help="instead of pictures: a video, a folder of videos, or a pattern")
+    ] = None,
+    frames: flags.Frames = None,
     prompts: Annotated[str | None, Option(metavar="FILE", help="one prompt a line, or JSON lines (see below)")] = None,
     data: flags.Data = None,
     model: flags.Model = "scene-llava",
@@ -124,6 +131,7 @@ def held(out: str, verb: str, resume: bool) -> Iterator[Path]:
 def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
     flags.one_of(prompts=args.prompts, data=args.data)
+    flags.one_of(images=args.images, video=args.video)
     least = least_of(args)
     wanted = flags.wanted(args.method, args.keep, args.average, args.option, args.recipe)
     pairs, file = asked(args, folder), args.prompts or args.data or "the prompts"
@@ -142,7 +150,7 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     todo = wanted.jobs()
     beside = controls_of(args.controls, wanted, todo)
     entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
-    loaded = loading.open_model(args.model, args.device, args.dtype)
+    loaded = loading.open_model(args.model, args.device, args.dtype, videos=args.video is not None)
     answering.check(loaded, [*todo, *beside])
     check_prompts(loaded, pairs, file)
     labels = Labels.of(pairs, args.metric)
@@ -238,9 +246,18 @@ def asked(args: SimpleNamespace, folder: Path) -> list[Pair]:
     """The prompts about the user's pictures, or about those that come with the model.
 
     Raises:
-        UserError: pictures without prompts, or prompts without pictures.
+        UserError: pictures (or videos) without prompts, or prompts without pictures.
     """
-    file = args.data or args.prompts
+    file, video = args.data or args.prompts, getattr(args, "video", None)
+    if video is None and getattr(args, "frames", None) is not None:
+        raise UserError("--frames is of videos: name some (--video).")
+    if video is not None:
+        from vlmprune.runtime import videos
+
+        videos.check_reader()
+        if file is None:
+            raise UserError("name --prompts (one a line), or --data with answers, to ask about the videos.")
+        return read_pairs(video, file, args.limit, frames_of(args))
     if args.images is None and file is None and args.model == "scene-llava":
         return drawn(folder, args.limit)
     if args.images is None or file is None:
@@ -249,6 +266,13 @@ def asked(args: SimpleNamespace, folder: Path) -> list[Pair]:
             "tried on pictures that come with it."
         )
     return read_pairs(args.images, file, args.limit)
+
+
+def frames_of(args: SimpleNamespace) -> int:
+    """How many frames are read of every video."""
+    from vlmprune.runtime.videos import FRAMES
+
+    return args.frames or FRAMES
 
 
 def drawn(folder: Path, limit: int | None) -> list[Pair]:
@@ -320,21 +344,23 @@ def worst_cards(
     from vlmprune.eval.fidelity.measure import worst
     from vlmprune.eval.fidelity.report import SIDE, Card
     from vlmprune.runtime import draw
-    from vlmprune.runtime.answering import guarded, patch
+    from vlmprune.runtime.answering import guarded, patch, seen_by
     from vlmprune.runtime.loading import model_inputs
-    from vlmprune.runtime.pictures import read_picture
     from vlmprune.runtime.status import status
+    from vlmprune.runtime.videos import read_visual
     from vlmprune.spec import Job
 
-    paths = {pair.picture: pair.path for pair in pairs}
+    files = {pair.picture: (pair.path, pair.frames) for pair in pairs}
     cards = []
     for row in worst((row for row in rows if row.label == entry.label), count, labels):
         status(f"drawing {entry.label}: {printable(row.picture)}")
-        image = read_picture(paths[row.picture])
-        with patch(loaded, Job(entry.method, entry.seeded(row.seed))) as handle:
-            inputs = model_inputs(loaded, [image], row.prompt)
+        image = read_visual(*files[row.picture])
+        job = Job(entry.method, entry.seeded(row.seed))
+        with patch(loaded, job) as handle:
+            inputs = model_inputs(seen_by(loaded, job), [image], row.prompt)
             guarded(lambda inputs=inputs: loaded.model(**inputs, use_cache=True, logits_to_keep=1))
-            kept = draw.kept_panel(image, handle.trace, loaded.processor.image_processor, 0, "", (), SIDE)
+            part = draw.eyes(loaded.processor, handle.trace.grids[0])
+            kept = draw.kept_panel(image, handle.trace, part, 0, "", (), SIDE)
         right = () if labels is None else tuple(labels.right(row))
         cards.append(Card(row, draw.plain_panel(image, "", (), SIDE), kept, right))
     status()
@@ -354,6 +380,7 @@ def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
         "dtype": loaded.about["dtype"],
         "max_new_tokens": args.max_new_tokens,
         "versions": flags.versions(),
+        **({"frames": frames_of(args)} if getattr(args, "video", None) is not None else {}),
     }
 
 

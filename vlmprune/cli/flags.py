@@ -71,6 +71,7 @@ DTypes = Literal["auto", "float32", "bfloat16", "float16"]
 DType = Annotated[DTypes, DTYPE]
 Longest = Annotated[int, number("longest answer", 1)]
 Limit = Annotated[int | None, number("only the first N pictures by name", 1)]
+Frames = Annotated[int | None, number("frames of every video, spread over its length (default 8)", 1)]
 Json = Annotated[bool, Option("--json", help="print JSON")]
 Config = Annotated[str, Argument(metavar="CONFIG.yaml", help="a file, or the name of one that comes with vlmprune")]
 Overrides = Annotated[

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from vlmprune.runtime.answering import Outcome
     from vlmprune.runtime.loading import Loaded
+    from vlmprune.runtime.videos import VideoClip
 
 __all__ = ["verb"]
 
@@ -32,6 +33,7 @@ examples:
   vlmprune run --image a.jpg b.jpg --prompt "What differs?" --model llava-hf/llava-v1.6-mistral-7b-hf \\
       --method fopru,vtc_cls,random --keep 0.25,0.1 --device cuda
   vlmprune run --image scene.png --prompt "is there a red square ?" --method fastv --option layer=3
+  vlmprune run --video film.mp4 --frames 16 --prompt "What happens?" --model Qwen/Qwen2.5-VL-3B-Instruct --save kept.png
 
 The default model, scene-llava, comes with the package; it knows drawn scenes and 66 words. It understands, among
 others: is there a red circle ? / what colour is the cross ? / what shape is the bottom right object ? / where is the
@@ -41,14 +43,18 @@ blue 3 ? / how many red objects are there ? / which digit is in the picture ? / 
 
 AVERAGE = "Layer average: visual tokens a decoder layer sees, newlines included, averaged over all layers."
 TIMED = "Prefill: through the first token, full model -> pruned; medians of {pairs} interleaved pairs."
+SMALLER = (
+    "Fewer pixels: the picture itself is smaller (its processor's max_pixels): less work for the vision tower too."
+)
+
 CROPPED = "{name}: the model sees {share:.0%} of it; its image processor cuts off the rest, before any method."
 
 
 class RunCommand(flags.Verb):
-    """The verb, whose `--image a b` means `--image a --image b`."""
+    """The verb, whose `--image a b` means `--image a --image b`, and `--video a b` alike."""
 
     def parse_args(self, ctx, args):
-        return super().parse_args(ctx, list(apart(args, "--image")))
+        return super().parse_args(ctx, list(apart(list(apart(args, "--image")), "--video")))
 
 
 COMMAND = RunCommand
@@ -68,8 +74,10 @@ def apart(words: Sequence[str], flag: str) -> Iterator[str]:
 
 
 def verb(
-    image: Annotated[list[str], Option(metavar="FILE", help="picture, or several")],
     prompt: Annotated[str, Option(metavar="TEXT", help="what to ask; the model's chat template is put around it")],
+    image: Annotated[list[str], Option(metavar="FILE", help="picture, or several")] = [],  # noqa: B006
+    video: Annotated[list[str], Option(metavar="FILE", help="video, or several, behind the pictures")] = [],  # noqa: B006
+    frames: flags.Frames = None,
     model: flags.Model = "scene-llava",
     method: flags.SomeMethods = None,
     keep: flags.Keep = None,
@@ -83,36 +91,42 @@ def verb(
     dtype: flags.DType = "auto",
     as_json: flags.Json = False,
 ) -> None:
-    """Answer a prompt about pictures, with and without pruning.
+    """Answer a prompt about pictures or videos, with and without pruning.
 
     Shows what it costs, of the full model and of pruned ones (without --method: fopru; without --keep and --average: a
     quarter of the patches).
     """
     from vlmprune.runtime.pictures import check_target, read_picture
+    from vlmprune.runtime.videos import FRAMES, read_video
 
     if not prompt.strip():
         raise UserError("--prompt is empty.")
     check_text(prompt, "--prompt")
+    if not image and not video:
+        raise UserError("name a picture (--image) or a video (--video).")
+    if frames is not None and not video:
+        raise UserError("--frames is of videos: name one (--video).")
     wanted = flags.wanted(method, keep, average, option, recipe)
     target = check_target(save) if save else None
-    images = [read_picture(path) for path in image]
+    visuals = [*map(read_picture, image), *(read_video(path, frames or FRAMES) for path in video)]
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune.runtime import answering, loading
     from vlmprune.runtime.status import Bar, note, show, status
 
     todo = wanted.jobs()
-    loaded = loading.open_model(model, device, dtype)
+    loaded = loading.open_model(model, device, dtype, videos=bool(video))
     answering.check(loaded, todo)
-    inputs = loading.model_inputs(loaded, images, prompt)
+    prepare = partial(loading.model_inputs, visuals=visuals, prompt=prompt)
+    inputs = prepare(loaded)
     if loaded.source.embedded and (strange := loading.unknown_words(loaded, prompt)):
         note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
-    loading.warn_of_photographs(loaded.source.name, loading.strange_pictures(loaded, images))
+    loading.warn_of_photographs(loaded.source.name, loading.strange_pictures(loaded, visuals))
     with Bar(1 + len(todo)) as bar:
         status("full model: answering")
-        plain, outcomes = answering.run_jobs(loaded, todo, inputs, max_new_tokens, bar, repeats)
+        plain, outcomes = answering.run_jobs(loaded, todo, inputs, max_new_tokens, bar, repeats, prepare)
 
-    asked = AnsweredPrompt(loaded, prompt, image, images, plain, outcomes)
+    asked = AnsweredPrompt(loaded, prompt, [*image, *video], visuals, plain, outcomes)
     show(json.dumps(in_json(asked), indent=2) if as_json else in_text(asked))
     if target is not None:
         draw_kept(target, asked)
@@ -121,12 +135,12 @@ def verb(
 
 @dataclass(frozen=True)
 class AnsweredPrompt:
-    """A prompt about pictures (with the names of their files), and what came of it."""
+    """A prompt about pictures and, behind them, videos (with the names of their files), and what came of it."""
 
     loaded: Loaded
     prompt: str
     files: Sequence[str]
-    images: Sequence[Image.Image]
+    visuals: Sequence[Image.Image | VideoClip]
     plain: str
     outcomes: Sequence[Outcome]
 
@@ -136,11 +150,11 @@ class AnsweredPrompt:
 
     @cached_property
     def seen(self) -> list[float]:
-        """How much of every picture the model sees at all."""
-        from vlmprune.runtime.draw import seen_share
+        """How much of every picture or video the model sees at all."""
+        from vlmprune.runtime.draw import eyes, seen_share
 
-        grids, image_processor = self.outcomes[0].trace.grids, self.loaded.processor.image_processor
-        return [seen_share(image_processor, i.size, grid) for i, grid in zip(self.images, grids, strict=True)]
+        both = zip(self.visuals, self.outcomes[0].trace.grids, strict=True)
+        return [seen_share(eyes(self.loaded.processor, grid), visual.size, grid) for visual, grid in both]
 
 
 def columns(asked: AnsweredPrompt) -> dict[str, list[str]]:
@@ -148,7 +162,7 @@ def columns(asked: AnsweredPrompt) -> dict[str, list[str]]:
     outcomes, total = asked.outcomes, asked.outcomes[0].total
     patches, newlines = total["patches_before"], total["newlines_before"]
     made = {
-        "method": ["full model", *(o.job.method for o in outcomes)],
+        "method": ["full model", *(o.name for o in outcomes)],
         "average" if "average" in outcomes[0].job.options else "keep": ["-", *(o.job.budget for o in outcomes)],
         "patches left": [str(patches), *(change(patches, o.total["patches_after"]) for o in outcomes)],
     }
@@ -171,15 +185,24 @@ def in_text(asked: AnsweredPrompt) -> str:
     """What a person reads."""
     made, files = columns(asked), [printable(file) for file in asked.files]
     shown, rows = list(made), [list(row) for row in zip(*made.values(), strict=True)]
-    sizes = [f"{file} ({i.width} x {i.height})" for file, i in zip(files, asked.images, strict=True)]
+    sizes = [f"{file} ({size_of(visual)})" for file, visual in zip(files, asked.visuals, strict=True)]
     lines = [asked.loaded.description, f"{', '.join(sizes)}: {line(asked.prompt)}", ""]
     lines += [table(shown, rows, shown[1:-1]), ""]
     lines += [CROPPED.format(name=f, share=s) for f, s in zip(files, asked.seen, strict=True) if s < 0.99]
     lines.append(AVERAGE)
+    if any(outcome.whole for outcome in asked.outcomes):
+        lines.append(SMALLER)
     if asked.timed:
         lines.append(TIMED.format(**asked.outcomes[0].times))
         lines += [OVERHEAD] if asked.loaded.source.embedded else []
     return "\n".join(lines)
+
+
+def size_of(visual: Image.Image | VideoClip) -> str:
+    """How large a picture or a video is, in words."""
+    wide, tall = visual.size
+    shots = getattr(visual, "frames", None)
+    return f"{wide} x {tall}" + (f", {len(shots)} of {visual.total} frames" if shots else "")
 
 
 def line(text: str) -> str:
@@ -189,18 +212,22 @@ def line(text: str) -> str:
 
 def in_json(asked: AnsweredPrompt) -> dict[str, Any]:
     """The same for a program, image by image."""
-    pictures = zip(asked.files, asked.images, asked.seen, strict=True)
+    visuals = [*zip(asked.files, asked.visuals, asked.seen, strict=True)]
+    pictures = sum(not hasattr(visual, "frames") for visual in asked.visuals)
     return {
         **asked.loaded.about,
         "prompt": asked.prompt,
-        "images": [{"file": f, "width": i.width, "height": i.height, "seen": round(s, 3)} for f, i, s in pictures],
+        "images": [file_in_json(*one) for one in visuals[:pictures]],
+        "videos": [file_in_json(*one) for one in visuals[pictures:]],
         "full": {"answer": asked.plain},
         "pruned": [
             {
                 "method": outcome.job.method,
                 "options": outcome.job.options,
                 "answer": outcome.answer,
-                "images": outcome.trace.counts,
+                "fewer_pixels": outcome.whole is not None,
+                "images": outcome.counts[:pictures],
+                "videos": outcome.counts[pictures:],
                 "layer_average": outcome.layer_average,
                 "kv_lengths": outcome.trace.kv_lengths,
                 "cuts": [
@@ -215,12 +242,21 @@ def in_json(asked: AnsweredPrompt) -> dict[str, Any]:
     }
 
 
+def file_in_json(file: str, visual: Image.Image | VideoClip, seen: float) -> dict[str, Any]:
+    """A picture or a video, and how much of it the model sees."""
+    wide, tall = visual.size
+    about = {"file": file, "width": wide, "height": tall, "seen": round(seen, 3)}
+    if hasattr(visual, "frames"):
+        about |= {"frames": list(visual.numbers), "seconds": list(visual.seconds), "of": visual.total}
+    return about
+
+
 def draw_kept(target: Path, asked: AnsweredPrompt) -> None:
-    """Draw one row of panels per picture, one panel per method, and write the file."""
+    """Draw one row of panels per picture, one panel per method (of a video, one row each), and write the file."""
     from vlmprune.runtime import draw
     from vlmprune.runtime.pictures import write_picture
 
-    image_processor, plain = asked.loaded.processor.image_processor, line(asked.plain)
+    processor, plain = asked.loaded.processor, line(asked.plain)
     said = [(o.job.label, o.trace, line(o.answer)) for o in asked.outcomes]
-    rows = [draw.answer_panels(image, image_processor, plain, said, i) for i, image in enumerate(asked.images)]
+    rows = [row for i, v in enumerate(asked.visuals) for row in draw.answer_panels(v, processor, plain, said, i)]
     write_picture(draw.sheet(rows, heading=asked.prompt), target)

@@ -41,10 +41,12 @@ __all__ = ["verb"]
 
 KEEP = "0.5,0.35,0.25,0.15,0.1"
 OWN = "0.25"  # of --method
+#: What methods look at (`Method.looks_at`), in the order in which they are tried, should time be short.
+ORDER = ("tower", "nothing", "features", "question", "decoder", "")
 #: What --methods all does not try, and why; who names them gets them.
 LEFT_OUT = {
     "atp": "its modules are trained for one model: --methods atp --option weights=FOLDER.",
-    "downsample": "it takes detail away and no token, so it makes nothing faster.",
+    "downsample": "on most models it takes detail away and no token: --methods downsample tries it all the same.",
 }
 EXAMPLES = """\
 examples:
@@ -226,7 +228,7 @@ def jobs_of(
         except ValueError as error:  # of another package
             refused[name] = [str(error)]
     spec.check_known(options, {name: {name: cls} for name, cls in classes.items()})
-    for name, cls in classes.items():
+    for name, cls in sorted(classes.items(), key=lambda item: (*ORDER, item[1].looks_at).index(item[1].looks_at)):
         mine = {key: value for key, value in options.items() if spec.takers(key, {name: cls})}
         try:
             jobs[name] = of_methods([name], budgets, mine) if name not in LEFT_OUT else []
@@ -286,7 +288,7 @@ def tell(result: Result, loaded: Loaded, pairs: Sequence[Pair], folder: Path, ar
     from vlmprune.eval.report import render
     from vlmprune.eval.tune import report
     from vlmprune.runtime.files import write_whole
-    from vlmprune.runtime.tables import table
+    from vlmprune.runtime.tables import OVERHEAD, table
 
     path, best = folder / "recipe.yaml", result.best
     lines = [report.python_line(result), report.command_line(result), f'vlmprune.patch(model, "{path}")']
@@ -313,4 +315,6 @@ def tell(result: Result, loaded: Loaded, pairs: Sequence[Pair], folder: Path, ar
     print(table(header, rows[: len(result.finalists)], header[2:]))
     print(f"\n{report.verdict_line(result)}\n{report.statement(result, best)}\n")
     print("\n".join(lines))
+    if loaded.source.embedded:
+        print(f"\n{OVERHEAD}")
     print(f"\nreport: {folder / 'report.html'}\nrecipe: {path}")

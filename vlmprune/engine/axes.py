@@ -65,7 +65,7 @@ def stand_on_axes(kwargs: dict, encoded: dict[str, Any], holes: dict[str, torch.
     placeholder = torch.stack(list(holes.values())).any(0)
     if positions is None:
         return (types.bool() == placeholder).all()
-    if max(len(item) for output in encoded.values() for item in output.pooler_output) == 1:
+    if max((len(item) for output in encoded.values() for item in output.pooler_output), default=0) == 1:
         return torch.ones((), dtype=torch.bool, device=placeholder.device)  # which stands where a word would
     pairs = placeholder[:, 1:] & placeholder[:, :-1]
     counted = (positions[-3:].diff(dim=-1) == 1).all(0) | ~pairs

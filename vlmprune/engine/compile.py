@@ -134,6 +134,11 @@ def check_layer(name: str, cut: Cut | TowerCut, facts: ModelFacts) -> None:
     where, layers = layers_for(cut, facts)
     if isinstance(cut.at.layer, bool) or not isinstance(cut.at.layer, int):
         raise TypeError(f"{name} cuts at {where} {cut.at.layer!r}, which is no whole number.")
+    if isinstance(cut, Cut) and facts.recurrent and 0 < cut.at.layer <= facts.attending[0]:
+        raise UnsupportedError(
+            f"{name} cuts at decoder layer {cut.at.layer}, in front of which all layers are recurrent; how long a "
+            f"conversation is says the first with attention, {facts.attending[0]}. Cut at 0, or behind that one."
+        )
     if cut.at.layer not in layers:
         allowed = f"{layers.start}..{layers.stop - 1}"
         raise ValueError(f"{name} cuts at {where} {cut.at.layer}, and this model allows {allowed}.")

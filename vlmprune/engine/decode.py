@@ -12,7 +12,7 @@ from vlmprune.engine.plan import Plan
 from vlmprune.engine.sequence import Segment, beside
 from vlmprune.errors import UnsupportedError
 from vlmprune.patches.host import cache_of
-from vlmprune.patches.language_models import attention_mask, rotary_of, window_of
+from vlmprune.patches.language_models import attention_mask, is_recurrent, rotary_of, window_of
 
 __all__ = ["Decode", "given_tokens", "held", "length_of", "missing", "resume", "rolled_back"]
 
@@ -62,6 +62,11 @@ def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], 
     batch, queries = tokens.shape[:2]
     check_cache(segments, batch)
     new = mask[:, prompt:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    if plan.facts.recurrent and queries > 1 and new is not None and not new[:, -queries:].all():
+        raise UnsupportedError(
+            "the rows of this batch go on with different numbers of tokens, and padding inside a row fades the state "
+            f"of the recurrent layers of {plan.family.model_type} models (unpruned, too): continue the rows one by one."
+        )
     if first.onward is None:
         positions = unpruned_positions(kwargs, segments, length, plan.family.origin)
     else:
@@ -145,7 +150,7 @@ class Decode:
 
     def enter(self, index: int, layer: nn.Module, hidden: torch.Tensor, kwargs: dict) -> tuple[torch.Tensor, dict]:
         segment = next((s for s in reversed(self.segments) if s.first <= index), None)
-        if segment is None or segment.first == 0:
+        if segment is None or segment.first == 0 or is_recurrent(layer):
             return hidden, kwargs  # the model's own arguments already fit these layers
         kind = (segment.first, window_of(layer))
         if kind not in self.ready:

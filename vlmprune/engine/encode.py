@@ -64,6 +64,11 @@ def check_kinds(family: Family, ready: dict[str, Any], pictured: list[str]) -> N
     """Refuse pictures of a kind that a family has not, and pixels beside their encoder's output."""
     if strange := [m for m in ready if m not in family.modalities]:
         raise UnsupportedError(f"{strange[0]} input of {family.model_type} models is not supported.")
+    if family.alike and len({*ready, *pictured}) > 1:
+        raise UnsupportedError(
+            f"pictures and videos in one call are not supported: {family.model_type} models write one placeholder for "
+            "both, and cannot tell them apart (unpruned, too). Ask about one of them at a time."
+        )
     if twice := [m for m in pictured if m in ready]:
         raise ValueError(f"give pixels or mm_encoder_outputs for input of kind {twice[0]!r}, not both.")
 

@@ -87,6 +87,13 @@ def find_items(plan: Plan, inner: nn.Module, modality: str, census: Census, feat
     """Find the images, or the videos, of a batch by their placeholders."""
     holes, placeholders = census.holes[modality], census.placeholders[modality]
     known = known_sizes(plan, modality, features)
+    made = len(features.pooler_output)
+    if plan.family.alike and made != len(known) and made != sum(map(bool, placeholders)):
+        raise UnsupportedError(
+            "beams, or several answers, to prompts with videos or several pictures are not supported: transformers "
+            f"mixes up the features of {plan.family.model_type} models where it repeats them (unpruned, too). Search "
+            "without beams, or ask about one picture."
+        )
     try:
         if plan.family.runs:
             sizes, known = pictures(census.runs[modality], math.prod(plan.family.side(inner)), len(known), features)

@@ -336,7 +336,8 @@ class Sequence:
         if kind is not None and self.past is not None and self.mask is not None:
             raise UnsupportedError(
                 "the rows of this batch go on with different numbers of tokens, so there would be padding inside "
-                "a row, which takes the place of tokens in a sliding window: continue the rows one by one."
+                "a row, which takes the place of tokens in a sliding window, and fades the state of a recurrent layer: "
+                "continue the rows one by one."
             )
         if self.bias is None:
             return attention_mask(layer, index, hidden, self.with_past(self.mask), cache, self.blocks)

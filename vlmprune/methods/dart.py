@@ -43,6 +43,8 @@ PIVOTS = 4  # of the image, and as many of the text
 class KeyLengths(DecoderTap):
     """L1 length of a decoder layer's keys, heads together, by column of the prompt: `(batch, prompt)`, 0 if gone."""
 
+    attends = True
+
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         left = scene.sequence
         lengths = upcast(layer.keys(layer.normed(hidden), *left.rotary)).abs().sum((1, 3))

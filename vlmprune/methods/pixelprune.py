@@ -59,7 +59,7 @@ class PixelPrune(Method):
     needs = "pixels"
     looks_at = "features"
     stage = "before the vision tower"
-    syncs = 2
+    syncs = 3
     refuses: ClassVar[dict[str, str]] = {
         "tau": "above 0 pixels are lost, and where it was measured in a server fewer tokens gave fewer requests a "
         "second; the exact mode alone is offered.",

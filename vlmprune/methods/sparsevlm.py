@@ -92,6 +92,8 @@ class Rated(DecoderTap):
     With `plus` it is that of the heads which look at the picture most, over what the rotary embedding alone would give.
     """
 
+    attends = True
+
     plus: bool = False
 
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:

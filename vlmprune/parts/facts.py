@@ -25,6 +25,7 @@ class ModelFacts:
         closed: whether features leave the tower through a norm behind its last layer.
         axes: on how many axes a token's position lies: 1, or 3 (time, height and width: M-RoPE).
         packed: whether the tower reads pictures of any size as one sequence.
+        recurrent: decoder layers that have a state instead of attention.
         sparse: whether such a tower can read a part of a picture's patches.
         windowed: tower layers in which a patch sees its window alone.
         tower_from: checkpoint that the vision tower came from, where the model's config tells it.
@@ -43,7 +44,13 @@ class ModelFacts:
     tower_from: str | None = None
     unit: int = 1
     closed: bool = False
+    recurrent: tuple[int, ...] = ()
     sparse: bool = False
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The decoder layers that have attention."""
+        return tuple(layer for layer in range(self.decoder_layers) if layer not in self.recurrent)
 
     @property
     def attention_layer(self) -> int:

@@ -99,6 +99,13 @@ def windowed(layer: int, facts: ModelFacts) -> str | None:
     return f"in this layer a patch sees its window alone, whose scores do not compare with others'; take one of {whole}"
 
 
+def recurrent(layer: int, facts: ModelFacts) -> str | None:
+    """Why nothing attends in a decoder layer, or None."""
+    if layer not in facts.recurrent:
+        return None
+    return f"that layer is recurrent, and has no attention; take one of {', '.join(map(str, facts.attending))}"
+
+
 def elsewhere(tap: TowerTap, at: Vision, what: str) -> str | None:
     """Why a cut in the tower cannot see what a layer projects, which is seen as it runs, or None."""
     made, which = (at.layer, "its own layer") if at.inside else (at.layer - 1, "the layer before it")
@@ -135,12 +142,15 @@ class TowerTap(Tap):
 class DecoderTap(Tap):
     """A tap measured at the input of decoder layer `layer` (0-based): before a cut there, after it for later cuts."""
 
+    attends: ClassVar[bool] = False  # whether it asks its layer for queries or keys
+
     layer: int
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
         if isinstance(at, Projector):
             return "no decoder layer has run before this cut"
-        return misplaced(at) or outside(self.layer, at.layer, "its layer must not lie behind the cut, so be one of")
+        wrong = misplaced(at) or outside(self.layer, at.layer, "its layer must not lie behind the cut, so be one of")
+        return wrong or (recurrent(self.layer, facts) if self.attends else None)
 
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         """From the layer's input `(batch, length, dim)`; returns `(images, tokens, ...)`."""
@@ -323,6 +333,8 @@ class TextAttention(DecoderTap):
     `(images, tokens)` float32.
     """
 
+    attends = True
+
     rows: Literal["last", "instruction", "all"] = "last"
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:
@@ -350,6 +362,8 @@ class ReceivedAttention(DecoderTap):
     masks the rows of patches count by their weight. `logits=True` takes "self" before the softmax, as a mean over the
     rows that see the token (causal).
     """
+
+    attends = True
 
     logits: bool = False
 
@@ -389,6 +403,8 @@ class CrossShare(DecoderTap):
     Text is what is not visual, but for the first `system` tokens of the conversation (where they stand in front of the
     first image); None takes all that stands in front of it for system text. What a cache holds is no part of it.
     """
+
+    attends = True
 
     system: int | None = None
 

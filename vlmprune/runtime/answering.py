@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
+from vlmprune.runtime.fewer_pixels import SAID, fitted
 from vlmprune.runtime.loading import Loaded
 from vlmprune.runtime.status import Bar, quiet, status
 
@@ -19,22 +20,42 @@ if TYPE_CHECKING:
     from vlmprune.spec import Job
     from vlmprune.trace import Trace
 
-__all__ = ["Outcome", "check", "guarded", "patch", "prefill_times", "run_jobs"]
+__all__ = ["Outcome", "check", "guarded", "patch", "prefill_times", "run_jobs", "seen_by"]
+
+
+Prepare = Callable[[Loaded], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job did; `pairs` are (plain, pruned) seconds of prefill through the first token."""
+    """What a job did.
+
+    Attributes:
+        pairs: (plain, pruned) seconds of prefill through the first token.
+        whole: visual tokens of every image as the full model sees it, where the job made the pictures smaller.
+    """
 
     job: Job
     answer: str
     trace: Trace
     pairs: list[tuple[float, float]]
+    whole: list[int] | None = None
+
+    @property
+    def counts(self) -> list[dict[str, int]]:
+        """As `Trace.counts`, of the pictures as the full model sees them."""
+        before = self.whole or [image["patches_before"] for image in self.trace.counts]
+        return [image | {"patches_before": n} for image, n in zip(self.trace.counts, before, strict=True)]
 
     @property
     def total(self) -> dict[str, int]:
-        """Counts of `Trace.counts`, summed over images."""
-        return {name: sum(image[name] for image in self.trace.counts) for name in self.trace.counts[0]}
+        """`counts`, summed over images."""
+        return {name: sum(image[name] for image in self.counts) for name in self.counts[0]}
+
+    @property
+    def name(self) -> str:
+        """The method as tables call it."""
+        return f"{self.job.method} ({SAID})" if self.whole else self.job.method
 
     @property
     def layer_average(self) -> float:
@@ -47,8 +68,23 @@ class Outcome:
         return times_of(self.pairs) if self.pairs else None
 
 
+def seen_by(loaded: Loaded, job: Job) -> Loaded:
+    """The model with the processor that prepares what a job is to see: itself, or one of smaller pictures.
+
+    Raises:
+        UserError: an unknown method, or an option that it does not take.
+    """
+    from vlmprune import spec
+    from vlmprune.patches import family_of
+
+    with user_mistakes():
+        methods = spec.build(job.method, job.options)
+    processor = fitted(loaded.processor, methods, family_of(loaded.model))
+    return loaded if processor is loaded.processor else replace(loaded, processor=processor)
+
+
 def patch(loaded: Loaded, job: Job) -> Handle:
-    """Patch the model for a job.
+    """Patch the model for a job; what it is shown then is prepared by the processor of `seen_by`.
 
     Raises:
         UserError: the method does not fit the model.
@@ -60,7 +96,8 @@ def patch(loaded: Loaded, job: Job) -> Handle:
     with user_mistakes(f"{job.method} on {loaded.source.name}: "):
         check_family("the recipe", job.family, loaded.model.config.model_type)
         methods = spec.build(job.method, job.options)
-        return vlmprune.patch(loaded.model, [made.told_by(loaded.processor) for made in methods])
+        processor = seen_by(loaded, job).processor
+        return vlmprune.patch(loaded.model, [made.told_by(processor) for made in methods])
 
 
 def check(loaded: Loaded, todo: Sequence[Job]) -> None:
@@ -108,15 +145,20 @@ def seconds(model: Any, inputs: dict[str, Any]) -> float:
     return time.perf_counter() - start
 
 
-def paired_times(handle: Handle, inputs: dict[str, Any], repeats: int, label: str) -> list[tuple[float, float]]:
-    """(plain, pruned) seconds of `repeats` pairs run one after the other, the order alternating, after a warm-up."""
+def paired_times(
+    handle: Handle, inputs: dict[str, Any], repeats: int, label: str, whole: dict[str, Any] | None = None
+) -> list[tuple[float, float]]:
+    """(plain, pruned) seconds of `repeats` pairs run one after the other, the order alternating, after a warm-up.
+
+    `whole` is what the plain model gets, where that is something else.
+    """
     pairs = []
     for i in range(repeats + 1 if repeats else 0):
         status(f"{label}: timing {i}/{repeats}" if i else f"{label}: warming up")
         pair = {}
         for plain in (True, False) if i % 2 else (False, True):
             with handle.disabled() if plain else nullcontext():
-                pair[plain] = seconds(handle.model, inputs)
+                pair[plain] = seconds(handle.model, inputs if whole is None or not plain else whole)
         pairs.append((pair[True], pair[False]))
     return pairs[1:]
 
@@ -140,24 +182,51 @@ def times_of(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def run_job(loaded: Loaded, job: Job, inputs: dict[str, Any], max_new_tokens: int, repeats: int = 0) -> Outcome:
-    """Answer with one method, time it and leave the model as it was."""
+def run_job(
+    loaded: Loaded,
+    job: Job,
+    inputs: dict[str, Any],
+    max_new_tokens: int,
+    repeats: int = 0,
+    prepare: Prepare | None = None,
+) -> Outcome:
+    """Answer with one method, time it and leave the model as it was; as of `run_jobs`."""
     status(f"{job.label}: answering")
+    mine, whole = seen_by(loaded, job), None
+    own = inputs if mine is loaded or prepare is None else prepare(mine)
+    if own is not inputs:
+        whole = token_counts(inputs["image_grid_thw"], loaded.processor.image_processor.merge_size)
     with patch(loaded, job) as handle:
-        said = answer(loaded, inputs, max_new_tokens)
+        said = answer(loaded, own, max_new_tokens)
         trace = handle.trace
-        pairs = guarded(paired_times, handle, inputs, repeats, job.label)
+        pairs = guarded(paired_times, handle, own, repeats, job.label, inputs)
     status()
-    return Outcome(job, said, trace, pairs)
+    return Outcome(job, said, trace, pairs, whole)
+
+
+def token_counts(grids: Any, merge: int) -> list[int]:
+    """Visual tokens of packed pictures with these grids `(pictures, 3)` of patches."""
+    return (grids.prod(1) // merge**2).tolist()
 
 
 def run_jobs(
-    loaded: Loaded, todo: Sequence[Job], inputs: dict[str, Any], max_new_tokens: int, bar: Bar, repeats: int = 0
+    loaded: Loaded,
+    todo: Sequence[Job],
+    inputs: dict[str, Any],
+    max_new_tokens: int,
+    bar: Bar,
+    repeats: int = 0,
+    prepare: Prepare | None = None,
 ) -> tuple[str, list[Outcome]]:
-    """The full model's answer, and what every job did; a step of the bar each."""
+    """The full model's answer, and what every job did; a step of the bar each.
+
+    Args:
+        inputs: of the full model.
+        prepare: makes them again by the processor of what it gets, where a job is to see something else.
+    """
     plain, outcomes = answer(loaded, inputs, max_new_tokens), []
     bar.step()
     for job in todo:
-        outcomes.append(run_job(loaded, job, inputs, max_new_tokens, repeats))
+        outcomes.append(run_job(loaded, job, inputs, max_new_tokens, repeats, prepare))
         bar.step()
     return plain, outcomes

@@ -6,6 +6,7 @@ Everything that is computed is `answering`'s and `draw`'s; this file lays it out
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,8 @@ class Asker:
         with user_mistakes():
             todo = spec.jobs(list(methods), [{"keep": keep}], {}, named=False)
         with self.turn, Bar(1 + len(todo)) as bar:
-            inputs = loading.model_inputs(self.loaded, [image], prompt)
-            plain, outcomes = answering.run_jobs(self.loaded, todo, inputs, LONGEST, bar, PAIRS)
+            prepare = partial(loading.model_inputs, visuals=[image], prompt=prompt)
+            plain, outcomes = answering.run_jobs(self.loaded, todo, prepare(self.loaded), LONGEST, bar, PAIRS, prepare)
         return rows(plain, outcomes), self.drawn(image, outcomes), self.about(image, prompt)
 
     def drawn(self, image: Image.Image, outcomes: Sequence[Outcome]) -> list[tuple[Image.Image, str]]:
@@ -118,7 +119,7 @@ def rows(plain: str, outcomes: Sequence[Outcome]) -> list[list[str]]:
         total, times = outcome.total, outcome.times
         left = change(total["patches_before"], total["patches_after"])
         timed = [f"{times['pruned_ms']:.1f}", f"{times['ratio']:.2f}"] if times else ["", ""]
-        made.append([outcome.job.method, outcome.answer, left, *timed])
+        made.append([outcome.name, outcome.answer, left, *timed])
     return made
 
 

@@ -3,7 +3,8 @@
 What the model never sees, since its image processor cuts it off, is striped: no method dropped it.
 
 Where a patch lies in the picture is asked of the image processor itself: a picture of its own coordinates goes through
-it, so crops, padding and squashing need no reimplementation. Only Pillow and numpy are used.
+it, so crops, padding and squashing need no reimplementation; of a video its video processor is asked. Only Pillow and
+numpy are used.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 
 from vlmprune.errors import UnsupportedError
+from vlmprune.runtime.videos import VideoClip
 
 if TYPE_CHECKING:
     from vlmprune.parts.layout import ImageGrid
@@ -27,6 +29,7 @@ __all__ = [
     "answer_panels",
     "cut_by_cut",
     "draw_kept",
+    "eyes",
     "kept_panel",
     "patch_boxes",
     "plain_panel",
@@ -39,8 +42,10 @@ GAP, TEXT, HEADING = 14, 15, 18
 LINE = TEXT + 5  # from one line of text to the next
 DARK = 0.45  # brightness of what was dropped
 STRIPE = 10  # pixels from one stripe to the next on what no patch covers
+ACROSS = 8  # frames of a video in one line of its strip
 
 Box = tuple[float, float, float, float]
+Visual = Image.Image | VideoClip
 
 
 @dataclass(frozen=True)
@@ -96,30 +101,42 @@ def unpacked(image_processor: Any, rows: np.ndarray, grids: np.ndarray) -> np.nd
     return still.transpose(4, 0, 2, 5, 1, 3, 6).reshape(1, 3, high * patch, wide * patch)
 
 
+def seen_frames(video_processor: Any, size: tuple[int, int], grid: ImageGrid) -> np.ndarray:
+    """As `seen_views`, of the frames of a video, which are all alike."""
+    together = getattr(video_processor, "temporal_patch_size", 1) if hasattr(video_processor, "merge_size") else 1
+    made = video_processor(
+        videos=[[probe(size)] * (grid.frames * together)], do_rescale=False, do_normalize=False,
+        do_sample_frames=False, return_tensors="pt",
+    )  # fmt: skip
+    pixels = np.asarray(made["pixel_values_videos"], np.float64)
+    packed = "video_grid_thw" in made
+    one = unpacked(video_processor, pixels, made["video_grid_thw"]) if packed else pixels[0, :1]
+    return np.broadcast_to(one, (grid.views, *one.shape[1:]))
+
+
+def eyes(processor: Any, grid: ImageGrid) -> Any:
+    """The part of a processor that prepared what has this layout: for pictures, or for videos."""
+    return getattr(processor, "video_processor" if grid.frames else "image_processor", processor)
+
+
 def patch_boxes(image_processor: Any, size: tuple[int, int], grid: ImageGrid) -> list[Box]:
-    """Where every visual token lies in the picture.
+    """Where every visual token lies in the picture, or in its frame of the video.
 
     Args:
-        image_processor: the model's; it is called once or twice.
-        size: (width, height) of the picture.
+        image_processor: the model's, or its video processor (`eyes`); it is called once or twice.
+        size: (width, height) of the picture, or of every frame.
         grid: the picture's layout, of `Trace.grids`.
 
     Returns:
         (left, top, right, bottom) in pixels of the picture for every token; empty boxes for newlines. Boxes of padded
         patches reach beyond the picture.
-
-    Raises:
-        UnsupportedError: the layout of a video.
     """
     if grid.frames:
-        raise UnsupportedError(
-            "videos are not drawn: where a patch lies in the picture is asked of the image processor, which sees no "
-            "frames. What was kept of which frame: trace.kept_patches(i), with view (the frame), row and col of "
-            "trace.grids[i]."
-        )
-    views = seen_views(image_processor, probe(size))
-    if len(views) > 1 and grid.views == 1:  # one of several in its prompt, which has no crops
-        views = seen_views(image_processor, [[probe(size)] * 2])
+        views = seen_frames(image_processor, size, grid)
+    else:
+        views = seen_views(image_processor, probe(size))
+        if len(views) > 1 and grid.views == 1:  # one of several in its prompt, which has no crops
+            views = seen_views(image_processor, [[probe(size)] * 2])
     side_y, side_x = grid.side
     step_y, step_x = views.shape[2] / side_y, views.shape[3] / side_x
     view, plane_of, newline = grid.view.numpy(), grid.plane.numpy(), grid.newline.numpy()
@@ -268,27 +285,67 @@ def joined(boxes: Sequence[Box], cells: dict[int, list[int]]) -> dict[int, Box]:
 def outlived(trace: Trace, index: int) -> list[float]:
     """For every token of image `index` the share of the cuts that it outlived."""
     cuts, tokens = [set(cut.tokens(index)) for cut in trace.cuts], trace.grids[index].tokens
+    if not cuts:  # nothing was taken
+        return [1.0] * tokens
     return [sum(token in kept for kept in cuts) / len(cuts) for token in range(tokens)]
 
 
 def kept_pictures(
-    image: Image.Image, trace: Trace, image_processor: Any, index: int = 0, longest: int = LONGEST
+    image: Visual, trace: Trace, image_processor: Any, index: int = 0, longest: int = LONGEST
 ) -> list[Image.Image]:
     """The picture with what was kept of image `index`; of several cuts, what outlived more of them is brighter.
 
     What averages others that fill a box is drawn as that box in their mean colour. Of an image with crops: the canvas
-    of crops first, then, smaller, the thumbnail.
+    of crops first, then, smaller, the thumbnail. Of a video: its strip, of the first of the frames that each frame of
+    tokens is made of.
+
+    Raises:
+        UnsupportedError: the layout of a video, and no `VideoClip`.
     """
     grid, kept = trace.grids[index], outlived(trace, index)
+    refuse_other(image, grid, index)
     boxes = patch_boxes(image_processor, image.size, grid)
     cells = rectangles(boxes, pooled(trace, index))
     shown = joined(boxes, cells)
+    shots = shots_of(image, len(grid.planes)) if isinstance(image, VideoClip) else [image] * len(grid.planes)
     planes = []
-    for plane in range(len(grid.planes)):
+    for plane, shot in enumerate(shots):
         mine = [t for t in shown if grid.plane[t] == plane and not grid.newline[t]]
         size = longest if len(grid.planes) == 1 or plane else longest // 2
-        planes.append(paint(image, [shown[t] for t in mine], [kept[t] for t in mine], size, bool(cells)))
-    return planes[::-1]
+        size = longest // 2 if grid.frames else size
+        planes.append(paint(shot, [shown[t] for t in mine], [kept[t] for t in mine], size, bool(cells)))
+    return [strip(planes)] if grid.frames else planes[::-1]
+
+
+def refuse_other(image: Visual, grid: ImageGrid, index: int) -> None:
+    """Refuse to draw what a picture's layout says on a video, and the reverse.
+
+    Raises:
+        UnsupportedError: that.
+    """
+    if bool(grid.frames) != isinstance(image, VideoClip):
+        kind, give = (
+            ("video", "it as runtime.videos.read_video reads it") if grid.frames else ("picture", "the picture")
+        )
+        raise UnsupportedError(f"what to draw on is no {kind}, as image {index} of the trace is: give {give}.")
+
+
+def shots_of(clip: VideoClip, planes: int) -> list[Image.Image]:
+    """The frames of a clip that stand for so many frames of tokens: the first of each pair, or whatever they join."""
+    together = -(-len(clip.frames) // planes)
+    return [clip.frames[plane * together] for plane in range(planes)]
+
+
+def strip(pictures: Sequence[Image.Image], gap: int = GAP // 2) -> Image.Image:
+    """Pictures of one size side by side as one, in lines of `ACROSS`."""
+    wide, tall = pictures[0].size
+    lines = -(-len(pictures) // ACROSS)
+    size = min(len(pictures), ACROSS) * (wide + gap) - gap, lines * (tall + gap) - gap
+    made = Image.new("RGB", size, "white")
+    for number, picture in enumerate(pictures):
+        line, column = divmod(number, ACROSS)
+        made.paste(picture, (column * (wide + gap), line * (tall + gap)))
+    return made
 
 
 def cut_by_cut(trace: Trace) -> list[tuple[int, Trace]]:
@@ -296,13 +353,16 @@ def cut_by_cut(trace: Trace) -> list[tuple[int, Trace]]:
     return [(cut.layer, replace(trace, cuts=[cut])) for cut in trace.cuts]
 
 
-def plain_panel(image: Image.Image, title: str, lines: Sequence[str] = (), longest: int = LONGEST) -> Panel:
-    """The picture as it is."""
+def plain_panel(image: Visual, title: str, lines: Sequence[str] = (), longest: int = LONGEST) -> Panel:
+    """The picture, or the frames of a video, as they are."""
+    if isinstance(image, VideoClip):
+        when = f"frames at {', '.join(f'{second:.1f}' for second in image.seconds)} s"
+        return Panel(title, [when, *lines], [strip([scaled(frame, longest // 2)[0] for frame in image.frames])])
     return Panel(title, list(lines), [scaled(image, longest)[0]])
 
 
 def kept_panel(
-    image: Image.Image,
+    image: Visual,
     trace: Trace,
     image_processor: Any,
     index: int,
@@ -312,36 +372,42 @@ def kept_panel(
 ) -> Panel:
     """The picture with what was kept, and the counts under the title."""
     grid, count = trace.grids[index], trace.counts[index]
+    refuse_other(image, grid, index)
     merged = ", the rest merged in" if any(cut.merge is not None for cut in trace.cuts) else ""
     steps = " -> ".join(f"{len(trace.kept_patches(index, cut))}" for cut in range(len(trace.cuts)))
+    steps = steps or str(count["patches_after"])
     about = [f"{steps} of {count['patches_before']} patches{merged}"]
-    if len(grid.planes) > 1:
+    if grid.frames:
+        kept = [int(grid.plane[t]) for t in trace.kept_patches(index)]
+        about.append(f"frame by frame: {', '.join(str(kept.count(frame)) for frame in range(len(grid.planes)))}")
+    elif len(grid.planes) > 1:
         kept = trace.kept_patches(index)
         small = sum(int(grid.plane[t]) == 0 for t in kept)
         whole = grid.patches_per_view[0]
         about = [f"crops {len(kept) - small} of {grid.patches - whole}, thumbnail {small} of {whole}{merged}"]
     if (share := seen_share(image_processor, image.size, grid)) < 0.99:
-        about.append(f"the model sees {share:.0%} of the picture (striped: cut off)")
+        about.append(f"the model sees {share:.0%} of the {'video' if grid.frames else 'picture'} (striped: cut off)")
     return Panel(title, about + list(lines), kept_pictures(image, trace, image_processor, index, longest))
 
 
 def answer_panels(
-    image: Image.Image,
-    image_processor: Any,
+    image: Visual,
+    processor: Any,
     plain: str,
     answers: Sequence[tuple[str, Trace, str]],
     index: int = 0,
     longest: int = LONGEST,
-) -> list[Panel]:
-    """The picture under the full model's answer, then what was kept of it for every (title, trace, answer)."""
-    first = plain_panel(image, "full model", [f"answer: {plain}"], longest)
-    return [
-        first,
-        *(
-            kept_panel(image, trace, image_processor, index, title, [f"answer: {said}"], longest)
-            for title, trace, said in answers
-        ),
-    ]
+) -> list[list[Panel]]:
+    """The picture under the full model's answer, then what was kept of it for every (title, trace, answer).
+
+    Returns:
+        Rows of panels: one, or, of a video, whose strips are long, one for each.
+    """
+    panels = [plain_panel(image, "full model", [f"answer: {plain}"], longest)]
+    for title, trace, said in answers:
+        part = eyes(processor, trace.grids[index])
+        panels.append(kept_panel(image, trace, part, index, title, [f"answer: {said}"], longest))
+    return [[panel] for panel in panels] if isinstance(image, VideoClip) else [panels]
 
 
 def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
@@ -398,15 +464,18 @@ def put(page: Image.Image, panel: Panel, corner: tuple[int, int], room: int, wor
         x += picture.width + GAP // 2
 
 
-def draw_kept(image: Image.Image, trace: Trace, processor: Any, index: int = 0) -> Image.Image:
+def draw_kept(image: Visual, trace: Trace, processor: Any, index: int = 0) -> Image.Image:
     """A picture of what the last pruned prefill kept of image `index`.
 
     Args:
-        image: the picture that the processor got.
+        image: the picture that the processor got, or the video.
         trace: `handle.trace`.
         processor: the model's processor (or its image processor).
         index: the image's number in the batch.
     """
-    image_processor = getattr(processor, "image_processor", processor)
     title = " + ".join(dict.fromkeys(cut.method for cut in trace.cuts))
-    return sheet([[plain_panel(image, "picture"), kept_panel(image, trace, image_processor, index, title)]])
+    plain, kept = (
+        plain_panel(image, "picture"),
+        kept_panel(image, trace, eyes(processor, trace.grids[index]), index, title),
+    )
+    return sheet([[plain], [kept]] if isinstance(image, VideoClip) else [[plain, kept]])

@@ -10,25 +10,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmprune.parts.templates import image_token, started_once
+from vlmprune.parts.templates import started_once
 from vlmprune.runtime import interruption
 from vlmprune.runtime.errors import CommandError, UserError, brief
+from vlmprune.runtime.fewer_pixels import FewerPixels
 from vlmprune.runtime.prompts import check_text
 from vlmprune.runtime.status import note, quiet
 from vlmprune.runtime.tables import counted
+from vlmprune.runtime.videos import VideoClip
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
     from vlmprune.patches import Family
+    from vlmprune.runtime.frames import FramesAsPictures
 
 __all__ = ["Loaded", "find_model", "load", "model_inputs", "open_model", "pick_device"]
 
 ADAPTER = "adapter_config.json"  # of PEFT
 #: Of a processor: how many tokens beside the patches it counts, and whether the first of them is dropped.
 CLS_TOKEN = ("num_additional_image_tokens", "vision_feature_select_strategy")
-#: Processors that prepare pictures without their part for videos, which needs torchvision.
-PICTURES_ALONE = ("LlavaOnevisionProcessor", "Qwen2VLProcessor", "Qwen2_5_VLProcessor", "Qwen3VLProcessor")
+#: Processors that do without their own part for videos, which needs torchvision.
+PICTURES_ALONE = (
+    "LlavaOnevisionProcessor",
+    "Qwen2VLProcessor",
+    "Qwen2_5_VLProcessor",
+    "Qwen3VLProcessor",
+    "Glm4vProcessor",
+)
 
 
 @dataclass(frozen=True)
@@ -201,9 +211,19 @@ def load(
     return Loaded(source, placed.eval(), processor)
 
 
-def open_model(name: str, device: str, dtype: str) -> Loaded:
-    """`load` what a user named, on the device that was named; raises as the three do."""
-    return load(find_model(name), pick_device(device), dtype)
+def open_model(name: str, device: str, dtype: str, videos: bool = False) -> Loaded:
+    """`load` what a user named, on the device that was named; raises as the three do.
+
+    Args:
+        videos: whether it is to read some.
+
+    Raises:
+        UserError: its family reads pictures alone.
+    """
+    source = find_model(name)
+    if videos:
+        refuse_videos(source)
+    return load(source, pick_device(device), dtype)
 
 
 def check_settings(image_processor: Any, given: Collection[str]) -> None:
@@ -254,6 +274,21 @@ def type_of(source: Source) -> str:
             f"Supported: {', '.join(FAMILIES)} (see `vlmprune ls models`)."
         )
     return kind
+
+
+def refuse_videos(source: Source) -> None:
+    """Refuse a model that reads no videos, before its weights are loaded.
+
+    Raises:
+        UserError: its family reads pictures alone, or is not supported.
+    """
+    from vlmprune.patches import FAMILIES
+
+    with told(source):
+        kind = type_of(source)
+    if "video" not in FAMILIES[kind].modalities:
+        able = ", ".join(name for name, family in FAMILIES.items() if "video" in family.modalities)
+        raise UserError(f"models of type {kind!r} read no videos here, as {source.name} is; those that do: {able}.")
 
 
 def load_model(source: Source, device: str, dtype: str, **options: Any) -> tuple[Any, Family]:
@@ -329,7 +364,7 @@ def refuse_original(source: Source) -> None:
 
 
 def load_processor(source: Source, model_type: str, **only: Any) -> Any:
-    """The model's processor; without its part for videos where that cannot be had.
+    """The model's processor; with `FramesAsPictures` as its part for videos where its own cannot be had.
 
     transformers has no video processor that works without torchvision, and loads no processor that lacks a part.
 
@@ -354,51 +389,112 @@ def load_processor(source: Source, model_type: str, **only: Any) -> Any:
         )
     whole = getattr(transformers, name)
     part = type(name, (whole,), {"get_attributes": classmethod(lambda cls: ["image_processor", "tokenizer"])})
-    note("no torchvision: images only")
-    return part.from_pretrained(source.place, **only)
+    processor = part.from_pretrained(source.place, **only)
+    try:
+        processor.video_processor = frames_as_pictures(source, processor.image_processor, model_type, **only)
+    except UserError as error:
+        note(f"no torchvision: images only, since {error}")
+    return processor
 
 
-def model_inputs(loaded: Loaded, images: Sequence[Image.Image], prompt: str) -> dict[str, Any]:
-    """Prepare pictures and prompt as the model wants them, by its chat template where it has one.
-
-    A prompt that has the image placeholder in it is taken as it is.
+def frames_as_pictures(source: Source, image_processor: Any, model_type: str, **only: Any) -> FramesAsPictures:
+    """What prepares a model's videos in place of its video processor, whose settings it takes.
 
     Raises:
-        UserError: placeholders and pictures do not match, or the processor cannot prepare them.
+        UserError: there are none, or they cannot be followed.
+    """
+    from transformers.video_processing_utils import BaseVideoProcessor
+
+    from vlmprune.runtime.frames import FramesAsPictures
+
+    try:
+        fields, _ = BaseVideoProcessor.get_video_processor_dict(source.place, **only)
+    except OSError:
+        raise UserError("the model has no settings of a video processor.") from None
+    return FramesAsPictures(fields, image_processor, model_type)
+
+
+def model_inputs(loaded: Loaded, visuals: Sequence[Image.Image | VideoClip], prompt: str) -> dict[str, Any]:
+    """Prepare pictures, videos and a prompt as the model wants them, by its chat template where it has one.
+
+    A prompt that has placeholders in it is taken as it is; else pictures come first, then videos.
+
+    Raises:
+        UserError: placeholders and pictures or videos do not match, or the processor cannot prepare them.
     """
     processor, model = loaded.processor, loaded.model
+    images, clips = (
+        [v for v in visuals if not isinstance(v, VideoClip)],
+        [v for v in visuals if isinstance(v, VideoClip)],
+    )
     check_text(prompt, "the prompt")
-    text = prompt_text(processor, len(images), prompt)
+    if clips:
+        check_video_part(loaded)
+        if isinstance(processor.image_processor, FewerPixels):
+            raise UserError("downsample makes pictures of this model smaller, and videos as they are: leave it out.")
+    text = prompt_text(processor, {"image": len(images), "video": len(clips)}, prompt)
     check_shapes(processor, images)
+    given: dict[str, Any] = started_once(processor, text)
+    if images:
+        given["images"] = [images]  # in a list of their own: LLaVA-OneVision prepares several of one prompt differently
+    if clips:
+        given["videos"] = [list(clip.frames) for clip in clips]
+        given |= {"video_metadata": [clip.about for clip in clips], "do_sample_frames": False}
     try:
-        # in a list of their own: LLaVA-OneVision prepares several pictures of one prompt differently
-        inputs = processor(text=text, images=[list(images)], return_tensors="pt", **started_once(processor, text))
+        inputs = processor(text=text, return_tensors="pt", **given)
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(
-            f"the model's processor cannot prepare these pictures and this prompt: {brief(error)}"
-        ) from error
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    return inputs
+        what = " and ".join(name for name, some in (("pictures", images), ("videos", clips)) if some)
+        raise UserError(f"the model's processor cannot prepare these {what} and this prompt: {brief(error)}") from error
+    inputs = {name: torch_of(value).to(model.device) for name, value in inputs.items()}
+    return {name: x.to(model.dtype) if name.startswith("pixel_values") else x for name, x in inputs.items()}
 
 
-def prompt_text(processor: Any, images: int, prompt: str) -> str:
-    """The prompt about so many pictures with its placeholders.
+def torch_of(value: Any) -> torch.Tensor:
+    """A processor's number or numbers as a tensor."""
+    import torch
+
+    return torch.as_tensor(value)
+
+
+def check_video_part(loaded: Loaded) -> None:
+    """Refuse videos where nothing prepares them, and say what does where it is not the model's own video processor.
 
     Raises:
-        UserError: there are more or fewer of them than pictures.
+        UserError: the processor has no part for them.
     """
-    token = image_token(processor)
-    if token in prompt:
-        text, made = prompt, f"the prompt has {prompt.count(token)} {token}"
+    from vlmprune.runtime.frames import FramesAsPictures
+
+    part = getattr(loaded.processor, "video_processor", None)
+    if part is None:
+        raise UserError(
+            f"{loaded.source.name} has no video processor that can be used here: install the torchvision that fits "
+            "your torch, and see that the model's files have its settings (video_preprocessor_config.json)."
+        )
+    if isinstance(part, FramesAsPictures):
+        note("no torchvision: Pillow scales the frames, which the model's own video processor rounds differently")
+
+
+def prompt_text(processor: Any, given: dict[str, int], prompt: str) -> str:
+    """The prompt about so many of each kind, "image" and "video", with its placeholders.
+
+    Raises:
+        UserError: there are more or fewer of them than there are pictures or videos.
+    """
+    own = {kind: getattr(processor, f"{kind}_token", None) for kind in given}
+    tokens = {kind: token or f"<{kind}>" for kind, token in own.items() if token or given[kind]}
+    if any(token in prompt for token in tokens.values()):
+        text, made = prompt, "the prompt has"
     elif getattr(processor, "chat_template", None):
-        content = [*[{"type": "image"}] * images, {"type": "text", "text": prompt}]
+        content = [{"type": kind} for kind, count in given.items() for _ in range(count)]
+        content.append({"type": "text", "text": prompt})
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        made = f"the model's chat template writes {text.count(token)} {token}"
+        made = "the model's chat template writes"
     else:
-        return f"{token * images}\n{prompt}"
-    if text.count(token) != images:
-        raise UserError(f"{made}, and there {'is' if images == 1 else 'are'} {counted(images, 'picture')}.")
+        return "".join(token * given[kind] for kind, token in tokens.items()) + f"\n{prompt}"
+    for kind, token in tokens.items():
+        if (written := text.count(token)) != (count := given[kind]):
+            there = counted(count, {"image": "picture"}.get(kind, kind))
+            raise UserError(f"{made} {written} {token}, and there {'is' if count == 1 else 'are'} {there}.")
     return text
 
 
@@ -423,11 +519,12 @@ def check_shapes(processor: Any, images: Sequence[Image.Image]) -> None:
             )
 
 
-def strange_pictures(loaded: Loaded, images: Sequence[Image.Image]) -> int:
-    """How many pictures an embedded model was not made for: it knows the drawn scenes it was trained on."""
+def strange_pictures(loaded: Loaded, visuals: Sequence[Image.Image | VideoClip]) -> int:
+    """How many pictures or videos an embedded model was not made for: it knows the drawn scenes it was trained on."""
     from vlmprune.embedded import looks_drawn
 
-    return sum(not looks_drawn(image) for image in images) if loaded.source.embedded else 0
+    first = (visual.frames[0] if isinstance(visual, VideoClip) else visual for visual in visuals)
+    return sum(not looks_drawn(image) for image in first) if loaded.source.embedded else 0
 
 
 def warn_of_photographs(name: str, count: int) -> None:

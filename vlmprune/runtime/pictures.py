@@ -13,10 +13,10 @@ from PIL import ExifTags, Image, ImageOps
 
 from vlmprune.runtime import interruption
 from vlmprune.runtime.errors import CommandError, UserError, brief, printable
+from vlmprune.runtime.prompts import VIDEOS
 
-__all__ = ["check_target", "plainly_wrong", "read_picture", "to_rgb", "upright_rgb", "write_picture"]
-
-VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
+__all__ = ["check_target", "plainly_wrong", "read_picture", "refuse_no_file", "to_rgb", "upright_rgb"]
+__all__ += ["write_picture"]
 
 
 def read_picture(path: str | Path) -> Image.Image:
@@ -44,16 +44,14 @@ def read_picture(path: str | Path) -> Image.Image:
         ) from None
     except Image.UnidentifiedImageError:
         if path.suffix.lower() in VIDEOS:
-            raise UserError(
-                f"{name} is a video: this command takes pictures. Videos are pruned from Python (docs/support.md)."
-            ) from None
+            raise UserError(f"{name} is a video, not a picture: give it to `run` or `fidelity` by --video.") from None
         raise UserError(f"{name} is not a picture that Pillow can read.") from None
     except Exception as error:  # decoders raise nearly anything when a file is damaged
         interruption.check(error)
         raise UserError(f"{name} cannot be read as a picture: {brief(error)}") from None
 
 
-def refuse_no_file(path: Path, name: str) -> None:
+def refuse_no_file(path: Path, name: str, kind: str = "picture") -> None:
     """Refuse what is no plain file.
 
     Raises:
@@ -61,13 +59,13 @@ def refuse_no_file(path: Path, name: str) -> None:
     """
     try:
         if not path.exists():
-            raise UserError(f"no such picture: {name}")
+            raise UserError(f"no such {kind}: {name}")
     except OSError as error:  # a name that is too long
-        raise UserError(f"no such picture: {name} ({error.strerror})") from None
+        raise UserError(f"no such {kind}: {name} ({error.strerror})") from None
     if path.is_dir():
-        raise UserError(f"{name} is a folder: name a picture file.")
+        raise UserError(f"{name} is a folder: name a {kind} file.")
     if not path.is_file():  # to open a pipe would wait for somebody who writes
-        raise UserError(f"{name} is a pipe or a device: name a picture file.")
+        raise UserError(f"{name} is a pipe or a device: name a {kind} file.")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Which prompts to ask about which pictures: from a folder or pattern and a file of prompts to pairs."""
+"""Which prompts to ask about which pictures or videos: from a folder or pattern and a file of prompts to pairs."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from typing import Any
 from vlmprune.errors import did_you_mean
 from vlmprune.runtime.errors import UserError, brief, printable
 
-__all__ = ["ENDINGS", "Pair", "check_text", "find_pictures", "labelled", "read_pairs"]
+__all__ = ["ENDINGS", "VIDEOS", "Pair", "check_text", "find_pictures", "labelled", "read_pairs"]
 
 #: File names that count as pictures in a folder.
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jfif", ".ppm")
+#: And as videos.
+VIDEOS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
+#: By the flag that names them: what is looked for, and how it is called in a folder.
+KINDS = {"--images": ("picture", ENDINGS), "--video": ("video", VIDEOS)}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt (of that line of the prompts file) about a picture (its name below the folder).
+    """A prompt (of that line of the prompts file) about a picture or a video (its name below the folder).
 
-    `answers` are those that count as right, where the file gives some.
+    `answers` are those that count as right, where the file gives some; `frames` how many are read of a video, None of a
+    picture.
     """
 
     picture: str
@@ -33,84 +38,85 @@ class Pair:
     prompt: str
     line: int
     answers: tuple[str, ...] = ()
+    frames: int | None = None
 
 
-def find_pictures(where: str) -> tuple[Path, dict[str, Path]]:
-    """The picture files that `where` means, sorted by name.
+def find_pictures(where: str, flag: str = "--images") -> tuple[Path, dict[str, Path]]:
+    """The picture files, or video files, that `where` means, sorted by name.
 
     Args:
         where: a folder, a pattern (`photos/*.jpg`, `photos/**/*.png`), or one file.
+        flag: "--images" or "--video".
 
     Returns:
         The folder that names are relative to, and the files by name.
 
     Raises:
-        UserError: no such folder, or no picture in it.
+        UserError: no such folder, or no picture or video in it.
     """
-    base, found = look(where)
+    base, found = look(where, flag)
     named = {file.relative_to(base).as_posix(): file for file in sorted(found) if file.is_file()}
     if not named:
-        hint = "" if glob.has_magic(where) else f" Pictures in folders below it are found by '{where}/**/*.jpg'."
-        raise UserError(f"--images {where}: no pictures there ({', '.join(e[1:] for e in ENDINGS)}).{hint}")
+        thing, endings = KINDS[flag]
+        example = f"'{where}/**/*{'.jpg' if flag == '--images' else '.mp4'}'"
+        hint = "" if glob.has_magic(where) else f" {thing.title()}s in folders below it are found by {example}."
+        raise UserError(f"{flag} {where}: no {thing}s there ({', '.join(e[1:] for e in endings)}).{hint}")
     return base, named
 
 
-def look(where: str) -> tuple[Path, list[Path]]:
-    """The folder that `where` means, and what may be pictures in it.
+def look(where: str, flag: str) -> tuple[Path, list[Path]]:
+    """The folder that `where` means, and what may be pictures (or videos) in it.
 
     Raises:
         UserError: no such folder.
     """
-    path = Path(where).expanduser()
+    path, endings = Path(where).expanduser(), KINDS[flag][1]
     try:
         path.stat()
     except FileNotFoundError:
-        return fitting(where, path)
+        return fitting(where, path, flag)
     except OSError as error:
-        raise UserError(f"--images {printable(where)}: {error.strerror}.") from None
+        raise UserError(f"{flag} {printable(where)}: {error.strerror}.") from None
     if path.is_file():
         return path.parent, [path]
     if path.is_dir():
-        return path, [file for file in path.iterdir() if is_picture(file)]
-    return fitting(where, path)
+        return path, [file for file in path.iterdir() if file.suffix.lower() in endings]
+    return fitting(where, path, flag)
 
 
-def fitting(where: str, path: Path) -> tuple[Path, list[Path]]:
+def fitting(where: str, path: Path, flag: str) -> tuple[Path, list[Path]]:
     """The folder that a pattern starts from, and what may be pictures among what it fits; as of `look`."""
     if not glob.has_magic(where):
-        raise UserError(f"--images {where}: no such folder.")
+        raise UserError(f"{flag} {where}: no such {'folder' if flag == '--images' else 'file or folder'}.")
     base = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts))
     if not base.is_dir():
-        raise UserError(f"--images {where}: there is no folder {base}.")
-    return base, [file for file in map(Path, glob.glob(str(path), recursive=True)) if is_picture(file)]
+        raise UserError(f"{flag} {where}: there is no folder {base}.")
+    endings = KINDS[flag][1]
+    return base, [file for file in map(Path, glob.glob(str(path), recursive=True)) if file.suffix.lower() in endings]
 
 
-def is_picture(file: Path) -> bool:
-    """Whether a file is called like a picture."""
-    return file.suffix.lower() in ENDINGS
-
-
-def read_pairs(images: str, prompts: str, limit: int | None = None) -> list[Pair]:
-    """Every prompt with the pictures it is about, sorted by picture; repetitions count once.
+def read_pairs(images: str, prompts: str, limit: int | None = None, frames: int | None = None) -> list[Pair]:
+    """Every prompt with the pictures (or videos) it is about, sorted by picture; repetitions count once.
 
     Args:
         images: as `find_pictures` takes it.
         prompts: a file with one prompt a line, each about all pictures; or with one JSON object a line, `{"image": name
-            or pattern, "prompt": text}`, where a missing image means all pictures, and `"answer"` is a right one, or a
-            list of them.
+            or pattern, "prompt": text}` (or "video"), where a missing image means all pictures, and `"answer"` is a
+            right one, or a list of them.
         limit: take only the first so many pictures.
+        frames: of every video; None where they are pictures.
 
     Raises:
         UserError: nothing there, or a line that is not understood (it is named).
     """
-    base, named = find_pictures(images)
+    base, named = find_pictures(images, "--images" if frames is None else "--video")
     found: dict[tuple[str, str], Pair] = {}
     for line, image, prompt, answers in read_prompts(prompts):
         mine = named if image is None else meant(image, base, named)
         if not mine:
             raise UserError(f"{prompts}, line {line}: {no_picture(image, base, named)}")
         for name, path in mine.items():
-            found.setdefault((name, prompt), Pair(name, path, prompt, line, answers))
+            found.setdefault((name, prompt), Pair(name, path, prompt, line, answers, frames))
     chosen = sorted({pair.picture for pair in found.values()})[:limit]
     order = {name: i for i, name in enumerate(chosen)}
     return sorted((pair for pair in found.values() if pair.picture in order), key=lambda p: (order[p.picture], p.line))
@@ -196,7 +202,7 @@ def parse_object(line: str, where: str) -> tuple[str | None, str, tuple[str, ...
         raise UserError(f"{where}: not a JSON object; {wanted}.")
     if "prompt" not in value:
         raise UserError(f"{where}: it has no 'prompt', only {', '.join(map(repr, value)) or 'nothing'}; {wanted}.")
-    prompt, image = value["prompt"], value.get("image")
+    prompt, image = value["prompt"], value.get("image", value.get("video"))
     if not is_text(prompt) or not prompt.strip():
         raise UserError(f"{where}: the prompt must be a text that is not empty, and it is {prompt!r}.")
     if image is not None and not is_text(image):

@@ -44,15 +44,15 @@ def rows_line(e: Evidence) -> Line:
 
 def wrong_lengths(e: Evidence) -> str:
     """Where the physical cache is not as the trace and the rows kept promise, in words."""
-    length = e.rows.ids.shape[1]
-    for layer, (found, columns) in enumerate(zip(e.pruned.run.lengths, e.hand.columns, strict=True)):
-        kept, promised = sum(c < length for c in columns), e.pruned.trace.kv_lengths[layer]
-        most = e.hand.values[layer].shape[-2]  # a sliding layer caches its window alone
+    length, run = e.rows.ids.shape[1], e.pruned.run
+    for layer, found, values in zip(run.layers, run.lengths, e.hand.values, strict=True):
+        kept, promised = sum(c < length for c in e.hand.columns[layer]), e.pruned.trace.kv_lengths[layer]
+        most = values.shape[-2]  # a sliding layer caches its window alone
         if kept != promised:
             return f"layer {layer}: the trace promises {promised} entries and {kept} tokens were kept"
         if found != min(promised, most):
             return f"layer {layer} caches {found} entries for the {promised} promised ({length} tokens in the prompt)"
-    for layer, (got, want) in enumerate(zip(e.pruned.run.values, e.hand.values, strict=True)):
+    for layer, got, want in zip(run.layers, run.values, e.hand.values, strict=True):
         if got[0].shape != want.shape:
             there, due = got.shape[-2], want.shape[-2]
             return f"layer {layer} caches {there} entries after {FORCED} decoded tokens, and {due} were due"
@@ -65,7 +65,8 @@ def doubled(e: Evidence) -> float | None:
     Rows that enter equal (words, newlines, a token that a method repeats) are no mistake in each other's place.
     """
     entry, found = {column: i for i, column in enumerate(e.hand.columns[0])}, []
-    for columns, values in zip(e.hand.columns, e.hand.values, strict=True):
+    for layer, values in zip(e.pruned.run.layers, e.hand.values, strict=True):
+        columns = e.hand.columns[layer]
         entered = e.hand.entered[[entry[column] for column in columns[-values.shape[-2] :]]]
         differ = (entered[1:] != entered[:-1]).any(-1)
         apart = relative(values[:, :-1], values[:, 1:]).max(0).values[differ]
@@ -79,8 +80,9 @@ def cache_line(e: Evidence) -> Line:
         return Line("cache", "FAIL", told)
     # what is decoded later depends on all that is cached before it, and is judged as decoding
     pairs = [(a[0, :, :-FORCED], b[:, :-FORCED]) for a, b in zip(e.pruned.run.values, e.hand.values, strict=True)]
-    off, layer = largest([worst(a, b) for a, b in pairs])
-    by_entry = relative(*pairs[layer]).max(0).values
+    off, worst_one = largest([worst(a, b) for a, b in pairs])
+    by_entry = relative(*pairs[worst_one]).max(0).values
+    layer = e.pruned.run.layers[worst_one]
     failed = f"layer {layer}, entry {int(by_entry.argmax())} of {len(by_entry)} is not the kept token's"
     lengths = sorted(set(e.pruned.run.lengths), reverse=True)
     told = f"{', '.join(map(str, lengths))} entries for {e.rows.ids.shape[1]} tokens"
@@ -97,7 +99,8 @@ def positions_line(e: Evidence) -> Line:
     def off(hand: Hand) -> tuple[float, int]:
         return largest([worst(a[0], b) for a, b in zip(e.pruned.run.keys, hand.keys, strict=True)])
 
-    found, layer = off(e.hand)
+    found, number = off(e.hand)
+    layer = e.pruned.run.layers[number]
     told = ", ".join(dict.fromkeys(cut.positions for cut in e.pruned.trace.cuts))
     return judge(
         "positions", found, e.plain.noise("positions"), off(e.moved)[0], e.dtype, told, f"{told}; layer {layer}"

@@ -91,6 +91,8 @@ def make_prompt(
     tokens = torch.cat(ids)[None]
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures | films
     inputs |= family.said_of(inner, tokens)
+    if family.alike and "video" in parts:  # what their ids do not tell
+        inputs["mm_token_type_ids"] = 2 * inputs["mm_token_type_ids"]
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
         for name, value in inputs.items()
@@ -192,12 +194,14 @@ def prompts_for(family: Family, model: nn.Module, videos: bool) -> list[dict[str
     tile = side_of(family, family.inner(model))
     wide, tall = (tile, 2 * tile), (2 * tile, tile - tile // 3)
     if videos:
-        first = make_prompt(family, model, [7, "video", 5, "image", 9], [tall], 1)
+        one = [] if family.alike else ["image", 9]
+        first = make_prompt(family, model, [7, "video", 5, *one], [tall] if one else [], 1)
     else:
         first = make_prompt(family, model, [7, "image", 5, "image", 9], [wide, tall], 1)
+    films = videos and family.alike  # a batch has pictures or videos
     return [
         first,
-        make_prompt(family, model, ["image", 12], [tall], 2),
+        make_prompt(family, model, ["video" if films else "image", 12], [] if films else [tall], 2),
         make_prompt(family, model, [11], [], 3),
     ]
 

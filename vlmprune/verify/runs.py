@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from vlmprune.engine.encode import encode
 from vlmprune.patches import Family
 from vlmprune.patches.host import returned_cache, with_cache
-from vlmprune.patches.language_models import rotary_of, window_of
+from vlmprune.patches.language_models import RECURRENT, rotary_of, window_of
 from vlmprune.trace import CutTrace, Trace
 from vlmprune.verify.byhand import Flow, Stretch, flow_of, flows, in_stretches, run_layers, stretches
 
@@ -47,8 +47,9 @@ class Run:
     Attributes:
         hidden: `(batch, prompt, dim)` last hidden states of the prefill, at the prompt's length.
         logits: `(batch, 1 + forced, vocab)` after the prompt's last token and after every forced one.
-        lengths: entries that every layer had cached when the prompt was read.
-        keys, values: `(batch, heads, entries, dim)` of every layer in the end.
+        lengths: entries that every layer with attention had cached when the prompt was read.
+        keys, values: `(batch, heads, entries, dim)` of every such layer in the end.
+        layers: their numbers.
     """
 
     hidden: torch.Tensor
@@ -56,6 +57,12 @@ class Run:
     lengths: list[int]
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    layers: list[int]
+
+
+def attending(cache: Any) -> dict[int, Any]:
+    """The layers of a cache that hold keys, by number; recurrent ones hold a state."""
+    return {number: layer for number, layer in enumerate(cache.layers) if hasattr(layer, "keys")}
 
 
 @contextmanager
@@ -94,7 +101,8 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
     with last_hidden(family.inner(model)) as seen:
         out = model(**inputs, **first)
     hidden, cache = seen[0], returned_cache(out)
-    lengths = [layer.keys.shape[2] for layer in cache.layers]
+    held = attending(cache)
+    lengths = [layer.keys.shape[2] for layer in held.values()]
     logits = [model.get_output_embeddings()(hidden[every, last])]
     place = mask.sum(1, keepdim=True) + family.origin
     if on_axes:
@@ -108,8 +116,8 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
         out = model(input_ids=ids, use_cache=True, **given, **with_cache(cache))
         logits.append(out.logits[:, -1])
         place = place + 1
-    keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-    return Run(hidden, torch.stack(logits, 1), lengths, keys, values)
+    keys, values = [layer.keys for layer in held.values()], [layer.values for layer in held.values()]
+    return Run(hidden, torch.stack(logits, 1), lengths, keys, values, list(held))
 
 
 def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -234,8 +242,8 @@ def by_hand(
         prompt[0],
         columns_of(parts, length, len(forced), len(cache.layers)),
         torch.cat(logits),
-        [layer.keys[0] for layer in cache.layers],
-        [layer.values[0] for layer in cache.layers],
+        [layer.keys[0] for layer in attending(cache).values()],
+        [layer.values[0] for layer in attending(cache).values()],
     )
 
 
@@ -295,7 +303,11 @@ def masked(
                 if cut.positions == "contiguous":
                     place = place - gone.cumsum(0)
                 masks = {}
-            if (window := window_of(layer)) not in masks:
+            if (window := window_of(layer)) == RECURRENT:  # a state cannot be masked: what is gone is left out
+                left = layer(hidden[:, alive], position_embeddings=None, attention_mask=None)
+                hidden = hidden.index_copy(1, alive.nonzero().flatten(), left)
+                continue
+            if window not in masks:
                 masks[window] = mask_of(alive, window, hidden.dtype, blocks)
             hidden = layer(
                 hidden,

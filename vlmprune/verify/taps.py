@@ -81,6 +81,8 @@ class Look(Method):
         keys = tuple(tap for tap in self.asked.taps if isinstance(tap, BlockKeys))
         rest = tuple(tap for tap in self.asked.taps if tap not in keys)
         last = max((tap.layer for tap in rest if isinstance(tap, DecoderTap)), default=0)
+        if facts.recurrent and last:  # nothing is cut in front of the first layer with attention
+            last = max(last, facts.attending[0] + 1)
         made: list[AnyCut] = [ProjectorCut(keys, self.pick)] if keys else []
         made += [Cut(Decoder(layer), (Hidden(),), partial(self.look, layer)) for layer in self.asked.hidden]
         return [*made, Cut(Decoder(last), rest, partial(self.look, last))]

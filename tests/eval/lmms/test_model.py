@@ -311,3 +311,32 @@ def test_the_native_rival_has_fewer_tokens_for_the_tower_too():
 def test_numbers_that_are_no_colours():
     with pytest.raises(UserError, match="NaN"):
         Reader(False)(Image.fromarray(np.full((2, 2), np.nan, np.float32)))
+
+
+def test_downsample_of_packed_pictures_is_a_smaller_picture(tmp_path):
+    """Answers are the unpruned model's about pictures that were scaled by hand; the records know both sizes."""
+    from vlmprune.eval import testbed
+
+    asked = [r for r in testbed.questions("qwen") if r.category == "colour" and r.image.width > 1.5 * r.image.height][
+        :4
+    ]
+    sizes = [record.image.size for record in asked]
+    whole = [wide * tall // 256 for wide, tall in sizes]
+    rows, words = [{"question": "describe the picture .", "answer": ""} for _ in asked], {"max_new_tokens": 14}
+    large = [row | {"image": [harness.as_file(r.image)]} for row, r in zip(rows, asked, strict=True)]
+    lm = VlmPrune("scene-qwen", method="downsample", keep=0.25, batch_size=4, device="cpu")
+    said = answers(lm, harness.save_docs(tmp_path / "large", large), words)
+    records = lm.take_records()
+    assert [record["tokens_before"] for record in records] == whole
+    assert all(0.6 * before // 4 <= r["tokens_after"] <= before // 4 for before, r in zip(whole, records, strict=True))
+    assert [r["layer_average"] for r in records] == [r["tokens_after"] for r in records]
+    small = []
+    for row, record, (wide, tall), mine in zip(rows, asked, sizes, records, strict=True):
+        # whole tokens a side, of about the picture's shape
+        high = max(1, int((mine["tokens_after"] * tall / wide) ** 0.5 + 0.5))
+        size = (mine["tokens_after"] // high * 16, high * 16)
+        small.append(row | {"image": [harness.as_file(record.image.resize(size, Image.Resampling.BICUBIC))]})
+    lm.use("none")
+    assert answers(lm, harness.save_docs(tmp_path / "small", small), words) == said
+    assert [record["tokens_before"] for record in lm.take_records()] == [r["tokens_after"] for r in records]
+    assert answers(lm, harness.save_docs(tmp_path / "again", large), words) != said

@@ -540,3 +540,11 @@ def test_the_ledger(plan):
 def test_the_weights_are_not_read(plan, folders):
     assert not (Path(folders["llava"]) / "model.safetensors").exists()
     assert plan("[fopru]", "keep: 4").cells
+
+
+def test_downsample_is_planned_where_pictures_are_packed(plan):
+    """The processor makes them smaller there; what merges in such a tower is refused."""
+    made = plan("[fopru]", "keep: 0.25", "controls: [none, downsample]", model="scene-qwen")
+    assert {cell.label for _, cell in made.cells} == {"none", "fopru", "downsample"}
+    with pytest.raises(Mistakes, match="tome changes what the vision tower reads"):
+        plan("[tome]", "keep: 0.25", "controls: [none, downsample]", model="scene-qwen")

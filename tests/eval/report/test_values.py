@@ -7,7 +7,7 @@ import pytest
 import run_folders as made
 
 from vlmprune.eval.lmms import store
-from vlmprune.eval.report import ledger
+from vlmprune.eval.report import ledger, tables
 from vlmprune.eval.report.gather import gather
 from vlmprune.eval.report.rows import Results
 
@@ -192,3 +192,10 @@ def test_what_a_published_number_is_about():
     assert (absent.ours, absent.difference, absent.note) == (None, None, "not evaluated here")
     other = line(cells, published(0.0, metric="f1"))
     assert (other.ours, other.note) == (None, "the task gave no f1, but accuracy, other")
+
+
+def test_a_smaller_picture_is_named():
+    """All tokens of a picture that was shrunk and enlarged again are there; a smaller picture has fewer."""
+    for before, after, name in ((64, 64, "downsample"), (64, 16, "downsample (fewer pixels)")):
+        cells = [costs(made.cell("downsample", 0.25, "pope"), tokens_before=before, tokens_after=after)]
+        assert tables.shown(row(cells, "downsample keep 0.25", "pope")) == name
