@@ -27,7 +27,7 @@ from vlmprune.methods.base import LOOKS_AT
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "support.md"
 
-#: column -> what tests call its models: a family's model_type, or a scene of tests/scenes.py or tests/kin.py
+#: column -> what tests call its models: a family's model_type, or a scene of tests/scenes.py or tests/kin/
 LLAVA = {
     "1.5": ["llava"],
     "1.5, SigLIP": ["llava-siglip-qwen2"],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import warnings
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -175,3 +177,25 @@ def test_triton_compiles_nothing_while_a_graph_is_captured(monkeypatch):
     assert knobs.runtime.jit_cache_hook is None
     assert start(True, False)
     assert start(False, False)
+
+
+def test_threads_that_capture_at_one_time_leave_no_hook():
+    knobs = pytest.importorskip("triton.knobs")
+    from vlmprune.kernels import triton_common
+
+    entered, leave = Event(), [Event(), Event()]
+
+    def capture(which):
+        with triton_common.loaded_only():
+            entered.set()
+            leave[which].wait(10)
+
+    threads = [Thread(target=capture, args=(i,)) for i in range(2)]
+    threads[0].start()
+    entered.wait(10)
+    threads[1].start()
+    time.sleep(0.2)  # until it is inside too, or waits
+    for event, thread in zip(leave, threads, strict=True):  # the first to come is the first to go
+        event.set()
+        thread.join()
+    assert knobs.runtime.jit_cache_hook is None

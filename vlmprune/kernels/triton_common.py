@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -54,6 +55,9 @@ def start(device: torch.device, kernel: Any, grid: tuple[int, ...], *args: Any, 
         kernel[grid](*args, **options)
 
 
+hooking = threading.Lock()  # threads that capture at one time would put back each other's hook
+
+
 @contextmanager
 def loaded_only() -> Iterator[None]:
     """Within it Triton raises Refused before it compiles anything for a stream that is being captured."""
@@ -65,12 +69,13 @@ def loaded_only() -> Iterator[None]:
                 "its first use with such arguments is inside a CUDA-graph capture, where nothing can be loaded"
             )
 
-    before = knobs.runtime.jit_cache_hook
-    knobs.runtime.jit_cache_hook = refuse
-    try:
-        yield
-    finally:
-        knobs.runtime.jit_cache_hook = before
+    with hooking:
+        before = knobs.runtime.jit_cache_hook
+        knobs.runtime.jit_cache_hook = refuse
+        try:
+            yield
+        finally:
+            knobs.runtime.jit_cache_hook = before
 
 
 @triton.jit

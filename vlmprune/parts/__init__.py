@@ -41,7 +41,6 @@ if TYPE_CHECKING:
         check_layer,
         need_cls,
         need_patches,
-        need_sparse,
         need_views,
         scale_tower_layer,
     )
@@ -192,7 +191,6 @@ __all__ = [
     "nearest",
     "need_cls",
     "need_patches",
-    "need_sparse",
     "need_views",
     "nested_cells",
     "peaks",
