@@ -644,6 +644,13 @@ def composition(model: Model) -> str:
     return f"{len(model.clusters)} questions about {len(set(model.clusters))} pictures ({told})"
 
 
+def unmeasured(table: Table) -> str:
+    """How many rows have no costs yet."""
+    lines = [line for model in table.models for line in model.lines if line is not model.full]
+    lacking = sum(line.cost is None for line in lines)
+    return f"Of {len(lines)} rows {lacking} have no costs yet, and are on no front of FLOPs or time." if lacking else ""
+
+
 def page(table: Table) -> str:
     """The whole page."""
     bullets = "\n\n".join(summary(table))
@@ -697,7 +704,7 @@ Crosses are controls (the native rival too), the dotted line the unpruned model,
 
 *tokens*: in the mean over the decoder's layers, of those of the prompt; *FLOPs*: of a whole prefill as torch counts
 them, the method's own work included; *time*: above 1 is faster; *false yes*: per cent of the questions about things
-that are not there.
+that are not there. {unmeasured(table)}
 
 {chr(10).join(tables)}
 {long_captions(table)}
