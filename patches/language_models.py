@@ -237,7 +237,7 @@ def counted(position_ids: torch.Tensor | None) -> torch.Tensor | None:
 
 def is_recurrent(layer: nn.Module) -> bool:
     """Whether a decoder layer has a state instead of attention over what came before."""
-    return not hasattr(layer, "self_attn")
+    return hasattr(layer, "linear_attn")
 
 
 def window_of(layer: nn.Module) -> int | str | None:

@@ -175,10 +175,10 @@ def test_mistakes(cli, film, picture, given, words):
     assert len([line for line in err.splitlines() if not line.startswith(("loading", "no torchvision"))]) == 1
 
 
-def test_without_pyav_nothing_is_loaded(cli, film, monkeypatch):
+def test_without_pyav_nothing_is_loaded(cli, film, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("loaded"))
-    for argv in (("run", "--prompt", "x"), ("fidelity", "--prompts", film)):
+    for argv in (("run", "--prompt", "x"), ("fidelity", "--prompts", film, "--out", tmp_path / "out")):
         code, _, err = cli(*argv, "--video", film, "--model", "scene-qwen")
         assert (code, err.count("\n")) == (2, 1)
         assert "reading videos needs PyAV: pip install 'vlmprune[video]'" in err

@@ -9,7 +9,7 @@ import pytest
 import run_folders as made
 
 from vlmprune.eval import report, statistics
-from vlmprune.eval.report import interactive, plots, words
+from vlmprune.eval.report import interactive, plots, tables, words
 
 pytest.importorskip("matplotlib")
 MANY = ["none", *(f"method{i}" for i in range(12)), "random", "grid", "pool", "downsample"]
@@ -103,7 +103,8 @@ def test_points_to_turn_over_are_those_of_the_rows(many):
     found = interactive.points(many, "scene-llava")
     assert [panel["name"] for panel in found["panels"]] == ["all tasks", "pope", "gqa"]
     assert [axis["name"] for axis in found["axes"]] == ["layer_average", "ttft_s", "tokens_after"]
-    rows = {(row.task, row.name): row for row in many.rows}
+    named = {id(row): row.name.replace(row.label, tables.shown(row)) for row in many.rows if not row.full}
+    rows = {(row.task, named.get(id(row), "none")): row for row in many.rows}
     for point in found["points"]:
         task = (None, "pope", "gqa")[point["panel"]]
         row = rows[task, "none" if point["full"] else point["name"]]
