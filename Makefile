@@ -162,7 +162,7 @@ test-serving: $(VLLM_VENV)/.installed ## run the tests of vLLM serving (installs
 SUPPORT := build/support
 PRODUCTS := tests/patches/test_kin.py tests/patches/test_qwen.py tests/verify/test_check_axes.py tests/verify/test_check_families.py
 PIECES := llava qwen2_vl qwen2_5_vl qwen3_vl internvl mistral3 pixtral deepseek_vl aya_vision cohere2_vision smolvlm idefics3 \
-  ovis2 gemma3 paligemma video_llava
+  ovis2 gemma3 paligemma video_llava glm4v qwen3_5
 # how tests of a piece are called, where that is not its name
 CALLED_qwen2_vl := qwen2-vl or qwen2_vl
 CALLED_qwen2_5_vl := qwen2.5-vl or qwen2_5_vl
