@@ -160,13 +160,15 @@ test-serving: $(VLLM_VENV)/.installed ## run the tests of vLLM serving (installs
 # Whatever the tests claim works, and no more, stands in docs/support.md. The families beyond LLaVA are a piece each, run
 # in full; what was stopped goes on with the pieces that are lacking. Remove build/support to run all of them again.
 SUPPORT := build/support
-PRODUCTS := tests/patches/test_kin.py tests/patches/test_qwen.py tests/verify/test_check_axes.py tests/verify/test_check_families.py
+PRODUCTS := tests/patches/test_kin.py tests/patches/test_qwen.py tests/patches/test_glm.py tests/patches/test_recurrent.py tests/verify/test_check_axes.py tests/verify/test_check_families.py
 PIECES := llava qwen2_vl qwen2_5_vl qwen3_vl internvl mistral3 pixtral deepseek_vl aya_vision cohere2_vision smolvlm idefics3 \
   ovis2 gemma3 paligemma video_llava glm4v qwen3_5
 # how tests of a piece are called, where that is not its name
 CALLED_qwen2_vl := qwen2-vl or qwen2_vl
 CALLED_qwen2_5_vl := qwen2.5-vl or qwen2_5_vl
 CALLED_qwen3_vl := qwen3-vl or qwen3_vl
+CALLED_glm4v := glm
+CALLED_qwen3_5 := qwen3_5 or recurrent
 CLAIMS = $(VENV)/bin/python -P -m pytest -q -n $(WORKERS) --support $@ --support-only $(EVERY) $(PYTEST_ARGS)
 
 support: export HF_HUB_OFFLINE = 1

@@ -57,8 +57,8 @@ OTHERS = {
     "Gemma 3": ["gemma3"],
     "PaliGemma": ["paligemma"],
     "Video-LLaVA": ["video_llava", "video_llava-video"],
-    "GLM-4.1V": ["glm4v"],
-    "Qwen3.5": ["qwen3_5"],
+    "GLM-4.1V": ["glm-4v", "glm-4v-video", "glm4v"],
+    "Qwen3.5": ["qwen3.5", "qwen3.5-video", "qwen3_5"],
 }
 # features that every method is tested for; the others are tested with one method of each kind, or say with which
 EXACT = ("exact", "batches", "right padding", "beam search", "unpatching")

@@ -6,7 +6,7 @@ import pytest
 import reference
 import tiny
 import torch
-from scenes import OWN, Scene, replay, start, with_cache
+from scenes import OWN, Scene, replay, start, told, with_cache
 
 from vlmprune import UnsupportedError, registry
 
@@ -23,10 +23,12 @@ def cells():
 
 
 @pytest.mark.parametrize(("kind", "name"), list(cells()))
-def test_what_the_trace_says_is_what_was_computed(kind, name):
+def test_what_the_trace_says_is_what_was_computed(kind, name, support):
     """In one row with forced tokens behind it, in batches padded on both sides, with beams; and unpatched again."""
     scene = Scene(*OWN[kind])
     model, prompt = scene.model, scene.prompt(name)
+    for feature in ("exact", "batches", "right padding", "unpatching"):
+        support(feature, kind, name, refused=told(scene.refused(name)))
     with torch.no_grad():
         before = model(**prompt).logits
     handle = start(scene, name)
@@ -50,9 +52,10 @@ def test_what_the_trace_says_is_what_was_computed(kind, name):
 
 
 @pytest.mark.parametrize("name", ["fopru", "fastv", "divprune"])
-def test_beams(name):
+def test_beams(name, support):
     """One picture a prompt is right; the host loses the features of videos, unpruned as well."""
     asked = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    support("beam search", KINDS[0], name)
     pictures, films = (Scene(*OWN[kind]) for kind in KINDS)
     with torch.no_grad(), start(pictures, name):
         prompts = pictures.questions()

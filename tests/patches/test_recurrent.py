@@ -5,6 +5,8 @@ Its recurrent layers and norms compute in float32 whatever the model's type, so 
 
 from __future__ import annotations
 
+from functools import partial
+
 import conversations
 import pytest
 import reference
@@ -12,7 +14,7 @@ import tiny
 import torch
 from probes import generated_logits, random_tokens, rules
 from reference import Rule
-from scenes import MOVING, OWN, Scene, options, replay, with_cache
+from scenes import MOVING, OWN, Scene, options, replay, told, with_cache
 from tiny import CACHE
 from transformers import DynamicCache
 
@@ -21,7 +23,9 @@ from vlmprune import UnsupportedError, registry
 from vlmprune.patches.language_models import GatedRotaryLayer, NormedRotaryLayer
 
 NEAR = {"rtol": 1e-5, "atol": 3e-6}
-SCENES = {"images": Scene(*OWN["qwen3.5"]), "videos": Scene(*OWN["qwen3.5-video"])}
+LABELS = {"images": "qwen3.5", "videos": "qwen3.5-video"}
+SCENES = {kind: Scene(*OWN[label]) for kind, label in LABELS.items()}
+FEATURES = ("exact", "batches", "unpatching")  # that every method is tested for
 CUTS = {
     "0": [Rule(0, positions="original")],
     "2": [Rule(2, positions="original")],  # a recurrent layer
@@ -74,10 +78,11 @@ def test_a_cut_is_what_it_is_by_hand(name):
 
 @pytest.mark.parametrize("kind", SCENES)
 @pytest.mark.parametrize("name", registry.names())
-def test_every_method(kind, name):
+def test_every_method(kind, name, support):
     """What its trace says is what was computed, in a row and in a padded batch; what looks at no attention is told."""
     scene = SCENES[kind]
     prompt, given = scene.prompt(name), options(scene.model, name) | LAYERS.get(name, {})
+    claim = partial(support, family=LABELS[kind], method=name)
     before = scene.model(**prompt).logits.detach()
     try:
         handle = vlmprune.patch(scene.model, name, **given)
@@ -90,8 +95,13 @@ def test_every_method(kind, name):
             words in refused
             for words in ("packs pictures of any size", "single view", "recurrent", "reads pictures whole")
         ), refused
+        for feature in FEATURES:
+            claim(feature, refused=told(refused))
         pytest.skip(f"refused, as it should be: {refused}")
-    if words := scene.refusal(name):
+    words = scene.refusal(name)
+    for feature in FEATURES:
+        claim(feature, refused=told(words))
+    if words:
         with handle, torch.no_grad(), pytest.raises(UnsupportedError):
             scene.model(**prompt)
         pytest.skip(f"refused, as it should be: {words}")
