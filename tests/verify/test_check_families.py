@@ -20,6 +20,10 @@ from vlmprune.verify import Subject
 KINDS = {name: kin for name, kin in KIN.items() if not name.endswith("-video")}
 
 
+#: The only layer behind these methods' last cut has no rotary embedding in these families: positions count for nothing.
+NO_ROTARY, LAST = ("aya_vision", "cohere2_vision"), ("atp", "sparsevlm", "todre", "transprune", "v2drop")
+
+
 @cache
 def subject(kind):
     return Subject(KINDS[kind].model())
@@ -51,7 +55,13 @@ def test_a_sound_engine_passes(kind, name, support):
     support("vlmprune check", kind, name)
     # fewer pixels, and every token: nothing in the language model to have positions
     but = ("positions",) if name == "downsample" else ()
-    passes(subject(kind).check(name, **options(KINDS[kind], name)), but)
+    report = subject(kind).check(name, **options(KINDS[kind], name))
+    if kind in NO_ROTARY and name in LAST:
+        told = {line.check: line.outcome for line in report.lines}
+        assert told.pop("positions") == "?"
+        assert {*told.values()} == {"pass", "-"}
+        return
+    passes(report, but)
 
 
 def test_every_run_has_each_family():
