@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import table_page as page
 import table_results as results
+from table import lines
 
 from vlmprune.eval import statistics
 
@@ -57,7 +58,7 @@ def made() -> dict:
 
 def test_the_page_is_what_the_results_say():
     answers, costs = (json.loads(path.read_text()) for path in (results.ANSWERS, results.COSTS))
-    assert page.PAGE.read_text(encoding="utf-8") == page.page(page.Table(answers, costs)), (
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(lines.Table(answers, costs)), (
         "docs/table.md is not what benchmarks/table.json says: run `python scripts/table_page.py`"
     )
 
@@ -84,29 +85,29 @@ def test_scores_survive_being_packed():
 
 
 def test_differences_are_paired_and_corrected_together(made):
-    table = page.Table(made, None)
+    table = lines.Table(made, None)
     (model,) = table.models
-    lines = {line.label: line for line in model.lines}
-    assert lines["random"].seeds == 3
-    assert lines["random"].score == pytest.approx(200 / 3)
+    found = {line.label: line for line in model.lines}
+    assert found["random"].seeds == 3
+    assert found["random"].score == pytest.approx(200 / 3)
     assert table.comparisons == 5  # three rows with the unpruned model, two with random
-    against = lines["fopru"].against["random"]
+    against = found["fopru"].against["random"]
     assert against.value == pytest.approx(100 / 3)
     assert against.low < against.value < against.high  # all pictures alike: the exact bounds of a share
     pictures = len({question.picture_id for split in TASKS for question in results.asked(TASKS[split], COUNT)})
     p = 2 / 2**pictures
-    assert [one.p for one in (against, lines["divprune"].against["full"])] == pytest.approx([p, p])
+    assert [one.p for one in (against, found["divprune"].against["full"])] == pytest.approx([p, p])
     raw = [one.p for line in model.lines for one in line.against.values()]
     assert sorted(raw)[-1] == 1  # fopru is the unpruned model's equal
     assert against.adjusted in statistics.holm(raw)
     assert against.adjusted > p
     assert against.better
-    assert lines["divprune"].against["random"].worse
-    assert not lines["fopru"].against["full"].sure
+    assert found["divprune"].against["random"].worse
+    assert not found["fopru"].against["full"].sure
 
 
 def test_what_is_said_of_methods_follows(made):
-    told = page.page(page.Table(made, None))
+    told = page.page(lines.Table(made, None))
     assert "| scene-llava, 50 % | 2 | 1 | 0 | 1 | 1 | 66.7 | 100.0 | `fopru` |" in told
     assert "- scene-llava: `divprune` (50 %: -66.7)." in told
     assert "differ for certain on sparse pictures at 50 % (-100.0) and on crowded pictures at 50 % (-100.0)" in told
@@ -117,7 +118,7 @@ def test_what_is_said_of_methods_follows(made):
     assert "2 cells of the run are missing" in told
     assert r"| `lrs` | scene-llava | it cannot \| at all |" in told
     swapped = json.loads(json.dumps(made).replace("fopru", "@").replace("divprune", "fopru").replace("@", "divprune"))
-    other = page.page(page.Table(swapped, None))
+    other = page.page(lines.Table(swapped, None))
     assert "on sparse pictures at 50 % (+100.0)" in other
     assert "for certain at: none; less often at:\nscene-llava, 50 %" in other
 
@@ -129,7 +130,7 @@ def test_costs_and_fronts(made):
         for label, flops, speed in (("fopru", 60, 2.0), ("divprune", 50, 0.5), ("random", 50, 1.05))
     ]
     machine = {"processor": "a processor", "cores": 2, "threads": 1}
-    told = page.page(page.Table(made, {"rows": costs, "pairs": 9, "machine": machine}))
+    told = page.page(lines.Table(made, {"rows": costs, "pairs": 9, "machine": machine}))
     assert "| scene-llava | prefill FLOPs | `random` 50 % (50 %: 66.7); `fopru` 50 % (60 %: 100.0) |" in told
     assert "| scene-llava | prefill time | `fopru` 50 % (50 %: 100.0) |" in told
     assert "| scene-llava, 50 % | 0.50 | 2.00 | 2.00 | 1 | 1 | 2 |" in told
@@ -139,7 +140,7 @@ def test_costs_and_fronts(made):
 @pytest.mark.parametrize("there", [("none",), ("none", "fopru"), ("fopru", "random"), ("none", "fopru", "random")])
 def test_an_unfinished_run_makes_a_page(made, there):
     made["rows"] = [row for row in made["rows"] if row["label"] in there]
-    told = page.page(page.Table(made, None))
+    told = page.page(lines.Table(made, None))
     assert ("#### scene-llava, 50 %" in told) == ({"none", "random"} <= set(there))
     assert "2 cells of the run are missing" in told
 
@@ -147,11 +148,11 @@ def test_an_unfinished_run_makes_a_page(made, there):
 def test_long_answers_stand_beside_short_ones(made):
     for label, score, made_up in (("none", 0.9, 0.1), ("fopru", 0.4, 0.5), ("random", 0.2, 0.6)):
         for seed in range(3) if label == "random" else (None,):
-            row = answered(label, None if label == "none" else 0.5, {}, seed)[0] | {"task": page.LONG, "count": 20}
+            row = answered(label, None if label == "none" else 0.5, {}, seed)[0] | {"task": lines.LONG, "count": 20}
             del row["said_yes"]
             row |= {"model": "scene-llava-long", "scores": [score] * 20, "made_up": made_up, "output_tokens": 70}
             made["rows"].append(row)
-    told = page.page(page.Table(made, None))
+    told = page.page(lines.Table(made, None))
     assert "- at 50 %, 1 methods lose 0.0 points on average on scene-llava's short answers, and 50.0 on" in told
     assert "where `fopru` (50.0) lose least" in told
     (line,) = [line for line in told.splitlines() if line.startswith("| `fopru`, 50 % | 40.0 | **-50.0**")]
@@ -161,22 +162,22 @@ def test_long_answers_stand_beside_short_ones(made):
 
 def test_random_without_all_its_seeds_is_no_row(made):
     made["rows"] = [row for row in made["rows"] if row["seed"] != 2]
-    assert page.Table(made, None).models == []
+    assert lines.Table(made, None).models == []
 
 
 def test_a_part_of_a_row_is_no_row(made):
     made["rows"] = [row for row in made["rows"] if (row["label"], row["task"]) != ("fopru", TASKS["crowded"])]
-    (model,) = page.Table(made, None).models
+    (model,) = lines.Table(made, None).models
     assert {line.label for line in model.lines} == {"none", "divprune", "random"}
 
 
 def test_a_method_with_a_budget_of_its_own_is_compared_by_layers(made):
     made["rows"] += [row | {"layer_average": 131} for row in answered("atp", None, {})]
-    (model,) = page.Table(made, None).models
+    (model,) = lines.Table(made, None).models
     assert next(line for line in model.lines if line.label == "atp").against["random"].value == pytest.approx(100 / 3)
     for row in made["rows"]:
         row["layer_average"] = 30 if row["label"] == "atp" else row["layer_average"]
-    (model,) = page.Table(made, None).models
+    (model,) = lines.Table(made, None).models
     assert "random" not in next(line for line in model.lines if line.label == "atp").against
 
 
@@ -209,7 +210,7 @@ def test_a_cell_becomes_a_row():
     other["samples"][3]["target"] = "something else"
     with pytest.raises(SystemExit, match="x answers other questions"):
         results.row_of(other, {})
-    long = cell(task=page.LONG)
+    long = cell(task=lines.LONG)
     assert results.row_of(long, {})["made_up"] == 0.25
 
 
@@ -218,4 +219,4 @@ def test_native_rivals_are_told_from_their_names():
     found = [(setting.name, results.native(setting)) for setting in settings if results.native(setting)]
     assert ("scene-qwen-0.1", ("scene-qwen", {"keep": 0.1})) in found
     assert ("scene-llava-next-0.5", ("scene-llava-next", {"keep": 0.5})) in found
-    assert {keep["keep"] for _, (model, keep) in found if model == "scene-qwen"} == set(page.BUDGETS)
+    assert {keep["keep"] for _, (model, keep) in found if model == "scene-qwen"} == set(lines.BUDGETS)

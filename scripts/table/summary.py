@@ -1,0 +1,217 @@
+"""What a reader who decides should know, before all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from table_results import NATIVE
+
+from .differences import correct, plain_difference
+from .lines import BUDGETS, COSTS_BY, Line, Model, Table, cells, pareto, score
+from .words import RIVALS, listed, markdown, name_of, percent, title
+
+#: Made for flat screenshots, and so no example of its group here.
+APART = "showui"
+#: The groups of methods that are compared as groups.
+KINDS = {"tower": "attention", "features": "likeness", "question": "question", "decoder": "inside the LLM"}
+
+
+def summary(table: Table) -> list[str]:
+    """What a reader who decides should know, in order."""
+    parts = (verdicts, fronts, losses, rivals, lengths, kinds, false_yes, times)
+    return [told for part in parts if (told := part(table))]
+
+
+def verdicts(table: Table) -> str:
+    """How many methods are told apart from what."""
+    rows = []
+    for model, budget, mine in cells(table):
+        over, under = (sum(getattr(line.against["random"], word) for line in mine) for word in ("better", "worse"))
+        lost, base, top = sum(line.against["full"].worse for line in mine), model.random(budget), max(mine, key=score)
+        tops = listed([name_of(line, model) for line in mine if line.score == top.score])
+        counts = [len(mine), over, len(mine) - over - under, under, len(mine) - lost]
+        rows.append([title(model, budget), *map(str, counts), f"{base.score:.1f}", f"{top.score:.1f}", tops])
+    header = ["model, tokens left", "methods", "above `random`", "not told apart", "below it", "not told from unpruned"]
+    told = """\
+**How many are better than chance.** Methods above three seeds of `random` at the same budget, those that cannot be
+told apart from it, those below, and those that cannot be told from the unpruned model (no proof that they are as
+good):"""
+    return f"{told}\n\n{markdown([*header, '`random`', 'best', 'which'], rows)}"
+
+
+def fronts(table: Table) -> str:
+    """Which rows nothing beats, by what they cost."""
+    rows = []
+    for model in table.models:
+        for kind, cost in COSTS_BY.items():
+            found = [
+                f"{name_of(line, model)}{'' if line.budget is None else f' {percent(line.budget)}'} "
+                f"({percent(cost(line))}: {line.score:.1f})"
+                for line in pareto(model, cost)
+                if line is not model.full
+            ]
+            if found:
+                rows.append([model.name, kind, "; ".join(found)])
+    told = """\
+**What to take**, as far as such models tell. `keep` counts what is left after the last cut, and a method that cuts
+late has run most layers on all tokens by then; so rows are compared by their tokens in the mean over layers, by the
+FLOPs of a whole prefill (tower, language model and the method's own work), and by its time. On a front no other row
+of the model has at least its accuracy for at most its cost (in brackets: cost as a share of the unpruned model's, and
+accuracy). Neighbours on it need not differ for certain:"""
+    return f"{told}\n\n{markdown(['model', 'by', 'front, cheapest first'], rows, 3)}"
+
+
+def losses(table: Table) -> str:
+    """Who is below random."""
+    made = []
+    for model in table.models:
+        below: dict[str, list[str]] = {}
+        for line in (one for budget in BUDGETS for one in model.at(budget) if "random" in one.against):
+            if line.against["random"].worse:
+                told = f"{percent(line.budget)}: {line.against['random'].value:+.1f}"
+                below.setdefault(name_of(line, model), []).append(told)
+        found = [f"{name} ({', '.join(some)})" for name, some in below.items()]
+        made += [f"- {model.name}: {listed(found)}."] if found else []
+    told = "**Below `random`** at the same budget for certain, controls included (in points):"
+    return "\n".join([told, "", *made]) if made else f"{told} none."
+
+
+def rivals(table: Table) -> str:
+    """The native rival beside the best, and how many it beats."""
+    made = []
+    for model in table.models:
+        for line in (one for one in model.lines if one.label == NATIVE and model.at(one.budget, controls=False)):
+            others = model.at(line.budget, controls=False)
+            apart = model.differences([other.scores for other in others], [line.scores] * len(others))
+            correct(apart)
+            best = max(others, key=score)
+            flops = ["" if one.flops is None else f", {percent(one.flops)} of the FLOPs" for one in (line, best)]
+            better, worse = (sum(getattr(one, word) for one in apart) for word in ("better", "worse"))
+            made.append(
+                f"- {model.name} at {percent(line.budget)}: {RIVALS[model.name]} {line.score:.1f} "
+                f"({percent(line.share)} of the tokens{flops[0]}). Of {len(others)} methods {better} are better for "
+                f"certain, {worse} worse; the best is {name_of(best, model)}, {best.score:.1f} "
+                f"({percent(best.share)} of the tokens{flops[1]})."
+            )
+    told = "**The native rival**, fewer pixels or crops, which spares the tower too (corrected within each budget):"
+    return "\n".join([told, "", *made]) if made else ""
+
+
+def groups_of(lines: Sequence[Line]) -> list[str]:
+    """The groups of `KINDS` that some lines belong to."""
+    return [group for group in KINDS if any(line.group == group for line in lines)]
+
+
+def means(lines: Sequence[Line], what: Callable[[Line], np.ndarray]) -> dict[str, np.ndarray]:
+    """Something of every sample, averaged over the methods of a group, without the one that is apart."""
+    lines = [line for line in lines if line.method != APART]
+    return {g: np.mean([what(line) for line in lines if line.group == g], 0) for g in groups_of(lines)}
+
+
+def kinds(table: Table) -> str:
+    """Attention of the tower against diversity, on sparse and on crowded pictures."""
+    model = next((one for one in table.models if "crowded" in one.part), None)
+    rows, apart, words = [], [], []
+    for split in ("sparse", "crowded") if model is not None else ():
+        mine = np.array(model.part) == split
+        for budget in BUDGETS:
+            found = means(model.at(budget, controls=False), lambda line: line.scores)
+            if {"tower", "features"} <= set(found):
+                apart += model.differences([found["features"]], [found["tower"]], mine)
+                told = [f"{100 * found[group][mine].mean():.1f}" if group in found else "" for group in KINDS]
+                rows.append([f"{split}, {percent(budget)}", *told])
+    correct(apart)
+    for split in ("sparse", "crowded"):
+        mine = [
+            (row[0].partition(", ")[2], one) for row, one in zip(rows, apart, strict=True) if row[0].startswith(split)
+        ]
+        sure = [f"{budget} ({one.value:+.1f})" for budget, one in mine if one.sure]
+        words.append(f"on {split} pictures at {listed(sure) if sure else 'no budget'}")
+    pulled = 0.0 if not rows else np.mean([drag(model, budget) for budget in BUDGETS if model.at(budget)])
+    told = f"""\
+**Attention or diversity?** Public findings: the tower's attention does better on simple pictures, diversity on
+crowded ones. Here (scene-llava, means over the methods of a group, without `showui`, which is made for flat screenshots
+and would pull likeness down by {pulled:.0f} points) the two differ for certain {listed(words)}; a plus is for
+diversity. Last column: likeness minus attention, corrected within this table:"""
+    rows = [[*row, str(one)] for row, one in zip(rows, apart, strict=True)]
+    return f"{told}\n\n{markdown(['scenes, tokens left', *KINDS.values(), 'difference'], rows)}" if rows else ""
+
+
+def lengths(table: Table) -> str:
+    """What methods lose on short and on long answers."""
+    short = next((one for one in table.models if one.name == "scene-llava"), None)
+    made = []
+    for budget in BUDGETS if short is not None and table.long is not None else ():
+        lost = [
+            {line.label: -line.against["full"].value for line in model.at(budget, controls=False)}
+            for model in (short, table.long)
+        ]
+        both = [label for label in lost[1] if label in lost[0]]
+        if both:
+            least = sorted(both, key=lambda label: lost[1][label])[:3]
+            told = listed([f"`{label}` ({lost[1][label]:.1f})" for label in least])
+            means = [np.mean([one[label] for label in both]) for one in lost]
+            made.append(
+                f"- at {percent(budget)}, {len(both)} methods lose {means[0]:.1f} points on average on scene-llava's "
+                f"short answers, and {means[1]:.1f} on [long ones](#long-answers), where {told} lose least."
+            )
+    told = (
+        "**Short answers hide the damage**, on another model, other pictures and by another score, so read the order:"
+    )
+    return "\n".join([told, "", *made]) if made else ""
+
+
+def drag(model: Model, budget: float) -> float:
+    """How far the method that is apart would pull down the mean of its group, in points."""
+    scores = {line.label: line.score for line in model.at(budget, controls=False) if line.group == "features"}
+    rest = [score for label, score in scores.items() if label != APART]
+    return float(np.mean(rest) - np.mean([*scores.values()])) if rest else 0.0
+
+
+def false_yes(table: Table) -> str:
+    """Whether diversity hallucinates more: a yes where there is nothing."""
+    rows, apart, count = [], [], {}
+    for model, budget, lines in cells(table):
+        rates = means(lines, lambda line: line.said_yes)
+        if not {"tower", "features"} <= set(rates) or not len(model.full.said_yes):
+            continue
+        apart.append(plain_difference(rates["features"] - rates["tower"]))
+        told = [f"{100 * rates[group].mean():.0f}" if group in rates else "" for group in KINDS]
+        shown = [f"{100 * one.said_yes.mean():.0f}" for one in (model.full, model.random(budget))]
+        rows.append([title(model, budget), *shown, *told])
+        count[model.name] = len(model.full.said_yes)
+    correct(apart)
+    named = list(zip(rows, apart, strict=True))
+    more, less = ([row[0] for row, one in named if getattr(one, word)] for word in ("better", "worse"))
+    asked_of = listed([f"{number} of {name}" for name, number in count.items()])
+    told = f"""\
+**Does diversity hallucinate more?** Public findings say so. Per cent of the questions `is there a ... ?` about things
+that are not in the picture which are answered yes, as means over the same methods. There are few such questions
+({asked_of}). Methods that go by likeness say yes more often for certain at: {listed(more)}; less often at:
+{listed(less)} (last column: likeness minus attention, corrected within this table):"""
+    rows = [[*row, f"**{one.value:+.1f}**" if one.sure else f"{one.value:+.1f}"] for row, one in named]
+    header = ["model, tokens left", "unpruned", "`random`", *KINDS.values(), "difference"]
+    return f"{told}\n\n{markdown(header, rows)}" if rows else ""
+
+
+def times(table: Table) -> str:
+    """What was measured in time."""
+    rows = []
+    for model, budget, lines in cells(table):
+        if timed := [line.cost["speedup"] for line in lines if line.cost is not None]:
+            ratios = sorted(one["median"] for one in timed)
+            told = [f"{ratios[place]:.2f}" for place in (0, len(ratios) // 2, -1)]
+            sure = (sum(one["low"] > 1 for one in timed), sum(one["high"] < 1 for one in timed), len(timed))
+            rows.append([title(model, budget), *told, *map(str, sure)])
+    if not rows:
+        return ""
+    loads, about = [row["load"] for row in table.costs["rows"]], table.costs["machine"]
+    told = f"""\
+**Time.** One prefill of one prompt, in turns with the unpruned model's ({table.costs["pairs"]} pairs: the median of
+their ratios, with its 95 % interval by order statistics), on one thread of {about["processor"]} with {about["cores"]}
+cores, **which ran other work meanwhile** (load average {min(loads)} to {max(loads)}). At two million parameters time
+is overhead, and the tower most of the work: [performance.md](performance.md) has real sizes. Unpruned / pruned, over
+the methods:"""
+    header = ["model, tokens left", "least", "median", "most", "faster for certain", "slower for certain", "methods"]
+    return f"{told}\n\n{markdown(header, rows)}"
