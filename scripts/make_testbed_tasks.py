@@ -45,15 +45,19 @@ dataset_kwargs:
     test: {split}.parquet
 process_docs: !function utils.{category}
 """
-MIXED = """\
+#: Tasks across the categories: alias, function that chooses. Their version is that of the choice, not of the split.
+ACROSS = {"mixed": ("all categories", "spread"), "absent": ("things that are not there", "absent")}
+WHOLE = """\
 include: _shared.yaml
-task: {group}_mixed
-task_alias: all categories
+task: {group}_{name}
+task_alias: {alias}
 dataset_path: parquet
 dataset_kwargs:
   data_files:
     test: {split}.parquet
-process_docs: !function utils.spread
+process_docs: !function utils.{choose}
+metadata:
+  version: 2
 """
 CAPTION = """\
 include: _shared.yaml
@@ -136,7 +140,10 @@ def main() -> None:
     (out / "_shared.yaml").write_text(NOTE + SHARED.format(version=testbed.VERSION))
     for split, group in tasks.GROUPS.items():
         write(table(split), out / f"{split}.parquet")
-        (out / f"{group}_mixed.yaml").write_text(NOTE + MIXED.format(group=group, split=split))
+        for name in ACROSS if tasks.absent(split) else ("mixed",):
+            alias, choose = ACROSS[name]
+            told = WHOLE.format(group=group, name=name, alias=alias, split=split, choose=choose)
+            (out / f"{group}_{name}.yaml").write_text(NOTE + told)
         members = tasks.names(split)
         for name in members:
             category = name.removeprefix(f"{group}_")

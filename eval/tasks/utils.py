@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from vlmprune.eval.tasks import in_turns, is_absent
 from vlmprune.eval.testbed.words import CAPTION, COLOUR_NAMES, DESCRIBE, VALUES
 
 
@@ -30,12 +31,17 @@ relation = only("relation")
 
 
 def spread(dataset: Any) -> Any:
-    """A `process_docs` that asks one question about every picture before it asks a second one about any.
+    """A `process_docs` that asks one question about every picture before a second one about any, categories in turns.
 
-    The first so many are then about as many pictures as can be, and questions about one picture are not independent.
+    Questions about one picture are not independent, and the shipped order begins with what is rarely possible.
     """
-    numbers = [int(name.rpartition("-")[2]) for name in dataset["id"]]
-    return dataset.select(sorted(range(len(numbers)), key=numbers.__getitem__))
+    return dataset.select(in_turns(dataset["picture_id"], dataset["category"]))
+
+
+def absent(dataset: Any) -> Any:
+    """A `process_docs` that leaves the questions about things that are not there."""
+    pairs = zip(dataset["category"], dataset["answer"], strict=True)
+    return dataset.select([i for i, pair in enumerate(pairs) if is_absent(*pair)])
 
 
 def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:

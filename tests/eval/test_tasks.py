@@ -1,6 +1,7 @@
 """The packaged tasks are the testbed's questions, scored as the testbed scores them, and the suites name real tasks."""
 
 import importlib.util
+from collections import Counter
 from pathlib import Path
 
 import harness
@@ -67,7 +68,8 @@ def test_a_task_for_every_category_and_a_group_for_every_split():
     assert set(manager.all_groups) == set(tasks.GROUPS.values())
     by_category = {name for split in tasks.GROUPS for name in tasks.names(split)}
     whole = {f"{group}_mixed" for group in tasks.GROUPS.values()}
-    assert set(manager.all_subtasks) == by_category | whole | {*tasks.CAPTIONS}
+    absent = {f"{group}_absent" for split, group in tasks.GROUPS.items() if split != "unseen"}
+    assert set(manager.all_subtasks) == by_category | whole | absent | {*tasks.CAPTIONS}
     assert [name.rsplit("_", 1)[1] for name in tasks.names("sparse")] == list(CATEGORIES)
     loaded = manager.load_task_or_group(list(tasks.GROUPS.values()), "chat")
     found = {group.group: members for group, members in loaded.items()}
@@ -90,6 +92,47 @@ def test_mixed_tasks_ask_one_question_about_every_picture_first():
         assert sorted(docs["id"]) == sorted(record.id for record in testbed.questions(split))
         pictures = len(set(docs["picture_id"]))
         assert docs["picture_id"][:pictures] == sorted(set(docs["picture_id"]))
+
+
+@pytest.mark.parametrize("split", testbed.SPLITS)
+def test_the_first_questions_of_a_mixed_task_are_as_many_of_every_category(split):
+    there = {record.category for record in testbed.questions(split)}
+    for count in (40, 50, 60):
+        first = Counter(record.category for record in tasks.mixed(split)[:count])
+        assert set(first) == there
+        assert max(first.values()) - min(first.values()) <= 2, first
+
+
+def test_categories_in_turns_meet_what_recurs_among_pictures():
+    """Pictures whose sizes recur after nine, of which some have no digit: no size is left to one category."""
+    kinds = [[one for one in CATEGORIES if one != "digit" or number % 3] for number in range(189)]
+    pairs = [(number, one) for number, mine in enumerate(kinds) for one in mine]
+    order = tasks.in_turns([f"{number:03d}" for number, _ in pairs], [one for _, one in pairs])
+    assert sorted(order) == list(range(len(pairs)))
+    first = [pairs[place] for place in order[:189]]
+    assert [number for number, _ in first] == list(range(189))
+    assert {count for _, count in Counter(one for _, one in first).items()} <= {26, 27, 28}
+    for category in CATEGORIES:
+        sizes = {number % 9 for number, one in first if one == category}
+        assert len(sizes) >= (6 if category == "digit" else 8), category
+
+
+def test_absent_tasks_ask_about_what_is_not_there_once_a_picture():
+    found = harness.packaged().load_task_or_group(
+        [f"{group}_absent" for split, group in tasks.GROUPS.items() if split != "unseen"], "chat"
+    )
+    counts = {}
+    for split, group in tasks.GROUPS.items():
+        records = tasks.absent(split)
+        assert {(record.category, record.answer) for record in records} <= {("exist", "no")}
+        assert len({record.picture_id for record in records}) == len(records)
+        assert len(records) == sum(
+            record.category == "exist" and record.answer == "no" for record in testbed.questions(split)
+        )
+        if records:
+            assert found[f"{group}_absent"].test_docs()["id"] == [record.id for record in records]
+            counts[split] = len(records)
+    assert counts == {"sparse": 90, "crowded": 26, "next": 40, "qwen": 45}
 
 
 def test_captions_are_of_three_things_or_four_and_say_what_is_there():
