@@ -34,9 +34,8 @@ def origin(table: Table) -> str:
     return f"""\
 {about}
 
-The questions are the first of each picture in the shipped splits, and those are not balanced: what is rarely possible
-(a digit, a relation) comes first. So a score here is none of the testbed's README, and says more of fine detail than of
-colours and places. Measured: {runs}.{unfinished}"""
+One question about every picture, the categories in turns, so that each has its share; what is not there is asked about
+in questions of its own. Measured: {runs}.{unfinished}"""
 
 
 def composition(model: Model) -> str:

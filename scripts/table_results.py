@@ -48,6 +48,8 @@ TOKENS = ("tokens_before", "tokens_after", "layer_average", "output_tokens")
 #: Options with which a method that a model does not run was tried, where it has some for such models.
 TRIED = {("scene-qwen", name): {"fallback": "received"} for name in ("tcc", "vtc_cls")}
 SPLIT_OF = {f"{group}_mixed": split for split, group in tasks.GROUPS.items()}
+#: Tasks about things that are not there, by which a yes is told to be false.
+FALSE_YES = {f"{group}_absent": split for split, group in tasks.GROUPS.items()}
 
 
 def native(setting: Setting) -> tuple[str, dict[str, float]] | None:
@@ -76,15 +78,9 @@ def unpacked(held: str | list[float], count: int) -> np.ndarray:
 
 def asked(task: str, count: int) -> list[testbed.Question]:
     """The first questions of a task; none of one that asks for captions."""
-    if task in SPLIT_OF:
-        return tasks.mixed(SPLIT_OF[task])[:count]
-    split = next((split for split, group in tasks.GROUPS.items() if task == f"{group}_exist"), None)
-    return [] if split is None else [one for one in testbed.questions(split) if one.category == "exist"][:count]
-
-
-def no_of(task: str, count: int) -> list[int]:
-    """Which of a task's first questions ask whether something is there that is not."""
-    return [i for i, one in enumerate(asked(task, count)) if (one.category, one.answer) == ("exist", "no")]
+    if task in FALSE_YES:
+        return tasks.absent(FALSE_YES[task])[:count]
+    return tasks.mixed(SPLIT_OF[task])[:count] if task in SPLIT_OF else []
 
 
 def row_of(cell: dict[str, Any], natives: dict[str, tuple[str, dict[str, float]]]) -> dict[str, Any]:
@@ -104,10 +100,9 @@ def row_of(cell: dict[str, Any], natives: dict[str, tuple[str, dict[str, float]]
     made |= {"seed": about["seed"], "control": about["control"] or label == NATIVE, "task": about["task"]}
     made |= {"count": len(samples), "scores": packed([sample["score"] for sample in samples])}
     made |= {word: round(float(np.mean([sample[word] for sample in samples])), 2) for word in TOKENS}
-    if wanted:
-        no = no_of(about["task"], len(samples))
-        made["said_yes"] = packed([float(samples[place]["answer"] == "yes") for place in no])
-    else:
+    if about["task"] in FALSE_YES:
+        made["said_yes"] = packed([float(sample["answer"] == "yes") for sample in samples])
+    if not wanted:
         made["made_up"] = cell["metrics"]["made_up"]["value"]
     return made
 

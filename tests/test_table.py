@@ -12,22 +12,22 @@ from table import lines
 
 from vlmprune.eval import statistics
 
-COUNT = 200
+COUNT, ABSENT = 200, 20
 TASKS = {"sparse": "vlmprune_scene_llava_mixed", "crowded": "vlmprune_scene_llava_crowded_mixed"}
+NOT_THERE = {"sparse": "vlmprune_scene_llava_absent", "crowded": "vlmprune_scene_llava_crowded_absent"}
 
 
 def answered(label: str, budget: float | None, wrong: dict[str, list[int]], seed: int | None = None) -> list[dict]:
     """Rows of a method on scene-llava that gives wrong answers to some questions of each split."""
-    made = []
-    for split, task in TASKS.items():
-        lost = set(wrong.get(split, ()))
-        scores = [float(place not in lost) for place in range(COUNT)]
-        yes = [float(place in lost) for place in results.no_of(task, COUNT)]
-        after = 256 * (budget or 1.0)
-        row = {"model": "scene-llava", "label": label, "method": label, "options": {}, "task": task, "count": COUNT}
+    made, after = [], 256 * (budget or 1.0)
+    for split, task in [*TASKS.items(), *NOT_THERE.items()]:
+        count = ABSENT if task in results.FALSE_YES else COUNT
+        lost = np.isin(np.arange(count), list(wrong.get(split, ()))).astype(float)
+        row = {"model": "scene-llava", "label": label, "method": label, "options": {}, "task": task, "count": count}
         row |= {"budget": budget and {"keep": budget}, "seed": seed, "control": label in ("none", "random")}
-        row |= {"scores": results.packed(scores), "said_yes": results.packed(yes), "tokens_before": 256}
-        made.append(row | {"tokens_after": after, "layer_average": after, "output_tokens": 2})
+        row |= {"scores": results.packed(list(1 - lost)), "tokens_before": 256, "output_tokens": 2}
+        row |= {"said_yes": results.packed(list(lost))} if task in results.FALSE_YES else {}
+        made.append(row | {"tokens_after": after, "layer_average": after})
     return made
 
 
@@ -111,16 +111,25 @@ def test_what_is_said_of_methods_follows(made):
     assert "| scene-llava, 50 % | 2 | 1 | 0 | 1 | 1 | 66.7 | 100.0 | `fopru` |" in told
     assert "- scene-llava: `divprune` (50 %: -66.7)." in told
     assert "differ for certain on sparse pictures at 50 % (-100.0) and on crowded pictures at 50 % (-100.0)" in told
-    no = sum(len(results.no_of(task, COUNT)) for task in TASKS.values())
-    assert "| scene-llava, 50 % | 0 | 33 | 0 | 100 |  |  | **+100.0** |" in told
-    assert f"({no} of scene-llava)" in told
-    assert "for certain at: scene-llava, 50 %; less often at:\nnone" in told
+    assert "| scene-llava, 50 % | 0 | 33 | 0 | 100 |  |  | **+100.0** [+82.4, +100.0] |" in told
+    assert f"({2 * ABSENT} of scene-llava)" in told
+    assert "for certain at: scene-llava, 50 %; less often at: none" in told
     assert "2 cells of the run are missing" in told
     assert r"| `lrs` | scene-llava | it cannot \| at all |" in told
     swapped = json.loads(json.dumps(made).replace("fopru", "@").replace("divprune", "fopru").replace("@", "divprune"))
     other = page.page(lines.Table(swapped, None))
     assert "on sparse pictures at 50 % (+100.0)" in other
-    assert "for certain at: none; less often at:\nscene-llava, 50 %" in other
+    assert "for certain at: none; less often at: scene-llava, 50 %" in other
+
+
+def test_what_compares_pixels_is_in_no_group_and_both_are_told(made):
+    made["rows"] += answered("showui", 0.5, {})
+    told = page.page(lines.Table(made, None))
+    assert "differ for certain on sparse pictures at 50 % (-100.0) and on crowded pictures at 50 % (-100.0)" in told
+    both = "on sparse pictures at 50 % (-50.0) and on crowded pictures at 50 % (-50.0)"
+    assert f"With it among likeness the two differ\n{both}" in told
+    (line,) = [line for line in told.splitlines() if line.startswith("| scene-llava, 50 % | 0 | 33")]
+    assert "| 0 | 100 |" in line
 
 
 def test_costs_and_fronts(made):
@@ -149,7 +158,6 @@ def test_long_answers_stand_beside_short_ones(made):
     for label, score, made_up in (("none", 0.9, 0.1), ("fopru", 0.4, 0.5), ("random", 0.2, 0.6)):
         for seed in range(3) if label == "random" else (None,):
             row = answered(label, None if label == "none" else 0.5, {}, seed)[0] | {"task": lines.LONG, "count": 20}
-            del row["said_yes"]
             row |= {"model": "scene-llava-long", "scores": [score] * 20, "made_up": made_up, "output_tokens": 70}
             made["rows"].append(row)
     told = page.page(lines.Table(made, None))
@@ -182,8 +190,9 @@ def test_a_method_with_a_budget_of_its_own_is_compared_by_layers(made):
 
 
 def cell(**about) -> dict:
-    """A cell of a run: the first 40 crowded questions, the odd ones right, yes to everything else."""
-    questions = results.asked(TASKS["crowded"], 40)
+    """A cell of a run: the first 40 crowded questions (20 of what is not there), odd ones right, else yes."""
+    task = about.get("task", TASKS["crowded"])
+    questions = results.asked(task if task != lines.LONG else TASKS["crowded"], ABSENT if "absent" in task else 40)
     samples = [
         {"doc": i, "score": float(i % 2), "target": one.answer, "answer": one.answer if i % 2 else "yes"}
         | {"tokens_before": 100, "tokens_after": 10, "layer_average": 10 + i, "output_tokens": 2}
@@ -197,9 +206,10 @@ def cell(**about) -> dict:
 def test_a_cell_becomes_a_row():
     row = results.row_of(cell(), {})
     assert np.array_equal(results.unpacked(row["scores"], 40), np.arange(40) % 2)
-    no = results.no_of(TASKS["crowded"], 40)
-    assert np.array_equal(results.unpacked(row["said_yes"], len(no)), [1 - i % 2 for i in no])
+    assert "said_yes" not in row
     assert (row["layer_average"], row["count"], row["control"]) == (29.5, 40, False)
+    absent = results.row_of(cell(task=NOT_THERE["crowded"]), {})
+    assert np.array_equal(results.unpacked(absent["said_yes"], ABSENT), 1 - np.arange(ABSENT) % 2)
     rival = results.row_of(
         cell(model="scene-llava-0.5", method="none"), {"scene-llava-0.5": ("scene-llava", {"keep": 0.5})}
     )

@@ -48,7 +48,15 @@ def correct(found: Sequence[Against]) -> int:
     return len(found)
 
 
-def plain_difference(apart: np.ndarray) -> Against:
-    """A mean difference of questions, without an interval."""
-    value = 100 * float(apart.mean())
-    return Against(value, value, value, statistics.sign_flip(apart))
+def differences(names: Sequence[str], scores: Sequence[np.ndarray], bases: Sequence[np.ndarray]) -> list[Against]:
+    """Of pairs of scores `(questions,)`, by questions; those of one name are drawn, and given signs, together."""
+    if not scores:
+        return []
+    apart, resampler = np.stack(scores, 1) - np.stack(bases, 1), statistics.Resampler(names)
+    where = np.array([resampler.position[name] for name in names])
+    made = []
+    for drawn, column in zip(resampler.means(names, apart).T, apart.T, strict=True):
+        found, _ = statistics.difference(drawn, float(column.mean()), len(resampler), 1.0, not column.any())
+        p = statistics.sign_flip(np.bincount(where, column, len(resampler)))
+        made.append(Against(100 * found.value, 100 * found.low, 100 * found.high, p))
+    return made

@@ -8,13 +8,13 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from table_results import NATIVE, SPLIT_OF, asked, no_of, unpacked
+from table_results import FALSE_YES, NATIVE, SPLIT_OF, asked, unpacked
 
 from vlmprune import registry
 from vlmprune.eval import statistics, testbed
 from vlmprune.spec import NONE
 
-from .differences import Against, correct
+from .differences import Against, correct, differences
 
 #: Of random's tokens over layers, how far those of a method on a schedule of its own may be away to be compared.
 NEAR = 0.1
@@ -84,9 +84,8 @@ class Model:
 
     def __init__(self, name: str, rows: Sequence[dict[str, Any]], costs: Sequence[dict[str, Any]]):
         self.name, every = name, list(dict.fromkeys(row["task"] for row in rows))
-        # one that asks whether things are there is for the column of false yes alone
-        self.tasks = [task for task in every if not task.endswith("_exist")]
-        self.exist = [task for task in every if "said_yes" in next(row for row in rows if row["task"] == task)]
+        self.tasks = [task for task in every if task not in FALSE_YES]
+        self.exist = [task for task in every if task in FALSE_YES]
         self.counts = counts = {row["task"]: row["count"] for row in rows}
         self.clusters, self.part = [], []
         for task in self.tasks:
@@ -111,8 +110,7 @@ class Model:
         """Cells of one method at one budget as a line."""
         by_task = {task: [row for row in rows if row["task"] == task] for task in [*self.tasks, *self.exist]}
         scores = [np.mean([unpacked(row["scores"], row["count"]) for row in by_task[task]], 0) for task in self.tasks]
-        no = {task: len(no_of(task, by_task[task][0]["count"])) for task in self.exist}
-        yes = [np.mean([unpacked(row["said_yes"], no[task]) for row in by_task[task]], 0) for task in self.exist]
+        yes = [np.mean([unpacked(row["said_yes"], row["count"]) for row in by_task[task]], 0) for task in self.exist]
         rows = [row for task in self.tasks for row in by_task[task]]
         tokens = {word: float(np.mean([row[word] for row in rows])) for word in ("layer_average", "output_tokens")}
         tokens["whole"] = float(np.mean([whole[task] for task in self.tasks]))
@@ -151,18 +149,9 @@ class Model:
         self, scores: Sequence[np.ndarray], bases: Sequence[np.ndarray], mine: np.ndarray | None = None
     ) -> list[Against]:
         """Of pairs of scores, on the questions of a mask or on all; whole pictures are drawn, and given signs."""
-        if not scores:
-            return []
         mine = np.ones(len(self.clusters), bool) if mine is None else mine
         names = [name for name, there in zip(self.clusters, mine, strict=True) if there]
-        apart, resampler = np.stack(scores, 1)[mine] - np.stack(bases, 1)[mine], statistics.Resampler(names)
-        where = np.array([resampler.position[name] for name in names])
-        made = []
-        for drawn, column in zip(resampler.means(names, apart).T, apart.T, strict=True):
-            found, _ = statistics.difference(drawn, float(column.mean()), len(resampler), 1.0, not column.any())
-            p = statistics.sign_flip(np.bincount(where, column, len(resampler)))
-            made.append(Against(100 * found.value, 100 * found.low, 100 * found.high, p))
-        return made
+        return differences(names, [score[mine] for score in scores], [base[mine] for base in bases])
 
     def of(self, line: Line, split: str) -> float:
         """A line's score on one split."""
@@ -181,7 +170,7 @@ class Table:
         self.about, self.costs = answers, costs
         timed = costs["rows"] if costs else []
         rows = answers["rows"]
-        short = [row for row in rows if "said_yes" in row]
+        short = [row for row in rows if row["task"] != LONG]
         names = dict.fromkeys(row["model"] for row in short)
         order = [name for name in testbed.NAMES if name in names]
         models = [Model(name, [row for row in short if row["model"] == name], timed) for name in order]
