@@ -67,6 +67,18 @@ def test_a_budget_is_met():
     assert kept_of_regions(label, 0.5, 2).nonzero()[0].tolist() == [0, 10]  # the largest
 
 
+def test_where_nothing_is_flat_a_budget_is_spread_over_the_picture():
+    """Every patch its own region: the first so many would be the picture's top rows."""
+    for size in (16, 256):
+        for budget in range(1, size + 1):
+            kept = kept_of_regions(np.arange(size), 0.5, budget).nonzero()[0]
+            assert len(kept) == budget
+            assert budget == 1 or (kept[0], kept[-1]) == (0, size - 1)
+            assert len(kept) < 2 or np.ptp(np.diff(kept)) <= 1
+    label = np.array([0, 0, 0, *range(3, 20), 20, 20])  # the two flat ones, then of 17 others the ends and the middle
+    assert kept_of_regions(label, 0.5, 5).nonzero()[0].tolist() == [0, 3, 11, 19, 20]
+
+
 def test_regions():
     ring = torch.tensor([[0, 1], [1, 2], [2, 3], [5, 4], [6, 5], [7, 6], [4, 7]])
     assert regions(9, ring.numpy()).tolist() == [0, 0, 0, 0, 4, 4, 4, 4, 8]

@@ -55,15 +55,18 @@ def kept_of_regions(label: np.ndarray, ratio: float, budget: int | None) -> np.n
 
     Args:
         label: `(tokens,)`, the region of every token.
-        budget: tokens that stay at most, which sets the ratio; where there are more regions, the largest keep one each.
-            None takes `ratio`.
+        budget: tokens that stay at most, which sets the ratio; where there are more regions, the largest keep one each,
+            evenly spaced ones of those as large as the last. None takes `ratio`.
     """
     _, region, sizes = np.unique(label, return_inverse=True, return_counts=True)
     if budget is None:
         left = np.maximum(1, sizes - np.round(sizes * ratio)).astype(int)
     elif budget <= len(sizes):
-        left = np.zeros_like(sizes)
-        left[np.argsort(-sizes, kind="stable")[:budget]] = 1
+        least = np.sort(sizes)[-budget]
+        left = (sizes > least).astype(int)
+        # of those as large as the last, evenly spaced ones: where nothing is flat, all are
+        alike = np.flatnonzero(sizes == least)
+        left[alike[np.linspace(0, len(alike) - 1, budget - left.sum()).round().astype(int)]] = 1
     else:
         # tokens beyond the first of each region, in proportion to what there is, the largest remainders up
         most, extra = sizes - 1, budget - len(sizes)
