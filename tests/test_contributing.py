@@ -54,8 +54,8 @@ def test_the_map_shows_every_file_once():
     }
     named = mapped()
     assert len(set(named)) == len(named)
-    assert sorted(files - set(named)) == [], "the map lacks these"
-    assert sorted(set(named) - files) == [], "the map has these, which are gone"
+    assert sorted(files - set(named)) == [], "the map in CONTRIBUTING.md lacks these"
+    assert sorted(set(named) - files) == [], "the map in CONTRIBUTING.md has these, which are gone"
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:[\w]+/)+[\w.]+(?:\.py|\.md|\.sh|/))`", TEXT))))
@@ -76,9 +76,15 @@ def test_files_that_other_pages_and_scripts_name_are_there(file):
 def test_every_method_has_its_line_among_the_pages():
     index = (ROOT / "docs" / "methods" / "README.md").read_text(encoding="utf-8")
     lines = "".join(line for line in index.splitlines(keepends=True) if line.startswith("| ["))
-    assert set(re.findall(r"`(\w+)`", lines)) == ours()
+    assert set(re.findall(r"`(\w+)`", lines)) == ours(), "docs/methods/README.md has a line for each"
     for page in re.findall(r"\]\((\w+\.md)\)", lines):
         assert (ROOT / "docs" / "methods" / page).is_file()
+
+
+def test_every_family_beyond_llava_is_on_the_page_of_families():
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    others = [kind for kind in FAMILIES if kind not in tiny.CLASSES and not kind.startswith("llava_")]
+    assert [kind for kind in others if f"`{kind}`" not in page] == [], "docs/families.md: a row and a section"
 
 
 def ours() -> set[str]:

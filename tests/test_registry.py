@@ -11,6 +11,7 @@ import tiny
 import vlmprune
 from vlmprune import Method, registry, spec
 from vlmprune.methods import FastV, FoPru, VtcCls, base
+from vlmprune.methods.base import LOOKS_AT
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,7 @@ def test_every_method_describes_itself(name):
     assert method.name == name
     assert method.summary
     assert not method.summary.endswith(".")
+    assert method.looks_at in filter(None, LOOKS_AT), "looks_at must be a key of LOOKS_AT, the heading of its line"
     assert isinstance(method.syncs, int)
     assert method.__doc__
 

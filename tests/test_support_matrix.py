@@ -166,7 +166,7 @@ def test_every_scene_has_a_column(matrix):
     import scenes
 
     for name in (*scenes.FAMILIES, *scenes.QWEN, *kin.KIN):
-        assert any(section.column(name) for section in matrix.SECTIONS), name
+        assert any(section.column(name) for section in matrix.SECTIONS), f"{name}: scripts/support_matrix.py, OTHERS"
 
 
 def test_every_scene_has_a_piece(matrix):
@@ -177,4 +177,4 @@ def test_every_scene_has_a_piece(matrix):
     done = subprocess.run(["make", "-n", "-B", "-C", ROOT, "support"], capture_output=True, text=True, check=True)
     words = [word for line in re.findall(r'-k "(.*?)"', done.stdout) for word in line.split(" or ")]
     for name in (*scenes.QWEN, *kin.KIN):
-        assert any(word in name for word in words), name
+        assert any(word in name for word in words), f"{name}: PIECES (or CALLED_...) of the Makefile"

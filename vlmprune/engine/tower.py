@@ -184,7 +184,7 @@ class TowerFrame:
 
     def pick(self, cut: ProjectorCut, output: Any) -> None:
         """Run a cut between tower and projector: exchange what its anchors stand for in the feature layers."""
-        features = output.hidden_states[self.plan.facts.feature_layer + 1].detach()
+        features = self.states(output)[self.plan.facts.feature_layer + 1].detach()
         with torch.no_grad():
             pick: Pick = cut.reduce({tap: self.look(tap, features) for tap in cut.see}, Views(self.call.grids))
             check_pick(whose(self.plan, cut), pick, features, self.has_cls)
@@ -219,6 +219,16 @@ class TowerFrame:
         noted = output if self.note is None else self.note
         setattr(noted, SEEN, Seen(self.plan, self.seen))
 
+    def states(self, output: Any) -> tuple[torch.Tensor | None, ...]:
+        """What the tower hands out of its layers; the host asks for it where features are taken from among them."""
+        if output.hidden_states is None:
+            raise UnsupportedError(
+                f"{type(self.tower).__name__} hands out no hidden states of its layers, from which the features of a "
+                f"{self.plan.family.model_type} model would be taken: if they leave the tower through the norm behind "
+                "its last layer, its family (patches/) has to say closed = True."
+            )
+        return output.hidden_states
+
     def unmerge(self, output: Any) -> None:
         """Give every original position its cluster's token in all that the tower hands out."""
         output.last_hidden_state = spread(output.last_hidden_state, self.place)
@@ -226,16 +236,16 @@ class TowerFrame:
         # either comes too late for the host, which noted what it got
         last = len(self.places)
         if any(cut.at == Vision(last) for cut in self.plan.tower_cuts):
-            self.merge(Vision(last), output.hidden_states[-1])
+            self.merge(Vision(last), self.states(output)[-1])
         self.places.append(self.place)
-        inputs = [h if h is None else self.inputs.get(i, h) for i, h in enumerate(output.hidden_states)]
+        inputs = [h if h is None else self.inputs.get(i, h) for i, h in enumerate(self.states(output))]
         output.hidden_states = tuple(spread(h, place) for h, place in zip(inputs, self.places, strict=True))
 
     def look_behind(self, output: Any) -> None:
         """Measure what can be seen behind the last layer alone."""
         for tap in self.plan.tower_taps:
             if tap.layer == self.plan.facts.tower_layers:  # what becomes the features
-                behind = output.last_hidden_state if self.plan.facts.closed else output.hidden_states[-1]
+                behind = output.last_hidden_state if self.plan.facts.closed else self.states(output)[-1]
                 with torch.no_grad():
                     self.seen[tap] = self.of_tokens(tap, tap.measure(None, behind.detach(), self.has_cls))
         if Kept() in self.plan.tower_taps and self.plan.tower_cuts:

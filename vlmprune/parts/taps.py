@@ -124,7 +124,6 @@ class TowerTap(Tap):
     layer: int
 
     behind_last: ClassVar[bool] = False  # whether it can be measured of the last layer's output, `measure(None, ...)`
-    vectors: ClassVar[bool] = False  # whether it says more of a patch than one number
     attends: ClassVar[bool] = False  # whether it compares patches by attention, which ends at a window
 
     def misfit(self, at: Place, facts: ModelFacts) -> str | None:

@@ -20,7 +20,6 @@ class TowerFeatures(TowerTap):
     """Every patch's vector at the input of a tower layer, or behind the last, `(images, tokens, dim)`."""
 
     behind_last: ClassVar[bool] = True
-    vectors: ClassVar[bool] = True
 
     def measure(self, layer: TowerLayer | None, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return upcast(hidden[:, int(has_cls) :])
@@ -29,8 +28,6 @@ class TowerFeatures(TowerTap):
 @dataclass(frozen=True)
 class WholeKeys(TowerTap):
     """Every patch's keys of all heads side by side in a tower layer, `(images, tokens, dim)`."""
-
-    vectors: ClassVar[bool] = True
 
     def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
         return upcast(layer.keys(layer.normed(hidden)).transpose(1, 2).flatten(2)[:, int(has_cls) :])
