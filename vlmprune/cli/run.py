@@ -112,15 +112,14 @@ def verb(
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune.runtime import answering, loading
-    from vlmprune.runtime.status import Bar, note, show, status
+    from vlmprune.runtime.status import Bar, show, status
 
     todo = wanted.jobs()
     loaded = loading.open_model(model, device, dtype, videos=bool(video))
     answering.check(loaded, todo)
     prepare = partial(loading.model_inputs, visuals=visuals, prompt=prompt)
     inputs = prepare(loaded)
-    if loaded.source.embedded and (strange := loading.unknown_words(loaded, prompt)):
-        note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
+    loading.warn_of_words(loaded, [prompt])
     loading.warn_of_photographs(loaded.source.name, loading.strange_pictures(loaded, visuals))
     with Bar(1 + len(todo)) as bar:
         status("full model: answering")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -533,6 +533,13 @@ def warn_of_photographs(name: str, count: int) -> None:
         look = "looks" if count == 1 else "look"
         they = f"{counted(count, 'picture')} {look}"
         note(f"{name} knows drawn scenes only, and {they} like none: its answers about photographs mean nothing")
+
+
+def warn_of_words(loaded: Loaded, prompts: Iterable[str]) -> None:
+    """Name the words of prompts that an embedded model does not know."""
+    known = dict.fromkeys(prompts) if loaded.source.embedded else ()
+    if strange := list(dict.fromkeys(word for prompt in known for word in unknown_words(loaded, prompt))):
+        note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
 
 
 def unknown_words(loaded: Loaded, prompt: str) -> list[str]:
