@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import compress
 
 from vlmprune.eval import statistics
 from vlmprune.eval.fidelity.costs import EntryCosts
@@ -67,16 +67,15 @@ def table_of(
     lines: Sequence[StudyLine], costs: Mapping[str, EntryCosts] | None = None
 ) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the table of a study; columns that would be empty are left out."""
-    timed = [(costs or {}).get(line.entry.label) for line in lines]
-    groups = [
-        (BASIC, [basic_cells(line) for line in lines]),
-        (BESIDE, [beside_cells(line) for line in lines]),
-        (SCORES, [score_cells(line.score) for line in lines]),
-        (tuple(COSTS), [cost_cells(one) for one in timed]),
-    ]
-    shown = [(names, cells) for names, cells in groups if any(map(any, cells))]
-    header = [name for names, _ in shown for name in names]
-    return header, [list(chain(*row)) for row in zip(*(cells for _, cells in shown), strict=True)]
+    rows = [cells_of(line, (costs or {}).get(line.entry.label)) for line in lines]
+    used = [any(column) or i < len(BASIC) for i, column in enumerate(zip(*rows, strict=True))]
+    header = [*BASIC, *BESIDE, *SCORES, *COSTS]
+    return list(compress(header, used)), [list(compress(row, used)) for row in rows]
+
+
+def cells_of(line: StudyLine, costs: EntryCosts | None) -> list[str]:
+    """A row of the table."""
+    return [*basic_cells(line), *beside_cells(line), *score_cells(line.score), *cost_cells(costs)]
 
 
 def basic_cells(line: StudyLine) -> list[str]:

@@ -98,25 +98,29 @@ def all_methods(budgets: Sequence[dict[str, Any]], options: Mapping[str, Any]) -
         ValueError: an option that none has.
     """
     made = Tried([], {name: [why] for name, why in LEFT_OUT.items()}, named=False)
-    classes: dict[str, type] = {}
+    classes = loadable(made)
+    spec.check_known(options, {name: {name: cls} for name, cls in classes.items()})
+    jobs: list[list[Job]] = []
+    for name in sorted(classes.keys() - LEFT_OUT, key=lambda name: (place(classes[name]), name)):
+        mine = {key: value for key, value in options.items() if spec.takers(key, {name: classes[name]})}
+        try:
+            jobs.append(some_methods([name], budgets, mine).jobs)
+        except (TypeError, ValueError, FileNotFoundError) as error:
+            made.refuse(name, str(error))
+    by_budget = zip_longest(*jobs)  # should time be short, all methods were tried at some
+    made.jobs = [job for some in by_budget for job in some if job is not None]
+    return made
+
+
+def loadable(made: Tried) -> dict[str, type]:
+    """The classes of all methods, by name; those of other packages that cannot be loaded are refused."""
+    classes = {}
     for name in registry.names():
         try:
             classes[name] = registry.find(name)
-        except ValueError as error:  # of another package
+        except ValueError as error:
             made.refuse(name, str(error))
-    spec.check_known(options, {name: {name: cls} for name, cls in classes.items()})
-    jobs: dict[str, list[Job]] = {}
-    for name, cls in sorted(classes.items(), key=lambda item: place(item[1])):
-        if name in LEFT_OUT:
-            continue
-        mine = {key: value for key, value in options.items() if spec.takers(key, {name: cls})}
-        try:
-            jobs[name] = some_methods([name], budgets, mine).jobs
-        except (TypeError, ValueError, FileNotFoundError) as error:
-            made.refuse(name, str(error))
-    by_budget = zip_longest(*jobs.values())  # should time be short, all methods were tried at some
-    made.jobs = [job for some in by_budget for job in some if job is not None]
-    return made
+    return classes
 
 
 def place(cls: type) -> int:

@@ -248,15 +248,14 @@ def check_paths(args: SimpleNamespace) -> None:
     Raises:
         UserError: they cannot, or results are there already and nobody said --resume.
     """
-    written = {name: path for name in WRITTEN if (path := getattr(args, name)) is not None}
-    read = {name: path for name in ("source", "compare") if (path := getattr(args, name)) is not None}
-    taken = {os.path.realpath(Path(path).expanduser()): flags.flag(name) for name, path in read.items()}
-    for name, path in written.items():
-        word = flags.flag(name)
-        target = check_writable(path, word)
-        other = taken.setdefault(os.path.realpath(target), word)
-        if other != word:
-            raise UserError(f"{other} and {word} name the same file, {path}.")
+    named = {flags.flag(name): getattr(args, name) for name in ("source", "compare", *WRITTEN)}
+    taken: dict[str, str] = {}
+    for flag, path in ((flag, path) for flag, path in named.items() if path is not None):
+        writes = flag.removeprefix("--") in WRITTEN
+        target = check_writable(path, flag) if writes else Path(path).expanduser()
+        other = taken.setdefault(os.path.realpath(target), flag)
+        if writes and other != flag:
+            raise UserError(f"{other} and {flag} name the same file, {path}.")
     if args.plot:
         from vlmprune.eval.bench.plot import check_plot
 

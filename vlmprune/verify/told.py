@@ -29,13 +29,19 @@ def in_text(reports: Mapping[str, Report], skipped: Mapping[str, str]) -> str:
     """What stands below the rows: what the checks are, and a line for all that is no plain pass."""
     wide = max(map(len, CHECKS))
     told: dict[str, dict[str, None]] = {outcome: {} for outcome in WORDS}
-    for name, line in ((name, line) for name, report in reports.items() for line in report.lines):
-        who = "" if line.outcome == "-" else f"{name}, "
-        told[line.outcome][f"{WORDS[line.outcome]}: {who}{line.check}{details(line)}"] = None
-    told["skipped"] = dict.fromkeys(f"skipped: {name}: {why}" for name, why in skipped.items())
+    for name, report in reports.items():
+        for line in report.lines:
+            told[line.outcome][line_in_text(name, line)] = None  # what does not apply is told once for all
     parts = [[f"{check:{wide}}  {what}" for check, what in CHECKS.items()]]
-    parts += [list(lines) for outcome, lines in told.items() if lines and outcome != "pass"]
-    return "\n".join("\n".join(["", *part]) for part in parts)
+    parts += [list(told[outcome]) for outcome in WORDS if outcome != "pass"]
+    parts.append([f"skipped: {name}: {why}" for name, why in skipped.items()])
+    return "\n".join("\n".join(["", *part]) for part in filter(None, parts))
+
+
+def line_in_text(name: str, line: Line) -> str:
+    """A check that is no plain pass."""
+    who = "" if line.outcome == "-" else f"{name}, "
+    return f"{WORDS[line.outcome]}: {who}{line.check}{details(line)}"
 
 
 def details(line: Line) -> str:
