@@ -342,7 +342,7 @@ def refuse_other(image: Visual, grid: ImageGrid, index: int) -> None:
 
 
 def shots_of(clip: Visual, planes: int) -> list[Image.Image]:
-    """What so many planes of tokens are of: the picture, or of a clip the first of the frames that each of them joins."""
+    """What so many planes of tokens are of: the picture, or of a clip the first of the frames that each of them is."""
     if not isinstance(clip, VideoClip):
         return [clip] * planes
     together = -(-len(clip.frames) // planes)
