@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import vlmprune
 from vlmprune import Method, UnsupportedError, registry, spec
-from vlmprune.cli import bench, flags
+from vlmprune.cli import flags
+from vlmprune.eval.bench.asked import asked_in
 from vlmprune.eval.config import schema as config
 from vlmprune.eval.lmms import cells
 from vlmprune.methods import FastV, FoPru, Random, ToDRE, TransPrune
@@ -85,7 +86,7 @@ def by_flags(method, options):
 def by_bench_again(method, options):
     """The options of an old result, turned to text and read again."""
     asked = {"asked": {}, "cells": [{"method": method, "options": options, "batch": 1}]}
-    again = bench.asked_in(asked)
+    again = asked_in(asked)
     (job,) = spec.jobs(
         [again["method"]], [{"keep": spec.read_budget(again["keep"])}], flags.options_of(again["option"])
     )

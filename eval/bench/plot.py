@@ -8,12 +8,27 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from vlmprune.runtime.errors import UserError
 from vlmprune.runtime.files import write_whole
 from vlmprune.runtime.tables import counted
 
-__all__ = ["plot"]
+__all__ = ["check_plot", "plot"]
 
 MARKERS = "osD^vP*X<>hp"
+
+
+def check_plot(path: str) -> None:
+    """Refuse a file that no plot can be written into.
+
+    Raises:
+        UserError: it has another ending, or matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install 'vlmprune[plot]'.") from None
+    if Path(path).suffix.lstrip(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise UserError(f"--plot {path}: name it .png, .svg or .pdf.")
 
 
 def plot(results: dict[str, Any], path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,9 +243,11 @@ def store(found: dict[str, Any], path: str) -> None:
     write(path, lambda target: results.write_json(found, target))
 
 
-def write(path: str, how: Callable[[Path], None]) -> None:
-    """Write one file and say what failed."""
+def write(path: str, how: Callable[[Path], None], told: bool = False) -> None:
+    """Write one file and say what failed, or, if `told`, that it is there."""
     try:
         how(Path(path).expanduser())
     except OSError as error:
         raise CommandError(f"cannot write {path}: {brief(error)}") from None
+    if told:
+        print(f"written: {path}", file=sys.stderr)

@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 
+from vlmprune import kernels as ops
 from vlmprune.eval.bench.clock import Clock
+from vlmprune.eval.bench.results import describe_machine
+from vlmprune.eval.bench.run import Replaced
 from vlmprune.eval.bench.stats import ratio, spread
 from vlmprune.parts.coverage import Cover, greedy_cover
 from vlmprune.parts.diversity import greedy_diversity
+from vlmprune.runtime.answering import guarded
+from vlmprune.runtime.status import status
 
-__all__ = ["SIZES", "compare_selection", "published_coverage", "published_dpp", "published_max_min"]
+__all__ = ["SIZES", "compare_selection", "measured", "published_coverage", "published_dpp", "published_max_min"]
 
 
 def published_max_min(features: torch.Tensor, first: int | None, count: int) -> list[int]:
@@ -115,6 +120,20 @@ def features_like(tokens: int, dim: int, seed: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
     few = torch.randn(tokens, 48, generator=g) @ torch.randn(48, dim, generator=g)
     return torch.randn(tokens, dim, generator=g) + 0.3 * few + torch.randn(dim, generator=g)
+
+
+def measured(device: str, pairs: int, kernels: str) -> dict[str, Any]:
+    """All sizes, as a document: with the machine, and what plain torch stood in for."""
+    status("timing selection")
+    replaced = Replaced()
+    with ops.use(kernels):
+        found = guarded(lambda: [one for size in SIZES for one in compare_selection(*size, device=device, pairs=pairs)])
+    return {
+        "selection": found,
+        "machine": describe_machine(device),
+        "kernels": kernels,
+        "replaced": replaced.tell(),
+    }
 
 
 def compare_selection(

@@ -6,6 +6,8 @@ kept: the ceiling, which pays neither tower nor choice), and the pruned one, who
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +22,19 @@ import numpy as np
 import torch
 from PIL import Image
 
+from vlmprune import embedded
+from vlmprune.eval.bench import serving_model
+from vlmprune.eval.bench.results import describe_machine
+from vlmprune.eval.bench.shapes import find_shape
 from vlmprune.eval.bench.stats import ratio
 from vlmprune.runtime.status import status
 from vlmprune.serving.settings import KEEP
 from vlmprune.vllm import overrides
 
-__all__ = ["Engines", "Runner", "Timed", "compare", "embedding", "rival_size"]
+__all__ = ["Engines", "Runner", "Timed", "compare", "embedding", "measured", "rival_size"]
 
+#: One process, so that two engines can take turns and a request is not waited for by another process.
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
 WHOLE, PRUNED, CEILING, RIVAL = "unpruned", "pruned", "ceiling", "fewer pixels"
 
 
@@ -132,6 +140,43 @@ class Engines:
             if smaller := rival_size(served, size, kept):
                 made.append(Runner(RIVAL, keep, self.plain, lambda n, s=smaller: self.prompt(n, self.picture(n, s))))
         return made
+
+
+def measured(
+    asked: dict[str, Any], options: dict[str, Any], keeps: Sequence[int | float], flying: Sequence[int]
+) -> dict[str, Any]:
+    """All rows, with the settings and the machine.
+
+    Args:
+        asked: settings by the names of their flags.
+        options: of the method.
+        flying: requests at a time.
+
+    Raises:
+        ValueError: something that cannot be served.
+    """
+    os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    pairs, rows = asked["pairs"], []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = servable(asked["model"], asked["shape"], Path(scratch))
+        engines = Engines(folder, asked["method"], options, keeps, asked["prompt_tokens"])
+        for number in flying:
+            rows += compare(engines, keeps, number, pairs, max(number, 2), asked["new_tokens"])
+        costs = embedding(engines, keeps, 2 * pairs + 1, 8)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {"asked": asked, "rows": rows, "embed_multimodal": costs, "machine": describe_machine(device)}
+
+
+def servable(model: str | None, shape: str | None, scratch: Path) -> Path:
+    """A folder that vLLM can serve: the user's own, or one made in `scratch`."""
+    if model is None:
+        serving_model.save(find_shape(shape), scratch)
+    elif model in embedded.NAMES:
+        serving_model.with_older_names(embedded.path(model), scratch)
+    else:
+        return Path(model)
+    return scratch
 
 
 def rival_size(served: Any, size: tuple[int, int], kept: int) -> tuple[int, int] | None:

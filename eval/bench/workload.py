@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vlmprune.patches import Family, family_of
-from vlmprune.verify.prompts import joined, pictures_of, random_text
+from vlmprune.verify.prompts import joined, moved, pictures_of, random_text
 from vlmprune.verify.runs import places_of
 
 __all__ = ["Workload", "make_workload"]
@@ -79,7 +79,7 @@ def make_workload(model: nn.Module, batch: int, prompt_tokens: int, seed: int = 
     return Workload(
         model,
         family,
-        {name: x.to(model.device, model.dtype if x.is_floating_point() else None) for name, x in inputs.items()},
+        moved(model, inputs),
         batch,
         start,
         visual,

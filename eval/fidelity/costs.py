@@ -29,9 +29,12 @@ from vlmprune.runtime.loading import Loaded
 from vlmprune.runtime.prompts import Pair
 from vlmprune.spec import Job
 
-__all__ = ["CostBook", "EntryCosts", "measure_costs"]
+__all__ = ["AXES", "UNPRUNED", "CostBook", "EntryCosts", "measure_costs"]
 
 FILE = "costs.json"
+#: What plots show of costs (`EntryCosts.place`), and where the unpruned model stands there.
+AXES = {"first": "first token, times as fast", "answer": "answer, times as fast", "cache": "cache, % of all"}
+UNPRUNED = {"first": 1.0, "answer": 1.0, "cache": 100.0}
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,21 @@ class EntryCosts:
     kv: tuple[int, int]
     tokens: int
     batch: int
+
+    @property
+    def memory(self) -> float:
+        """The share of the unpruned model's bytes while a prompt is read."""
+        return self.peak[1] / self.peak[0]
+
+    @property
+    def cache(self) -> float:
+        """The share of its bytes in the cache."""
+        return self.kv[1] / self.kv[0]
+
+    @property
+    def place(self) -> dict[str, float]:
+        """Where it stands on `AXES`."""
+        return {"first": self.first["median"], "answer": self.answer["median"], "cache": 100 * self.cache}
 
 
 @contextmanager

@@ -8,16 +8,33 @@ from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vlmprune.eval.fidelity.measure import Compared, StudyEntry, StudyRow
 from vlmprune.eval.lmms import fingerprints
 from vlmprune.runtime.files import write_whole
+from vlmprune.runtime.status import note
 
-__all__ = ["FILE", "Journal", "JournalError", "refuse_second"]
+if TYPE_CHECKING:
+    from vlmprune.runtime.loading import Loaded
+
+__all__ = ["FILE", "Journal", "JournalError", "refuse_second", "setting_of"]
 
 FILE = "rows.jsonl"
 FORMAT = 2  # of the first line
+
+
+def setting_of(loaded: Loaded, **more: Any) -> dict[str, Any]:
+    """What every result hangs on, beside picture, prompt and method: the model, where it runs, and `more`."""
+    source, model = loaded.source, loaded.model
+    return {
+        "model": source.name,
+        "weights": fingerprints.files(Path(source.place)) if source.local else model.config._commit_hash,
+        "adapter": fingerprints.files(Path(source.adapter)) if source.adapter else None,
+        "device": model.device.type,
+        "dtype": loaded.about["dtype"],
+        **more,
+    }
 
 
 class JournalError(Exception):
@@ -69,6 +86,11 @@ class Journal:
             return []  # a run that measured nothing
         self.refuse_other(head)
         return [line for number, line in enumerate(lines, 2) if self.take(line, number)]
+
+    def tell_damaged(self) -> None:
+        """Say which lines are measured again."""
+        for line in self.damaged:
+            note(f"{self.path}, line {line}: damaged, and measured again")
 
     def refuse_other(self, head: str) -> None:
         """Refuse the rows below a first line that says another setting, or nothing."""

@@ -34,10 +34,10 @@ from vlmprune.eval.fidelity.labels import Labels
 from vlmprune.eval.statistics import Estimate
 from vlmprune.patches import family_of
 from vlmprune.patches.host import returned_cache, with_cache
-from vlmprune.spec import budget_text, budgets_in
+from vlmprune.spec import Job, budget_text, budgets_in
 
 __all__ = ["MEASURES", "Compared", "Reference", "Scored", "StudyEntry", "StudyLine", "StudyRow", "collate", "compare"]
-__all__ += ["reference", "stretches", "summarise", "worst"]
+__all__ += ["entries_of", "reference", "stretches", "summarise", "worst"]
 
 #: The measures, and what they cannot go beyond, none being below 0.
 TOPS: dict[str, float | None] = {"first_agrees": 1.0, "answer_agrees": 1.0, "kl_first": None, "kl_answer": None}
@@ -116,6 +116,15 @@ class StudyEntry:
     def seeded(self, seed: int | None) -> dict[str, Any]:
         """The options for one seed."""
         return self.options if seed is None else {**self.options, "seed": seed}
+
+
+def entries_of(todo: Iterable[Job], control: bool, seeds: int) -> list[StudyEntry]:
+    """One entry per job; `random` runs with several seeds unless one was asked for."""
+    several = {True: tuple(range(seeds)), False: (None,)}
+    return [
+        StudyEntry(job.method, job.options, control, several[job.method == "random" and "seed" not in job.options])
+        for job in todo
+    ]
 
 
 @dataclass(frozen=True)

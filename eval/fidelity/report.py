@@ -2,71 +2,31 @@
 
 from __future__ import annotations
 
-import io
-import json
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vlmprune.eval import statistics
-from vlmprune.eval.fidelity.costs import EntryCosts
+from vlmprune.eval.fidelity.cards import Card, captioned, sheet_of
+from vlmprune.eval.fidelity.costs import AXES, UNPRUNED, EntryCosts
 from vlmprune.eval.fidelity.labels import Labels
-from vlmprune.eval.fidelity.measure import Scored, StudyEntry, StudyLine, StudyRow, stretches, summarise
+from vlmprune.eval.fidelity.measure import StudyEntry, StudyLine, StudyRow, stretches, summarise
 from vlmprune.eval.fidelity.positions import AnswerPart, along
+from vlmprune.eval.fidelity.tables import COSTS, DEFINITIONS, in_words, spread, table_of
 from vlmprune.eval.report import render
 from vlmprune.eval.report.chart import Chart, Mark
-from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Heading, Table, Text, repeat
+from vlmprune.eval.report.document import Block, Bullets, Cards, Heading, Table, Text, repeat
 from vlmprune.eval.statistics import Estimate
-from vlmprune.runtime import draw, fewer_pixels
 from vlmprune.runtime.files import write_whole
 from vlmprune.runtime.tables import counted
 
-__all__ = ["Card", "Study", "as_json", "in_words", "table_of", "write"]
+__all__ = ["Study", "as_json", "write"]
 
-SIDE = 256  # pixels of a picture's longer side on a card
-GAP = 6
-WRAP = 30  # characters of a line on a sheet
-SAID = 3  # lines of an answer on a sheet; the page has all of it
 LONG = 4  # tokens; of longer answers the page tells how they change along the way
 
-DEFINITIONS = (
-    ("first token", "how often the likeliest first token is that of the unpruned model, in per cent"),
-    (
-        "answer",
-        "how often the greedy answer is the unpruned model's, token for token and with the same end, in per cent",
-    ),
-    (
-        "KL first",
-        "KL(unpruned || pruned) of the distributions of the first token, in nats: 0 is the same, and 0.1 means that "
-        "the pruned model gives what the unpruned one would say a tenth less probability (geometric mean)",
-    ),
-    (
-        "KL answer",
-        "the same, averaged over the tokens of the unpruned answer, which both models read (teacher-forced): two "
-        "models that read their own answers are soon asked different questions",
-    ),
-    ("entering", "visual tokens of a picture that enter the language model, newlines included"),
-    ("layer average", "visual tokens that a decoder layer sees, averaged over all layers"),
-    ("answer - random", "difference to `random` at the same budget in percentage points, paired prompt by prompt"),
-    ("unpruned score", "how right the unpruned model's answers are by the labels, in per cent"),
-    ("score", "how right the pruned model's answers are"),
-    ("score - unpruned", "the difference of the two in percentage points, paired prompt by prompt"),
-)
-SCORES = ("unpruned score", "score", "score - unpruned")
-#: Columns of what was timed, and what they are.
-COSTS = {
-    "speed-up first": "how many times as soon as the unpruned model's the first token is there, in pairs run in turns "
-    "on this machine; in brackets the 95 % interval of the median",
-    "speed-up answer": "the same for a whole answer, as long for both models",
-    "memory": "bytes above the weights while the prompt is read, as a share of the unpruned model's",
-    "cache": "bytes that the cache holds behind the prompt, as a share of the unpruned model's",
-}
 INTERVALS = (
     f"In brackets: 95 % intervals, from drawing whole pictures with replacement ({statistics.DRAWS} times), since "
     "prompts about one picture are not independent. Where all pictures have the same share the interval is the exact "
@@ -81,16 +41,8 @@ ALONG = (
     "Same so far: how many answers, each going its own way, are the same up to the last of these tokens or to their "
     "end. In per cent; KL in nats per token, as next token."
 )
-
-
-@dataclass(frozen=True)
-class Card:
-    """One of the worst pictures: its row, the picture as it is and with what was kept, and what was right."""
-
-    row: StudyRow
-    plain: draw.Panel
-    kept: draw.Panel
-    right: Sequence[str] = ()
+ALONG_HEADER = ("method and budget", "tokens", "prompts", "next token", "same so far", "KL")
+ALONG_PANELS = {"next token": "next token, %", "same so far": "same so far, %", "KL": "KL, nats per token"}
 
 
 @dataclass(frozen=True)
@@ -138,117 +90,14 @@ class Study:
         return len({row.picture for row in self.rows})
 
     @property
+    def controls(self) -> set[str]:
+        """The labels of those that look at nothing."""
+        return {entry.label for entry in self.entries if entry.control}
+
+    @property
     def asked(self) -> str:
         """`8 prompts about 4 pictures`; a pair of a picture and a question is a prompt."""
         return f"{counted(self.prompts, 'prompt')} about {counted(self.pictures, 'picture')}"
-
-
-# Numbers as text
-
-
-def spread(estimate: Estimate, number: str, scale: float = 1.0) -> str:
-    """`97.5 [95.0, 99.2]`; no brackets where there is no interval."""
-    value = format(scale * estimate.value, number)
-    if estimate.low is None:
-        return value
-    return f"{value} [{format(scale * estimate.low, number)}, {format(scale * estimate.high, number)}]"
-
-
-def whole(number: float) -> str:
-    """`256`, or `91.3` where a mean is not whole."""
-    return f"{number:.1f}".removesuffix(".0")
-
-
-def few_pictures(pictures: int) -> str:
-    """What too few pictures mean."""
-    few = "1 picture is one case" if pictures == 1 else f"{pictures} pictures are few"
-    return f"{few}: below {statistics.FEW_CLUSTERS} the intervals are too narrow to trust."
-
-
-def table_of(
-    lines: Sequence[StudyLine], costs: Mapping[str, EntryCosts] | None = None
-) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of the table of a study; columns that would be empty are left out."""
-    costs = costs or {}
-    header = ["method", "budget", "entering", "layer average", "first token", "answer", "KL first", "KL answer"]
-    compared = any(line.over_random is not None for line in lines)
-    labelled = any(line.score is not None for line in lines)
-    rows = []
-    for line in lines:
-        seeds = f" ({len(line.entry.seeds)} seeds)" if len(line.entry.seeds) > 1 else ""
-        measured = line.measures
-        row = [
-            f"{line.entry.method}{smaller(line)}{seeds}",
-            line.entry.budget,
-            f"{whole(line.tokens_before)} -> {whole(line.tokens_after)}",
-            f"{line.layer_average:.1f}",
-            spread(measured["first_agrees"], ".1f", 100),
-            spread(measured["answer_agrees"], ".1f", 100),
-            spread(measured["kl_first"], ".3f"),
-            spread(measured["kl_answer"], ".3f"),
-        ]
-        if compared:
-            row.append("" if line.over_random is None else spread(line.over_random, "+.1f", 100))
-        if labelled:
-            row += score_cells(line.score)
-        if costs:
-            row += cost_cells(costs.get(line.entry.label))
-        rows.append(row)
-    more = ["answer - random"] * compared + list(SCORES) * labelled + list(COSTS) * bool(costs)
-    return header + more, rows
-
-
-def score_cells(score: Scored) -> list[str]:
-    """The cells of the columns `SCORES`."""
-    both = [spread(one, ".1f", 100) for one in (score.unpruned, score.pruned)]
-    return [*both, spread(score.change, "+.1f", 100)]
-
-
-def smaller(line: StudyLine) -> str:
-    """What stands beside `downsample` where it made the pictures themselves smaller."""
-    made = line.entry.method == "downsample" and line.tokens_after < line.tokens_before
-    return f" ({fewer_pixels.SAID})" if made else ""
-
-
-def cost_cells(costs: EntryCosts | None) -> list[str]:
-    """The cells of the columns `COSTS`."""
-    if costs is None:
-        return [""] * len(COSTS)
-    fast = [f"{one['median']:.2f}x [{one['low']:.2f}, {one['high']:.2f}]" for one in (costs.first, costs.answer)]
-    return [*fast, *(f"{100 * part[1] / part[0]:.0f} %" for part in (costs.peak, costs.kv))]
-
-
-def in_words(line: StudyLine, pictures: int) -> str:
-    """One sentence about an entry and `random`."""
-    same = spread(line.measures["answer_agrees"], ".1f", 100)
-    told = f"{line.entry.label}: {same} % of the answers stay the same"
-    few = f" (only {counted(pictures, 'picture')}: trust neither numbers nor intervals much)"
-    few = few if pictures < statistics.FEW_CLUSTERS else ""
-    few += "" if line.score is None else f". {score_in_words(line.score)}"
-    if line.over_random is None:
-        return f"{told}{few}."
-    gap = spread(line.over_random, "+.1f", 100)
-    verdicts = {
-        "better": f"more than with random patches ({gap} points)",
-        "worse": f"fewer than with random patches ({gap} points)",
-        "noise": f"which cannot be told from random patches ({gap} points)",
-        "equal": "exactly as with random patches, prompt by prompt",
-        None: f"with random patches the difference is {gap} points, and one picture gives no interval",
-    }
-    return f"{told}, {verdicts[line.verdict]}{few}."
-
-
-def score_in_words(score: Scored) -> str:
-    """What became of the score."""
-    verdicts = {
-        "better": "better than the unpruned model's",
-        "worse": "worse than the unpruned model's",
-        "noise": "which cannot be told from the unpruned model's",
-        "equal": "prompt by prompt the unpruned model's",
-        None: "beside the unpruned model's, and one picture gives no interval",
-    }
-    change = spread(score.change, "+.1f", 100)
-    return f"The score is {spread(score.pruned, '.1f', 100)} %, {verdicts[score.verdict]} ({change} points)"
 
 
 # The page
@@ -298,27 +147,21 @@ def numbers(study: Study, folder: Path) -> list[Block]:
 
 def overview(study: Study) -> Chart:
     """Agreement, and the score where there is one, against what a budget leaves and what was timed."""
-    axes = {"layer_average": "visual tokens, mean over layers"}
+    axes, panels = {"layer_average": "visual tokens, mean over layers"}, {"agreement": "same answers, %"}
+    plain, tops = {"layer_average": max(line.tokens_before for line in study.lines)}, [100.0]
     if study.costs:
-        axes |= {"first": "first token, times as fast", "answer": "answer, times as fast", "cache": "cache, % of all"}
-    panels = {"agreement": "same answers, %"} | ({} if study.labels is None else {"score": "score, %"})
+        axes, plain = axes | AXES, plain | UNPRUNED
+    if study.labels is not None:
+        panels["score"] = "score, %"
+        tops.append(100 * study.lines[0].score.unpruned.value)
     points = [made for line in study.lines for made in points_of(line, study.costs.get(line.entry.label))]
-    before = max(line.tokens_before for line in study.lines)
-    plain = {"layer_average": before} | ({"first": 1.0, "answer": 1.0, "cache": 100.0} if study.costs else {})
-    tops = [100.0] if study.labels is None else [100.0, 100 * study.lines[0].score.unpruned.value]
     points += [Mark("", "unpruned", plain, top, panel=i, full=True) for i, top in enumerate(tops)]
-    return Chart(axes, panels, points, {line.entry.method for line in study.lines if line.entry.control})
+    return Chart(axes, panels, points, {entry.method for entry in study.entries if entry.control})
 
 
 def points_of(line: StudyLine, costs: EntryCosts | None) -> list[Mark]:
     """An entry in every panel of `overview`."""
-    x = {"layer_average": line.layer_average}
-    if costs is not None:
-        x |= {
-            "first": costs.first["median"],
-            "answer": costs.answer["median"],
-            "cache": 100 * costs.kv[1] / costs.kv[0],
-        }
+    x = {"layer_average": line.layer_average} | ({} if costs is None else costs.place)
     shown = [line.measures["answer_agrees"]] + ([] if line.score is None else [line.score.pruned])
     return [
         Mark(line.entry.method, line.entry.label, x, *scaled(estimate, 100), panel=i)
@@ -336,35 +179,40 @@ def positions(study: Study, folder: Path) -> list[Block]:
     most = max((len(found) for found in study.along.values()), default=0)
     if most <= len(stretches(LONG)):
         return []
-    names = [line.entry.label for line in study.lines]
-    header, rows = ["method and budget", "tokens", "prompts", "next token", "same so far", "KL"], []
-    for name in names:
-        for one in study.along[name]:
-            shares = [spread(x, ".1f", 100) for x in (one.next_agrees, one.same_so_far)]
-            rows.append([name, span(one), str(one.prompts), *shares, spread(one.kl, ".3f")])
-    kinds = ["start" if i % most == 0 else "" for i in range(len(rows))]
-    panels = {"next token": "next token, %", "same so far": "same so far, %", "KL": "KL, nats per token"}
-    points = [
-        Mark(name, f"{name}, tokens {span(one)}", {"position": one.last}, *scaled(value, scale), panel=i)
-        for name in names
-        for one in study.along[name]
-        for i, (value, scale) in enumerate(((one.next_agrees, 100), (one.same_so_far, 100), (one.kl, 1)))
-    ]
-    chart = Chart(
-        {"position": "position in the answer, up to this token"}, panels, points,
-        {line.entry.label for line in study.lines if line.entry.control},
-    )  # fmt: skip
+    parts = [(line.entry.label, one) for line in study.lines for one in study.along[line.entry.label]]
+    points = [mark for name, one in parts for mark in part_marks(name, one)]
+    kinds = ["start" if one.first == 1 else "" for _, one in parts]
+    chart = Chart({"position": "position in the answer, up to this token"}, ALONG_PANELS, points, study.controls)
     return [
         Heading("Along the answer"),
         Text(ALONG),
         chart.block(folder / "along.svg", "Agreement along the answer. Bars are 95 % intervals; controls grey."),
-        Table(header, rows, range(2), kinds),
+        Table(ALONG_HEADER, [part_cells(*part) for part in parts], range(2), kinds),
     ]
+
+
+def part_cells(name: str, one: AnswerPart) -> list[str]:
+    """A row of the table along the answer."""
+    shares = [spread(x, ".1f", 100) for x in (one.next_agrees, one.same_so_far)]
+    return [name, span(one), str(one.prompts), *shares, spread(one.kl, ".3f")]
+
+
+def part_marks(name: str, one: AnswerPart) -> list[Mark]:
+    """A stretch of the answer in every panel."""
+    values = scaled(one.next_agrees, 100), scaled(one.same_so_far, 100), scaled(one.kl)
+    label, place = f"{name}, tokens {span(one)}", {"position": one.last}
+    return [Mark(name, label, place, *value, panel=i) for i, value in enumerate(values)]
 
 
 def span(stretch: AnswerPart) -> str:
     """`5 to 8`."""
     return f"{stretch.first} to {stretch.last}" if stretch.first < stretch.last else str(stretch.first)
+
+
+def few_pictures(pictures: int) -> str:
+    """What too few pictures mean."""
+    few = "1 picture is one case" if pictures == 1 else f"{pictures} pictures are few"
+    return f"{few}: below {statistics.FEW_CLUSTERS} the intervals are too narrow to trust."
 
 
 def troubles(study: Study) -> list[Block]:
@@ -396,67 +244,6 @@ def worst_pictures(study: Study, label: str, sheets: Mapping[str, Path]) -> list
     )
     told = told if study.labels is None else f"What lost score first. {told}"
     return [Text(told), Cards([captioned(card) for card in study.cards[label]], sheets[label], label)]
-
-
-def captioned(card: Card) -> Captioned:
-    """One of the worst pictures with its text beside it."""
-    row, made = card.row, io.BytesIO()
-    side_by_side([*card.plain.pictures, *card.kept.pictures]).save(made, "JPEG", quality=90, subsampling=0)
-    facts = {
-        "prompt": row.prompt,
-        **({"right": " / ".join(card.right)} if card.right else {}),
-        "unpruned": shown(row.unpruned),
-        "pruned": pruned(row),
-        "KL answer": kl(row),
-    }
-    seed = [] if row.seed is None else [f"seed {row.seed}"]
-    note = ", ".join([f"KL first {row.compared.kl_first:.3f}", *card.kept.lines, *seed])
-    return Captioned(row.picture, made.getvalue(), f"{row.picture} and what was kept of it", facts, note)
-
-
-def kl(row: StudyRow) -> str:
-    """`0.123`, of the answer."""
-    return f"{row.compared.kl_answer:.3f}"
-
-
-def shown(answer: str) -> str:
-    """An answer, or that there is none."""
-    return answer or "(empty)"
-
-
-def pruned(row: StudyRow) -> str:
-    """The pruned model's answer, and whether it is the unpruned one's."""
-    return shown(row.pruned) + (" (the same)" if row.compared.answer_agrees else "")
-
-
-def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Pictures in a row on white."""
-    size = (sum(p.width for p in pictures) + GAP * (len(pictures) - 1), max(p.height for p in pictures))
-    made, left = Image.new("RGB", size, "white"), 0
-    for picture in pictures:
-        made.paste(picture, (left, 0))
-        left += picture.width + GAP
-    return made
-
-
-def sheet_of(label: str, cards: Sequence[Card]) -> Image.Image:
-    """The worst pictures of an entry as one picture with text, two of them in a row; of strips of videos one."""
-    across = 2 if all(max(p.width for p in card.plain.pictures) <= 2 * SIDE for card in cards) else 1
-    panels = []
-    for number, card in enumerate(cards, 1):
-        row = card.row
-        asked = wrapped("prompt: ", row.prompt) + wrapped("unpruned: ", shown(row.unpruned))
-        asked += wrapped("right: ", " / ".join(card.right)) if card.right else []
-        said = [*card.kept.lines, *wrapped("pruned: ", pruned(row))]
-        panels.append(draw.Panel(f"{number}. {row.picture}", asked, card.plain.pictures))
-        panels.append(draw.Panel(f"KL answer {kl(row)} nats", said, card.kept.pictures))
-    rows = [panels[i : i + 2 * across] for i in range(0, len(panels), 2 * across)]
-    return draw.sheet(rows, heading=f"Worst pictures: {label}")
-
-
-def wrapped(head: str, text: str) -> list[str]:
-    """At most `SAID` lines; a cut is shown."""
-    return textwrap.wrap(head + " ".join(text.split()), WRAP, max_lines=SAID, placeholder=" ...")
 
 
 # Files
@@ -511,12 +298,9 @@ def write(folder: Path, study: Study) -> list[Path]:
     for old in folder.glob("*.svg"):
         old.unlink()
     files = render.pages(build(study, sheets, folder), title(study), folder)
-    told = json.dumps(as_json(study), indent=1, ensure_ascii=False) + "\n"
-    files["results.json"] = told.encode(errors=render.ESCAPED)
+    files["results.json"] = render.data(as_json(study))
     for label, path in sheets.items():
-        made = io.BytesIO()
-        sheet_of(label, study.cards[label]).save(made, "PNG")
-        files[path.name] = made.getvalue()
+        files[path.name] = sheet_of(label, study.cards[label])
     for name, content in files.items():
         write_whole(folder / name, content)
     for old in folder.glob("worst-*.png"):

@@ -144,23 +144,37 @@ def one_batch(loaded: Loaded, todo: Todo, some: Sequence[Shown], longest: int, t
     inputs = fidelity.collate([one.inputs for one in some], padding_of(loaded))
     tell(0, "full model")
     full = fidelity.reference(loaded.model, inputs, longest)
+    answers = [answer_text(tokenizer, full.answer(i)) for i in range(len(pairs))]
     keys = [todo.keys(pair) for pair in pairs]
     for step, (entry, seed) in enumerate(todo.steps):
         if all(mine[step] in journal.rows for mine in keys):
             continue
         tell(step + 1, entry.label)
-        job = Job(entry.method, entry.seeded(seed))
-        own = inputs_of(loaded, job, some, inputs)
-        with patch(loaded, job) as handle:
-            compared = fidelity.compare(handle, own, full, longest)
-        if own is not inputs:  # the pictures themselves are smaller
-            whole = [len_of(loaded, one.inputs) for one in some]
-            compared = [replace(one, tokens_before=tokens) for one, tokens in zip(compared, whole, strict=True)]
+        compared = compared_with(loaded, Job(entry.method, entry.seeded(seed)), some, inputs, full, longest)
         made = {}
-        for i, (pair, one, mine) in enumerate(zip(pairs, compared, keys, strict=True)):
-            said = (answer_text(tokenizer, tokens) for tokens in (full.answer(i), one.tokens))
-            made[mine[step]] = fidelity.StudyRow(pair.picture, pair.prompt, entry.label, seed, *said, one)
-        journal.add({key: row for key, row in made.items() if key not in journal.rows})
+        for pair, said, one, mine in zip(pairs, answers, compared, keys, strict=True):
+            if mine[step] not in journal.rows:
+                pruned = answer_text(tokenizer, one.tokens)
+                made[mine[step]] = fidelity.StudyRow(pair.picture, pair.prompt, entry.label, seed, said, pruned, one)
+        journal.add(made)
+
+
+def compared_with(
+    loaded: Loaded,
+    job: Job,
+    some: Sequence[Shown],
+    inputs: dict[str, Any],
+    full: fidelity.Reference,
+    longest: int,
+) -> list[fidelity.Compared]:
+    """What a job makes of a batch, beside what the unpruned model said."""
+    own = inputs_of(loaded, job, some, inputs)
+    with patch(loaded, job) as handle:
+        compared = fidelity.compare(handle, own, full, longest)
+    if own is inputs:
+        return compared
+    whole = [len_of(loaded, one.inputs) for one in some]  # the pictures themselves are smaller
+    return [replace(one, tokens_before=tokens) for one, tokens in zip(compared, whole, strict=True)]
 
 
 def inputs_of(loaded: Loaded, job: Job, some: Sequence[Shown], inputs: dict[str, Any]) -> dict[str, Any]:

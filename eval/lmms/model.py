@@ -263,13 +263,20 @@ class VlmPrune(lmms):
         texts = [cut_off(t, until) for t in tokenizer.batch_decode(new, skip_special_tokens=True)]
         self._seconds += watch.cost.total_s
         speed, prompts = watch.cost.decode_speed(counts), inputs["attention_mask"].sum(1).tolist()
-        visual = [self.tokens(inputs["input_ids"], row, arguments["num_beams"]) for row in range(len(requests))]
-        if isinstance(smaller := self.processor.image_processor, FewerPixels):
-            whole = [sum(map(smaller.tokens, one.images)) for one in asked]
-            visual = [(before, *after) for before, (_, *after) in zip(whole, visual, strict=True)]
+        visual = self.visual_tokens(asked, inputs["input_ids"], arguments["num_beams"])
         records = self.noted(requests, visual, counts, watch.cost, speed)
         answered = zip(texts, prompts, counts, records, strict=True)
         return [GenerationResult(text, Counts(*numbers, record=record)) for text, *numbers, record in answered]
+
+    def visual_tokens(
+        self, asked: Sequence[ReadyRequest], input_ids: torch.Tensor, beams: int
+    ) -> list[tuple[int, int, float]]:
+        """`tokens` of every request; where pictures were made smaller, before that there were those of the whole."""
+        found = [self.tokens(input_ids, row, beams) for row in range(len(asked))]
+        if not isinstance(smaller := self.processor.image_processor, FewerPixels):
+            return found
+        whole = [sum(map(smaller.tokens, one.images)) for one in asked]
+        return [(before, *after) for before, (_, *after) in zip(whole, found, strict=True)]
 
     def noted(
         self,

@@ -75,10 +75,14 @@ def make_plan(config: Config, *, look_at_model: bool = True, device: str | None 
     drafts = [Draft(setting) for setting in config.settings]
     names = [setting.name for setting in config.settings]
     jobs = tuple(job_of(draft, names, look(draft) if look_at_model else {}, device) for draft in drafts)
-    if mistakes := [told for draft in drafts for told in draft.mistakes] + shared_files(jobs, config):
+    if mistakes := [*told_by(drafts, "mistakes"), *shared_files(jobs, config)]:
         raise Mistakes(mistakes)
-    notes = dict.fromkeys(note for draft in drafts for note in draft.notes)
-    return EvalPlan(config, jobs, tuple(skipped for draft in drafts for skipped in draft.skipped), tuple(notes))
+    return EvalPlan(config, jobs, told_by(drafts, "skipped"), tuple(dict.fromkeys(told_by(drafts, "notes"))))
+
+
+def told_by(drafts: Iterable[Draft], what: str) -> tuple[Any, ...]:
+    """What all drafts have of a kind."""
+    return tuple(told for draft in drafts for told in getattr(draft, what))
 
 
 def job_of(draft: Draft, names: Sequence[str], model: dict[str, Any], device: str | None) -> ModelJob:

@@ -103,19 +103,22 @@ def estimate(plan: EvalPlan, found: Survey, folder: Path) -> TimeLeft:
     """
     rates: dict[tuple[str, ...], list[float]] = defaultdict(list)
     sizes: dict[str, int] = {}
-    measured = 0
-    planned = {group for _, cell in plan.cells for group in groups(asdict(cell))}
-    for old in store.all_cells(folder):
-        if old["error"] is not None or not planned & {*groups(old["cell"])}:
-            continue  # it tells nothing of the plan's
-        measured += 1
+    measured = telling(plan, folder)
+    for old in measured:
         sizes[old["cell"]["task"]] = old.get("documents") or len(old["samples"])
         for group in groups(old["cell"]):
             rates[group].append(old["elapsed_s"] / len(old["samples"]))
     todo = set(found.todo)
     told = [seconds_of(job, cell, rates, sizes) for job, cell in plan.cells if cell.id in todo]
     known = [seconds for seconds in told if seconds is not None]
-    return TimeLeft(sum(known), measured, len(told) - len(known))
+    return TimeLeft(sum(known), len(measured), len(told) - len(known))
+
+
+def telling(plan: EvalPlan, folder: Path) -> list[dict[str, Any]]:
+    """The cells in a folder that tell something of the plan's."""
+    planned = {group for _, cell in plan.cells for group in groups(asdict(cell))}
+    whole = (old for old in store.all_cells(folder) if old["error"] is None)
+    return [old for old in whole if planned & {*groups(old["cell"])}]
 
 
 def seconds_of(

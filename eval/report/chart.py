@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +54,13 @@ class Chart:
     @property
     def styles(self) -> dict[str, dict[str, Any]]:
         """Colour, marker and line of every label."""
-        labels = list(dict.fromkeys(point.label for point in self.points if not point.full))
-        methods = [label for label in labels if label not in self.controls]
-        controls = [label for label in labels if label in self.controls]
-        looks = {label: plots.method_style(i) for i, label in enumerate(methods)}
-        looks |= {label: plots.control_style(i) for i, label in enumerate(controls)}
-        return {label: style | ({"ls": ""} if label in self.alone else {}) for label, style in looks.items()}
+        numbers = {plots.method_style: count(), plots.control_style: count()}
+        looks: dict[str, dict[str, Any]] = {}
+        labels = dict.fromkeys(point.label for point in self.points if not point.full)
+        for label in sorted(labels, key=lambda label: label in self.controls):
+            style = plots.control_style if label in self.controls else plots.method_style
+            looks[label] = style(next(numbers[style])) | ({"ls": ""} if label in self.alone else {})
+        return looks
 
     def values(self) -> dict[str, Any]:
         """As page.js reads them."""
@@ -91,24 +92,34 @@ class Chart:
 
     def draw(self, panel: Any, points: Sequence[Mark]) -> dict[str, Any]:
         """Draw one panel; returns its legend's entries."""
-        axis, handles = next(iter(self.axes)), {}
-        points = [point for point in points if axis in point.x]
-        for point in (point for point in points if point.full):
-            handles["full model"] = panel.plot(point.x[axis], point.y, "*", color="black", ms=13, ls="none")[0]
-            panel.axhline(point.y, color="black", lw=0.8, alpha=0.35)
-        by_label = groupby(sorted((p for p in points if not p.full), key=lambda p: p.label), lambda p: p.label)
-        lines = {label: sorted(mine, key=lambda p: p.x[axis]) for label, mine in by_label}
-        for label, style in self.styles.items():
-            mine = lines.get(label, [])
-            for point in (point for point in mine if point.low is not None):
-                ends = [point.low, point.high]
-                panel.plot([point.x[axis]] * 2, ends, "-", color=style["color"], lw=1, alpha=0.5)
+        axis, handles, styles = next(iter(self.axes)), {}, self.styles
+        lines: dict[str, list[Mark]] = {label: [] for label in styles}
+        shown = sorted((point for point in points if axis in point.x), key=lambda point: point.x[axis])
+        for point in shown:
+            if point.full:
+                handles["full model"] = draw_full(panel, point.x[axis], point.y)
+            else:
+                lines[point.label].append(point)
+        for label, mine in lines.items():
             if mine:
-                places = [point.x[axis] for point in mine], [point.y for point in mine]
-                handles[label] = panel.plot(*places, lw=1.2, ms=6.5, **style)[0]
-        if points:
-            plots.log_ticks(panel, [point.x[axis] for point in points])
+                handles[label] = draw_line(panel, axis, mine, styles[label])
+        if shown:
+            plots.log_ticks(panel, [point.x[axis] for point in shown])
         return handles
+
+
+def draw_full(panel: Any, x: float, y: float) -> Any:
+    """A star for the unpruned model, with a line through it; returns what a legend shows."""
+    panel.axhline(y, color="black", lw=0.8, alpha=0.35)
+    return panel.plot(x, y, "*", color="black", ms=13, ls="none")[0]
+
+
+def draw_line(panel: Any, axis: str, points: Sequence[Mark], style: Mapping[str, Any]) -> Any:
+    """The line of one label, with a bar at every point that has ends; returns what a legend shows."""
+    for point in points:
+        if point.low is not None:
+            panel.plot([point.x[axis]] * 2, [point.low, point.high], "-", color=style["color"], lw=1, alpha=0.5)
+    return panel.plot([p.x[axis] for p in points], [p.y for p in points], lw=1.2, ms=6.5, **style)[0]
 
 
 def blind(methods: Iterable[str]) -> set[str]:

@@ -8,18 +8,19 @@ markup.
 from __future__ import annotations
 
 import base64
+import json
 import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmprune.eval.report.document import Block, Plot
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-__all__ = ["ESCAPED", "html", "markdown", "pages"]
+__all__ = ["ESCAPED", "data", "html", "markdown", "pages"]
 
 TEMPLATES = Path(__file__).with_name("templates")
 #: How files are encoded: file names and command lines may hold bytes that are no text.
@@ -34,6 +35,11 @@ def pages(blocks: Sequence[Block], title: str, folder: Path) -> dict[str, bytes]
     """
     texts = {"report.html": html(blocks, title), "report.md": markdown(blocks, folder)}
     return {name: text.encode(errors=ESCAPED) for name, text in texts.items()}
+
+
+def data(value: Any) -> bytes:
+    """The content of a JSON file beside a page."""
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode(errors=ESCAPED)
 
 
 def html(blocks: Sequence[Block], title: str) -> str:

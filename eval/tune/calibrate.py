@@ -20,9 +20,9 @@ from vlmprune.runtime.errors import CommandError, UserError
 from vlmprune.runtime.status import Bar, note, status
 
 if TYPE_CHECKING:
-    from vlmprune.eval.tune.run import Tuning
+    from vlmprune.eval.tune.run import Candidate, Tuning
 
-__all__ = ["Trial", "best", "calibrate", "optuna", "split"]
+__all__ = ["Trial", "best", "calibrate", "optuna", "search_options", "split"]
 
 MOST_PICTURES = 32  # of a trial; the paper of VFlowOpt takes 30 samples
 FINALISTS = 3  # of the trials, beside the method's own options
@@ -137,6 +137,17 @@ def measured(
         return None
     kl, tokens = (float(np.mean([getattr(row.compared, of) for row in rows])) for of in ("kl_answer", "layer_average"))
     return Trial(number, mine, options, kl, tokens, len(answered))
+
+
+def search_options(
+    search: Tuning, entries: Sequence[StudyEntry], ranges: Mapping[str, Range], count: int
+) -> tuple[list[Trial], list[Candidate], list[Candidate]]:
+    """The trials of every budget; the best of them as candidates; and these judged by pictures no trial has seen."""
+    seen, others = split(search.pictures)
+    found = [calibrate(search, entry, ranges, count, seen) for entry in entries]
+    candidates = search.costs([entry for trials in found if trials for entry in best(trials)])
+    search.measure(candidates, others, 1)
+    return [one for trials in found for one in trials], candidates, search.judged(candidates)
 
 
 def best(trials: Sequence[Trial]) -> list[StudyEntry]:

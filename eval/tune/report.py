@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from vlmprune.eval import statistics
+from vlmprune.eval.fidelity.cards import captioned, sheet_of, worst_cards
+from vlmprune.eval.fidelity.costs import AXES, UNPRUNED
+from vlmprune.eval.fidelity.labels import Labels
 from vlmprune.eval.fidelity.measure import worst
+from vlmprune.eval.report import render
 from vlmprune.eval.report.chart import Chart, Mark, blind
 from vlmprune.eval.report.document import Block, Bullets, Captioned, Cards, Code, Heading, Table, Text, repeat
 from vlmprune.eval.tune.calibrate import Trial
@@ -17,12 +22,17 @@ from vlmprune.eval.tune.judge import CONFIDENCE
 from vlmprune.eval.tune.run import Candidate, Goal
 from vlmprune.eval.tune.search import FINALISTS
 from vlmprune.recipe import Recipe
+from vlmprune.runtime.files import write_whole
+from vlmprune.runtime.loading import Loaded
+from vlmprune.runtime.prompts import Pair
 from vlmprune.runtime.tables import counted
 from vlmprune.spec import BUDGETS, write_value
 
-__all__ = ["Result", "as_json", "build", "command_line", "python_line", "recipe", "statement", "table_of"]
+__all__ = ["PAGE", "RECIPE", "Result", "as_json", "command_line", "python_line", "recipe", "statement", "table_of"]
+__all__ += ["verdict_line", "ways", "write"]
 
 
+PAGE, RECIPE, SHEET = "report.html", "recipe.yaml", "worst.png"
 UNFINISHED = "Time was over, or it was interrupted: not all was measured."
 
 
@@ -133,8 +143,8 @@ def table_of(result: Result) -> tuple[list[str], list[list[str]]]:
                 one.entry.budget,
                 f"{costs.first['median']:.2f}x",
                 f"{costs.answer['median']:.2f}x",
-                f"{100 * costs.peak[1] / costs.peak[0]:.0f} %",
-                f"{100 * costs.kv[1] / costs.kv[0]:.0f} %",
+                f"{100 * costs.memory:.0f} %",
+                f"{100 * costs.cache:.0f} %",
                 str(pictures),
                 "" if found is None else per_cent(found.loss),
                 "" if found is None else per_cent(found.high),
@@ -147,14 +157,12 @@ def table_of(result: Result) -> tuple[list[str], list[list[str]]]:
 
 def chart(result: Result) -> Chart:
     """Loss of the finalists and drift of all that answered something, against what was timed."""
-    axes = {"answer": "answer, times as fast", "first": "first token, times as fast", "cache": "cache, % of all"}
-    axes = {result.goal.of: axes[result.goal.of]} | axes  # first what was asked for
+    axes = {result.goal.of: AXES[result.goal.of]} | AXES  # first what was asked for
     panels = {"loss": "loss, points", "KL": "KL, nats per token"}
-    plain = {"answer": 1.0, "first": 1.0, "cache": 100.0}
-    points = [Mark("", "unpruned", plain, 0.0, panel=i, full=True) for i in (0, 1)]
+    points = [Mark("", "unpruned", UNPRUNED, 0.0, panel=i, full=True) for i in (0, 1)]
     for one in result.all:
         costs, found = one.costs, one.verdict
-        x = {"answer": costs.answer["median"], "first": costs.first["median"], "cache": 100 * costs.kv[1] / costs.kv[0]}
+        x = costs.place
         if found is not None:
             ends = (100 * found.low, 100 * found.high)
             points.append(Mark(one.entry.method, one.label, x, 100 * found.loss, *ends))
@@ -165,19 +173,19 @@ def chart(result: Result) -> Chart:
 
 def options(one: Candidate) -> dict[str, Any]:
     """The options that mean a candidate, its seed among them."""
-    return one.entry.seeded(one.entry.seeds[0])
+    return dict(one.entry.seeded(one.entry.seeds[0]))
 
 
 def recipe(result: Result, made: str) -> Recipe:
     """The best as a file."""
     one, goal = result.best, result.goal
-    found, given = one.verdict, dict(options(one))
+    found, given = one.verdict, options(one)
     budgets = {word: given.pop(word) for word in BUDGETS if word in given}
     measured = {
         "speedup_first_token": round(one.costs.first["median"], 3),
         "speedup_answer": round(one.costs.answer["median"], 3),
-        "cache": round(one.costs.kv[1] / one.costs.kv[0], 4),
-        "memory": round(one.costs.peak[1] / one.costs.peak[0], 4),
+        "cache": round(one.costs.cache, 4),
+        "memory": round(one.costs.memory, 4),
         "batch": one.costs.batch,
         "pictures": found.pictures,
         "loss_of": goal.metric if result.scored else "agreement",
@@ -209,24 +217,43 @@ def command_line(result: Result) -> str:
     why = refusals(registry.find(result.best.entry.method)).get(family)
     if why:
         return f"# vLLM cannot be given it: {why}"
-    given = {name: value for name, value in options(result.best).items() if name not in ("keep", "average")}
-    budget = "".join(
-        f" --{word} {options(result.best)[word]}" for word in ("keep", "average") if word in options(result.best)
-    )
-    more = "".join(f" --option {shlex.quote(f'{name}={write_value(value)}')}" for name, value in given.items())
-    return (
-        f"vlmprune serve --model {shlex.quote(result.about['model'])} --method {result.best.entry.method}{budget}{more}"
-    )
+    given = options(result.best)
+    words = [f"--{word} {given.pop(word)}" for word in BUDGETS if word in given]
+    words += [f"--option {shlex.quote(f'{name}={write_value(value)}')}" for name, value in given.items()]
+    model, method = shlex.quote(result.about["model"]), result.best.entry.method
+    return " ".join(["vlmprune serve --model", model, "--method", method, *words])
 
 
-def build(result: Result, title: str, lines: Sequence[str], cards: Sequence[Captioned], folder: Path) -> list[Block]:
+def ways(result: Result, recipe: Path) -> list[str]:
+    """How to have the best: in Python, served, and by the recipe."""
+    return [python_line(result), command_line(result), f'vlmprune.patch(model, "{recipe}")']
+
+
+def write(result: Result, loaded: Loaded, pairs: Sequence[Pair], count: int, folder: Path) -> None:
+    """Write page, data, recipe and the `count` worst pictures into `folder`, each file at once or not at all.
+
+    Raises:
+        OSError: no room or no permission.
+    """
+    best, title = result.best, f"Tuning of {result.about['model']}"
+    cards = worst_cards(loaded, best.entry, best.rows, pairs, count, Labels.of(pairs, result.goal.metric))
+    files = render.pages(build(result, title, [captioned(card) for card in cards], folder), title, folder)
+    files["results.json"] = render.data(as_json(result))
+    files[RECIPE] = recipe(result, date.today().isoformat()).text().encode()
+    if cards:
+        files[SHEET] = sheet_of(best.label, cards)
+    for name, content in files.items():
+        write_whole(folder / name, content)
+
+
+def build(result: Result, title: str, cards: Sequence[Captioned], folder: Path) -> list[Block]:
     """The page; pictures are in `folder`."""
     header, rows = table_of(result)
     blocks: list[Block] = [
         Heading(title, 1),
         Text(verdict_line(result)),
         Text(statement(result, result.best)),
-        Code("\n".join(lines)),
+        Code("\n".join(ways(result, folder / RECIPE))),
         *([] if result.complete else [Text(UNFINISHED, warning=True)]),
         chart(result).block(
             folder / "tune.svg",
@@ -248,17 +275,17 @@ def build(result: Result, title: str, lines: Sequence[str], cards: Sequence[Capt
     if cards:
         blocks += [
             Heading(f"Worst pictures: {result.best.label}"),
-            Cards(cards, folder / "worst.png", result.best.label),
+            Cards(cards, folder / SHEET, result.best.label),
         ]
-    if result.skipped:
-        blocks += [Heading("Pictures left out"), Bullets([f"{name}: {why}" for name, why in result.skipped.items()])]
-    if result.refused:
-        blocks += [
-            Heading("Methods left out"),
-            Bullets([f"{name}: {' '.join(why)}" for name, why in result.refused.items()]),
-        ]
+    methods = {name: " ".join(why) for name, why in result.refused.items()}
+    blocks += [*left_out("Pictures", result.skipped), *left_out("Methods", methods)]
     facts = {name: value for name, value in result.about.items() if name != "command"}
     return blocks + repeat(facts, result.about["command"])
+
+
+def left_out(what: str, why: Mapping[str, str]) -> list[Block]:
+    """The section about what was left out, if something was."""
+    return [Heading(f"{what} left out"), Bullets([f"{n}: {w}" for n, w in why.items()])] if why else []
 
 
 def searched(result: Result, folder: Path) -> list[Block]:
@@ -266,24 +293,8 @@ def searched(result: Result, folder: Path) -> list[Block]:
     if not result.trials:
         return []
     names = list(dict.fromkeys(name for one in result.trials for name in one.options))
-    rows = [
-        [
-            str(one.number) if one.number else "own",
-            *(f"{one.options[name]:g}" if name in one.options else "" for name in names),
-            "" if one.kl is None else f"{one.kl:.4f}",
-            "" if one.kl is None else f"{one.layer_average:.1f}",
-            one.why,
-        ]
-        for one in result.trials
-    ]
-    taken = [one for one in result.trials if one.kl is not None]
-    points = [
-        Mark(
-            "not taken" if one.why else "trial", f"trial {one.number}", {"trial": one.number, **one.options}, one.kl,
-            full=one.number == 0,
-        )
-        for one in taken
-    ]  # fmt: skip
+    rows = [trial_cells(one, names) for one in result.trials]
+    points = [mark_of(one) for one in result.trials if one.kl is not None]
     axes = {"trial": "number of the trial"} | {name: name for name in names}
     chart = Chart(axes, {"KL": "KL, nats per token"}, points, {"not taken"}, {"trial", "not taken"})
     return [
@@ -295,6 +306,19 @@ def searched(result: Result, folder: Path) -> list[Block]:
         chart.block(folder / "trials.svg", "KL divergence from the unpruned model, trial by trial."),
         Table(["trial", *names, "KL", "layer average", "not taken, since"], rows, (0, len(names) + 3)),
     ]
+
+
+def trial_cells(one: Trial, names: Sequence[str]) -> list[str]:
+    """A row of the table of trials."""
+    tried = [f"{one.options[name]:g}" if name in one.options else "" for name in names]
+    measured = ["", ""] if one.kl is None else [f"{one.kl:.4f}", f"{one.layer_average:.1f}"]
+    return [str(one.number or "own"), *tried, *measured, one.why]
+
+
+def mark_of(one: Trial) -> Mark:
+    """A trial that was measured; the method's own options are what others are beside."""
+    label, place = "not taken" if one.why else "trial", {"trial": one.number, **one.options}
+    return Mark(label, f"trial {one.number}", place, one.kl, full=one.number == 0)
 
 
 def as_json(result: Result) -> dict[str, Any]:

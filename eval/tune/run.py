@@ -8,18 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from vlmprune.eval.fidelity import run as fidelity_run
+from vlmprune.eval.fidelity.asking import refuse_nothing
 from vlmprune.eval.fidelity.costs import CostBook, EntryCosts
 from vlmprune.eval.fidelity.journal import Journal
 from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
 from vlmprune.eval.scores import score
 from vlmprune.eval.tune.judge import LossVerdict, judge
 from vlmprune.eval.tune.search import Standing, better_half, rungs
-from vlmprune.runtime.errors import CommandError
+from vlmprune.runtime.errors import CommandError, UserError
 from vlmprune.runtime.loading import Loaded
 from vlmprune.runtime.prompts import Pair
 from vlmprune.runtime.status import Bar, note, status
@@ -221,6 +222,12 @@ class Tuning:
         note(f"left out: {entry.label}: {error}")
         reasons = self.refusals.setdefault(entry.method, {})
         reasons.setdefault(str(error), []).append(entry.budget or "own schedule")
+
+    def refuse_nothing(self) -> NoReturn:
+        """End where nothing was measured."""
+        if self.interrupted or self.skipped:
+            refuse_nothing(self.skipped, self.interrupted)
+        raise UserError("there was no time to measure anything: give more --minutes, fewer --methods or --limit.")
 
     @property
     def refused(self) -> dict[str, list[str]]:

@@ -113,7 +113,7 @@ def test_everything_in_the_file_is_repeated(bench, cli, file, tmp_path):
 
 
 def test_what_older_files_repeat():
-    from vlmprune.cli.bench import asked_in
+    from vlmprune.eval.bench.asked import asked_in
 
     found = json.loads((ROOT / "benchmarks" / "cpu-2880.json").read_text())
     asked = asked_in(found | {"asked": found["asked"] | {"method": "transprune", "keep": "25%"}})

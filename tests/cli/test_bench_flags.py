@@ -96,7 +96,7 @@ def test_times_carry_their_spread_and_ratios_their_pairs(bench):
 
 
 def test_quick_takes_a_pair_for_every_unpruned_run(cli, tmp_path):
-    from vlmprune.cli.bench import QUICK
+    from vlmprune.eval.bench.asked import QUICK
 
     assert QUICK["plain_runs"] == QUICK["pairs"]
     file = tmp_path / "r.json"

@@ -14,10 +14,11 @@ from checked import unseen
 from leftovers import Forgetful
 from transformers import AutoModelForImageTextToText
 
-from vlmprune.cli.check import METHODS, without_paths
+from vlmprune.cli.check import METHODS
 from vlmprune.engine import install as engine
 from vlmprune.verify import CHECKS, Subject, evidence
 from vlmprune.verify.runs import masked
+from vlmprune.verify.told import without_paths
 
 
 def rows(out):

@@ -166,7 +166,7 @@ def test_missing_embedded_model_is_said_to_be_missing(cli, monkeypatch, tmp_path
             raise FileNotFoundError(f"the weights of {name} are missing")
         return tmp_path
 
-    monkeypatch.setattr(testbed, "path", path)
+    monkeypatch.setattr("vlmprune.embedded.path", path)
     out = cli("ls", "models")[1]
     assert "scene-llava: family llava" in out
     assert "scene-llava-next: missing: the weights of scene-llava-next are missing" in out

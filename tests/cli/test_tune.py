@@ -11,8 +11,8 @@ import yaml
 from tiny_folders import answer
 
 import vlmprune
-from vlmprune.cli import tune as verb
 from vlmprune.eval.fidelity import costs, measure
+from vlmprune.eval.tune import candidates
 from vlmprune.eval.tune import run as tuning
 from vlmprune.recipe import read_recipe
 
@@ -183,7 +183,8 @@ def test_timing_leaves_time_for_answers(run, monkeypatch):
 def test_all_methods_come_before_other_budgets(folders):
     from vlmprune import registry
 
-    jobs, refused = verb.jobs_of(None, [{"keep": 0.5}, {"keep": 0.25}], {})
+    tried = candidates.all_methods([{"keep": 0.5}, {"keep": 0.25}], {})
+    jobs, refused = tried.jobs, tried.refused
     first = [job.method for job in jobs[: len(registry.names()) - len(refused)]]
     assert len(set(first)) == len(first)
     assert set(first) | set(refused) == set(registry.names())
@@ -424,7 +425,7 @@ def test_all_means_what_fits(folders):
     from vlmprune.runtime import loading
 
     loaded = loading.load(loading.find_model(folders["siglip"]))
-    jobs = verb.fitting(loaded, *verb.jobs_of(None, [{"keep": 0.5}], {}), named=False)
+    jobs = candidates.all_methods([{"keep": 0.5}], {}).fitting(loaded)
     names = {job.method for job in jobs}
     assert {"fopru", "fastv", "random", "grid"} <= names
     assert not {"vtc_cls", "globalcom2", "atp", "downsample"} & names

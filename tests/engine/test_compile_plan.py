@@ -256,7 +256,7 @@ def test_the_engine_refuses_inputs_for_a_method(tiny_model):
 @torch.no_grad()
 def test_globalcom2_on_several_images_is_refused_and_listed(tiny_model):
     """They have one view each, and were not pruned at all, whatever keep said."""
-    from vlmprune.cli.ls import models
+    from vlmprune.eval.catalogue import models
 
     model = tiny_model(family="llava_onevision", tower="siglip")
     with vlmprune.patch(model, "globalcom2", keep=0.3, score="distinct") as handle:

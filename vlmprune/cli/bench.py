@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +12,8 @@ from typer import Option
 
 from vlmprune import spec
 from vlmprune.cli import bench_serving, flags
-from vlmprune.runtime.errors import UserError, brief, user_mistakes
-from vlmprune.runtime.files import has_content, write_whole
+from vlmprune.runtime.errors import UserError, user_mistakes
+from vlmprune.runtime.files import check_writable, has_content, write_whole
 
 if TYPE_CHECKING:
     from vlmprune.spec import Job
@@ -41,21 +38,6 @@ Prompts are random text around one random picture: times do not depend on what i
 """
 
 
-#: What a run does if neither a flag nor the file of --compare says otherwise.
-DEFAULTS: dict[str, Any] = {
-    "method": "fopru,random",
-    "keep": "64",
-    "batch": "1",
-    "prompt_tokens": 60,
-    "new_tokens": 32,
-    "device": "auto",
-    "dtype": "auto",
-    "pairs": 15,
-    "plain_runs": 3,
-    "stage_runs": 3,
-}
-QUICK = {"pairs": 5, "plain_runs": 5, "stage_runs": 1, "new_tokens": 16}
-EITHER = (("model", "shape"), ("shape", "model"), ("keep", "average"), ("average", "keep"))  # one takes the other off
 CELLS = ("method", "keep", "average", "option", "batch")  # the flags that say which cells there are
 WRITTEN = ("json", "csv", "plot", "html")
 #: Flags that say that no model is measured, what happens instead, and the flags that count then.
@@ -133,10 +115,10 @@ def verb(
     """
     args = SimpleNamespace(**locals())
     args.family = None
-    if made := flags.alone(recipe, method=method, keep=keep, average=average, option=option):
-        say_recipe(args, made)
     flags.one_of(model=model, shape=shape)
     flags.one_of(keep=keep, average=average)
+    if made := flags.alone(recipe, method=method, keep=keep, average=average, option=option):
+        say_recipe(args, made)
     refuse_idle_flags(args)
     check_paths(args)
     if selection:
@@ -145,60 +127,61 @@ def verb(
         return bench_serving.time_serving(args)
 
     from vlmprune import kernels as ops
-    from vlmprune.eval.bench import compare as comparing
-    from vlmprune.eval.bench import page, report, results, run
-    from vlmprune.eval.bench import plot as plotting
-    from vlmprune.runtime.status import show
+    from vlmprune.eval.bench import asked as settings
+    from vlmprune.eval.bench import run
 
     old = run.read_results(compare) if compare else None
     if source:
         found = run.read_results(source)
     else:
-        asked = settings_of(args, old)
+        names = None if args.method is None else flags.words_of(args.method, "--method")
+        asked = settings.settings_of(given_by(args), old, quick, names)
         with ops.use(asked["kernels"]):
             found = run.measured(wanted(args, asked, old), asked, json, sizes)
+    tell(args, found, old)
+
+
+def tell(args: SimpleNamespace, found: dict[str, Any], old: dict[str, Any] | None) -> None:
+    """Print what was found and what changed, and write the files that were asked for."""
+    from vlmprune.eval.bench import compare, page, plot, report, results, run
+    from vlmprune.eval.bench.asked import asked_in
+    from vlmprune.runtime.status import show
+
     show(report.as_text(found))
-    for path, how in ((csv, results.write_csv), (plot, plotting.plot)):
+    for path, how in ((args.csv, results.write_csv), (args.plot, plot.plot)):
         if path:
-            run.write(path, lambda target, how=how: how(found, target))
-            print(f"written: {path}", file=sys.stderr)
+            run.write(path, lambda target, how=how: how(found, target), told=True)
     changed = None
     if old is not None:
-        changed = compare, comparing.changes(old, found), comparing.differing_settings(old, found)
-        print(f"\nChanges since {compare}\n\n{report.changes_text(*changed[1:])}")
-    if html:
+        changed = args.compare, compare.changes(old, found), compare.differing_settings(old, found)
+        print(f"\nChanges since {args.compare}\n\n{report.changes_text(*changed[1:])}")
+    if args.html:
         told = page.page(found | {"asked": asked_in(found)}, changed)
-        run.write(html, lambda target: write_whole(target, told))
-        print(f"written: {html}", file=sys.stderr)
-
-
-def say_recipe(args: SimpleNamespace, made: Job) -> None:
-    """Put the flags that mean a recipe in its place: results keep what they were asked for in flags."""
-    budgets = {word: str(made.options[word]) for word in spec.BUDGETS if word in made.options}
-    vars(args).update({"keep": None if budgets else "none"} | budgets)
-    args.method, args.option = made.method, option_texts(made.options)
-    args.recipe, args.family = None, made.family
+        run.write(args.html, lambda target: write_whole(target, told), told=True)
 
 
 def time_selection(args: SimpleNamespace) -> None:
     """Time greedy selection alone and print it."""
-    from vlmprune import kernels as ops
-    from vlmprune.eval.bench import report, results, run, selection
-    from vlmprune.runtime import answering, loading
-    from vlmprune.runtime.status import show, status
+    from vlmprune.eval.bench import asked, report, results, run, selection
+    from vlmprune.runtime import loading
+    from vlmprune.runtime.status import show
 
-    pairs = (QUICK if args.quick else DEFAULTS)["pairs"] if args.pairs is None else args.pairs
-    device, kernels = loading.pick_device(args.device or "auto"), effective_kernels(args.kernels)
-    status("timing selection")
-    replaced = run.Replaced()
-    one_size = functools.partial(selection.compare_selection, device=device, pairs=pairs)
-    with ops.use(kernels):
-        found = answering.guarded(lambda: [one for size in selection.SIZES for one in one_size(*size)])
-    show(report.selection_text(found))
-    document = {"selection": found, "machine": results.describe_machine(device), "kernels": kernels}
-    document["replaced"] = replaced.tell()
+    usual = (asked.QUICK if args.quick else asked.DEFAULTS)["pairs"]
+    device, kernels = loading.pick_device(args.device or "auto"), asked.known_kernels(args.kernels)
+    found = selection.measured(device, args.pairs or usual, kernels)
+    show(report.selection_text(found["selection"]))
     if args.json:
-        run.write(args.json, lambda path: results.write_json(document, path))
+        run.write(args.json, lambda path: results.write_json(found, path))
+
+
+def say_recipe(args: SimpleNamespace, made: Job) -> None:
+    """Put the flags that mean a recipe in its place: results keep what they were asked for in flags."""
+    from vlmprune.eval.bench.asked import option_texts
+
+    budgets = {word: str(made.options[word]) for word in spec.BUDGETS if word in made.options}
+    vars(args).update({"keep": None if budgets else "none"} | budgets)
+    args.method, args.option = made.method, option_texts(made.options)
+    args.recipe, args.family = None, made.family
 
 
 def given_by(args: SimpleNamespace) -> dict[str, Any]:
@@ -223,73 +206,6 @@ def refuse_idle_flags(args: SimpleNamespace) -> None:
         raise UserError("--resume needs the --json file to go on with.")
 
 
-def effective_kernels(given: str | None) -> str:
-    """The implementation of --kernels, else of the environment, else "auto".
-
-    Raises:
-        UserError: an unknown name in the environment.
-    """
-    from vlmprune.kernels.choice import named
-
-    try:
-        return named(given)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def settings_of(args: SimpleNamespace, old: dict[str, Any] | None) -> dict[str, Any]:
-    """All settings: the flags given, else those of the old results, else the defaults.
-
-    Raises:
-        UserError: as `effective_kernels`.
-    """
-    settings = DEFAULTS | {"shape": "small", "model": None, "average": None, "option": [], "kernels": None}
-    settings |= known(asked_in(old, args.method), settings) if old is not None else {}
-    settings |= QUICK if args.quick else {}
-    given = known(given_by(args), settings)
-    settings |= {other: None for one, other in EITHER if one in given} | given
-    beside = {name: min(settings[name], settings["pairs"]) for name in ("plain_runs", "stage_runs")}
-    return settings | beside | {"kernels": effective_kernels(settings["kernels"])}
-
-
-def known(given: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """Those of the given that are settings."""
-    return {name: value for name, value in given.items() if name in settings}
-
-
-def asked_in(old: dict[str, Any], methods: str | None = None) -> dict[str, Any]:
-    """What results were asked for in all calls that filled their file, which keeps the last call's flags alone.
-
-    Args:
-        old: results.
-        methods: the value of --method, if only the budgets, options and batches of these are meant.
-    """
-    named = None if methods is None else flags.words_of(methods, "--method")
-    mine = [cell for cell in old["cells"] if named is None or cell["method"] in named]
-    options = dict.fromkeys(text for cell in mine for text in option_texts(cell["options"]))
-    return old["asked"] | united(mine or old["cells"], word_of(old["asked"])) | {"option": list(options)}
-
-
-def united(cells: list[dict[str, Any]], word: str) -> dict[str, str]:
-    """The methods, budgets and batches of cells, as their flags take them."""
-    found = {
-        "method": [cell["method"] for cell in cells],
-        word: [str(cell["options"][word]) for cell in cells if word in cell["options"]],
-        "batch": [str(cell["batch"]) for cell in cells],
-    }
-    return {name: ",".join(dict.fromkeys(values)) for name, values in found.items() if values}
-
-
-def word_of(asked: dict[str, Any]) -> str:
-    """Which kind of budget was asked for."""
-    return "keep" if asked.get("average") is None else "average"
-
-
-def option_texts(options: dict[str, Any]) -> list[str]:
-    """Options as --option takes them; budgets have flags of their own."""
-    return [f"{name}={spec.write_value(value)}" for name, value in options.items() if name not in spec.BUDGETS]
-
-
 def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | None) -> list[tuple[Job, int]]:
     """Jobs and batch sizes, those of one batch together: the cells of the old results unless a flag names others.
 
@@ -298,6 +214,8 @@ def wanted(args: SimpleNamespace, asked: dict[str, Any], old: dict[str, Any] | N
     Raises:
         UserError: an unknown method or option, or a bad value.
     """
+    from vlmprune.eval.bench.asked import again, word_of
+
     if old is not None and old["cells"] and not set(CELLS) & set(given_by(args)):
         return again(old["cells"])
     word = word_of(asked)
@@ -318,14 +236,6 @@ def idle(budgets: list[dict[str, Any]], word: str, todo: list[Job]) -> bool:
     return bool(amounts) and not any(job.options.get(word) in amounts for job in todo)
 
 
-def again(cells: list[dict[str, Any]]) -> list[tuple[Job, int]]:
-    """The jobs that made cells, those of one batch together."""
-    order = list(dict.fromkeys(cell["batch"] for cell in cells))
-    with user_mistakes():
-        made = [(spec.jobs([cell["method"]], [{}], cell["options"])[0], cell["batch"]) for cell in cells]
-    return sorted(made, key=lambda one: order.index(one[1]))
-
-
 def budget_of(text: str, word: str) -> dict[str, Any]:
     """A budget of --keep or --average; `none` is the method's own."""
     with user_mistakes():
@@ -338,44 +248,18 @@ def check_paths(args: SimpleNamespace) -> None:
     Raises:
         UserError: they cannot, or results are there already and nobody said --resume.
     """
-    named = {name: path for name in ("source", "compare", *WRITTEN) if (path := getattr(args, name)) is not None}
+    named = {flags.flag(name): getattr(args, name) for name in ("source", "compare", *WRITTEN)}
     taken: dict[str, str] = {}
-    for name, path in named.items():
-        word = flags.flag(name)
-        if name in WRITTEN:
-            check_writable(path, word)
-        other = taken.setdefault(os.path.realpath(Path(path).expanduser()), word)
-        if other != word and name in WRITTEN:
-            raise UserError(f"{other} and {word} name the same file, {path}.")
+    for flag, path in ((flag, path) for flag, path in named.items() if path is not None):
+        writes = flag.removeprefix("--") in WRITTEN
+        target = check_writable(path, flag) if writes else Path(path).expanduser()
+        other = taken.setdefault(os.path.realpath(target), flag)
+        if writes and other != flag:
+            raise UserError(f"{other} and {flag} name the same file, {path}.")
+    if args.plot:
+        from vlmprune.eval.bench.plot import check_plot
+
+        check_plot(args.plot)
     if args.json and not args.resume and has_content(args.json):
         way = "" if args.selection else "--resume goes on with it, or "
         raise UserError(f"{args.json} exists, and nothing is overwritten: {way}name another file.")
-
-
-def check_writable(path: str, flag: str) -> None:
-    """Try whether a file can be written."""
-    target = Path(path).expanduser()
-    if target.is_dir():
-        raise UserError(f"{flag} {path} is a folder: name a file.")
-    if not target.parent.is_dir():
-        raise UserError(f"there is no folder {target.parent} to write {target.name} in.")
-    try:
-        if not target.exists() or target.is_file():
-            # files are written beside their place and renamed: permission bits do not tell whether that works
-            tempfile.TemporaryFile(dir=Path(os.path.realpath(target)).parent).close()
-        elif not os.access(target, os.W_OK):  # /dev/stdout, a pipe
-            raise PermissionError("no permission")
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be written: {brief(error)}") from None
-    if flag == "--plot":
-        check_plot(target, path)
-
-
-def check_plot(target: Path, path: str) -> None:
-    """Refuse a file that no plot can be written into."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'vlmprune[plot]'.") from None
-    if target.suffix.lstrip(".").lower() not in FigureCanvasBase.get_supported_filetypes():
-        raise UserError(f"--plot {path}: name it .png, .svg or .pdf.")

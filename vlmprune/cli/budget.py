@@ -159,21 +159,15 @@ def in_text(told: dict[str, Any]) -> str:
 
     prompt, given = told["prompt"], ", ".join(f"{k}={write_value(v)}" for k, v in told["options"].items())
     height, width = prompt["picture"]
-    rows = []
-    for name, row in told["costs"].items():
-        title, unit, digits, way = LINES[name]
-        scale = UNITS.get(unit, 1)
-        shown = [f"{row[who] / scale:.{digits}f}{unit}" for who in ("unpruned", "pruned")]
-        rows.append(
-            [title, *shown, f"{100 * row['share']:.1f} %", way.format(math.ceil(1e4 * row["share"] - 1e-9) / 1e4)]
-        )
-    head = f"{told['method']} ({given}) on {told['model']}" if given else f"{told['method']} on {told['model']}"
+    head = f"{told['method']}{f' ({given})' if given else ''} on {told['model']}"
     about = f"A picture of {width} x {height} ({prompt['patches']} patches) and {prompt['text']} text tokens."
-    return "\n".join(
-        [
-            head,
-            about,
-            "",
-            table(["", "unpruned", "pruned", "share", "as a budget"], rows, ["unpruned", "pruned", "share"]),
-        ]
-    )
+    header, rows = ["", "unpruned", "pruned", "share", "as a budget"], [cells(*one) for one in told["costs"].items()]
+    return "\n".join([head, about, "", table(header, rows, header[1:4])])
+
+
+def cells(name: str, row: dict[str, float]) -> list[str]:
+    """A row of the table."""
+    title, unit, digits, way = LINES[name]
+    scale, share = UNITS.get(unit, 1), row["share"]
+    shown = [f"{row[who] / scale:.{digits}f}{unit}" for who in ("unpruned", "pruned")]
+    return [title, *shown, f"{100 * share:.1f} %", way.format(math.ceil(1e4 * share - 1e-9) / 1e4)]

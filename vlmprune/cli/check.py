@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,11 +15,10 @@ if TYPE_CHECKING:
     from vlmprune.methods.base import Method
     from vlmprune.runtime.loading import Loaded
     from vlmprune.spec import Job
-    from vlmprune.verify import Line, Report, Subject
+    from vlmprune.verify import Report, Subject
 
 __all__ = ["verb"]
 
-WORDS = {"pass": "pass", "FAIL": "fail", "!": "unknown model", "?": "inconclusive", "-": "not applicable"}
 # before the LLM, inside it, at both, merging before it and in the tower, stacked
 METHODS = "fopru,fastv,transprune,todre,pool,tome,fopru+fastv"
 EXAMPLES = """\
@@ -64,34 +62,37 @@ def verb(
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune.runtime import answering, loading
 
-    made = wanted.recipe
-    todo = methods_of(wanted, wanted.named and method is not None) if made is None else {made.method: made.build()}
+    todo = methods_of(wanted, wanted.named and method is not None)
     loaded = loading.open_model(model, device, dtype)
-    answering.check(loaded, [] if made is None else [made])
+    answering.check(loaded, [] if wanted.recipe is None else [wanted.recipe])
     subject = subject_of(loaded)
     skipped = {name: why for name, methods in todo.items() if (why := refusal(loaded, name, methods))}
     refuse_skipped(loaded, skipped, len(todo), named=method is not None)
     reports = run_checks(loaded, subject, {name: todo[name] for name in todo if name not in skipped}, not as_json)
-    wrong = verdict(reports)
+    if wrong := tell(model_name(loaded), reports, skipped, as_json, report):
+        raise CommandError(wrong)
+
+
+def tell(name: str, reports: dict[str, Report], skipped: dict[str, str], as_json: bool, report: bool) -> str:
+    """Print what stands below the rows, or JSON; returns what speaks against a success, empty if nothing does."""
+    from vlmprune.verify import told
+
+    wrong = told.verdict(reports)
     if as_json:
-        print(json.dumps(in_json(loaded, reports, skipped), indent=2))
-    else:
-        tell(loaded, reports, skipped, bug_report=bool(wrong or report))
-    if wrong:
-        raise CommandError(wrong + ("" if as_json else " (block for a bug report above)"))
-
-
-def tell(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str], bug_report: bool) -> None:
-    """Print what a person reads below the rows."""
-    print(in_text(reports, skipped))
-    if bug_report:
-        print("", block(loaded, reports, skipped), sep="\n")
+        print(json.dumps(told.in_json(name, reports, skipped), indent=2))
+        return wrong
+    print(told.in_text(reports, skipped))
+    if wrong or report:
+        print("", told.block(name, reports, skipped), sep="\n")
+    return wrong and f"{wrong} (block for a bug report above)"
 
 
 def methods_of(wanted: flags.Wanted, named: bool) -> dict[str, list[Method]]:
-    """What every name on the command line stands for; `named` as of `spec.jobs`."""
+    """What every name on the command line, or the recipe, stands for; `named` as of `spec.jobs`."""
     from vlmprune import spec
 
+    if wanted.recipe is not None:
+        return {wanted.recipe.method: wanted.recipe.build()}
     with user_mistakes():
         parts = dict.fromkeys(part for name in wanted.methods for part in spec.names_of(name))
         own = {job.method: job.options for job in spec.jobs(list(parts), wanted.budgets, wanted.options, named=named)}
@@ -132,20 +133,6 @@ def run_checks(loaded: Loaded, subject: Subject, todo: dict[str, list[Method]], 
                 show(beginning(loaded, todo) * (len(reports) == 1) + row_of(name, reports[name], todo))
             bar.step()
     return reports
-
-
-def verdict(reports: dict[str, Report]) -> str:
-    """What speaks against a success, over all methods; empty if nothing does."""
-    from vlmprune.verify import OPEN
-
-    failed, unknown = ([name for name, r in reports.items() if getattr(r, what)] for what in ("failed", "unknown"))
-    still_open = sum(len(report.open) for report in reports.values())
-    said = {
-        f"failed: {', '.join(failed)}": failed,
-        f"by hand, the unpruned model is not reproduced: {', '.join(unknown)}": unknown,
-        f"inconclusive: {still_open} lines, too many to call it a proof": still_open > OPEN,
-    }
-    return "; ".join(text for text, holds in said.items() if holds)
 
 
 def staggered(name: str, options: dict[str, dict[str, Any]]) -> Job:
@@ -193,75 +180,6 @@ def row_of(name: str, report: Report, names: Collection[str]) -> str:
     return line_of([name, *(line.outcome for line in report.lines)], names)[-1]
 
 
-def in_text(reports: dict[str, Report], skipped: dict[str, str]) -> str:
-    """What stands below the rows: what the checks are, and a line for all that is no plain pass."""
-    from vlmprune.verify import CHECKS
-
-    lines = ["", *(f"{check:{max(map(len, CHECKS))}}  {what}" for check, what in CHECKS.items())]
-    for outcome, word in WORDS.items():
-        told = dict.fromkeys(
-            f"{word}: {'' if outcome == '-' else f'{name}, '}{line.check}{details(line)}"
-            for name, report in reports.items()
-            for line in report.lines
-            if line.outcome == outcome != "pass"
-        )
-        lines += ["", *told] if told else []
-    lines += ["", *(f"skipped: {name}: {why}" for name, why in skipped.items())] if skipped else []
-    return "\n".join(lines)
-
-
-def details(line: Line) -> str:
-    """Words and numbers behind an outcome, with what leads up to them."""
-    return f": {line.words}" if line.words else ""
-
-
-def in_json(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> dict[str, Any]:
-    """The same for a program."""
-    return {
-        "model": model_name(loaded),
-        "about": about(reports),
-        "reports": [
-            {
-                "method": name,
-                "options": report.options,
-                "passed": report.passed,
-                "checks": {
-                    line.check: {
-                        "outcome": WORDS[line.outcome],
-                        "told": line.told, "off": line.off, "noise": line.noise, "deliberate_mistake": line.twin,
-                    }
-                    for line in report.lines
-                },
-            }
-            for name, report in reports.items()
-        ],
-        "skipped": skipped,
-    }  # fmt: skip
-
-
-def about(reports: dict[str, Report]) -> dict[str, Any]:
-    """What all reports say of model and machine."""
-    return next((report.about for report in reports.values()), {})
-
-
 def model_name(loaded: Loaded) -> str:
     """As it may be shown to others: a folder's path is the user's own."""
     return "a local folder" if loaded.source.local and not loaded.source.embedded else loaded.source.name
-
-
-def without_paths(text: str) -> str:
-    """`text` with everything that looks like a path of the user's left out."""
-    return re.sub(r"(?:[A-Za-z]:)?[\\/~][^\s'\",;()]*[\\/][^\s'\",;()]*", "(path)", text)
-
-
-def block(loaded: Loaded, reports: dict[str, Report], skipped: dict[str, str]) -> str:
-    """What to paste into a bug report."""
-    lines = [f"vlmprune check, model: {model_name(loaded)}"]
-    for name, value in about(reports).items():
-        said = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        lines.append(f"{name}: {said}")
-    for name, report in reports.items():
-        lines.append(f"{name}: {', '.join(report.options)}")
-        lines += [f"  {line.check:9} {line.outcome:4}{details(line)}" for line in report.lines]
-    lines += [f"skipped {name}: {why}" for name, why in skipped.items()]
-    return without_paths("\n".join(["```", *lines, "```"]))

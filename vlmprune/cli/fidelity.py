@@ -6,8 +6,6 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,14 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from vlmprune.cli import flags
-from vlmprune.runtime.errors import CommandError, UserError, brief, printable, user_mistakes
-from vlmprune.runtime.prompts import Pair, labelled, read_pairs
-from vlmprune.runtime.tables import counted
+from vlmprune.eval.fidelity import asking
+from vlmprune.eval.fidelity.least import Least
+from vlmprune.runtime.errors import UserError, user_mistakes
+from vlmprune.runtime.prompts import Pair, labelled
 
 if TYPE_CHECKING:
-    from vlmprune.eval.fidelity.labels import Labels
-    from vlmprune.eval.fidelity.measure import StudyEntry, StudyRow
-    from vlmprune.eval.fidelity.report import Card, Study
+    from vlmprune.eval.fidelity.report import Study
     from vlmprune.runtime.loading import Loaded
     from vlmprune.spec import Job
 
@@ -101,85 +98,61 @@ def verb(
     look at nothing; with --data also how much of the score is lost. The pictures that suffer most are shown. Without
     --method: fopru; without --keep and --average: a quarter of the patches.
     """
+    flags.one_of(prompts=prompts, data=data)
+    flags.one_of(images=images, video=video)
     args = SimpleNamespace(**locals())
-    with held(out, "fidelity", resume) as folder:
+    with asking.held(flags.folder(out), "fidelity", resume) as folder:
         study(args, folder)
-
-
-@contextmanager
-def held(out: str, verb: str, resume: bool) -> Iterator[Path]:
-    """The folder that a verb writes into, for this run alone.
-
-    Raises:
-        UserError: it is in use, or holds a run and nobody said `resume`.
-        CommandError: it cannot be written into.
-    """
-    from vlmprune.eval.fidelity.journal import JournalError, refuse_second
-    from vlmprune.eval.lmms.store import StoreError, locked
-
-    folder = flags.folder(out)
-    try:
-        with locked(folder, verb, "--out FOLDER"):
-            refuse_second(folder, resume, verb)
-            yield folder
-    except (StoreError, JournalError) as error:
-        raise UserError(str(error)) from None
-    except OSError as error:
-        raise CommandError(f"cannot write into {folder}: {brief(error)}") from None
 
 
 def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
-    flags.one_of(prompts=args.prompts, data=args.data)
-    flags.one_of(images=args.images, video=args.video)
     least = least_of(args)
     wanted = flags.wanted(args.method, args.keep, args.average, args.option, args.recipe)
-    pairs, file = asked(args, folder), args.prompts or args.data or "the prompts"
+    frames = frames_of(args)
+    file = args.data or args.prompts or "the prompts"
+    pairs = asked(args, folder, frames)
     if not labelled(pairs, file) and (args.data or least.loss is not None):
         raise UserError(f'{file} has no answers: scores need --data with an "answer" in every line.')
 
     # from here on it takes seconds: torch and transformers are imported
-    from vlmprune.eval.fidelity import report as fidelity_report
+    from vlmprune.eval.fidelity import report
     from vlmprune.eval.fidelity import run as fidelity_run
+    from vlmprune.eval.fidelity.cards import worst_cards
     from vlmprune.eval.fidelity.costs import CostBook
-    from vlmprune.eval.fidelity.journal import Journal
+    from vlmprune.eval.fidelity.journal import Journal, setting_of
     from vlmprune.eval.fidelity.labels import Labels
+    from vlmprune.eval.fidelity.measure import entries_of
     from vlmprune.runtime import answering, loading
-    from vlmprune.runtime.status import note
 
     todo = wanted.jobs()
     beside = controls_of(args.controls, wanted, todo)
-    entries = [*entries_of(todo, False, args.seeds), *entries_of(beside, True, args.seeds)]
+    methods, controls = entries_of(todo, False, args.seeds), entries_of(beside, True, args.seeds)
     loaded = loading.open_model(args.model, args.device, args.dtype, videos=args.video is not None)
     answering.check(loaded, [*todo, *beside])
-    check_prompts(loaded, pairs, file)
+    asking.check_prompts(loaded, pairs, file)
     labels = Labels.of(pairs, args.metric)
 
-    journal = Journal(folder, setting_of(loaded, args))
-    for line in journal.damaged:
-        note(f"{journal.path}, line {line}: damaged, and measured again")
-    plan = fidelity_run.Todo(journal, entries, pairs)
+    setting = {"max_new_tokens": args.max_new_tokens, "versions": flags.versions()}
+    journal = Journal(folder, setting_of(loaded, **setting, **({"frames": frames} if frames else {})))
+    journal.tell_damaged()
+    plan = fidelity_run.Todo(journal, [*methods, *controls], pairs)
     skipped: dict[str, str] = {}
     interrupted = fidelity_run.measure(loaded, plan, args.batch, args.max_new_tokens, skipped)
     rows = plan.rows()
     if not rows:
-        refuse_nothing(skipped, interrupted)
+        asking.refuse_nothing(skipped, interrupted)
     book = CostBook(loaded, journal, pairs, args.batch, args.max_new_tokens, args.repeats, skipped)
-    costs = {entry.label: book.of(entry) for entry in entries if args.repeats and not interrupted}
-    cards = {
-        entry.label: worst_cards(loaded, entry, rows, pairs, args.worst, labels)
-        for entry in entries
-        if not entry.control
-    }
-    unasked = sum(pair.picture in skipped for pair in pairs)
-    about = about_run(loaded, "fidelity", args, prompts_skipped=unasked)
-    told = fidelity_report.Study(about, entries, rows, list(skipped.items()), cards, len(pairs), costs, labels)
-    show(told, fidelity_report.write(folder, told), args.as_json)
-    if skipped:
-        note(left_out(list(skipped)))
+    timed = [] if interrupted or not args.repeats else [*methods, *controls]
+    costs = {entry.label: book.of(entry) for entry in timed}
+    cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst, labels) for entry in methods}
+    about = about_run(loaded, "fidelity", args, prompts_skipped=sum(pair.picture in skipped for pair in pairs))
+    told = report.Study(about, [*methods, *controls], rows, [*skipped.items()], cards, len(pairs), costs, labels)
+    show(told, report.write(folder, told), args.as_json)
+    asking.left_out(list(skipped))
     if interrupted:
         raise KeyboardInterrupt
-    refuse_worse(told, least)
+    least.check(told)
 
 
 def controls_of(names: str, wanted: flags.Wanted, todo: Sequence[Job]) -> list[Job]:
@@ -195,15 +168,6 @@ def controls_of(names: str, wanted: flags.Wanted, todo: Sequence[Job]) -> list[J
     taken = {job.method for job in todo}
     with user_mistakes():
         return spec.jobs([name for name in controls if name not in taken], budgets, {}, named=False)
-
-
-@dataclass(frozen=True)
-class Least:
-    """What a method must reach for exit code 0; None asks for nothing."""
-
-    agreement: float | None
-    speedup: float | None
-    loss: float | None
 
 
 def least_of(args: SimpleNamespace) -> Least:
@@ -222,166 +186,27 @@ def least_of(args: SimpleNamespace) -> Least:
     )
 
 
-def refuse_worse(told: Study, least: Least) -> None:
-    """Fail where a method (no control) is not as good as was asked for.
+def frames_of(args: SimpleNamespace) -> int | None:
+    """How many frames are read of every video; None where pictures are asked about.
 
     Raises:
-        CommandError: one is.
+        UserError: frames of pictures.
     """
-    wrong = []
-    for line in (line for line in told.lines if not line.entry.control):
-        same = line.measures["answer_agrees"].value
-        if least.agreement is not None and same < least.agreement:
-            wrong.append(f"{line.entry.label}: {same:.3f} of the answers stay the same, under {least.agreement:g}")
-        if least.loss is not None and (lost := -line.score.change.value) > least.loss:
-            wrong.append(f"{line.entry.label}: the score loses {lost:.3f}, more than {least.loss:g}")
-        fast = told.costs[line.entry.label].first["median"] if line.entry.label in told.costs else None
-        if least.speedup is not None and fast is not None and fast < least.speedup:
-            wrong.append(f"{line.entry.label}: the first token comes {fast:.2f} times as fast, under {least.speedup:g}")
-    if wrong:
-        raise CommandError("; ".join(wrong))
-
-
-def asked(args: SimpleNamespace, folder: Path) -> list[Pair]:
-    """The prompts about the user's pictures, or about those that come with the model.
-
-    Raises:
-        UserError: pictures (or videos) without prompts, or prompts without pictures.
-    """
-    file, video = args.data or args.prompts, getattr(args, "video", None)
-    if video is None and getattr(args, "frames", None) is not None:
+    if args.video is None and args.frames is not None:
         raise UserError("--frames is of videos: name some (--video).")
-    if video is not None:
-        from vlmprune.runtime import videos
-
-        videos.check_reader()
-        if file is None:
-            raise UserError("name --prompts (one a line), or --data with answers, to ask about the videos.")
-        return read_pairs(video, file, args.limit, frames_of(args))
-    if args.images is None and file is None and args.model == "scene-llava":
-        return drawn(folder, args.limit)
-    if args.images is None or file is None:
-        raise UserError(
-            "name --images and --prompts (one a line), or --data with answers; without any the model scene-llava is "
-            "tried on pictures that come with it."
-        )
-    return read_pairs(args.images, file, args.limit)
-
-
-def frames_of(args: SimpleNamespace) -> int:
-    """How many frames are read of every video."""
+    if args.video is None:
+        return None
     from vlmprune.runtime.videos import FRAMES
 
     return args.frames or FRAMES
 
 
-def drawn(folder: Path, limit: int | None) -> list[Pair]:
-    """Pictures with questions and answers that come with the package, written as a user's would be."""
-    from vlmprune.eval import testbed
-
-    pictures, lines = folder / "pictures", []
-    pictures.mkdir(exist_ok=True)
-    for question in testbed.questions("sparse"):
-        file = pictures / f"{question.picture_id}.webp"
-        if not file.is_file():
-            file.write_bytes(question.picture)
-        lines.append(json.dumps({"image": file.name, "prompt": question.question, "answer": question.answer}))
-    data = folder / "data.jsonl"
-    data.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return read_pairs(str(pictures), str(data), limit)
-
-
-def left_out(names: Sequence[str]) -> str:
-    """What to say of pictures that could not be read."""
-    few = ", ".join(map(printable, names[:5])) + (", ..." if len(names) > 5 else "")
-    return f"{counted(len(names), 'picture')} could not be read, and left out: {few}"
-
-
-def refuse_nothing(skipped: dict[str, str], interrupted: bool) -> None:
-    """End where no picture was measured."""
-    if interrupted:
-        raise KeyboardInterrupt
-    name, why = next(iter(skipped.items()))
-    raise UserError(f"none of the {counted(len(skipped), 'picture')} could be read, the first of them {name}: {why}")
-
-
-def entries_of(todo: Sequence[Any], control: bool, seeds: int) -> Iterator[StudyEntry]:
-    """One entry per job; `random` runs with several seeds unless one was asked for."""
-    from vlmprune.eval.fidelity.measure import StudyEntry
-
-    for job in todo:
-        several = job.method == "random" and "seed" not in job.options
-        yield StudyEntry(job.method, job.options, control, tuple(range(seeds)) if several else (None,))
-
-
-def check_prompts(loaded: Loaded, pairs: Sequence[Pair], file: str) -> None:
-    """Refuse prompts that place several pictures, and name words that an embedded model does not know."""
-    from vlmprune.parts.templates import image_token
-    from vlmprune.runtime.loading import unknown_words
-    from vlmprune.runtime.status import note
-
-    token, strange = image_token(loaded.processor), {}
-    for pair in {pair.prompt: pair for pair in pairs}.values():
-        if pair.prompt.count(token) > 1:
-            raise UserError(
-                f"{file}, line {pair.line}: the prompt has {token} more than once, and is about one picture."
-            )
-        if loaded.source.embedded:
-            strange |= dict.fromkeys(unknown_words(loaded, pair.prompt))
-    if strange:
-        note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
-
-
-def worst_cards(
-    loaded: Loaded,
-    entry: StudyEntry,
-    rows: Sequence[StudyRow],
-    pairs: Sequence[Pair],
-    count: int,
-    labels: Labels | None,
-) -> list[Card]:
-    """Prefill the worst pictures of an entry once more, each by itself, and draw what was kept."""
-    from vlmprune.eval.fidelity.measure import worst
-    from vlmprune.eval.fidelity.report import SIDE, Card
-    from vlmprune.runtime import draw
-    from vlmprune.runtime.answering import guarded, patch, seen_by
-    from vlmprune.runtime.loading import model_inputs
-    from vlmprune.runtime.status import status
-    from vlmprune.runtime.videos import read_visual
-    from vlmprune.spec import Job
-
-    files = {pair.picture: (pair.path, pair.frames) for pair in pairs}
-    cards = []
-    for row in worst((row for row in rows if row.label == entry.label), count, labels):
-        status(f"drawing {entry.label}: {printable(row.picture)}")
-        image = read_visual(*files[row.picture])
-        job = Job(entry.method, entry.seeded(row.seed))
-        with patch(loaded, job) as handle:
-            inputs = model_inputs(seen_by(loaded, job), [image], row.prompt)
-            guarded(lambda inputs=inputs: loaded.model(**inputs, use_cache=True, logits_to_keep=1))
-            part = draw.eyes(loaded.processor, handle.trace.grids[0])
-            kept = draw.kept_panel(image, handle.trace, part, 0, "", (), SIDE)
-        right = () if labels is None else tuple(labels.right(row))
-        cards.append(Card(row, draw.plain_panel(image, "", (), SIDE), kept, right))
-    status()
-    return cards
-
-
-def setting_of(loaded: Loaded, args: SimpleNamespace) -> dict[str, Any]:
-    """What every result hangs on, beside picture, prompt and method."""
-    from vlmprune.eval.lmms import fingerprints
-
-    source, model = loaded.source, loaded.model
-    return {
-        "model": source.name,
-        "weights": fingerprints.files(Path(source.place)) if source.local else model.config._commit_hash,
-        "adapter": fingerprints.files(Path(source.adapter)) if source.adapter else None,
-        "device": model.device.type,
-        "dtype": loaded.about["dtype"],
-        "max_new_tokens": args.max_new_tokens,
-        "versions": flags.versions(),
-        **({"frames": frames_of(args)} if getattr(args, "video", None) is not None else {}),
-    }
+def asked(args: SimpleNamespace, folder: Path, frames: int | None = None) -> list[Pair]:
+    """The prompts about pictures, or about videos of so many frames."""
+    file = args.data or args.prompts
+    if frames is not None:
+        return asking.of_videos(args.video, file, args.limit, frames)
+    return asking.of_pictures(args.images, file, args.limit, folder, args.model)
 
 
 def about_run(loaded: Loaded, verb: str, args: SimpleNamespace, **more: Any) -> dict[str, Any]:
@@ -407,19 +232,20 @@ def quoted(args: SimpleNamespace) -> Iterator[str]:
 
 def show(told: Study, files: Sequence[Path], as_json: bool) -> None:
     """Print the table, or JSON."""
-    from vlmprune.eval.fidelity import report as fidelity_report
+    from vlmprune.eval.fidelity.report import as_json as in_json
+    from vlmprune.eval.fidelity.tables import in_words, table_of
     from vlmprune.runtime.tables import table
 
     if as_json:
-        print(json.dumps(fidelity_report.as_json(told), indent=2))
+        print(json.dumps(in_json(told), indent=2))
         print(f"report: {files[0]}", file=sys.stderr)
         return
-    header, rows = fidelity_report.table_of(told.lines, told.costs)
+    header, rows = table_of(told.lines, told.costs)
     print(f"{told.about['model']}: {told.asked}\n")
     print(table(header, rows, header[2:]))
     scores = "" if told.labels is None else f"scores by {told.labels.metric} in per cent, "
     print(f"\nAgreement in per cent, {scores}KL in nats (per token); in brackets 95 % intervals over pictures.")
     for line in told.lines:
         if not line.entry.control:
-            print(fidelity_report.in_words(line, told.pictures))
+            print(in_words(line, told.pictures))
     print(f"\nreport: {files[0]}")

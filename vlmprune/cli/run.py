@@ -99,28 +99,21 @@ def verb(
     from vlmprune.runtime.pictures import check_target, read_picture
     from vlmprune.runtime.videos import FRAMES, read_video
 
-    if not prompt.strip():
-        raise UserError("--prompt is empty.")
-    check_text(prompt, "--prompt")
-    if not image and not video:
-        raise UserError("name a picture (--image) or a video (--video).")
-    if frames is not None and not video:
-        raise UserError("--frames is of videos: name one (--video).")
+    check_asked(prompt, image, video, frames)
     wanted = flags.wanted(method, keep, average, option, recipe)
     target = check_target(save) if save else None
     visuals = [*map(read_picture, image), *(read_video(path, frames or FRAMES) for path in video)]
 
     # from here on it takes seconds: torch and transformers are imported
     from vlmprune.runtime import answering, loading
-    from vlmprune.runtime.status import Bar, note, show, status
+    from vlmprune.runtime.status import Bar, show, status
 
     todo = wanted.jobs()
     loaded = loading.open_model(model, device, dtype, videos=bool(video))
     answering.check(loaded, todo)
     prepare = partial(loading.model_inputs, visuals=visuals, prompt=prompt)
     inputs = prepare(loaded)
-    if loaded.source.embedded and (strange := loading.unknown_words(loaded, prompt)):
-        note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
+    loading.warn_of_words(loaded, [prompt])
     loading.warn_of_photographs(loaded.source.name, loading.strange_pictures(loaded, visuals))
     with Bar(1 + len(todo)) as bar:
         status("full model: answering")
@@ -131,6 +124,21 @@ def verb(
     if target is not None:
         draw_kept(target, asked)
         print(f"kept tokens: {target}", file=sys.stderr if as_json else sys.stdout)
+
+
+def check_asked(prompt: str, image: Sequence[str], video: Sequence[str], frames: int | None) -> None:
+    """Refuse what asks nothing, or about nothing.
+
+    Raises:
+        UserError: that.
+    """
+    if not prompt.strip():
+        raise UserError("--prompt is empty.")
+    check_text(prompt, "--prompt")
+    if not image and not video:
+        raise UserError("name a picture (--image) or a video (--video).")
+    if frames is not None and not video:
+        raise UserError("--frames is of videos: name one (--video).")
 
 
 @dataclass(frozen=True)
@@ -160,17 +168,23 @@ class AnsweredPrompt:
 def columns(asked: AnsweredPrompt) -> dict[str, list[str]]:
     """The table's columns: the full model's cell, then one per outcome; left out where nothing is to be said."""
     outcomes, total = asked.outcomes, asked.outcomes[0].total
-    patches, newlines = total["patches_before"], total["newlines_before"]
     made = {
         "method": ["full model", *(o.name for o in outcomes)],
         "average" if "average" in outcomes[0].job.options else "keep": ["-", *(o.job.budget for o in outcomes)],
-        "patches left": [str(patches), *(change(patches, o.total["patches_after"]) for o in outcomes)],
+        "patches left": left_of(outcomes, "patches"),
     }
-    if newlines:
-        made["newlines left"] = [str(newlines), *(change(newlines, o.total["newlines_after"]) for o in outcomes)]
-    made["layer average"] = [f"{patches + newlines:.1f}", *(f"{o.layer_average:.1f}" for o in outcomes)]
+    if total["newlines_before"]:
+        made["newlines left"] = left_of(outcomes, "newlines")
+    whole = total["patches_before"] + total["newlines_before"]
+    made["layer average"] = [f"{whole:.1f}", *(f"{o.layer_average:.1f}" for o in outcomes)]
     made |= time_columns([outcome.times for outcome in outcomes]) if asked.timed else {}
     return made | {"answer": [line(asked.plain), *(line(o.answer) for o in outcomes)]}
+
+
+def left_of(outcomes: Sequence[Outcome], kind: str) -> list[str]:
+    """The column of how many "patches" or "newlines" are left."""
+    before = outcomes[0].total[f"{kind}_before"]
+    return [str(before), *(change(before, outcome.total[f"{kind}_after"]) for outcome in outcomes)]
 
 
 def time_columns(times: Sequence[dict[str, float]]) -> dict[str, list[str]]:
@@ -220,25 +234,28 @@ def in_json(asked: AnsweredPrompt) -> dict[str, Any]:
         "images": [file_in_json(*one) for one in visuals[:pictures]],
         "videos": [file_in_json(*one) for one in visuals[pictures:]],
         "full": {"answer": asked.plain},
-        "pruned": [
-            {
-                "method": outcome.job.method,
-                "options": outcome.job.options,
-                "answer": outcome.answer,
-                "fewer_pixels": outcome.whole is not None,
-                "images": outcome.counts[:pictures],
-                "videos": outcome.counts[pictures:],
-                "layer_average": outcome.layer_average,
-                "kv_lengths": outcome.trace.kv_lengths,
-                "cuts": [
-                    {"layer": c.layer, "method": c.method, "positions": c.positions, "merged": c.merge is not None}
-                    for c in outcome.trace.cuts
-                ],
-                "prefill": outcome.times,
-            }
-            for outcome in asked.outcomes
-        ],
+        "pruned": [outcome_in_json(outcome, pictures) for outcome in asked.outcomes],
         "times_bound_by_overhead": asked.loaded.source.embedded,
+    }
+
+
+def outcome_in_json(outcome: Outcome, pictures: int) -> dict[str, Any]:
+    """What came of a method; so many of its counts are of pictures, and the others of videos."""
+    cuts = [
+        {"layer": cut.layer, "method": cut.method, "positions": cut.positions, "merged": cut.merge is not None}
+        for cut in outcome.trace.cuts
+    ]
+    return {
+        "method": outcome.job.method,
+        "options": outcome.job.options,
+        "answer": outcome.answer,
+        "fewer_pixels": outcome.whole is not None,
+        "images": outcome.counts[:pictures],
+        "videos": outcome.counts[pictures:],
+        "layer_average": outcome.layer_average,
+        "kv_lengths": outcome.trace.kv_lengths,
+        "cuts": cuts,
+        "prefill": outcome.times,
     }
 
 

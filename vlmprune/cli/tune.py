@@ -4,50 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from datetime import date
-from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
 from vlmprune.cli import flags
-from vlmprune.cli.fidelity import (
-    about_run,
-    asked,
-    check_prompts,
-    entries_of,
-    held,
-    refuse_nothing,
-    setting_of,
-    worst_cards,
-)
+from vlmprune.cli.fidelity import about_run, asked
+from vlmprune.eval.fidelity import asking
 from vlmprune.runtime.errors import UserError, user_mistakes
-from vlmprune.runtime.prompts import Pair, labelled
-from vlmprune.runtime.tables import counted
+from vlmprune.runtime.prompts import labelled
+from vlmprune.runtime.tables import OVERHEAD, counted, table
 
 if TYPE_CHECKING:
-    from vlmprune.eval.fidelity.measure import StudyEntry
-    from vlmprune.eval.tune.calibrate import Trial
+    from vlmprune.eval.tune.candidates import Tried
     from vlmprune.eval.tune.report import Result
-    from vlmprune.eval.tune.run import Tuning
-    from vlmprune.parts.options import Range
-    from vlmprune.runtime.loading import Loaded
-    from vlmprune.spec import Job
 
 __all__ = ["verb"]
 
 KEEP = "0.5,0.35,0.25,0.15,0.1"
 OWN = "0.25"  # of --method
-#: What methods look at (`Method.looks_at`), in the order in which they are tried, should time be short.
-ORDER = ("tower", "nothing", "features", "question", "decoder", "")
-#: What --methods all does not try, and why; who names them gets them.
-LEFT_OUT = {
-    "atp": "its modules are trained for one model: --methods atp --option weights=FOLDER.",
-    "downsample": "on most models it takes detail away and no token: --methods downsample tries it all the same.",
-}
 EXAMPLES = """\
 examples:
   vlmprune tune --minutes 5                        on pictures and questions that come with vlmprune
@@ -109,66 +86,55 @@ def verb(
     Tries methods at budgets on your pictures, few pictures first, and ends in a statement with statistics behind it,
     and a recipe.
     """
-    args = SimpleNamespace(**locals())
     flags.one_of(prompts=prompts, data=data)
     flags.one_of(methods=methods, method=method)
     if not speedup > 0 or not minutes > 0:
         raise UserError(f"--{'minutes' if speedup > 0 else 'speedup'} must be above 0.")
+    args = SimpleNamespace(**locals())
     args.loss = flags.share_of(max_loss, "--max-loss")
-    with held(out, "tune", resume) as folder:
+    with asking.held(flags.folder(out), "tune", resume) as folder:
         tune(args, folder)
 
 
 def tune(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, search, report."""
-    options = flags.options_of(args.option)
-    names = None if (args.methods or "all").strip() == "all" else flags.words_of(args.methods, "--methods")
-    pairs = asked(args, folder)
-    scored = labelled(pairs, args.data or args.prompts)
+    flags.options_of(args.option)
+    pairs, file = asked(args, folder), args.data or args.prompts or "the prompts"
+    scored = labelled(pairs, file)
 
     # from here on it takes seconds: torch and transformers are imported
+    from vlmprune.eval.fidelity.journal import setting_of
+    from vlmprune.eval.fidelity.measure import entries_of
     from vlmprune.eval.tune import report
+    from vlmprune.eval.tune.calibrate import search_options
     from vlmprune.eval.tune.run import Goal, Tuning
     from vlmprune.runtime import loading
     from vlmprune.runtime.status import note
 
     with user_mistakes():
-        if args.method is None:
-            budgets, _ = flags.budgets_of(args.keep, args.average, KEEP)
-            todo, refused = jobs_of(names, budgets, options)
-        else:
-            searched, todo, refused = *searched_of(args, options), {}
+        tried = tried_of(args)
     loaded = loading.open_model(args.model, args.device, args.dtype)
-    entries = list(
-        entries_of(fitting(loaded, todo, refused, named=names is not None or args.method is not None), False, 1)
-    )
-    check_prompts(loaded, pairs, args.data or args.prompts or "the prompts")
+    entries = entries_of(tried.fitting(loaded), False, 1)
+    asking.check_prompts(loaded, pairs, file)
     goal = Goal(args.speedup, args.loss, args.speed_of, args.metric)
+    setting = setting_of(loaded, max_new_tokens=args.max_new_tokens, versions=flags.versions())
     search = Tuning(
-        loaded, folder, setting_of(loaded, args), pairs, goal, args.batch, args.max_new_tokens, 60 * args.minutes,
-        args.repeats,
-    )  # fmt: skip
-    trials: list[Trial] = []
-    if args.method is None:
-        candidates = search.costs(entries)
-        finalists = search.search(candidates)
+        loaded, folder, setting, pairs, goal, args.batch, args.max_new_tokens, 60 * args.minutes, args.repeats
+    )
+    if tried.ranges:
+        trials, candidates, finalists = search_options(search, entries, tried.ranges, args.trials)
     else:
-        trials, entries, pictures = calibrated(search, entries, searched, args.trials)
-        candidates = search.costs(entries)
-        search.measure(candidates, pictures, 1)
-        finalists = search.judged(candidates)
+        trials, candidates = [], search.costs(entries)
+        finalists = search.search(candidates)
     if not finalists:
-        if search.interrupted:
-            raise KeyboardInterrupt
-        if search.skipped:
-            refuse_nothing(search.skipped, search.interrupted)
-        raise UserError("there was no time to measure anything: give more --minutes, fewer --methods or --limit.")
-    complete = not search.over and not search.untimed and len(trials) in (0, len(todo) * (1 + args.trials))
-    about = about_run(loaded, "tune", args, **{"pairs of timed runs": args.repeats})
+        search.refuse_nothing()
     for name, why in search.refused.items():
-        refused.setdefault(name, []).extend(why)
-    result = report.Result(about, goal, scored, candidates, finalists, search.skipped, refused, complete, trials)
-    tell(result, loaded, pairs, folder, args)
+        tried.refuse(name, *why)
+    complete = not search.over and not search.untimed and len(trials) in (0, len(entries) * (1 + args.trials))
+    about = about_run(loaded, "tune", args, **{"pairs of timed runs": args.repeats})
+    found = report.Result(about, goal, scored, candidates, finalists, search.skipped, tried.refused, complete, trials)
+    report.write(found, loaded, pairs, args.worst, folder)
+    tell(found, folder, args.as_json, tiny=loaded.source.embedded)
     if search.interrupted:
         raise KeyboardInterrupt
     if not complete:
@@ -176,145 +142,41 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
         note(f"time was over before all was measured{few}: --resume goes on")
 
 
-def searched_of(args: SimpleNamespace, options: dict[str, Any]) -> tuple[dict[str, Range], list[Job]]:
-    """The options of --method that are searched, and the method at its budgets: an average, which holds the cost.
+def tried_of(args: SimpleNamespace) -> Tried:
+    """What the flags ask to try: all methods, some, or one with its options, at budgets.
 
     Raises:
-        UserError: it has none that are not given.
+        UserError, ValueError, TypeError: an unknown method or option, or a bad value.
     """
-    from vlmprune import registry, spec
-    from vlmprune.eval.tune.calibrate import optuna
-    from vlmprune.parts.options import ranges
+    from vlmprune import registry
+    from vlmprune.eval.tune import candidates
 
-    cls = registry.find(args.method)
-    found = {name: one for name, one in ranges(cls).items() if name not in options}
-    if not found:
-        some = [name for name, other in registry.registered().items() if ranges(other)]
-        raise UserError(f"{args.method} has no option with a range left to search. Who has some: {', '.join(some)}.")
-    optuna()  # or what is missing
-    own = {"keep": args.keep, "average": args.average}
-    if args.keep is None and args.average is None:
-        own["average" if "average" in registry.options(cls) else "keep"] = OWN
-    return found, spec.jobs([args.method], flags.budgets_of(**own, default=OWN)[0], options)
-
-
-def calibrated(
-    search: Tuning, entries: Sequence[StudyEntry], searched: dict[str, Range], count: int
-) -> tuple[list[Trial], list[StudyEntry], Sequence[str]]:
-    """The trials of every budget, the best of them, and the pictures to judge them by."""
-    from vlmprune.eval.tune.calibrate import best, calibrate, split
-
-    seen, others = split(search.pictures)
-    trials, chosen = [], []
-    for entry in entries:
-        if found := calibrate(search, entry, searched, count, seen):
-            trials += found
-            chosen += best(found)
-    return trials, chosen, others
+    options, budgets = flags.options_of(args.option), {"keep": args.keep, "average": args.average}
+    if args.method is None:
+        amounts, _ = flags.budgets_of(**budgets, default=KEEP)
+        names = (args.methods or "all").strip()
+        if names == "all":
+            return candidates.all_methods(amounts, options)
+        return candidates.some_methods(flags.words_of(names, "--methods"), amounts, options)
+    if args.keep is None and args.average is None:  # an average holds the cost
+        word = "average" if "average" in registry.options(registry.find(args.method)) else "keep"
+        budgets[word] = OWN
+    return candidates.own_options(args.method, flags.budgets_of(**budgets, default=OWN)[0], options)
 
 
-def jobs_of(
-    names: list[str] | None, budgets: Sequence[dict[str, Any]], options: dict[str, Any]
-) -> tuple[list[Job], dict[str, list[str]]]:
-    """The methods at the budgets and their own published schedules; and of all methods those left out, with reasons."""
-    from vlmprune import registry, spec
-
-    if names is not None:
-        return of_methods(names, budgets, options), {}
-    jobs, classes, refused = {}, {}, {name: [why] for name, why in LEFT_OUT.items()}
-    for name in registry.names():
-        try:
-            classes[name] = registry.find(name)
-        except ValueError as error:  # of another package
-            refused[name] = [str(error)]
-    spec.check_known(options, {name: {name: cls} for name, cls in classes.items()})
-    for name, cls in sorted(classes.items(), key=lambda item: (*ORDER, item[1].looks_at).index(item[1].looks_at)):
-        mine = {key: value for key, value in options.items() if spec.takers(key, {name: cls})}
-        try:
-            jobs[name] = of_methods([name], budgets, mine) if name not in LEFT_OUT else []
-        except (TypeError, ValueError, FileNotFoundError) as error:  # it needs an option, or a file
-            refused[name] = [str(error)]
-    by_budget = zip_longest(*jobs.values())  # should time be short, all methods were tried at some
-    return [job for some in by_budget for job in some if job is not None], refused
-
-
-def of_methods(names: Sequence[str], budgets: Sequence[dict[str, Any]], options: dict[str, Any]) -> list[Job]:
-    """The jobs of methods."""
-    from vlmprune import registry, spec
-
-    jobs = spec.jobs(names, budgets, options, named=False)
-    own = [
-        name for name in names if all(getattr(registry.find(part), "optional", False) for part in spec.names_of(name))
-    ]
-    return [*jobs, *(spec.jobs(own, [{}], options, named=False) if own else [])]
-
-
-def fitting(loaded: Loaded, todo: Sequence[Job], refused: dict[str, list[str]], named: bool) -> list[Job]:
-    """The jobs that fit the model; where methods were named, all of them must.
-
-    Args:
-        refused: gets the methods of the others, and why.
-
-    Raises:
-        UserError: one does not, or none does.
-    """
-    from vlmprune.runtime import answering
-    from vlmprune.runtime.status import note
-
-    left = []
-    for job in todo:
-        try:
-            answering.check(loaded, [job])
-            left.append(job)
-        except UserError as error:
-            if named:
-                raise
-            told = refused.setdefault(job.method, [])
-            if (why := str(error)) not in told:
-                told.append(why)
-    if not left:
-        raise UserError(f"nothing fits the model: {list(refused.values())[-1][-1]}")
-    for name, why in refused.items():
-        note(f"left out: {name}: {' '.join(why)}")
-    return left
-
-
-def tell(result: Result, loaded: Loaded, pairs: Sequence[Pair], folder: Path, args: SimpleNamespace) -> None:
-    """Write report, results and recipe, and print."""
-    import io
-
-    from vlmprune.eval.fidelity.labels import Labels
-    from vlmprune.eval.fidelity.report import captioned, sheet_of
-    from vlmprune.eval.report import render
+def tell(found: Result, folder: Path, as_json: bool, tiny: bool) -> None:
+    """Print what was found, and where it lies."""
     from vlmprune.eval.tune import report
-    from vlmprune.runtime.files import write_whole
-    from vlmprune.runtime.tables import OVERHEAD, table
 
-    path, best = folder / "recipe.yaml", result.best
-    lines = [report.python_line(result), report.command_line(result), f'vlmprune.patch(model, "{path}")']
-    labels = Labels.of(pairs, args.metric)
-    cards = worst_cards(loaded, best.entry, best.rows, pairs, args.worst, labels)
-    title = f"Tuning of {result.about['model']}"
-    blocks = report.build(result, title, lines, [captioned(card) for card in cards], folder)
-    files = render.pages(blocks, title, folder)
-    files["results.json"] = (json.dumps(report.as_json(result), indent=1, ensure_ascii=False) + "\n").encode(
-        errors=render.ESCAPED
-    )
-    files[path.name] = report.recipe(result, date.today().isoformat()).text().encode()
-    if cards:
-        made = io.BytesIO()
-        sheet_of(best.label, cards).save(made, "PNG")
-        files["worst.png"] = made.getvalue()
-    for name, content in files.items():
-        write_whole(folder / name, content)
-    if args.as_json:
-        print(json.dumps(report.as_json(result), indent=2))
-        print(f"report: {folder / 'report.html'}", file=sys.stderr)
+    page, recipe = folder / report.PAGE, folder / report.RECIPE
+    if as_json:
+        print(json.dumps(report.as_json(found), indent=2))
+        print(f"report: {page}", file=sys.stderr)
         return
-    header, rows = report.table_of(result)
-    print(table(header, rows[: len(result.finalists)], header[2:]))
-    print(f"\n{report.verdict_line(result)}\n{report.statement(result, best)}\n")
-    print("\n".join(lines))
-    if loaded.source.embedded:
+    header, rows = report.table_of(found)
+    print(table(header, rows[: len(found.finalists)], header[2:]))
+    print(f"\n{report.verdict_line(found)}\n{report.statement(found, found.best)}\n")
+    print("\n".join(report.ways(found, recipe)))
+    if tiny:
         print(f"\n{OVERHEAD}")
-    print(f"\nreport: {folder / 'report.html'}\nrecipe: {path}")
+    print(f"\nreport: {page}\nrecipe: {recipe}")

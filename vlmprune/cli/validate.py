@@ -25,8 +25,9 @@ def verb(
     Keys, types, methods and their options, task names, and whether every method and budget fits the model, of which
     only the config.json is read.
     """
+    from vlmprune.eval.lmms import words
+
     plan = evaluation.planned(config, overrides, look_at_model=not no_model)
-    for line in evaluation.about(plan):
-        print(line)
+    print(*words.about(plan), sep="\n")
     unchecked = " (the model was not looked at)" if no_model else ""
     print(f"{config} is fine: {counted(len(plan.cells), 'cell')}{unchecked}.")

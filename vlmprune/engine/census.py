@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any
@@ -77,15 +77,13 @@ def count_prompts(
     placeholder = torch.stack(list(holes.values())).any(0)
     real = real_tokens(mask, length)
     everything = torch.ones_like(placeholder) if real is None else real
-    # real tokens behind the last placeholder: those that a sum from the right has not met a placeholder for
-    after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
-    text_after = after[:, : length - guesses].sum(1)
-    text_before = (everything & (placeholder.cumsum(1) == 0)).sum(1).amax()
+    text_after, text_before, between = text_around(everything, placeholder, guesses)
     given = numbers(encoded)
     finite = each_finite([values for _, _, values in given], input_ids.device)
+    rows, yes = len(input_ids), finite.new_ones(())
     # without a mask the host takes a jump in the positions for the start of another prompt
-    one = finite.new_ones(()) if positions is None else (positions.diff(dim=-1) == 1).all()
-    rows, stands = len(input_ids), finite.new_ones(()) if stand is None else stand(holes).to(finite.device)
+    one = yes if positions is None else (positions.diff(dim=-1) == 1).all()
+    stands = yes if stand is None else stand(holes).to(finite.device)
     if not plan.family.runs and (promised := placeholders_in_a_graph(encoded, rows)):
         demand_on_device(placeholder, everything, promised, finite.all() & one & stands)
         most = length - min(promised)
@@ -93,19 +91,38 @@ def count_prompts(
         return Census(holes, {"image": promised}, real, [length] * rows, (text_after, most), most)
     counts = torch.stack([everything, *holes.values(), placeholder & ~everything]).sum(-1)
     where = holes if plan.family.runs else {}
-    between = everything & ~placeholder & ~after & (placeholder.cumsum(1) > 0)
-    told = torch.stack((text_before, one.long(), stands.long(), between.any().long()))
+    told = torch.stack((text_before, one.long(), stands.long(), between.long()))
     columns = (found.flatten().long() for found in where.values())
     read = iter(download(torch.cat((*columns, counts.flatten(), text_after, finite.long(), told))))
     runs = {modality: runs_of([*islice(read, rows * length)], rows, length) for modality in where}
     lengths, *wanted, unseen, counts_after = ([*islice(read, rows)] for _ in range(len(counts) + 1))
     *good, most_before, single, standing, amid = read
-    demand_sound(
-        plan, bool(single), bool(standing), [part[:2] for part, ok in zip(given, good, strict=True) if not ok], unseen
-    )
+    demand_sound(plan, bool(single), bool(standing), odd(given, good), unseen)
     real = None if min(lengths) == length else real
     wanted = dict(zip(encoded, wanted, strict=True))
     return Census(holes, wanted, real, lengths, (text_after, max(counts_after)), most_before, bool(amid), runs)
+
+
+def text_around(
+    everything: torch.Tensor, placeholder: torch.Tensor, guesses: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Real tokens of every row behind its last placeholder, the most before a first one, and whether some are between.
+
+    Args:
+        everything, placeholder: `(batch, length)` bool, real tokens and placeholders.
+        guesses: columns at the end that do not count.
+    """
+    met = placeholder.cumsum(1)
+    # those that a sum from the right has not met a placeholder for
+    after = everything & (placeholder.flip(1).cumsum(1).flip(1) == 0)
+    between = everything & ~placeholder & ~after & (met > 0)
+    counted = after[:, : after.shape[1] - guesses]
+    return counted.sum(1), (everything & (met == 0)).sum(1).amax(), between.any()
+
+
+def odd(given: Sequence[tuple], good: Sequence[int]) -> list[tuple[str, Any]]:
+    """(what, which) of the `numbers` that are not finite."""
+    return [part[:2] for part, fine in zip(given, good, strict=True) if not fine]
 
 
 def placeholders_in_a_graph(encoded: dict[str, Any], rows: int) -> list[int]:

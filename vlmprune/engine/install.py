@@ -94,29 +94,34 @@ def bind_encoders(inner: nn.Module, plan: Plan) -> None:
 
 
 def hook_towers(inner: nn.Module, plan: Plan) -> None:
-    """Put the hooks of `plan` on the vision towers and their layers."""
+    """Put the hooks of `plan` on the vision towers, their layers and their mergers."""
     for tower in plan.family.towers(inner):
         through = Watch() if plan.patch_cuts or not plan.family.handing else None
+        handed = None if plan.family.handing else through
         shown = () if through is None else (through,)
         tower.register_forward_pre_hook(BeforeTower(plan, watching=shown), with_kwargs=True)
         for index, layer in enumerate(plan.family.tower_layers(tower)):
-            names = plan.projected(index)
-            if any(tap.layer == index for tap in plan.measured):
-                tower_layer(layer)  # one that is not known is refused here, and not in the first call
-            handed = None if plan.family.handing else through
-            before = BeforeTowerLayer(plan, index, handed, names, watching=tuple(Watch() for _ in names))
-            layer.register_forward_pre_hook(before, with_kwargs=True)
-            for name, watch in zip(names, before.watching, strict=True):
-                kind = tower_layer(layer)
-                after = AfterProjection(plan, index, watch, name, kind.attention.num_heads)
-                getattr(kind, f"{name}_projection").register_forward_hook(after)
-            if index in plan.inside_layers:
-                between, attention = Watch(), tower_layer(layer).attention
-                attention.register_forward_pre_hook(BeforeTowerAttention(plan, watching=(between,)), with_kwargs=True)
-                attention.register_forward_hook(AfterTowerAttention(plan, between))
+            hook_tower_layer(layer, plan, index, handed)
         for merger in plan.family.mergers(tower) if plan.patch_cuts else ():
             merger.register_forward_hook(AfterMerger(plan, through))
         tower.register_forward_hook(AfterTower(plan, through), with_kwargs=True)
+
+
+def hook_tower_layer(layer: nn.Module, plan: Plan, index: int, handed: Watch | None) -> None:
+    """Put the hooks of `plan` on a layer of a tower; `handed` has the call's frame where no keyword brings it."""
+    names, inside = plan.projected(index), index in plan.inside_layers
+    before = BeforeTowerLayer(plan, index, handed, names, watching=tuple(Watch() for _ in names))
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+    if not names and not inside and all(tap.layer != index for tap in plan.measured):
+        return
+    kind = tower_layer(layer)  # one that is not known is refused here, and not in the first call
+    for name, watch in zip(names, before.watching, strict=True):
+        after = AfterProjection(plan, index, watch, name, kind.attention.num_heads)
+        getattr(kind, f"{name}_projection").register_forward_hook(after)
+    if inside:
+        between = Watch()
+        kind.attention.register_forward_pre_hook(BeforeTowerAttention(plan, watching=(between,)), with_kwargs=True)
+        kind.attention.register_forward_hook(AfterTowerAttention(plan, between))
 
 
 def hook_language_model(inner: nn.Module, plan: Plan) -> None:

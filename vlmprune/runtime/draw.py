@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -194,24 +194,36 @@ def paint(
         averaged: fill every kept box with its mean colour.
     """
     base, factor = scaled(image, longest)
-    inside = [clipped(box, factor, base.size) for box in boxes]
-    shown = [(at, float(level)) for at, level in zip(inside, kept, strict=True) if at is not None]
-    alive = [at for at, level in shown if level]
-    for at in alive if averaged else ():
+    inside = [(clipped(box, factor, base.size), float(level)) for box, level in zip(boxes, kept, strict=True)]
+    levels: dict[float, list[tuple[int, int, int, int]]] = {0.0: [], 1.0: []}
+    for at, level in inside:
+        levels.setdefault(level, []).extend(() if at is None else (at,))
+    alive = [at for at, level in inside if at is not None and level and averaged]
+    for at in alive:
         base.paste(base.resize((1, 1), Image.Resampling.BOX, box=at).getpixel((0, 0)), at)
-    layers = {level: Image.new("L", base.size) for level in sorted({0.0, 1.0, *(level for _, level in shown)})}
-    for at, level in shown:
-        layers[level].paste(255, at)
+    made = shaded(base, {level: mask_of(mine, base.size) for level, mine in sorted(levels.items())})
+    outline(made, alive)
+    return made
+
+
+def mask_of(boxes: Sequence[tuple[int, int, int, int]], size: tuple[int, int]) -> Image.Image:
+    """White where boxes are."""
+    mask = Image.new("L", size)
+    for at in boxes:
+        mask.paste(255, at)
+    return mask
+
+
+def shaded(base: Image.Image, masks: dict[float, Image.Image]) -> Image.Image:
+    """A picture as bright as the level of every mask, the darkest pale, and a white line around the brightest."""
     pale = ImageEnhance.Color(base).enhance(0.3)
     made = striped(pale)
-    for level, mask in layers.items():
+    for level, mask in masks.items():
         bright = ImageEnhance.Brightness(base if level else pale).enhance(DARK + (1 - DARK) * level)
         made = Image.composite(bright, made, mask)
     # the line runs on what was dropped: what was kept stays untouched
-    edge = ImageChops.subtract(layers[1.0].filter(ImageFilter.MaxFilter(3)), layers[1.0])
+    edge = ImageChops.subtract(masks[1.0].filter(ImageFilter.MaxFilter(3)), masks[1.0])
     made.paste((255, 255, 255), mask=edge)
-    if averaged:
-        outline(made, alive)
     return made
 
 
@@ -307,12 +319,11 @@ def kept_pictures(
     boxes = patch_boxes(image_processor, image.size, grid)
     cells = rectangles(boxes, pooled(trace, index))
     shown = joined(boxes, cells)
-    shots = shots_of(image, len(grid.planes)) if isinstance(image, VideoClip) else [image] * len(grid.planes)
     planes = []
-    for plane, shot in enumerate(shots):
+    for plane, shot in enumerate(shots_of(image, len(grid.planes))):
         mine = [t for t in shown if grid.plane[t] == plane and not grid.newline[t]]
-        size = longest if len(grid.planes) == 1 or plane else longest // 2
-        size = longest // 2 if grid.frames else size
+        small = grid.frames or (len(grid.planes) > 1 and plane == 0)  # a frame, or the thumbnail
+        size = longest // 2 if small else longest
         planes.append(paint(shot, [shown[t] for t in mine], [kept[t] for t in mine], size, bool(cells)))
     return [strip(planes)] if grid.frames else planes[::-1]
 
@@ -330,8 +341,10 @@ def refuse_other(image: Visual, grid: ImageGrid, index: int) -> None:
         raise UnsupportedError(f"what to draw on is no {kind}, as image {index} of the trace is: give {give}.")
 
 
-def shots_of(clip: VideoClip, planes: int) -> list[Image.Image]:
-    """The frames of a clip that stand for so many frames of tokens: the first of each pair, or whatever they join."""
+def shots_of(clip: Visual, planes: int) -> list[Image.Image]:
+    """What so many planes of tokens are of: the picture, or of a clip the first of the frames that each of them is."""
+    if not isinstance(clip, VideoClip):
+        return [clip] * planes
     together = -(-len(clip.frames) // planes)
     return [clip.frames[plane * together] for plane in range(planes)]
 
@@ -371,23 +384,28 @@ def kept_panel(
     longest: int = LONGEST,
 ) -> Panel:
     """The picture with what was kept, and the counts under the title."""
-    grid, count = trace.grids[index], trace.counts[index]
+    grid = trace.grids[index]
     refuse_other(image, grid, index)
-    merged = ", the rest merged in" if any(cut.merge is not None for cut in trace.cuts) else ""
-    steps = " -> ".join(f"{len(trace.kept_patches(index, cut))}" for cut in range(len(trace.cuts)))
-    steps = steps or str(count["patches_after"])
-    about = [f"{steps} of {count['patches_before']} patches{merged}"]
-    if grid.frames:
-        kept = [int(grid.plane[t]) for t in trace.kept_patches(index)]
-        about.append(f"frame by frame: {', '.join(str(kept.count(frame)) for frame in range(len(grid.planes)))}")
-    elif len(grid.planes) > 1:
-        kept = trace.kept_patches(index)
-        small = sum(int(grid.plane[t]) == 0 for t in kept)
-        whole = grid.patches_per_view[0]
-        about = [f"crops {len(kept) - small} of {grid.patches - whole}, thumbnail {small} of {whole}{merged}"]
+    about = counts_of(trace, index)
     if (share := seen_share(image_processor, image.size, grid)) < 0.99:
         about.append(f"the model sees {share:.0%} of the {'video' if grid.frames else 'picture'} (striped: cut off)")
     return Panel(title, about + list(lines), kept_pictures(image, trace, image_processor, index, longest))
+
+
+def counts_of(trace: Trace, index: int) -> list[str]:
+    """How much was kept of an image, or of a video frame by frame, in words."""
+    grid, count = trace.grids[index], trace.counts[index]
+    merged = ", the rest merged in" if any(cut.merge is not None for cut in trace.cuts) else ""
+    planes = [int(grid.plane[t]) for t in trace.kept_patches(index)]
+    if not grid.frames and len(grid.planes) > 1:
+        small, whole = planes.count(0), grid.patches_per_view[0]
+        return [f"crops {len(planes) - small} of {grid.patches - whole}, thumbnail {small} of {whole}{merged}"]
+    steps = [str(len(trace.kept_patches(index, cut))) for cut in range(len(trace.cuts))]
+    steps = steps or [str(count["patches_after"])]
+    about = [f"{' -> '.join(steps)} of {count['patches_before']} patches{merged}"]
+    if grid.frames:
+        about.append(f"frame by frame: {', '.join(str(planes.count(frame)) for frame in range(len(grid.planes)))}")
+    return about
 
 
 def answer_panels(
@@ -432,20 +450,24 @@ def write(canvas: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int
 def sheet(rows: Sequence[Sequence[Panel]], heading: str = "") -> Image.Image:
     """Put rows of panels onto one white picture, columns under each other."""
     wide = [max(panel_size(p)[0] for p in column if p) for column in zip_longest(*rows)]
-    text = [LINE * (1 + max(len(panel.lines) for panel in row)) + 4 for row in rows]
-    tall = [max(panel_size(panel)[1] for panel in row) for row in rows]
+    heights = [row_size(row) for row in rows]
     top = GAP + (HEADING + GAP if heading else 0)
-    size = (sum(wide) + GAP * (len(wide) + 1), top + sum(text) + sum(tall) + GAP * len(rows))
+    size = (sum(wide) + GAP * (len(wide) + 1), top + sum(words + tall + GAP for words, tall in heights))
     made = Image.new("RGB", size, "white")
     if heading:
         write(ImageDraw.Draw(made), (GAP, GAP), heading, HEADING, made.width - 2 * GAP)
-    for row, words, height in zip(rows, text, tall, strict=True):
-        left = GAP
-        for panel, room in zip(row, wide, strict=False):
+    lefts = list(accumulate(wide, lambda left, room: left + room + GAP, initial=GAP))
+    for row, (words, tall) in zip(rows, heights, strict=True):
+        for panel, left, room in zip(row, lefts, wide, strict=False):
             put(made, panel, (left, top), room, words)
-            left += room + GAP
-        top += words + height + GAP
+        top += words + tall + GAP
     return made
+
+
+def row_size(row: Sequence[Panel]) -> tuple[int, int]:
+    """How tall a row's words are, and its pictures."""
+    lines = max(len(panel.lines) for panel in row)
+    return LINE * (1 + lines) + 4, max(panel_size(panel)[1] for panel in row)
 
 
 def panel_size(panel: Panel) -> tuple[int, int]:

@@ -7,7 +7,9 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["PREFIX", "has_content", "write_whole"]
+from vlmprune.runtime.errors import UserError, brief
+
+__all__ = ["PREFIX", "check_writable", "has_content", "write_whole"]
 
 PREFIX = ".writing-"  # of files that are being written; what a killed process left behind
 
@@ -36,6 +38,33 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def check_writable(path: str, flag: str) -> Path:
+    """The file that a flag names, found to be one that can be written before the work is done.
+
+    Raises:
+        UserError: a folder, no folder for it, or no permission.
+    """
+    target = Path(path).expanduser()
+    if target.is_dir():
+        raise UserError(f"{flag} {path} is a folder: name a file.")
+    if not target.parent.is_dir():
+        raise UserError(f"there is no folder {target.parent} to write {target.name} in.")
+    try:
+        try_to_write(target)
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {brief(error)}") from None
+    return target
+
+
+def try_to_write(target: Path) -> None:
+    """Raise OSError where a file cannot be written."""
+    if not target.exists() or target.is_file():
+        # files are written beside their place and renamed: permission bits do not tell whether that works
+        tempfile.TemporaryFile(dir=Path(os.path.realpath(target)).parent).close()
+    elif not os.access(target, os.W_OK):  # /dev/stdout, a pipe
+        raise PermissionError("no permission")
 
 
 def has_content(path: str) -> bool:

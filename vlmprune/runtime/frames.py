@@ -19,6 +19,24 @@ __all__ = ["FramesAsPictures"]
 WHOLE = ("qwen3_vl", "qwen3_vl_moe", "glm4v")
 #: What a plain image processor is told of a video processor's settings.
 PLAIN = ("do_resize", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "do_convert_rgb")
+#: What an image processor is told of them, and of how packed towers read.
+LIKE = ("image_mean", "image_std", "resample")
+PACKED = ("patch_size", "merge_size", "temporal_patch_size")
+
+
+def size_in(fields: Mapping[str, Any]) -> Any:
+    """How large frames are, by a video processor's settings.
+
+    Raises:
+        UserError: they do not say it, or bound frames in another way.
+    """
+    low, high = fields.get("min_pixels"), fields.get("max_pixels")
+    size = fields.get("size") or ({"shortest_edge": low, "longest_edge": high} if low and high else None)
+    if not size:
+        raise UserError("the model's files do not say how large its video processor makes frames.")
+    if fields.get("cap_pixels_per_frame"):
+        raise UserError("its video processor caps the pixels of frames (cap_pixels_per_frame).")
+    return size
 
 
 class FramesAsPictures:
@@ -39,22 +57,13 @@ class FramesAsPictures:
     def __init__(self, fields: Mapping[str, Any], image_processor: Any, model_type: str):
         from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 
-        def told(name: str) -> Any:
-            return fields.get(name, getattr(image_processor, name, None))
-
-        low, high = fields.get("min_pixels"), fields.get("max_pixels")
-        pixels = {"shortest_edge": low, "longest_edge": high} if low and high else None
-        self.size = fields.get("size") or pixels
-        if not self.size:
-            raise UserError("the model's files do not say how large its video processor makes frames.")
-        if fields.get("cap_pixels_per_frame"):
-            raise UserError("its video processor caps the pixels of frames (cap_pixels_per_frame).")
-        known = {name: told(name) for name in ("image_mean", "image_std", "resample")}
-        same = {name: value for name, value in known.items() if value is not None}
-        self.patch_size, self.merge_size = told("patch_size"), told("merge_size")
+        told = {name: fields.get(name, getattr(image_processor, name, None)) for name in (*LIKE, *PACKED)}
+        self.size = size_in(fields)
+        self.patch_size, self.merge_size = told["patch_size"], told["merge_size"]
         self.packed = self.merge_size is not None
         self.whole = model_type in WHOLE
-        self.temporal_patch_size = told("temporal_patch_size") or 1
+        self.temporal_patch_size = told["temporal_patch_size"] or 1
+        same = {name: told[name] for name in LIKE if told[name] is not None}
         if self.packed:
             # of one frame at a time: pairs of them are made here
             same |= {"patch_size": self.patch_size, "merge_size": self.merge_size, "temporal_patch_size": 1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from vlmprune.runtime.videos import VideoClip
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from torch import nn
 
     from vlmprune.patches import Family
     from vlmprune.runtime.frames import FramesAsPictures
@@ -422,16 +423,12 @@ def model_inputs(loaded: Loaded, visuals: Sequence[Image.Image | VideoClip], pro
     Raises:
         UserError: placeholders and pictures or videos do not match, or the processor cannot prepare them.
     """
-    processor, model = loaded.processor, loaded.model
-    images, clips = (
-        [v for v in visuals if not isinstance(v, VideoClip)],
-        [v for v in visuals if isinstance(v, VideoClip)],
-    )
+    processor = loaded.processor
+    images = [visual for visual in visuals if not isinstance(visual, VideoClip)]
+    clips = [visual for visual in visuals if isinstance(visual, VideoClip)]
     check_text(prompt, "the prompt")
     if clips:
         check_video_part(loaded)
-        if isinstance(processor.image_processor, FewerPixels):
-            raise UserError("downsample makes pictures of this model smaller, and videos as they are: leave it out.")
     text = prompt_text(processor, {"image": len(images), "video": len(clips)}, prompt)
     check_shapes(processor, images)
     given: dict[str, Any] = started_once(processor, text)
@@ -443,26 +440,28 @@ def model_inputs(loaded: Loaded, visuals: Sequence[Image.Image | VideoClip], pro
     try:
         inputs = processor(text=text, return_tensors="pt", **given)
     except (ValueError, TypeError, ZeroDivisionError) as error:
-        what = " and ".join(name for name, some in (("pictures", images), ("videos", clips)) if some)
+        what = " and ".join(filter(None, ("pictures" * bool(images), "videos" * bool(clips))))
         raise UserError(f"the model's processor cannot prepare these {what} and this prompt: {brief(error)}") from error
-    inputs = {name: torch_of(value).to(model.device) for name, value in inputs.items()}
-    return {name: x.to(model.dtype) if name.startswith("pixel_values") else x for name, x in inputs.items()}
+    return {name: moved(name, value, loaded.model) for name, value in inputs.items()}
 
 
-def torch_of(value: Any) -> torch.Tensor:
-    """A processor's number or numbers as a tensor."""
+def moved(name: str, value: Any, model: nn.Module) -> torch.Tensor:
+    """A processor's number or numbers as a tensor on a model's device, pixels in its dtype."""
     import torch
 
-    return torch.as_tensor(value)
+    return torch.as_tensor(value).to(model.device, model.dtype if name.startswith("pixel_values") else None)
 
 
 def check_video_part(loaded: Loaded) -> None:
     """Refuse videos where nothing prepares them, and say what does where it is not the model's own video processor.
 
     Raises:
-        UserError: the processor has no part for them.
+        UserError: the processor has no part for them, or makes pictures smaller, which it would not do to videos.
     """
     from vlmprune.runtime.frames import FramesAsPictures
+
+    if isinstance(loaded.processor.image_processor, FewerPixels):
+        raise UserError("downsample makes pictures of this model smaller, and videos as they are: leave it out.")
 
     part = getattr(loaded.processor, "video_processor", None)
     if part is None:
@@ -483,14 +482,21 @@ def prompt_text(processor: Any, given: dict[str, int], prompt: str) -> str:
     own = {kind: getattr(processor, f"{kind}_token", None) for kind in given}
     tokens = {kind: token or f"<{kind}>" for kind, token in own.items() if token or given[kind]}
     if any(token in prompt for token in tokens.values()):
-        text, made = prompt, "the prompt has"
-    elif getattr(processor, "chat_template", None):
+        return agreeing(prompt, "the prompt has", tokens, given)
+    if getattr(processor, "chat_template", None):
         content = [{"type": kind} for kind, count in given.items() for _ in range(count)]
         content.append({"type": "text", "text": prompt})
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        made = "the model's chat template writes"
-    else:
-        return "".join(token * given[kind] for kind, token in tokens.items()) + f"\n{prompt}"
+        return agreeing(text, "the model's chat template writes", tokens, given)
+    return "".join(token * given[kind] for kind, token in tokens.items()) + f"\n{prompt}"
+
+
+def agreeing(text: str, made: str, tokens: dict[str, str], given: dict[str, int]) -> str:
+    """A text, found to have as many placeholders of each kind as there are pictures or videos.
+
+    Raises:
+        UserError: it has more or fewer.
+    """
     for kind, token in tokens.items():
         if (written := text.count(token)) != (count := given[kind]):
             there = counted(count, {"image": "picture"}.get(kind, kind))
@@ -533,6 +539,13 @@ def warn_of_photographs(name: str, count: int) -> None:
         look = "looks" if count == 1 else "look"
         they = f"{counted(count, 'picture')} {look}"
         note(f"{name} knows drawn scenes only, and {they} like none: its answers about photographs mean nothing")
+
+
+def warn_of_words(loaded: Loaded, prompts: Iterable[str]) -> None:
+    """Name the words of prompts that an embedded model does not know."""
+    known = dict.fromkeys(prompts) if loaded.source.embedded else ()
+    if strange := list(dict.fromkeys(word for prompt in known for word in unknown_words(loaded, prompt))):
+        note(f"{loaded.source.name} does not know these words: {', '.join(strange)}")
 
 
 def unknown_words(loaded: Loaded, prompt: str) -> list[str]:

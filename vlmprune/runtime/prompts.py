@@ -193,15 +193,7 @@ def is_object(line: str) -> bool:
 
 def parse_object(line: str, where: str) -> tuple[str | None, str, tuple[str, ...]]:
     """Image (None for all), prompt and right answers (`answer`: a text or a list of them) of one JSON line."""
-    wanted = 'expected {"image": "a.jpg", "prompt": "what is this?"}'
-    try:
-        value: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({brief(error)}); {wanted}.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: not a JSON object; {wanted}.")
-    if "prompt" not in value:
-        raise UserError(f"{where}: it has no 'prompt', only {', '.join(map(repr, value)) or 'nothing'}; {wanted}.")
+    value = object_in(line, where)
     prompt, image = value["prompt"], value.get("image", value.get("video"))
     if not is_text(prompt) or not prompt.strip():
         raise UserError(f"{where}: the prompt must be a text that is not empty, and it is {prompt!r}.")
@@ -213,6 +205,20 @@ def parse_object(line: str, where: str) -> tuple[str | None, str, tuple[str, ...
     if not all(is_text(answer) for answer in answers):
         raise UserError(f"{where}: the answer must be a text or a list of texts, and it is {value['answer']!r}.")
     return image, prompt.strip(), tuple(answers)
+
+
+def object_in(line: str, where: str) -> dict[str, Any]:
+    """The JSON object of a line, which has a prompt."""
+    wanted = 'expected {"image": "a.jpg", "prompt": "what is this?"}'
+    try:
+        value: Any = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({brief(error)}); {wanted}.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object; {wanted}.")
+    if "prompt" not in value:
+        raise UserError(f"{where}: it has no 'prompt', only {', '.join(map(repr, value)) or 'nothing'}; {wanted}.")
+    return value
 
 
 def is_text(value: Any) -> bool:

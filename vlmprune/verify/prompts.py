@@ -82,21 +82,23 @@ def make_prompt(
     pictures, images = pictures_of(family, inner, sizes, generator)
     films, frames = videos_of(family, inner, sum(part == "video" for part in parts), generator)
     features = {"image": (sum(grid.tokens for grid in picture) for picture in images), "video": repeat(frames)}
-    ids = [
-        random_text(family, inner, (part,), generator)
-        if isinstance(part, int)
-        else placeholders(family, inner, part, next(features[part]), generator)
-        for part in parts
-    ]
+    ids = []
+    for part in parts:
+        if isinstance(part, int):
+            ids.append(random_text(family, inner, (part,), generator))
+        else:
+            ids.append(placeholders(family, inner, part, next(features[part]), generator))
     tokens = torch.cat(ids)[None]
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)} | pictures | films
     inputs |= family.said_of(inner, tokens)
     if family.alike and "video" in parts:  # what their ids do not tell
         inputs["mm_token_type_ids"] = 2 * inputs["mm_token_type_ids"]
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
+    return moved(model, inputs)
+
+
+def moved(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inputs on a model's device, floating-point ones in its dtype."""
+    return {name: x.to(model.device, model.dtype if x.is_floating_point() else None) for name, x in inputs.items()}
 
 
 def placeholders(
@@ -159,14 +161,17 @@ def pictures_of(
         return filled_up(family, inner, sizes, generator)
     if family.runs or family.listed:
         return tiled(family, inner, sizes, generator)
-    given, tile = {"image_sizes": torch.tensor(sizes)}, side_of(family, inner)
-    if "batch_num_images" in inspect.signature(inner.get_image_features).parameters:
-        given["batch_num_images"] = torch.tensor([len(sizes)])
-    known = family.sizes("image", given) if family.needs_sizes else list(sizes)
-    views = max(family.grid(inner, size)[0] for size in known)
-    pixels = random_pixels((len(sizes), *((views,) if family.views else ()), 3, tile, tile), generator)
-    inputs = {"pixel_values": pixels} | (given if family.needs_sizes else {})
-    return inputs, [[family.image_grid(inner, size)] for size in known]
+    given: dict[str, torch.Tensor] = {}
+    known: Sequence[tuple[int, int]] = sizes
+    if family.needs_sizes:
+        given["image_sizes"] = torch.tensor(sizes)
+        if "batch_num_images" in inspect.signature(inner.get_image_features).parameters:
+            given["batch_num_images"] = torch.tensor([len(sizes)])
+        known = family.sizes("image", given)
+    views = (max(family.grid(inner, size)[0] for size in known),) if family.views else ()
+    tile = side_of(family, inner)
+    given["pixel_values"] = random_pixels((len(sizes), *views, 3, tile, tile), generator)
+    return given, [[family.image_grid(inner, size)] for size in known]
 
 
 def filled_up(
@@ -250,17 +255,19 @@ def check_rotary(language_model: nn.Module, prompts: Sequence[dict[str, Any]]) -
 
 def batch(prompts: Sequence[dict[str, Any]], side: str) -> dict[str, Any]:
     """Single prompts as one batch, padded on the left or right side; views are padded as processors pad them."""
-    width = max(prompt["input_ids"].shape[1] for prompt in prompts)
-    # padding is hidden: any token will do, and the last one of the row is no placeholder
-    ids = [padded(prompt["input_ids"], width, side, int(prompt["input_ids"][0, -1])) for prompt in prompts]
-    masks = [padded(prompt["attention_mask"], width, side, 0) for prompt in prompts]
-    out = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
-    for name in SAID.intersection(prompts[0]):
-        out[name] = torch.cat([padded(prompt[name], width, side, 0) for prompt in prompts])
     if "image_sizes" in prompts[0] and prompts[0]["pixel_values"].ndim == 4:
         prompts = equal_sizes(prompts)
-    others = dict.fromkeys(name for name in chain(*prompts) if name not in out)
-    return out | {name: joined(name, [prompt[name] for prompt in prompts if name in prompt]) for name in others}
+    width = max(prompt["input_ids"].shape[1] for prompt in prompts)
+    rows = [padded_prompt(prompt, width, side) for prompt in prompts]
+    names = dict.fromkeys(chain(*rows))
+    return {name: joined(name, [row[name] for row in rows if name in row]) for name in names}
+
+
+def padded_prompt(prompt: dict[str, Any], width: int, side: str) -> dict[str, Any]:
+    """A prompt with all that has an entry per token at a width."""
+    # padding is hidden: any token will do, and the last one of the row is no placeholder
+    fills = {"input_ids": int(prompt["input_ids"][0, -1]), "attention_mask": 0} | dict.fromkeys(SAID, 0)
+    return {name: padded(x, width, side, fills[name]) if name in fills else x for name, x in prompt.items()}
 
 
 def joined(name: str, values: list[torch.Tensor]) -> torch.Tensor:

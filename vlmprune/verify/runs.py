@@ -95,27 +95,27 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
     inputs = inputs if padded else without(inputs, "attention_mask")
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
     every = torch.arange(len(mask), device=mask.device)
-    first, on_axes = {"use_cache": True, "logits_to_keep": 1}, family.axes > 1
-    if not on_axes:
-        first["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0) + family.origin
+    on_axes = family.axes > 1
+    counted = {} if on_axes else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0) + family.origin}
     with last_hidden(family.inner(model)) as seen:
-        out = model(**inputs, **first)
+        out = model(**inputs, **counted, use_cache=True, logits_to_keep=1)
     hidden, cache = seen[0], returned_cache(out)
     held = attending(cache)
-    lengths = [layer.keys.shape[2] for layer in held.values()]
+    lengths = [layer.keys.shape[2] for layer in held.values()]  # they grow under way
     logits = [model.get_output_embeddings()(hidden[every, last])]
     place = mask.sum(1, keepdim=True) + family.origin
+    if on_axes and has_pictures(inputs):
+        place = place + family.inner(model).rope_deltas
     if on_axes:
-        place = place + (family.inner(model).rope_deltas if has_pictures(inputs) else 0)
-    for token in forced:
+        place = place.expand(family.axes, -1, -1)
+    for step, token in enumerate(forced):
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
-        ids = mask.new_full((len(mask), 1), token)
         given = {"attention_mask": mask} if padded else {}
-        if not alone or not on_axes:
-            given["position_ids"] = place.expand(family.axes, -1, -1) if on_axes else place
+        if not (alone and on_axes):
+            given["position_ids"] = place + step
+        ids = mask.new_full((len(mask), 1), token)
         out = model(input_ids=ids, use_cache=True, **given, **with_cache(cache))
         logits.append(out.logits[:, -1])
-        place = place + 1
     keys, values = [layer.keys for layer in held.values()], [layer.values for layer in held.values()]
     return Run(hidden, torch.stack(logits, 1), lengths, keys, values, list(held))
 
@@ -293,16 +293,14 @@ def masked(
     masks: dict[Any, torch.Tensor] = {}
     with masks_allowed(language_model):
         for index, layer in enumerate(language_model.layers):
-            hidden = hidden + more[index - 1] if 0 < index <= len(more) else hidden
+            if 0 < index <= len(more):
+                hidden = hidden + more[index - 1]
             for cut in (cut for cut in cuts if cut.layer == index):
                 gone, merging = taken(cut, rows.images, alive)
-                for flow in merging:
-                    hidden = flow.apply(hidden)
-                    more = [flow.apply(x) if later >= index else x for later, x in enumerate(more)]
-                alive &= ~gone
+                hidden, *more[index:] = [merged(x, merging) for x in (hidden, *more[index:])]
+                alive, masks = alive & ~gone, {}
                 if cut.positions == "contiguous":
                     place = place - gone.cumsum(0)
-                masks = {}
             if (window := window_of(layer)) == RECURRENT:  # a state cannot be masked: what is gone is left out
                 left = layer(hidden[:, alive], position_embeddings=None, attention_mask=None)
                 hidden = hidden.index_copy(1, alive.nonzero().flatten(), left)
@@ -317,6 +315,13 @@ def masked(
             )
         out = language_model.norm(hidden)[0, -1 - len(forced) :]
     return model.get_output_embeddings()(out)
+
+
+def merged(hidden: torch.Tensor, merging: Sequence[Flow]) -> torch.Tensor:
+    """`(1, length, dim)` after all flows."""
+    for flow in merging:
+        hidden = flow.apply(hidden)
+    return hidden
 
 
 def taken(cut: CutTrace, images: Sequence[Sequence[int]], alive: torch.Tensor) -> tuple[torch.Tensor, list[Flow]]:

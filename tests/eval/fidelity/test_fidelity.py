@@ -13,9 +13,9 @@ import torch
 
 import vlmprune
 from vlmprune.eval.fidelity import measure as fidelity
-from vlmprune.eval.fidelity import report as fidelity_report
 from vlmprune.eval.fidelity.labels import Labels
 from vlmprune.eval.fidelity.measure import Compared, StudyEntry, StudyRow
+from vlmprune.eval.fidelity.tables import in_words
 from vlmprune.eval.statistics import Estimate
 
 LONG = 6
@@ -257,9 +257,9 @@ def test_equal_values_have_an_interval_too():
 
 def test_few_pictures_are_said_beside_the_number():
     lines = fidelity.summarise([entry()], [row(name) for name in "wxyz"])
-    assert "only 4 pictures" in fidelity_report.in_words(lines[0], 4)
-    assert "only 1 picture:" in fidelity_report.in_words(lines[0], 1)
-    assert "only" not in fidelity_report.in_words(lines[0], 20)
+    assert "only 4 pictures" in in_words(lines[0], 4)
+    assert "only 1 picture:" in in_words(lines[0], 1)
+    assert "only" not in in_words(lines[0], 20)
 
 
 def test_difference_to_random_is_paired_and_seeds_are_averaged():

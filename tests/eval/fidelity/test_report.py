@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vlmprune.eval.fidelity import report
+from vlmprune.eval.fidelity.cards import Card
 from vlmprune.eval.fidelity.labels import Labels
 from vlmprune.eval.fidelity.measure import Compared, StudyEntry, StudyRow
 from vlmprune.runtime.draw import Panel
@@ -30,7 +31,7 @@ def study():
     rows = [row(name, ENTRY.label, agrees=name != STRANGE) for name in pictures]
     rows += [row(name, RANDOM.label, seed, agrees=False) for name in pictures for seed in (0, 1)]
     panels = [Panel("", lines, [Image.new("RGB", (8, 8))]) for lines in ([], ["1 of 9 patches"])]
-    cards = {ENTRY.label: [report.Card(one, *panels) for one in rows[:2]]}
+    cards = {ENTRY.label: [Card(one, *panels) for one in rows[:2]]}
     about = {
         "model": "m",
         "max_new_tokens": 4,

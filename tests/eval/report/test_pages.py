@@ -14,6 +14,7 @@ from PIL import Image
 from vlmprune.eval.bench import page as bench_page
 from vlmprune.eval.bench.compare import changes, differing_settings
 from vlmprune.eval.fidelity import report as fidelity
+from vlmprune.eval.fidelity.cards import Card
 from vlmprune.eval.fidelity.costs import EntryCosts
 from vlmprune.eval.fidelity.labels import Labels
 from vlmprune.eval.fidelity.measure import Compared, StudyEntry, StudyRow
@@ -59,9 +60,7 @@ def costs_of(entry):
 def fidelity_page(folder):
     rows = [row for entry in ENTRIES for row in rows_of(entry)]
     picture = Panel("", [], [Image.new("RGB", (256, 256), "gray")])
-    cards = {
-        entry.label: [fidelity.Card(rows_of(entry)[-1], picture, picture, ("a red circle",))] for entry in ENTRIES[:6]
-    }
+    cards = {entry.label: [Card(rows_of(entry)[-1], picture, picture, ("a red circle",))] for entry in ENTRIES[:6]}
     about = {
         "model": "m",
         "max_new_tokens": 16,
