@@ -180,11 +180,12 @@ def servable(model: str | None, shape: str | None, scratch: Path) -> Path:
 
 
 def rival_size(served: Any, size: tuple[int, int], kept: int) -> tuple[int, int] | None:
-    """The size to which a picture is shrunk beforehand to have about `kept` tokens; None where size changes nothing."""
+    """The size to which a picture is shrunk beforehand to have about `kept` tokens; None where none has fewer."""
     if not served.family.needs_sizes:
         return None
     sizes = {tuple(max(1, round(edge * share / 32)) for edge in size) for share in range(1, 33)}
-    return min(sizes, key=lambda one: (abs(served.grid(one).tokens - kept), -one[0] * one[1]))
+    fewer = [one for one in sizes if served.grid(one).tokens < served.grid(size).tokens]
+    return min(fewer, key=lambda one: (abs(served.grid(one).tokens - kept), -one[0] * one[1]), default=None)
 
 
 def run(runner: Runner, numbers: Iterator[int], requests: int, flying: int, longest: int) -> Timed:

@@ -13,7 +13,12 @@ from vlmprune.errors import did_you_mean
 
 __all__ = ["SHAPES", "Shape", "build", "find_shape"]
 
-NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+def pinpoints(tile: int) -> list[list[int]]:
+    """Sizes into which LLaVA-1.6 puts pictures, for tiles of `tile` pixels."""
+    return [[tile * down, tile * across] for down, across in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+
+
 CLIP_L = {
     "model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
@@ -140,7 +145,7 @@ SHAPES: dict[str, Shape] = {
             "llava-next-7b",
             "llava_next",
             "CLIP-L/336, Vicuna-7B; 672 x 672 pixels are 2880 patches",
-            composed("llava_next", CLIP_L, VICUNA_7B, image_token_index=32000, image_grid_pinpoints=NEXT_PINPOINTS),
+            composed("llava_next", CLIP_L, VICUNA_7B, image_token_index=32000, image_grid_pinpoints=pinpoints(336)),
         ),
         Shape(
             "llava-onevision-7b",
@@ -233,6 +238,18 @@ SHAPES: dict[str, Shape] = {
             "llava_next",
             "small with a thumbnail and four crops; 2880 patches",
             composed("llava_next", SMALL_TOWER, SMALL_TEXT, image_token_index=5, image_grid_pinpoints=[[384, 384]]),
+        ),
+        Shape(
+            "small-half-next",
+            "llava_next",
+            "small-half with a thumbnail and up to four crops, a quarter as large; 720 patches, fewer of fewer crops",
+            composed(
+                "llava_next",
+                SMALL_TOWER | {"image_size": 96},
+                SMALL_TEXT | {"num_hidden_layers": 12},
+                image_token_index=5,
+                image_grid_pinpoints=pinpoints(96),
+            ),
         ),
     )
 }

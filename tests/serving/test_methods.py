@@ -5,10 +5,13 @@ Every method that is served, at two budgets (the engine's own, and one that requ
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import scenes
 import serving_models
-from serving_engine import agree, content_number, expected, questions
+import torch
+from serving_engine import agree, clear, content_number, expected, questions
 
 from vlmprune import registry
 from vlmprune.serving.choice import refusals
@@ -73,6 +76,37 @@ def test_every_served_method_at_two_budgets(engines, onevision, model, name, rec
             options["seed"] = content_number(engine, prompt.images[0])
         wanted += expected(model, [prompt], name, **options)
     record_property("worst", agree(found, wanted))
+
+
+@pytest.mark.parametrize(("model", "name"), sorted(ROUNDED))
+def test_of_what_rounding_decides_everything_else_is_equal(engines, onevision, model, name, monkeypatch):
+    """The same is seen to the last digits, as many are kept, and of the same choice the answers are the same."""
+    cls, keep = registry.find(name), MODELS[model][1]
+    own, made, exchanged = cls.reduce, [], []
+
+    def note(self, seen, layout):
+        made.append((list(seen.values()), own(self, seen, layout)))
+        return made[-1][1]
+
+    def follow(self, seen, layout):
+        (there, told), mine = made[0], own(self, seen, layout)
+        for one, other in zip(seen.values(), there, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+        assert mine.counts == told.counts
+        exchanged.append((mine.keep & ~told.keep).sum().item() / mine.counts[0])
+        return replace(mine, keep=told.keep)
+
+    folder = onevision if model == "onevision" else model
+    prompts = serving_models.prompts(60) if model == "onevision" else questions(model)
+    engine, found, wanted = engines(folder, name, keep=keep), [], []
+    for prompt in prompts:
+        clear(engine.llm)
+        monkeypatch.setattr(cls, "reduce", note)
+        found += engine.ask([prompt])
+        del made[:-1]  # before it there may be noise
+        monkeypatch.setattr(cls, "reduce", follow)
+        wanted += expected(folder, [prompt], name, keep=keep)
+    print("worst", agree(found, wanted), "exchanged", exchanged)
 
 
 SETTINGS = [

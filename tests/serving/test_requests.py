@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import serving_models
 import torch
-from serving_engine import Prompt, agree, content_number, expected, questions, several
+from serving_engine import Prompt, agree, clear, content_number, expected, questions, runner_of, several
 
 from vlmprune import registry
 
@@ -54,9 +54,8 @@ def test_a_prefill_that_ends_inside_a_picture(engines, asked):
     engine, options = engines("scene-qwen", "fopru", keep=0.6, engine=few), {"keep": 0.6}
     wanted = expected("scene-qwen", prompts, "fopru", **options)
     assert max(answer.prompt for answer in wanted) > 2 * 48
-    runner = engine.llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    engine.llm.reset_mm_cache()
-    engine.llm.reset_prefix_cache()
+    runner = runner_of(engine.llm)
+    clear(engine.llm)
     runner.is_multimodal_pruning_enabled = asked
     try:
         agree(engine.ask(prompts), wanted)
@@ -106,9 +105,7 @@ def test_the_picture_decides_what_random_keeps(engines):
     engine.inner.embed_multimodal = lambda **kwargs: seen.extend(rows(**kwargs)) or seen[-len(kwargs["pixel_values"]) :]
     try:
         for prompt in pairs:
-            engine.llm.reset_mm_cache()
-            engine.llm.llm_engine.reset_encoder_cache()
-            engine.llm.reset_prefix_cache()
+            clear(engine.llm)
             engine.ask([prompt])
     finally:
         del engine.inner.embed_multimodal

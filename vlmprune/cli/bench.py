@@ -32,8 +32,8 @@ examples:
 
 shapes, with random weights made on the device (no download): llava-1.5-7b, llava-next-7b, llava-onevision-7b,
 qwen2.5-vl-7b, qwen3-vl-8b, internvl3.5-8b, scene-llava, small (the default: a 0.3 B language model for two CPU cores),
-small-half (half of that, the default of --engine), small-next (small with five views), and small-qwen2.5-vl,
-small-qwen3-vl and small-internvl (0.2 B language models).
+small-half (half of that, the default of --engine), small-next (small with five views), small-half-next (small-half with
+five views of fewer patches), and small-qwen2.5-vl, small-qwen3-vl and small-internvl (0.2 B language models).
 Prompts are random text around one random picture: times do not depend on what it shows.
 """
 

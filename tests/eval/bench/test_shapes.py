@@ -30,6 +30,7 @@ def size(module):
         ("small", (0.3, 0.4), 576, 576),
         ("small-half", (0.15, 0.2), 576, 576),
         ("small-next", (0.3, 0.4), 2880, 2928),
+        ("small-half-next", (0.15, 0.2), 720, 744),
         ("scene-llava", (0.0, 0.01), 256, 256),
         ("qwen2.5-vl-7b", (8.29, 8.30), 576, 576),  # as the checkpoints have
         ("qwen3-vl-8b", (8.76, 8.77), 576, 576),
