@@ -206,13 +206,17 @@ def build(
     classes = {part: find(part, none) for part in parts if isinstance(part, str)}
     shares = shared_out(options, classes)
     made = [make(part, classes[part], shares[part]) if isinstance(part, str) else part for part in parts]
-    told = []
     for one in made:
         one.check_fields()
-        told += filter(None, (unlikely(getattr(one, word, None), word) for word in BUDGETS))
-    for text in told:
+    for text in small_budgets(made):
         warnings.warn(text, SmallBudgetWarning, stacklevel=3)
     return made
+
+
+def small_budgets(made: Iterable[Method]) -> list[str]:
+    """What to say of counts that were hardly meant."""
+    told = (unlikely(getattr(one, word, None), word) for one in made for word in BUDGETS)
+    return list(filter(None, told))
 
 
 def parts_of(method: Any) -> list[str | Method]:

@@ -96,18 +96,19 @@ def calibrate(
     }
     with search.within(TIME), Bar(trials) as bar:
         start = measured(search, entry, {}, 0, pictures)
-        made = [] if start is None else [start]
-        while made and len(made) <= trials:
+        if start is None:
+            return []
+        made = [start]
+        while len(made) <= trials:
             asked = study.ask(spaces)
             options = {name: float(f"{value:.4g}") for name, value in asked.params.items()}
-            one = tried(search, entry, options, len(made), pictures, made[0])
+            one = tried(search, entry, options, len(made), pictures, start)
             if one is None:
+                note(f"{len(made) - 1} of {trials} trials done")
                 break
-            study.tell(asked, one.kl if one.kl is not None and not one.why else WORST)
+            study.tell(asked, WORST if one.kl is None or one.why else one.kl)
             made.append(one)
             bar.step()
-    if made and len(made) <= trials:
-        note(f"{len(made) - 1} of {trials} trials done")
     return made
 
 

@@ -184,11 +184,8 @@ class Tuning:
         pairs = [pair for pair in self.pairs if pair.picture in wanted]
         todo = fidelity_run.Todo(self.journal, entries, pairs)
         left = todo.left()
-        size = 4 * self.batch
-        for start in range(0, len(left), size):
-            if self.over:
-                break
-            some = left[start : start + size]
+        while left and not self.over:
+            some, left = left[: 4 * self.batch], left[4 * self.batch :]
             try:
                 self.ask(entries, some)
             except CommandError:
@@ -197,9 +194,7 @@ class Tuning:
                 entries = [entry for entry in entries if self.takes(entry, some)]
                 todo = fidelity_run.Todo(self.journal, entries, pairs)
         by_label: dict[str, list[StudyRow]] = {}
-        if not entries:
-            return by_label
-        for row in todo.rows():
+        for row in todo.rows() if entries else ():
             by_label.setdefault(row.label, []).append(row)
         return by_label
 
