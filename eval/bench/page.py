@@ -93,21 +93,26 @@ def chart(results: dict[str, Any]) -> Chart:
         "kv": "cache, MB",
         "flops": "counted GFLOPs",
     }
-    batches = list(dict.fromkeys(cell["batch"] for cell in results["cells"]))
+    by_batch: dict[int, list[dict[str, Any]]] = {}
+    for cell in results["cells"]:
+        by_batch.setdefault(cell["batch"], []).append(cell)
     bases = {one["batch"]: one for one in results["unpruned"]}
     points = []
-    for panel, batch in enumerate(batches):
-        cells = [cell for cell in results["cells"] if cell["batch"] == batch]
-        plain = cells[0]["first_token_ms"]["unpruned"]
+    for panel, (batch, cells) in enumerate(by_batch.items()):
         x = {"tokens": cells[0]["tokens"]["visual"]} | needs(bases[batch])
-        points.append(point("", "unpruned", x, plain, panel, full=True))
+        points.append(point("", "unpruned", x, cells[0]["first_token_ms"]["unpruned"], panel, full=True))
         for cell in cells:
-            x = {"tokens": cell["tokens"]["layer_average"]} | needs(cell)
-            name = f"{cell['method']} {cell['budget']}"
-            points.append(point(cell["method"], name, x, cell["first_token_ms"]["pruned"], panel))
-            points.append(point(ORACLE, f"oracle of {name}", x, cell["first_token_ms"]["oracle"], panel))
-    panels = {f"batch {batch}": f"first token, ms (batch {batch})" for batch in batches}
+            points += both(cell, panel)
+    panels = {f"batch {batch}": f"first token, ms (batch {batch})" for batch in by_batch}
     return Chart(axes, panels, points, {ORACLE, *blind(cell["method"] for cell in results["cells"])}, {ORACLE})
+
+
+def both(cell: dict[str, Any], panel: int) -> list[Mark]:
+    """A cell's method, and its oracle."""
+    x, name = {"tokens": cell["tokens"]["layer_average"]} | needs(cell), f"{cell['method']} {cell['budget']}"
+    times = cell["first_token_ms"]
+    method = point(cell["method"], name, x, times["pruned"], panel)
+    return [method, point(ORACLE, f"oracle of {name}", x, times["oracle"], panel)]
 
 
 def needs(cell: dict[str, Any]) -> dict[str, float]:

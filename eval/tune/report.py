@@ -22,7 +22,7 @@ from vlmprune.eval.tune.judge import CONFIDENCE
 from vlmprune.eval.tune.run import Candidate, Goal
 from vlmprune.eval.tune.search import FINALISTS
 from vlmprune.recipe import Recipe
-from vlmprune.runtime.files import write_whole
+from vlmprune.runtime.files import write_all
 from vlmprune.runtime.loading import Loaded
 from vlmprune.runtime.prompts import Pair
 from vlmprune.runtime.tables import counted
@@ -242,8 +242,7 @@ def write(result: Result, loaded: Loaded, pairs: Sequence[Pair], count: int, fol
     files[RECIPE] = recipe(result, date.today().isoformat()).text().encode()
     if cards:
         files[SHEET] = sheet_of(best.label, cards)
-    for name, content in files.items():
-        write_whole(folder / name, content)
+    write_all(folder, files)
 
 
 def build(result: Result, title: str, cards: Sequence[Captioned], folder: Path) -> list[Block]:
