@@ -44,13 +44,17 @@ def read_value(value: Any) -> Any:
     Raises:
         ValueError: a list that is not closed or has a list in it.
     """
+    if isinstance(value, str):
+        return read_text(value.strip(), value)
     if isinstance(value, float) and value < 0 and value.is_integer():
         return int(value)
-    if not isinstance(value, str):
-        return tuple(value) if isinstance(value, list) else value
-    text = value.strip()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read_text(text: str, whole: str) -> Any:
+    """`read_value` of a text without the spaces around it; errors call it `whole`."""
     if text[:1] in CLOSING:
-        return read_list(value)
+        return read_list(whole)
     if text in WORDS:
         return WORDS[text]
     number, quoted = read_number(text), QUOTED.fullmatch(text)
