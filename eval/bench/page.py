@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -142,13 +141,4 @@ def changes(changed: Changes | None) -> list[Block]:
 def repeat(results: dict[str, Any]) -> list[Block]:
     """How to measure it again."""
     settings = {name: value for name, value in results["settings"].items() if name != "replaced"}
-    return document.repeat(settings | results["machine"], command(results["asked"]))
-
-
-def command(asked: dict[str, Any]) -> str:
-    """The flags that mean these settings."""
-    told = ["vlmprune bench"]
-    for name, value in asked.items():
-        for one in value if isinstance(value, list) else [value]:
-            told += [] if one is None else [f"--{name.replace('_', '-')} {shlex.quote(str(one))}"]
-    return " ".join(told)
+    return document.repeat(settings | results["machine"], document.command("bench", results["asked"]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import islice, product
@@ -162,6 +162,10 @@ class CostBook:
         inputs = fidelity.collate([one.inputs for one in some], fidelity_run.padding_of(self.loaded))
         full = guarded(fidelity.reference, self.loaded.model, inputs, self.longest)
         return some, inputs, int(full.real.sum(1).max())
+
+    def of_all(self, entries: Iterable[StudyEntry]) -> dict[str, EntryCosts]:
+        """What entries cost, by label."""
+        return {entry.label: self.of(entry) for entry in entries}
 
     def of(self, entry: StudyEntry) -> EntryCosts:
         """What an entry costs, measured where that is not known, and kept."""

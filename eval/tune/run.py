@@ -113,6 +113,15 @@ class Tuning:
         """Whether there is no time left, or the user said stop."""
         return self.interrupted or self.now() > self.end
 
+    @property
+    def complete(self) -> bool:
+        """Whether there was time for everything."""
+        return not self.over and not self.untimed
+
+    def told_untimed(self) -> str:
+        """How much was not tried at all; nothing where all was."""
+        return f", {counted(len(self.untimed), 'candidate')} not tried at all" if self.untimed else ""
+
     @contextmanager
     def within(self, share: float) -> Iterator[None]:
         """Time is over when this share of what is left is."""
