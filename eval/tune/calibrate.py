@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmprune.eval.fidelity.measure import StudyEntry
 from vlmprune.parts.options import Range
-from vlmprune.runtime.errors import CommandError, UserError
+from vlmprune.runtime.errors import CommandError, UserError, extra
 from vlmprune.runtime.status import Bar, note, status
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ def optuna() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import optuna as found
-    except ImportError:
-        raise UserError("--method searches options by Optuna: pip install 'vlmprune[tune]'.") from None
+    found = extra("optuna", "--method searches options by Optuna: pip install 'vlmprune[tune]'.")
     found.logging.set_verbosity(found.logging.WARNING)
     return found
 
