@@ -69,15 +69,16 @@ class Tree:
         if not equals or not all(steps):
             raise Mistakes([(where, "write KEY=VALUE, such as limit=20 or runs.0.batch_size=8.")])
         try:
-            key = self.put(steps, lambda: read_tree(text, where).value)
+            holder, key = self.room(steps)
         except ValueError as error:
             alone = steps[0] == "runs" and ("runs",) not in self.origin
             only = f" The file is about one model: write {'.'.join(steps[2:])}={text}." if alone else ""
             raise Mistakes([(where, f"{error}{only}")]) from None
+        holder[key[-1]] = read_tree(text, where).value
         self.origin = {at: told for at, told in self.origin.items() if at[: len(key)] != key} | {key: where}
 
-    def put(self, steps: list[str], made: Callable[[], Any]) -> Key:
-        """Give the place that steps lead to another value, and return its key.
+    def room(self, steps: list[str]) -> tuple[Any, Key]:
+        """As `find`, with a place for the last step.
 
         Raises:
             ValueError: there is no such place.
@@ -86,8 +87,7 @@ class Tree:
         holder, key = self.find(steps)
         if isinstance(holder, list) and key[-1] == len(holder):
             holder.append(None)
-        holder[key[-1]] = made()
-        return key
+        return holder, key
 
     def find(self, steps: list[str]) -> tuple[Any, Key]:
         """The dict or list that the last step is in, with the whole key; those on the way are made.
