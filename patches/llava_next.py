@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,7 +10,14 @@ from torch import nn
 
 from vlmprune.patches.base import Family
 
-__all__ = ["LlavaNext"]
+__all__ = ["LlavaNext", "anyres_grid"]
+
+
+def anyres_grid(host: ModuleType, inner: nn.Module, size: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """Views of a picture of `size` and the grid of its crops, by the functions of the host's own file."""
+    tile, pinpoints = inner.config.vision_config.image_size, inner.config.image_grid_pinpoints
+    views = host.image_size_to_num_patches(size, pinpoints, tile)
+    return views, host.get_anyres_image_grid_shape(size, pinpoints, tile)
 
 
 class LlavaNext(Family):
@@ -25,9 +33,7 @@ class LlavaNext(Family):
         # imported late: transformers' model files take seconds to load, and `vlmprune --help` needs none
         from transformers.models.llava_next import modeling_llava_next as host
 
-        tile, pinpoints = inner.config.vision_config.image_size, inner.config.image_grid_pinpoints
-        views = host.image_size_to_num_patches(size, pinpoints, tile)
-        return views, host.get_anyres_image_grid_shape(size, pinpoints, tile)
+        return anyres_grid(host, inner, size)
 
     def pack(self, inner: nn.Module, views: torch.Tensor, newline: torch.Tensor, size: Any) -> torch.Tensor:
         strategy = inner.config.vision_feature_select_strategy

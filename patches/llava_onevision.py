@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from vlmprune.patches.base import Family
+from vlmprune.patches.llava_next import anyres_grid
 
 __all__ = ["LlavaOnevision"]
 
@@ -45,9 +46,7 @@ class LlavaOnevision(Family):
         # imported late: transformers' model files take seconds to load, and `vlmprune --help` needs none
         from transformers.models.llava_onevision import modeling_llava_onevision as host
 
-        tile, pinpoints = inner.config.vision_config.image_size, inner.config.image_grid_pinpoints
-        views = host.image_size_to_num_patches(size, pinpoints, tile)
-        return views, host.get_anyres_image_grid_shape(size, pinpoints, tile)
+        return anyres_grid(host, inner, size)
 
     def pack(self, inner: nn.Module, views: torch.Tensor, newline: torch.Tensor, size: Any) -> torch.Tensor:
         ratio = inner.config.vision_aspect_ratio

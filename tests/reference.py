@@ -47,6 +47,23 @@ class Rule:
         return into, [r / total[t] if r else 0.0 for t, r in zip(into, raw, strict=True)]
 
 
+#: Cuts of models whose positions lie on several axes, where there is nothing to close.
+ON_AXES = {
+    "0": [Rule(0, positions="original")],
+    "1": [Rule(1, positions="original")],
+    "2": [Rule(2, positions="original")],
+    "3": [Rule(3, positions="original")],
+    "several": [
+        Rule(0, 2, positions="original"),
+        Rule(2, 5, 3, positions="original"),
+        Rule(3, 4, 3, positions="original"),
+    ],
+    "merge 0": [Rule(0, merge=True, positions="original")],
+    "merge 2": [Rule(2, merge=True, positions="original")],
+    "nothing left": [Rule(0, 3, 0, positions="original")],
+}
+
+
 def wrong(rules: list[Rule]) -> list[Rule]:
     """The same cuts with one wrong kept index in the first."""
     return [replace(rules[0], wrong=True), *rules[1:]]

@@ -44,13 +44,17 @@ def read_value(value: Any) -> Any:
     Raises:
         ValueError: a list that is not closed or has a list in it.
     """
+    if isinstance(value, str):
+        return read_text(value.strip(), value)
     if isinstance(value, float) and value < 0 and value.is_integer():
         return int(value)
-    if not isinstance(value, str):
-        return tuple(value) if isinstance(value, list) else value
-    text = value.strip()
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read_text(text: str, whole: str) -> Any:
+    """`read_value` of a text without the spaces around it; errors call it `whole`."""
     if text[:1] in CLOSING:
-        return read_list(value)
+        return read_list(whole)
     if text in WORDS:
         return WORDS[text]
     number, quoted = read_number(text), QUOTED.fullmatch(text)
@@ -206,13 +210,17 @@ def build(
     classes = {part: find(part, none) for part in parts if isinstance(part, str)}
     shares = shared_out(options, classes)
     made = [make(part, classes[part], shares[part]) if isinstance(part, str) else part for part in parts]
-    told = []
     for one in made:
         one.check_fields()
-        told += filter(None, (unlikely(getattr(one, word, None), word) for word in BUDGETS))
-    for text in told:
+    for text in small_budgets(made):
         warnings.warn(text, SmallBudgetWarning, stacklevel=3)
     return made
+
+
+def small_budgets(made: Iterable[Method]) -> list[str]:
+    """What to say of counts that were hardly meant."""
+    told = (unlikely(getattr(one, word, None), word) for one in made for word in BUDGETS)
+    return list(filter(None, told))
 
 
 def parts_of(method: Any) -> list[str | Method]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -93,21 +92,26 @@ def chart(results: dict[str, Any]) -> Chart:
         "kv": "cache, MB",
         "flops": "counted GFLOPs",
     }
-    batches = list(dict.fromkeys(cell["batch"] for cell in results["cells"]))
+    by_batch: dict[int, list[dict[str, Any]]] = {}
+    for cell in results["cells"]:
+        by_batch.setdefault(cell["batch"], []).append(cell)
     bases = {one["batch"]: one for one in results["unpruned"]}
     points = []
-    for panel, batch in enumerate(batches):
-        cells = [cell for cell in results["cells"] if cell["batch"] == batch]
-        plain = cells[0]["first_token_ms"]["unpruned"]
+    for panel, (batch, cells) in enumerate(by_batch.items()):
         x = {"tokens": cells[0]["tokens"]["visual"]} | needs(bases[batch])
-        points.append(point("", "unpruned", x, plain, panel, full=True))
+        points.append(point("", "unpruned", x, cells[0]["first_token_ms"]["unpruned"], panel, full=True))
         for cell in cells:
-            x = {"tokens": cell["tokens"]["layer_average"]} | needs(cell)
-            name = f"{cell['method']} {cell['budget']}"
-            points.append(point(cell["method"], name, x, cell["first_token_ms"]["pruned"], panel))
-            points.append(point(ORACLE, f"oracle of {name}", x, cell["first_token_ms"]["oracle"], panel))
-    panels = {f"batch {batch}": f"first token, ms (batch {batch})" for batch in batches}
+            points += both(cell, panel)
+    panels = {f"batch {batch}": f"first token, ms (batch {batch})" for batch in by_batch}
     return Chart(axes, panels, points, {ORACLE, *blind(cell["method"] for cell in results["cells"])}, {ORACLE})
+
+
+def both(cell: dict[str, Any], panel: int) -> list[Mark]:
+    """A cell's method, and its oracle."""
+    x, name = {"tokens": cell["tokens"]["layer_average"]} | needs(cell), f"{cell['method']} {cell['budget']}"
+    times = cell["first_token_ms"]
+    method = point(cell["method"], name, x, times["pruned"], panel)
+    return [method, point(ORACLE, f"oracle of {name}", x, times["oracle"], panel)]
 
 
 def needs(cell: dict[str, Any]) -> dict[str, float]:
@@ -137,13 +141,4 @@ def changes(changed: Changes | None) -> list[Block]:
 def repeat(results: dict[str, Any]) -> list[Block]:
     """How to measure it again."""
     settings = {name: value for name, value in results["settings"].items() if name != "replaced"}
-    return document.repeat(settings | results["machine"], command(results["asked"]))
-
-
-def command(asked: dict[str, Any]) -> str:
-    """The flags that mean these settings."""
-    told = ["vlmprune bench"]
-    for name, value in asked.items():
-        for one in value if isinstance(value, list) else [value]:
-            told += [] if one is None else [f"--{name.replace('_', '-')} {shlex.quote(str(one))}"]
-    return " ".join(told)
+    return document.repeat(settings | results["machine"], document.command("bench", results["asked"]))

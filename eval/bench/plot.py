@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from vlmprune.runtime.errors import UserError
+from vlmprune.runtime.errors import UserError, extra
 from vlmprune.runtime.files import write_whole
 from vlmprune.runtime.tables import counted
 
@@ -23,11 +23,8 @@ def check_plot(path: str) -> None:
     Raises:
         UserError: it has another ending, or matplotlib is not installed.
     """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'vlmprune[plot]'.") from None
-    if Path(path).suffix.lstrip(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+    known = extra("matplotlib.backend_bases", "--plot needs matplotlib: pip install 'vlmprune[plot]'.").FigureCanvasBase
+    if Path(path).suffix.lstrip(".").lower() not in known.get_supported_filetypes():
         raise UserError(f"--plot {path}: name it .png, .svg or .pdf.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,10 +52,7 @@ def measured(
         with user_mistakes():
             check_sizes(loaded.model)
     effort = Effort(asked["pairs"], asked["plain_runs"], asked["stage_runs"], asked["new_tokens"])
-    works = {
-        batch: answering.guarded(make_workload, loaded.model, batch, asked["prompt_tokens"])
-        for batch in dict.fromkeys(batch for _, batch in pairs)
-    }
+    works = workloads(loaded, dict.fromkeys(batch for _, batch in pairs), asked["prompt_tokens"])
     first = next(iter(works.values()))
     check_length(loaded, first.length + asked["new_tokens"])
     tell_idle(pairs, first, effort)
@@ -67,6 +64,18 @@ def measured(
     if sizes is not None:
         status(f"{sizes} picture sizes")
         found["sizes"] = answering.guarded(measure_sizes, loaded.model, sizes)
+    with Bar(len(pairs)) as bar:
+        fill(found, pairs, CellMeasurer(loaded, works, effort, bar), json)
+    return found
+
+
+def workloads(loaded: loading.Loaded, batches: Iterable[int], prompt_tokens: int) -> dict[int, Workload]:
+    """The prompts of every batch size."""
+    return {batch: answering.guarded(make_workload, loaded.model, batch, prompt_tokens) for batch in batches}
+
+
+def fill(found: dict[str, Any], pairs: list[tuple[Job, int]], cells: CellMeasurer, json: str | None) -> None:
+    """Measure the cells that results lack, which are stored after each."""
     replaced = Replaced()
 
     def save(now: dict[str, Any]) -> None:
@@ -75,15 +84,12 @@ def measured(
             store(now, json)
 
     try:
-        with Bar(len(pairs)) as bar:
-            cells = CellMeasurer(loaded, works, effort, bar)
-            results.run_grid(found, pairs, cells.unpruned, cells.pruned, save)
+        results.run_grid(found, pairs, cells.unpruned, cells.pruned, save)
         save(found)
     except (KeyboardInterrupt, CommandError):
         if json and found["cells"]:
             note(f"{json} has {len(found['cells'])} cells: the same call with --resume goes on.")
         raise
-    return found
 
 
 def described(loaded: loading.Loaded, work: Workload) -> dict[str, Any]:

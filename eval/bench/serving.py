@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, product
 from math import ceil
 from pathlib import Path
 from statistics import median, quantiles
@@ -225,14 +225,13 @@ def compare(
     runners, numbers = engines.runners(keeps), count(1)
     for runner in runners:  # warm up
         run(runner, numbers, 1, 1, 2)
-    found: dict[int, list[Timed]] = {i: [] for i in range(len(runners))}
-    for turn in range(rounds):
-        order = [(i + turn) % len(runners) for i in range(len(runners))]
-        for i in order:
-            status(f"{flying} in flight, round {turn + 1} of {rounds}: {runners[i].name} {runners[i].keep or ''}")
-            found[i].append(run(runners[i], numbers, requests, flying, longest))
+    found: list[list[Timed]] = [[] for _ in runners]
+    for turn, step in product(range(rounds), range(len(runners))):
+        i = (turn + step) % len(runners)
+        status(f"{flying} in flight, round {turn + 1} of {rounds}: {runners[i].name} {runners[i].keep or ''}")
+        found[i].append(run(runners[i], numbers, requests, flying, longest))
     whole = [one.seconds for one in found[0]]
-    return [row(runner, found[i], whole, flying, longest, engines.block) for i, runner in enumerate(runners)]
+    return [row(*one, whole, flying, longest, engines.block) for one in zip(runners, found, strict=True)]
 
 
 def row(runner: Runner, runs: list[Timed], whole: list[float], flying: int, longest: int, block: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, Strict, TypeAdapter, ValidationError, ValidationInfo
 from pydantic.dataclasses import dataclass
 
 from vlmprune import configs, spec
@@ -74,6 +74,16 @@ def about_entries(published: tuple[Published, ...], info: ValidationInfo) -> tup
 # One model
 
 
+@dataclass(frozen=True)
+class Suite:
+    """What is read of a suite; pydantic ignores the rest."""
+
+    tasks: Annotated[tuple[Annotated[str, Strict()], ...], Field(min_length=1)]
+
+
+SUITE = TypeAdapter(Suite)
+
+
 def suite(name: str, info: ValidationInfo) -> tuple[str, ...]:
     """A task, or the tasks of a suite: a YAML file with a list `tasks`, by the config's folder, or one that ships."""
     if not name.endswith(".yaml"):
@@ -86,10 +96,10 @@ def suite(name: str, info: ValidationInfo) -> tuple[str, ...]:
         raise mistakes(((), why)) from None
     except Mistakes as error:
         raise mistakes(*error.found) from None
-    tasks = value.get("tasks") if isinstance(value, dict) else None
-    if not (isinstance(tasks, list) and tasks and all(isinstance(task, str) for task in tasks)):
-        raise mistakes(((), f"the suite {path} has no list of task names called `tasks`."))
-    return tuple(tasks)
+    try:
+        return SUITE.validate_python(value).tasks
+    except ValidationError:
+        raise mistakes(((), f"the suite {path} has no list of task names called `tasks`.")) from None
 
 
 def name_or_model(name: str | None, info: ValidationInfo) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, partial
+from itertools import islice, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,7 +22,7 @@ from vlmprune.eval.fidelity import measure as fidelity
 from vlmprune.eval.fidelity import run as fidelity_run
 from vlmprune.eval.fidelity.journal import Journal
 from vlmprune.eval.fidelity.measure import StudyEntry
-from vlmprune.runtime.answering import guarded, patch
+from vlmprune.runtime.answering import guarded, one_pair, patch
 from vlmprune.runtime.files import write_whole
 from vlmprune.runtime.loading import Loaded
 from vlmprune.runtime.prompts import Pair
@@ -74,13 +73,6 @@ class EntryCosts:
         return {"first": self.first["median"], "answer": self.answer["median"], "cache": 100 * self.cache}
 
 
-@contextmanager
-def only(handle: Handle, plain: bool) -> Iterator[None]:
-    """The unpruned model, or the pruned one."""
-    with handle.disabled() if plain else nullcontext():
-        yield
-
-
 @torch.no_grad()
 def measure_costs(
     handle: Handle,
@@ -102,38 +94,28 @@ def measure_costs(
     """
     model = handle.model
     clock = clock or Clock(model.device)
+    given = {True: inputs if whole is None else whole, False: inputs}
     cache: dict[bool, int] = {}
 
-    def given(plain: bool) -> dict[str, Any]:
-        return inputs if whole is None or not plain else whole
-
-    def prefill(plain: bool) -> None:
-        out = model(**given(plain), use_cache=True, logits_to_keep=1)
+    def first(plain: bool) -> None:
+        out = model(**given[plain], use_cache=True, logits_to_keep=1)
         out.logits[:, -1].argmax(-1).tolist()
         cache[plain] = kv_bytes(out.past_key_values)
 
     def answer(plain: bool) -> None:
-        model.generate(**given(plain), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1)
+        model.generate(**given[plain], max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, num_beams=1)
 
-    took: dict[Callable, list[tuple[float, float]]] = {prefill: [], answer: []}
-    for number in range(pairs + 1):
-        for call, times in took.items():
-            one: dict[bool, float] = {}
-            for plain in (True, False) if number % 2 else (False, True):
-                with only(handle, plain):
-                    one[plain] = clock.time(lambda call=call, plain=plain: call(plain))[1]
-            if number:
-                times.append((one[True], one[False]))
-    peaks = []
-    for plain in (True, False):
-        with only(handle, plain):
-            peaks.append(peak_bytes(model.device, lambda plain=plain: prefill(plain)))
+    took: dict[Callable, list[tuple[float, float]]] = {first: [], answer: []}
+    for number, call in product(range(pairs + 1), took):
+        took[call].append(one_pair(handle, number, lambda plain, call=call: clock.time(partial(call, plain))[1]))
+    peaks = one_pair(handle, 1, lambda plain: peak_bytes(model.device, partial(first, plain)))
     told = {}
-    for call, name in ((prefill, "first"), (answer, "answer")):
-        above, below = zip(*took[call], strict=True)
+    for call, times in took.items():
+        above, below = zip(*times[1:], strict=True)
+        name = call.__name__
         told |= {name: ratio(above, below), f"{name}_ms": (1e3 * median(above), 1e3 * median(below))}
     batch = inputs["input_ids"].shape[0]
-    return EntryCosts(**told, peak=tuple(peaks), kv=(cache[True], cache[False]), tokens=tokens, batch=batch)
+    return EntryCosts(**told, peak=peaks, kv=(cache[True], cache[False]), tokens=tokens, batch=batch)
 
 
 class CostBook:
@@ -180,6 +162,10 @@ class CostBook:
         inputs = fidelity.collate([one.inputs for one in some], fidelity_run.padding_of(self.loaded))
         full = guarded(fidelity.reference, self.loaded.model, inputs, self.longest)
         return some, inputs, int(full.real.sum(1).max())
+
+    def of_all(self, entries: Iterable[StudyEntry]) -> dict[str, EntryCosts]:
+        """What entries cost, by label."""
+        return {entry.label: self.of(entry) for entry in entries}
 
     def of(self, entry: StudyEntry) -> EntryCosts:
         """What an entry costs, measured where that is not known, and kept."""

@@ -24,8 +24,14 @@ FILE = "rows.jsonl"
 FORMAT = 2  # of the first line
 
 
-def setting_of(loaded: Loaded, **more: Any) -> dict[str, Any]:
-    """What every result hangs on, beside picture, prompt and method: the model, where it runs, and `more`."""
+def setting_of(loaded: Loaded, longest: int, versions: str, frames: int | None = None) -> dict[str, Any]:
+    """What every result hangs on, beside picture, prompt and method.
+
+    Args:
+        longest: tokens of an answer.
+        versions: of what it runs on.
+        frames: of every video, where there are some.
+    """
     source, model = loaded.source, loaded.model
     return {
         "model": source.name,
@@ -33,7 +39,9 @@ def setting_of(loaded: Loaded, **more: Any) -> dict[str, Any]:
         "adapter": fingerprints.files(Path(source.adapter)) if source.adapter else None,
         "device": model.device.type,
         "dtype": loaded.about["dtype"],
-        **more,
+        "max_new_tokens": longest,
+        "versions": versions,
+        **({} if frames is None else {"frames": frames}),
     }
 
 

@@ -20,7 +20,7 @@ from vlmprune.eval.report import render
 from vlmprune.eval.report.chart import Chart, Mark
 from vlmprune.eval.report.document import Block, Bullets, Cards, Heading, Table, Text, repeat
 from vlmprune.eval.statistics import Estimate
-from vlmprune.runtime.files import write_whole
+from vlmprune.runtime.files import write_all
 from vlmprune.runtime.tables import counted
 
 __all__ = ["Study", "as_json", "write"]
@@ -258,17 +258,18 @@ def as_json(study: Study) -> dict[str, Any]:
         "prompts": study.prompts,
         "planned": study.planned,
         "skipped": [{"picture": name, "why": why} for name, why in study.skipped],
-        "summary": [
-            {"label": line.entry.label}
-            | asdict(line.entry)
-            | {k: v for k, v in asdict(line).items() if k != "entry"}
-            | {"along": [asdict(one) for one in study.along[line.entry.label]]}
-            | ({"costs": asdict(study.costs[line.entry.label])} if line.entry.label in study.costs else {})
-            for line in study.lines
-        ],
+        "summary": [line_in_json(study, line) for line in study.lines],
         "metric": None if study.labels is None else study.labels.metric,
         "rows": [row.as_json() | scores_json(row, study.labels) for row in study.rows],
     }
+
+
+def line_in_json(study: Study, line: StudyLine) -> dict[str, Any]:
+    """One entry in sum, with how it goes along the answer and what it costs."""
+    label, told = line.entry.label, asdict(line)
+    told = {"label": label} | told.pop("entry") | told
+    told["along"] = [asdict(one) for one in study.along[label]]
+    return told | ({"costs": asdict(study.costs[label])} if label in study.costs else {})
 
 
 def scores_json(row: StudyRow, labels: Labels | None) -> dict[str, Any]:
@@ -290,20 +291,14 @@ def write(folder: Path, study: Study) -> list[Path]:
     Raises:
         OSError: no room or no permission.
     """
-    sheets = {
-        label: folder / f"worst-{re.sub(r'[^A-Za-z0-9.]+', '-', label)}.png"
-        for label, cards in study.cards.items()
-        if cards
-    }
+    names = {label: f"worst-{re.sub(r'[^A-Za-z0-9.]+', '-', label)}.png" for label, some in study.cards.items() if some}
     for old in folder.glob("*.svg"):
         old.unlink()
+    sheets = {label: folder / name for label, name in names.items()}
     files = render.pages(build(study, sheets, folder), title(study), folder)
     files["results.json"] = render.data(as_json(study))
-    for label, path in sheets.items():
-        files[path.name] = sheet_of(label, study.cards[label])
-    for name, content in files.items():
-        write_whole(folder / name, content)
-    for old in folder.glob("worst-*.png"):
-        if old.name not in files:
-            old.unlink()
-    return [*(folder / name for name in files), *sorted(folder.glob("*.svg"))]
+    files |= {name: sheet_of(label, study.cards[label]) for label, name in names.items()}
+    written = write_all(folder, files)
+    for old in {*folder.glob("worst-*.png")} - {*written}:
+        old.unlink()
+    return [*written, *sorted(folder.glob("*.svg"))]

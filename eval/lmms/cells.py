@@ -108,15 +108,16 @@ def budgets_of(draft: Draft, entry: Entry, takes: set[str]) -> Sequence[Budget |
     """
     if entry.budgets:
         return entry.budgets
-    own = not entry.alone or entry.own_budget or entry.parts[0].name == NONE
-    budgets = () if own else setting_budgets(draft.setting, entry)
-    if budgets and not takes & {*spec.BUDGETS}:
-        draft.notes.append(f"{entry.label} takes no budget: it is run once.")
-        budgets = ()
-    if not budgets and entry.control and "keep" in takes:
+    if entry.alone and not entry.own_budget and entry.parts[0].name != NONE:
+        budgets = setting_budgets(draft.setting, entry)
+        if budgets and takes & {*spec.BUDGETS}:
+            return budgets
+        if budgets:
+            draft.notes.append(f"{entry.label} takes no budget: it is run once.")
+    if entry.control and "keep" in takes:
         draft.skip(entry, None, "there is no budget (keep or average) to run it at")
         return ()
-    return budgets or (None,)
+    return (None,)
 
 
 def seeds_of(draft: Draft, entry: Entry, takes: set[str]) -> Sequence[int | None]:

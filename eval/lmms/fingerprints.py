@@ -27,7 +27,7 @@ CODE = {".py", ".cu", ".cuh", ".cpp", ".h"}
 #: Folders of the package that change no answer, or are hashed file by file.
 APART = {"methods", "eval", "patches", "cli", "runtime", "verify", "__pycache__"}
 #: Files of this folder that change no answer: they plan, store and describe.
-ABOUT = {"cells", "fingerprints", "plan", "plugin", "store", "survey", "taskindex"}
+ABOUT = {"cells", "fingerprints", "plan", "plugin", "progress", "store", "survey", "taskindex", "words"}
 
 
 @cache

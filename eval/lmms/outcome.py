@@ -95,9 +95,7 @@ def main_metric(found: Mapping[str, Any], metrics: Mapping[str, Any], task: Any,
         raise NoMetric(f"this task has no metric {wanted!r}; it has {', '.join(metrics) or 'none that is a number'}")
     if not metrics:
         raise Incomplete("no metric of this task is a number (does it only write a file to submit?)")
-    # the first of the task's list that is there, else the first there is
-    listed = [entry["metric"] for entry in task.config.metric_list or () if entry.get("metric") in metrics]
-    main = wanted or next(iter([*listed, *metrics]))
+    main = wanted or first_of(task, metrics)
     if main not in metrics:
         raise Incomplete(f"{main} is not a number here; this task has {', '.join(metrics)}")
     return main
@@ -123,6 +121,12 @@ def metrics_of(found: Mapping[str, Any], higher: Mapping[str, Any]) -> tuple[dic
         metrics[shown] = {"value": number, "higher_is_better": True if up is None else bool(up)}
         filters[shown] = behind
     return metrics, filters
+
+
+def first_of(task: Any, metrics: Mapping[str, Any]) -> str:
+    """The first metric of a task's list that is there, else the first there is."""
+    listed = (entry.get("metric") for entry in task.config.metric_list or ())
+    return next((name for name in listed if name in metrics), next(iter(metrics)))
 
 
 def samples_of(

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -151,11 +152,13 @@ def no_number(text: str) -> None:
 def whole_run(info: dict[str, Any]) -> bool:
     """Whether `run.json` has the shape that it was written with, as far as it is read."""
     ids, keys = info["cells"], info["keys"]
-    if not isinstance(ids, list) or not (all_texts(ids) and all_texts([keys[name] for name in ids])):
-        return False
-    if not all(isinstance(info.get(word) or kind(), kind) for word, kind in PARTS.items()):
-        return False
-    return all(isinstance(one, dict) for word in ("published", "skipped") for one in info.get(word) or ())
+    return (
+        isinstance(ids, list)
+        and all_texts(ids)
+        and all_texts([keys[name] for name in ids])
+        and all(isinstance(info.get(word) or kind(), kind) for word, kind in PARTS.items())
+        and all(isinstance(one, dict) for one in chain(info.get("published") or (), info.get("skipped") or ()))
+    )
 
 
 def all_texts(values: Sequence[Any]) -> bool:

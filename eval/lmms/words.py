@@ -40,11 +40,11 @@ def tasks_of(job: ModelJob) -> list[str]:
     return [name if found == {name} else f"{name} ({counted(len(found), 'task')})" for name, found in groups.items()]
 
 
-def dry(plan: EvalPlan, found: Survey) -> str:
+def dry(plan: EvalPlan, found: Survey) -> list[str]:
     """The cells one by one, and how long they may take."""
     rows = [f"  {cell.id}  {found.reasons.get(cell.id, 'measured')}" for _, cell in plan.cells]
     end = how_long(len(found.todo), estimate(plan, found, plan.config.output))
-    return "\n".join([f"cells, in {plan.config.output}:", *rows, *found.told(), end])
+    return [f"cells, in {plan.config.output}:", *rows, *found.told(), end]
 
 
 def how_long(todo: int, estimate: TimeLeft) -> str:

@@ -16,7 +16,7 @@ from vlmprune.eval.report import ledger, page, plots, render, tables
 from vlmprune.eval.report.document import Picture
 from vlmprune.eval.report.gather import gather
 from vlmprune.eval.report.rows import COLUMNS, Results
-from vlmprune.runtime.files import write_whole
+from vlmprune.runtime.files import write_all
 
 __all__ = ["read", "summary", "write"]
 
@@ -66,12 +66,10 @@ def write(folder: str | Path, results: Results | None = None) -> list[Path]:
     try:
         pictures = draw(results, folder / "plots") if plots.available() else None
         files = render.pages(page.build(results, pictures), page.title(results), folder) | data(results)
-        for name, content in files.items():
-            write_whole(folder / name, content)
+        written = write_all(folder, files)
     except OSError as error:
         raise store.StoreError(f"cannot write the report into {folder}: {error.strerror or error}.") from None
-    drawn = [picture.path for mine in (pictures or {}).values() for picture in mine]
-    return [*(folder / name for name in files), *drawn]
+    return [*written, *(picture.path for mine in (pictures or {}).values() for picture in mine)]
 
 
 def data(results: Results) -> dict[str, bytes]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +53,10 @@ class Chart:
     @property
     def styles(self) -> dict[str, dict[str, Any]]:
         """Colour, marker and line of every label."""
-        numbers = {plots.method_style: count(), plots.control_style: count()}
-        looks: dict[str, dict[str, Any]] = {}
         labels = dict.fromkeys(point.label for point in self.points if not point.full)
-        for label in sorted(labels, key=lambda label: label in self.controls):
-            style = plots.control_style if label in self.controls else plots.method_style
-            looks[label] = style(next(numbers[style])) | ({"ls": ""} if label in self.alone else {})
+        looks = plots.looks_of(labels, self.controls)
+        for label in looks.keys() & {*self.alone}:
+            looks[label]["ls"] = ""
         return looks
 
     def values(self) -> dict[str, Any]:

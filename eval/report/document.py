@@ -5,12 +5,26 @@ All text in them is plain: the templates of `render` escape what they must.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Block", "Bullets", "Captioned", "Cards", "Code", "Heading", "Picture", "Plot", "Table", "Text", "repeat"]
+__all__ = [
+    "Block",
+    "Bullets",
+    "Captioned",
+    "Cards",
+    "Code",
+    "Heading",
+    "Picture",
+    "Plot",
+    "Table",
+    "Text",
+    "command",
+    "repeat",
+]
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,15 @@ class Cards:
 
 
 Block = Heading | Text | Bullets | Code | Table | Picture | Plot | Cards
+
+
+def command(verb: str, given: Mapping[str, Any]) -> str:
+    """The command whose flags mean values, by name; what is None was not said."""
+    told = ["vlmprune", verb]
+    for name, value in given.items():
+        several = value if isinstance(value, list) else [value]
+        told += [f"--{name.replace('_', '-')} {shlex.quote(str(one))}" for one in several if one is not None]
+    return " ".join(told)
 
 
 def repeat(facts: Mapping[str, Any], command: str) -> list[Block]:

@@ -35,9 +35,8 @@ def points(results: Results, model: str) -> dict[str, Any] | None:
     """
     tasks = results.tasks(model)
     panels: Sequence[str | None] = [None, *tasks] if len(tasks) > 1 else tasks
-    rows = [(i, row) for i, task in enumerate(panels) for row in results.of(model, task) if row.value is not None]
-    found = [point(i, row) for i, row in rows]
-    axes = [{"name": name, "title": title} for name, title, _ in AXES if any(name in p["x"] for p in found)]
+    found = [point(i, row) for i, task in enumerate(panels) for row in results.of(model, task) if row.value is not None]
+    axes = axes_of(found)
     if not axes:
         return None
     names = short_names(tasks)
@@ -48,6 +47,12 @@ def points(results: Results, model: str) -> dict[str, Any] | None:
         "looks": {label: look(style) for label, style in styles(results.of(model, None)).items()},
         "points": found,
     }
+
+
+def axes_of(found: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The axes on which any point stands."""
+    known = {name for one in found for name in one["x"]}
+    return [{"name": name, "title": title} for name, title, _ in AXES if name in known]
 
 
 def panel(rows: Sequence[Row], name: str) -> dict[str, str]:

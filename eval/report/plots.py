@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -108,11 +108,18 @@ def save(figure: Any, path: Path, caption: str) -> Picture:
 
 def styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Colour, marker and line of every method, the same in all panels and pictures of a model."""
-    pruned = [row for row in rows if not row.full]
-    methods = dict.fromkeys(row.label for row in pruned if not row.control)
-    controls = dict.fromkeys(row.label for row in pruned if row.control)
-    looks = {label: method_style(i) for i, label in enumerate(methods)}
-    return looks | {label: control_style(i) for i, label in enumerate(controls)}
+    pruned = {row.label: row.control for row in rows if not row.full}
+    return looks_of(pruned, [label for label, control in pruned.items() if control])
+
+
+def looks_of(labels: Iterable[str], controls: Collection[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of every label, the controls last."""
+    numbers = {method_style: count(), control_style: count()}
+    looks: dict[str, dict[str, Any]] = {}
+    for label in sorted(labels, key=lambda label: label in controls):
+        style = control_style if label in controls else method_style
+        looks[label] = style(next(numbers[style]))
+    return looks
 
 
 def method_style(i: int) -> dict[str, Any]:

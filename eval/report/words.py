@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 from vlmprune.eval import statistics
 from vlmprune.eval.report.rows import NEAR, Row
@@ -145,13 +146,12 @@ def own_schedules(rows: Sequence[Row]) -> list[str]:
 def differences(rows: Sequence[Row]) -> list[str]:
     """A sentence per budget and base: who is better, who is worse, what is noise."""
     pruned = [row for row in rows if not row.full]
-    budgets = dict.fromkeys(row.budget for row in pruned)
-    told = [(base, budget, verdicts(pruned, base, budget)) for base in BASES for budget in budgets]
-    return [
-        f"{budget or 'Own budget'}, against {BASES[base] if budget or base != 'random' else OWN}: {said}."
-        for base, budget, said in told
-        if said
-    ]
+    told = []
+    for base, budget in product(BASES, dict.fromkeys(row.budget for row in pruned)):
+        if said := verdicts(pruned, base, budget):
+            other = BASES[base] if budget or base != "random" else OWN
+            told.append(f"{budget or 'Own budget'}, against {other}: {said}.")
+    return told
 
 
 def verdicts(rows: Sequence[Row], base: str, budget: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 
 from vlmprune.eval.fidelity.measure import StudyEntry
 from vlmprune.parts.options import Range
-from vlmprune.runtime.errors import CommandError, UserError
+from vlmprune.runtime.errors import CommandError, UserError, extra
 from vlmprune.runtime.status import Bar, note, status
 
 if TYPE_CHECKING:
@@ -60,10 +60,7 @@ def optuna() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import optuna as found
-    except ImportError:
-        raise UserError("--method searches options by Optuna: pip install 'vlmprune[tune]'.") from None
+    found = extra("optuna", "--method searches options by Optuna: pip install 'vlmprune[tune]'.")
     found.logging.set_verbosity(found.logging.WARNING)
     return found
 
@@ -96,18 +93,19 @@ def calibrate(
     }
     with search.within(TIME), Bar(trials) as bar:
         start = measured(search, entry, {}, 0, pictures)
-        made = [] if start is None else [start]
-        while made and len(made) <= trials:
+        if start is None:
+            return []
+        made = [start]
+        while len(made) <= trials:
             asked = study.ask(spaces)
             options = {name: float(f"{value:.4g}") for name, value in asked.params.items()}
-            one = tried(search, entry, options, len(made), pictures, made[0])
+            one = tried(search, entry, options, len(made), pictures, start)
             if one is None:
+                note(f"{len(made) - 1} of {trials} trials done")
                 break
-            study.tell(asked, one.kl if one.kl is not None and not one.why else WORST)
+            study.tell(asked, WORST if one.kl is None or one.why else one.kl)
             made.append(one)
             bar.step()
-    if made and len(made) <= trials:
-        note(f"{len(made) - 1} of {trials} trials done")
     return made
 
 

@@ -69,6 +69,11 @@ class Tried:
             return False
         return True
 
+    def refuse_all(self, refused: Mapping[str, Sequence[str]]) -> None:
+        """Note what is left out besides, by method and reasons."""
+        for method, whys in refused.items():
+            self.refuse(method, *whys)
+
     def refuse(self, method: str, *whys: str) -> None:
         """Note why a method is left out."""
         told = self.refused.setdefault(method, [])

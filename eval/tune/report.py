@@ -22,7 +22,7 @@ from vlmprune.eval.tune.judge import CONFIDENCE
 from vlmprune.eval.tune.run import Candidate, Goal
 from vlmprune.eval.tune.search import FINALISTS
 from vlmprune.recipe import Recipe
-from vlmprune.runtime.files import write_whole
+from vlmprune.runtime.files import write_all
 from vlmprune.runtime.loading import Loaded
 from vlmprune.runtime.prompts import Pair
 from vlmprune.runtime.tables import counted
@@ -131,28 +131,26 @@ def table_of(result: Result) -> tuple[list[str], list[list[str]]]:
         "KL",
         "front",
     ]
-    rows = []
     ends = {one.label for one in result.finalists}
     others = sorted((one for one in result.all if one.label not in ends), key=lambda one: (-one.rung, one.label))
-    for one in [*result.finalists, *others]:
-        costs, found = one.costs, one.verdict
-        pictures = len({row.picture for row in one.rows})
-        rows.append(
-            [
-                one.entry.method,
-                one.entry.budget,
-                f"{costs.first['median']:.2f}x",
-                f"{costs.answer['median']:.2f}x",
-                f"{100 * costs.memory:.0f} %",
-                f"{100 * costs.cache:.0f} %",
-                str(pictures),
-                "" if found is None else per_cent(found.loss),
-                "" if found is None else per_cent(found.high),
-                f"{one.kl:.3f}" if one.rows else "",
-                "*" if one.label in result.front else "",
-            ]
-        )
-    return header, rows
+    front = result.front
+    return header, [[*cells(one), "*" if one.label in front else ""] for one in [*result.finalists, *others]]
+
+
+def cells(one: Candidate) -> list[str]:
+    """A candidate's row but for its last cell."""
+    costs, found = one.costs, one.verdict
+    return [
+        one.entry.method,
+        one.entry.budget,
+        f"{costs.first['median']:.2f}x",
+        f"{costs.answer['median']:.2f}x",
+        f"{100 * costs.memory:.0f} %",
+        f"{100 * costs.cache:.0f} %",
+        str(len({row.picture for row in one.rows})),
+        *(["", ""] if found is None else [per_cent(found.loss), per_cent(found.high)]),
+        f"{one.kl:.3f}" if one.rows else "",
+    ]
 
 
 def chart(result: Result) -> Chart:
@@ -242,8 +240,7 @@ def write(result: Result, loaded: Loaded, pairs: Sequence[Pair], count: int, fol
     files[RECIPE] = recipe(result, date.today().isoformat()).text().encode()
     if cards:
         files[SHEET] = sheet_of(best.label, cards)
-    for name, content in files.items():
-        write_whole(folder / name, content)
+    write_all(folder, files)
 
 
 def build(result: Result, title: str, cards: Sequence[Captioned], folder: Path) -> list[Block]:

@@ -113,6 +113,15 @@ class Tuning:
         """Whether there is no time left, or the user said stop."""
         return self.interrupted or self.now() > self.end
 
+    @property
+    def complete(self) -> bool:
+        """Whether there was time for everything."""
+        return not self.over and not self.untimed
+
+    def told_untimed(self) -> str:
+        """How much was not tried at all; nothing where all was."""
+        return f", {counted(len(self.untimed), 'candidate')} not tried at all" if self.untimed else ""
+
     @contextmanager
     def within(self, share: float) -> Iterator[None]:
         """Time is over when this share of what is left is."""
@@ -184,11 +193,8 @@ class Tuning:
         pairs = [pair for pair in self.pairs if pair.picture in wanted]
         todo = fidelity_run.Todo(self.journal, entries, pairs)
         left = todo.left()
-        size = 4 * self.batch
-        for start in range(0, len(left), size):
-            if self.over:
-                break
-            some = left[start : start + size]
+        while left and not self.over:
+            some, left = left[: 4 * self.batch], left[4 * self.batch :]
             try:
                 self.ask(entries, some)
             except CommandError:
@@ -197,9 +203,7 @@ class Tuning:
                 entries = [entry for entry in entries if self.takes(entry, some)]
                 todo = fidelity_run.Todo(self.journal, entries, pairs)
         by_label: dict[str, list[StudyRow]] = {}
-        if not entries:
-            return by_label
-        for row in todo.rows():
+        for row in todo.rows() if entries else ():
             by_label.setdefault(row.label, []).append(row)
         return by_label
 

@@ -11,7 +11,6 @@ import tiny
 import tiny_qwen
 import torch
 from probes import far, generated_logits, random_tokens, rules, same
-from reference import Rule
 from scenes import QWEN, Scene, replay
 from tiny import CACHE
 from transformers import DynamicCache
@@ -22,20 +21,7 @@ from vlmprune import UnsupportedError
 
 F64 = torch.float64
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v"]
-CUTS = {
-    "0": [Rule(0, positions="original")],
-    "1": [Rule(1, positions="original")],
-    "2": [Rule(2, positions="original")],
-    "3": [Rule(3, positions="original")],
-    "several": [
-        Rule(0, 2, positions="original"),
-        Rule(2, 5, 3, positions="original"),
-        Rule(3, 4, 3, positions="original"),
-    ],
-    "merge 0": [Rule(0, merge=True, positions="original")],
-    "merge 2": [Rule(2, merge=True, positions="original")],
-    "nothing left": [Rule(0, 3, 0, positions="original")],
-}
+CUTS = reference.ON_AXES
 STEPS = 5
 family = pytest.mark.parametrize("family", FAMILIES)
 

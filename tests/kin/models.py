@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from inspect import signature
+from typing import Any
 
 import torch
 from tiny import IMAGE, PAD, VIDEO, VOCAB
@@ -23,17 +24,41 @@ VISION = {
 }  # fmt: skip
 
 
+def built(name: str, vision: Any, text: Any, **options) -> nn.Module:
+    """A model of a family by the name that its classes begin with."""
+    import transformers
+
+    config, kind = (getattr(transformers, f"{name}{end}") for end in ("Config", "ForConditionalGeneration"))
+    return kind(config(vision_config=vision, text_config=text, tie_word_embeddings=False, **options))
+
+
+def siglip(**options) -> Any:
+    """A SigLIP tower without a head."""
+    from transformers import SiglipVisionConfig
+
+    return SiglipVisionConfig(**VISION | options, vision_use_head=False)
+
+
+def cohere2() -> Any:
+    """A language model whose layers take turns."""
+    from transformers import Cohere2Config
+
+    return Cohere2Config(**TEXT, sliding_window=12, layer_types=MIXED)
+
+
+def mistral() -> Any:
+    """A language model without a window."""
+    from transformers import MistralConfig
+
+    return MistralConfig(**TEXT, sliding_window=None)
+
+
 def internvl(text: str = "qwen2", language: dict | None = None, **options) -> nn.Module:
-    from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2Config, Qwen3Config
+    from transformers import Qwen2Config, Qwen3Config
 
     kind = {"qwen2": Qwen2Config, "qwen3": Qwen3Config}[text]
     vision = VISION | {"image_size": [SIDE, SIDE], "patch_size": [PATCH, PATCH], "use_qk_norm": text == "qwen3"}
-    return InternVLForConditionalGeneration(
-        InternVLConfig(
-            vision_config=vision, text_config=kind(**TEXT | (language or {})), image_token_id=IMAGE,
-            tie_word_embeddings=False, **options,
-        )
-    )  # fmt: skip
+    return built("InternVL", vision, kind(**TEXT | (language or {})), image_token_id=IMAGE, **options)
 
 
 TILES = [1, 3, 2]  # of a picture, by its number
@@ -51,46 +76,19 @@ def parts(n: int) -> list[int]:
 
 
 def aya_vision(**options) -> nn.Module:
-    from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration, Cohere2Config, SiglipVisionConfig
-
-    text = Cohere2Config(**TEXT, sliding_window=12, layer_types=MIXED)
-    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
-    return AyaVisionForConditionalGeneration(
-        AyaVisionConfig(
-            vision_config=vision, text_config=text, image_token_index=IMAGE, downsample_factor=2,
-            adapter_layer_norm_eps=1e-6, tie_word_embeddings=False, **options,
-        )
-    )  # fmt: skip
+    fixed = {"image_token_index": IMAGE, "downsample_factor": 2, "adapter_layer_norm_eps": 1e-6}
+    return built("AyaVision", siglip(), cohere2(), **fixed, **options)
 
 
 def cohere2_vision(**options) -> nn.Module:
-    from transformers import (
-        Cohere2Config,
-        Cohere2VisionConfig,
-        Cohere2VisionForConditionalGeneration,
-        SiglipVisionConfig,
-    )
-
-    text = Cohere2Config(**TEXT, sliding_window=12, layer_types=MIXED)
-    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
-    return Cohere2VisionForConditionalGeneration(
-        Cohere2VisionConfig(
-            vision_config=vision, text_config=text, image_token_id=IMAGE, alignment_intermediate_size=48,
-            tie_word_embeddings=False, **options,
-        )
-    )  # fmt: skip
+    fixed = {"image_token_id": IMAGE, "alignment_intermediate_size": 48}
+    return built("Cohere2Vision", siglip(), cohere2(), **fixed, **options)
 
 
 def deepseek_vl(**options) -> nn.Module:
-    from transformers import DeepseekVLConfig, DeepseekVLForConditionalGeneration, LlamaConfig, SiglipVisionConfig
+    from transformers import LlamaConfig
 
-    vision = SiglipVisionConfig(**VISION | {"image_size": 24}, vision_use_head=False)
-    return DeepseekVLForConditionalGeneration(
-        DeepseekVLConfig(
-            vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE, tie_word_embeddings=False,
-            **options,
-        )
-    )  # fmt: skip
+    return built("DeepseekVL", siglip(image_size=24), LlamaConfig(**TEXT), image_token_id=IMAGE, **options)
 
 
 def views(model: nn.Module, images: list[int], videos: list[int], seed: int) -> dict:
@@ -132,41 +130,25 @@ def grid(step: int) -> Callable[[int], list[int]]:
 
 
 def mistral3(**options) -> nn.Module:
-    from transformers import Mistral3Config, Mistral3ForConditionalGeneration, MistralConfig, PixtralVisionConfig
+    from transformers import PixtralVisionConfig
 
-    text = MistralConfig(**TEXT, sliding_window=None)
-    return Mistral3ForConditionalGeneration(
-        Mistral3Config(
-            vision_config=PixtralVisionConfig(**VISION), text_config=text, image_token_index=IMAGE,
-            spatial_merge_size=2, tie_word_embeddings=False, **options,
-        )
-    )  # fmt: skip
+    fixed = {"image_token_index": IMAGE, "spatial_merge_size": 2}
+    return built("Mistral3", PixtralVisionConfig(**VISION), mistral(), **fixed, **options)
 
 
 def llava_pixtral(**options) -> nn.Module:
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig, PixtralVisionConfig
+    from transformers import PixtralVisionConfig
 
-    text = MistralConfig(**TEXT, sliding_window=None)
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=PixtralVisionConfig(**VISION), text_config=text, image_token_index=IMAGE,
-            vision_feature_layer=-1, vision_feature_select_strategy="full", tie_word_embeddings=False, **options,
-        )
-    )  # fmt: skip
+    fixed = {"image_token_index": IMAGE, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    return built("Llava", PixtralVisionConfig(**VISION), mistral(), **fixed, **options)
 
 
 def smolvlm(family: str = "SmolVLM", **options) -> nn.Module:
-    import transformers
     from transformers import LlamaConfig
 
-    config, kind = (getattr(transformers, f"{family}{name}") for name in ("Config", "ForConditionalGeneration"))
-    return kind(
-        config(
-            vision_config=VISION | {"patch_size": 3}, text_config=LlamaConfig(**TEXT), image_token_id=IMAGE,
-            scale_factor=4,  # transformers 5.20 wants the tokens of a prompt to be a multiple of patch_size
-            pad_token_id=PAD, tie_word_embeddings=False, **options,
-        )
-    )  # fmt: skip
+    # transformers 5.20 wants the tokens of a prompt to be a multiple of patch_size
+    fixed = {"image_token_id": IMAGE, "scale_factor": 4, "pad_token_id": PAD}
+    return built(family, VISION | {"patch_size": 3}, LlamaConfig(**TEXT), **fixed, **options)
 
 
 def listed(model: nn.Module, images: list[int], videos: list[int], seed: int) -> dict:
@@ -182,60 +164,35 @@ def filled_up(shown: list[dict]) -> dict:
 
 
 def ovis2(**options) -> nn.Module:
-    from transformers import Ovis2Config, Ovis2ForConditionalGeneration, Qwen2Config
+    from transformers import Qwen2Config
 
     vision = VISION | {"hidden_stride": 2, "vocab_size": 40}
-    return Ovis2ForConditionalGeneration(
-        Ovis2Config(
-            vision_config=vision, text_config=Qwen2Config(**TEXT), image_token_id=IMAGE, vocab_size=VOCAB,
-            hidden_size=TEXT["hidden_size"], visual_indicator_token_ids=[7, 60, 61, 62, 63], tie_word_embeddings=False,
-            **options,
-        )
-    )  # fmt: skip
+    fixed = {"image_token_id": IMAGE, "vocab_size": VOCAB, "hidden_size": TEXT["hidden_size"]}
+    marks = [7, 60, 61, 62, 63]
+    return built("Ovis2", vision, Qwen2Config(**TEXT), **fixed, visual_indicator_token_ids=marks, **options)
 
 
 def video_llava(**options) -> nn.Module:
-    from transformers import CLIPVisionConfig, LlamaConfig, VideoLlavaConfig, VideoLlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlamaConfig
 
     vision = CLIPVisionConfig(**VISION | {"image_size": 24}, projection_dim=16)
-    return VideoLlavaForConditionalGeneration(
-        VideoLlavaConfig(
-            vision_config=vision, text_config=LlamaConfig(**TEXT), image_token_index=IMAGE, video_token_index=VIDEO,
-            tie_word_embeddings=False, **options,
-        )
-    )  # fmt: skip
+    fixed = {"image_token_index": IMAGE, "video_token_index": VIDEO}
+    return built("VideoLlava", vision, LlamaConfig(**TEXT), **fixed, **options)
 
 
 def gemma3(window: int = 24, **options) -> nn.Module:
-    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig, SiglipVisionConfig
+    from transformers import Gemma3TextConfig
 
     kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
     text = Gemma3TextConfig(**TEXT, sliding_window=window, layer_types=kinds, query_pre_attn_scalar=8)
-    vision = SiglipVisionConfig(**VISION, vision_use_head=False)
-    return Gemma3ForConditionalGeneration(
-        Gemma3Config(
-            vision_config=vision, text_config=text, image_token_index=IMAGE, mm_tokens_per_image=9,
-            tie_word_embeddings=False, **options,
-        )
-    )  # fmt: skip
+    return built("Gemma3", siglip(), text, image_token_index=IMAGE, mm_tokens_per_image=9, **options)
 
 
 def paligemma(**options) -> nn.Module:
-    from transformers import (
-        GemmaConfig,
-        PaliGemmaConfig,
-        PaliGemmaForConditionalGeneration,
-        SiglipVisionConfig,
-    )
+    from transformers import GemmaConfig
 
-    vision = SiglipVisionConfig(**VISION | {"image_size": 24}, vision_use_head=False)
-    text = GemmaConfig(**TEXT)
-    return PaliGemmaForConditionalGeneration(
-        PaliGemmaConfig(
-            vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=32, hidden_size=32,
-            tie_word_embeddings=False, **options,
-        )
-    )  # fmt: skip
+    fixed = {"image_token_index": IMAGE, "projection_dim": 32, "hidden_size": 32}
+    return built("PaliGemma", siglip(image_size=24), GemmaConfig(**TEXT), **fixed, **options)
 
 
 def squares(model: nn.Module, images: list[int], videos: list[int], seed: int) -> dict:

@@ -26,18 +26,8 @@ NEAR = {"rtol": 1e-5, "atol": 3e-6}
 LABELS = {"images": "qwen3.5", "videos": "qwen3.5-video"}
 SCENES = {kind: Scene(*OWN[label]) for kind, label in LABELS.items()}
 FEATURES = ("exact", "batches", "unpatching")  # that every method is tested for
-CUTS = {
-    "0": [Rule(0, positions="original")],
-    "2": [Rule(2, positions="original")],  # a recurrent layer
-    "3": [Rule(3, positions="original")],
-    "several": [
-        Rule(0, 2, positions="original"),
-        Rule(2, 5, 3, positions="original"),
-        Rule(3, 4, 3, positions="original"),
-    ],
-    "merge 0": [Rule(0, merge=True, positions="original")],
-    "merge 2": [Rule(2, merge=True, positions="original")],
-}
+#: 2 is a recurrent layer.
+CUTS = {name: reference.ON_AXES[name] for name in ("0", "2", "3", "several", "merge 0", "merge 2")}
 cuts = pytest.mark.parametrize("name", CUTS)
 #: What reads the attention of layer 1 or 3 by default on four layers; others say a layer that has some.
 LAYERS = {"fastv": {"layer": 2}, "dart": {"layer": 2}}

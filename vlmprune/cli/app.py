@@ -7,7 +7,7 @@ from typing import Annotated
 from typer import Option
 
 from vlmprune.cli import flags
-from vlmprune.runtime.errors import UserError
+from vlmprune.runtime.errors import UserError, extra
 
 __all__ = ["verb"]
 
@@ -26,10 +26,7 @@ def verb(
     dtype: flags.DType = "auto",
 ) -> None:
     """Ask about a picture in the browser: kept tokens drawn on it, answers and times beside the unpruned model's."""
-    try:
-        import gradio  # noqa: F401
-    except ImportError:
-        raise UserError("the page is made with Gradio: pip install 'vlmprune[app]'") from None
+    extra("gradio", "the page is made with Gradio: pip install 'vlmprune[app]'")
 
     from vlmprune.eval import testbed
     from vlmprune.runtime import loading

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,19 +243,26 @@ def budget_of(text: str, word: str) -> dict[str, Any]:
         return {} if text == "none" else {word: spec.read_budget(text, word)}
 
 
+def paths_of(args: SimpleNamespace, names: Sequence[str]) -> dict[str, str]:
+    """What was given of some flags that name files."""
+    return {flags.flag(name): getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def real(path: str) -> str:
+    """Where a path leads."""
+    return os.path.realpath(Path(path).expanduser())
+
+
 def check_paths(args: SimpleNamespace) -> None:
     """Find out before the work whether the files can be written, and that none takes the place of another.
 
     Raises:
         UserError: they cannot, or results are there already and nobody said --resume.
     """
-    named = {flags.flag(name): getattr(args, name) for name in ("source", "compare", *WRITTEN)}
-    taken: dict[str, str] = {}
-    for flag, path in ((flag, path) for flag, path in named.items() if path is not None):
-        writes = flag.removeprefix("--") in WRITTEN
-        target = check_writable(path, flag) if writes else Path(path).expanduser()
-        other = taken.setdefault(os.path.realpath(target), flag)
-        if writes and other != flag:
+    taken = {real(path): flag for flag, path in paths_of(args, ("source", "compare")).items()}
+    for flag, path in paths_of(args, WRITTEN).items():
+        check_writable(path, flag)
+        if (other := taken.setdefault(real(path), flag)) != flag:
             raise UserError(f"{other} and {flag} name the same file, {path}.")
     if args.plot:
         from vlmprune.eval.bench.plot import check_plot

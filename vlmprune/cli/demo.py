@@ -80,9 +80,8 @@ def shipped() -> list[dict[str, Any]]:
     except FileNotFoundError as error:
         raise CommandError(f"the demo's pictures are missing from this installation: {brief(error)}") from None
     lacks = {name: lack_of(name) for name in testbed.NAMES}
-    present = [name for name, why in lacks.items() if not why]
-    there = sorted((p for p in pictures if p["model"] in present), key=lambda p: present.index(p["model"]))
-    reasons = sorted({*filter(None, lacks.values())})
+    there = [picture for name in lacks if not lacks[name] for picture in pictures if picture["model"] == name]
+    reasons = sorted({*lacks.values()} - {""})
     if not there:
         raise CommandError(f"nothing to show: {'; '.join(reasons) or 'no pictures'}")
     for reason in reasons:

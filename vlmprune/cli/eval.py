@@ -89,18 +89,17 @@ def verb(
     if not have_lmms_eval() and not dry_run:
         raise UserError(f"{INSTALL}.")
     plan = planned(config, overrides) if recipe is None else with_recipe(config, overrides, recipe)
+    told = [*words.about(plan), *(words.dry(plan, survey.survey(plan, plan.config.output)) if dry_run else ())]
     first = runner.rank() == 0
     if first:
-        print("\n".join(words.about(plan)), flush=True)
-    if first and dry_run:
-        print(words.dry(plan, survey.survey(plan, plan.config.output)))
+        print("\n".join(told), flush=True)
     if dry_run:
         return
-    with Show(len(plan.cells)) if first else nullcontext() as show:
-        try:
+    try:
+        with Show(len(plan.cells)) if first else nullcontext() as show:
             done = runner.run_plan(plan, show, sys.argv)
-        except StoreError as error:
-            raise UserError(str(error)) from None
+    except StoreError as error:
+        raise UserError(str(error)) from None
     if first:
         report(plan, done.failed)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +47,8 @@ mean is told there. Every result is kept in rows.jsonl as it comes: Ctrl-C stops
 exit codes: 0 done, 1 failed, or not as good as --min-agreement, --min-speedup and --max-loss ask, 2 wrong usage, 130
 interrupted
 """
+#: What a run does not hang on; `loss` is another flag's value, read.
+NOT_REPEATED = ("as_json", "out", "resume", "loss")
 
 
 def verb(
@@ -107,11 +108,9 @@ def verb(
 
 def study(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, measure, report."""
-    least = least_of(args)
+    least, frames = least_of(args), frames_of(args)
     wanted = flags.wanted(args.method, args.keep, args.average, args.option, args.recipe)
-    frames = frames_of(args)
-    file = args.data or args.prompts or "the prompts"
-    pairs = asked(args, folder, frames)
+    pairs, file = asked(args, folder, frames), file_of(args)
     if not labelled(pairs, file) and (args.data or least.loss is not None):
         raise UserError(f'{file} has no answers: scores need --data with an "answer" in every line.')
 
@@ -133,8 +132,7 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     asking.check_prompts(loaded, pairs, file)
     labels = Labels.of(pairs, args.metric)
 
-    setting = {"max_new_tokens": args.max_new_tokens, "versions": flags.versions()}
-    journal = Journal(folder, setting_of(loaded, **setting, **({"frames": frames} if frames else {})))
+    journal = Journal(folder, setting_of(loaded, args.max_new_tokens, flags.versions(), frames))
     journal.tell_damaged()
     plan = fidelity_run.Todo(journal, [*methods, *controls], pairs)
     skipped: dict[str, str] = {}
@@ -143,8 +141,7 @@ def study(args: SimpleNamespace, folder: Path) -> None:
     if not rows:
         asking.refuse_nothing(skipped, interrupted)
     book = CostBook(loaded, journal, pairs, args.batch, args.max_new_tokens, args.repeats, skipped)
-    timed = [] if interrupted or not args.repeats else [*methods, *controls]
-    costs = {entry.label: book.of(entry) for entry in timed}
+    costs = {} if interrupted or not args.repeats else book.of_all([*methods, *controls])
     cards = {entry.label: worst_cards(loaded, entry, rows, pairs, args.worst, labels) for entry in methods}
     about = about_run(loaded, "fidelity", args, prompts_skipped=sum(pair.picture in skipped for pair in pairs))
     told = report.Study(about, [*methods, *controls], rows, [*skipped.items()], cards, len(pairs), costs, labels)
@@ -201,6 +198,11 @@ def frames_of(args: SimpleNamespace) -> int | None:
     return args.frames or FRAMES
 
 
+def file_of(args: SimpleNamespace) -> str:
+    """What messages call the file of the prompts."""
+    return args.data or args.prompts or "the prompts"
+
+
 def asked(args: SimpleNamespace, folder: Path, frames: int | None = None) -> list[Pair]:
     """The prompts about pictures, or about videos of so many frames."""
     file = args.data or args.prompts
@@ -211,23 +213,17 @@ def asked(args: SimpleNamespace, folder: Path, frames: int | None = None) -> lis
 
 def about_run(loaded: Loaded, verb: str, args: SimpleNamespace, **more: Any) -> dict[str, Any]:
     """What somebody else needs to repeat a run of a verb."""
+    from vlmprune.eval.report.document import command
+
+    given = {name: value for name, value in vars(args).items() if name not in NOT_REPEATED}
     return {
         **loaded.about,
         "versions": flags.versions(),
-        "command": " ".join(("vlmprune", verb, *quoted(args))),
+        "command": command(verb, given),
         "max_new_tokens": args.max_new_tokens,
         "batch": args.batch,
         **more,
     }
-
-
-def quoted(args: SimpleNamespace) -> Iterator[str]:
-    """The flags that mean these arguments; `loss` is another one's value, read."""
-    for name, value in vars(args).items():
-        if name in ("as_json", "out", "resume", "loss") or value is None:
-            continue
-        for one in value if isinstance(value, list) else [value]:
-            yield f"--{name.replace('_', '-')} {shlex.quote(str(one))}"
 
 
 def show(told: Study, files: Sequence[Path], as_json: bool) -> None:

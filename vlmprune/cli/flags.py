@@ -41,7 +41,6 @@ DEVICE = Option(metavar="NAME", help="cpu, cuda, cuda:N or auto")
 DTYPE = Option(help="auto: float32 on a CPU, the checkpoint's own on a GPU")
 
 Model = Annotated[str, MODEL]
-Methods = Annotated[str, METHOD]
 SomeMethods = Annotated[str | None, METHOD]
 PATCHES = "patches per image (64), or a fraction (0.1 or 10%)"
 Keep = Annotated[str | None, Option(metavar="N[,N]", help=PATCHES)]

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Option
 
 from vlmprune.cli import flags
-from vlmprune.cli.fidelity import about_run, asked
+from vlmprune.cli.fidelity import about_run, asked, file_of
 from vlmprune.eval.fidelity import asking
 from vlmprune.runtime.errors import UserError, user_mistakes
 from vlmprune.runtime.prompts import labelled
-from vlmprune.runtime.tables import OVERHEAD, counted, table
+from vlmprune.runtime.tables import OVERHEAD, table
 
 if TYPE_CHECKING:
     from vlmprune.eval.tune.candidates import Tried
@@ -99,7 +99,7 @@ def verb(
 def tune(args: SimpleNamespace, folder: Path) -> None:
     """Check everything that can be checked early, load the model, search, report."""
     flags.options_of(args.option)
-    pairs, file = asked(args, folder), args.data or args.prompts or "the prompts"
+    pairs, file = asked(args, folder), file_of(args)
     scored = labelled(pairs, file)
 
     # from here on it takes seconds: torch and transformers are imported
@@ -117,7 +117,7 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
     entries = entries_of(tried.fitting(loaded), False, 1)
     asking.check_prompts(loaded, pairs, file)
     goal = Goal(args.speedup, args.loss, args.speed_of, args.metric)
-    setting = setting_of(loaded, max_new_tokens=args.max_new_tokens, versions=flags.versions())
+    setting = setting_of(loaded, args.max_new_tokens, flags.versions())
     search = Tuning(
         loaded, folder, setting, pairs, goal, args.batch, args.max_new_tokens, 60 * args.minutes, args.repeats
     )
@@ -128,9 +128,8 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
         finalists = search.search(candidates)
     if not finalists:
         search.refuse_nothing()
-    for name, why in search.refused.items():
-        tried.refuse(name, *why)
-    complete = not search.over and not search.untimed and len(trials) in (0, len(entries) * (1 + args.trials))
+    tried.refuse_all(search.refused)
+    complete = search.complete and len(trials) in (0, len(entries) * (1 + args.trials))
     about = about_run(loaded, "tune", args, **{"pairs of timed runs": args.repeats})
     found = report.Result(about, goal, scored, candidates, finalists, search.skipped, tried.refused, complete, trials)
     report.write(found, loaded, pairs, args.worst, folder)
@@ -138,8 +137,7 @@ def tune(args: SimpleNamespace, folder: Path) -> None:
     if search.interrupted:
         raise KeyboardInterrupt
     if not complete:
-        few = f", {counted(len(search.untimed), 'candidate')} not tried at all" if search.untimed else ""
-        note(f"time was over before all was measured{few}: --resume goes on")
+        note(f"time was over before all was measured{search.told_untimed()}: --resume goes on")
 
 
 def tried_of(args: SimpleNamespace) -> Tried:

@@ -45,6 +45,19 @@ def rolled_back(cache: Any, segments: list[Segment], length: int | None) -> list
     return left
 
 
+def check_padding(plan: Plan, new: torch.Tensor) -> None:
+    """Refuse rows of different lengths, `(batch, tokens)` of their mask, in front of recurrent layers.
+
+    Raises:
+        UnsupportedError: there is padding.
+    """
+    if not new.all():
+        raise UnsupportedError(
+            "the rows of this batch go on with different numbers of tokens, and padding inside a row fades the state "
+            f"of the recurrent layers of {plan.family.model_type} models (unpruned, too): continue the rows one by one."
+        )
+
+
 def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], length: int | None) -> dict:
     """The inner model's keyword arguments for a call on a pruned cache.
 
@@ -62,11 +75,8 @@ def resume(plan: Plan, inner: nn.Module, kwargs: dict, segments: list[Segment], 
     batch, queries = tokens.shape[:2]
     check_cache(segments, batch)
     new = mask[:, prompt:] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-    if plan.facts.recurrent and queries > 1 and new is not None and not new[:, -queries:].all():
-        raise UnsupportedError(
-            "the rows of this batch go on with different numbers of tokens, and padding inside a row fades the state "
-            f"of the recurrent layers of {plan.family.model_type} models (unpruned, too): continue the rows one by one."
-        )
+    if plan.facts.recurrent and queries > 1 and new is not None:
+        check_padding(plan, new[:, -queries:])
     if first.onward is None:
         positions = unpruned_positions(kwargs, segments, length, plan.family.origin)
     else:

@@ -117,20 +117,22 @@ class Encode(Bound):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         plan, known = self.plan, self.plan.family.sized(self.modality)
+        told = plan.in_tower and plan.enabled
         if not known and not plan.projector_cuts:
-            if plan.in_tower and plan.enabled:
-                kwargs[OWNER] = Call(plan)
-            return self.encode()(self.module, *args, **kwargs)
+            owner = {OWNER: Call(plan)} if told else {}
+            return self.encode()(self.module, *args, **kwargs, **owner)
         given = self.named(args, kwargs)
         sizes = self.sizes(given)
-        if plan.in_tower and plan.enabled:
-            wanted = plan.projector_cuts
-            grids = [plan.grid(self.module, self.modality, size) for size in sizes] if wanted else None
-            given[OWNER] = Call(plan, sizes, grids)
+        if told:
+            given[OWNER] = Call(plan, sizes, self.grids(sizes) if plan.projector_cuts else None)
         output = self.encode()(self.module, **given)
         if known and not isinstance(output, tuple):
             setattr(output, SIZES, sizes)
         return output
+
+    def grids(self, sizes: list[Any]) -> list[ImageGrid]:
+        """The layouts of what is encoded."""
+        return [self.plan.grid(self.module, self.modality, size) for size in sizes]
 
     def sizes(self, given: dict[str, Any]) -> list[Any]:
         """What the packing of every image or video depends on, None where on nothing."""

@@ -84,29 +84,27 @@ class BeforeModel(Hook):
 
     def prefill(self, module: nn.Module, kwargs: dict, guesses: int, segments: list[Segment], length: int) -> dict:
         """The arguments of a call with pictures, its frame among them."""
-        check_call(self.plan.family, module, kwargs, later=bool(segments))
-        blocks = self.plan.family.blocks(kwargs)
+        plan, family, on_axes = self.plan, self.plan.family, self.plan.facts.axes > 1
+        check_call(family, module, kwargs, later=bool(segments))
+        blocks = family.blocks(kwargs)
         if blocks is not None and length:
             raise UnsupportedError(
-                f"pictures in a later turn are not supported on {self.plan.family.model_type} models, whose pictures "
-                "see all of themselves: begin a new conversation, or leave the patch out of it."
+                f"pictures in a later turn are not supported on {family.model_type} models, whose pictures see all of "
+                "themselves: begin a new conversation, or leave the patch out of it."
             )
-        kwargs = catch_up(kwargs, segments, length, self.plan.family.origin)
+        kwargs, stand = catch_up(kwargs, segments, length, family.origin), None
         past, mask = held(kwargs, segments, length), kwargs.get("attention_mask")
-        on_axes, stand = self.plan.facts.axes > 1, None
         if segments:
-            kwargs = resume(self.plan, module, kwargs, segments, length)
-        encoded = encode(module, kwargs, self.plan.family)
+            kwargs = resume(plan, module, kwargs, segments, length)
+        encoded = encode(module, kwargs, family)
         kwargs["mm_encoder_outputs"] = {modality: without_notes(output) for modality, output in encoded.items()}
         if on_axes and not segments:
-            check_given(self.plan.family, kwargs, encoded, length)
+            check_given(family, kwargs, encoded, length)
             stand = partial(stand_on_axes, kwargs, encoded)
         positions = counted(kwargs.get("position_ids")) if mask is None else None
-        frame = Prefill(self.plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions, blocks, stand)
+        frame = Prefill(plan, module, kwargs["input_ids"], mask, encoded, past, guesses, positions, blocks, stand)
         if on_axes and segments:
-            kwargs["position_ids"] = places_of_turn(
-                self.plan.family, module, kwargs, frame.layout, frame.census.real, past[0]
-            )
+            kwargs["position_ids"] = places_of_turn(family, module, kwargs, frame.layout, frame.census.real, past[0])
         return kwargs | {FRAME: frame}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vlmprune.methods.base import Method
 
 __all__ = ["Hook", "Plan", "handed"]
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -84,25 +86,29 @@ class Plan:
             if not self.plain[me]:
                 del self.plain[me]
 
+    def of_kind(self, kind: type[T]) -> list[T]:
+        """The cuts of one kind."""
+        return [cut for _, cut in self.cuts if isinstance(cut, kind)]
+
     @property
     def pixel_cuts(self) -> list[PixelCut]:
         """What happens to the picture before the tower sees it."""
-        return [cut for _, cut in self.cuts if isinstance(cut, PixelCut)]
+        return self.of_kind(PixelCut)
 
     @property
     def patch_cuts(self) -> list[PatchCut]:
         """What goes in front of a packed tower."""
-        return [cut for _, cut in self.cuts if isinstance(cut, PatchCut)]
+        return self.of_kind(PatchCut)
 
     @property
     def tower_cuts(self) -> list[TowerCut]:
         """Cuts inside the vision tower."""
-        return [cut for _, cut in self.cuts if isinstance(cut, TowerCut)]
+        return self.of_kind(TowerCut)
 
     @property
     def projector_cuts(self) -> list[ProjectorCut]:
         """Cuts between tower and projector."""
-        return [cut for _, cut in self.cuts if isinstance(cut, ProjectorCut)]
+        return self.of_kind(ProjectorCut)
 
     @property
     def in_vision(self) -> bool:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -87,13 +88,7 @@ def find_items(plan: Plan, inner: nn.Module, modality: str, census: Census, feat
     """Find the images, or the videos, of a batch by their placeholders."""
     holes, placeholders = census.holes[modality], census.placeholders[modality]
     known = known_sizes(plan, modality, features)
-    made = len(features.pooler_output)
-    if plan.family.alike and made != len(known) and made != sum(map(bool, placeholders)):
-        raise UnsupportedError(
-            "beams, or several answers, to prompts with videos or several pictures are not supported: transformers "
-            f"mixes up the features of {plan.family.model_type} models where it repeats them (unpruned, too). Search "
-            "without beams, or ask about one picture."
-        )
+    check_beams(plan, len(features.pooler_output), len(known), placeholders)
     try:
         if plan.family.runs:
             sizes, known = pictures(census.runs[modality], math.prod(plan.family.side(inner)), len(known), features)
@@ -101,12 +96,8 @@ def find_items(plan: Plan, inner: nn.Module, modality: str, census: Census, feat
             sizes = plan.family.items(inner, modality, features, known)
         sample, ordinal, offset = assign_images(placeholders, sizes, modality)
     except ValueError as error:
-        token = plan.family.token(inner, modality)
-        none = (
-            f" No prompt holds token {token}, the {modality} placeholder by the model's config "
-            f"({modality}_token_id): is that the one the processor writes?"
-        )
-        raise ValueError(f"{error}{'' if any(placeholders) else none} {processor_needs(plan, inner)}") from None
+        none = "" if any(placeholders) else no_placeholder(plan.family.token(inner, modality), modality)
+        raise ValueError(f"{error}{none} {processor_needs(plan, inner)}") from None
     origin = undo_beams(sample, len(placeholders), len(known))
     encoded = [plan.grid(inner, modality, size) for size in known]
     grids = [encoded[o] for o in origin]
@@ -143,6 +134,33 @@ def known_sizes(plan: Plan, modality: str, features: Any) -> list[Any]:
     return [None] * features.last_hidden_state.shape[0]
 
 
+def check_beams(plan: Plan, made: int, known: int, placeholders: list[int]) -> None:
+    """Refuse features that are repeated for beams, where the host mixes them up.
+
+    Args:
+        made: features of so many items.
+        known: items that were encoded.
+        placeholders: of every row.
+
+    Raises:
+        UnsupportedError: that.
+    """
+    if plan.family.alike and made not in (known, sum(map(bool, placeholders))):
+        raise UnsupportedError(
+            "beams, or several answers, to prompts with videos or several pictures are not supported: transformers "
+            f"mixes up the features of {plan.family.model_type} models where it repeats them (unpruned, too). Search "
+            "without beams, or ask about one picture."
+        )
+
+
+def no_placeholder(token: int, modality: str) -> str:
+    """What to say where no prompt has a placeholder."""
+    return (
+        f" No prompt holds token {token}, the {modality} placeholder by the model's config "
+        f"({modality}_token_id): is that the one the processor writes?"
+    )
+
+
 def pictures(runs: list[list[int]], view: int, views: int, features: Any) -> tuple[list[int], list[int]]:
     """Pictures that stand between texts, each of as many views as it has placeholders for.
 
@@ -158,13 +176,13 @@ def pictures(runs: list[list[int]], view: int, views: int, features: Any) -> tup
     Raises:
         ValueError: a run that is no whole number of views, or more or less than there are.
     """
-    sizes, made = [run for row in runs for run in row], sum(len(item) for item in features.pooler_output)
+    sizes, made = list(chain(*runs)), sum(map(len, features.pooler_output))
     if odd := [run for run in sizes if run % view]:
         raise ValueError(f"a run of {odd[0]} image placeholders is no whole number of tiles of {view} tokens.")
     if made != sum(sizes) or not views or made % (views * view):
         raise ValueError(f"the prompts have {sum(sizes)} image placeholders, and {made} features were made for them.")
     beams = made // (views * view)
-    return sizes, [run // view for row in runs[::beams] for run in row]
+    return sizes, [run // view for run in chain(*runs[::beams])]
 
 
 def check_packing(modality: str, grids: list[ImageGrid], sizes: list[int]) -> None:

@@ -39,11 +39,9 @@ def check(op: str, args: tuple) -> None:
 
 def check_all(op: str, args: tuple) -> None:
     """Refuse arguments that an op does not have, whatever has passed before."""
-    device = args[0].device
-    for x in args:
-        if isinstance(x, Tensor) and x.device != device:
-            devices = sorted({str(x.device) for x in args if isinstance(x, Tensor)})
-            raise ValueError(f"vlmprune.{op}: tensors are on {' and '.join(devices)}: move them to one device.")
+    devices = {str(x.device) for x in args if isinstance(x, Tensor)}
+    if len(devices) > 1:
+        raise ValueError(f"vlmprune.{op}: tensors are on {' and '.join(sorted(devices))}: move them to one device.")
     for name, x, shape, dtypes in RULES[op](*args):
         if x is None:
             continue

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
+from itertools import chain
 from math import isfinite
 from numbers import Real
 from types import NoneType, SimpleNamespace, UnionType
@@ -156,13 +157,15 @@ def by_rules(name: str, parts: tuple, value: Any) -> Any:
 def of_union(name: str, parts: tuple, value: Any) -> Any:
     """`checked` of a union's parts."""
     others = [part for part in parts if part is not NoneType]
-    optional = len(others) < len(parts)
-    if all(get_origin(part) is Literal for part in others):
-        return choice(name, value, sum(map(get_args, others), ()) + (None,) * optional)
-    if value is None and optional:
+    kinds = [get_origin(part) for part in others]
+    nothing = (None,) if NoneType in parts else ()
+    if set(kinds) == {Literal}:
+        return choice(name, value, (*chain(*map(get_args, others)), *nothing))
+    if value is None and nothing:
         return None
-    only = others if len(others) == 1 else [part for part in others if get_origin(part) is tuple]
-    return checked(name, only[0], value) if len(only) == 1 else value
+    if len(others) > 1 and kinds.count(tuple) != 1:
+        return value
+    return checked(name, others[kinds.index(tuple) if tuple in kinds else 0], value)
 
 
 def choice(name: str, value: Any, allowed: tuple) -> Any:

@@ -57,11 +57,15 @@ def question_of(processor: Any) -> QuestionMarks | None:
     later = [written(processor, [{"type": "text", "text": word}], later=True) for word in ("what", "7")]
     if None not in later:  # what stands in front of every user's turn, not of the first one alone
         opens = opens[len(opens) - common(opens[::-1], later[0][: common(*later)][::-1]) :] or opens
-    tokenizer = processor.tokenizer
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    silent = {i for i, token in enumerate(tokens) if not any(c.isalnum() for c in (token or "").strip("\u2581\u0120"))}
-    silent |= set(tokenizer.all_special_ids)
-    return QuestionMarks(tuple(opens), tuple(said[0][len(said[0]) - behind :]), tuple(sorted(silent)), tokenizer)
+    silent = silent_tokens(processor.tokenizer)
+    return QuestionMarks(tuple(opens), tuple(said[0][len(said[0]) - behind :]), silent, processor.tokenizer)
+
+
+def silent_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Tokens without a letter or a digit, in order: marks, spaces and what is special."""
+    tokens = enumerate(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))))
+    silent = {i for i, token in tokens if not any(map(str.isalnum, (token or "").strip("\u2581\u0120")))}
+    return tuple(sorted(silent | set(tokenizer.all_special_ids)))
 
 
 def told_question(name: str, given: Any) -> QuestionMarks:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmprune.runtime.errors import CommandError, UserError, brief, user_mistakes
 from vlmprune.runtime.fewer_pixels import SAID, fitted
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from vlmprune.spec import Job
     from vlmprune.trace import Trace
 
-__all__ = ["Outcome", "check", "guarded", "patch", "prefill_times", "run_jobs", "seen_by"]
+__all__ = ["Outcome", "check", "guarded", "one_pair", "patch", "prefill_times", "run_jobs", "seen_by"]
+
+T = TypeVar("T")
 
 
 Prepare = Callable[[Loaded], dict[str, Any]]
@@ -152,15 +154,21 @@ def paired_times(
 
     `whole` is what the plain model gets, where that is something else.
     """
+    given = {True: inputs if whole is None else whole, False: inputs}
     pairs = []
     for i in range(repeats + 1 if repeats else 0):
         status(f"{label}: timing {i}/{repeats}" if i else f"{label}: warming up")
-        pair = {}
-        for plain in (True, False) if i % 2 else (False, True):
-            with handle.disabled() if plain else nullcontext():
-                pair[plain] = seconds(handle.model, inputs if whole is None or not plain else whole)
-        pairs.append((pair[True], pair[False]))
+        pairs.append(one_pair(handle, i, lambda plain: seconds(handle.model, given[plain])))
     return pairs[1:]
+
+
+def one_pair(handle: Handle, number: int, measured: Callable[[bool], T]) -> tuple[T, T]:
+    """What is measured of the plain model (True) and of the pruned one; who is first alternates with the number."""
+    found: dict[bool, T] = {}
+    for plain in (True, False) if number % 2 else (False, True):
+        with handle.disabled() if plain else nullcontext():
+            found[plain] = measured(plain)
+    return found[True], found[False]
 
 
 def prefill_times(loaded: Loaded, methods: Sequence[Method], inputs: dict[str, Any], repeats: int) -> dict[str, float]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from types import ModuleType
 
 from vlmprune.errors import UnsupportedError
 
-__all__ = ["CommandError", "UserError", "brief", "printable", "user_mistakes"]
+__all__ = ["CommandError", "UserError", "brief", "extra", "printable", "user_mistakes"]
 
 
 class CommandError(Exception):
@@ -20,6 +22,18 @@ class UserError(CommandError):
     """The user's mistake."""
 
     code = 2
+
+
+def extra(module: str, why: str) -> ModuleType:
+    """A module of a package that is no requirement.
+
+    Raises:
+        UserError: it is not installed: `why`.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        raise UserError(why) from None
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from vlmprune.runtime.errors import UserError, brief
 
-__all__ = ["PREFIX", "check_writable", "has_content", "write_whole"]
+__all__ = ["PREFIX", "check_writable", "has_content", "write_all", "write_whole"]
 
 PREFIX = ".writing-"  # of files that are being written; what a killed process left behind
 
@@ -38,6 +39,13 @@ def write_whole(path: Path, content: bytes) -> None:
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def write_all(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
+    """Write files by name into a folder, each as `write_whole` does."""
+    for name, content in contents.items():
+        write_whole(folder / name, content)
+    return [folder / name for name in contents]
 
 
 def check_writable(path: str, flag: str) -> Path:

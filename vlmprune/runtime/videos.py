@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from vlmprune.runtime.errors import UserError, brief, printable
+from vlmprune.runtime.errors import UserError, brief, extra, printable
 from vlmprune.runtime.pictures import read_picture, refuse_no_file
 
 __all__ = ["FRAMES", "VideoClip", "check_reader", "read_video", "read_visual"]
@@ -54,11 +54,7 @@ def check_reader() -> ModuleType:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import av
-    except ImportError:
-        raise UserError("reading videos needs PyAV: pip install 'vlmprune[video]' (or: pip install av).") from None
-    return av
+    return extra("av", "reading videos needs PyAV: pip install 'vlmprune[video]' (or: pip install av).")
 
 
 def read_visual(path: str | Path, frames: int | None = None) -> Image.Image | VideoClip:

@@ -103,11 +103,7 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
     held = attending(cache)
     lengths = [layer.keys.shape[2] for layer in held.values()]  # they grow under way
     logits = [model.get_output_embeddings()(hidden[every, last])]
-    place = mask.sum(1, keepdim=True) + family.origin
-    if on_axes and has_pictures(inputs):
-        place = place + family.inner(model).rope_deltas
-    if on_axes:
-        place = place.expand(family.axes, -1, -1)
+    place = place_behind(family, model, mask, has_pictures(inputs))
     for step, token in enumerate(forced):
         mask = torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
         given = {"attention_mask": mask} if padded else {}
@@ -118,6 +114,15 @@ def run(family: Family, model: nn.Module, inputs: dict[str, Any], forced: Sequen
         logits.append(out.logits[:, -1])
     keys, values = [layer.keys for layer in held.values()], [layer.values for layer in held.values()]
     return Run(hidden, torch.stack(logits, 1), lengths, keys, values, list(held))
+
+
+def place_behind(family: Family, model: nn.Module, mask: torch.Tensor, pictures: bool) -> torch.Tensor:
+    """Position ids behind the prompts of a call that was just run, `(batch, 1)`, or `(axes, batch, 1)`."""
+    place = mask.sum(1, keepdim=True) + family.origin
+    if family.axes == 1:
+        return place
+    ahead = family.inner(model).rope_deltas if pictures else 0
+    return (place + ahead).expand(family.axes, -1, -1)
 
 
 def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:

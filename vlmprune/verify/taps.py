@@ -58,6 +58,12 @@ class Asked:
     hidden: tuple[int, ...]
     others: tuple[str, ...]
 
+    @property
+    def by_place(self) -> tuple[tuple[BlockKeys, ...], tuple[Tap, ...]]:
+        """The taps that are seen behind the tower, and the others."""
+        keys = tuple(tap for tap in self.taps if isinstance(tap, BlockKeys))
+        return keys, tuple(tap for tap in self.taps if tap not in keys)
+
     @classmethod
     def of(cls, cuts: Sequence[AnyCut]) -> Asked:
         made: dict[str, dict[Any, None]] = {"taps": {}, "hidden": {}, "others": {}}
@@ -78,8 +84,7 @@ class Look(Method):
         self.asked, self.seen, self.layout = asked, {}, None
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
-        keys = tuple(tap for tap in self.asked.taps if isinstance(tap, BlockKeys))
-        rest = tuple(tap for tap in self.asked.taps if tap not in keys)
+        keys, rest = self.asked.by_place
         last = max((tap.layer for tap in rest if isinstance(tap, DecoderTap)), default=0)
         if facts.recurrent and last:  # nothing is cut in front of the first layer with attention
             last = max(last, facts.attending[0] + 1)

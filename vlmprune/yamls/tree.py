@@ -68,17 +68,26 @@ class Tree:
         steps = [part.strip() for part in path.split(".")]
         if not equals or not all(steps):
             raise Mistakes([(where, "write KEY=VALUE, such as limit=20 or runs.0.batch_size=8.")])
-        self.value = {} if self.value is None else self.value
         try:
-            holder, key = self.find(steps)
+            holder, key = self.room(steps)
         except ValueError as error:
             alone = steps[0] == "runs" and ("runs",) not in self.origin
             only = f" The file is about one model: write {'.'.join(steps[2:])}={text}." if alone else ""
             raise Mistakes([(where, f"{error}{only}")]) from None
-        if isinstance(holder, list) and key[-1] == len(holder):
-            holder.append(None)
         holder[key[-1]] = read_tree(text, where).value
         self.origin = {at: told for at, told in self.origin.items() if at[: len(key)] != key} | {key: where}
+
+    def room(self, steps: list[str]) -> tuple[Any, Key]:
+        """As `find`, with a place for the last step.
+
+        Raises:
+            ValueError: there is no such place.
+        """
+        self.value = {} if self.value is None else self.value
+        holder, key = self.find(steps)
+        if isinstance(holder, list) and key[-1] == len(holder):
+            holder.append(None)
+        return holder, key
 
     def find(self, steps: list[str]) -> tuple[Any, Key]:
         """The dict or list that the last step is in, with the whole key; those on the way are made.

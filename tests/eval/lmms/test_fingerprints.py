@@ -53,8 +53,10 @@ def test_an_edit_of_what_every_result_depends_on(edited, file):
 
 
 @pytest.mark.parametrize(
-    "file", ["/methods/fopru.py", "/cli/ls.py", "/eval/report/tables.py", "/eval/lmms/plan.py", "/verify/checks.py"]
-)
+    "file",
+    ["/methods/fopru.py", "/cli/ls.py", "/eval/report/tables.py", "/eval/lmms/plan.py", "/eval/lmms/words.py",
+     "/eval/lmms/progress.py", "/verify/checks.py"],
+)  # fmt: skip
 def test_an_edit_of_what_no_result_or_one_method_depends_on(edited, file):
     before = fingerprints.library()
     hits = edited(file)
