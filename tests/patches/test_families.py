@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import tiny
 import tiny_qwen
@@ -11,6 +14,7 @@ from kin.byhand import answered
 
 import vlmprune
 from vlmprune import registry
+from vlmprune.parts import DecoderLayer, TowerLayer
 from vlmprune.patches import FAMILIES as EVERY
 from vlmprune.patches import family_of, language_models, towers
 
@@ -66,6 +70,27 @@ def test_what_is_said_of_published_models_is_so_of_the_tiny_one(kin):
     assert found.usual_tower == config.vision_config.model_type, "usual_tower, which `vlmprune ls models` shows"
     assert (found.usual_unit > 1) == (found.unit(kin.model().model) > 1), "usual_unit"
     assert kin.model().model.get_submodule(found.projector) is not None
+
+
+@pytest.mark.parametrize("kin", KIN.values(), ids=KIN)
+def test_processor_fields_are_words_of_its_processor(kin):
+    found, kind = family_of(kin.model()), kin.model().config.model_type
+    if (spec := find_spec(f"transformers.models.{kind}.processing_{kind}")) is None:
+        pytest.skip("the processor of another family")
+    fields = found.processor_fields(kin.model().model)
+    told = Path(spec.origin).read_text(encoding="utf-8")
+    assert any(field in told for field in fields), f"its processor knows none of processor_fields: {fields}"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "promised"),
+    [(towers.LAYERS, TowerLayer), (language_models.LAYERS, DecoderLayer)],
+    ids=["tower", "decoder"],
+)
+def test_every_adapter_answers_all_that_a_tap_may_ask(kinds, promised):
+    asked = {name for name in (*vars(promised), *promised.__annotations__) if not name.startswith("_")}
+    assert {"scale", "keys"} <= asked
+    assert {kind.__name__: lacks for kind in {*kinds.values()} if (lacks := asked - {*dir(kind)})} == {}
 
 
 def test_a_family_that_does_not_say_that_features_leave_through_a_norm_is_told_so(monkeypatch):

@@ -93,7 +93,7 @@ def test_who_is_blind():
         cls = registry.find(name)
         cuts = cls(keep=4, **cls.plain_with).cuts(subject("llava").family.facts(model.model))
         assert any(type(tap) in {*map(type, EVERY), BlockKeys} or (tap == Hidden() and isinstance(cut.at, Decoder))
-                   for cut in cuts for tap in cut.see) == (name in seen), name  # fmt: skip
+                   for cut in cuts for tap in cut.see) == (name in seen), f"{name}: BLIND, checked.py"  # fmt: skip
 
 
 # broken on purpose
