@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.parts.budget import check_keep, count
-from vlmprune.parts.cuts import AnyCut, Cut, Decoder, Pick, Positions, ProjectorCut, Reduction
+from vlmprune.parts.cuts import AnyCut, Cut, Decoder, Merge, Pick, Positions, ProjectorCut, Reduction
 from vlmprune.parts.facts import ModelFacts, need_patches
 from vlmprune.parts.layout import Layout, Views
 from vlmprune.parts.options import ascending, checked, falling, hints
 from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts
-from vlmprune.parts.selection import AnyNewlines, Newlines, keep_patches
+from vlmprune.parts.selection import AnyNewlines, Newlines, keep_patches, select
 from vlmprune.parts.taps import Kept, Seen, Tap
+from vlmprune.parts.templates import QuestionMarks, question_of, told_question
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LOOKS_AT", "REGISTERED", "BehindTower", "Budgeted", "InTower", "Method", "Pruner", "Staged", "register"]
+__all__ = ["LOOKS_AT", "REGISTERED", "Asking", "BeforeLLM", "BehindTower", "Budgeted", "InTower", "Method", "Pruner"]
+__all__ += ["Staged", "register"]
+# the words of every method's contract, which come with its base class
+__all__ += ["AnyCut", "AnyNewlines", "Cut", "Decoder", "Layout", "Merge", "ModelFacts", "Newlines", "Pick"]
+__all__ += ["Positions", "Reduction", "Seen", "Tap", "UnsupportedError"]
 
 KINDS = ("image", "video", "shrunk", "single")  # of inputs that a method may refuse
 
@@ -181,6 +187,45 @@ class Pruner(Budgeted):
 
 
 @dataclass(frozen=True)
+class BeforeLLM(Pruner):
+    """A method with a single cut, before the language model: `see` says what it looks at, `reduce` what stays."""
+
+    sees: ClassVar[tuple[Tap, ...]] = ()
+
+    @property
+    def reorders(self) -> bool:
+        """Whether `reduce` writes tokens in an order of its own (`Cut.reorders`)."""
+        return False
+
+    def see(self, facts: ModelFacts) -> tuple[Tap, ...]:
+        """The taps that `reduce` gets, in this order: `sees`, where they do not hang on the model; raises as `cuts`."""
+        return self.sees
+
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        see = tuple(dict.fromkeys(self.see(facts)))
+        return [Cut(Decoder(0), see, self.reduce, self.positions, self.reorders)]
+
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
+        """Pure: what was seen in, decision out."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Asking(Pruner):
+    """A method that looks for the question in a prompt.
+
+    Args:
+        question: how a chat template marks it: a processor, which the command and the evaluation ask. None takes all
+            text behind the last picture for it.
+    """
+
+    question: Annotated[QuestionMarks | None, told_question] = None
+
+    def told_by(self, processor: Any) -> Self:
+        return self if self.question is not None else replace(self, question=question_of(processor))
+
+
+@dataclass(frozen=True)
 class InTower(Pruner):
     """A method that makes the vision tower's own layers shorter, so that its time falls too.
 
@@ -282,11 +327,24 @@ class Staged(Pruner):
                 f"keep_ratios={self.keep_ratios} remove nothing that keep= or average= could stretch: lower the last."
             )
 
-    def stages(self, facts: ModelFacts) -> tuple[list[int], Schedule]:
-        """The decoder layers to cut at, and how many tokens stay behind each cut.
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        depth = facts.decoder_layers
+        layers = decoder_cuts("prune_layers", self.prune_layers, depth)
+        schedule = Schedule.at(layers, depth, self.keep_ratios, self.keep, self.average)
+        reduce = partial(self.reduce, schedule=schedule)
+        return [
+            Cut(Decoder(layer), self.see(layer, facts), partial(reduce, stage=stage), self.positions)
+            for stage, layer in enumerate(layers)
+        ]
 
-        Raises:
-            ValueError: too few layers, or an `average` that cannot be met.
-        """
-        layers = decoder_cuts("prune_layers", self.prune_layers, facts.decoder_layers)
-        return layers, Schedule.at(layers, facts.decoder_layers, self.keep_ratios, self.keep, self.average)
+    def see(self, layer: int, facts: ModelFacts) -> tuple[Tap, ...]:
+        """The taps that the cut at the input of decoder layer `layer` gets."""
+        raise NotImplementedError
+
+    def score(self, seen: Seen, layout: Layout) -> torch.Tensor:
+        """Pure: what was seen in, `(images, tokens)` out, of which the highest stay."""
+        raise NotImplementedError
+
+    def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule) -> Reduction:
+        """Pure: keep the best."""
+        return select(self.score(seen, layout), partial(schedule.left, stage=stage), layout, self.newlines)

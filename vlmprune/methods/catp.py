@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity, normalize, pad
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import Asking, Cut, Decoder, Layout, ModelFacts, Positions, Reduction, Seen, register
 from vlmprune.parts import (
     Cover,
-    Cut,
-    Decoder,
     DecoderLayer,
     DecoderTap,
     Hidden,
-    Layout,
-    ModelFacts,
     Must,
     OwnText,
-    Positions,
-    QuestionMarks,
-    Reduction,
     Scene,
     Schedule,
-    Seen,
     TextAttention,
     capped,
     count,
@@ -34,10 +26,8 @@ from vlmprune.parts import (
     is_number,
     is_whole,
     keep_patches,
-    question_of,
     schedule_layers,
     select_covering,
-    told_question,
     top_k,
     upcast,
     upload,
@@ -79,7 +69,7 @@ class MeanState(DecoderTap):
 
 @register("catp")
 @dataclass(frozen=True)
-class Catp(Pruner):
+class Catp(Asking):
     """Cut pictures that come with examples: half before the LLM, the other half where it compares them to the query.
 
     The last picture of a prompt is the query's, those in front of it are demonstrations. Before the LLM every picture
@@ -90,16 +80,14 @@ class Catp(Pruner):
 
     Args:
         keep: patches per picture left in the end, or a fraction, of demonstrations as their mean; the first cut makes
-            half of the way. A prompt with a single picture has nothing to compare: all goes at the first cut, for which
-            its text is the question.
+            half of the way. With a single picture all goes at the first cut, for which its text is the question.
         average: the same as a mean over decoder layers.
         layer: K, 0-based, of a 32-layer decoder (paper: 6 of 32 and of 28, 10 of 40); another depth scales it.
         alignment: lambda 1, of a patch's likeness to its picture's text, against the sum over all patches covered.
         likeness: lambda 2, of its likeness to the query, against the gain of attention.
-        question: how a chat template marks a question: a processor, which the command and the evaluation ask. None
-            takes all text, the template's too.
+        question: a processor, whose chat template marks it (the command and the evaluation ask theirs); None takes all
+            text, the template's too.
         positions: original (inferred; the paper does not say).
-        newlines: kept.
     """
 
     summary = "of several pictures with texts: what covers each, then what the last one calls for (one picture: cover)"
@@ -112,11 +100,7 @@ class Catp(Pruner):
     layer: Annotated[int, INNER] = 6
     alignment: Annotated[float, WEIGHT] = 0.7
     likeness: Annotated[float, WEIGHT] = 0.6
-    question: Annotated[QuestionMarks | None, told_question] = None
     positions: Positions = "original"
-
-    def told_by(self, processor: Any) -> Catp:
-        return self if self.question is not None else replace(self, question=question_of(processor))
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         depth = facts.decoder_layers
@@ -135,11 +119,7 @@ class Catp(Pruner):
         ]
 
     def left(self, layout: Layout, last: dict[int, int], stage: int, others: Schedule, query: Schedule) -> list[int]:
-        """Patches of every picture behind the first cut (0) and in the end (1), a demonstration's as their mean.
-
-        Args:
-            last: `queries` of the layout.
-        """
+        """Patches of every picture behind the first cut (0) and in the end (1); `last` is `queries` of the layout."""
         return [
             (query if last[row] == i else others).left(grid.patches, stage)
             if row in last
@@ -151,12 +131,12 @@ class Catp(Pruner):
         """Pure: features and the mean embedding of every picture's text in, what enters the LLM out."""
         features, text = map(upcast, seen.values())
         # the cosine of (unit, 1) to another such vector is that of both units, brought to 0..1
-        unit = torch.nn.functional.pad(normalize(features, dim=-1), (0, 1), value=1.0)
+        unit = pad(normalize(features, dim=-1), (0, 1), value=1.0)
         like = (1 + cosine_similarity(features, text[:, None], dim=-1)) / 2
         covers = []
-        for i, grid in enumerate(layout.grids):
-            patches, mine = unit[i, : grid.tokens], layout.patches[i, : grid.tokens]
-            covers.append([Cover(patches, patches, mine, mine)])
+        for patches, mine, grid in zip(unit, layout.patches, layout.grids, strict=True):
+            own, mine = patches[: grid.tokens], mine[: grid.tokens]
+            covers.append([Cover(own, own, mine, mine)])
         counts = left(layout, queries(layout), 0)
         return select_covering(covers, counts, layout, self.newlines, bonus=self.alignment * like)
 
@@ -179,9 +159,8 @@ class Catp(Pruner):
         """Pure: states and the mean state of the context in, what stays of the query's picture out."""
         hidden, context = seen.values()
         last, scores = queries(layout), cosine_similarity(upcast(hidden), context[:, None], dim=-1)
-        counts = [
-            n if i in last.values() else grid.patches
-            for i, (n, grid) in enumerate(zip(left(layout, last, 1), layout.grids, strict=True))
-        ]
+        patches = [grid.patches for grid in layout.grids]
+        wanted = zip(left(layout, last, 1), patches, strict=True)
+        counts = [n if i in last.values() else whole for i, (n, whole) in enumerate(wanted)]
         kept = top_k(scores, counts, layout.patches)
         return keep_patches(kept, layout, capped(counts, layout.alive_patches), self.newlines, scores)

@@ -8,58 +8,28 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import interpolate
 
-from vlmprune.methods.base import Budgeted, Pruner, register
-from vlmprune.parts import (
-    Cut,
-    Decoder,
-    Layout,
-    Merge,
-    ModelFacts,
-    PixelCut,
-    Reduction,
-    Seed,
-    Seen,
-    UnsupportedError,
-    image_cells,
-    keep_patches,
-    laid_out,
-    need_views,
-    random_scores,
-    select,
-)
+from vlmprune.methods.base import BeforeLLM, Budgeted, Layout, Merge, ModelFacts, Reduction, Seen, register
+from vlmprune.parts import PixelCut, Seed, image_cells, keep_patches, laid_out, need_views, random_scores, select
 
 __all__ = ["Downsample", "Grid", "Pool", "Random"]
 
 
-@dataclass(frozen=True)
-class Control(Pruner):
-    """A cut before the LLM that looks at nothing."""
-
-    looks_at = "nothing"
-
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        return [Cut(Decoder(0), (), self.reduce, self.positions)]
-
-    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        raise NotImplementedError
-
-
 @register("random")
 @dataclass(frozen=True)
-class Random(Control):
+class Random(BeforeLLM):
     """Keep random patches.
 
     The choice depends on `seed`, the image's number in its prompt and its token count, and on nothing else: a batch row
     gets what the sample alone gets. Report the spread over several seeds.
 
     Args:
-        keep, average: patches per image, or a fraction.
         seed: a whole number of at least 0.
-        positions, newlines: as everywhere.
     """
 
     summary = "random patches (control)"
+    looks_at = "nothing"
 
     seed: Seed = 0
 
@@ -67,32 +37,26 @@ class Random(Control):
         return select(random_scores(self.seed, layout), self.budget, layout, self.newlines)
 
 
+@register("grid")
 @dataclass(frozen=True)
-class Cells(Control):
-    """A control that divides the picture into equal cells: the largest grid within the budget with its aspect.
+class Grid(BeforeLLM):
+    """Keep the middle patch of every cell, of the largest grid of equal cells within the budget with its aspect.
 
     On an anyres image the thumbnail and the canvas of crops each get their share, of a video every frame. An image
     whose tokens were cut before is divided as if they were all there.
-    """
-
-    def cells(self, layout: Layout) -> tuple[Reduction, torch.Tensor, torch.Tensor]:
-        cells = partial(image_cells, keep=self.budget)
-        anchor, into, weight, counts = laid_out(layout, cells, ("cells", self.budget))
-        whole = layout.alive_patches == [grid.patches for grid in layout.grids]
-        return keep_patches(anchor, layout, counts if whole else None, self.newlines), into, weight
-
-
-@register("grid")
-@dataclass(frozen=True)
-class Grid(Cells):
-    """Keep the middle patch of every cell.
 
     Args:
         keep, average: at most so many patches per image (tables show the real count), or a fraction.
-        positions, newlines: as everywhere.
     """
 
     summary = "a regular grid of patches (control)"
+    looks_at = "nothing"
+
+    def cells(self, layout: Layout) -> tuple[Reduction, Merge]:
+        """The middle patches, and every cell's mean."""
+        cells = partial(image_cells, keep=self.budget)
+        anchor, into, weight, counts = laid_out(layout, cells, ("cells", self.budget))
+        return keep_patches(anchor, layout, counts if layout.whole else None, self.newlines), Merge(into, weight)
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         return self.cells(layout)[0]
@@ -100,21 +64,19 @@ class Grid(Cells):
 
 @register("pool")
 @dataclass(frozen=True)
-class Pool(Cells):
-    """Average every cell's patches into one token that stands at the cell's middle patch.
+class Pool(Grid):
+    """Average every cell's patches into one token that stands at the cell's middle patch; cells are those of `grid`.
 
     Args:
         keep, average: at most so many tokens per image (tables show the real count), or a fraction.
-        positions, newlines: as everywhere.
     """
 
     summary = "average pooling on a regular grid (control, merges)"
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        if layout.alive_patches != [grid.patches for grid in layout.grids]:
-            raise UnsupportedError("pool averages whole cells, and an earlier cut has taken patches: put pool first.")
-        reduction, into, weight = self.cells(layout)
-        return replace(reduction, merge=Merge(into, weight))
+        layout.need_whole("pool", "averages whole cells")
+        reduction, merge = self.cells(layout)
+        return replace(reduction, merge=merge)
 
 
 @register("downsample")
@@ -122,7 +84,7 @@ class Pool(Cells):
 class Downsample(Budgeted):
     """Shrink the picture and enlarge it again: as many pixels as the budget has patches, but all the tokens.
 
-    It saves nothing. It tells how much of a task needs detail at all, so it stands apart from methods in every table.
+    It saves nothing; it tells how much of a task needs detail at all, so it stands apart from methods in every table.
 
     Where a processor bounds the pixels of pictures of any size (Qwen-VL) it is the picture itself that is smaller: as
     many tokens as the budget has, or the few less that its sides allow. That saves the tower's time too, and is the
@@ -154,7 +116,7 @@ class Downsample(Budgeted):
 
     def shrink(self, pixels: torch.Tensor, share: float) -> torch.Tensor:
         """Pure: `(views, channels, height, width)` in and out, with `share` of the pixels' information."""
-        resize = partial(torch.nn.functional.interpolate, mode="bilinear", antialias=True)
+        resize = partial(interpolate, mode="bilinear", antialias=True)
         small = [max(1, round(n * share**0.5)) for n in pixels.shape[-2:]]
         if small == list(pixels.shape[-2:]):
             told = f"downsample changes nothing: {share:.4g} of {small[0]} x {small[1]} pixels are all of them."

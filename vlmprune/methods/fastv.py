@@ -6,21 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    AnyNewlines,
-    Cut,
-    Decoder,
-    Layout,
-    ModelFacts,
-    Positions,
-    Reduction,
-    Seen,
-    TextAttention,
-    check_layer,
-    count,
-    select,
-)
+from vlmprune.methods.base import AnyNewlines, Cut, Decoder, Layout, ModelFacts, Positions, Pruner, Reduction, register
+from vlmprune.parts import Seen, TextAttention, check_layer, count, select
 
 __all__ = ["FastV"]
 

@@ -8,20 +8,13 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import Cut, Decoder, Layout, ModelFacts, Pruner, Reduction, Seen, UnsupportedError, register
 from vlmprune.parts import (
     DEPTH,
-    Cut,
-    Decoder,
     ImageGrid,
-    Layout,
-    ModelFacts,
     Must,
-    Reduction,
-    Seen,
     Share,
     TextAttention,
-    UnsupportedError,
     count,
     decoder_cuts,
     is_whole,
@@ -46,16 +39,15 @@ class Lrs(Pruner):
     """Let what the question looks at in the thumbnail choose the crops that stay, and what it looks at in those.
 
     LRS-VQA trains a module to choose, level by level, which tiles of a large picture are encoded at all. This is the
-    form without training that nobody has published: one prefill, in which the model's own attention of a decoder layer
-    stands in for the module, the thumbnail for the coarse level and the crops for the fine one. All crops are encoded
-    and run through the layers before the cut, so that the tower is paid in full.
+    form without training that nobody has published: attention of a decoder layer stands in for the module, the
+    thumbnail for the coarse level and the crops for the fine one. All crops are encoded: the tower is paid in full.
 
     Args:
         keep, average: patches per image left from the cut on, or a fraction (`average` is taken of these, too). The
             thumbnail comes first, then patches of chosen crops, then others, each by their attention.
         coarse: share of the thumbnail's patches that choose crops: every crop that shows one of the best (code: 0.25).
         layer: 1-based, of a 32-layer decoder, behind which tokens go (inferred; scaled with depth).
-        positions: contiguous. newlines: kept (code).
+        positions, newlines: contiguous, kept (code).
     """
 
     summary = "crops that show what the question looks at in the thumbnail (training-free form, unpublished)"

@@ -8,24 +8,27 @@ from typing import Annotated, Literal
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    DEPTH,
+from vlmprune.methods.base import (
     AnyNewlines,
     Cut,
     Decoder,
-    DecoderLayer,
-    DecoderTap,
-    Hidden,
     Layout,
     Merge,
     ModelFacts,
     Positions,
+    Pruner,
     Reduction,
-    Scene,
-    Schedule,
     Seen,
     UnsupportedError,
+    register,
+)
+from vlmprune.parts import (
+    DEPTH,
+    DecoderLayer,
+    DecoderTap,
+    Hidden,
+    Scene,
+    Schedule,
     Visible,
     ascending,
     attention_mass,
@@ -54,14 +57,11 @@ HEADS = 14 / 32  # of the heads that "+" listens to
 
 
 def raters(visual: torch.Tensor, text: torch.Tensor, seen: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
-    """Which text tokens rate: those that visual tokens point at more than at the mean text token.
+    """`(batch, rows)` bool: the text tokens that visual tokens point at more than at the mean one, all if none is.
 
     Args:
         visual: `(batch, tokens, dim)`; text: `(batch, rows, dim)`, both at the input of the language model.
         seen: `(batch, tokens)` bool, who is visual; said: `(batch, rows)` bool, who is text.
-
-    Returns:
-        `(batch, rows)` bool; all text where none is above the mean.
     """
     points = upcast(visual) @ upcast(text).transpose(-1, -2)
     points = points.masked_fill(~said[:, None], torch.finfo(points.dtype).min).softmax(-1)
@@ -128,10 +128,10 @@ class Rated(DecoderTap):
 
 
 def strongest(attention: torch.Tensor, among: torch.Tensor, heads: int) -> torch.Tensor:
-    """Mean over the 14 of 32 heads (scaled) with most attention on `among` `(images, tokens)`.
+    """Mean over the 14 of 32 heads (scaled) with most attention on `among`.
 
     Args:
-        attention: `(images, heads, tokens)`.
+        attention: `(images, heads, tokens)`; among: `(images, tokens)` bool.
     """
     mass = (attention * among[:, None]).sum(-1)
     number = max(1, round(HEADS * heads))
@@ -160,7 +160,8 @@ class SparseVLM(Pruner):
 
     Raters are the tokens of the text behind the last image that visual tokens point at more than at the mean one (dot
     products of the embeddings). After layers 3, 7 and 16 of 32 the tokens stay that raters attend to most in that
-    layer. Of the others the best 30 % are clustered around density peaks, and the mean of each cluster stays.
+    layer. Of the others the best 30 % are clustered around density peaks (`peaks`), and the mean of each cluster stays,
+    at the place of its centre (the code appends it).
 
     Args:
         keep: visual tokens per image left after the last cut, recycled ones included, or a fraction; without a budget
@@ -173,9 +174,6 @@ class SparseVLM(Pruner):
         prune_layers: 1-based, of a 32-layer decoder; another depth scales them.
         positions: None is contiguous for v1 (where positions count) and original for "+", as the code.
         newlines: kept; the code knows single views.
-
-    A recycled token stands at the place of its cluster's centre; the code appends it behind the others. The paper's
-    rule that counts ranks of the attention matrix is not in the released schedules, and not here.
     """
 
     summary = "what the question's telling words look at, in three steps; the rest is recycled"
@@ -219,11 +217,12 @@ class SparseVLM(Pruner):
         if isinstance(self.average, float):
             self.schedule(layers, depth, 10**9).left(10**9, 0)  # a fraction can be met for all images or for none
         positions = self.positions or (None if self.version == "v1" else "original")
+        reduce = partial(self.reduce, schedule=partial(self.schedule, layers, depth))
         return [
             Cut(
                 Decoder(layer),
                 (Raters(), Rated(layer - 1, self.version == "+"), Hidden()),
-                partial(self.reduce, stage=stage, schedule=partial(self.schedule, layers, depth)),
+                partial(reduce, stage=stage),
                 positions,
             )
             for stage, layer in enumerate(layers)

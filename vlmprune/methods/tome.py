@@ -9,20 +9,13 @@ from typing import Annotated, Literal
 
 import torch
 
-from vlmprune.methods.base import InTower, register
+from vlmprune.methods.base import AnyCut, Cut, Decoder, InTower, Layout, ModelFacts, Reduction, Seen, register
 from vlmprune.parts import (
-    AnyCut,
     BlockKeys,
     ClusterOf,
     Clusters,
-    Cut,
-    Decoder,
     Hidden,
-    Layout,
-    ModelFacts,
     Must,
-    Reduction,
-    Seen,
     TowerCut,
     Vision,
     first_of_cluster,
@@ -49,10 +42,9 @@ class EncoderMerge(InTower):
     weigh: bool = False
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
-        layers, patches = facts.feature_layer + 1, facts.view_patches
-        schedule = self.schedule(patches, self.left(facts), layers)
-        cuts, left = [], patches
-        for layer, removed in enumerate(schedule):
+        layers, left = facts.feature_layer + 1, facts.view_patches
+        cuts: list[AnyCut] = []
+        for layer, removed in enumerate(self.schedule(left, self.left(facts), layers)):
             if removed > left // 2:
                 raise ValueError(
                     f"{self.word}={self.budget} would merge {removed} of {left} tokens in one layer, at most half can "
@@ -71,6 +63,11 @@ class EncoderMerge(InTower):
         """The cut in tower layer `layer`, or at its end."""
         raise NotImplementedError
 
+    def alternating(self, seen: Seen, sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
+        """Pure: `(views, tokens, dim)` keys or hidden states in, clusters out."""
+        (metric,) = seen.values()
+        return match_alternating(metric, removed, has_cls)
+
     def reduce(self, seen: Seen, layout: Layout, clusters: int) -> Reduction:
         """Pure: cluster numbers in, one token per cluster stays."""
         (cluster,) = seen.values()
@@ -82,17 +79,15 @@ class EncoderMerge(InTower):
 class ToMe(EncoderMerge):
     """Merge the most similar pairs of patches in every tower layer, by the cosine of their keys.
 
+    Even tokens are matched with odd ones in the order that the matching before left, as in the released code
+    (`match_alternating`). The same number is merged in every layer up to the feature layer.
+
     Args:
-        keep, average: patches per image that enter the LLM (a fraction on families with views); the same number of
-            tokens is merged in every layer up to the feature layer.
+        keep, average: patches per image that enter the LLM (a fraction on families with views).
         place: "inside" the layer, between its attention and its feed-forward block (paper and code), or "behind" it (as
             adaptations to CLIP do, which work on whole layers).
         weigh: proportional attention: later layers count a token as often as the patches it stands for. Off as in
             adaptations to CLIP; ToMe's own code turns it on for its trained models.
-        positions, newlines: as everywhere.
-
-    Even tokens are matched with odd ones in the order that the matching before left, as in the released code: what was
-    not merged first (by falling similarity where the tower has no [CLS] token), then the partners.
     """
 
     summary = "similar patches merged in every tower layer"
@@ -102,13 +97,8 @@ class ToMe(EncoderMerge):
 
     def cut(self, layer: int, removed: int, facts: ModelFacts) -> TowerCut:
         at = Vision(layer, inside=True) if self.place == "inside" else Vision(layer + 1)
-        reduce = partial(self.match, removed=removed, has_cls=facts.has_cls)
+        reduce = partial(self.alternating, removed=removed, has_cls=facts.has_cls)
         return TowerCut(at, (BlockKeys(layer),), reduce, weigh=self.weigh)
-
-    def match(self, seen: Seen, sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
-        """Pure: `(views, tokens, dim)` keys in, clusters out."""
-        (keys,) = seen.values()
-        return match_alternating(keys, removed, has_cls)
 
 
 @register("pitome")
@@ -116,16 +106,15 @@ class ToMe(EncoderMerge):
 class PiToMe(EncoderMerge):
     """Merge patches that live in dense, redundant clusters (high energy) and protect the rest.
 
+    Merging happens at a layer's end, as in the official CLIP patch. Every layer keeps the same share of its tokens
+    (paper). The metric is the hidden state, the margin 0.9 - 0.9 l / L (code). Means are weighted by size as in the
+    paper; the CLIP patch takes plain ones. The order of the tokens is the code's, as ToMe's.
+
     Args:
         keep, average: patches per image that enter the LLM (a fraction on families with views).
         energy_from: first of 24 layers (scaled) whose tokens are chosen by energy; the official CLIP patch matches
             alternately in layers 0..12.
         weigh: proportional attention; off in the official CLIP patch.
-        positions, newlines: as everywhere.
-
-    Merging happens at a layer's end, as in the official CLIP patch. Every layer keeps the same share of its tokens
-    (paper). The metric is the hidden state, the margin 0.9 - 0.9 l / L (code). Means are weighted by size as in the
-    paper; the CLIP patch takes plain ones. The order of the tokens is the code's, as ToMe's.
     """
 
     summary = "redundant patches merged in every tower layer, distinct ones protected"
@@ -139,16 +128,11 @@ class PiToMe(EncoderMerge):
         return [before - after for before, after in pairwise(sizes)]
 
     def cut(self, layer: int, removed: int, facts: ModelFacts) -> TowerCut:
+        reduce = self.alternating
         if layer >= round(self.energy_from * facts.tower_layers / 24):
-            margin = 0.9 - 0.9 * layer / facts.tower_layers
-            reduce = partial(self.by_energy, removed=removed, margin=margin, has_cls=facts.has_cls)
-        else:
-            reduce = partial(self.alternating, removed=removed, has_cls=facts.has_cls)
+            reduce = partial(self.by_energy, margin=0.9 - 0.9 * layer / facts.tower_layers)
+        reduce = partial(reduce, removed=removed, has_cls=facts.has_cls)
         return TowerCut(Vision(layer + 1), (Hidden(),), reduce, weigh=self.weigh)
-
-    def alternating(self, seen: Seen, sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
-        """Pure: `(views, tokens, dim)` hidden states in, clusters out."""
-        return match_alternating(seen[Hidden()], removed, has_cls)
 
     def by_energy(self, seen: Seen, sizes: torch.Tensor, removed: int, margin: float, has_cls: bool) -> Clusters:
         """Pure: `(views, tokens, dim)` hidden states in, clusters out."""

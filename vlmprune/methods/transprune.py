@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
+from torch.nn.functional import cosine_similarity
 
-from vlmprune.methods.base import Staged, register
+from vlmprune.methods.base import AnyNewlines, Layout, ModelFacts, Seen, Staged, Tap, register
 from vlmprune.parts import (
     DEPTH,
-    AnyNewlines,
     BlockTap,
-    Cut,
-    Decoder,
-    Layout,
-    ModelFacts,
-    Reduction,
     Scene,
-    Schedule,
-    Seen,
     Share,
     TextAttention,
     ascending,
     candidates,
     falling,
     schedule_layers,
-    select,
     upcast,
 )
 
@@ -62,7 +53,7 @@ def transition(before: torch.Tensor, after: torch.Tensor, among: torch.Tensor, m
     before, after = upcast(before), upcast(after)
     norm = torch.linalg.vector_norm
     magnitude = norm(after, dim=-1) / norm(before, dim=-1)
-    cosine = torch.nn.functional.cosine_similarity(after, before, dim=-1)
+    cosine = cosine_similarity(after, before, dim=-1)
     direction = 1 - cosine if mode == "official" else 1 - cosine.abs()
     weight = direction.masked_fill(~among, -torch.inf).softmax(-1)
     return torch.where(among, weight * magnitude, 0)
@@ -99,13 +90,11 @@ class TransPrune(Staged):
         mode: "official", what the released code computes (1 - cos, softmax over the whole sequence, both scores
             rescaled to sum 1), or "paper" (1 - |cos|, softmax over the image, raw sum with alpha).
         accumulate_layers, prune_layers: 1-based, of a 32-layer decoder; all layers from the first cut to the last one
-            are accumulated if none are given (7 to 12, as the source). At another depth the cuts scale by
-            max(previous + 1, round(p L / 32)), and the accumulated layers follow them (see `accumulated`).
+            are accumulated if none are given (7 to 12, as the source). At another depth both scale (`accumulated`).
         keep_ratios: of the tokens that entered the LLM, one per cut, floored, but never fewer than 1 of an
             image that has tokens (code: 0 is possible).
         alpha: weight of the transition score; the official code has none, which is 0.5.
-        positions: the family's own; contiguous, re-indexed at every cut, as the source; its decode positions differ by
-            layer.
+        positions: contiguous, re-indexed at every cut (source).
         newlines: "candidates" (source: all tokens of the image compete).
     """
 
@@ -133,33 +122,19 @@ class TransPrune(Staged):
                 f"by the last one, after layer {last}: what comes later is never read."
             )
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        prune, schedule = self.stages(facts)
+    def see(self, layer: int, facts: ModelFacts) -> tuple[Tap, ...]:
+        # layers count from 1: "after layer p" is the input of layer p counted from 0, whose attention decides
         watched = accumulated(self.accumulate_layers, self.prune_layers, facts.decoder_layers)
-        cuts = []
-        for stage, p in enumerate(prune):
-            # layers count from 1: "after layer p" is the input of layer p counted from 0, whose attention decides
-            taps = tuple(Transition(layer - 1, self.mode) for layer in watched if layer <= p)
-            see = (*taps, TextAttention(p, "instruction"))
-            cuts.append(Cut(Decoder(p), see, partial(self.reduce, stage=stage, schedule=schedule), self.positions))
-        return cuts
+        taps = tuple(Transition(number - 1, self.mode) for number in watched if number <= layer)
+        return (*taps, TextAttention(layer, "instruction"))
 
-    def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule) -> Reduction:
-        """Pure: transitions of the layers so far and `(images, tokens)` attention in, decision out."""
-        change = torch.stack([value for tap, value in seen.items() if isinstance(tap, Transition)]).sum(0)
-        attention = next(value for tap, value in seen.items() if isinstance(tap, TextAttention))
-        among, *_ = candidates(layout, self.newlines)
-        scores = self.score(change, attention, among)
-        return select(scores, partial(schedule.left, stage=stage), layout, self.newlines)
-
-    def score(self, change: torch.Tensor, attention: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-        """Both scores in one, `(..., tokens)`; the official code first divides each by its sum over the image."""
+    def score(self, seen: Seen, layout: Layout) -> torch.Tensor:
+        """Pure: transitions of the layers so far and attention in; the code first divides both by their sums."""
+        *changes, attention = seen.values()
+        change = torch.stack(changes).sum(0)
         if self.mode == "official":
+            among, *_ = candidates(layout, self.newlines)
             change, attention = (
                 x / (torch.where(among, x, 0).sum(-1, keepdim=True) + 1e-8) for x in (change, attention)
             )
         return self.alpha * change + (1 - self.alpha) * attention
-
-    def count(self, total: int, stage: int, share: tuple[float, ...] = ()) -> int:
-        """Tokens kept of an image's `total` after a stage (`Schedule.left`); `share` is `Schedule.shares`."""
-        return Schedule(self.keep_ratios, share, self.keep, self.average).left(total, stage)

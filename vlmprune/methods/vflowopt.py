@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -11,21 +10,12 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import Cut, Decoder, Layout, ModelFacts, Positions, Pruner, Reduction, Seen, register
 from vlmprune.parts import (
-    Cut,
-    Decoder,
-    ImageGrid,
-    Layout,
-    Merge,
-    ModelFacts,
     Must,
-    Positions,
     Range,
-    Reduction,
     Scaled,
     Schedule,
-    Seen,
     TowerLayer,
     TowerTap,
     attention_mass,
@@ -33,11 +23,13 @@ from vlmprune.parts import (
     is_number,
     keep_patches,
     nearest,
+    recycle,
+    square_cells,
     top_k,
     upload,
 )
 
-__all__ = ["VFlowOpt", "context_relevance", "recycle"]
+__all__ = ["VFlowOpt", "context_relevance"]
 
 # of LLaVA-OneVision-7B, for a mean of 25, 50 and 10 % over all layers: what the three cuts leave of what they get, the
 # threshold of the context and the side of a cell
@@ -53,7 +45,7 @@ PART = Must("a number above 0 and at most 1, or None for the released one", lamb
 def context_relevance(
     query: torch.Tensor, key: torch.Tensor, scale: float, threshold: float, first: int
 ) -> torch.Tensor:
-    """How much the context tokens of a view look at every patch, summed over them, head mean.
+    """How much the context tokens of a view look at every patch, summed over them, head mean: `(views, patches)`.
 
     Context are the patches that receive more than `threshold` times the mean attention of all patches' rows; where none
     does, the one that receives most.
@@ -61,9 +53,6 @@ def context_relevance(
     Args:
         query: `(views, heads, patches, dim)`; key: `(views, heads, first + patches, dim)`.
         first: tokens in front of the patches.
-
-    Returns:
-        `(views, patches)`.
     """
     received = attention_mass(query, key, scale)[:, first:]
     context = received > threshold * received.mean(1, keepdim=True)
@@ -86,54 +75,6 @@ class Context(TowerTap):
         return context_relevance(query, key, layer.scale, self.threshold, first)
 
 
-def cells_of(grid: ImageGrid, side: float) -> torch.Tensor:
-    """`(tokens,)` long, the square of `side` patches, of its plane, that each token lies in."""
-    across = max(math.ceil(cols / side) for _, cols in grid.planes)
-    down = max(math.ceil(rows / side) for rows, _ in grid.planes)
-    cell = (grid.plane * down + (grid.row / side).long()) * across + (grid.col / side).long()
-    return torch.where(grid.newline, cell[~grid.newline].amin(), cell)  # newlines stand for nothing
-
-
-def recycle(
-    scores: torch.Tensor, cell: torch.Tensor, patches: torch.Tensor, counts: list[int], cells: list[int]
-) -> tuple[torch.Tensor, Merge]:
-    """Keep the best tokens, and in every cell the mean of the others, weighted by their scores, at the best of them.
-
-    Args:
-        scores: `(images, tokens)`; cell: `(images, tokens)` long; patches: `(images, tokens)` bool.
-        counts: tokens that stay of every image, the recycled ones included.
-        cells: number of cells of every image; 0 recycles nothing.
-
-    Returns:
-        `(images, tokens)` bool, and how tokens flow. Where the budget does not pay for all cells those with the best
-        tokens stay; where cells have nothing to recycle, the next best tokens take their places.
-    """
-    strong = top_k(scores, [max(0, n - c) for n, c in zip(counts, cells, strict=True)], patches)
-    rest = patches & ~strong & (upload(cells, scores.device)[:, None] > 0)
-    width, number = scores.shape[1], torch.arange(scores.shape[1], device=scores.device).expand_as(cell)
-    low = torch.finfo(scores.dtype).min
-    shape = (len(scores), int(max(cells, default=0)) + 1)
-    box = torch.where(rest, cell, shape[1] - 1)
-    top = torch.full(shape, low, dtype=scores.dtype, device=scores.device).scatter_reduce(
-        1, box, torch.where(rest, scores, low), "amax"
-    )
-    best = rest & (scores == top.gather(1, box))
-    first = torch.full(shape, width, device=scores.device).scatter_reduce(
-        1, box, torch.where(best, number, width), "amin"
-    )
-    wanted = upload(counts, scores.device)
-    anchors = top_k(scores, wanted - strong.sum(1), rest & (number == first.gather(1, box)))
-    keep = strong | anchors
-    keep = keep | top_k(scores, wanted - keep.sum(1), patches & ~keep)
-    into = torch.where(rest, first.gather(1, box).clamp(max=width - 1), number)
-    flows = rest & anchors.gather(1, into) & (anchors | ~keep)
-    into = torch.where(flows, into, number)
-    weight = torch.where(flows, scores.clamp(min=torch.finfo(scores.dtype).tiny), 0)
-    total = torch.zeros_like(weight).scatter_add(1, into, weight)
-    weight = torch.where(flows, weight / total.gather(1, into), (~flows & ~rest | keep).to(scores))
-    return keep, Merge(into, weight)
-
-
 @register("vflowopt")
 @dataclass(frozen=True)
 class VFlowOpt(Pruner):
@@ -153,13 +94,9 @@ class VFlowOpt(Pruner):
             (code).
         second, third: what these cuts leave of what they get; None is that of the schedule. With one of them the first
             cut alone follows from the budget.
-        positions: original (code).
-        newlines: kept (code).
+        positions, newlines: original, kept (code).
 
-    The paper searches threshold, cell and cuts for every model and budget; `vlmprune tune --method vflowopt` does. The
-    patch entropy of the paper has weight 0 in every released configuration, and is not here. Towers with a [CLS] token
-    are read by the attention between patches (inferred); where no patch reaches the threshold, the one that receives
-    most is the context (the code divides by nothing).
+    The paper searches threshold, cell and cuts for every model and budget; `vlmprune tune --method vflowopt` does.
     """
 
     summary = "the patches that the tower's context tokens look at, in three cuts; the rest recycled by cells"
@@ -195,10 +132,10 @@ class VFlowOpt(Pruner):
         if self.second is not None or self.third is not None:
             own = (released[0], self.second or released[1], self.third or released[2])
             schedule = Scaled(tuple(accumulate(own, mul)), schedule.shares, self.keep, self.average)
-        if isinstance(self.average if self.keep is None else self.keep, float):
+        if isinstance(self.budget, float):
             schedule.left(10**9, 0)  # a fraction can be met for all images or for none
-        see = (Context(facts.attention_layer, threshold if self.threshold is None else self.threshold),)
-        reduce = partial(self.reduce, schedule=schedule, side=side if self.cell is None else self.cell)
+        see = (Context(facts.attention_layer, self.threshold or threshold),)
+        reduce = partial(self.reduce, schedule=schedule, side=self.cell or side)
         return [
             Cut(Decoder(layer), see, partial(reduce, stage=stage), self.positions) for stage, layer in enumerate(layers)
         ]
@@ -208,13 +145,12 @@ class VFlowOpt(Pruner):
         (scores,) = seen.values()
         left = [schedule.left(grid.patches, stage) for grid in layout.grids]
         counts = capped(left, layout.alive_patches)
-        whole = layout.alive_patches == [grid.patches for grid in layout.grids]
-        if stage or not whole:
+        if stage or not layout.whole:
             return keep_patches(top_k(scores, left, layout.patches), layout, counts, self.newlines, scores)
         cell, cells = torch.zeros(layout.position.shape, dtype=torch.long), []
         for i, (grid, n) in enumerate(zip(layout.grids, left, strict=True)):
             if ("vflowopt", side) not in grid.memo:
-                grid.memo["vflowopt", side] = cells_of(grid, side).unique(return_inverse=True)
+                grid.memo["vflowopt", side] = square_cells(grid, side).unique(return_inverse=True)
             kinds, cell[i, : grid.tokens] = grid.memo["vflowopt", side]
             cells.append(0 if grid.frames or n == grid.patches else len(kinds))
         keep, merge = recycle(scores, upload(cell, scores.device), layout.patches, left, cells)

@@ -8,26 +8,18 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import Cut, Decoder, Layout, ModelFacts, Pruner, Reduction, Seen, register
 from vlmprune.parts import (
-    Cut,
-    Decoder,
     Hidden,
-    Layout,
-    Merge,
-    ModelFacts,
     Must,
-    Newlines,
-    Reduction,
-    Seen,
     TextAttention,
     by_view,
     candidates,
     capped,
     floored,
-    gather_to,
     is_whole,
     keep_patches,
+    nearest_mean,
     row_of,
     scale_tower_layer,
     schedule_layers,
@@ -35,16 +27,21 @@ from vlmprune.parts import (
     upload,
 )
 
-__all__ = ["VScan", "nearest_mean", "two_scans"]
+__all__ = ["VScan", "two_scans"]
 
+TOWER = Must("a layer from 0 to 23 (of 24, scaled)", partial(is_whole, most=23))
 LATE = Must("a layer from 1 to 31 (of 32, scaled), or None", partial(is_whole, least=1, most=31))
 ACROSS = 4  # windows along each side of a view
 
 
 def two_scans(
-    shallow: torch.Tensor, deep: torch.Tensor, rows: torch.Tensor, window: torch.Tensor, shares: torch.Tensor,
+    shallow: torch.Tensor,
+    deep: torch.Tensor,
+    rows: torch.Tensor,
+    window: torch.Tensor,
+    shares: torch.Tensor,
     fill: bool = True,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Half of every view's share from its windows by a shallow layer, the rest from the whole view by a deep one.
 
     Args:
@@ -67,23 +64,15 @@ def two_scans(
     return (local | top_k(far, left, rows & ~local)).any(1)
 
 
-def nearest_mean(features: torch.Tensor, kept: torch.Tensor, patches: torch.Tensor) -> Merge:
-    """Every dropped patch flows into the kept one that it is most like, which becomes the plain mean of all of them."""
-    into, flows = gather_to(features, patches & ~kept, kept)
-    number = torch.ones(into.shape, device=into.device, dtype=torch.promote_types(features.dtype, torch.float32))
-    number = number.scatter_add(1, into, flows.to(number))
-    return Merge(into, 1 / number.gather(1, into))
-
-
 @register("vscan")
 @dataclass(frozen=True)
 class VScan(Pruner):
     """Scan the picture twice in the tower, merge what is left over, and cut again in the middle of the decoder.
 
-    Stage 1: half of its budget comes in equal parts from 4 x 4 windows of every view, by the [CLS] attention of a
-    shallow tower layer; the rest from the whole view by that of the layer whose output becomes the features. Every
-    patch that goes is averaged into the kept one that it is most like. Stage 2: the attention of the last prompt token
-    at a middle decoder layer keeps a third of that.
+    Stage 1: half of its budget comes in equal parts from 4 x 4 windows of every view, by `row_of` a shallow tower
+    layer; the rest from the whole view by that of the layer whose output becomes the features. Every patch that goes is
+    averaged into the kept one that it is most like. Stage 2: the attention of the last prompt token at a middle decoder
+    layer keeps a third of that.
 
     Args:
         keep: patches per image, or a fraction, that are left after stage 2; three times as many enter the LLM (released
@@ -95,8 +84,6 @@ class VScan(Pruner):
             it: fewer tokens than asked come out of stage 1, and no local one of fewer than 32.
         positions: contiguous in both stages, as the code.
         newlines: of both stages; the code knows none.
-
-    A tower without a [CLS] token is read by the attention that a patch receives (ours).
     """
 
     summary = "two scans of the tower's [CLS] attention, the rest merged; then what the prompt's end looks at"
@@ -106,10 +93,9 @@ class VScan(Pruner):
     stage = "before the LLM + decoder layer 16 of 32"
     served_with: ClassVar[dict[str, Any]] = {"layer": None}
 
-    window_layer: Annotated[int, Must("a layer from 0 to 23 (of 24, scaled)", partial(is_whole, most=23))] = 5
+    window_layer: Annotated[int, TOWER] = 5
     layer: Annotated[int | None, LATE] = 16
     parity: Literal["released"] | None = None
-    newlines: Newlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         late = 0 if self.layer is None else schedule_layers((self.layer,), facts.decoder_layers)[0]
@@ -143,9 +129,8 @@ class VScan(Pruner):
         row, col = patch // side[:, 1:] * ACROSS // side[:, :1], patch % side[:, 1:] * ACROSS // side[:, 1:]
         shares = upload(shares, deep.device)
         kept = two_scans(shallow, deep, rows, row * ACROSS + col, shares, fill=self.parity is None)
-        merge = nearest_mean(features, kept, layout.patches)
-        counts = None if self.parity else counts
-        return replace(keep_patches(kept, layout, counts, self.newlines, deep), merge=merge)
+        reduction = keep_patches(kept, layout, None if self.parity else counts, self.newlines, deep)
+        return replace(reduction, merge=nearest_mean(features, kept, layout.patches))
 
     def look(self, seen: Seen, layout: Layout, early: float) -> Reduction:
         """Pure: one attention row of the decoder in, what stays out."""

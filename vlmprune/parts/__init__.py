@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vlmprune.errors import UnsupportedError
     from vlmprune.parts.attention import Visible, attention_mass, last_rows, mean_weight, take_rows, upcast
     from vlmprune.parts.budget import HAIR, count, floored, share
-    from vlmprune.parts.cells import image_cells, laid_out, nested_cells
+    from vlmprune.parts.cells import adjacent, image_cells, laid_out, nested_cells, regions, square_cells
     from vlmprune.parts.clip import Clip, clip_from
     from vlmprune.parts.coverage import Cover, select_covering
     from vlmprune.parts.cuts import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         Vision,
         schedule_layers,
     )
-    from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse, weighted_det
+    from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse, select_weighted
     from vlmprune.parts.facts import (
         ModelFacts,
         check_layer,
@@ -51,12 +51,14 @@ if TYPE_CHECKING:
         gather_to,
         match_alternating,
         match_energy,
+        nearest_mean,
         peaks,
+        recycle,
         spread_evenly,
     )
     from vlmprune.parts.options import Must, Range, Seed, Share, ascending, falling, is_number, is_whole
     from vlmprune.parts.schedules import DEPTH, Scaled, Schedule, decoder_cuts, nearest
-    from vlmprune.parts.scores import Ensemble, ensemble_scores, random_scores
+    from vlmprune.parts.scores import Ensemble, ensemble_scores, outlying, random_scores
     from vlmprune.parts.selection import (
         AnyNewlines,
         Newlines,
@@ -64,8 +66,10 @@ if TYPE_CHECKING:
         by_view,
         candidates,
         capped,
+        contest,
         keep_patches,
         select,
+        select_each,
         select_rows,
         stride,
         top_k,
@@ -92,9 +96,9 @@ if TYPE_CHECKING:
         VisionAttention,
         decoder_mass,
     )
-    from vlmprune.parts.templates import QuestionMarks, question_of, system_prefix, told_question
+    from vlmprune.parts.templates import QuestionMarks, question_of, system_prefix, told_question, told_system
     from vlmprune.parts.text_taps import OwnText, QuestionIds, QuestionWords
-    from vlmprune.parts.vector_taps import WholeKeys, WholeRow, features_of, row_of
+    from vlmprune.parts.vector_taps import PageRank, WholeKeys, WholeRow, features_of, row_of
 
 __all__ = [
     "DEPTH",
@@ -127,6 +131,7 @@ __all__ = [
     "Must",
     "Newlines",
     "OwnText",
+    "PageRank",
     "PatchCut",
     "Pick",
     "PixelCut",
@@ -159,6 +164,7 @@ __all__ = [
     "VisionAttention",
     "WholeKeys",
     "WholeRow",
+    "adjacent",
     "ascending",
     "attention_mass",
     "by_view",
@@ -166,6 +172,7 @@ __all__ = [
     "capped",
     "check_layer",
     "clip_from",
+    "contest",
     "count",
     "decoder_cuts",
     "decoder_mass",
@@ -189,30 +196,37 @@ __all__ = [
     "mean_weight",
     "most_apart",
     "nearest",
+    "nearest_mean",
     "need_cls",
     "need_patches",
     "need_views",
     "nested_cells",
+    "outlying",
     "peaks",
     "question_of",
     "random_scores",
+    "recycle",
+    "regions",
     "row_of",
     "scale_tower_layer",
     "schedule_layers",
     "select",
     "select_covering",
     "select_diverse",
+    "select_each",
     "select_rows",
+    "select_weighted",
     "share",
     "spread_evenly",
+    "square_cells",
     "stride",
     "system_prefix",
     "take_rows",
     "told_question",
+    "told_system",
     "top_k",
     "upcast",
     "upload",
-    "weighted_det",
 ]
 
 

@@ -12,7 +12,7 @@ from vlmprune.parts.facts import ModelFacts
 from vlmprune.parts.layers import TowerLayer
 from vlmprune.parts.taps import Hidden, Tap, TowerTap, VisionAttention, VisionRows
 
-__all__ = ["TowerFeatures", "WholeKeys", "WholeRow", "features_of", "row_of"]
+__all__ = ["PageRank", "TowerFeatures", "WholeKeys", "WholeRow", "features_of", "row_of"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,33 @@ class WholeRow(TowerTap):
         rows = normed[:, :1] if has_cls else normed
         query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (layer.queries(rows), layer.keys(normed)))
         return attention_mass(query, key, query.shape[-1] ** -0.5)[:, first:]
+
+
+@dataclass(frozen=True)
+class PageRank(TowerTap):
+    """Weighted PageRank of every patch on the attention graph of a tower layer, root mean square over heads.
+
+    In every head s becomes A^T s, `iterations` times from a start that is equal for all patches and, where there is a
+    [CLS] token, the root of the number of tokens times as much for it (arXiv 2305.17328). Arrives as
+    `(images, tokens)` float32.
+    """
+
+    attends: ClassVar[bool] = True
+
+    iterations: int = 1
+
+    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
+        normed, first = layer.normed(hidden), int(has_cls)
+        query, key = layer.queries(normed), layer.keys(normed)
+        views, heads, tokens, _ = query.shape
+        key = key.repeat_interleave(heads // key.shape[1], 1)
+        query, key = query.flatten(0, 1)[:, None], key.flatten(0, 1)[:, None]  # every head a picture of its own
+        score = upcast(query).new_ones(views * heads, tokens)
+        score[:, :first] = tokens**0.5
+        score = score / score.sum(1, keepdim=True)
+        for _ in range(self.iterations):
+            score = attention_mass(query, key, layer.scale, weight=score)
+        return (score.unflatten(0, (views, heads)) ** 2).mean(1).sqrt()[:, first:]
 
 
 def features_of(facts: ModelFacts) -> Tap:
