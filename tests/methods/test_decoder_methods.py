@@ -15,7 +15,8 @@ from torch.nn.functional import cosine_similarity, normalize
 import vlmprune
 from vlmprune import registry
 from vlmprune.methods import GlobalCom2, TransPrune
-from vlmprune.methods.transprune import Transition, accumulated
+from vlmprune.methods.transprune import accumulated
+from vlmprune.parts import Transition
 from vlmprune.patches import family_of
 
 F64 = torch.float64

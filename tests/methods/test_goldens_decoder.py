@@ -13,9 +13,10 @@ import torch
 from vlmprune.cost.flops import prefill_flops
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.todre import stage2_layer
-from vlmprune.methods.transprune import TransPrune, transition
+from vlmprune.methods.transprune import TransPrune
 from vlmprune.parts.attention import attention_mass, split_heads
 from vlmprune.parts.cuts import schedule_layers
+from vlmprune.parts.decoder_taps import transition
 from vlmprune.parts.diversity import greedy_diversity
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens/decoder_methods.json").read_text())

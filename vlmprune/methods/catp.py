@@ -4,67 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 from torch.nn.functional import cosine_similarity, normalize, pad
 
 from vlmprune.methods.base import Asking, Cut, Decoder, Layout, ModelFacts, Positions, Reduction, Seen, register
 from vlmprune.parts import (
     Cover,
-    DecoderLayer,
-    DecoderTap,
     Hidden,
-    Must,
+    MeanState,
     OwnText,
-    Scene,
     Schedule,
     TextAttention,
-    capped,
+    Weight,
     count,
-    download,
-    is_number,
-    is_whole,
     keep_patches,
+    layer_of,
+    queries,
     schedule_layers,
+    select,
     select_covering,
     top_k,
     upcast,
     upload,
 )
 
-__all__ = ["Catp", "queries"]
-
-INNER = Must("a layer from 1 to 30 (of 32, scaled)", partial(is_whole, least=1, most=30))
-WEIGHT = Must("a number of at least 0", partial(is_number, most=float("inf")))
-
-
-def queries(layout: Layout) -> dict[int, int]:
-    """The last picture of every prompt that has several, by batch row."""
-    order = layout.ordinal
-    if len({bool(grid.frames) for grid in layout.grids}) > 1:  # videos are counted behind all images
-        order = download(layout.position[:, 0])
-    last = {layout.sample[i]: i for i in sorted(range(len(layout)), key=order.__getitem__)}
-    return {row: i for row, i in last.items() if layout.sample.count(row) > 1}
-
-
-@dataclass(frozen=True)
-class MeanState(DecoderTap):
-    """Mean state at a decoder layer's input of all tokens from the query's picture on, or of all in front of it.
-
-    Arrives as `(images, dim)` float32 or better, for all pictures of a prompt the same; zeros for a picture alone.
-    """
-
-    part: Literal["query", "context"] = "query"
-
-    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
-        columns, real = scene.sequence.columns, scene.sequence.asked()
-        means = upcast(hidden.new_zeros(len(hidden), hidden.shape[-1]))
-        for row, i in queries(scene.layout).items():
-            behind = columns[row] >= scene.layout.position[i, 0]
-            mine = real[row] & (behind if self.part == "query" else ~behind)
-            means[row] = mine.to(means) @ hidden[row].to(means) / mine.sum().clamp(min=1)
-        return means[upload(scene.layout.sample, hidden.device)]
+__all__ = ["Catp"]
 
 
 @register("catp")
@@ -97,9 +62,9 @@ class Catp(Asking):
     stage = "before the LLM; of several pictures also layers 6 and 7 of 32"
     syncs = 2  # how demonstrations share what is left; five more where images and videos are mixed
 
-    layer: Annotated[int, INNER] = 6
-    alignment: Annotated[float, WEIGHT] = 0.7
-    likeness: Annotated[float, WEIGHT] = 0.6
+    layer: Annotated[int, layer_of(32, 1, 30)] = 6
+    alignment: Weight = 0.7
+    likeness: Weight = 0.6
     positions: Positions = "original"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
@@ -159,8 +124,6 @@ class Catp(Asking):
         """Pure: states and the mean state of the context in, what stays of the query's picture out."""
         hidden, context = seen.values()
         last, scores = queries(layout), cosine_similarity(upcast(hidden), context[:, None], dim=-1)
-        patches = [grid.patches for grid in layout.grids]
-        wanted = zip(left(layout, last, 1), patches, strict=True)
-        counts = [n if i in last.values() else whole for i, (n, whole) in enumerate(wanted)]
-        kept = top_k(scores, counts, layout.patches)
-        return keep_patches(kept, layout, capped(counts, layout.alive_patches), self.newlines, scores)
+        wanted = zip(left(layout, last, 1), layout.grids, strict=True)
+        counts = [n if i in last.values() else grid.patches for i, (n, grid) in enumerate(wanted)]
+        return select(scores, counts, layout, self.newlines)

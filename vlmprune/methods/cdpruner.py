@@ -9,28 +9,18 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch.nn.functional import normalize
 
-from vlmprune.methods.base import (
-    AnyNewlines,
-    Asking,
-    Cut,
-    Decoder,
-    Layout,
-    ModelFacts,
-    Reduction,
-    Seen,
-    UnsupportedError,
-    register,
-)
+from vlmprune.methods.base import AnyNewlines, Asking, Cut, Decoder, Layout, ModelFacts, Reduction, Seen, register
 from vlmprune.parts import (
     Clip,
     Hidden,
     QuestionIds,
     QuestionWords,
     candidates,
-    clip_from,
+    clip_for,
     download,
     features_of,
     select_weighted,
+    told_clip,
     upcast,
 )
 
@@ -54,13 +44,6 @@ def rescaled(scores: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     low = scores.masked_fill(~among, torch.inf).amin(-1, keepdim=True)
     high = scores.masked_fill(~among, -torch.inf).amax(-1, keepdim=True)
     return torch.where(high > low, (scores - low + 1e-6) / (high - low), 1)
-
-
-def checked_clip(name: str, given: Any) -> Any:
-    """A folder or an id of the hub, a `Clip`, or None."""
-    if not isinstance(given, str | Clip | None):
-        raise ValueError(f"{name}={given!r} must be a folder, an id on the hub, or a vlmprune.parts.Clip.")
-    return given
 
 
 @register("cdpruner")
@@ -89,7 +72,7 @@ class CDPruner(Asking):
     plain_with: ClassVar[dict[str, Any]] = {"relevance": "embeddings", "clip": None}
 
     relevance: Literal["clip", "embeddings"] = "clip"
-    clip: Annotated[Any, checked_clip] = None
+    clip: Annotated[Any, told_clip] = None
     newlines: AnyNewlines = "all"
 
     def __post_init__(self) -> None:
@@ -107,24 +90,8 @@ class CDPruner(Asking):
         return [Cut(Decoder(0), see, reduce, self.positions)]
 
     def judge(self, where: str | None) -> Clip:
-        """The CLIP model that says what matters.
-
-        Raises:
-            UnsupportedError: there is none, or nothing marks the question whose text it is to read.
-        """
-        way_out = "or use relevance='embeddings', which needs none"
-        if self.clip is None and where is None:
-            raise UnsupportedError(
-                "cdpruner reads the question by the text half of the CLIP model whose tower the model has, and nothing "
-                f"tells which that is: give clip= a folder or an id on the hub, {way_out}."
-            )
-        if self.question is None:
-            raise UnsupportedError(
-                "cdpruner reads the question as text, which takes the model's tokenizer: give question= the processor "
-                f"(the command and the evaluation do), {way_out}."
-            )
-        given = self.clip or where
-        return clip_from(given) if isinstance(given, str) else given
+        """The CLIP model that says what matters; `where` is `ModelFacts.tower_from`, raises as `clip_for`."""
+        return clip_for("cdpruner", self.clip, where, self.question)
 
     def by_embeddings(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: projected patches and the question's embeddings in, decision out."""

@@ -7,60 +7,23 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch.nn.functional import normalize
 
 from vlmprune.methods.base import AnyNewlines, Cut, Decoder, Layout, ModelFacts, Positions, Pruner, Reduction, register
 from vlmprune.parts import (
-    DecoderLayer,
-    DecoderTap,
-    Scene,
+    PIVOTS,
+    BesidePivots,
+    KeyLengths,
     Schedule,
     Seen,
     check_layer,
     contest,
     keep_patches,
-    last_rows,
     take_rows,
     top_k,
-    upcast,
     upload,
 )
 
 __all__ = ["Dart", "farthest_from_pivots"]
-
-PIVOTS = 4  # of the image, and as many of the text
-
-
-@dataclass(frozen=True)
-class KeyLengths(DecoderTap):
-    """L1 length of a decoder layer's keys, heads together, by column of the prompt: `(batch, prompt)`, 0 if gone."""
-
-    attends = True
-
-    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
-        left = scene.sequence
-        lengths = upcast(layer.keys(layer.normed(hidden), *left.rotary)).abs().sum((1, 3))
-        lengths = torch.where(left.asked(), lengths, 0)
-        return lengths.new_zeros(len(lengths), left.prompt).scatter_add(1, left.columns, lengths)
-
-
-@dataclass(frozen=True)
-class BesidePivots(DecoderTap):
-    """Unit vectors `(images, tokens + PIVOTS, dim)` at a decoder layer's input behind the model's last norm.
-
-    Those of the visual tokens, and those of the text tokens behind the last image (the last token where there is none)
-    with the longest keys in the layer before, the longest first; fewer than `PIVOTS` repeat.
-    """
-
-    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
-        unit = normalize(upcast(scene.final_norm(hidden)), dim=-1)
-        rows, weight = last_rows(scene.sequence.asked(), *scene.text_after)
-        lengths = scene.seen[KeyLengths(self.layer - 1)].gather(1, scene.sequence.columns.gather(1, rows))
-        order = lengths.masked_fill(weight == 0, -1).sort(dim=1, descending=True, stable=True).indices
-        turn = torch.arange(PIVOTS, device=rows.device) % (weight > 0).sum(1, keepdim=True)
-        text = take_rows(unit, rows.gather(1, order.gather(1, turn)))
-        visual = unit.flatten(0, 1)[scene.flat_index()]
-        return torch.cat((visual, text[upload(scene.layout.sample, text.device)]), 1)
 
 
 def farthest_from_pivots(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -10,35 +9,23 @@ import torch
 from torch.nn.functional import interpolate, normalize, one_hot
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmprune.methods.base import (
-    BeforeLLM,
-    Layout,
-    Merge,
-    ModelFacts,
-    Reduction,
-    Seen,
-    Tap,
-    UnsupportedError,
-    register,
-)
+from vlmprune.methods.base import BeforeLLM, Layout, Merge, ModelFacts, Reduction, Seen, Tap, UnsupportedError, register
 from vlmprune.parts import (
     HAIR,
     ClsLogits,
     Distinctness,
     ImageGrid,
-    Must,
+    Positive,
     Range,
-    is_number,
     keep_patches,
     need_cls,
+    need_crops,
     select,
     top_k,
     upload,
 )
 
 __all__ = ["GlobalCom2", "GlobalCom2Fixed", "crop_ratios", "guided"]
-
-POSITIVE = Must("a number above 0", lambda tau: is_number(tau, 0, sys.float_info.max) and tau > 0)
 
 
 def crop_ratios(thumbnail: torch.Tensor, crops: tuple[int, int], ratio: float, tau: float) -> torch.Tensor:
@@ -97,15 +84,11 @@ class Commanded(BeforeLLM):
         "prompt), or take another method",
     }
 
-    tau: Annotated[float, POSITIVE, Range(1, 40, log=True)] = 10.0
+    tau: Annotated[Positive, Range(1, 40, log=True)] = 10.0
     score: Literal["cls", "distinct"] = "cls"
 
     def see(self, facts: ModelFacts) -> tuple[Tap, ...]:
-        if not facts.views:
-            raise UnsupportedError(
-                f"{self.known_as} shares a budget among the crops of an image, and {facts.family} models have a single "
-                "view or do not tell how their views lie."
-            )
+        need_crops(self.known_as, facts, "shares a budget")
         if self.score == "distinct":
             return (Distinctness(facts.feature_layer + 1),)
         need_cls(self.known_as, facts, "use score='distinct'")

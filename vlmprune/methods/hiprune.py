@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
 
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import Must, Share, by_view, is_whole, keep_patches, row_of, scale_tower_layer, top_k, upload
+from vlmprune.parts import Share, by_view, keep_patches, layer_of, row_of, scale_tower_layer, top_k, upload
 
 __all__ = ["HiPrune", "neighbours"]
 
@@ -61,7 +60,7 @@ class HiPrune(BeforeLLM):
     looks_at = "tower"
 
     alpha: Share = 0.1
-    object_layer: Annotated[int, Must("a layer from 1 to 24 (of 24, scaled)", partial(is_whole, least=1, most=24))] = 9
+    object_layer: Annotated[int, layer_of(24, 1, 24)] = 9
     parity: Literal["released"] | None = None
 
     def see(self, facts: ModelFacts) -> tuple[Tap, ...]:

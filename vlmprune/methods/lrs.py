@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
 
-from vlmprune.methods.base import Cut, Decoder, Layout, ModelFacts, Pruner, Reduction, Seen, UnsupportedError, register
+from vlmprune.methods.base import Cut, Decoder, Layout, ModelFacts, Pruner, Reduction, Seen, register
 from vlmprune.parts import (
-    DEPTH,
     ImageGrid,
-    Must,
     Share,
     TextAttention,
     count,
     decoder_cuts,
-    is_whole,
+    layer_of,
+    need_crops,
     select,
     top_k,
     upload,
@@ -62,13 +60,10 @@ class Lrs(Pruner):
     }
 
     coarse: Share = 0.25
-    layer: Annotated[int, Must(f"a layer from 1 to {DEPTH - 1}", partial(is_whole, least=1, most=DEPTH - 1))] = 8
+    layer: Annotated[int, layer_of(32, 1, 31)] = 8
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
-        if not facts.views:
-            raise UnsupportedError(
-                f"lrs chooses among the crops of an image, and {facts.family} models have a single view."
-            )
+        need_crops("lrs", facts, "chooses")
         (layer,) = decoder_cuts("layer", (self.layer,), facts.decoder_layers)
         return [Cut(Decoder(layer), (TextAttention(layer - 1, "last"),), self.reduce, self.positions)]
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated
 
 from vlmprune.methods.base import AnyNewlines, Asking, BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
 from vlmprune.parts import (
     Cover,
     Hidden,
-    Must,
+    Positive,
     QuestionWords,
     Range,
+    Weight,
     candidates,
     features_of,
-    is_number,
     select_covering,
 )
 
@@ -32,7 +31,6 @@ FRAMES = (
     "Answer the question using a single word or phrase.",
     "Answer with the option's letter from the given choices directly.",
 )
-TEMPERATURE = Must("a number above 0", lambda value: is_number(value, most=float("inf")) and value > 0)
 
 
 @register("mmtok")
@@ -57,9 +55,9 @@ class MMTok(Asking, BeforeLLM):
     needs = "the question, tower features"
     looks_at = "question"
 
-    alpha: Annotated[float, Must("a number of at least 0", partial(is_number, most=float("inf"))), Range(0, 4)] = 0.5
-    text_temperature: Annotated[float, TEMPERATURE, Range(0.005, 0.2, log=True)] = 0.02
-    vision_temperature: Annotated[float, TEMPERATURE, Range(0.02, 2, log=True)] = 0.2
+    alpha: Annotated[Weight, Range(0, 4)] = 0.5
+    text_temperature: Annotated[Positive, Range(0.005, 0.2, log=True)] = 0.02
+    vision_temperature: Annotated[Positive, Range(0.02, 2, log=True)] = 0.2
     newlines: AnyNewlines = "all"
 
     def see(self, facts: ModelFacts) -> tuple[Tap, ...]:

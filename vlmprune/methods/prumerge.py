@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 
 from vlmprune.methods.base import AnyCut, BehindTower, ModelFacts, Pick, Seen, register
-from vlmprune.parts import Must, Views, WholeKeys, WholeRow, is_whole, outlying, top_k, upload
+from vlmprune.parts import Views, Whole, WholeKeys, WholeRow, outlying, top_k, upload
 
 __all__ = ["PruMerge", "PruMergePlus"]
 
@@ -37,7 +36,7 @@ class PruMerge(BehindTower):
     syncs = 1
     optional = True
 
-    neighbours: Annotated[int, Must("a whole number of at least 0", is_whole)] = 32
+    neighbours: Whole = 32
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         last = facts.tower_layers - 1

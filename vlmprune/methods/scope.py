@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated
 
 from vlmprune.methods.base import AnyNewlines, BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import Cover, Must, Range, candidates, features_of, is_number, row_of, select_covering
+from vlmprune.parts import Cover, Range, Weight, candidates, features_of, row_of, select_covering
 
 __all__ = ["Scope"]
 
@@ -31,7 +30,7 @@ class Scope(BeforeLLM):
     needs = "tower features and attention"
     looks_at = "features"
 
-    alpha: Annotated[float, Must("a number of at least 0", partial(is_number, most=float("inf"))), Range(0, 4)] = 1.0
+    alpha: Annotated[Weight, Range(0, 4)] = 1.0
     newlines: AnyNewlines = "all"
 
     def see(self, facts: ModelFacts) -> tuple[Tap, ...]:

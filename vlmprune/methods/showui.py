@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Positions, Reduction, Seen, UnsupportedError, register
+from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Positions, Reduction, Seen, register
 from vlmprune.parts import (
-    Must,
     Pixels,
     Share,
+    Weight,
     adjacent,
     count,
     download,
-    is_number,
     keep_patches,
+    need_views,
     regions,
     upcast,
     upload,
@@ -90,15 +90,11 @@ class ShowUI(BeforeLLM):
     }
 
     ratio: Share = 0.5
-    difference: Annotated[float, Must("a number of at least 0", lambda x: is_number(x, 0, 1e9))] = 1.0
+    difference: Weight = 1.0
     positions: Positions = "original"
 
     def see(self, facts: ModelFacts) -> tuple[Pixels, ...]:
-        if facts.packed:
-            raise UnsupportedError(
-                "showui looks at the pixels of equal views, and this tower packs pictures of any size into one "
-                "sequence: take another method."
-            )
+        need_views("showui", facts, "take another method", "looks at the pixels of equal views")
         return self.sees
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 
@@ -23,120 +23,26 @@ from vlmprune.methods.base import (
     register,
 )
 from vlmprune.parts import (
-    DEPTH,
-    DecoderLayer,
-    DecoderTap,
     Hidden,
-    Scene,
+    Layers,
+    Rated,
+    Raters,
     Schedule,
-    Visible,
-    ascending,
-    attention_mass,
     candidates,
     capped,
     decoder_cuts,
-    decoder_mass,
     floored,
     keep_patches,
-    last_rows,
-    mean_weight,
     nearest,
     peaks,
-    take_rows,
     top_k,
-    upcast,
-    upload,
 )
 
-__all__ = ["SparseVLM", "raters", "recycled", "strongest"]
+__all__ = ["SparseVLM", "recycled"]
 
 # tokens of 576 behind the three cuts, for the averages of 192, 128, 96 and 64 that they are called by
 RELEASED = ((300, 200, 110), (303, 110, 36), (238, 48, 26), (66, 30, 17))
 PLUS = ((300, 200, 118), (238, 108, 60), (246, 54, 28), (66, 34, 20))
-HEADS = 14 / 32  # of the heads that "+" listens to
-
-
-def raters(visual: torch.Tensor, text: torch.Tensor, seen: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
-    """`(batch, rows)` bool: the text tokens that visual tokens point at more than at the mean one, all if none is.
-
-    Args:
-        visual: `(batch, tokens, dim)`; text: `(batch, rows, dim)`, both at the input of the language model.
-        seen: `(batch, tokens)` bool, who is visual; said: `(batch, rows)` bool, who is text.
-    """
-    points = upcast(visual) @ upcast(text).transpose(-1, -2)
-    points = points.masked_fill(~said[:, None], torch.finfo(points.dtype).min).softmax(-1)
-    score = (points * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
-    above = said & (score > (score * said).sum(1, keepdim=True) / said.sum(1, keepdim=True).clamp(min=1))
-    return torch.where(above.any(1, keepdim=True), above, said)
-
-
-@dataclass(frozen=True)
-class Raters(DecoderTap):
-    """Weights `(batch, prompt)` that average the rating text tokens, by column of the prompt: all behind an image."""
-
-    layer: int = 0
-
-    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
-        left, at = scene.sequence, scene.flat_index()
-        rows, weight = last_rows(left.asked(), *scene.text_after)
-        visual = torch.zeros(left.columns.numel(), dtype=torch.long, device=hidden.device)
-        visual = visual.scatter_add(0, at.flatten(), scene.layout.alive.long().flatten()).view_as(left.columns) > 0
-        rates = mean_weight(raters(hidden, take_rows(hidden, rows), visual, weight > 0))
-        return rates.new_zeros(len(rates), left.prompt).scatter_add(1, left.columns.gather(1, rows), rates)
-
-
-@dataclass(frozen=True)
-class Rated(DecoderTap):
-    """Attention that visual tokens receive in a decoder layer from the rating text tokens, `(images, tokens)` float32.
-
-    With `plus` it is that of the heads which look at the picture most, over what the rotary embedding alone would give.
-    """
-
-    attends = True
-
-    plus: bool = False
-
-    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
-        left, at = scene.sequence, scene.flat_index()
-        rows, inside = last_rows(left.asked(), *scene.text_after)
-        weight = scene.seen[Raters()].gather(1, left.columns.gather(1, rows)) * (inside > 0)
-        if not self.plus:
-            return decoder_mass(layer, hidden, scene, [(rows, weight)])[0].flatten()[at]
-        if left.past is not None:
-            raise UnsupportedError("sparsevlm's '+' cannot go on behind what a cache holds: start a new prompt.")
-        normed, (cos, sin) = layer.normed(hidden), left.rotary
-        query = layer.queries(take_rows(normed, rows), take_rows(cos, rows), take_rows(sin, rows))
-        key, heads = layer.keys(normed, cos, sin), query.shape[1]
-        key = key.repeat_interleave(heads // key.shape[1], 1)
-        real, window = left.asked(), layer.window or 0
-        alone = [x.repeat_interleave(heads, 0) for x in (rows, real, weight)]
-        mass = attention_mass(
-            query.flatten(0, 1)[:, None], key.flatten(0, 1)[:, None], layer.scale, Visible(*alone[:2], window), alone[2]
-        ).unflatten(0, (-1, heads))
-        # a query and a key of ones, turned: what the distance of two tokens alone is worth
-        turned = torch.cat((cos, sin), -1)
-        near = attention_mass(
-            take_rows(turned, rows)[:, None], turned[:, None], layer.scale, Visible(rows, real, window), weight
-        )
-        # of every image: heads differ in how much they look at it
-        sample = upload(scene.layout.sample, at.device)
-        place = (at - sample[:, None] * left.length)[:, None].expand(-1, heads, -1)
-        seen = mass[sample].gather(2, place)
-        # what a sliding window hides is nothing of nothing
-        near = near[sample].gather(1, place[:, 0]).clamp(min=torch.finfo(torch.float32).tiny)
-        return strongest(seen, scene.layout.alive, heads) / near
-
-
-def strongest(attention: torch.Tensor, among: torch.Tensor, heads: int) -> torch.Tensor:
-    """Mean over the 14 of 32 heads (scaled) with most attention on `among`.
-
-    Args:
-        attention: `(images, heads, tokens)`; among: `(images, tokens)` bool.
-    """
-    mass = (attention * among[:, None]).sum(-1)
-    number = max(1, round(HEADS * heads))
-    best = top_k(mass, [number] * len(mass), torch.ones_like(mass, dtype=torch.bool))
-    return (attention * best[..., None]).sum(1) / number
 
 
 def recycled(removed: int) -> tuple[int, int]:
@@ -184,7 +90,7 @@ class SparseVLM(Pruner):
     optional = True
 
     version: Literal["v1", "+"] = "v1"
-    prune_layers: Annotated[tuple[int, ...], ascending(DEPTH - 1)] = (3, 7, 16)
+    prune_layers: Layers = (3, 7, 16)
     positions: Positions | None = None
     newlines: AnyNewlines = "all"
 

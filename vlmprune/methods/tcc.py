@@ -3,70 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
-from torch.nn.functional import normalize
 
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
 from vlmprune.parts import (
-    Must,
+    Density,
+    Outlying,
     Seed,
     Share,
-    TowerLayer,
-    TowerTap,
     VisionAttention,
+    Whole,
     WholeKeys,
     capped,
     count,
-    is_whole,
     keep_patches,
+    layer_of,
     nearest_mean,
     need_cls,
-    outlying,
     random_scores,
     scale_tower_layer,
     top_k,
     upload,
 )
 
-__all__ = ["Tcc", "density"]
-
-LAYER = Must("a layer from 0 to 23 (of 24, scaled)", partial(is_whole, most=23))
-
-
-def density(keys: torch.Tensor, alike: float, doubles: int) -> torch.Tensor:
-    """Share of the patches that have at most `doubles` others with a cosine above `alike`: `(views,)`.
-
-    Args:
-        keys: `(views, patches, dim)`.
-    """
-    unit = normalize(keys, dim=-1)
-    others = torch.cat([(part @ unit.transpose(-1, -2) > alike).sum(-1) - 1 for part in unit.split(256, 1)], 1)
-    return (others <= doubles).float().mean(1)
-
-
-@dataclass(frozen=True)
-class Outlying(TowerTap):
-    """`outlying` of the [CLS] row (or of what patches receive) in a tower layer, `(images, tokens)` float32."""
-
-    rows: Literal["cls", "patches"] = "cls"
-
-    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-        return outlying(VisionAttention(self.layer, self.rows).measure(layer, hidden, has_cls))
-
-
-@dataclass(frozen=True)
-class Density(TowerTap):
-    """`density` of the view that a patch is in, by the keys of a tower layer, `(images, tokens)` float32."""
-
-    alike: float = 0.0
-    doubles: int = 0
-
-    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-        keys = WholeKeys(self.layer).measure(layer, hidden, has_cls)
-        return density(keys, self.alike, self.doubles)[:, None].expand(-1, keys.shape[1])
+__all__ = ["Tcc"]
 
 
 @register("tcc")
@@ -96,10 +58,10 @@ class Tcc(BeforeLLM):
     syncs = 1
     optional = True
 
-    shallow: Annotated[int, LAYER] = 3
-    deep: Annotated[int, LAYER] = 22
+    shallow: Annotated[int, layer_of(24, 0, 23)] = 3
+    deep: Annotated[int, layer_of(24, 0, 23)] = 22
     alike: Share = 0.9
-    doubles: Annotated[int, Must("a whole number of at least 0", is_whole)] = 8
+    doubles: Whole = 8
     seed: Seed = 0
     fallback: Literal["received"] | None = None
 

@@ -15,11 +15,10 @@ from vlmprune.parts import (
     ClusterOf,
     Clusters,
     Hidden,
-    Must,
     TowerCut,
     Vision,
     first_of_cluster,
-    is_whole,
+    layer_of,
     match_alternating,
     match_energy,
     spread_evenly,
@@ -120,7 +119,7 @@ class PiToMe(EncoderMerge):
     summary = "redundant patches merged in every tower layer, distinct ones protected"
     paper = "arXiv 2405.16148"
 
-    energy_from: Annotated[int, Must("a layer from 0 to 24 (of 24, scaled)", partial(is_whole, most=24))] = 13
+    energy_from: Annotated[int, layer_of(24, 0, 24)] = 13
 
     def schedule(self, patches: int, target: int, layers: int) -> list[int]:
         """The same share of what is left behind every layer, in whole tokens."""

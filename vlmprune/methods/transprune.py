@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
-from torch.nn.functional import cosine_similarity
 
 from vlmprune.methods.base import AnyNewlines, Layout, ModelFacts, Seen, Staged, Tap, register
 from vlmprune.parts import (
-    DEPTH,
-    BlockTap,
-    Scene,
+    Layers,
+    Ratios,
     Share,
     TextAttention,
+    Transition,
+    TransitionMode,
     ascending,
     candidates,
-    falling,
     schedule_layers,
-    upcast,
 )
 
-__all__ = ["TransPrune", "accumulated", "transition"]
-
-Mode = Literal["official", "paper"]
+__all__ = ["TransPrune", "accumulated"]
 
 
 def accumulated(layers: tuple[int, ...], prune: tuple[int, ...], depth: int) -> list[int]:
@@ -34,45 +30,9 @@ def accumulated(layers: tuple[int, ...], prune: tuple[int, ...], depth: int) -> 
     without a gap stay so: all from the first scaled one to the last.
     """
     cut = dict(zip(prune, schedule_layers(prune, depth), strict=True))
-    scaled = sorted({cut.get(layer, max(1, round(layer * depth / DEPTH))) for layer in layers})
+    scaled = sorted({cut.get(layer, max(1, round(layer * depth / 32))) for layer in layers})
     whole = layers[-1] - layers[0] + 1 == len(layers)
     return list(range(scaled[0], scaled[-1] + 1)) if whole else scaled
-
-
-def transition(before: torch.Tensor, after: torch.Tensor, among: torch.Tensor, mode: Mode) -> torch.Tensor:
-    """Token transition variation of one block: softmax of the direction term times |after| / |before|.
-
-    Args:
-        before, after: `(..., tokens, dim)` what the block read and wrote (without the residual).
-        among: `(..., tokens)` bool, the tokens the softmax runs over.
-        mode: the direction term is 1 - cos ("official") or 1 - |cos| ("paper").
-
-    Returns:
-        `(..., tokens)`, 0 outside `among`.
-    """
-    before, after = upcast(before), upcast(after)
-    norm = torch.linalg.vector_norm
-    magnitude = norm(after, dim=-1) / norm(before, dim=-1)
-    cosine = cosine_similarity(after, before, dim=-1)
-    direction = 1 - cosine if mode == "official" else 1 - cosine.abs()
-    weight = direction.masked_fill(~among, -torch.inf).softmax(-1)
-    return torch.where(among, weight * magnitude, 0)
-
-
-@dataclass(frozen=True)
-class Transition(BlockTap):
-    """Transition variation of visual tokens, `(images, tokens)` float32, summed over a layer's two blocks.
-
-    The softmax runs over every real token of the sample ("official") or over the image's tokens ("paper").
-    """
-
-    mode: Mode = "official"
-
-    def measure(self, before: torch.Tensor, after: torch.Tensor, scene: Scene) -> torch.Tensor:
-        at = scene.flat_index()
-        if self.mode == "official":
-            return transition(before, after, scene.sequence.asked(), self.mode).flatten()[at]
-        return transition(before.flatten(0, 1)[at], after.flatten(0, 1)[at], scene.layout.alive, self.mode)
 
 
 @register("transprune")
@@ -104,10 +64,10 @@ class TransPrune(Staged):
     looks_at = "decoder"
     stage = "decoder layers 7, 9, 12 of 32"
 
-    mode: Mode = "official"
-    accumulate_layers: Annotated[tuple[int, ...] | None, ascending(DEPTH)] = None
-    prune_layers: Annotated[tuple[int, ...], ascending(DEPTH - 1)] = (7, 9, 12)
-    keep_ratios: Annotated[tuple[float, ...], falling()] = (0.875, 0.625, 0.125)
+    mode: TransitionMode = "official"
+    accumulate_layers: Annotated[tuple[int, ...] | None, ascending(32)] = None
+    prune_layers: Layers = (7, 9, 12)
+    keep_ratios: Ratios = (0.875, 0.625, 0.125)
     alpha: Share = 0.5
     newlines: AnyNewlines = "candidates"
 

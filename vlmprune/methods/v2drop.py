@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 
 from vlmprune.methods.base import Layout, ModelFacts, Positions, Seen, Staged, Tap, register
-from vlmprune.parts import DEPTH, Hidden, Inputs, ascending, falling, upcast
+from vlmprune.parts import Hidden, Inputs, Layers, falling, upcast
 
 __all__ = ["V2Drop"]
 
@@ -37,7 +37,7 @@ class V2Drop(Staged):
     needs = "decoder states"
     stage = "decoder layers 3, 17, 22 of 32"
 
-    prune_layers: Annotated[tuple[int, ...], ascending(DEPTH - 1)] = (3, 17, 22)
+    prune_layers: Layers = (3, 17, 22)
     keep_ratios: Annotated[tuple[float, ...], falling(0)] = (0.5, 0.25, 0.0)
     positions: Positions = "original"
 

@@ -12,24 +12,22 @@ import torch
 
 from vlmprune.methods.base import Cut, Decoder, Layout, ModelFacts, Positions, Pruner, Reduction, Seen, register
 from vlmprune.parts import (
+    ContextRelevance,
     Must,
+    Positive,
     Range,
     Scaled,
     Schedule,
-    TowerLayer,
-    TowerTap,
-    attention_mass,
-    capped,
     is_number,
     keep_patches,
     nearest,
     recycle,
+    select,
     square_cells,
-    top_k,
     upload,
 )
 
-__all__ = ["VFlowOpt", "context_relevance"]
+__all__ = ["VFlowOpt"]
 
 # of LLaVA-OneVision-7B, for a mean of 25, 50 and 10 % over all layers: what the three cuts leave of what they get, the
 # threshold of the context and the side of a cell
@@ -38,41 +36,7 @@ RELEASED = (
     ((0.7233, 0.7487, 0.487), 28.68, 11.76),
     ((0.1166, 1.0, 0.6011), 39.26, 17.39),
 )
-POSITIVE = Must("a number above 0, or None for the released one", lambda x: is_number(x, 0, 1e9) and x > 0)
-PART = Must("a number above 0 and at most 1, or None for the released one", lambda x: is_number(x) and x > 0)
-
-
-def context_relevance(
-    query: torch.Tensor, key: torch.Tensor, scale: float, threshold: float, first: int
-) -> torch.Tensor:
-    """How much the context tokens of a view look at every patch, summed over them, head mean: `(views, patches)`.
-
-    Context are the patches that receive more than `threshold` times the mean attention of all patches' rows; where none
-    does, the one that receives most.
-
-    Args:
-        query: `(views, heads, patches, dim)`; key: `(views, heads, first + patches, dim)`.
-        first: tokens in front of the patches.
-    """
-    received = attention_mass(query, key, scale)[:, first:]
-    context = received > threshold * received.mean(1, keepdim=True)
-    most = top_k(received, [1] * len(received), torch.ones_like(context))
-    context = torch.where(context.any(1, keepdim=True), context, most)
-    return attention_mass(query, key, scale, weight=context.to(received))[:, first:]
-
-
-@dataclass(frozen=True)
-class Context(TowerTap):
-    """`context_relevance` in a tower layer, `(images, tokens)` float32."""
-
-    attends: ClassVar[bool] = True
-
-    threshold: float = 0.0
-
-    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-        first, normed = int(has_cls), layer.normed(hidden)
-        query, key = layer.queries(normed[:, first:]), layer.keys(normed)
-        return context_relevance(query, key, layer.scale, self.threshold, first)
+PART = Must("a number above 0 and at most 1", lambda part: is_number(part) and part > 0)
 
 
 @register("vflowopt")
@@ -110,8 +74,8 @@ class VFlowOpt(Pruner):
     }
 
     # where the code searches, in its box for an average of 25 %
-    threshold: Annotated[float | None, POSITIVE, Range(1, 50)] = None
-    cell: Annotated[float | None, POSITIVE, Range(3, 24)] = None
+    threshold: Annotated[Positive | None, Range(1, 50)] = None
+    cell: Annotated[Positive | None, Range(3, 24)] = None
     second: Annotated[float | None, PART, Range(0.5, 1)] = None
     third: Annotated[float | None, PART, Range(0.1, 1)] = None
     positions: Positions = "original"
@@ -134,7 +98,7 @@ class VFlowOpt(Pruner):
             schedule = Scaled(tuple(accumulate(own, mul)), schedule.shares, self.keep, self.average)
         if isinstance(self.budget, float):
             schedule.left(10**9, 0)  # a fraction can be met for all images or for none
-        see = (Context(facts.attention_layer, self.threshold or threshold),)
+        see = (ContextRelevance(facts.attention_layer, self.threshold or threshold),)
         reduce = partial(self.reduce, schedule=schedule, side=self.cell or side)
         return [
             Cut(Decoder(layer), see, partial(reduce, stage=stage), self.positions) for stage, layer in enumerate(layers)
@@ -144,9 +108,8 @@ class VFlowOpt(Pruner):
         """Pure: `(images, tokens)` context relevance in, decision out."""
         (scores,) = seen.values()
         left = [schedule.left(grid.patches, stage) for grid in layout.grids]
-        counts = capped(left, layout.alive_patches)
         if stage or not layout.whole:
-            return keep_patches(top_k(scores, left, layout.patches), layout, counts, self.newlines, scores)
+            return select(scores, left, layout, self.newlines)
         cell, cells = torch.zeros(layout.position.shape, dtype=torch.long), []
         for i, (grid, n) in enumerate(zip(layout.grids, left, strict=True)):
             if ("vflowopt", side) not in grid.memo:
@@ -154,5 +117,5 @@ class VFlowOpt(Pruner):
             kinds, cell[i, : grid.tokens] = grid.memo["vflowopt", side]
             cells.append(0 if grid.frames or n == grid.patches else len(kinds))
         keep, merge = recycle(scores, upload(cell, scores.device), layout.patches, left, cells)
-        reduction = keep_patches(keep, layout, counts, self.newlines, scores)
+        reduction = keep_patches(keep, layout, left, self.newlines, scores)
         return replace(reduction, merge=merge) if any(cells) else reduction

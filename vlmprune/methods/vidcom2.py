@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from vlmprune.methods.base import BeforeLLM, Layout, Reduction, Seen, register
-from vlmprune.parts import Hidden, count, frames_of, keep_patches, top_k, upcast
+from vlmprune.parts import Hidden, count, frames_of, keep_patches, select, upcast
 
 __all__ = ["VidCom2", "commonness", "frame_scales"]
 
@@ -89,6 +89,6 @@ class VidCom2(BeforeLLM):
             scores[video, places] = -turn.to(scores)
             keep[video, places] = rank < wanted.round().clamp(min=1)
         if self.parity is None:
-            keep = top_k(scores, counts, layout.patches)
-        exact = self.parity is None or counts == [grid.patches for grid in layout.grids]
-        return keep_patches(keep, layout, counts if exact else None, self.newlines, scores)
+            return select(scores, counts, layout, self.newlines)
+        everything = counts == [grid.patches for grid in layout.grids]
+        return keep_patches(keep, layout, counts if everything else None, self.newlines, scores)

@@ -11,26 +11,22 @@ import torch
 from vlmprune.methods.base import Cut, Decoder, Layout, ModelFacts, Pruner, Reduction, Seen, register
 from vlmprune.parts import (
     Hidden,
-    Must,
     TextAttention,
     by_view,
-    candidates,
-    capped,
     floored,
-    is_whole,
     keep_patches,
+    layer_of,
     nearest_mean,
     row_of,
     scale_tower_layer,
     schedule_layers,
+    select,
     top_k,
     upload,
 )
 
 __all__ = ["VScan", "two_scans"]
 
-TOWER = Must("a layer from 0 to 23 (of 24, scaled)", partial(is_whole, most=23))
-LATE = Must("a layer from 1 to 31 (of 32, scaled), or None", partial(is_whole, least=1, most=31))
 ACROSS = 4  # windows along each side of a view
 
 
@@ -93,8 +89,8 @@ class VScan(Pruner):
     stage = "before the LLM + decoder layer 16 of 32"
     served_with: ClassVar[dict[str, Any]] = {"layer": None}
 
-    window_layer: Annotated[int, TOWER] = 5
-    layer: Annotated[int | None, LATE] = 16
+    window_layer: Annotated[int, layer_of(24, 0, 23)] = 5
+    layer: Annotated[int | None, layer_of(32, 1, 31)] = 16
     parity: Literal["released"] | None = None
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
@@ -135,6 +131,5 @@ class VScan(Pruner):
     def look(self, seen: Seen, layout: Layout, early: float) -> Reduction:
         """Pure: one attention row of the decoder in, what stays out."""
         (row,) = seen.values()
-        among, _, available = candidates(layout, self.newlines)
         counts = [self.budgets(grid.patches, early)[1] for grid in layout.grids]
-        return keep_patches(top_k(row, counts, among), layout, capped(counts, available), self.newlines, row)
+        return select(row, counts, layout, self.newlines)

@@ -6,16 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, UnsupportedError, register
-from vlmprune.parts import (
-    Ensemble,
-    Scope,
-    VisionAttention,
-    check_layer,
-    ensemble_scores,
-    need_cls,
-    scale_tower_layer,
-    select,
-)
+from vlmprune.parts import Ensemble, Scope, check_layer, ensemble_scores, need_cls, row_of, scale_tower_layer, select
 
 __all__ = ["VtcCls"]
 
@@ -57,7 +48,7 @@ class VtcCls(BeforeLLM):
                 f"vtc_cls reads tower layers {self.layers(facts)[0]}..{facts.tower_layers - 2} here, in all of which a "
                 f"patch sees its window alone: set start_layer to {facts.attention_layer} or less."
             )
-        return tuple(VisionAttention(layer, "cls" if facts.has_cls else "patches") for layer in layers)
+        return tuple(row_of(facts, layer) for layer in layers)
 
     def layers(self, facts: ModelFacts) -> range:
         """The tower layers whose rows are combined."""

@@ -10,25 +10,9 @@ import torch
 from torch.nn.functional import normalize
 
 from vlmprune.methods.base import AnyNewlines, BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import (
-    Must,
-    PageRank,
-    Share,
-    WholeKeys,
-    candidates,
-    capped,
-    count,
-    floored,
-    gather_to,
-    is_whole,
-    keep_patches,
-    top_k,
-    upcast,
-)
+from vlmprune.parts import PageRank, Share, WholeKeys, contest, count, floored, gather_to, keep_patches, top_k, whole
 
 __all__ = ["ZeroTPrune", "without_doubles"]
-
-TIMES = Must("a whole number from 1 to 50", partial(is_whole, least=1, most=50))
 
 
 def without_doubles(scores: torch.Tensor, keys: torch.Tensor, among: torch.Tensor, removed: list[int]) -> torch.Tensor:
@@ -41,7 +25,7 @@ def without_doubles(scores: torch.Tensor, keys: torch.Tensor, among: torch.Tenso
     """
     upper = top_k(scores, (among.sum(1) + 1) // 2, among)
     into, flows = gather_to(keys, among & ~upper, upper)
-    unit = normalize(upcast(keys), dim=-1)
+    unit = normalize(keys, dim=-1)
     like = (unit * unit.gather(1, into[..., None].expand_as(unit))).sum(-1)
     return among & ~top_k(like, removed, flows)
 
@@ -67,25 +51,25 @@ class ZeroTPrune(BeforeLLM):
     needs = "tower attention (all rows) and keys"
     looks_at = "tower"
 
-    iterations: Annotated[int, TIMES] = 1
-    points: Annotated[int, TIMES] = 4
+    iterations: Annotated[int, whole(1, 50)] = 1
+    points: Annotated[int, whole(1, 50)] = 4
     similar: Share = 0.5
     newlines: AnyNewlines = "all"
 
     def see(self, facts: ModelFacts) -> tuple[Tap, ...]:
         return PageRank(facts.attention_layer, self.iterations), WholeKeys(facts.attention_layer)
 
-    def at_point(self, count: int, total: int, point: int) -> int:
-        """Tokens left of `total` after some of the points, of which the last leaves `count`."""
-        return count if point == self.points else max(count, round(total * (count / total) ** (point / self.points)))
+    def at_point(self, total: int, point: int) -> int:
+        """Tokens left of `total` behind a point; 0 is in front of the first, the last leaves the budget."""
+        left = count(self.budget, total)
+        return left if point == self.points else max(left, round(total * (left / total) ** (point / self.points)))
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` PageRank and keys in, decision out."""
         scores, keys = seen.values()
-        keep, totals, available = candidates(layout, self.newlines)
-        counts, left = [count(self.budget, total) for total in totals], totals
+        keep, left, _ = contest(layout, partial(self.at_point, point=0), self.newlines)
         for point in range(1, self.points + 1):
-            next_ = [self.at_point(n, total, point) for n, total in zip(counts, totals, strict=True)]
-            removed = [floored((before - n) * self.similar) for before, n in zip(left, next_, strict=True)]
-            keep, left = top_k(scores, next_, without_doubles(scores, keys, keep, removed)), next_
-        return keep_patches(keep, layout, capped(counts, available), self.newlines, scores)
+            _, then, reached = contest(layout, partial(self.at_point, point=point), self.newlines)
+            removed = [floored((before - after) * self.similar) for before, after in zip(left, then, strict=True)]
+            keep, left = top_k(scores, then, without_doubles(scores, keys, keep, removed)), then
+        return keep_patches(keep, layout, reached, self.newlines, scores)

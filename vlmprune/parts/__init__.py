@@ -7,8 +7,9 @@ so that what reads budgets or options alone does not wait for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_PARTS = ("attention", "budget", "cells", "clip", "coverage", "cuts", "diversity", "facts", "layers", "layout")
-_PARTS += ("merging", "options", "schedules", "scores", "selection", "taps", "templates", "text_taps", "vector_taps")
+_PARTS = ("attention", "budget", "cells", "clip", "coverage", "cuts", "decoder_taps", "diversity", "facts", "layers")
+_PARTS += ("layout", "merging", "options", "schedules", "scores", "selection", "taps", "templates", "text_taps")
+_PARTS += ("vector_taps",)
 _HOMES = ("errors", *(f"parts.{name}" for name in _PARTS))
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from vlmprune.parts.attention import Visible, attention_mass, last_rows, mean_weight, take_rows, upcast
     from vlmprune.parts.budget import HAIR, count, floored, share
     from vlmprune.parts.cells import adjacent, image_cells, laid_out, nested_cells, regions, square_cells
-    from vlmprune.parts.clip import Clip, clip_from
+    from vlmprune.parts.clip import Clip, clip_for, told_clip
     from vlmprune.parts.coverage import Cover, select_covering
     from vlmprune.parts.cuts import (
         AnyCut,
@@ -35,11 +36,13 @@ if TYPE_CHECKING:
         Vision,
         schedule_layers,
     )
+    from vlmprune.parts.decoder_taps import PIVOTS, BesidePivots, KeyLengths, Transition, TransitionMode
     from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse, select_weighted
     from vlmprune.parts.facts import (
         ModelFacts,
         check_layer,
         need_cls,
+        need_crops,
         need_patches,
         need_views,
         scale_tower_layer,
@@ -56,7 +59,23 @@ if TYPE_CHECKING:
         recycle,
         spread_evenly,
     )
-    from vlmprune.parts.options import Must, Range, Seed, Share, ascending, falling, is_number, is_whole
+    from vlmprune.parts.options import (
+        Layers,
+        Must,
+        Positive,
+        Range,
+        Ratios,
+        Seed,
+        Share,
+        Weight,
+        Whole,
+        ascending,
+        falling,
+        is_number,
+        is_whole,
+        layer_of,
+        whole,
+    )
     from vlmprune.parts.schedules import DEPTH, Scaled, Schedule, decoder_cuts, nearest
     from vlmprune.parts.scores import Ensemble, ensemble_scores, outlying, random_scores
     from vlmprune.parts.selection import (
@@ -95,16 +114,28 @@ if TYPE_CHECKING:
         TowerTap,
         VisionAttention,
         decoder_mass,
+        visual_entries,
     )
     from vlmprune.parts.templates import QuestionMarks, question_of, system_prefix, told_question, told_system
-    from vlmprune.parts.text_taps import OwnText, QuestionIds, QuestionWords
-    from vlmprune.parts.vector_taps import PageRank, WholeKeys, WholeRow, features_of, row_of
+    from vlmprune.parts.text_taps import MeanState, OwnText, QuestionIds, QuestionWords, Rated, Raters, queries
+    from vlmprune.parts.vector_taps import (
+        ContextRelevance,
+        Density,
+        Outlying,
+        PageRank,
+        WholeKeys,
+        WholeRow,
+        features_of,
+        row_of,
+    )
 
 __all__ = [
     "DEPTH",
     "HAIR",
+    "PIVOTS",
     "AnyCut",
     "AnyNewlines",
+    "BesidePivots",
     "BlockFlow",
     "BlockKeys",
     "BlockTap",
@@ -113,23 +144,29 @@ __all__ = [
     "ClsLogits",
     "ClusterOf",
     "Clusters",
+    "ContextRelevance",
     "Cover",
     "CrossShare",
     "Cut",
     "Decoder",
     "DecoderLayer",
     "DecoderTap",
+    "Density",
     "Distinctness",
     "Ensemble",
     "Hidden",
     "ImageGrid",
     "Inputs",
     "Kept",
+    "KeyLengths",
+    "Layers",
     "Layout",
+    "MeanState",
     "Merge",
     "ModelFacts",
     "Must",
     "Newlines",
+    "Outlying",
     "OwnText",
     "PageRank",
     "PatchCut",
@@ -137,11 +174,15 @@ __all__ = [
     "PixelCut",
     "Pixels",
     "Positions",
+    "Positive",
     "ProjectorCut",
     "QuestionIds",
     "QuestionMarks",
     "QuestionWords",
     "Range",
+    "Rated",
+    "Raters",
+    "Ratios",
     "ReceivedAttention",
     "Reduction",
     "Scaled",
@@ -157,11 +198,15 @@ __all__ = [
     "TowerCut",
     "TowerLayer",
     "TowerTap",
+    "Transition",
+    "TransitionMode",
     "UnsupportedError",
     "Views",
     "Visible",
     "Vision",
     "VisionAttention",
+    "Weight",
+    "Whole",
     "WholeKeys",
     "WholeRow",
     "adjacent",
@@ -171,7 +216,7 @@ __all__ = [
     "candidates",
     "capped",
     "check_layer",
-    "clip_from",
+    "clip_for",
     "contest",
     "count",
     "decoder_cuts",
@@ -191,6 +236,7 @@ __all__ = [
     "keep_patches",
     "laid_out",
     "last_rows",
+    "layer_of",
     "match_alternating",
     "match_energy",
     "mean_weight",
@@ -198,11 +244,13 @@ __all__ = [
     "nearest",
     "nearest_mean",
     "need_cls",
+    "need_crops",
     "need_patches",
     "need_views",
     "nested_cells",
     "outlying",
     "peaks",
+    "queries",
     "question_of",
     "random_scores",
     "recycle",
@@ -222,11 +270,14 @@ __all__ = [
     "stride",
     "system_prefix",
     "take_rows",
+    "told_clip",
     "told_question",
     "told_system",
     "top_k",
     "upcast",
     "upload",
+    "visual_entries",
+    "whole",
 ]
 
 

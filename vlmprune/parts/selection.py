@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -32,6 +33,7 @@ Newlines = Literal["all", "row", "none"]
 #: Of methods that let newlines compete with patches: they count on `candidates` for who competes.
 AnyNewlines = Literal["all", "row", "none", "candidates"]
 Scope = Literal["view", "image"]
+Keep = int | float | list[int] | Callable[[int], int]
 
 
 def top_k(scores: torch.Tensor, counts: list[int] | torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
@@ -109,7 +111,7 @@ def keep_patches(
 
 def select(
     scores: torch.Tensor,
-    keep: int | float | Callable[[int], int],
+    keep: Keep,
     layout: Layout,
     newlines: AnyNewlines = "all",
     scope: Scope = "image",
@@ -119,7 +121,7 @@ def select(
     Args:
         scores: `(images, tokens)`; higher is better.
         keep: budget in patches per image or video (tokens for `newlines="candidates"`, which lets newlines compete), or
-            what says how many stay of so many that entered the LLM (for `scope="image"`).
+            (for `scope="image"`) one count for each, or what says how many stay of so many that entered the LLM.
         scope: "image" ranks all patches of an image or video together, "view" gives each view (thumbnail, crop, frame)
             its share of the budget.
     """
@@ -229,14 +231,13 @@ def candidates(layout: Layout, newlines: AnyNewlines) -> tuple[torch.Tensor, lis
     return layout.patches, entered, layout.alive_patches
 
 
-def contest(
-    layout: Layout, keep: int | float | Callable[[int], int], newlines: AnyNewlines
-) -> tuple[torch.Tensor, list[int], list[int] | None]:
+def contest(layout: Layout, keep: Keep, newlines: AnyNewlines) -> tuple[torch.Tensor, list[int], list[int] | None]:
     """Who competes for a budget (as of `select`): `(images, tokens)` bool, how many it keeps of every image, and how
     many that really are, None where the host does not know what an earlier cut has left.
     """
     among, totals, available = candidates(layout, newlines)
-    counts = [keep(total) if callable(keep) else count(keep, total) for total in totals]
+    stay = keep if callable(keep) else partial(count, keep)
+    counts = keep if isinstance(keep, list) else [stay(total) for total in totals]
     return among, counts, capped(counts, available)
 
 
