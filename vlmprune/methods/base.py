@@ -15,7 +15,7 @@ from vlmprune.parts.facts import ModelFacts, need_patches
 from vlmprune.parts.layout import Layout, Views
 from vlmprune.parts.options import ascending, checked, falling, hints
 from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts
-from vlmprune.parts.selection import AnyNewlines, Newlines, keep_patches, select
+from vlmprune.parts.selection import AnyNewlines, Keep, Newlines, Scope, candidates, contest, keep_patches, select
 from vlmprune.parts.taps import Kept, Seen, Tap
 from vlmprune.parts.templates import QuestionMarks, question_of, told_question
 
@@ -185,6 +185,43 @@ class Pruner(Budgeted):
     positions: Positions | None = None
     newlines: Newlines = "all"
 
+    def in_stages(
+        self,
+        layers: list[int],
+        see: Callable[[int], tuple[Tap, ...]],
+        reduce: Callable[..., Reduction],
+        positions: Positions | None = None,
+    ) -> list[AnyCut]:
+        """A cut at the input of each of some decoder layers: what it sees, and `reduce` told its number as `stage`."""
+        positions = positions or self.positions
+        return [
+            Cut(Decoder(layer), see(layer), partial(reduce, stage=stage), positions)
+            for stage, layer in enumerate(layers)
+        ]
+
+    def among(self, layout: Layout) -> torch.Tensor:
+        """Who competes by the method's rule for newlines: `(images, tokens)` bool."""
+        return candidates(layout, self.newlines)[0]
+
+    def contest(self, layout: Layout, keep: Keep | None = None) -> tuple[torch.Tensor, list[int], list[int] | None]:
+        """`parts.contest` for the method's budget, or another one."""
+        return contest(layout, self.budget if keep is None else keep, self.newlines)
+
+    def best(self, scores: torch.Tensor, layout: Layout, keep: Keep | None = None, scope: Scope = "image") -> Reduction:
+        """`parts.select` by the method's budget, or another one."""
+        return select(scores, self.budget if keep is None else keep, layout, self.newlines, scope)
+
+    def kept(
+        self,
+        mask: torch.Tensor,
+        layout: Layout,
+        counts: list[int] | None,
+        scores: torch.Tensor | None = None,
+        merge: Merge | None = None,
+    ) -> Reduction:
+        """`parts.keep_patches` by the method's rule for newlines."""
+        return keep_patches(mask, layout, counts, self.newlines, scores, merge)
+
 
 @dataclass(frozen=True)
 class BeforeLLM(Pruner):
@@ -263,7 +300,7 @@ class InTower(Pruner):
         # where packing cuts padding off, what is left of a view hangs on the picture
         whole = all(p == math.prod(grid.side) for grid in layout.grids for p in grid.patches_per_view)
         counts = [left * grid.views for grid in layout.grids] if whole else None
-        return keep_patches(keep & layout.patches, layout, counts, self.newlines)
+        return self.kept(keep & layout.patches, layout, counts)
 
 
 @dataclass(frozen=True)
@@ -295,7 +332,7 @@ class BehindTower(Pruner):
         (kept,) = seen.values()
         free = self.keep is None and self.average is None
         counts = None if free else [sum(Views([grid]).shares(self.budget)) for grid in layout.grids]
-        return keep_patches(kept & layout.patches, layout, counts, self.newlines)
+        return self.kept(kept & layout.patches, layout, counts)
 
 
 @dataclass(frozen=True)
@@ -331,11 +368,7 @@ class Staged(Pruner):
         depth = facts.decoder_layers
         layers = decoder_cuts("prune_layers", self.prune_layers, depth)
         schedule = Schedule.at(layers, depth, self.keep_ratios, self.keep, self.average)
-        reduce = partial(self.reduce, schedule=schedule)
-        return [
-            Cut(Decoder(layer), self.see(layer, facts), partial(reduce, stage=stage), self.positions)
-            for stage, layer in enumerate(layers)
-        ]
+        return self.in_stages(layers, partial(self.see, facts=facts), partial(self.reduce, schedule=schedule))
 
     def see(self, layer: int, facts: ModelFacts) -> tuple[Tap, ...]:
         """The taps that the cut at the input of decoder layer `layer` gets."""
@@ -347,4 +380,4 @@ class Staged(Pruner):
 
     def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule) -> Reduction:
         """Pure: keep the best."""
-        return select(self.score(seen, layout), partial(schedule.left, stage=stage), layout, self.newlines)
+        return self.best(self.score(seen, layout), layout, partial(schedule.left, stage=stage))

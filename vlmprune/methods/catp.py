@@ -18,11 +18,9 @@ from vlmprune.parts import (
     TextAttention,
     Weight,
     count,
-    keep_patches,
     layer_of,
     queries,
     schedule_layers,
-    select,
     select_covering,
     top_k,
     upcast,
@@ -44,14 +42,12 @@ class Catp(Asking):
     picture keeps what is like the mean of what stands in front of it.
 
     Args:
-        keep: patches per picture left in the end, or a fraction, of demonstrations as their mean; the first cut makes
-            half of the way. With a single picture all goes at the first cut, for which its text is the question.
-        average: the same as a mean over decoder layers.
+        keep: left in the end, of demonstrations as their mean; the first cut makes half of the way, of a picture that
+            is alone all. `average` is the same as a mean over decoder layers.
         layer: K, 0-based, of a 32-layer decoder (paper: 6 of 32 and of 28, 10 of 40); another depth scales it.
         alignment: lambda 1, of a patch's likeness to its picture's text, against the sum over all patches covered.
         likeness: lambda 2, of its likeness to the query, against the gain of attention.
-        question: a processor, whose chat template marks it (the command and the evaluation ask theirs); None takes all
-            text, the template's too.
+        question: as of `Asking`, but None takes all text, the template's too.
         positions: original (inferred; the paper does not say).
     """
 
@@ -118,7 +114,7 @@ class Catp(Asking):
         rows, role = upload(list(last), scores.device), upload(role, scores.device)
         pools = ((role == rows[:, None])[..., None] & layout.patches).flatten(1)
         kept = top_k(scores.flatten().expand(len(pools), -1), counts, pools).any(0).view_as(layout.patches)
-        return keep_patches(kept | (layout.patches & (role < 0)[:, None]), layout, None, self.newlines, scores)
+        return self.kept(kept | (layout.patches & (role < 0)[:, None]), layout, None, scores)
 
     def resemble(self, seen: Seen, layout: Layout, left: partial) -> Reduction:
         """Pure: states and the mean state of the context in, what stays of the query's picture out."""
@@ -126,4 +122,4 @@ class Catp(Asking):
         last, scores = queries(layout), cosine_similarity(upcast(hidden), context[:, None], dim=-1)
         wanted = zip(left(layout, last, 1), layout.grids, strict=True)
         counts = [n if i in last.values() else grid.patches for i, (n, grid) in enumerate(wanted)]
-        return select(scores, counts, layout, self.newlines)
+        return self.best(scores, layout, counts)

@@ -15,7 +15,6 @@ from vlmprune.parts import (
     Hidden,
     QuestionIds,
     QuestionWords,
-    candidates,
     clip_for,
     download,
     features_of,
@@ -58,8 +57,8 @@ class CDPruner(Asking):
         relevance: "clip" (code) asks both halves of the CLIP model whose tower it is, and takes what is *less* like the
             text, for patches of the subject are less like it there. "embeddings" needs no other model: the mean cosine
             of a projected patch to the input embeddings of the question (ours; what is more like it counts).
-        clip: for "clip": a folder or an id on the hub, or a `vlmprune.parts.Clip`. None takes the checkpoint that the
-            tower came from, where the model's config tells it.
+        clip: a folder or an id on the hub, or a `vlmprune.parts.Clip`. None takes the checkpoint that the tower came
+            from, where the model's config tells it.
         question: a processor, whose chat template marks it (the command and the evaluation ask theirs); None takes all
             text behind the last picture for it, and "clip" cannot do without.
     """
@@ -109,6 +108,6 @@ class CDPruner(Asking):
 
     def choose(self, features: torch.Tensor, relevance: torch.Tensor, layout: Layout) -> Reduction:
         """By `(images, tokens)` relevance of any scale."""
-        among, _, _ = candidates(layout, self.newlines)
+        among = self.among(layout)
         reduction = select_weighted(features, rescaled(relevance, among), self.budget, layout, self.newlines)
         return replace(reduction, scores=relevance)

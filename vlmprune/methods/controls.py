@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.nn.functional import interpolate
 
 from vlmprune.methods.base import BeforeLLM, Budgeted, Layout, Merge, ModelFacts, Reduction, Seen, register
-from vlmprune.parts import PixelCut, Seed, image_cells, keep_patches, laid_out, need_views, random_scores, select
+from vlmprune.parts import PixelCut, Seed, image_cells, laid_out, need_views, random_scores
 
 __all__ = ["Downsample", "Grid", "Pool", "Random"]
 
@@ -34,7 +34,7 @@ class Random(BeforeLLM):
     seed: Seed = 0
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        return select(random_scores(self.seed, layout), self.budget, layout, self.newlines)
+        return self.best(random_scores(self.seed, layout), layout)
 
 
 @register("grid")
@@ -43,40 +43,32 @@ class Grid(BeforeLLM):
     """Keep the middle patch of every cell, of the largest grid of equal cells within the budget with its aspect.
 
     On an anyres image the thumbnail and the canvas of crops each get their share, of a video every frame. An image
-    whose tokens were cut before is divided as if they were all there.
-
-    Args:
-        keep, average: at most so many patches per image (tables show the real count), or a fraction.
+    whose tokens were cut before is divided as if they were all there. Tables show the real count.
     """
 
     summary = "a regular grid of patches (control)"
     looks_at = "nothing"
 
-    def cells(self, layout: Layout) -> tuple[Reduction, Merge]:
-        """The middle patches, and every cell's mean."""
-        cells = partial(image_cells, keep=self.budget)
-        anchor, into, weight, counts = laid_out(layout, cells, ("cells", self.budget))
-        return keep_patches(anchor, layout, counts if layout.whole else None, self.newlines), Merge(into, weight)
+    merges: ClassVar[bool] = False
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        return self.cells(layout)[0]
+        cells = partial(image_cells, keep=self.budget)
+        anchor, into, weight, counts = laid_out(layout, cells, ("cells", self.budget))
+        merge = Merge(into, weight) if self.merges else None
+        return self.kept(anchor, layout, counts if layout.whole else None, merge=merge)
 
 
 @register("pool")
 @dataclass(frozen=True)
 class Pool(Grid):
-    """Average every cell's patches into one token that stands at the cell's middle patch; cells are those of `grid`.
-
-    Args:
-        keep, average: at most so many tokens per image (tables show the real count), or a fraction.
-    """
+    """Average every cell's patches into one token that stands at the cell's middle patch; cells are those of `grid`."""
 
     summary = "average pooling on a regular grid (control, merges)"
+    merges = True
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         layout.need_whole("pool", "averages whole cells")
-        reduction, merge = self.cells(layout)
-        return replace(reduction, merge=merge)
+        return super().reduce(seen, layout)
 
 
 @register("downsample")
@@ -87,9 +79,8 @@ class Downsample(Budgeted):
     It saves nothing; it tells how much of a task needs detail at all, so it stands apart from methods in every table.
 
     Where a processor bounds the pixels of pictures of any size (Qwen-VL) it is the picture itself that is smaller: as
-    many tokens as the budget has, or the few less that its sides allow. That saves the tower's time too, and is the
-    rival to beat. The processor does it, before the model is called: `vlmprune run`, `fidelity` and `eval` see to it,
-    and `vlmprune.patch` refuses.
+    many tokens as the budget has, or the few less that its sides allow, in the tower too. The processor does it, before
+    the model is called: `vlmprune run`, `fidelity` and `eval` see to it, and `vlmprune.patch` refuses.
 
     Args:
         keep, average: fraction of the pixels (an int is taken of one view's patches).

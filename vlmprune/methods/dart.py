@@ -9,19 +9,7 @@ from typing import Literal
 import torch
 
 from vlmprune.methods.base import AnyNewlines, Cut, Decoder, Layout, ModelFacts, Positions, Pruner, Reduction, register
-from vlmprune.parts import (
-    PIVOTS,
-    BesidePivots,
-    KeyLengths,
-    Schedule,
-    Seen,
-    check_layer,
-    contest,
-    keep_patches,
-    take_rows,
-    top_k,
-    upload,
-)
+from vlmprune.parts import PIVOTS, BesidePivots, KeyLengths, Schedule, Seen, check_layer, take_rows, top_k, upload
 
 __all__ = ["Dart", "farthest_from_pivots"]
 
@@ -61,8 +49,7 @@ class Dart(Pruner):
     norm) have the lowest cosine to its own, among those that nobody keeps yet.
 
     Args:
-        keep: visual tokens per image left from layer K on, or a fraction; 2/9, the code's 128 of 576, without a budget.
-        average: the mean over all layers.
+        keep: left from layer K on; 2/9, the code's 128 of 576, without a budget. `average` is over all layers.
         layer: K, 0-based (code: 2). Not scaled with depth.
         parity: "released" keeps 4 + 8 (keep // 8) tokens, as the released code; None keeps `keep`.
         positions: original (code).
@@ -96,7 +83,7 @@ class Dart(Pruner):
         """Pure: lengths of keys and unit vectors in, decision out."""
         lengths, unit = seen.values()
         lengths = lengths[upload(layout.sample, lengths.device)].gather(1, layout.position)
-        among, counts, reached = contest(layout, partial(self.left, schedule=schedule), self.newlines)
+        among, counts, reached = self.contest(layout, partial(self.left, schedule=schedule))
         visual, text = unit[:, : layout.width], unit[:, layout.width :]
         kept = farthest_from_pivots(visual, text, lengths, among, reached or counts)
-        return keep_patches(kept, layout, reached, self.newlines)
+        return self.kept(kept, layout, reached)

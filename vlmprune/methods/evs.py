@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from vlmprune.methods.base import BeforeLLM, Layout, Reduction, Seen, register
-from vlmprune.parts import Hidden, count, frames_of, select, upcast
+from vlmprune.parts import Hidden, count, frames_of, upcast
 
 __all__ = ["Evs", "changes"]
 
@@ -48,4 +48,4 @@ class Evs(BeforeLLM):
         for video, places in enumerate(frames_of(self.known_as, layout)):
             scores[video, places] = changes(features[video, places])
             counts.append(max(places.shape[1], count(self.budget, places.numel())))
-        return select(scores, counts, layout, self.newlines)
+        return self.best(scores, layout, counts)

@@ -49,7 +49,6 @@ class FlowCut(InTower):
         keep, average: patches per image (a fraction on families with views).
         parity: None lets every view decide how many go. "released": the most even view of a call decides for all, so
             that what is kept of an image hangs on the others.
-        positions: contiguous (code).
     """
 
     summary = "patches from which much flows to the [CLS] token, layer by layer; the others leave the tower early"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import Ensemble, Scope, VisionAttention, check_layer, ensemble_scores, need_cls, select, select_rows
+from vlmprune.parts import Ensemble, Scope, VisionAttention, check_layer, ensemble_scores, need_cls, select_rows
 
 __all__ = ["FoPru"]
 
@@ -62,4 +62,4 @@ class FoPru(BeforeLLM):
         scores = ensemble_scores(list(seen.values()), self.ensemble)
         if self.strategy == "row":
             return select_rows(scores, self.budget, layout, self.newlines)
-        return select(scores, self.budget, layout, self.newlines, self.scope)
+        return self.best(scores, layout, scope=self.scope)

@@ -17,10 +17,8 @@ from vlmprune.parts import (
     ImageGrid,
     Positive,
     Range,
-    keep_patches,
     need_cls,
     need_crops,
-    select,
     top_k,
     upload,
 )
@@ -66,12 +64,7 @@ def stretch(scores: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Commanded(BeforeLLM):
-    """What both ways of counting share: the thumbnail says how much of every crop stays, and helps to say what.
-
-    Scores are the last tower layer's [CLS] logits (before the softmax: with probabilities the budgets would be flat).
-    The thumbnail's share is N * R of its own patches; crop j's is n_j * r_j of its un-padded patches, by its own scores
-    plus the thumbnail's, stretched over the un-padded canvas.
-    """
+    """What both ways of counting share: the thumbnail says how much of every crop stays, and helps to say what."""
 
     paper = "arXiv 2501.05179"
     needs = "a family with views; tower [CLS] logits (or score='distinct')"
@@ -134,21 +127,17 @@ class GlobalCom2(Commanded):
     Scores are the last tower layer's [CLS] logits (before the softmax: with probabilities the budgets would be flat).
     The thumbnail keeps its own best floor(N * R) patches; crop j keeps floor(n_j * r_j) of its un-padded patches by its
     own scores plus the thumbnail's, stretched over the un-padded canvas, or the shrunken one of LLaVA-OneVision (the
-    source's code for it is not public). An image with a single view, which the source leaves as it is, is refused.
+    source's code for it is not public).
 
     Args:
-        keep, average: R, a fraction (0.25, the code's default, if none is given), or patches per image, turned into the
-            fraction of the image's patches. Budgets are floored per view and clipped at whole crops, so tables show the
-            real count; a very small budget can leave no patch at all (as in the source).
+        keep, average: R, a fraction (0.25, the code's default, if none is given), or patches per image. Budgets are
+            floored per view and clipped at whole crops: tables show the real count, which may be none (source).
         tau: temperature of the crop budgets (code: 10).
         score: "cls", or "distinct": negated cosine to the view's mean patch, the appendix's score for towers without a
             [CLS] token (its features and details are inferred).
-        parity: None puts every token back in its place, in ascending order. "released" repeats the released code:
-            thumbnail by descending score, crop tokens at the place of their number among the un-padded ones, and one
-            newline after every canvas row, padded rows included, so a budget near all patches can make more tokens than
-            there were, which is an error. It cannot be combined with other methods that cut, and at R = 1 it leaves the
-            image as it is (the released code still thins dull crops).
-        newlines: what happens to newline tokens; `parity="released"` has its own rule.
+        parity: None puts every token back in its place, in ascending order. "released": thumbnail by descending score,
+            crop tokens at the place of their number among the un-padded ones, one newline after every canvas row; more
+            tokens than there were are an error, no other method may cut, and R = 1 leaves the image as it is.
     """
 
     summary = "the thumbnail sets each crop's budget and guides its choice"
@@ -171,7 +160,7 @@ class GlobalCom2(Commanded):
         keep &= layout.alive
         if self.parity:
             return self.released(keep, combined, layout)
-        return keep_patches(keep, layout, None, self.newlines, combined)
+        return self.kept(keep, layout, None, combined)
 
     def choose(self, scores: torch.Tensor, grid: ImageGrid) -> tuple[torch.Tensor, torch.Tensor]:
         """`(tokens,)` kept patches of one image, and the scores they were chosen by."""
@@ -204,16 +193,14 @@ class GlobalCom2(Commanded):
 @register("globalcom2_fixed")
 @dataclass(frozen=True)
 class GlobalCom2Fixed(Commanded):
-    """GlobalCom² with a count that is known beforehand: its choice, topped up to the budget.
+    """GlobalCom² with a count that is known beforehand: its choice, topped up to the budget (not in the paper).
 
     A patch whose place among its view's patches, best first, is p (from 1) lies p - q beyond the share q of its view.
-    The source keeps those that lie beyond by nothing, so as many as its floors leave. This keeps as many as the budget
-    says, those that lie beyond by least: all of the source's where these are fewer, and then the next best of views
-    whose share was floored most. Not in the paper: a server has to know the count before it has seen the picture.
+    The source keeps those that lie beyond by nothing, so as many as its floors leave; this as many as the budget says,
+    those that lie beyond by least.
 
     Args:
-        keep, average: as of `globalcom2`; exactly so many patches stay of every image.
-        tau, score: as of `globalcom2`.
+        keep, average, tau, score: as of `globalcom2`; exactly so many patches stay of every image.
     """
 
     summary = "globalcom2 with exactly the budget's number of patches, so that it can be served"
@@ -224,7 +211,7 @@ class GlobalCom2Fixed(Commanded):
         inside = torch.zeros_like(scores, dtype=torch.float32)
         for i, grid in enumerate(layout.grids):
             inside[i, : grid.tokens] = -self.beyond(scores[i, : grid.tokens], grid)
-        return select(inside, self.share, layout, self.newlines)
+        return self.best(inside, layout, self.share)
 
     def beyond(self, scores: torch.Tensor, grid: ImageGrid) -> torch.Tensor:
         """`(tokens,)` float64, how far every patch of an image lies beyond its view's share; newlines anything."""

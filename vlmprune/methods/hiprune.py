@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import Share, by_view, keep_patches, layer_of, row_of, scale_tower_layer, top_k, upload
+from vlmprune.parts import Share, by_view, layer_of, row_of, scale_tower_layer, top_k, upload
 
 __all__ = ["HiPrune", "neighbours"]
 
@@ -44,10 +44,9 @@ class HiPrune(BeforeLLM):
 
     Anchors are the patches that get most attention in a middle layer, from all tokens, [CLS] included; with them stay
     their four neighbours. The rest of the budget goes to the patches that get most attention in the layer whose output
-    becomes the features.
+    becomes the features. Views share the budget in proportion to their patches.
 
     Args:
-        keep, average: views share it in proportion to their patches.
         alpha: anchors and neighbours are about this share of the budget, round(budget * alpha / 5) anchors (code: 0.1).
         object_layer: 1-based layer of 24 (scaled) of the anchors (code: 9).
         parity: None takes neighbours on the picture's own grid, across the seams of crops and not around its edges.
@@ -77,4 +76,4 @@ class HiPrune(BeforeLLM):
         near = neighbours(strong, layout, self.parity == "released")
         score = (deep + 2.0 * (strong | near) + 2.0 * strong)[:, None].expand_as(views)  # attention is at most 1
         kept = top_k(score, shares, views).any(1)
-        return keep_patches(kept, layout, counts, self.newlines, deep)
+        return self.kept(kept, layout, counts, deep)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from vlmprune.methods.base import BeforeLLM, Layout, Merge, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import Hidden, contest, keep_patches, row_of, take_rows, top_k, upcast, upload
+from vlmprune.parts import Hidden, row_of, take_rows, top_k, upcast, upload
 
 __all__ = ["HoloV", "shared_out", "slice_scores", "slices"]
 
@@ -96,7 +96,7 @@ class HoloV(BeforeLLM):
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: features and one attention row in, decision out."""
         features, row = seen.values()
-        among, counts, reached = contest(layout, self.budget, self.newlines)
+        among, counts, reached = self.contest(layout)
         own = slices(among)
         members = among[:, None] & (own[:, None] == torch.arange(SLICES, device=own.device)[:, None])
         # every slice in a row of its own, of `(images, slices, patches)`
@@ -111,7 +111,7 @@ class HoloV(BeforeLLM):
         kept = top_k(row[:, None].expand_as(members), part, members).any(1)
         if self.reorders:
             return self.as_released(kept, own, row, reached)
-        return keep_patches(kept, layout, reached, self.newlines, row)
+        return self.kept(kept, layout, reached, row)
 
     def as_released(self, kept: torch.Tensor, own: torch.Tensor, row: torch.Tensor, counts: list[int]) -> Reduction:
         """The kept tokens slice by slice, by falling attention, over the image's first places; then zeros."""

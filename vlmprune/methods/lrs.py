@@ -8,18 +8,7 @@ from typing import Annotated, ClassVar
 import torch
 
 from vlmprune.methods.base import Cut, Decoder, Layout, ModelFacts, Pruner, Reduction, Seen, register
-from vlmprune.parts import (
-    ImageGrid,
-    Share,
-    TextAttention,
-    count,
-    decoder_cuts,
-    layer_of,
-    need_crops,
-    select,
-    top_k,
-    upload,
-)
+from vlmprune.parts import ImageGrid, Share, TextAttention, count, decoder_cuts, layer_of, need_crops, top_k, upload
 
 __all__ = ["Lrs", "tile_of"]
 
@@ -36,13 +25,12 @@ def tile_of(grid: ImageGrid) -> torch.Tensor:
 class Lrs(Pruner):
     """Let what the question looks at in the thumbnail choose the crops that stay, and what it looks at in those.
 
-    LRS-VQA trains a module to choose, level by level, which tiles of a large picture are encoded at all. This is the
-    form without training that nobody has published: attention of a decoder layer stands in for the module, the
-    thumbnail for the coarse level and the crops for the fine one. All crops are encoded: the tower is paid in full.
+    LRS-VQA trains a module to choose which tiles of a large picture are encoded at all. This is the form without
+    training that nobody has published: attention of a decoder layer stands in for the module. All crops are encoded.
 
     Args:
-        keep, average: patches per image left from the cut on, or a fraction (`average` is taken of these, too). The
-            thumbnail comes first, then patches of chosen crops, then others, each by their attention.
+        keep, average: left from the cut on: of the thumbnail first, then of chosen crops, then of others, each by their
+            attention.
         coarse: share of the thumbnail's patches that choose crops: every crop that shows one of the best (code: 0.25).
         layer: 1-based, of a 32-layer decoder, behind which tokens go (inferred; scaled with depth).
         positions, newlines: contiguous, kept (code).
@@ -80,4 +68,4 @@ class Lrs(Pruner):
             chosen = torch.zeros(grid.views, device=view.device).index_add(0, torch.where(best, tile, 0), best.float())
             level[i] = torch.where(small, 2.0, (chosen[view] > 0).to(level))
         # attention is at most 1: a level counts for more than any
-        return select(attention + 2 * level, self.budget, layout, self.newlines)
+        return self.best(attention + 2 * level, layout)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from vlmprune.methods.base import BeforeLLM, Layout, Merge, Reduction, Seen, register
-from vlmprune.parts import keep_patches, laid_out, nested_cells
+from vlmprune.parts import laid_out, nested_cells
 
 __all__ = ["M3"]
 
@@ -34,4 +34,4 @@ class M3(BeforeLLM):
         layout.need_whole("m3", "averages whole squares")
         cells = partial(nested_cells, keep=self.budget)
         anchor, into, weight, counts = laid_out(layout, cells, ("m3", self.budget))
-        return replace(keep_patches(anchor, layout, counts, self.newlines), merge=Merge(into, weight))
+        return self.kept(anchor, layout, counts, merge=Merge(into, weight))

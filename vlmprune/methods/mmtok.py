@@ -6,17 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from vlmprune.methods.base import AnyNewlines, Asking, BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import (
-    Cover,
-    Hidden,
-    Positive,
-    QuestionWords,
-    Range,
-    Weight,
-    candidates,
-    features_of,
-    select_covering,
-)
+from vlmprune.parts import Cover, Hidden, Positive, QuestionWords, Range, Weight, features_of, select_covering
 
 __all__ = ["FRAMES", "STOP_WORDS", "MMTok"]
 
@@ -68,7 +58,7 @@ class MMTok(Asking, BeforeLLM):
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: projected patches, tower features and the question's embeddings in, decision out."""
         projected, *_, features, words = (next(iter(seen.values())), *seen.values())  # the first two may be one
-        among, _, _ = candidates(layout, self.newlines)
+        among = self.among(layout)
         covers = []
         for i, grid in enumerate(layout.grids):
             mine, there, own = among[i, : grid.tokens], (words[i] != 0).any(-1), features[i, : grid.tokens]

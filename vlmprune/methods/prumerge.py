@@ -18,15 +18,13 @@ class PruMerge(BehindTower):
     """Keep patches that [CLS] looks at far more than at others, and merge what is like them into them.
 
     How many stay hangs on the picture: those whose attention is `outlying`. Each becomes itself plus its 32 neighbours
-    by keys, each times its attention (a sum, no mean); one token more sums up all that goes. Attention is that of the
-    last layer, over its full width without heads. At `keep=1.0` nothing is done.
+    by keys, each times its attention (a sum, no mean); one token more sums up all that goes, at the first place that
+    nothing else takes. Attention is that of the last layer, over its full width without heads.
 
     Args:
-        keep, average: None lets the picture say. Else patches per image, or a fraction, by the best attention, as other
-            papers' tables have it; the token for the rest counts as one.
+        keep, average: None lets the picture say. Else by the best attention, as other papers' tables have it; the token
+            for the rest counts as one.
         neighbours: by keys, of all other patches (code: 32).
-        positions, newlines: as everywhere. Tokens stand at the places of their patches, the one for the rest at the
-            first place that nothing else takes; the released code orders them by attention.
     """
 
     summary = "outliers of [CLS] attention, with their neighbours merged in; the picture says how many"
@@ -86,9 +84,9 @@ class PruMergePlus(PruMerge):
     one patch, and a view without an outlier keeps the token for the rest alone.
 
     Args:
-        keep, average: None lets the picture say. Else patches per image, or a fraction, of which a fourth go by
-            attention and the others are spread evenly (ours: without a budget there are about three for each outlier).
-        neighbours, positions, newlines: as of PruMerge.
+        keep, average: None lets the picture say. Else a fourth goes by attention and the others are spread evenly
+            (ours: without a budget there are about three for each outlier).
+        neighbours: as of PruMerge.
     """
 
     summary = "outliers of [CLS] attention and evenly spread patches, with their neighbours merged in"

@@ -74,13 +74,10 @@ def allotted(survive: list[int], sizes: list[int], keep: int) -> list[int]:
 class PruneSID(BeforeLLM):
     """Group patches by principal directions of their features, thin out each group, and keep some of every one.
 
-    A quarter as many groups as tokens are kept. In a group patches that are too much like a better one (by `row_of` the
-    layer whose output becomes the features) are suppressed; what survives comes first. The bar of likeness is the
-    image's mean cosine times a 32nd of the budget. The released code finds the directions by random projections, so
-    that a picture's tokens change from run to run; here they are exact.
-
-    Args:
-        keep, average: patches; the released code gives one place to the [CLS] token.
+    A quarter as many groups as tokens are kept (the released code gives one place to the [CLS] token). In a group
+    patches that are too much like a better one (by `row_of` the layer whose output becomes the features) are
+    suppressed; what survives comes first. The bar of likeness is the image's mean cosine times a 32nd of the budget.
+    The released code finds the directions by random projections; here they are exact.
     """
 
     summary = "patches grouped by principal directions, each group thinned out"

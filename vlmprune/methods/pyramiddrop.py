@@ -21,12 +21,9 @@ class PyramidDrop(Staged):
     and keys), of the prompt's last token, which the source calls the last instruction token.
 
     Args:
-        keep: visual tokens per image left after the last cut, or a fraction; without a budget the published schedule
-            runs (an average of 270 of 576), another value stretches what it removes so that it ends there.
-        average: the mean over all layers, met in the same way.
-        prune_layers: 1-based, of a 32-layer decoder (code: 8, 16, 24); another depth scales them.
-        keep_ratios: of the tokens that entered the LLM, one per cut (code: 0.5, 0.25, 0.125, floored).
-        positions: contiguous, re-indexed at every cut, as the code.
+        keep, average: None runs the published schedule (an average of 270 of 576), which a budget stretches.
+        prune_layers, keep_ratios: behind layers 8, 16, 24 of 32 (scaled) 0.5, 0.25, 0.125, floored (code).
+        positions: contiguous, re-indexed at every cut (code).
         newlines: "candidates" (code: all tokens of the image compete), or a rule for them.
     """
 

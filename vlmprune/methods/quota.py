@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 
 from vlmprune.methods.base import Cut, Decoder, Layout, Merge, ModelFacts, Pruner, Reduction, Seen, Tap, register
-from vlmprune.parts import Hidden, Must, TextAttention, check_layer, count, frames_of, keep_patches
+from vlmprune.parts import Hidden, Must, TextAttention, check_layer, count, frames_of
 
 __all__ = ["Quota", "frame_budgets"]
 
@@ -53,7 +53,7 @@ class Quota(Pruner):
         scorer: scores `(frames,)`, at least 0, made of projected features `(frames, patches, dim)`; the cut is then
             before the LLM. None reads the attention of layer `layer` - 1, and the cut is at the input of `layer`.
         layer: 0-based, at least 1; not scaled.
-        positions: contiguous, a new sequence as the source.
+        positions: contiguous, a new sequence (source).
     """
 
     summary = "a video's budget split over frames by what the question looks at, each pooled"
@@ -100,5 +100,5 @@ class Quota(Pruner):
             weight[video, places] = 1 / size.scatter_add(1, cell, torch.ones_like(weight[video, places])).gather(
                 1, cell
             )
-        reduction = keep_patches(keep, layout, None, self.newlines)
-        return replace(reduction, merge=Merge(into, weight.float() if weight.device.type == "mps" else weight))
+        weight = weight.float() if weight.device.type == "mps" else weight
+        return self.kept(keep, layout, None, merge=Merge(into, weight))

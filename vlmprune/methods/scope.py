@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from vlmprune.methods.base import AnyNewlines, BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import Cover, Range, Weight, candidates, features_of, row_of, select_covering
+from vlmprune.parts import Cover, Range, Weight, features_of, row_of, select_covering
 
 __all__ = ["Scope"]
 
@@ -39,7 +39,7 @@ class Scope(BeforeLLM):
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: features and one attention row in, decision out."""
         features, row = seen.values()
-        among, _, _ = candidates(layout, self.newlines)
+        among = self.among(layout)
         covers = []
         for own, mine, grid in zip(features, among, layout.grids, strict=True):
             own, mine = own[: grid.tokens], mine[: grid.tokens]

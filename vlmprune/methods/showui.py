@@ -9,19 +9,7 @@ import numpy as np
 import torch
 
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Positions, Reduction, Seen, register
-from vlmprune.parts import (
-    Pixels,
-    Share,
-    Weight,
-    adjacent,
-    count,
-    download,
-    keep_patches,
-    need_views,
-    regions,
-    upcast,
-    upload,
-)
+from vlmprune.parts import Pixels, Share, Weight, adjacent, count, download, need_views, regions, upcast, upload
 
 __all__ = ["ShowUI", "kept_of_regions"]
 
@@ -62,12 +50,11 @@ class ShowUI(BeforeLLM):
 
     Patches beside each other whose pixels differ by less than `difference` (L2 of the tower's normalised pixels) are
     one region. Of a region of c patches max(1, c - round(c * ratio)) stay, evenly spaced. The source skips decoder
-    layers for what it leaves out, in training; cut before the LLM it costs about 6 points even with its own model.
+    layers for what it leaves out, in training.
 
     Args:
         keep, average: None takes `ratio`, so that the picture decides how many stay. A budget is spent on one patch of
-            every region first and then in proportion to what regions have left; where there are more regions than it
-            pays for, the largest keep one each (ours).
+            every region first and then in proportion to what regions have left (ours).
         ratio: share of a region that goes (code: 0.5).
         difference: code: 1.
         positions: original (code).
@@ -112,4 +99,4 @@ class ShowUI(BeforeLLM):
             same, budget = same[len(pairs) :], None if self.budget is None else count(self.budget, grid.patches)
             keep[image, : grid.tokens][patch] = kept_of_regions(label[patch], float(self.ratio), budget)
             counts.append(int(keep[image].sum()))
-        return keep_patches(upload(torch.from_numpy(keep), pixels.device), layout, counts, self.newlines)
+        return self.kept(upload(torch.from_numpy(keep), pixels.device), layout, counts)

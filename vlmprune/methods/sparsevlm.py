@@ -8,31 +8,18 @@ from typing import Literal
 
 import torch
 
-from vlmprune.methods.base import (
-    AnyNewlines,
-    Cut,
-    Decoder,
-    Layout,
-    Merge,
-    ModelFacts,
-    Positions,
-    Pruner,
-    Reduction,
-    Seen,
-    UnsupportedError,
-    register,
-)
+from vlmprune.methods.base import AnyCut, AnyNewlines, Layout, Merge, ModelFacts, Pruner, Reduction, Seen, register
 from vlmprune.parts import (
     Hidden,
     Layers,
     Rated,
     Raters,
     Schedule,
+    UnsupportedError,
     candidates,
     capped,
     decoder_cuts,
     floored,
-    keep_patches,
     nearest,
     peaks,
     top_k,
@@ -65,15 +52,14 @@ class SparseVLM(Pruner):
     """Keep what the words of the question that the picture speaks to look at, in three steps, and recycle the rest.
 
     Raters are the tokens of the text behind the last image that visual tokens point at more than at the mean one (dot
-    products of the embeddings). After layers 3, 7 and 16 of 32 the tokens stay that raters attend to most in that
-    layer. Of the others the best 30 % are clustered around density peaks (`peaks`), and the mean of each cluster stays,
-    at the place of its centre (the code appends it).
+    products of the embeddings). After layers 3, 7 and 16 of 32 (scaled) the tokens stay that raters attend to most in
+    that layer. Of the others the best 30 % are clustered around density peaks (`peaks`), and the mean of each cluster
+    stays, at the place of its centre (the code appends it).
 
     Args:
-        keep: visual tokens per image left after the last cut, recycled ones included, or a fraction; without a budget
-            the schedule released for 192 tokens. Another value takes the released schedule (for 192, 128, 96 or 64)
-            that ends nearest and stretches what it removes.
-        average: the mean over all layers, recycled tokens included (released: 206, 145, 114, 82), met in the same way.
+        keep: left after the last cut, recycled tokens included; without a budget the schedule released for 192 tokens.
+            Another value takes the released schedule (for 192, 128, 96 or 64) that ends nearest and stretches what it
+            removes. `average` is the mean over all layers (released: 206, 145, 114, 82), met in the same way.
         version: "v1" (the paper), or "+" (the code's second version): nothing is recycled, only the 14 of 32 heads that
             look at the picture most count, and their attention is divided by what the rotary embedding alone would
             give (as means over the raters: inferred).
@@ -91,7 +77,6 @@ class SparseVLM(Pruner):
 
     version: Literal["v1", "+"] = "v1"
     prune_layers: Layers = (3, 7, 16)
-    positions: Positions | None = None
     newlines: AnyNewlines = "all"
 
     def __post_init__(self) -> None:
@@ -117,22 +102,14 @@ class SparseVLM(Pruner):
             counts.append(n + recycled(counts[-1] - n)[1])
         return counts[1:]
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         depth = facts.decoder_layers
         layers = decoder_cuts("prune_layers", self.prune_layers, depth)
         if isinstance(self.average, float):
             self.schedule(layers, depth, 10**9).left(10**9, 0)  # a fraction can be met for all images or for none
-        positions = self.positions or (None if self.version == "v1" else "original")
+        see = lambda layer: (Raters(), Rated(layer - 1, self.version == "+"), Hidden())  # noqa: E731
         reduce = partial(self.reduce, schedule=partial(self.schedule, layers, depth))
-        return [
-            Cut(
-                Decoder(layer),
-                (Raters(), Rated(layer - 1, self.version == "+"), Hidden()),
-                partial(reduce, stage=stage),
-                positions,
-            )
-            for stage, layer in enumerate(layers)
-        ]
+        return self.in_stages(layers, see, reduce, self.positions or (None if self.version == "v1" else "original"))
 
     def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: partial) -> Reduction:
         """Pure: `(images, tokens)` ratings and `(images, tokens, dim)` states in, decision out."""
@@ -144,7 +121,7 @@ class SparseVLM(Pruner):
             )
         left = capped([schedule(total).left(total, stage) for total in totals], available)
         if self.version == "+":
-            return keep_patches(top_k(scores, left, among), layout, left, self.newlines, scores)
+            return self.kept(top_k(scores, left, among), layout, left, scores)
         number = [split(n, total) for n, total in zip(left, available, strict=True)]
         kept = top_k(scores, number, among)
         top = [recycled(a - n)[0] for a, n in zip(available, number, strict=True)]
@@ -152,5 +129,4 @@ class SparseVLM(Pruner):
         centres, into = peaks(hidden, pool, [n - k for n, k in zip(left, number, strict=True)], max(top))
         size = torch.zeros_like(scores).scatter_add(1, into, pool.to(scores))
         weight = torch.where(pool, 1 / size.gather(1, into).clamp(min=1), (layout.alive & (kept | ~among)).to(scores))
-        reduction = keep_patches(kept | centres, layout, left, self.newlines, scores)
-        return replace(reduction, merge=Merge(into, weight))
+        return self.kept(kept | centres, layout, left, scores, Merge(into, weight))

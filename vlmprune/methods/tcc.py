@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -18,7 +18,6 @@ from vlmprune.parts import (
     WholeKeys,
     capped,
     count,
-    keep_patches,
     layer_of,
     nearest_mean,
     need_cls,
@@ -38,15 +37,14 @@ class Tcc(BeforeLLM):
 
     Of every view the outliers above Q3 + 1.5 IQR stay, and of its patches a share as large as that of patches without
     doubles (by shallow keys), drawn without replacement by their shallow [CLS] attention. What goes is averaged into
-    the kept patch whose shallow key is most like its own. An image's thumbnail stays whole.
-
-    No claim of reproduction: the paper's thresholds are not public, its numbers contradict each other.
+    the kept patch whose shallow key is most like its own. An image's thumbnail stays whole. No claim of reproduction:
+    the paper's thresholds are not public; layers, `alike` and `doubles` are ours.
 
     Args:
         keep, average: None lets the picture decide how many stay; a budget takes outliers first, then the drawn
             patches in the order of their draw, from the thumbnail too.
-        shallow, deep: tower layers of 24, scaled (ours).
-        alike, doubles: a patch repeats if more than `doubles` others have a cosine above `alike` (ours).
+        shallow, deep: tower layers of 24, scaled.
+        alike, doubles: a patch repeats if more than `doubles` others have a cosine above `alike`.
         seed: of the drawing.
         fallback: None refuses towers without a [CLS] token; "received" reads the attention that patches receive.
     """
@@ -91,5 +89,4 @@ class Tcc(BeforeLLM):
             counts = [count(self.budget, grid.patches) for grid in layout.grids]
             rank = order.sigmoid().to(row) + 2 * (above > 0)
             keep, reached = top_k(rank, counts, patches), capped(counts, layout.alive_patches)
-        merge = nearest_mean(keys, keep, patches)
-        return replace(keep_patches(keep, layout, reached, self.newlines, order), merge=merge)
+        return self.kept(keep, layout, reached, order, nearest_mean(keys, keep, patches))

@@ -41,22 +41,20 @@ class ToDRE(Pruner):
     Stage 1 (before the LLM) picks `keep` patches greedily by the cosine of their projected features, starting from the
     one the tower's [CLS] token looks at most. Stage 2 reads the attention of layer 7L/8 during prefill: if the share of
     text attention that goes to the image and the share of image attention that goes to the text are both under `tau`,
-    all visual tokens of that sample leave the later layers. Decided per sample, once.
+    all visual tokens of that sample leave the later layers, newlines too. Decided per sample, once.
 
     Args:
         keep, average: of stage 1; what stage 2 saves is in the trace only.
         objective: "max_sum" (v2 of the paper, the default) or "max_min" (v1, k-center; its metric is inferred).
         pivot: the first pick: "cls" (of an anyres image in its thumbnail, of a video in all frames, of tiles alike in
             all), "mean" (the patch nearest the mean feature, the paper's "center"), "random" (seeded) or "first".
-            Towers without a [CLS] token need another pivot than "cls".
         cls_layer: tower layer of the [CLS] row; the paper says the last.
         tau: threshold of stage 2 (paper: 0.10); None leaves stage 2 out.
         system: tokens of the system prompt and template, which stage 2 takes neither for text nor for image (paper): a
             number, or a processor, whose chat template tells (the command and the evaluation ask theirs). None takes
             all that stands in front of the first image for it.
-        seed: for `pivot="random"`; a whole number of at least 0.
+        seed: for `pivot="random"`.
         positions: of stage 1 (contiguous is inferred); stage 2 always leaves the ids of the text alone.
-        newlines: of stage 1; stage 2 drops newlines too.
     """
 
     summary = "mutually dissimilar patches; late in the LLM none, once text and image stop looking at each other"

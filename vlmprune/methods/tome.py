@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -9,7 +10,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from vlmprune.methods.base import AnyCut, Cut, Decoder, InTower, Layout, ModelFacts, Reduction, Seen, register
+from vlmprune.methods.base import AnyCut, Cut, Decoder, InTower, Layout, ModelFacts, Reduction, Seen, Tap, register
 from vlmprune.parts import (
     BlockKeys,
     ClusterOf,
@@ -29,10 +30,7 @@ __all__ = ["PiToMe", "ToMe"]
 
 @dataclass(frozen=True)
 class EncoderMerge(InTower):
-    """What both methods share: a schedule of merges in the tower's layers, and one token per cluster afterwards.
-
-    Every layer up to the feature layer merges, 23 of CLIP-L's 24 as in the sources.
-    """
+    """What both methods share: merges in every layer up to the feature layer (23 of CLIP-L's 24, as in the sources)."""
 
     stage = "vision tower, every layer"
     needs = "the tower's keys or hidden states"
@@ -50,7 +48,9 @@ class EncoderMerge(InTower):
                     f"go: raise {self.word} (this tower has {layers} layers to merge in)."
                 )
             if removed:
-                cuts.append(self.cut(layer, removed, facts))
+                at, see, match = self.matching(layer, facts)
+                match = partial(self.match, by=partial(match, removed=removed, has_cls=facts.has_cls))
+                cuts.append(TowerCut(at, (see,), match, self.weigh))
             left -= removed
         return [*cuts, Cut(Decoder(0), (ClusterOf(),), partial(self.reduce, clusters=left), self.positions)]
 
@@ -58,14 +58,14 @@ class EncoderMerge(InTower):
         """Tokens to merge away in each layer, to get from `patches` to `target`."""
         return spread_evenly(patches - target, layers)
 
-    def cut(self, layer: int, removed: int, facts: ModelFacts) -> TowerCut:
-        """The cut in tower layer `layer`, or at its end."""
+    def matching(self, layer: int, facts: ModelFacts) -> tuple[Vision, Tap, Callable[..., Clusters]]:
+        """Where in tower layer `layer`, or at its end, it merges, by what, and how it is matched."""
         raise NotImplementedError
 
-    def alternating(self, seen: Seen, sizes: torch.Tensor, removed: int, has_cls: bool) -> Clusters:
+    def match(self, seen: Seen, sizes: torch.Tensor, by: Callable[[torch.Tensor], Clusters]) -> Clusters:
         """Pure: `(views, tokens, dim)` keys or hidden states in, clusters out."""
         (metric,) = seen.values()
-        return match_alternating(metric, removed, has_cls)
+        return by(metric)
 
     def reduce(self, seen: Seen, layout: Layout, clusters: int) -> Reduction:
         """Pure: cluster numbers in, one token per cluster stays."""
@@ -94,10 +94,9 @@ class ToMe(EncoderMerge):
 
     place: Literal["inside", "behind"] = "inside"
 
-    def cut(self, layer: int, removed: int, facts: ModelFacts) -> TowerCut:
+    def matching(self, layer: int, facts: ModelFacts) -> tuple[Vision, Tap, Callable[..., Clusters]]:
         at = Vision(layer, inside=True) if self.place == "inside" else Vision(layer + 1)
-        reduce = partial(self.alternating, removed=removed, has_cls=facts.has_cls)
-        return TowerCut(at, (BlockKeys(layer),), reduce, weigh=self.weigh)
+        return at, BlockKeys(layer), match_alternating
 
 
 @register("pitome")
@@ -106,14 +105,13 @@ class PiToMe(EncoderMerge):
     """Merge patches that live in dense, redundant clusters (high energy) and protect the rest.
 
     Merging happens at a layer's end, as in the official CLIP patch. Every layer keeps the same share of its tokens
-    (paper). The metric is the hidden state, the margin 0.9 - 0.9 l / L (code). Means are weighted by size as in the
-    paper; the CLIP patch takes plain ones. The order of the tokens is the code's, as ToMe's.
+    (paper). The metric is the hidden state, the margin 0.9 - 0.9 l / L (code). Means are weighted by size (paper).
 
     Args:
         keep, average: patches per image that enter the LLM (a fraction on families with views).
         energy_from: first of 24 layers (scaled) whose tokens are chosen by energy; the official CLIP patch matches
             alternately in layers 0..12.
-        weigh: proportional attention; off in the official CLIP patch.
+        weigh: as of ToMe; off in the official CLIP patch.
     """
 
     summary = "redundant patches merged in every tower layer, distinct ones protected"
@@ -126,13 +124,7 @@ class PiToMe(EncoderMerge):
         sizes = [round(patches * (target / patches) ** (layer / layers)) for layer in range(layers + 1)]
         return [before - after for before, after in pairwise(sizes)]
 
-    def cut(self, layer: int, removed: int, facts: ModelFacts) -> TowerCut:
-        reduce = self.alternating
-        if layer >= round(self.energy_from * facts.tower_layers / 24):
-            reduce = partial(self.by_energy, margin=0.9 - 0.9 * layer / facts.tower_layers)
-        reduce = partial(reduce, removed=removed, has_cls=facts.has_cls)
-        return TowerCut(Vision(layer + 1), (Hidden(),), reduce, weigh=self.weigh)
-
-    def by_energy(self, seen: Seen, sizes: torch.Tensor, removed: int, margin: float, has_cls: bool) -> Clusters:
-        """Pure: `(views, tokens, dim)` hidden states in, clusters out."""
-        return match_energy(seen[Hidden()], removed, margin, has_cls)
+    def matching(self, layer: int, facts: ModelFacts) -> tuple[Vision, Tap, Callable[..., Clusters]]:
+        by_energy = partial(match_energy, margin=0.9 - 0.9 * layer / facts.tower_layers)
+        early = layer < round(self.energy_from * facts.tower_layers / 24)
+        return Vision(layer + 1), Hidden(), match_alternating if early else by_energy

@@ -8,17 +8,7 @@ from typing import Annotated
 import torch
 
 from vlmprune.methods.base import AnyNewlines, Layout, ModelFacts, Seen, Staged, Tap, register
-from vlmprune.parts import (
-    Layers,
-    Ratios,
-    Share,
-    TextAttention,
-    Transition,
-    TransitionMode,
-    ascending,
-    candidates,
-    schedule_layers,
-)
+from vlmprune.parts import Layers, Ratios, Share, TextAttention, Transition, TransitionMode, ascending, schedule_layers
 
 __all__ = ["TransPrune", "accumulated"]
 
@@ -40,19 +30,16 @@ def accumulated(layers: tuple[int, ...], prune: tuple[int, ...], depth: int) -> 
 class TransPrune(Staged):
     """Keep the tokens that the middle layers change most and that the instruction looks at, in three steps.
 
-    After layers 7, 9 and 12 of 32 (scaled with depth): the accumulated transition variation of layers 7..12 so far,
-    plus the attention the next layer's instruction rows pay to each token.
+    After layers 7, 9 and 12 of 32 (scaled with depth): the accumulated `Transition` of layers 7..12 so far, plus the
+    attention the next layer's instruction rows pay to each token.
 
     Args:
-        keep: visual tokens per image left after the last cut, or a fraction; without a budget the published "High"
-            schedule runs, another value stretches what it removes so that it ends there.
-        average: the mean over all layers, met in the same way.
+        keep, average: None runs the published "High" schedule, which a budget stretches.
         mode: "official", what the released code computes (1 - cos, softmax over the whole sequence, both scores
             rescaled to sum 1), or "paper" (1 - |cos|, softmax over the image, raw sum with alpha).
         accumulate_layers, prune_layers: 1-based, of a 32-layer decoder; all layers from the first cut to the last one
             are accumulated if none are given (7 to 12, as the source). At another depth both scale (`accumulated`).
-        keep_ratios: of the tokens that entered the LLM, one per cut, floored, but never fewer than 1 of an
-            image that has tokens (code: 0 is possible).
+        keep_ratios: floored, but never fewer than 1 of an image that has tokens (code: 0 is possible).
         alpha: weight of the transition score; the official code has none, which is 0.5.
         positions: contiguous, re-indexed at every cut (source).
         newlines: "candidates" (source: all tokens of the image compete).
@@ -93,7 +80,7 @@ class TransPrune(Staged):
         *changes, attention = seen.values()
         change = torch.stack(changes).sum(0)
         if self.mode == "official":
-            among, *_ = candidates(layout, self.newlines)
+            among = self.among(layout)
             change, attention = (
                 x / (torch.where(among, x, 0).sum(-1, keepdim=True) + 1e-8) for x in (change, attention)
             )

@@ -21,12 +21,9 @@ class V2Drop(Staged):
     A token's score is the length of what the layer before the cut added to it (L2).
 
     Args:
-        keep: visual tokens per image left after the last cut, or a fraction; without a budget the released schedule of
-            LLaVA-1.5 runs (an average of 203 of 576), another value stretches what it removes so that it ends there.
-        average: the mean over all layers, met in the same way.
-        prune_layers: 1-based, of a 32-layer decoder (code: the inputs of layers 3, 17 and 22 counted from 0); another
-            depth scales them.
-        keep_ratios: of the tokens that entered the LLM, one per cut; 0 is the single token that the code leaves.
+        keep, average: None runs the released schedule (an average of 203 of 576), which a budget stretches.
+        prune_layers: 1-based, of a 32-layer decoder, scaled (code: the inputs of layers 3, 17 and 22 counted from 0).
+        keep_ratios: of the tokens that entered the LLM; 0 is the single token that the code leaves.
         positions: original (code).
         newlines: kept; the code knows single views.
     """

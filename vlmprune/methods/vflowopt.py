@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from vlmprune.methods.base import Cut, Decoder, Layout, ModelFacts, Positions, Pruner, Reduction, Seen, register
+from vlmprune.methods.base import AnyCut, Layout, ModelFacts, Positions, Pruner, Reduction, Seen, register
 from vlmprune.parts import (
     ContextRelevance,
     Must,
@@ -19,10 +19,8 @@ from vlmprune.parts import (
     Scaled,
     Schedule,
     is_number,
-    keep_patches,
     nearest,
     recycle,
-    select,
     square_cells,
     upload,
 )
@@ -45,22 +43,17 @@ class VFlowOpt(Pruner):
     """Keep the patches that the tower's context tokens look at, in three cuts, and recycle the others cell by cell.
 
     Context tokens receive far more attention in the tower than the mean patch. Before the LLM the best patches stay,
-    and in each cell of a coarse grid the mean of all others, weighted by their scores. At one and two thirds of the
-    decoder the same scores cut again, so that no attention of the LLM is ever read.
+    and in each cell of a coarse grid the mean of all others, weighted by their scores (of videos none: code). At one
+    and two thirds of the decoder the same scores cut again, so that no attention of the LLM is ever read.
 
     Args:
-        keep: patches per image left after the last cut, or a fraction; without a budget the schedule released for an
-            average of 25 %. Another value takes the released schedule (for 25, 50 or 10 %) that is nearest and
-            stretches what it removes.
-        average: the mean over all layers, met in the same way; the papers' budgets are these.
+        keep, average: None runs the schedule released for an average of 25 %. Another value takes the released one (for
+            25, 50 or 10 %) that is nearest and stretches what it removes; the papers' budgets are averages.
         threshold: t, how many times the mean a context token receives; None is that of the schedule.
-        cell: side of a cell in patches, any number above 0; None is that of the schedule. Videos are not recycled
-            (code).
+        cell: side of a cell in patches, any number above 0; None is that of the schedule.
         second, third: what these cuts leave of what they get; None is that of the schedule. With one of them the first
-            cut alone follows from the budget.
+            cut alone follows from the budget. `vlmprune tune --method vflowopt` searches all four, as the paper does.
         positions, newlines: original, kept (code).
-
-    The paper searches threshold, cell and cuts for every model and budget; `vlmprune tune --method vflowopt` does.
     """
 
     summary = "the patches that the tower's context tokens look at, in three cuts; the rest recycled by cells"
@@ -84,7 +77,7 @@ class VFlowOpt(Pruner):
         """The released schedules on this decoder."""
         return [Schedule.at(layers, depth, tuple(accumulate(ratios, mul)), None, None) for ratios, *_ in RELEASED]
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         depth = facts.decoder_layers
         layers = [0, depth // 3, 2 * (depth // 3)]
         if depth < 3:
@@ -100,16 +93,14 @@ class VFlowOpt(Pruner):
             schedule.left(10**9, 0)  # a fraction can be met for all images or for none
         see = (ContextRelevance(facts.attention_layer, self.threshold or threshold),)
         reduce = partial(self.reduce, schedule=schedule, side=self.cell or side)
-        return [
-            Cut(Decoder(layer), see, partial(reduce, stage=stage), self.positions) for stage, layer in enumerate(layers)
-        ]
+        return self.in_stages(layers, lambda layer: see, reduce)
 
     def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule, side: float) -> Reduction:
         """Pure: `(images, tokens)` context relevance in, decision out."""
         (scores,) = seen.values()
         left = [schedule.left(grid.patches, stage) for grid in layout.grids]
         if stage or not layout.whole:
-            return select(scores, left, layout, self.newlines)
+            return self.best(scores, layout, left)
         cell, cells = torch.zeros(layout.position.shape, dtype=torch.long), []
         for i, (grid, n) in enumerate(zip(layout.grids, left, strict=True)):
             if ("vflowopt", side) not in grid.memo:
@@ -117,5 +108,4 @@ class VFlowOpt(Pruner):
             kinds, cell[i, : grid.tokens] = grid.memo["vflowopt", side]
             cells.append(0 if grid.frames or n == grid.patches else len(kinds))
         keep, merge = recycle(scores, upload(cell, scores.device), layout.patches, left, cells)
-        reduction = keep_patches(keep, layout, left, self.newlines, scores)
-        return replace(reduction, merge=merge) if any(cells) else reduction
+        return self.kept(keep, layout, left, scores, merge if any(cells) else None)

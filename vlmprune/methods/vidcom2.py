@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import normalize
 
 from vlmprune.methods.base import BeforeLLM, Layout, Reduction, Seen, register
-from vlmprune.parts import Hidden, count, frames_of, keep_patches, select, upcast
+from vlmprune.parts import Hidden, count, frames_of, upcast
 
 __all__ = ["VidCom2", "commonness", "frame_scales"]
 
@@ -89,6 +89,6 @@ class VidCom2(BeforeLLM):
             scores[video, places] = -turn.to(scores)
             keep[video, places] = rank < wanted.round().clamp(min=1)
         if self.parity is None:
-            return select(scores, counts, layout, self.newlines)
+            return self.best(scores, layout, counts)
         everything = counts == [grid.patches for grid in layout.grids]
-        return keep_patches(keep, layout, counts if everything else None, self.newlines, scores)
+        return self.kept(keep, layout, counts if everything else None, scores)

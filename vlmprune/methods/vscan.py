@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -14,13 +14,11 @@ from vlmprune.parts import (
     TextAttention,
     by_view,
     floored,
-    keep_patches,
     layer_of,
     nearest_mean,
     row_of,
     scale_tower_layer,
     schedule_layers,
-    select,
     top_k,
     upload,
 )
@@ -71,14 +69,13 @@ class VScan(Pruner):
     layer keeps a third of that.
 
     Args:
-        keep: patches per image, or a fraction, that are left after stage 2; three times as many enter the LLM (released
-            96, then 32). Without a stage 2 it is those that enter.
-        average: the same as a mean over decoder layers (with layer 16 of 32: twice `keep`).
+        keep: left after stage 2; three times as many enter the LLM (released 96, then 32). Without a stage 2 it is
+            those that enter. `average` is the same as a mean over decoder layers (with layer 16 of 32: twice `keep`).
         window_layer: 0-based tower layer of 24 (scaled) of the windows (code: 5).
         layer: 0-based decoder layer of 32 (scaled) of stage 2 (code: 16); None leaves it out.
         parity: None gives the windows whose best patch is looked at most what does not divide by 16. "released" loses
             it: fewer tokens than asked come out of stage 1, and no local one of fewer than 32.
-        positions: contiguous in both stages, as the code.
+        positions: contiguous in both stages (code).
         newlines: of both stages; the code knows none.
     """
 
@@ -125,11 +122,11 @@ class VScan(Pruner):
         row, col = patch // side[:, 1:] * ACROSS // side[:, :1], patch % side[:, 1:] * ACROSS // side[:, 1:]
         shares = upload(shares, deep.device)
         kept = two_scans(shallow, deep, rows, row * ACROSS + col, shares, fill=self.parity is None)
-        reduction = keep_patches(kept, layout, None if self.parity else counts, self.newlines, deep)
-        return replace(reduction, merge=nearest_mean(features, kept, layout.patches))
+        merge = nearest_mean(features, kept, layout.patches)
+        return self.kept(kept, layout, None if self.parity else counts, deep, merge)
 
     def look(self, seen: Seen, layout: Layout, early: float) -> Reduction:
         """Pure: one attention row of the decoder in, what stays out."""
         (row,) = seen.values()
         counts = [self.budgets(grid.patches, early)[1] for grid in layout.grids]
-        return select(row, counts, layout, self.newlines)
+        return self.best(row, layout, counts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, UnsupportedError, register
-from vlmprune.parts import Ensemble, Scope, check_layer, ensemble_scores, need_cls, row_of, scale_tower_layer, select
+from vlmprune.parts import Ensemble, Scope, check_layer, ensemble_scores, need_cls, row_of, scale_tower_layer
 
 __all__ = ["VtcCls"]
 
@@ -65,4 +65,4 @@ class VtcCls(BeforeLLM):
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: one `(images, tokens)` row per layer in, decision out."""
         scores = ensemble_scores(list(seen.values()), self.ensemble)
-        return select(scores, self.budget, layout, self.newlines, self.scope)
+        return self.best(scores, layout, scope=self.scope)

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import normalize
 
 from vlmprune.methods.base import AnyNewlines, BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import PageRank, Share, WholeKeys, contest, count, floored, gather_to, keep_patches, top_k, whole
+from vlmprune.parts import PageRank, Share, WholeKeys, count, floored, gather_to, top_k, whole
 
 __all__ = ["ZeroTPrune", "without_doubles"]
 
@@ -40,8 +40,8 @@ class ZeroTPrune(BeforeLLM):
 
     Args:
         iterations: of PageRank. 1, as the paper for deep layers (5 to 10 in the middle, 30 to 50 in shallow ones).
-        points: how often patches go, the same share of what is left each time (inferred; the paper has several points,
-            searched by hand). With one point and a budget under a half similarity would decide nothing.
+        points: how often patches go, the same share of what is left each time (inferred; the paper searches several by
+            hand). With one point and a budget under a half similarity would decide nothing.
         similar: share of what goes at each point that goes for similarity (inferred: a half); the less important half
             of what is left can.
     """
@@ -67,9 +67,9 @@ class ZeroTPrune(BeforeLLM):
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` PageRank and keys in, decision out."""
         scores, keys = seen.values()
-        keep, left, _ = contest(layout, partial(self.at_point, point=0), self.newlines)
+        keep, left, _ = self.contest(layout, partial(self.at_point, point=0))
         for point in range(1, self.points + 1):
-            _, then, reached = contest(layout, partial(self.at_point, point=point), self.newlines)
+            _, then, reached = self.contest(layout, partial(self.at_point, point=point))
             removed = [floored((before - after) * self.similar) for before, after in zip(left, then, strict=True)]
             keep, left = top_k(scores, then, without_doubles(scores, keys, keep, removed)), then
-        return keep_patches(keep, layout, reached, self.newlines, scores)
+        return self.kept(keep, layout, reached, scores)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 _PARTS = ("attention", "budget", "cells", "clip", "coverage", "cuts", "decoder_taps", "diversity", "facts", "layers")
 _PARTS += ("layout", "merging", "options", "schedules", "scores", "selection", "taps", "templates", "text_taps")
-_PARTS += ("vector_taps",)
+_PARTS += "vector_taps"
 _HOMES = ("errors", *(f"parts.{name}" for name in _PARTS))
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 
 from vlmprune import kernels
 from vlmprune.parts.budget import count, share
-from vlmprune.parts.cuts import Reduction
+from vlmprune.parts.cuts import Merge, Reduction
 from vlmprune.parts.layout import Layout, download, upload
 
 __all__ = [
@@ -88,6 +88,7 @@ def keep_patches(
     counts: list[int] | None,
     newlines: AnyNewlines,
     scores: torch.Tensor | None = None,
+    merge: Merge | None = None,
 ) -> Reduction:
     """Turn `(images, tokens)` kept patches into a reduction, adding newlines by policy.
 
@@ -106,7 +107,7 @@ def keep_patches(
         else:
             alive = zip(counts, layout.alive_counts, layout.alive_patches, strict=True)
             total = [c + tokens - patch for c, tokens, patch in alive]
-    return Reduction(keep_newlines(keep, layout, newlines), total, patches, scores=scores)
+    return Reduction(keep_newlines(keep, layout, newlines), total, patches, merge, scores)
 
 
 def select(
