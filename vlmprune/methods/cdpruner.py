@@ -11,7 +11,6 @@ from torch.nn.functional import normalize
 
 from vlmprune.methods.base import AnyNewlines, Asking, Cut, Decoder, Layout, ModelFacts, Reduction, Seen, register
 from vlmprune.parts import (
-    Clip,
     Hidden,
     QuestionIds,
     QuestionWords,
@@ -83,14 +82,10 @@ class CDPruner(Asking):
         if self.relevance == "embeddings":
             see, reduce = (Hidden(), QuestionWords(0, self.question)), self.by_embeddings
         else:
-            self.judge(facts.tower_from)
+            clip_for("cdpruner", self.clip, facts.tower_from, self.question)
             see = (Hidden(), features_of(facts), QuestionIds(0, self.question))
             reduce = partial(self.by_clip, where=facts.tower_from)
         return [Cut(Decoder(0), see, reduce, self.positions)]
-
-    def judge(self, where: str | None) -> Clip:
-        """The CLIP model that says what matters; `where` is `ModelFacts.tower_from`, raises as `clip_for`."""
-        return clip_for("cdpruner", self.clip, where, self.question)
 
     def by_embeddings(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: projected patches and the question's embeddings in, decision out."""
@@ -100,7 +95,7 @@ class CDPruner(Asking):
     def by_clip(self, seen: Seen, layout: Layout, where: str | None) -> Reduction:
         """Projected patches, the tower's features and the ids of the question in, decision out."""
         features, tower, ids = seen.values()
-        clip, scores = self.judge(where), []
+        clip, scores = clip_for("cdpruner", self.clip, where, self.question), []
         for patches, row in zip(tower, download(ids), strict=True):
             text = self.question.text([token for token in row if token >= 0])
             scores.append(-likeness(clip.patches(patches), clip.texts(text, patches.device)))

@@ -23,7 +23,7 @@ from vlmprune.parts import (
     upload,
 )
 
-__all__ = ["GlobalCom2", "GlobalCom2Fixed", "crop_ratios", "guided"]
+__all__ = ["GlobalCom2", "GlobalCom2Fixed", "crop_ratios"]
 
 
 def crop_ratios(thumbnail: torch.Tensor, crops: tuple[int, int], ratio: float, tau: float) -> torch.Tensor:
@@ -46,15 +46,6 @@ def crop_ratios(thumbnail: torch.Tensor, crops: tuple[int, int], ratio: float, t
     weight = ((mass - mass.amax(-1, keepdim=True)) / tau).exp()
     share = weight / (weight.sum(-1, keepdim=True) + 1e-8)
     return (ratio * (1 + share - share.mean(-1, keepdim=True))).clamp(max=1)
-
-
-def guided(local: torch.Tensor, guide: torch.Tensor, member: torch.Tensor) -> torch.Tensor:
-    """A crop's own scores and the thumbnail's guide, each L2-normalised over the crop's tokens, added.
-
-    Args:
-        local, guide: `(crops, tokens)`; member: `(crops, tokens)` bool, the tokens of each crop.
-    """
-    return sum(normalize(torch.where(member, x, 0), dim=-1, eps=1e-12) for x in (local, guide))
 
 
 def stretch(scores: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
@@ -114,7 +105,8 @@ class Commanded(BeforeLLM):
         guide = stretch(small, (rows, cols))
         guide = guide[upload(grid.row, device).clamp(max=rows - 1), upload(grid.col, device).clamp(max=cols - 1)]
         member = (view == torch.arange(1, grid.views, device=device)[:, None]) & patch
-        local = guided(scores.expand_as(member), guide.expand_as(member), member)
+        # a crop's own scores and the guide, each of length 1 over the crop's tokens
+        local = sum(normalize(torch.where(member, x, 0), dim=-1, eps=1e-12) for x in (scores, guide))
         crops = upload(grid.patches_per_view[1:], device) * crop_ratios(small, grid.crops, ratio, self.tau)
         return torch.cat((scores[None], local)), torch.cat((own[None], member)), torch.cat((quota, crops))
 

@@ -97,8 +97,7 @@ class Quota(Pruner):
             first = first.scatter_reduce(1, cell, places, "amin").gather(1, cell)
             into[video, places], keep[video, places] = first, (first == places) & (number > 0)
             size = torch.zeros(frames, rows * cols, dtype=torch.double, device=cell.device)
-            weight[video, places] = 1 / size.scatter_add(1, cell, torch.ones_like(weight[video, places])).gather(
-                1, cell
-            )
+            size = size.scatter_add(1, cell, torch.ones_like(cell, dtype=torch.double))
+            weight[video, places] = 1 / size.gather(1, cell)
         weight = weight.float() if weight.device.type == "mps" else weight
         return self.kept(keep, layout, None, merge=Merge(into, weight))

@@ -8,32 +8,9 @@ import torch
 from torch.nn.functional import normalize
 
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import Share, features_of, floored, row_of, select_each
+from vlmprune.parts import Share, dedupe, features_of, floored, row_of, select_each
 
-__all__ = ["FasterVLM", "VisPruner", "dedupe"]
-
-
-def dedupe(unit: torch.Tensor, target: int, step: int = 8) -> torch.Tensor:
-    """Drop near duplicates until `target` tokens are left.
-
-    In rounds: tokens at even places are compared with those at odd ones, and up to `step` even ones that are most like
-    an odd one go. What is left of the even ones, by falling likeness, and the odd ones are the next round's order.
-
-    Args:
-        unit: `(tokens, dim)` of length 1, in the order of the first round.
-
-    Returns:
-        `(target,)` long, in the order of the last round.
-    """
-    cosine, left = unit @ unit.T, torch.arange(len(unit), device=unit.device)
-    while len(left) > max(target, 0):
-        even, odd = left[::2], left[1::2]
-        if not len(odd):
-            return left[:target]
-        # not a stable sort: so the released code orders what float32 cannot tell apart
-        alike = cosine[even][:, odd].amax(1).argsort(descending=True)
-        left = torch.cat((even[alike[min(step, len(left) - target) :]], odd))
-    return left
+__all__ = ["FasterVLM", "VisPruner"]
 
 
 @register("vispruner")

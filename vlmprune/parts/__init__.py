@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         schedule_layers,
     )
     from vlmprune.parts.decoder_taps import PIVOTS, BesidePivots, KeyLengths, Transition, TransitionMode
-    from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse, select_weighted
+    from vlmprune.parts.diversity import dedupe, greedy_diversity, most_apart, select_diverse, select_weighted
     from vlmprune.parts.facts import (
         ModelFacts,
         check_layer,
@@ -221,6 +221,7 @@ __all__ = [
     "count",
     "decoder_cuts",
     "decoder_mass",
+    "dedupe",
     "download",
     "ensemble_scores",
     "falling",

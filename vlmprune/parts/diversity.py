@@ -14,7 +14,7 @@ from vlmprune.parts.cuts import Reduction
 from vlmprune.parts.layout import Layout, upload
 from vlmprune.parts.selection import AnyNewlines, contest, keep_patches
 
-__all__ = ["Objective", "greedy_diversity", "most_apart", "select_diverse", "select_weighted"]
+__all__ = ["Objective", "dedupe", "greedy_diversity", "most_apart", "select_diverse", "select_weighted"]
 __all__ += ["weighted_det"]
 
 CHUNK = 256  # rows of a cosine matrix that exist at one time
@@ -102,6 +102,29 @@ def most_apart(features: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor
         others = candidates[:, None] & (rows[:, None] != number)
         nearest.append(cosine.masked_fill(~others, -torch.inf).amax(-1))
     return torch.cat(nearest, 1).masked_fill(~candidates, torch.inf).argmin(1)
+
+
+def dedupe(unit: torch.Tensor, target: int, step: int = 8) -> torch.Tensor:
+    """Drop near duplicates until `target` tokens are left.
+
+    In rounds: tokens at even places are compared with those at odd ones, and up to `step` even ones that are most like
+    an odd one go. What is left of the even ones, by falling likeness, and the odd ones are the next round's order.
+
+    Args:
+        unit: `(tokens, dim)` of length 1, in the order of the first round.
+
+    Returns:
+        `(target,)` long, in the order of the last round.
+    """
+    cosine, left = unit @ unit.T, torch.arange(len(unit), device=unit.device)
+    while len(left) > max(target, 0):
+        even, odd = left[::2], left[1::2]
+        if not len(odd):
+            return left[:target]
+        # not a stable sort: so the released code orders what float32 cannot tell apart
+        alike = cosine[even][:, odd].amax(1).argsort(descending=True)
+        left = torch.cat((even[alike[min(step, len(left) - target) :]], odd))
+    return left
 
 
 def select_diverse(
