@@ -10,20 +10,33 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.parts.budget import check_keep, count
-from vlmprune.parts.cuts import AnyCut, Cut, Decoder, Merge, Pick, Positions, ProjectorCut, Reduction
+from vlmprune.parts.cuts import (
+    AnyCut,
+    Clusters,
+    Cut,
+    Decoder,
+    Merge,
+    Pick,
+    Positions,
+    ProjectorCut,
+    Reduction,
+    TowerCut,
+    Vision,
+)
 from vlmprune.parts.facts import ModelFacts, need_patches
 from vlmprune.parts.layout import Layout, Views
+from vlmprune.parts.merging import first_of_cluster, spread_evenly
 from vlmprune.parts.options import ascending, checked, falling, hints
 from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts
 from vlmprune.parts.selection import AnyNewlines, Keep, Newlines, Scope, candidates, contest, keep_patches, select
-from vlmprune.parts.taps import Kept, Seen, Tap
+from vlmprune.parts.taps import ClusterOf, Kept, Seen, Tap
 from vlmprune.parts.templates import QuestionMarks, question_of, told_question
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LOOKS_AT", "REGISTERED", "Asking", "BeforeLLM", "BehindTower", "Budgeted", "InTower", "Method", "Pruner"]
-__all__ += ["Staged", "register"]
+__all__ = ["LOOKS_AT", "REGISTERED", "Asking", "BeforeLLM", "BehindTower", "Budgeted", "InTower", "Merging", "Method"]
+__all__ += ["Pruner", "Staged", "register"]
 # the words of every method's contract, which come with its base class
 __all__ += ["AnyCut", "AnyNewlines", "Cut", "Decoder", "Layout", "Merge", "ModelFacts", "Newlines", "Pick"]
 __all__ += ["Positions", "Reduction", "Seen", "Tap", "UnsupportedError"]
@@ -301,6 +314,55 @@ class InTower(Pruner):
         whole = all(p == math.prod(grid.side) for grid in layout.grids for p in grid.patches_per_view)
         counts = [left * grid.views for grid in layout.grids] if whole else None
         return self.kept(keep & layout.patches, layout, counts)
+
+
+@dataclass(frozen=True)
+class Merging(InTower):
+    """A method that merges tokens in every tower layer up to the feature layer, and keeps one of every cluster.
+
+    Args:
+        weigh: proportional attention: later layers count a token as often as the patches it stands for.
+    """
+
+    stage = "vision tower, every layer"
+    needs = "the tower's keys or hidden states"
+    looks_at = "features"
+
+    weigh: bool = False
+
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        layers, left = facts.feature_layer + 1, facts.view_patches
+        cuts: list[AnyCut] = []
+        for layer, removed in enumerate(self.schedule(left, self.left(facts), layers)):
+            if removed > left // 2:
+                raise ValueError(
+                    f"{self.word}={self.budget} would merge {removed} of {left} tokens in one layer, at most half can "
+                    f"go: raise {self.word} (this tower has {layers} layers to merge in)."
+                )
+            if removed:
+                at, see, match = self.matching(layer, facts)
+                match = partial(self.match, by=partial(match, removed=removed, has_cls=facts.has_cls))
+                cuts.append(TowerCut(at, (see,), match, self.weigh))
+            left -= removed
+        return [*cuts, Cut(Decoder(0), (ClusterOf(),), partial(self.reduce, clusters=left), self.positions)]
+
+    def schedule(self, patches: int, target: int, layers: int) -> list[int]:
+        """Tokens to merge away in each layer, to get from `patches` to `target`."""
+        return spread_evenly(patches - target, layers)
+
+    def matching(self, layer: int, facts: ModelFacts) -> tuple[Vision, Tap, Callable[..., Clusters]]:
+        """Where in tower layer `layer`, or at its end, it merges, by what, and how it is matched."""
+        raise NotImplementedError
+
+    def match(self, seen: Seen, sizes: torch.Tensor, by: Callable[[torch.Tensor], Clusters]) -> Clusters:
+        """Pure: `(views, tokens, dim)` keys or hidden states in, clusters out."""
+        (metric,) = seen.values()
+        return by(metric)
+
+    def reduce(self, seen: Seen, layout: Layout, clusters: int) -> Reduction:
+        """Pure: cluster numbers in, one token per cluster stays."""
+        (cluster,) = seen.values()
+        return self.stays(first_of_cluster(cluster, layout), layout, clusters)
 
 
 @dataclass(frozen=True)

@@ -94,10 +94,8 @@ class Catp(Asking):
         # the cosine of (unit, 1) to another such vector is that of both units, brought to 0..1
         unit = pad(normalize(features, dim=-1), (0, 1), value=1.0)
         like = (1 + cosine_similarity(features, text[:, None], dim=-1)) / 2
-        covers = []
-        for patches, mine, grid in zip(unit, layout.patches, layout.grids, strict=True):
-            own, mine = patches[: grid.tokens], mine[: grid.tokens]
-            covers.append([Cover(own, own, mine, mine)])
+        images = zip(unit, layout.patches, layout.grids, strict=True)
+        covers = [[Cover.of_each_other(x[: grid.tokens], mine[: grid.tokens])] for x, mine, grid in images]
         counts = left(layout, queries(layout), 0)
         return select_covering(covers, counts, layout, self.newlines, bonus=self.alignment * like)
 

@@ -64,5 +64,5 @@ class MMTok(Asking, BeforeLLM):
             mine, there, own = among[i, : grid.tokens], (words[i] != 0).any(-1), features[i, : grid.tokens]
             told, shown = 1 / there.sum().clamp(min=1), self.alpha / mine.sum().clamp(min=1)
             asked = Cover(words[i], projected[i, : grid.tokens], mine, there, self.text_temperature, told)
-            covers.append([asked, Cover(own, own, mine, mine, self.vision_temperature, shown)])
+            covers.append([asked, Cover.of_each_other(own, mine, self.vision_temperature, shown)])
         return select_covering(covers, self.budget, layout, self.newlines)

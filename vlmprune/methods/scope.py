@@ -39,9 +39,6 @@ class Scope(BeforeLLM):
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: features and one attention row in, decision out."""
         features, row = seen.values()
-        among = self.among(layout)
-        covers = []
-        for own, mine, grid in zip(features, among, layout.grids, strict=True):
-            own, mine = own[: grid.tokens], mine[: grid.tokens]
-            covers.append([Cover(own, own, mine, real=mine)])
+        images = zip(features, self.among(layout), layout.grids, strict=True)
+        covers = [[Cover.of_each_other(x[: grid.tokens], mine[: grid.tokens])] for x, mine, grid in images]
         return select_covering(covers, self.budget, layout, self.newlines, weight=row**self.alpha)
