@@ -202,15 +202,11 @@ class GlobalCom2Fixed(Commanded):
         (scores,) = seen.values()
         inside = torch.zeros_like(scores, dtype=torch.float32)
         for i, grid in enumerate(layout.grids):
-            inside[i, : grid.tokens] = -self.beyond(scores[i, : grid.tokens], grid)
+            local, member, quota = self.shares(scores[i, : grid.tokens], grid)
+            order = local.masked_fill(~member, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+            beyond = order.argsort(dim=-1) + 1 - quota[:, None]
+            inside[i, : grid.tokens] = -torch.where(member, beyond, 0).sum(0)
         return self.best(inside, layout, self.share)
-
-    def beyond(self, scores: torch.Tensor, grid: ImageGrid) -> torch.Tensor:
-        """`(tokens,)` float64, how far every patch of an image lies beyond its view's share; newlines anything."""
-        local, member, quota = self.shares(scores, grid)
-        order = local.masked_fill(~member, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-        place = order.argsort(dim=-1) + 1
-        return torch.where(member, place - quota[:, None], 0).sum(0)
 
 
 def released_order(keep: torch.Tensor, scores: torch.Tensor, grid: ImageGrid) -> torch.Tensor:
