@@ -35,7 +35,17 @@ from vlmprune.parts.templates import QuestionMarks, question_of, told_question
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LOOKS_AT", "REGISTERED", "Asking", "BeforeLLM", "BehindTower", "Budgeted", "InTower", "Merging", "Method"]
+__all__ = [
+    "LOOKS_AT",
+    "REGISTERED",
+    "Asking",
+    "BeforeLLM",
+    "BehindTower",
+    "Budgeted",
+    "InTower",
+    "Method",
+    "TowerMerging",
+]
 __all__ += ["Pruner", "Staged", "register"]
 # the words of every method's contract, which come with its base class
 __all__ += ["AnyCut", "AnyNewlines", "Cut", "Decoder", "Layout", "Merge", "ModelFacts", "Newlines", "Pick"]
@@ -317,7 +327,7 @@ class InTower(Pruner):
 
 
 @dataclass(frozen=True)
-class Merging(InTower):
+class TowerMerging(InTower):
     """A method that merges tokens in every tower layer up to the feature layer, and keeps one of every cluster.
 
     Args:

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Annotated
 
-from vlmprune.methods.base import Merging, ModelFacts, Tap, register
+from vlmprune.methods.base import ModelFacts, Tap, TowerMerging, register
 from vlmprune.parts import Clusters, Hidden, Vision, layer_of, match_alternating, match_energy
 
 __all__ = ["PiToMe"]
@@ -16,10 +16,10 @@ __all__ = ["PiToMe"]
 
 @register("pitome")
 @dataclass(frozen=True)
-class PiToMe(Merging):
+class PiToMe(TowerMerging):
     """Merge patches that live in dense, redundant clusters (high energy) and protect the rest.
 
-    Merging happens at a layer's end, as in the official CLIP patch. Every layer keeps the same share of its tokens
+    TowerMerging happens at a layer's end, as in the official CLIP patch. Every layer keeps the same share of its tokens
     (paper). The metric is the hidden state, the margin 0.9 - 0.9 l / L (code). Means are weighted by size (paper).
 
     Args:

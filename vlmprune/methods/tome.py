@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmprune.methods.base import Merging, ModelFacts, Tap, register
+from vlmprune.methods.base import ModelFacts, Tap, TowerMerging, register
 from vlmprune.parts import BlockKeys, Clusters, Vision, match_alternating
 
 __all__ = ["ToMe"]
@@ -14,7 +14,7 @@ __all__ = ["ToMe"]
 
 @register("tome")
 @dataclass(frozen=True)
-class ToMe(Merging):
+class ToMe(TowerMerging):
     """Merge the most similar pairs of patches in every tower layer, by the cosine of their keys.
 
     Even tokens are matched with odd ones in the order that the matching before left, as in the released code

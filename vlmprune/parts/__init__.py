@@ -7,9 +7,9 @@ so that what reads budgets or options alone does not wait for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_PARTS = ("attention", "budget", "cells", "clip", "coverage", "cuts", "decoder_taps", "diversity", "facts", "layers")
-_PARTS += ("layout", "merging", "options", "schedules", "scores", "selection", "taps", "templates", "text_taps")
-_PARTS += "vector_taps"
+_PARTS = ("attention", "budget", "cells", "clip", "coverage", "cuts", "decoder_taps", "diversity")
+_PARTS += ("facts", "layers", "layout", "merging", "options", "schedules", "scores")
+_PARTS += ("selection", "taps", "templates", "text_taps", "vector_taps")
 _HOMES = ("errors", *(f"parts.{name}" for name in _PARTS))
 
 if TYPE_CHECKING:
