@@ -27,6 +27,8 @@ from vlmprune.parts import (
 
 __all__ = ["ToDRE", "stage2_layer"]
 
+SHARE_OR_NONE = Must("a number between 0 and 1 (a share of attention), or None for no stage 2", is_number)
+
 
 def stage2_layer(layers: int) -> int:
     """1-based number of the layer whose attention decides stage 2: 7L/8, floored (the paper is silent on rounding)."""
@@ -68,7 +70,7 @@ class ToDRE(Pruner):
     objective: Literal["max_sum", "max_min"] = "max_sum"
     pivot: Literal["cls", "mean", "random", "first"] = "cls"
     cls_layer: int = -1
-    tau: Annotated[float | None, Must("a number between 0 and 1 (a share of attention)", is_number)] = 0.1
+    tau: Annotated[float | None, SHARE_OR_NONE] = 0.1
     system: Annotated[int | None, told_system] = None
     seed: Seed = 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from math import inf, isfinite
 from numbers import Real
@@ -161,14 +161,13 @@ def checked(name: str, hint: Any, value: Any) -> Any:
     return value
 
 
-def by_rules(name: str, parts: tuple, value: Any, optional: bool = False) -> Any:
+def by_rules(name: str, parts: tuple, value: Any) -> Any:
     """`checked` of an Annotated's parts; None needs to keep no rule where the type has it."""
-    value, optional = checked(name, parts[0], value), optional or NoneType in get_args(parts[0])
-    if value is None and optional:
+    value = checked(name, parts[0], value)
+    if value is None and NoneType in get_args(parts[0]):
         return None
     for rule in filter(callable, parts[1:]):
-        told = replace(rule, be=f"{rule.be}, or None") if optional and isinstance(rule, Must) else rule
-        value = told(name, value)
+        value = rule(name, value)
     return value
 
 
@@ -181,8 +180,6 @@ def of_union(name: str, parts: tuple, value: Any) -> Any:
     if value is None and optional:
         return None
     only = others if len(others) == 1 else [part for part in others if get_origin(part) is tuple]
-    if len(only) == 1 and get_origin(only[0]) is Annotated:
-        return by_rules(name, get_args(only[0]), value, optional)
     return checked(name, only[0], value) if len(only) == 1 else value
 
 
