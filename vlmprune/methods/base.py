@@ -35,18 +35,8 @@ from vlmprune.parts.templates import QuestionMarks, question_of, told_question
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "LOOKS_AT",
-    "REGISTERED",
-    "Asking",
-    "BeforeLLM",
-    "BehindTower",
-    "Budgeted",
-    "InTower",
-    "Method",
-    "TowerMerging",
-]
-__all__ += ["Pruner", "Staged", "register"]
+__all__ = ["LOOKS_AT", "REGISTERED", "Asking", "BeforeLLM", "BehindTower", "Budgeted", "InTower", "Method", "Pruner"]
+__all__ += ["Staged", "TowerMerging", "register"]
 # the words of every method's contract, which come with its base class
 __all__ += ["AnyCut", "AnyNewlines", "Cut", "Decoder", "Layout", "Merge", "ModelFacts", "Newlines", "Pick"]
 __all__ += ["Positions", "Reduction", "Seen", "Tap", "UnsupportedError"]
