@@ -41,8 +41,11 @@ def test_exports_are_what_their_homes_export():
 def test_every_export_is_used_or_a_tap_or_for_taps_of_ones_own():
     used = {name for path in METHODS for name in imported(path).get("vlmprune.parts", [])}
     used |= {name for names in imported(ROOT / "methods" / "base.py").values() for name in names}
-    rest = {"DecoderLayer", "TowerLayer", "Visible", "attention_mass"}  # what a tap asks and computes with
-    rest |= {"capped", "greedy_diversity", "most_apart", "share"} | set(import_module("vlmprune.parts.taps").__all__)
+    # what a tap asks and computes with, rules for options, what users give
+    rest = {"DecoderLayer", "Scene", "TowerLayer", "Visible", "attention_mass", "is_whole", "last_rows", "mean_weight"}
+    rest |= {"Clip", "capped", "greedy_diversity", "most_apart", "share"} | set(
+        import_module("vlmprune.parts.taps").__all__
+    )
     assert set(parts.__all__) - used == rest - used, "`parts/__init__.py` exports what methods import, and every tap"
 
 

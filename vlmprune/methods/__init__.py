@@ -17,6 +17,7 @@ from vlmprune.methods.holov import HoloV
 from vlmprune.methods.lrs import Lrs
 from vlmprune.methods.m3 import M3
 from vlmprune.methods.mmtok import MMTok
+from vlmprune.methods.pitome import PiToMe
 from vlmprune.methods.pixelprune import PixelPrune
 from vlmprune.methods.prumerge import PruMerge, PruMergePlus
 from vlmprune.methods.prunesid import PruneSID
@@ -27,7 +28,7 @@ from vlmprune.methods.showui import ShowUI
 from vlmprune.methods.sparsevlm import SparseVLM
 from vlmprune.methods.tcc import Tcc
 from vlmprune.methods.todre import ToDRE
-from vlmprune.methods.tome import PiToMe, ToMe
+from vlmprune.methods.tome import ToMe
 from vlmprune.methods.transprune import TransPrune
 from vlmprune.methods.v2drop import V2Drop
 from vlmprune.methods.vflowopt import VFlowOpt

@@ -3,118 +3,72 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import interpolate
 
-from vlmprune.methods.base import Budgeted, Pruner, register
-from vlmprune.parts import (
-    Cut,
-    Decoder,
-    Layout,
-    Merge,
-    ModelFacts,
-    PixelCut,
-    Reduction,
-    Seed,
-    Seen,
-    UnsupportedError,
-    image_cells,
-    keep_patches,
-    laid_out,
-    need_views,
-    random_scores,
-    select,
-)
+from vlmprune.methods.base import BeforeLLM, Budgeted, Layout, Merge, ModelFacts, Reduction, Seen, register
+from vlmprune.parts import PixelCut, Seed, image_cells, laid_out, need_views, random_scores
 
 __all__ = ["Downsample", "Grid", "Pool", "Random"]
 
 
-@dataclass(frozen=True)
-class Control(Pruner):
-    """A cut before the LLM that looks at nothing."""
-
-    looks_at = "nothing"
-
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        return [Cut(Decoder(0), (), self.reduce, self.positions)]
-
-    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        raise NotImplementedError
-
-
 @register("random")
 @dataclass(frozen=True)
-class Random(Control):
+class Random(BeforeLLM):
     """Keep random patches.
 
     The choice depends on `seed`, the image's number in its prompt and its token count, and on nothing else: a batch row
     gets what the sample alone gets. Report the spread over several seeds.
 
     Args:
-        keep, average: patches per image, or a fraction.
         seed: a whole number of at least 0.
-        positions, newlines: as everywhere.
     """
 
     summary = "random patches (control)"
+    looks_at = "nothing"
 
     seed: Seed = 0
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        return select(random_scores(self.seed, layout), self.budget, layout, self.newlines)
-
-
-@dataclass(frozen=True)
-class Cells(Control):
-    """A control that divides the picture into equal cells: the largest grid within the budget with its aspect.
-
-    On an anyres image the thumbnail and the canvas of crops each get their share, of a video every frame. An image
-    whose tokens were cut before is divided as if they were all there.
-    """
-
-    def cells(self, layout: Layout) -> tuple[Reduction, torch.Tensor, torch.Tensor]:
-        cells = partial(image_cells, keep=self.budget)
-        anchor, into, weight, counts = laid_out(layout, cells, ("cells", self.budget))
-        whole = layout.alive_patches == [grid.patches for grid in layout.grids]
-        return keep_patches(anchor, layout, counts if whole else None, self.newlines), into, weight
+        return self.best(random_scores(self.seed, layout), layout)
 
 
 @register("grid")
 @dataclass(frozen=True)
-class Grid(Cells):
-    """Keep the middle patch of every cell.
+class Grid(BeforeLLM):
+    """Keep the middle patch of every cell, of the largest grid of equal cells within the budget with its aspect.
 
-    Args:
-        keep, average: at most so many patches per image (tables show the real count), or a fraction.
-        positions, newlines: as everywhere.
+    On an anyres image the thumbnail and the canvas of crops each get their share, of a video every frame. An image
+    whose tokens were cut before is divided as if they were all there. Tables show the real count.
     """
 
     summary = "a regular grid of patches (control)"
+    looks_at = "nothing"
+
+    merges: ClassVar[bool] = False
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        return self.cells(layout)[0]
+        cells = partial(image_cells, keep=self.budget)
+        anchor, into, weight, counts = laid_out(layout, cells, ("cells", self.budget))
+        merge = Merge(into, weight) if self.merges else None
+        return self.kept(anchor, layout, counts if layout.whole else None, merge=merge)
 
 
 @register("pool")
 @dataclass(frozen=True)
-class Pool(Cells):
-    """Average every cell's patches into one token that stands at the cell's middle patch.
-
-    Args:
-        keep, average: at most so many tokens per image (tables show the real count), or a fraction.
-        positions, newlines: as everywhere.
-    """
+class Pool(Grid):
+    """Average every cell's patches into one token that stands at the cell's middle patch; cells are those of `grid`."""
 
     summary = "average pooling on a regular grid (control, merges)"
+    merges = True
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        if layout.alive_patches != [grid.patches for grid in layout.grids]:
-            raise UnsupportedError("pool averages whole cells, and an earlier cut has taken patches: put pool first.")
-        reduction, into, weight = self.cells(layout)
-        return replace(reduction, merge=Merge(into, weight))
+        layout.need_whole("pool", "averages whole cells")
+        return super().reduce(seen, layout)
 
 
 @register("downsample")
@@ -122,12 +76,11 @@ class Pool(Cells):
 class Downsample(Budgeted):
     """Shrink the picture and enlarge it again: as many pixels as the budget has patches, but all the tokens.
 
-    It saves nothing. It tells how much of a task needs detail at all, so it stands apart from methods in every table.
+    It saves nothing; it tells how much of a task needs detail at all, so it stands apart from methods in every table.
 
     Where a processor bounds the pixels of pictures of any size (Qwen-VL) it is the picture itself that is smaller: as
-    many tokens as the budget has, or the few less that its sides allow. That saves the tower's time too, and is the
-    rival to beat. The processor does it, before the model is called: `vlmprune run`, `fidelity` and `eval` see to it,
-    and `vlmprune.patch` refuses.
+    many tokens as the budget has, or the few less that its sides allow, in the tower too. The processor does it, before
+    the model is called: `vlmprune run`, `fidelity` and `eval` see to it, and `vlmprune.patch` refuses.
 
     Args:
         keep, average: fraction of the pixels (an int is taken of one view's patches).
@@ -154,7 +107,7 @@ class Downsample(Budgeted):
 
     def shrink(self, pixels: torch.Tensor, share: float) -> torch.Tensor:
         """Pure: `(views, channels, height, width)` in and out, with `share` of the pixels' information."""
-        resize = partial(torch.nn.functional.interpolate, mode="bilinear", antialias=True)
+        resize = partial(interpolate, mode="bilinear", antialias=True)
         small = [max(1, round(n * share**0.5)) for n in pixels.shape[-2:]]
         if small == list(pixels.shape[-2:]):
             told = f"downsample changes nothing: {share:.4g} of {small[0]} x {small[1]} pixels are all of them."

@@ -9,24 +9,8 @@ from typing import ClassVar, Literal
 import torch
 from torch.nn.functional import pad
 
-from vlmprune.methods.base import InTower, register
-from vlmprune.parts import (
-    AnyCut,
-    BlockFlow,
-    Carried,
-    Cut,
-    Decoder,
-    Kept,
-    Layout,
-    ModelFacts,
-    Reduction,
-    Seen,
-    Stay,
-    TowerCut,
-    UnsupportedError,
-    Vision,
-    top_k,
-)
+from vlmprune.methods.base import AnyCut, Cut, Decoder, InTower, Layout, ModelFacts, Reduction, Seen, register
+from vlmprune.parts import BlockFlow, Carried, Kept, Stay, TowerCut, UnsupportedError, Vision, top_k
 
 __all__ = ["FlowCut", "importance", "to_remove"]
 
@@ -65,10 +49,6 @@ class FlowCut(InTower):
         keep, average: patches per image (a fraction on families with views).
         parity: None lets every view decide how many go. "released": the most even view of a call decides for all, so
             that what is kept of an image hangs on the others.
-        positions: contiguous (code).
-        newlines: as everywhere; the code has none.
-
-    Without a [CLS] token the mean over all patches stands for it (ours).
     """
 
     summary = "patches from which much flows to the [CLS] token, layer by layer; the others leave the tower early"

@@ -1,16 +1,17 @@
-"""Dividing a picture into equal cells, on the host: from its layout alone."""
+"""Dividing a picture into equal cells, or joining what lies beside each other, on the host: from its layout alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from vlmprune.parts.budget import count, floored, share
 from vlmprune.parts.layout import ImageGrid, Layout, upload
 
-__all__ = ["grid_shape", "image_cells", "laid_out", "nested_cells"]
+__all__ = ["adjacent", "grid_shape", "image_cells", "laid_out", "nested_cells", "regions", "square_cells"]
 
 
 def grid_shape(keep: int, rows: int, cols: int) -> tuple[int, int]:
@@ -98,6 +99,45 @@ def laid_out(
     into, weight = upload(into, layout.device), upload(weight, layout.device)
     anchor = (into == torch.arange(layout.width, device=layout.device)) & (weight > 0) & layout.patches
     return anchor, into, weight, counts
+
+
+def square_cells(grid: ImageGrid, side: float) -> torch.Tensor:
+    """`(tokens,)` long, the square of `side` patches, of its plane, that each token lies in."""
+    across = max(math.ceil(cols / side) for _, cols in grid.planes)
+    down = max(math.ceil(rows / side) for rows, _ in grid.planes)
+    cell = (grid.plane * down + (grid.row / side).long()) * across + (grid.col / side).long()
+    return torch.where(grid.newline, cell[~grid.newline].amin(), cell)  # newlines stand for nothing
+
+
+def adjacent(grid: ImageGrid) -> torch.Tensor:
+    """`(pairs, 2)` long: patches beside or below each other on their plane."""
+    if "adjacent" not in grid.memo:
+        pairs = []
+        for plane, size in enumerate(grid.planes):
+            here = ((grid.plane == plane) & ~grid.newline).nonzero().flatten()
+            table = torch.full(size, -1)
+            table[grid.row[here], grid.col[here]] = here
+            pairs += [(table[:, :-1], table[:, 1:]), (table[:-1], table[1:])]
+        edges = torch.cat([torch.stack((one.flatten(), other.flatten()), 1) for one, other in pairs])
+        grid.memo["adjacent"] = edges[(edges >= 0).all(1)]
+    return grid.memo["adjacent"]
+
+
+def regions(tokens: int, edges: np.ndarray) -> np.ndarray:
+    """Connected components: the smallest number in the component of each of so many tokens.
+
+    Args:
+        edges: `(edges, 2)` whole numbers, tokens that belong together.
+    """
+    label = np.arange(tokens)
+    while True:
+        pair, new = label[edges], label.copy()
+        for end in pair.T:
+            np.minimum.at(new, end, pair.min(1, initial=tokens))
+        new = new[new][new]  # whoever joined a component follows it
+        if np.array_equal(new, label):
+            return label
+        label = new
 
 
 def middle(group: torch.Tensor, groups: int) -> torch.Tensor:
