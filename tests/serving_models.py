@@ -29,7 +29,7 @@ QWEN = {
     "qwen3_vl": ("Qwen3VLProcessor", "Qwen3VLVideoProcessor"),
 }
 AXES = {"head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [6, 5, 5]}}
-OPENS, CLOSES = "word50", "word51"  # the words of the last two ids
+OPENS, CLOSES = (f"word{tiny.VOCAB - len(tiny_folders.WORDS) - behind}" for behind in (2, 1))  # of the last two ids
 # none of a single crop, which is its thumbnail again: between equals, rounding decides
 LARGE = (96, 96)  # OneVision shrinks it
 SIZES = [(25, 40), (70, 30), (30, 70), LARGE, (90, 50), (20, 96), (48, 48)]

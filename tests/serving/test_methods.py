@@ -5,14 +5,13 @@ Every method that is served, at two budgets (the engine's own, and one that requ
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import scenes
 import serving_models
 import torch
-from serving_engine import agree, clear, content_number, expected, questions
+from serving_engine import agree, answer, clear, content_number, deciding, expected, questions, reference
 
+import vlmprune
 from vlmprune import registry
 from vlmprune.serving.choice import refusals
 
@@ -46,9 +45,16 @@ def fallbacks(model):
     return scenes.FALLBACK if model == "onevision" else {}
 
 
-#: A noise of one part in ten millions on what it sees exchanges a third of what vispruner keeps of several views: its
-#: rounds pair tokens by their order. So it hangs on who rounds, here as on transformers itself.
-ROUNDED = {("scene-llava-next", "vispruner"), ("onevision", "vispruner")}
+#: Where a noise of one part in a million on what a method sees changes what it does, so that it hangs on who rounds,
+#: here as on transformers itself: vispruner's rounds pair patches by their order, and vscan lets a patch flow into the
+#: kept one that is most like it. For how many prompts of 120 at most, and how far apart is what is seen at most, as a
+#: share of the largest value: the random tower's large numbers round worse.
+ROUNDED = {
+    ("scene-llava", "vispruner"): (24, 1e-5),
+    ("scene-llava-next", "vispruner"): (120, 1e-5),
+    ("onevision", "vispruner"): (24, 2e-3),
+    ("scene-llava-next", "vscan"): (40, 1e-5),
+}
 CASES = [(model, name) for model in MODELS for name in served(model) if (model, name) not in ROUNDED]
 
 
@@ -70,43 +76,62 @@ def test_every_served_method_at_two_budgets(engines, onevision, model, name, rec
     prompts += [prompt.at(second) for prompt in prompts]
     engine = engines(model, name, **options)
     found = engine.ask(prompts)
-    wanted = []
-    for prompt in prompts:
-        if "seed" in registry.options(cls):  # to which a number of the picture's content is added
-            options["seed"] = content_number(engine, prompt.images[0])
-        wanted += expected(model, [prompt], name, **options)
+    if "seed" in registry.options(cls):  # to which a number of the picture's content is added
+        seeds = [content_number(engine, prompt.images[0]) for prompt in prompts]
+        pairs = zip(prompts, seeds, strict=True)
+        wanted = [one for prompt, seed in pairs for one in expected(model, [prompt], name, **options, seed=seed)]
+    else:
+        wanted = expected(model, prompts, name, **options)
     record_property("worst", agree(found, wanted))
 
 
 @pytest.mark.parametrize(("model", "name"), sorted(ROUNDED))
-def test_of_what_rounding_decides_everything_else_is_equal(engines, onevision, model, name, monkeypatch):
-    """The same is seen to the last digits, as many are kept, and of the same choice the answers are the same."""
-    cls, keep = registry.find(name), MODELS[model][1]
-    own, made, exchanged = cls.reduce, [], []
-
-    def note(self, seen, layout):
-        made.append((list(seen.values()), own(self, seen, layout)))
-        return made[-1][1]
-
-    def follow(self, seen, layout):
-        (there, told), mine = made[0], own(self, seen, layout)
-        for one, other in zip(seen.values(), there, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-        assert mine.counts == told.counts
-        exchanged.append((mine.keep & ~told.keep).sum().item() / mine.counts[0])
-        return replace(mine, keep=told.keep)
-
+def test_where_rounding_decides_all_else_is_equal(engines, onevision, model, name, record_property):
+    """The same is seen but for rounding and as many are kept; of the same choice the answers are the same."""
+    cls, (_, first, second) = registry.find(name), MODELS[model]
+    options = {"keep": first, **cls.served_with, **fallbacks(model).get(name, {})}
     folder = onevision if model == "onevision" else model
     prompts = serving_models.prompts(60) if model == "onevision" else questions(model)
-    engine, found, wanted = engines(folder, name, keep=keep), [], []
-    for prompt in prompts:
-        clear(engine.llm)
-        monkeypatch.setattr(cls, "reduce", note)
-        found += engine.ask([prompt])
-        del made[:-1]  # before it there may be noise
-        monkeypatch.setattr(cls, "reduce", follow)
-        wanted += expected(folder, [prompt], name, keep=keep)
-    print("worst", agree(found, wanted), "exchanged", exchanged)
+    engine, found, wanted, off, other = engines(folder, name, **options), [], [], [], 0
+    for keep in (first, second):
+        plan = engine.inner.served.choice(keep).plan
+        handle = vlmprune.patch(reference(folder)[0], name, **options | {"keep": keep})
+        for prompt in prompts:
+            clear(engine.llm)
+            with deciding(plan, noting(noted := [])):
+                found += engine.ask([prompt.at(keep)])
+            ((there, told),) = noted
+            with deciding(handle._plan, noting(noted, told)):
+                wanted.append(answer(folder, prompt, handle, nested=True))
+            here, mine = noted[1]
+            off += [((x - y).abs().max() / y.abs().max()).item() for x, y in zip(here, there, strict=True)]
+            assert mine.counts == told.counts
+            other += not same(mine, told)
+        handle.unpatch()
+    most, apart = ROUNDED[model, name]
+    assert max(off) < apart
+    assert 0 < other <= most
+    record_property("worst", agree(found, wanted))
+    record_property("chosen_otherwise", other)
+
+
+def noting(noted, told=None):
+    """For `deciding`: notes what is seen and decided, and goes on with that, or with what it is `told`."""
+
+    def wrap(own):
+        def reduce(seen, layout):
+            noted.append((list(seen.values()), own(seen, layout)))
+            return noted[-1][1] if told is None else told
+
+        return reduce
+
+    return wrap
+
+
+def same(one, other):
+    """Whether the same patches stay, and the others flow into the same."""
+    alike = torch.equal(one.keep, other.keep)
+    return alike and (one.merge is None or torch.equal(one.merge.into, other.merge.into))
 
 
 SETTINGS = [
