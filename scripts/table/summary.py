@@ -212,11 +212,12 @@ def times(table: Table) -> str:
     if not rows:
         return ""
     loads, about = [row["load"] for row in table.costs["rows"]], table.costs["machine"]
+    kept = "kept to one of them, " if about.get("kept") == 1 else ""
     told = f"""\
 **Time.** One prefill of one prompt, in turns with the unpruned model's ({table.costs["pairs"]} pairs: the median of
 their ratios, with its 95 % interval by order statistics), on one thread of {about["processor"]} with {about["cores"]}
-cores, **which ran other work meanwhile** (load average {min(loads)} to {max(loads)}). At two million parameters time
-is overhead, and the tower most of the work: [performance.md](performance.md) has real sizes. Unpruned / pruned, over
-the methods:"""
+cores, {kept}**while other work ran** on the machine (load average {min(loads)} to {max(loads)}). At two million
+parameters time is overhead, and the tower most of the work: [performance.md](performance.md) has real sizes.
+Unpruned / pruned, over the methods:"""
     header = ["model, tokens left", "least", "median", "most", "faster for certain", "slower for certain", "methods"]
     return f"{told}\n\n{markdown(header, rows)}"
