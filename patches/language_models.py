@@ -54,7 +54,7 @@ RECURRENT = "recurrent"
 
 @dataclass(frozen=True)
 class RotaryLayer(HostLayer):
-    """A decoder layer of Llama's build, with `q_proj` and `k_proj`."""
+    """A decoder layer of Llama's build, with `q_proj`, `k_proj` and `v_proj`."""
 
     names = ("self_attn", "mlp", "input_layernorm")
 
@@ -80,6 +80,9 @@ class RotaryLayer(HostLayer):
 
     def keys(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         return self.rotated(self.heads(self.attention.k_proj(rows)), cos, sin)
+
+    def values(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.heads(self.attention.v_proj(rows))
 
     def rotated(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """With the rotary embedding, by the function of the attention's own module."""

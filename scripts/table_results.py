@@ -7,7 +7,8 @@
 
 `answers` takes several folders, the later ones for what the earlier lack or have otherwise: a method that came later
 needs `vlmprune eval table.yaml --set 'runs.0.methods=[NAME]' --set output=runs/later` alone. `costs` times one prefill
-of every row in turns with the unpruned model's, on this machine, whatever else that does.
+of every row in turns with the unpruned model's, on this machine, whatever else that does (`taskset -c 1` keeps it to a
+core).
 """
 
 from __future__ import annotations
@@ -266,7 +267,8 @@ def machine() -> dict[str, Any]:
     """What the times are of."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return {"processor": name, "cores": os.cpu_count(), "threads": 1}
+    kept = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": name, "cores": os.cpu_count(), "kept": kept, "threads": 1}
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ from .words import RIVALS, listed, markdown, name_of, percent, title
 #: The groups of methods that are compared as groups, by what they look at (`vlmprune ls methods`). They and `kind_of`
 #: were here before any of the answers that the page is written from.
 KINDS = {"tower": "attention", "features": "likeness", "question": "question", "decoder": "inside the LLM"}
+#: Whose pages say why they are below `random`.
+WHY = ("v2drop", "sparsevlm")
 
 
 def summary(table: Table) -> list[str]:
@@ -75,7 +77,11 @@ def losses(table: Table) -> str:
         found = [f"{name} ({', '.join(some)})" for name, some in below.items()]
         made += [f"- {model.name}: {listed(found)}."] if found else []
     told = "**Below `random`** at the same budget for certain, controls included (in points):"
-    return "\n".join([told, "", *made]) if made else f"{told} none."
+    if not made:
+        return f"{told} none."
+    why = [f"[`{name}`](methods/{name}.md)" for name in WHY if any(f"`{name}` (" in line for line in made)]
+    reasons = [f"\nWhy, and the command that shows it: {listed(why)}."] if why else []
+    return "\n".join([told, "", *made, *reasons])
 
 
 def rivals(table: Table) -> str:
@@ -212,11 +218,12 @@ def times(table: Table) -> str:
     if not rows:
         return ""
     loads, about = [row["load"] for row in table.costs["rows"]], table.costs["machine"]
+    kept = "kept to one of them, " if about.get("kept") == 1 else ""
     told = f"""\
 **Time.** One prefill of one prompt, in turns with the unpruned model's ({table.costs["pairs"]} pairs: the median of
 their ratios, with its 95 % interval by order statistics), on one thread of {about["processor"]} with {about["cores"]}
-cores, **which ran other work meanwhile** (load average {min(loads)} to {max(loads)}). At two million parameters time
-is overhead, and the tower most of the work: [performance.md](performance.md) has real sizes. Unpruned / pruned, over
-the methods:"""
+cores, {kept}**while other work ran** on the machine (load average {min(loads)} to {max(loads)}). At two million
+parameters time is overhead, and the tower most of the work: [performance.md](performance.md) has real sizes.
+Unpruned / pruned, over the methods:"""
     header = ["model, tokens left", "least", "median", "most", "faster for certain", "slower for certain", "methods"]
     return f"{told}\n\n{markdown(header, rows)}"

@@ -37,7 +37,7 @@ from vlmprune.parts import ModelFacts, ProjectorCut, TowerCut
 def merges_in_tower(name: str) -> bool:
     """Whether a method makes cuts in the tower of LLaVA-1.5, or behind it."""
     facts = ModelFacts("llava", 24, 22, True, decoder_layers=32, views=True, view_patches=576)
-    made = registry.find(name)(**(OPTIONS[name](None) if name in OPTIONS else {"keep": 0.4})).cuts(facts)
+    made = registry.find(name)(**(OPTIONS[name](None) if name in OPTIONS else {"keep": 0.3})).cuts(facts)
     return any(isinstance(cut, TowerCut | ProjectorCut) for cut in made)
 
 

@@ -134,7 +134,7 @@ def test_views_of_which_fewer_are_left_do_not_see_what_fills_them_up():
     prompt = tiny.prompt(model, [2, "image", 3], [(40, 70)], seed=2)
     views = prompt["pixel_values"][0]
     views *= torch.linspace(0.3, 3, len(views), dtype=F64)[:, None, None, None]
-    with torch.no_grad(), vlmprune.patch(model, "flowcut", keep=0.25) as handle:
+    with torch.no_grad(), vlmprune.patch(model, "flowcut", keep=0.25, layer=None) as handle:
         model(**prompt)
         grid, kept = handle.trace.grids[0], handle.trace.kept()
         by_hand = [tower_by_hand(model, view, 4) for view in views]
@@ -151,6 +151,64 @@ def test_views_of_which_fewer_are_left_do_not_see_what_fills_them_up():
                 view, patch = divmod(int(grid.source[t]), 16)
                 if view == v:
                     torch.testing.assert_close(features[t], projected[left.index(patch)], rtol=1e-9, atol=1e-9)
+
+
+def flow_to_the_end(model, x, rows, wrong=""):
+    """The scores of some rows at the input of decoder layer 1, by the prompt's last row."""
+    paid = reference.probabilities(model, 1, x, torch.arange(len(x)))[:, -1][:, rows]
+    paid = paid if wrong == "all columns" else paid / paid.sum(1, keepdim=True)
+    layer = model.model.language_model.layers[1]
+    dim = layer.self_attn.head_dim
+    value = layer.self_attn.v_proj(layer.input_layernorm(x)).view(len(x), -1, dim).transpose(0, 1)
+    alike = ((value[:, rows] @ value[:, -1, :, None])[..., 0] / dim**0.5).softmax(-1)
+    shares = [side.mean(0) / side.mean(0).sum() for side in (paid, alike)]
+    return (shares[0] if wrong == "attention alone" else sum(shares)) * value[:, rows].mean(0).abs().sum(-1)
+
+
+@pytest.mark.parametrize("text", [{}, {"text": "mistral"}], ids=["llama", "mistral"])
+def test_crops_are_cut_again_by_what_flows_to_the_end(text):
+    """Two and a half times the budget leaves the tower; what decoder layer 1 then keeps, and all behind it, by hand."""
+    model = peaked(tiny.model(family="llava_next", seed=3, **text).double())
+    prompt = tiny.prompt(model, [2, "image", 3, 4], [(40, 70)], seed=2)
+    with torch.no_grad(), vlmprune.patch(model, "flowcut", keep=0.25) as handle:
+        got = model(**prompt).logits[0, -1]
+        (grid,), (first, second) = handle.trace.grids, [handle.trace.kept(0, cut) for cut in range(2)]
+        views = [int(grid.source[t]) // 16 for t in first if not grid.newline[t]]
+        assert set(map(views.count, set(views[:11]))) == {11}  # of 16: 0.25 * 2.5 of them and one; crops lose padding
+        x, (image,) = reference.embed(model, prompt)
+        columns = [c for c in range(len(x)) if c not in image or c - image[0] in first]
+        x = reference.run_layer(model, 0, x[columns], torch.arange(len(columns)))
+        rows = [i for i, c in enumerate(columns) if c in image and not grid.newline[c - image[0]]]
+        scores, budget = flow_to_the_end(model, x, rows), int(0.25 * grid.patches)
+        gone = set(rows) - {rows[i] for i in reference.top(scores.tolist(), budget, list(range(len(rows))))}
+        assert second == [columns[i] - image[0] for i in range(len(columns)) if columns[i] in image and i not in gone]
+        for wrong in ("all columns", "attention alone"):
+            assert flow_to_the_end(model, x, rows, wrong).argsort().tolist() != scores.argsort().tolist()
+        x = x[[i for i in range(len(columns)) if i not in gone]]
+        for index in range(1, tiny.LAYERS):
+            x = reference.run_layer(model, index, x, torch.arange(len(x)))
+        torch.testing.assert_close(got, model.lm_head(model.model.language_model.norm(x)[-1]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("average", "early"), [(0.3, 0.25), (0.8, 0.25), (0.05, 1 / 32), (1.0, 0.25)])
+def test_a_mean_over_layers_counts_both_cuts(average, early):
+    enters, left = FlowCut(average=average).shares(early)
+    assert early * enters + (1 - early) * left == pytest.approx(average)
+    assert enters == min(1, 2.5 * left)
+
+
+def test_several_pictures_with_crops_are_each_cut_as_alone():
+    model = peaked(tiny.model(family="llava_next", seed=3).double())
+    sizes = [(40, 70), (24, 24), (70, 30)]
+    alone = [tiny.prompt(model, ["image", 3 + i], [size], seed=i) for i, size in enumerate(sizes)]
+    with torch.no_grad(), vlmprune.patch(model, "flowcut", keep=0.25) as handle:
+        kept = []
+        for prompt in alone:
+            model(**prompt)
+            kept.append(handle.trace.kept())
+            assert len(handle.trace.kept_patches()) == int(0.25 * handle.trace.grids[0].patches)
+        model(**tiny.batch(alone))
+        assert [handle.trace.kept(image) for image in range(len(sizes))] == kept
 
 
 def test_numbers_by_hand():

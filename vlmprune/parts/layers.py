@@ -63,6 +63,9 @@ class DecoderLayer(Protocol):
     def keys(self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """`(batch, key heads, rows, head dim)`, as the cache holds them."""
 
+    def values(self, rows: torch.Tensor) -> torch.Tensor:
+        """`(batch, key heads, rows, head dim)` of normed rows."""
+
 
 class Remaining(Protocol):
     """What is left of a prompt batch where a tap measures; `bias` `(batch, length)` is of soft masks, or None.

@@ -51,6 +51,7 @@ __all__ = [
     "Seen",
     "Tap",
     "TextAttention",
+    "TextFlow",
     "TowerTap",
     "VisionAttention",
     "decoder_mass",
@@ -351,6 +352,37 @@ class TextAttention(DecoderTap):
             )
         mass = decoder_mass(layer, hidden, scene, [(at, weight)], pictures=self.rows == "all")
         return mass[0].flatten()[scene.flat_index()]
+
+
+@dataclass(frozen=True)
+class TextFlow(DecoderTap):
+    """What flows between a prompt's last token and the patches of an image in a decoder layer, `(images, tokens, 3)`.
+
+    As `BlockFlow`, with softmaxes over the image's patches alone, and products of values over the root of their width.
+    """
+
+    attends = True
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        check_sight(layer, scene, pictures=False)
+        normed, (cos, sin) = layer.normed(hidden), scene.sequence.rotary
+        layout, at, real = scene.layout, scene.flat_index(), scene.sequence.asked()
+        sample = upload(layout.sample, hidden.device)
+        last, weight = last_rows(real, real.new_ones(len(real), dtype=torch.long), 1)
+        row, there = take_rows(normed, last), Visible(real=layout.patches)
+        bias = None if scene.sequence.bias is None else scene.sequence.bias.flatten()[at]
+        keys, values = (
+            x.transpose(1, 2).flatten(0, 1)[at].transpose(1, 2)
+            for x in (layer.keys(normed, cos, sin), layer.values(normed))
+        )
+        paid, alike = (
+            attention_mass(own[sample], others, layer.scale, there, weight[sample], bias)
+            for own, others in (
+                (layer.queries(row, take_rows(cos, last), take_rows(sin, last)), keys),
+                (layer.values(row), values),
+            )
+        )
+        return torch.stack((paid, alike, upcast(values).mean(1).abs().sum(-1)), -1)
 
 
 @dataclass(frozen=True)
