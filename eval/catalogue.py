@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from importlib import metadata
 from typing import Any
 
@@ -101,14 +101,14 @@ def about_family(family: Family) -> dict[str, Any]:
         "modalities": list(family.modalities),
         "usual_tower": family.usual_tower,
         "image": family.image or WHOLE[family.views],
-        "refused_methods": refused(facts_of(family)),
+        "refused_methods": refused(family.usual()),
         "refused_inputs": refused_inputs(family),
     }
 
 
 def about_tower(kind: str, has_cls: bool) -> dict[str, Any]:
     """A kind of vision tower, with what does not run on it."""
-    facts = usual_facts("llava_next", True, has_cls)
+    facts = replace(FAMILIES["llava_next"].usual(), has_cls=has_cls)
     return {"model_type": kind, "has_cls": has_cls, "refused_methods": refused(facts)}
 
 
@@ -126,17 +126,6 @@ def loadable() -> Iterator[tuple[str, type[Method]]]:
     for name in registry.names():
         with suppress(Exception):  # another package's code
             yield name, registry.find(name)
-
-
-def usual_facts(family: str, views: bool, has_cls: bool, **others: Any) -> ModelFacts:
-    """Facts of a model of a common size."""
-    return ModelFacts(family, 24, 22, has_cls, decoder_layers=32, views=views, view_patches=576, **others)
-
-
-def facts_of(family: Family) -> ModelFacts:
-    """Facts of a family's usual model."""
-    like = {"unit": family.usual_unit, "packed": family.packed, "closed": family.closed}
-    return usual_facts(family.model_type, family.views, TOWERS[family.usual_tower], **like)
 
 
 def refused(facts: ModelFacts) -> dict[str, str]:

@@ -55,6 +55,7 @@ class Family:
     single: ClassVar[str] = ""  # of a family with views: which images have one view alone
     shrinks: ClassVar[tuple[str, ...]] = ()  # what packing may blend patches of: "image", "video"
     usual_unit: ClassVar[int] = 1  # `unit` of the published checkpoints
+    usual_attends: ClassVar[int] = 1  # every how manieth of their decoder layers has attention
     image: ClassVar[str] = ""  # what a budget per image is of, where that is not simply a picture
     text: ClassVar[str] = "language_model"  # the one that is its language model
     projector: ClassVar[str] = "multi_modal_projector"  # and that between the two, by its path
@@ -147,6 +148,25 @@ class Family:
             unit=self.unit(inner),
             closed=self.closed,
             recurrent=tuple(i for i, layer in enumerate(self.decoder_layers(inner)) if is_recurrent(layer)),
+        )
+
+    def usual(self, view_patches: int = 576) -> ModelFacts:
+        """Facts of a model as the published ones are, of a common size: what can be told without a model."""
+        layers = 32
+        return ModelFacts(
+            family=self.model_type,
+            tower_layers=24,
+            feature_layer=23 if self.packed or self.closed else 22,
+            has_cls=TOWERS[self.usual_tower],
+            decoder_layers=layers,
+            views=self.views,
+            view_patches=0 if self.packed else view_patches,
+            axes=self.axes,
+            packed=self.packed,
+            sparse=self.sparse,
+            unit=self.usual_unit,
+            closed=self.closed,
+            recurrent=tuple(i for i in range(layers) if (i + 1) % self.usual_attends),
         )
 
     def check_parts(self, inner: nn.Module) -> bool:

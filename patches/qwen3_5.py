@@ -16,4 +16,5 @@ class Qwen3_5(Qwen2VL):
     model_type = "qwen3_5"
     title = "Qwen3.5 (Qwen3_5ForConditionalGeneration)"
     usual_tower = "qwen3_5_vision"
+    usual_attends = 4
     stamped, sparse = True, False

@@ -72,6 +72,19 @@ def test_what_is_said_of_published_models_is_so_of_the_tiny_one(kin):
     assert kin.model().model.get_submodule(found.projector) is not None
 
 
+@pytest.mark.parametrize("kind", [*FAMILIES, *tiny_qwen.CLASSES, *KIN])
+def test_usual_facts_say_of_a_family_what_its_model_says(kind):
+    """`vlmprune ls models` tells by them what does not run, and serving what it can serve."""
+    model = KIN[kind].model() if kind in KIN else tiny.shared(family=kind)
+    family = family_of(model)
+    usual, real = family.usual(), family.facts(family.inner(model))
+    kinds = ("family", "views", "axes", "packed", "sparse", "closed")
+    assert {name: getattr(usual, name) for name in kinds} == {name: getattr(real, name) for name in kinds}
+    assert (usual.view_patches > 0) != usual.packed
+    assert bool(usual.recurrent) == bool(real.recurrent), "usual_attends"
+    assert usual.has_cls == towers.TOWERS[family.usual_tower]
+
+
 @pytest.mark.parametrize("kin", KIN.values(), ids=KIN)
 def test_processor_fields_are_words_of_its_processor(kin):
     found, kind = family_of(kin.model()), kin.model().config.model_type

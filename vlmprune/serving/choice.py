@@ -26,7 +26,6 @@ from vlmprune.parts.scores import STRIDE
 from vlmprune.parts.taps import BlockKeys, ClusterOf, Kept, Tap
 from vlmprune.parts.tracing import trace_packing
 from vlmprune.patches import FAMILIES, Family
-from vlmprune.patches.towers import TOWERS
 from vlmprune.registry import options, required
 from vlmprune.serving.plugin import ARCHITECTURES
 from vlmprune.serving.rule import FAILURES, refusing, why_not
@@ -292,14 +291,7 @@ def layout_of(pictures: Sequence[ServedPicture], device: torch.device) -> Layout
 
 def usual(name: str) -> tuple[Family, ModelFacts]:
     """A family, and the facts of a model of it as published ones are; with few patches, to try methods in no time."""
-    family = FAMILIES[name]
-    behind = family.packed or family.closed  # all layers make the features
-    facts = ModelFacts(
-        name, 24, 23 if behind else 22, TOWERS[family.usual_tower], decoder_layers=32, views=family.views,
-        view_patches=0 if family.packed else 36, axes=family.axes, packed=family.packed, unit=family.usual_unit,
-        closed=family.closed, sparse=family.sparse,
-    )  # fmt: skip
-    return family, facts
+    return FAMILIES[name], FAMILIES[name].usual(view_patches=36)
 
 
 def refusals(cls: type[Method], **more: Any) -> dict[str, str]:
