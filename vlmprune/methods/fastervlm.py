@@ -1,4 +1,4 @@
-"""FasterVLM (arXiv 2412.01818v1; code Theia-4869/FasterVLM), the first version of VisPruner."""
+"""FasterVLM (arXiv 2412.01818v1), the first version of VisPruner."""
 
 from __future__ import annotations
 
