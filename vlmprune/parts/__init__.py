@@ -93,7 +93,7 @@ if TYPE_CHECKING:
         layer_of,
         whole,
     )
-    from vlmprune.parts.schedules import DEPTH, Scaled, Schedule, decoder_cuts, nearest
+    from vlmprune.parts.schedules import Scaled, Schedule, decoder_cuts, nearest
     from vlmprune.parts.scores import Ensemble, ensemble_scores, outlying, random_scores
     from vlmprune.parts.selection import (
         AnyNewlines,
@@ -147,7 +147,6 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "DEPTH",
     "HAIR",
     "PIVOTS",
     "AnyCut",
