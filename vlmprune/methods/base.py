@@ -26,8 +26,8 @@ from vlmprune.parts.cuts import (
 from vlmprune.parts.facts import ModelFacts, need_patches
 from vlmprune.parts.layout import Layout, Views
 from vlmprune.parts.merging import first_of_cluster, spread_evenly
-from vlmprune.parts.options import ascending, checked, falling, hints
-from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts
+from vlmprune.parts.options import Layers, Ratios, checked, hints
+from vlmprune.parts.schedules import Schedule, decoder_cuts
 from vlmprune.parts.selection import AnyNewlines, Keep, Newlines, Scope, candidates, contest, keep_patches, select
 from vlmprune.parts.taps import ClusterOf, Kept, Seen, Tap
 from vlmprune.parts.templates import QuestionMarks, question_of, told_question
@@ -412,8 +412,8 @@ class Staged(Pruner):
 
     optional = True
 
-    prune_layers: Annotated[tuple[int, ...], ascending(DEPTH - 1)] = (8, 16, 24)
-    keep_ratios: Annotated[tuple[float, ...], falling()] = (0.5, 0.25, 0.125)
+    prune_layers: Layers = (8, 16, 24)
+    keep_ratios: Ratios = (0.5, 0.25, 0.125)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,36 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
-
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import Share, by_view, layer_of, row_of, scale_tower_layer, top_k, upload
+from vlmprune.parts import Share, by_view, layer_of, neighbours, row_of, scale_tower_layer, top_k, upload
 
-__all__ = ["HiPrune", "neighbours"]
-
-
-def neighbours(marked: torch.Tensor, layout: Layout, wrap: bool = False) -> torch.Tensor:
-    """The patches left, right, above and below of marked ones, both `(images, tokens)` bool.
-
-    Args:
-        wrap: as the released code, numbers of patches within a view (+-1, +-side, clamped), instead of places.
-    """
-    if wrap:
-        side = upload([grid.side for grid in layout.grids], marked.device)
-        place, down, size = layout.stack("source"), side[:, 1:], max(grid.encoded for grid in layout.grids)
-        patches = side.prod(1, keepdim=True)
-        low = place // patches * patches
-        high = low + patches - 1
-    else:  # on the token's own plane, with a margin of one around it
-        planes = max(len(grid.planes) for grid in layout.grids)
-        rows, down = (max(plane[axis] for grid in layout.grids for plane in grid.planes) + 2 for axis in (0, 1))
-        place, size = (layout.plane * rows + layout.row + 1) * down + layout.col + 1, planes * rows * down
-        place = place.clamp(max=size - 1)  # newlines of a canvas without patches stand outside of it
-        low, high = place * 0, place * 0 + size - 1
-    hits = torch.zeros(len(layout), size, dtype=torch.long, device=marked.device)
-    for step in (-1, 1, -down, down):
-        hits = hits.scatter_add(1, (place + step).clamp(low, high), marked.long())
-    return (hits.gather(1, place) > 0) & layout.patches
+__all__ = ["HiPrune"]
 
 
 @register("hiprune")

@@ -9,39 +9,9 @@ import torch
 from torch.nn.functional import normalize, one_hot
 
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
-from vlmprune.parts import download, features_of, row_of, select_each, upcast, upload
+from vlmprune.parts import download, features_of, principal_groups, row_of, select_each, survivors, upcast, upload
 
-__all__ = ["PruneSID", "allotted", "groups", "survivors"]
-
-
-def groups(features: torch.Tensor, number: int) -> torch.Tensor:
-    """`(tokens,)` long: the principal direction, of the `number` first ones, on which a token weighs most.
-
-    The directions are those of the sigmoid of the features `(tokens, dim)`, tokens as columns, each less its mean.
-    """
-    y = torch.sigmoid(features)
-    y = y - y.mean(1, keepdim=True)
-    if y.shape[0] <= y.shape[1]:
-        loading = torch.linalg.eigh(y @ y.T).eigenvectors[:, -number:]
-    else:  # of more tokens than numbers, by the smaller matrix
-        value, vector = torch.linalg.eigh(y.T @ y)
-        loading = y @ vector[:, -number:] / value[-number:].clamp(min=torch.finfo(y.dtype).tiny).sqrt()
-    return loading.abs().flip(1).argmax(1)
-
-
-def survivors(group: torch.Tensor, cosine: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-    """`(tokens,)` bool: the tokens of each group that are not too much like a better one that survives.
-
-    Args:
-        group: `(tokens,)` long, of tokens from the best to the worst; cosine: `(tokens, tokens)`.
-    """
-    number = torch.arange(len(group), device=group.device)
-    worse = (group == group[:, None]) & (number[:, None] < number)
-    hides = (worse & (cosine > tau)).float()
-    left, before = torch.ones_like(group, dtype=torch.bool), None
-    while before is None or not torch.equal(left, before):  # a few rounds, as many as the longest chain of likes
-        before, left = left, left.float() @ hides == 0
-    return left
+__all__ = ["PruneSID", "allotted"]
 
 
 def allotted(survive: list[int], sizes: list[int], keep: int) -> list[int]:
@@ -102,7 +72,7 @@ class PruneSID(BeforeLLM):
         """`(tokens,)` bool of the kept ones among `(tokens, dim)`, from the best to the worst."""
         features, tokens = upcast(features), len(features)
         number = max(1, min(keep // 4, tokens))
-        group, unit = groups(features, number), normalize(features, dim=-1)
+        group, unit = principal_groups(features, number), normalize(features, dim=-1)
         cosine = unit @ unit.T
         mean = (cosine.sum() - cosine.diagonal().sum()) / max(1, tokens * (tokens - 1))
         first = survivors(group, cosine, mean * keep / 32)

@@ -9,41 +9,21 @@ import numpy as np
 import torch
 
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Positions, Reduction, Seen, register
-from vlmprune.parts import Pixels, Share, Weight, adjacent, count, download, need_views, regions, upcast, upload
+from vlmprune.parts import (
+    Pixels,
+    Share,
+    Weight,
+    adjacent,
+    count,
+    download,
+    kept_of_regions,
+    need_views,
+    regions,
+    upcast,
+    upload,
+)
 
-__all__ = ["ShowUI", "kept_of_regions"]
-
-
-def kept_of_regions(label: np.ndarray, ratio: float, budget: int | None) -> np.ndarray:
-    """`(tokens,)` bool: of every region of c tokens max(1, c - round(c * ratio)), evenly spaced.
-
-    Args:
-        label: `(tokens,)`, the region of every token.
-        budget: tokens that stay at most, which sets the ratio; where there are more regions, the largest keep one each,
-            evenly spaced ones of those as large as the last. None takes `ratio`.
-    """
-    _, region, sizes = np.unique(label, return_inverse=True, return_counts=True)
-    if budget is None:
-        left = np.maximum(1, sizes - np.round(sizes * ratio)).astype(int)
-    elif budget <= len(sizes):
-        least = np.sort(sizes)[-budget]
-        left = (sizes > least).astype(int)
-        # of those as large as the last, evenly spaced ones: where nothing is flat, all are
-        alike = np.flatnonzero(sizes == least)
-        left[alike[np.linspace(0, len(alike) - 1, budget - left.sum()).round().astype(int)]] = 1
-    else:
-        # tokens beyond the first of each region, in proportion to what there is, the largest remainders up
-        most, extra = sizes - 1, budget - len(sizes)
-        part = most * extra / max(1, most.sum())
-        left = 1 + np.floor(part).astype(int)
-        left[np.argsort(np.floor(part) - part, kind="stable")[: budget - left.sum()]] += 1
-    order = np.argsort(region, kind="stable")
-    rank = np.empty_like(region)
-    rank[order] = np.arange(len(order)) - (sizes.cumsum() - sizes)[region[order]]
-    wanted = left[region]
-    step = np.maximum(1, (sizes[region] - 1) / np.maximum(1, wanted - 1))
-    near = np.round(rank / step)
-    return np.where(wanted > 1, (np.round(near * step) == rank) & (near < wanted), (rank == 0) & (wanted > 0))
+__all__ = ["ShowUI"]
 
 
 @register("showui")

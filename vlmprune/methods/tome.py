@@ -1,4 +1,4 @@
-"""ToMe, token merging (arXiv 2210.09461; code facebookresearch/ToMe): merging inside the vision tower."""
+"""ToMe, token merging (arXiv 2210.09461): merging inside the vision tower."""
 
 from __future__ import annotations
 

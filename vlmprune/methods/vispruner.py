@@ -1,4 +1,4 @@
-"""VisPruner (arXiv 2412.01818; code Theia-4869/VisPruner), and FasterVLM, its first version."""
+"""VisPruner (arXiv 2412.01818; code Theia-4869/VisPruner)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
 from vlmprune.parts import Share, dedupe, features_of, floored, row_of, select_each
 
-__all__ = ["FasterVLM", "VisPruner"]
+__all__ = ["VisPruner"]
 
 
 @register("vispruner")
@@ -49,19 +49,3 @@ class VisPruner(BeforeLLM):
             return chosen.index_fill(0, strong + dedupe(unit, kept - strong), True)
 
         return select_each(row, self.budget, layout, self.newlines, choose)
-
-
-@register("fastervlm")
-@dataclass(frozen=True)
-class FasterVLM(VisPruner):
-    """Keep the patches that [CLS] looks at most: the first version of VisPruner, which is it with important_ratio=1.
-
-    Args:
-        important_ratio: as of VisPruner; less than 1 is VisPruner.
-    """
-
-    summary = "the patches that [CLS] looks at in one layer (VisPruner, important_ratio=1)"
-    paper = "arXiv 2412.01818v1"
-    needs = "tower attention"
-
-    important_ratio: Share = 1.0

@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from vlmprune.errors import UnsupportedError
     from vlmprune.parts.attention import Visible, attention_mass, last_rows, mean_weight, take_rows, upcast
     from vlmprune.parts.budget import HAIR, count, floored, share
-    from vlmprune.parts.cells import adjacent, image_cells, laid_out, nested_cells, regions, square_cells
+    from vlmprune.parts.cells import (
+        adjacent,
+        image_cells,
+        kept_of_regions,
+        laid_out,
+        neighbours,
+        nested_cells,
+        regions,
+        square_cells,
+    )
     from vlmprune.parts.clip import Clip, clip_for, told_clip
     from vlmprune.parts.coverage import Cover, select_covering
     from vlmprune.parts.cuts import (
@@ -37,7 +46,15 @@ if TYPE_CHECKING:
         schedule_layers,
     )
     from vlmprune.parts.decoder_taps import PIVOTS, BesidePivots, KeyLengths, Transition, TransitionMode
-    from vlmprune.parts.diversity import dedupe, greedy_diversity, most_apart, select_diverse, select_weighted
+    from vlmprune.parts.diversity import (
+        dedupe,
+        greedy_diversity,
+        most_apart,
+        principal_groups,
+        select_diverse,
+        select_weighted,
+        survivors,
+    )
     from vlmprune.parts.facts import (
         ModelFacts,
         check_layer,
@@ -76,7 +93,7 @@ if TYPE_CHECKING:
         layer_of,
         whole,
     )
-    from vlmprune.parts.schedules import DEPTH, Scaled, Schedule, decoder_cuts, nearest
+    from vlmprune.parts.schedules import Scaled, Schedule, decoder_cuts, nearest
     from vlmprune.parts.scores import Ensemble, ensemble_scores, outlying, random_scores
     from vlmprune.parts.selection import (
         AnyNewlines,
@@ -131,7 +148,6 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "DEPTH",
     "HAIR",
     "PIVOTS",
     "AnyCut",
@@ -237,6 +253,7 @@ __all__ = [
     "is_number",
     "is_whole",
     "keep_patches",
+    "kept_of_regions",
     "laid_out",
     "last_rows",
     "layer_of",
@@ -250,9 +267,11 @@ __all__ = [
     "need_crops",
     "need_patches",
     "need_views",
+    "neighbours",
     "nested_cells",
     "outlying",
     "peaks",
+    "principal_groups",
     "queries",
     "question_of",
     "random_scores",
@@ -271,6 +290,7 @@ __all__ = [
     "spread_evenly",
     "square_cells",
     "stride",
+    "survivors",
     "system_prefix",
     "take_rows",
     "told_clip",

@@ -14,8 +14,8 @@ from vlmprune.parts.cuts import Reduction
 from vlmprune.parts.layout import Layout, upload
 from vlmprune.parts.selection import AnyNewlines, contest, keep_patches
 
-__all__ = ["Objective", "dedupe", "greedy_diversity", "most_apart", "select_diverse", "select_weighted"]
-__all__ += ["weighted_det"]
+__all__ = ["Objective", "dedupe", "greedy_diversity", "most_apart", "principal_groups", "select_diverse"]
+__all__ += ["select_weighted", "survivors", "weighted_det"]
 
 CHUNK = 256  # rows of a cosine matrix that exist at one time
 
@@ -102,6 +102,36 @@ def most_apart(features: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor
         others = candidates[:, None] & (rows[:, None] != number)
         nearest.append(cosine.masked_fill(~others, -torch.inf).amax(-1))
     return torch.cat(nearest, 1).masked_fill(~candidates, torch.inf).argmin(1)
+
+
+def principal_groups(features: torch.Tensor, number: int) -> torch.Tensor:
+    """`(tokens,)` long: the principal direction, of the `number` first ones, on which a token weighs most.
+
+    The directions are those of the sigmoid of the features `(tokens, dim)`, tokens as columns, each less its mean.
+    """
+    y = torch.sigmoid(features)
+    y = y - y.mean(1, keepdim=True)
+    if y.shape[0] <= y.shape[1]:
+        loading = torch.linalg.eigh(y @ y.T).eigenvectors[:, -number:]
+    else:  # of more tokens than numbers, by the smaller matrix
+        value, vector = torch.linalg.eigh(y.T @ y)
+        loading = y @ vector[:, -number:] / value[-number:].clamp(min=torch.finfo(y.dtype).tiny).sqrt()
+    return loading.abs().flip(1).argmax(1)
+
+
+def survivors(group: torch.Tensor, cosine: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    """`(tokens,)` bool: the tokens of each group that are not too much like a better one that survives.
+
+    Args:
+        group: `(tokens,)` long, of tokens from the best to the worst; cosine: `(tokens, tokens)`.
+    """
+    number = torch.arange(len(group), device=group.device)
+    worse = (group == group[:, None]) & (number[:, None] < number)
+    hides = (worse & (cosine > tau)).float()
+    left, before = torch.ones_like(group, dtype=torch.bool), None
+    while before is None or not torch.equal(left, before):  # a few rounds, as many as the longest chain of likes
+        before, left = left, left.float() @ hides == 0
+    return left
 
 
 def dedupe(unit: torch.Tensor, target: int, step: int = 8) -> torch.Tensor:
