@@ -48,6 +48,10 @@ NATIVE = "native"
 TOKENS = ("tokens_before", "tokens_after", "layer_average", "output_tokens")
 #: Options with which a method that a model does not run was tried, where it has some for such models.
 TRIED = {("scene-qwen", name): {"fallback": "received"} for name in ("tcc", "vtc_cls")}
+#: What a model runs and is not asked, and why.
+ELSEWHERE = {
+    ("scene-qwen", "downsample"): "is a smaller picture here, and so the native rival, which has runs of its own"
+}
 SPLIT_OF = {f"{group}_mixed": split for split, group in tasks.GROUPS.items()}
 #: Tasks about things that are not there, by which a yes is told to be false.
 FALSE_YES = {f"{group}_absent": split for split, group in tasks.GROUPS.items()}
@@ -128,6 +132,7 @@ def absent(config: Config) -> list[dict[str, Any]]:
             for budget in lacking:
                 cell = cells.cell_of(setting, entry, budget if takes else None, None, "-", None)
                 why = cells.impossible(cell, facts) or registry.find(name).refuses_inputs.get("image")
+                why = why or ELSEWHERE.get((setting.name, name))
                 if why is None:
                     raise SystemExit(
                         f"{name} runs on {setting.name} at {budget}, and configs/table.yaml leaves it out."

@@ -113,13 +113,14 @@ def test_what_is_said_of_methods_follows(made):
     assert "differ for certain on sparse pictures at 50 % (-100.0) and on crowded pictures at 50 % (-100.0)" in told
     assert "| scene-llava, 50 % | 0 | 33 | 0 | 100 |  |  | **+100.0** [+82.4, +100.0] |" in told
     assert f"({2 * ABSENT} of scene-llava)" in told
-    assert "for certain at: scene-llava, 50 %; less often at: none" in told
+    assert "say yes more often for certain at:\nscene-llava, 50 %; less often at: none." in told
+    assert "as means over the same methods: 100 at most" in told
     assert "2 cells of the run are missing" in told
     assert r"| `lrs` | scene-llava | it cannot \| at all |" in told
     swapped = json.loads(json.dumps(made).replace("fopru", "@").replace("divprune", "fopru").replace("@", "divprune"))
     other = page.page(lines.Table(swapped, None))
     assert "on sparse pictures at 50 % (+100.0)" in other
-    assert "for certain at: none; less often at: scene-llava, 50 %" in other
+    assert "for certain at:\nnone; less often at: scene-llava, 50 %" in other
 
 
 def test_what_compares_pixels_is_in_no_group_and_both_are_told(made):
@@ -166,6 +167,11 @@ def test_long_answers_stand_beside_short_ones(made):
     (line,) = [line for line in told.splitlines() if line.startswith("| `fopru`, 50 % | 40.0 | **-50.0**")]
     assert line.endswith("| 50.0 | 70 |")
     assert "| unpruned | 90.0 |  |  | 10.0 | 70 |" in told
+    assert "are made up" not in told  # there is no method that goes by likeness
+    row = answered("divprune", 0.5, {})[0] | {"task": lines.LONG, "count": 20, "model": "scene-llava-long"}
+    made["rows"].append(row | {"scores": [0.3] * 20, "made_up": 0.7, "output_tokens": 70})
+    told = page.page(lines.Table(made, None))
+    assert "name 50 % with attention and 70 % with likeness at 50 % are made up (unpruned 10 %)." in told
 
 
 def test_random_without_all_its_seeds_is_no_row(made):

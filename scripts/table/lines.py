@@ -178,10 +178,16 @@ class Table:
         self.models = [model for model in models if {NONE, "random"} <= {line.label for line in model.lines}]
         longs = [row for row in rows if row["task"] == LONG]
         self.long = Model(longs[0]["model"], longs, []) if longs else None
-        self.made_up = {(row["label"], (row["budget"] or {}).get("keep"), row["seed"]): row["made_up"] for row in longs}
+        self.shares: dict[tuple[str, float | None], list[float]] = {}
+        for row in longs:
+            self.shares.setdefault((row["label"], (row["budget"] or {}).get("keep")), []).append(row["made_up"])
         self.comparisons = adjust(self.models)
         if self.long is not None:
             self.long_comparisons = adjust([self.long])
+
+    def made_up(self, line: Line) -> float:
+        """Of the things that a line's long answers name, the share that is not there, seeds averaged."""
+        return float(np.mean(self.shares[line.label, line.budget]))
 
 
 def adjust(models: Iterable[Model]) -> int:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-import numpy as np
 from table_results import NATIVE
 
 from vlmprune import registry
 from vlmprune.methods.base import LOOKS_AT
-from vlmprune.spec import NONE
 
 from .lines import BUDGETS, Line, Model, Table
 from .words import listed, markdown, name_of, percent
@@ -82,18 +80,15 @@ def long_captions(table: Table) -> str:
     if table.long is None:
         return ""
     model = table.long
-    made = {}
-    for (label, budget, _), value in table.made_up.items():
-        made.setdefault((label, budget), []).append(value)
     length = model.full.tokens["output_tokens"]
     rows = []
     for budget in [one for one in BUDGETS if model.at(one)]:
         for line in sorted(model.at(budget), key=lambda line: (list(GROUPS).index(line.group), -line.score)):
             told = [str(line.against[base]) if base in line.against else "" for base in ("full", "random")]
             tokens = f"{line.tokens['output_tokens']:.0f}"
-            lost = f"{100 * np.mean(made[line.label, budget]):.1f}"
+            lost = f"{100 * table.made_up(line):.1f}"
             rows.append([f"{name_of(line, model)}, {percent(budget)}", f"{line.score:.1f}", *told, lost, tokens])
-    full = f"{100 * np.mean(made[NONE, None]):.1f}"
+    full = f"{100 * table.made_up(model.full):.1f}"
     rows.insert(0, ["unpruned", f"{model.full.score:.1f}", "", "", full, f"{length:.0f}"])
     told = f"""\
 `{model.name}` is scene-llava, taught for a few minutes to describe a picture at length

@@ -128,9 +128,11 @@ def kinds(table: Table) -> str:
     text = f"""\
 **Attention or diversity?** Public findings: the tower's attention does better on simple pictures, diversity on
 crowded ones. Here ({model.name}, means over the methods of a group) the two differ for certain {told}; a plus is for
-diversity. The groups are those of `vlmprune ls methods`, without what compares raw pixels (`showui`); they were fixed
-before these answers, but after others had shown how far off that is. With it among likeness the two differ
-{with_pixels}. Last column: likeness minus attention, corrected within this table:"""
+diversity. The groups are those of `vlmprune ls methods`, without what compares raw pixels (`showui`). They were fixed
+before these answers, but after others, in which `showui` was far off (it spent a budget on a picture's top rows, and no
+longer does). With it among likeness the two differ
+{with_pixels}. Last column: likeness
+minus attention, corrected within this table:"""
     return f"{text}\n\n{markdown(['scenes, tokens left', *KINDS.values(), 'difference'], rows)}"
 
 
@@ -180,7 +182,7 @@ def lengths(table: Table) -> str:
 
 def false_yes(table: Table) -> str:
     """Whether diversity hallucinates more: a yes where there is nothing."""
-    rows, apart, count = [], [], {}
+    rows, apart, count, most = [], [], {}, 0.0
     for model, budget, lines in cells(table):
         rates = means(lines, lambda line: line.said_yes)
         if not {"tower", "features"} <= set(rates) or not len(model.full.said_yes):
@@ -189,6 +191,7 @@ def false_yes(table: Table) -> str:
         names = [str(place) for place in range(len(model.full.said_yes))]
         apart += differences(names, [rates["features"]], [rates["tower"]])
         told = [f"{100 * rates[group].mean():.0f}" if group in rates else "" for group in KINDS]
+        most = max(most, *(100 * rate.mean() for rate in rates.values()))
         shown = [f"{100 * one.said_yes.mean():.0f}" for one in (model.full, model.random(budget))]
         rows.append([title(model, budget), *shown, *told])
         count[model.name] = len(model.full.said_yes)
@@ -198,12 +201,27 @@ def false_yes(table: Table) -> str:
     asked_of = listed([f"{number} of {name}" for name, number in count.items()])
     told = f"""\
 **Does diversity hallucinate more?** Public findings say so. Per cent of the questions `is there a ... ?` about things
-that are not in the picture ({asked_of}) which are answered yes, as means over the same methods. Methods that go by
-likeness say yes more often for certain at: {listed(more)}; less often at: {listed(less)}. Last column: likeness minus
-attention, corrected within this table:"""
+that are not in the picture ({asked_of}) which are answered yes, as means over the same methods: {most:.0f} at most, for
+these models say no to what they do not see. Methods that go by likeness say yes more often for certain at:
+{listed(more)}; less often at: {listed(less)}.{made_up(table)} Last column: likeness minus attention, corrected within
+this table:"""
     rows = [[*row, str(one)] for row, one in named]
     header = ["model, tokens left", "unpruned", "`random`", *KINDS.values(), "difference"]
     return f"{told}\n\n{markdown(header, rows)}" if rows else ""
+
+
+def made_up(table: Table) -> str:
+    """What long answers name that is not there, by groups."""
+    found = []
+    for budget in BUDGETS if table.long is not None else ():
+        shares = means(table.long.at(budget, controls=False), lambda line: np.array(table.made_up(line)))
+        if {"tower", "features"} <= set(shares):
+            two = [percent(float(shares[group])) for group in ("tower", "features")]
+            found.append(f"{two[0]} with attention and {two[1]} with likeness at {percent(budget)}")
+    if not found:
+        return ""
+    whole = percent(table.made_up(table.long.full))
+    return f" Of the things that [long answers](#long-answers) name {listed(found)} are made up (unpruned {whole})."
 
 
 def times(table: Table) -> str:
