@@ -167,11 +167,11 @@ def test_long_answers_stand_beside_short_ones(made):
     (line,) = [line for line in told.splitlines() if line.startswith("| `fopru`, 50 % | 40.0 | **-50.0**")]
     assert line.endswith("| 50.0 | 70 |")
     assert "| unpruned | 90.0 |  |  | 10.0 | 70 |" in told
-    assert "are made up" not in told  # there is no method that goes by likeness
+    assert "are made up:" not in told  # there is no method that goes by likeness
     row = answered("divprune", 0.5, {})[0] | {"task": lines.LONG, "count": 20, "model": "scene-llava-long"}
     made["rows"].append(row | {"scores": [0.3] * 20, "made_up": 0.7, "output_tokens": 70})
     told = page.page(lines.Table(made, None))
-    assert "name 50 % with attention and 70 % with likeness at 50 % are made up (unpruned 10 %)." in told
+    assert "are made up: 50 % by attention and 70 % by likeness with 50 % of the tokens; unpruned 10 %." in told
 
 
 def test_random_without_all_its_seeds_is_no_row(made):

@@ -217,11 +217,11 @@ def made_up(table: Table) -> str:
         shares = means(table.long.at(budget, controls=False), lambda line: np.array(table.made_up(line)))
         if {"tower", "features"} <= set(shares):
             two = [percent(float(shares[group])) for group in ("tower", "features")]
-            found.append(f"{two[0]} with attention and {two[1]} with likeness at {percent(budget)}")
+            found.append(f"{two[0]} by attention and {two[1]} by likeness with {percent(budget)} of the tokens")
     if not found:
         return ""
     whole = percent(table.made_up(table.long.full))
-    return f" Of the things that [long answers](#long-answers) name {listed(found)} are made up (unpruned {whole})."
+    return f" Of the things named in [long answers](#long-answers) are made up: {'; '.join(found)}; unpruned {whole}."
 
 
 def times(table: Table) -> str:
