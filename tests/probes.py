@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.generation import BaseStreamer
 
 from vlmprune import Cut, Decoder, Layout, Merge, Method, Reduction
+from vlmprune.parts import Schedule
 from vlmprune.parts.tracing import trace_packing
 from vlmprune.patches import family_of
 
@@ -54,6 +55,11 @@ class Rules(Method):
 
 def rules(*given: Rule) -> Rules:
     return Rules(tuple(given))
+
+
+def left(method: Method, total: int, stage: int, share: tuple[float, ...] = ()) -> int:
+    """Tokens of an image's `total` that a staged method keeps behind a cut; `share` is `Schedule.shares`."""
+    return Schedule(method.keep_ratios, share, method.keep, method.average).left(total, stage)
 
 
 def step_inputs(inputs: dict) -> dict:

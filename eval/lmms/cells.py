@@ -13,7 +13,7 @@ from vlmprune.engine.compile import compile_cuts
 from vlmprune.errors import UnsupportedError
 from vlmprune.eval.config.entries import Budget, Entry, unique
 from vlmprune.eval.config.schema import Setting
-from vlmprune.methods.controls import Downsample
+from vlmprune.methods.downsample import Downsample
 from vlmprune.parts.facts import ModelFacts
 from vlmprune.patches import FAMILIES
 from vlmprune.spec import NONE

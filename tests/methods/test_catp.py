@@ -15,8 +15,7 @@ from waits import reads
 
 import vlmprune
 from vlmprune.methods import Catp
-from vlmprune.methods.catp import queries
-from vlmprune.parts import OwnText, QuestionMarks, coverage
+from vlmprune.parts import OwnText, QuestionMarks, coverage, queries
 
 F64 = torch.float64
 ALIGNMENT, LIKENESS = 3.0, 0.04  # so that both halves of a score decide

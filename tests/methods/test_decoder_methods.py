@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 
+import probes
 import pytest
 import reference
 import tiny
@@ -14,7 +15,8 @@ from torch.nn.functional import cosine_similarity, normalize
 import vlmprune
 from vlmprune import registry
 from vlmprune.methods import GlobalCom2, TransPrune
-from vlmprune.methods.transprune import Transition, accumulated
+from vlmprune.methods.transprune import accumulated
+from vlmprune.parts import Transition
 from vlmprune.patches import family_of
 
 F64 = torch.float64
@@ -132,12 +134,12 @@ def test_transprune_counts():
     for total in (1, 3, 10, 19, 100, 110, 576, 2343):
         # as arithmetic has it, and not as floats have it: 0.29 of 100 is 29; at least one token
         exact = [Fraction(r).limit_denominator(100) for r in plain.keep_ratios]
-        assert [plain.count(total, i) for i in range(3)] == [max(1, int(total * r)) for r in exact]
-    assert (plain.count(100, 1), plain.count(10, 2)) == (29, 1)
+        assert [probes.left(plain, total, i) for i in range(3)] == [max(1, int(total * r)) for r in exact]
+    assert (probes.left(plain, 100, 1), probes.left(plain, 10, 2)) == (29, 1)
     share = (2 / 32, 3 / 32, 20 / 32)
     for method in (plain, TransPrune(keep=5), TransPrune(keep=0.5), TransPrune(average=40), TransPrune(average=0.5)):
-        assert [method.count(0, i, share) for i in range(3)] == [0, 0, 0]
-        assert all(method.count(100, i, share) >= 1 for i in range(3))
+        assert [probes.left(method, 0, i, share) for i in range(3)] == [0, 0, 0]
+        assert all(probes.left(method, 100, i, share) >= 1 for i in range(3))
 
 
 @pytest.mark.parametrize("method", ["transprune", "fastv", "random", "todre"])

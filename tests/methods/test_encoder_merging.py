@@ -15,7 +15,7 @@ import vlmprune
 from vlmprune import CutNotRunError, UnsupportedError
 from vlmprune.engine.channels import OWNER
 from vlmprune.engine.encode import Call
-from vlmprune.methods.tome import PiToMe, ToMe
+from vlmprune.methods import PiToMe, ToMe
 from vlmprune.parts.merging import match_alternating, match_energy, spread_evenly
 
 F64 = torch.float64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,8 @@ import torch
 from probes import hand_layout, raster
 from safetensors.torch import load_file
 
-from vlmprune.methods import CDPruner, HiPrune, PruMerge, PruMergePlus, VisPruner
+from vlmprune.methods import CDPruner, HiPrune, PruMerge, PruMergePlus, VisionZip, VisPruner
 from vlmprune.methods.cdpruner import likeness, rescaled
-from vlmprune.methods.visionzip import zip_view
 from vlmprune.parts import Views
 from vlmprune.parts.diversity import greedy_diversity, most_apart, weighted_det
 from vlmprune.parts.merging import picked
@@ -43,16 +43,19 @@ def test_divprune_picks_in_the_published_order(case):
 def test_visionzip_makes_the_published_tokens(case):
     hidden, row, keys = (tensor(case, name) for name in ("hidden", "cls_attention", "keys"))
     row = row.sum(0) if row.ndim == 2 else row
-    strong, contextual = case["params"]["dominant"], case["params"]["contextual"]
-    present = torch.ones(1, len(hidden) - 1, dtype=torch.bool)
-    dominant, targets, into, weight = zip_view(row[None], keys[None, 1:], present, [strong], [contextual])
-    assert [0, *(dominant[0].nonzero().flatten() + 1).tolist()] == sorted(tensor(case, "dominant_with_cls").tolist())
-    patches = hidden[None, 1:]
-    merged = patches + torch.zeros_like(patches).scatter_add(
-        1, into[..., None].expand_as(patches), patches * weight[..., None]
+    dominant, contextual = case["params"]["dominant"], case["params"]["contextual"]
+    keep, side = dominant + contextual + 1, math.isqrt(len(row))
+    pick = VisionZip(keep=keep, contextual=contextual / keep).merge(
+        {0: row[None], 1: keys[None]}, Views([raster(side, side)])
     )
-    made = torch.cat((hidden[:1], patches[0][dominant[0]], merged[0][targets[0]]))
-    torch.testing.assert_close(made, tensor(case, "tokens"))
+    assert {0, *(pick.keep[0].nonzero().flatten() + 1).tolist()} > set(tensor(case, "dominant_with_cls").tolist())
+    made, want = picked(hidden[None], pick)[0, 1:][pick.keep[0]], tensor(case, "tokens")
+    # the released code puts [CLS] first, then those that merge last
+    at = torch.cdist(want.double(), made.double()).argmin(1)
+    assert sorted(at.tolist()) == list(range(keep))
+    assert at[1 : dominant + 1].tolist() == sorted(at[1 : dominant + 1].tolist())
+    torch.testing.assert_close(made[at], want)
+    assert torch.equal(made[at[: dominant + 1]], hidden[tensor(case, "dominant_with_cls").sort().values])
 
 
 @pytest.mark.parametrize("case", cases("cdpruner"))

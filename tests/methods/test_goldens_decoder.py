@@ -6,15 +6,17 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import probes
 import pytest
 import torch
 
 from vlmprune.cost.flops import prefill_flops
 from vlmprune.methods.fastv import FastV
 from vlmprune.methods.todre import stage2_layer
-from vlmprune.methods.transprune import TransPrune, transition
+from vlmprune.methods.transprune import TransPrune
 from vlmprune.parts.attention import attention_mass, split_heads
 from vlmprune.parts.cuts import schedule_layers
+from vlmprune.parts.decoder_taps import transition
 from vlmprune.parts.diversity import greedy_diversity
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "goldens/decoder_methods.json").read_text())
@@ -126,7 +128,7 @@ def test_transprune_schedule():
     assert list(method.prune_layers) == prune
     assert list(method.keep_ratios) == given["keep_ratio_of_original"]
     assert schedule_layers(method.prune_layers, layers) == prune
-    counts = {n: [method.count(n, stage) for stage in range(3)] for n in (576, 2880, 2343)}
+    counts = {n: [probes.left(method, n, stage) for stage in range(3)] for n in (576, 2880, 2343)}
     for n, left in counts.items():
         assert left == expected[f"keep_{n}"]
     assert per_layer(counts[576], prune, layers, 576) == expected["per_layer_576"]
@@ -157,7 +159,7 @@ def test_transprune_schedule():
         "guess_with_visionzip_192": (192, (0.5, 0.25, 0.125)),
     }
     for name, (n, ratios) in guesses.items():
-        left = [TransPrune(keep_ratios=ratios).count(n, stage) for stage in range(3)]
+        left = [probes.left(TransPrune(keep_ratios=ratios), n, stage) for stage in range(3)]
         assert tflops(per_layer(left, prune, layers, n)) == pytest.approx(totals[name], rel=1e-12)
 
 
@@ -165,5 +167,5 @@ def test_average_solves_for_published_counts():
     assert [FastV(average=t).left(576, 2 / 32) for t in (192, 128, 64)] == [166, 98, 30]
     share = tuple((b - a) / 32 for a, b in pairwise([7, 9, 12, 32]))
     method = TransPrune(average=236)
-    left = [method.count(576, stage, share) for stage in range(3)]
+    left = [probes.left(method, 576, stage, share) for stage in range(3)]
     assert sum(per_layer(left, [7, 9, 12], 32, 576)) / 32 == pytest.approx(236, abs=1.5)

@@ -7,7 +7,7 @@ import torch
 from probes import anyres, hand_layout, kept, raster
 
 from vlmprune.methods import HiPrune
-from vlmprune.methods.hiprune import neighbours
+from vlmprune.parts import neighbours
 
 SIDE = hand_layout(raster(4, 5))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import probes
 import pytest
 import tiny
 
@@ -60,7 +61,7 @@ def test_transprune_accumulates_up_to_its_last_cut(options, match):
 def test_transprune_has_nothing_to_stretch(budget):
     with pytest.raises(ValueError, match=r"keep_ratios=\(1\.0, 1\.0, 1\.0\) remove nothing that"):
         TransPrune(keep_ratios=(1.0, 1.0, 1.0), **budget)
-    assert TransPrune(keep_ratios=(1.0, 1.0, 1.0)).count(10, 2) == 10
+    assert probes.left(TransPrune(keep_ratios=(1.0, 1.0, 1.0)), 10, 2) == 10
 
 
 def test_transprune_takes_lists_and_ranges():

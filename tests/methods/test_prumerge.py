@@ -10,8 +10,7 @@ from probes import raster
 import vlmprune
 from vlmprune import UnsupportedError
 from vlmprune.methods import PruMerge, PruMergePlus
-from vlmprune.methods.prumerge import outliers
-from vlmprune.parts import Views
+from vlmprune.parts import Views, outlying
 
 
 def by_hand(model, pixels, keep, neighbours):
@@ -48,7 +47,7 @@ def test_its_anchors_are_what_they_are_by_hand(keep, neighbours):
 def test_the_picture_says_how_many():
     row = torch.full((1, 36), 0.01)
     row[0, [3, 17, 30]] = torch.tensor([0.3, 0.2, 0.1])
-    assert outliers(row, torch.ones(1, 36, dtype=torch.bool)).tolist() == [3]
+    assert (outlying(row) > 0)[0].nonzero().flatten().tolist() == [3, 17, 30]
     keys, views = torch.randn(1, 36, 8, generator=torch.Generator().manual_seed(0)), Views([raster(6, 6)])
     kept = PruMerge().merge({0: row, 1: keys}, views).keep[0]
     assert kept.nonzero().flatten().tolist() == [0, 3, 17, 30]  # the first place is that of the rest

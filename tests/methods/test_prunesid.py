@@ -8,7 +8,8 @@ from probes import hand_layout, kept, raster
 
 from vlmprune import spec
 from vlmprune.methods import PruneSID
-from vlmprune.methods.prunesid import allotted, groups, survivors
+from vlmprune.methods.prunesid import allotted
+from vlmprune.parts import principal_groups, survivors
 
 
 @pytest.mark.parametrize("dim", [12, 80])  # more tokens than numbers, and fewer
@@ -16,8 +17,8 @@ def test_groups_are_of_the_principal_direction_on_which_a_token_weighs_most(dim)
     x = torch.randn(40, dim, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     y = torch.sigmoid(x).T
     loading = torch.linalg.svd(y - y.mean(0), full_matrices=False).Vh[:6].T
-    assert groups(x, 6).tolist() == loading.abs().argmax(1).tolist()
-    assert groups(x, 6).tolist() != groups(x.flip(0), 6).tolist()
+    assert principal_groups(x, 6).tolist() == loading.abs().argmax(1).tolist()
+    assert principal_groups(x, 6).tolist() != principal_groups(x.flip(0), 6).tolist()
 
 
 def test_what_is_too_much_like_a_better_one_is_suppressed():

@@ -10,8 +10,7 @@ import torch
 import vlmprune
 from vlmprune import UnsupportedError
 from vlmprune.methods import ShowUI
-from vlmprune.methods.showui import kept_of_regions, regions
-from vlmprune.parts import Pixels
+from vlmprune.parts import Pixels, kept_of_regions, regions
 
 F64 = torch.float64
 

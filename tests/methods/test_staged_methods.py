@@ -14,8 +14,9 @@ from torch.nn.functional import cosine_similarity
 import vlmprune
 from vlmprune.methods import Dart, PyramidDrop, SparseVLM, V2Drop
 from vlmprune.methods.dart import farthest_from_pivots
-from vlmprune.methods.sparsevlm import PLUS, RELEASED, raters, recycled, split, strongest
+from vlmprune.methods.sparsevlm import PLUS, RELEASED, recycled, split
 from vlmprune.parts import Schedule, nearest, peaks
+from vlmprune.parts.text_taps import raters, strongest
 from vlmprune.patches import family_of
 
 F64 = torch.float64

@@ -13,11 +13,10 @@ from torch.nn.functional import avg_pool2d, cosine_similarity
 import vlmprune
 from vlmprune import UnsupportedError
 from vlmprune.methods import M3, Tcc, VFlowOpt, ZeroTPrune
-from vlmprune.methods.tcc import density, outlying
-from vlmprune.methods.vflowopt import context_relevance, recycle
-from vlmprune.methods.zero_tprune import PageRank, without_doubles
-from vlmprune.parts import ModelFacts
+from vlmprune.methods.zero_tprune import without_doubles
+from vlmprune.parts import ModelFacts, PageRank, outlying, recycle
 from vlmprune.parts.cells import nested_cells
+from vlmprune.parts.vector_taps import context_relevance, density
 
 F64 = torch.float64
 LAYER = 4  # whose output becomes the features, of 6

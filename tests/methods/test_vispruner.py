@@ -7,8 +7,7 @@ import torch
 from probes import hand_layout, kept, raster
 
 from vlmprune.methods import FasterVLM, VisPruner
-from vlmprune.methods.vispruner import dedupe
-from vlmprune.parts import ModelFacts, VisionAttention
+from vlmprune.parts import ModelFacts, VisionAttention, dedupe
 
 
 def test_near_duplicates_go_first():

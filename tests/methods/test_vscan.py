@@ -9,7 +9,8 @@ from probes import hand_layout, kept, raster
 
 import vlmprune
 from vlmprune.methods import VScan
-from vlmprune.methods.vscan import nearest_mean, two_scans
+from vlmprune.methods.vscan import two_scans
+from vlmprune.parts import nearest_mean
 
 LAYOUT = hand_layout(raster(8, 8))
 

@@ -7,6 +7,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
+import probes
 import pytest
 import torch
 from hypothesis import given, settings
@@ -97,8 +98,8 @@ def test_every_method_floors_alike():
     """`grid` and `transprune` gave 2016 where all others gave 2015."""
     facts = ModelFacts("llava", 24, 22, True, decoder_layers=32, views=False, view_patches=2880)
     ratios = TransPrune(keep_ratios=(0.9, 0.8, 0.7))
-    assert [ratios.count(2880, stage) for stage in range(3)] == [2592, 2304, 2016]
-    assert TransPrune(keep=0.7).count(2880, 2) == count(0.7, 2880) == 2016
+    assert [probes.left(ratios, 2880, stage) for stage in range(3)] == [2592, 2304, 2016]
+    assert probes.left(TransPrune(keep=0.7), 2880, 2) == count(0.7, 2880) == 2016
     (*_, last) = ToMe(keep=0.7).cuts(facts)
     assert last.reduce.keywords["clusters"] == 2016
     assert grid_shape(count(0.49, 100), 10, 10) == (7, 7)

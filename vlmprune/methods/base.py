@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from vlmprune.errors import UnsupportedError, did_you_mean
 from vlmprune.parts.budget import check_keep, count
-from vlmprune.parts.cuts import AnyCut, Cut, Decoder, Pick, Positions, ProjectorCut, Reduction
+from vlmprune.parts.cuts import (
+    AnyCut,
+    Clusters,
+    Cut,
+    Decoder,
+    Merge,
+    Pick,
+    Positions,
+    ProjectorCut,
+    Reduction,
+    TowerCut,
+    Vision,
+)
 from vlmprune.parts.facts import ModelFacts, need_patches
 from vlmprune.parts.layout import Layout, Views
-from vlmprune.parts.options import ascending, checked, falling, hints
-from vlmprune.parts.schedules import DEPTH, Schedule, decoder_cuts
-from vlmprune.parts.selection import AnyNewlines, Newlines, keep_patches
-from vlmprune.parts.taps import Kept, Seen, Tap
+from vlmprune.parts.merging import first_of_cluster, spread_evenly
+from vlmprune.parts.options import Layers, Ratios, checked, hints
+from vlmprune.parts.schedules import Schedule, decoder_cuts
+from vlmprune.parts.selection import AnyNewlines, Keep, Newlines, Scope, candidates, contest, keep_patches, select
+from vlmprune.parts.taps import ClusterOf, Kept, Seen, Tap
+from vlmprune.parts.templates import QuestionMarks, question_of, told_question
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LOOKS_AT", "REGISTERED", "BehindTower", "Budgeted", "InTower", "Method", "Pruner", "Staged", "register"]
+__all__ = ["LOOKS_AT", "REGISTERED", "Asking", "BeforeLLM", "BehindTower", "Budgeted", "InTower", "Method", "Pruner"]
+__all__ += ["Staged", "TowerMerging", "register"]
+# the words of every method's contract, which come with its base class
+__all__ += ["AnyCut", "AnyNewlines", "Cut", "Decoder", "Layout", "Merge", "ModelFacts", "Newlines", "Pick"]
+__all__ += ["Positions", "Reduction", "Seen", "Tap", "UnsupportedError"]
 
 KINDS = ("image", "video", "shrunk", "single")  # of inputs that a method may refuse
 
@@ -179,6 +198,82 @@ class Pruner(Budgeted):
     positions: Positions | None = None
     newlines: Newlines = "all"
 
+    def in_stages(
+        self,
+        layers: list[int],
+        see: Callable[[int], tuple[Tap, ...]],
+        reduce: Callable[..., Reduction],
+        positions: Positions | None = None,
+    ) -> list[AnyCut]:
+        """A cut at the input of each of some decoder layers: what it sees, and `reduce` told its number as `stage`."""
+        positions = positions or self.positions
+        return [
+            Cut(Decoder(layer), see(layer), partial(reduce, stage=stage), positions)
+            for stage, layer in enumerate(layers)
+        ]
+
+    def among(self, layout: Layout) -> torch.Tensor:
+        """Who competes by the method's rule for newlines: `(images, tokens)` bool."""
+        return candidates(layout, self.newlines)[0]
+
+    def contest(self, layout: Layout, keep: Keep | None = None) -> tuple[torch.Tensor, list[int], list[int] | None]:
+        """`parts.contest` for the method's budget, or another one."""
+        return contest(layout, self.budget if keep is None else keep, self.newlines)
+
+    def best(self, scores: torch.Tensor, layout: Layout, keep: Keep | None = None, scope: Scope = "image") -> Reduction:
+        """`parts.select` by the method's budget, or another one."""
+        return select(scores, self.budget if keep is None else keep, layout, self.newlines, scope)
+
+    def kept(
+        self,
+        mask: torch.Tensor,
+        layout: Layout,
+        counts: list[int] | None,
+        scores: torch.Tensor | None = None,
+        merge: Merge | None = None,
+    ) -> Reduction:
+        """`parts.keep_patches` by the method's rule for newlines."""
+        return keep_patches(mask, layout, counts, self.newlines, scores, merge)
+
+
+@dataclass(frozen=True)
+class BeforeLLM(Pruner):
+    """A method with a single cut, before the language model: `see` says what it looks at, `reduce` what stays."""
+
+    sees: ClassVar[tuple[Tap, ...]] = ()
+
+    @property
+    def reorders(self) -> bool:
+        """Whether `reduce` writes tokens in an order of its own (`Cut.reorders`)."""
+        return False
+
+    def see(self, facts: ModelFacts) -> tuple[Tap, ...]:
+        """The taps that `reduce` gets, in this order: `sees`, where they do not hang on the model; raises as `cuts`."""
+        return self.sees
+
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        see = tuple(dict.fromkeys(self.see(facts)))
+        return [Cut(Decoder(0), see, self.reduce, self.positions, self.reorders)]
+
+    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
+        """Pure: what was seen in, decision out."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Asking(Pruner):
+    """A method that looks for the question in a prompt.
+
+    Args:
+        question: how a chat template marks it: a processor, which the command and the evaluation ask. None takes all
+            text behind the last picture for it.
+    """
+
+    question: Annotated[QuestionMarks | None, told_question] = None
+
+    def told_by(self, processor: Any) -> Self:
+        return self if self.question is not None else replace(self, question=question_of(processor))
+
 
 @dataclass(frozen=True)
 class InTower(Pruner):
@@ -218,7 +313,56 @@ class InTower(Pruner):
         # where packing cuts padding off, what is left of a view hangs on the picture
         whole = all(p == math.prod(grid.side) for grid in layout.grids for p in grid.patches_per_view)
         counts = [left * grid.views for grid in layout.grids] if whole else None
-        return keep_patches(keep & layout.patches, layout, counts, self.newlines)
+        return self.kept(keep & layout.patches, layout, counts)
+
+
+@dataclass(frozen=True)
+class TowerMerging(InTower):
+    """A method that merges tokens in every tower layer up to the feature layer, and keeps one of every cluster.
+
+    Args:
+        weigh: proportional attention: later layers count a token as often as the patches it stands for.
+    """
+
+    stage = "vision tower, every layer"
+    needs = "the tower's keys or hidden states"
+    looks_at = "features"
+
+    weigh: bool = False
+
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        layers, left = facts.feature_layer + 1, facts.view_patches
+        cuts: list[AnyCut] = []
+        for layer, removed in enumerate(self.schedule(left, self.left(facts), layers)):
+            if removed > left // 2:
+                raise ValueError(
+                    f"{self.word}={self.budget} would merge {removed} of {left} tokens in one layer, at most half can "
+                    f"go: raise {self.word} (this tower has {layers} layers to merge in)."
+                )
+            if removed:
+                at, see, match = self.matching(layer, facts)
+                match = partial(self.match, by=partial(match, removed=removed, has_cls=facts.has_cls))
+                cuts.append(TowerCut(at, (see,), match, self.weigh))
+            left -= removed
+        return [*cuts, Cut(Decoder(0), (ClusterOf(),), partial(self.reduce, clusters=left), self.positions)]
+
+    def schedule(self, patches: int, target: int, layers: int) -> list[int]:
+        """Tokens to merge away in each layer, to get from `patches` to `target`."""
+        return spread_evenly(patches - target, layers)
+
+    def matching(self, layer: int, facts: ModelFacts) -> tuple[Vision, Tap, Callable[..., Clusters]]:
+        """Where in tower layer `layer`, or at its end, it merges, by what, and how it is matched."""
+        raise NotImplementedError
+
+    def match(self, seen: Seen, sizes: torch.Tensor, by: Callable[[torch.Tensor], Clusters]) -> Clusters:
+        """Pure: `(views, tokens, dim)` keys or hidden states in, clusters out."""
+        (metric,) = seen.values()
+        return by(metric)
+
+    def reduce(self, seen: Seen, layout: Layout, clusters: int) -> Reduction:
+        """Pure: cluster numbers in, one token per cluster stays."""
+        (cluster,) = seen.values()
+        return self.stays(first_of_cluster(cluster, layout), layout, clusters)
 
 
 @dataclass(frozen=True)
@@ -250,7 +394,7 @@ class BehindTower(Pruner):
         (kept,) = seen.values()
         free = self.keep is None and self.average is None
         counts = None if free else [sum(Views([grid]).shares(self.budget)) for grid in layout.grids]
-        return keep_patches(kept & layout.patches, layout, counts, self.newlines)
+        return self.kept(kept & layout.patches, layout, counts)
 
 
 @dataclass(frozen=True)
@@ -268,8 +412,8 @@ class Staged(Pruner):
 
     optional = True
 
-    prune_layers: Annotated[tuple[int, ...], ascending(DEPTH - 1)] = (8, 16, 24)
-    keep_ratios: Annotated[tuple[float, ...], falling()] = (0.5, 0.25, 0.125)
+    prune_layers: Layers = (8, 16, 24)
+    keep_ratios: Ratios = (0.5, 0.25, 0.125)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -282,11 +426,20 @@ class Staged(Pruner):
                 f"keep_ratios={self.keep_ratios} remove nothing that keep= or average= could stretch: lower the last."
             )
 
-    def stages(self, facts: ModelFacts) -> tuple[list[int], Schedule]:
-        """The decoder layers to cut at, and how many tokens stay behind each cut.
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
+        depth = facts.decoder_layers
+        layers = decoder_cuts("prune_layers", self.prune_layers, depth)
+        schedule = Schedule.at(layers, depth, self.keep_ratios, self.keep, self.average)
+        return self.in_stages(layers, partial(self.see, facts=facts), partial(self.reduce, schedule=schedule))
 
-        Raises:
-            ValueError: too few layers, or an `average` that cannot be met.
-        """
-        layers = decoder_cuts("prune_layers", self.prune_layers, facts.decoder_layers)
-        return layers, Schedule.at(layers, facts.decoder_layers, self.keep_ratios, self.keep, self.average)
+    def see(self, layer: int, facts: ModelFacts) -> tuple[Tap, ...]:
+        """The taps that the cut at the input of decoder layer `layer` gets."""
+        raise NotImplementedError
+
+    def score(self, seen: Seen, layout: Layout) -> torch.Tensor:
+        """Pure: what was seen in, `(images, tokens)` out, of which the highest stay."""
+        raise NotImplementedError
+
+    def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule) -> Reduction:
+        """Pure: keep the best."""
+        return self.best(self.score(seen, layout), layout, partial(schedule.left, stage=stage))

@@ -2,84 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-import torch
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity, normalize, pad
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import Asking, Cut, Decoder, Layout, ModelFacts, Positions, Reduction, Seen, register
 from vlmprune.parts import (
     Cover,
-    Cut,
-    Decoder,
-    DecoderLayer,
-    DecoderTap,
     Hidden,
-    Layout,
-    ModelFacts,
-    Must,
+    MeanState,
     OwnText,
-    Positions,
-    QuestionMarks,
-    Reduction,
-    Scene,
     Schedule,
-    Seen,
     TextAttention,
-    capped,
+    Weight,
     count,
-    download,
-    is_number,
-    is_whole,
-    keep_patches,
-    question_of,
+    layer_of,
+    queries,
     schedule_layers,
     select_covering,
-    told_question,
     top_k,
     upcast,
     upload,
 )
 
-__all__ = ["Catp", "queries"]
-
-INNER = Must("a layer from 1 to 30 (of 32, scaled)", partial(is_whole, least=1, most=30))
-WEIGHT = Must("a number of at least 0", partial(is_number, most=float("inf")))
-
-
-def queries(layout: Layout) -> dict[int, int]:
-    """The last picture of every prompt that has several, by batch row."""
-    order = layout.ordinal
-    if len({bool(grid.frames) for grid in layout.grids}) > 1:  # videos are counted behind all images
-        order = download(layout.position[:, 0])
-    last = {layout.sample[i]: i for i in sorted(range(len(layout)), key=order.__getitem__)}
-    return {row: i for row, i in last.items() if layout.sample.count(row) > 1}
-
-
-@dataclass(frozen=True)
-class MeanState(DecoderTap):
-    """Mean state at a decoder layer's input of all tokens from the query's picture on, or of all in front of it.
-
-    Arrives as `(images, dim)` float32 or better, for all pictures of a prompt the same; zeros for a picture alone.
-    """
-
-    part: Literal["query", "context"] = "query"
-
-    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
-        columns, real = scene.sequence.columns, scene.sequence.asked()
-        means = upcast(hidden.new_zeros(len(hidden), hidden.shape[-1]))
-        for row, i in queries(scene.layout).items():
-            behind = columns[row] >= scene.layout.position[i, 0]
-            mine = real[row] & (behind if self.part == "query" else ~behind)
-            means[row] = mine.to(means) @ hidden[row].to(means) / mine.sum().clamp(min=1)
-        return means[upload(scene.layout.sample, hidden.device)]
+__all__ = ["Catp"]
 
 
 @register("catp")
 @dataclass(frozen=True)
-class Catp(Pruner):
+class Catp(Asking):
     """Cut pictures that come with examples: half before the LLM, the other half where it compares them to the query.
 
     The last picture of a prompt is the query's, those in front of it are demonstrations. Before the LLM every picture
@@ -89,17 +42,13 @@ class Catp(Pruner):
     picture keeps what is like the mean of what stands in front of it.
 
     Args:
-        keep: patches per picture left in the end, or a fraction, of demonstrations as their mean; the first cut makes
-            half of the way. A prompt with a single picture has nothing to compare: all goes at the first cut, for which
-            its text is the question.
-        average: the same as a mean over decoder layers.
+        keep: left in the end, of demonstrations as their mean; the first cut makes half of the way, of a picture that
+            is alone all. `average` is the same as a mean over decoder layers.
         layer: K, 0-based, of a 32-layer decoder (paper: 6 of 32 and of 28, 10 of 40); another depth scales it.
         alignment: lambda 1, of a patch's likeness to its picture's text, against the sum over all patches covered.
         likeness: lambda 2, of its likeness to the query, against the gain of attention.
-        question: how a chat template marks a question: a processor, which the command and the evaluation ask. None
-            takes all text, the template's too.
+        question: as of `Asking`, but None takes all text, the template's too.
         positions: original (inferred; the paper does not say).
-        newlines: kept.
     """
 
     summary = "of several pictures with texts: what covers each, then what the last one calls for (one picture: cover)"
@@ -109,14 +58,10 @@ class Catp(Pruner):
     stage = "before the LLM; of several pictures also layers 6 and 7 of 32"
     syncs = 2  # how demonstrations share what is left; five more where images and videos are mixed
 
-    layer: Annotated[int, INNER] = 6
-    alignment: Annotated[float, WEIGHT] = 0.7
-    likeness: Annotated[float, WEIGHT] = 0.6
-    question: Annotated[QuestionMarks | None, told_question] = None
+    layer: Annotated[int, layer_of(32, 1, 30)] = 6
+    alignment: Weight = 0.7
+    likeness: Weight = 0.6
     positions: Positions = "original"
-
-    def told_by(self, processor: Any) -> Catp:
-        return self if self.question is not None else replace(self, question=question_of(processor))
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         depth = facts.decoder_layers
@@ -135,11 +80,7 @@ class Catp(Pruner):
         ]
 
     def left(self, layout: Layout, last: dict[int, int], stage: int, others: Schedule, query: Schedule) -> list[int]:
-        """Patches of every picture behind the first cut (0) and in the end (1), a demonstration's as their mean.
-
-        Args:
-            last: `queries` of the layout.
-        """
+        """Patches of every picture behind the first cut (0) and in the end (1); `last` is `queries` of the layout."""
         return [
             (query if last[row] == i else others).left(grid.patches, stage)
             if row in last
@@ -151,12 +92,10 @@ class Catp(Pruner):
         """Pure: features and the mean embedding of every picture's text in, what enters the LLM out."""
         features, text = map(upcast, seen.values())
         # the cosine of (unit, 1) to another such vector is that of both units, brought to 0..1
-        unit = torch.nn.functional.pad(normalize(features, dim=-1), (0, 1), value=1.0)
+        unit = pad(normalize(features, dim=-1), (0, 1), value=1.0)
         like = (1 + cosine_similarity(features, text[:, None], dim=-1)) / 2
-        covers = []
-        for i, grid in enumerate(layout.grids):
-            patches, mine = unit[i, : grid.tokens], layout.patches[i, : grid.tokens]
-            covers.append([Cover(patches, patches, mine, mine)])
+        images = zip(unit, layout.patches, layout.grids, strict=True)
+        covers = [[Cover.of_each_other(x[: grid.tokens], mine[: grid.tokens])] for x, mine, grid in images]
         counts = left(layout, queries(layout), 0)
         return select_covering(covers, counts, layout, self.newlines, bonus=self.alignment * like)
 
@@ -173,15 +112,12 @@ class Catp(Pruner):
         rows, role = upload(list(last), scores.device), upload(role, scores.device)
         pools = ((role == rows[:, None])[..., None] & layout.patches).flatten(1)
         kept = top_k(scores.flatten().expand(len(pools), -1), counts, pools).any(0).view_as(layout.patches)
-        return keep_patches(kept | (layout.patches & (role < 0)[:, None]), layout, None, self.newlines, scores)
+        return self.kept(kept | (layout.patches & (role < 0)[:, None]), layout, None, scores)
 
     def resemble(self, seen: Seen, layout: Layout, left: partial) -> Reduction:
         """Pure: states and the mean state of the context in, what stays of the query's picture out."""
         hidden, context = seen.values()
         last, scores = queries(layout), cosine_similarity(upcast(hidden), context[:, None], dim=-1)
-        counts = [
-            n if i in last.values() else grid.patches
-            for i, (n, grid) in enumerate(zip(left(layout, last, 1), layout.grids, strict=True))
-        ]
-        kept = top_k(scores, counts, layout.patches)
-        return keep_patches(kept, layout, capped(counts, layout.alive_patches), self.newlines, scores)
+        wanted = zip(left(layout, last, 1), layout.grids, strict=True)
+        counts = [n if i in last.values() else grid.patches for i, (n, grid) in enumerate(wanted)]
+        return self.best(scores, layout, counts)

@@ -7,49 +7,31 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from torch.nn.functional import normalize
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import AnyNewlines, Asking, Cut, Decoder, Layout, ModelFacts, Reduction, Seen, register
 from vlmprune.parts import (
-    AnyNewlines,
-    Clip,
-    Cut,
-    Decoder,
     Hidden,
-    Layout,
-    ModelFacts,
     QuestionIds,
-    QuestionMarks,
     QuestionWords,
-    Reduction,
-    Seen,
-    UnsupportedError,
-    candidates,
-    capped,
-    clip_from,
-    count,
+    clip_for,
     download,
     features_of,
-    keep_patches,
-    question_of,
-    told_question,
-    upload,
-    weighted_det,
+    select_weighted,
+    told_clip,
+    upcast,
 )
 
 __all__ = ["CDPruner", "likeness", "rescaled"]
 
 
 def likeness(patches: torch.Tensor, texts: torch.Tensor, there: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean cosine of every patch to some texts.
+    """Mean cosine of every patch to some texts, `(..., tokens)` float32 or better.
 
     Args:
         patches: `(..., tokens, dim)`; texts: `(..., texts, dim)`; there: `(..., texts)` bool, which texts count.
-
-    Returns:
-        `(..., tokens)` float32 or better.
     """
-    unit = lambda x: torch.nn.functional.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)  # noqa: E731
-    cosine = unit(patches) @ unit(texts).transpose(-1, -2)
+    cosine = normalize(upcast(patches), dim=-1) @ normalize(upcast(texts), dim=-1).transpose(-1, -2)
     if there is None:
         return cosine.mean(-1)
     return (cosine * there[..., None, :]).sum(-1) / there.sum(-1).clamp(min=1)[..., None]
@@ -62,34 +44,22 @@ def rescaled(scores: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
     return torch.where(high > low, (scores - low + 1e-6) / (high - low), 1)
 
 
-def checked_clip(name: str, given: Any) -> Any:
-    """A folder or an id of the hub, a `Clip`, or None."""
-    if not isinstance(given, str | Clip | None):
-        raise ValueError(f"{name}={given!r} must be a folder, an id on the hub, or a vlmprune.parts.Clip.")
-    return given
-
-
 @register("cdpruner")
 @dataclass(frozen=True)
-class CDPruner(Pruner):
+class CDPruner(Asking):
     """Keep patches that matter to the question and differ from each other: a determinantal point process.
 
     The kernel is the cosine of projected patches, with the relevance of both on either side; greedily the patch is kept
-    that makes its determinant largest.
+    that makes its determinant largest. In a later turn the picture stays as it was pruned for an earlier question.
 
     Args:
-        keep, average: patches per image, or a fraction.
         relevance: "clip" (code) asks both halves of the CLIP model whose tower it is, and takes what is *less* like the
             text, for patches of the subject are less like it there. "embeddings" needs no other model: the mean cosine
             of a projected patch to the input embeddings of the question (ours; what is more like it counts).
-        clip: for "clip": a folder or an id on the hub, or a `vlmprune.parts.Clip`. None takes the checkpoint that the
-            tower came from, where the model's config tells it.
-        question: how a chat template marks a question: a processor, which the command and the evaluation ask. None
-            takes all text behind the last picture for it; "clip" cannot do without.
-        positions, newlines: contiguous, kept.
-
-    Relevance is rescaled by the least and the greatest of an image; the released code does so over all views of a
-    batch. In a later turn the picture stays as it was pruned for an earlier question.
+        clip: a folder or an id on the hub, or a `vlmprune.parts.Clip`. None takes the checkpoint that the tower came
+            from, where the model's config tells it.
+        question: a processor, whose chat template marks it (the command and the evaluation ask theirs); None takes all
+            text behind the last picture for it, and "clip" cannot do without.
     """
 
     summary = "patches that matter to the question and differ from each other"
@@ -100,8 +70,7 @@ class CDPruner(Pruner):
     plain_with: ClassVar[dict[str, Any]] = {"relevance": "embeddings", "clip": None}
 
     relevance: Literal["clip", "embeddings"] = "clip"
-    clip: Annotated[Any, checked_clip] = None
-    question: Annotated[QuestionMarks | None, told_question] = None
+    clip: Annotated[Any, told_clip] = None
     newlines: AnyNewlines = "all"
 
     def __post_init__(self) -> None:
@@ -109,37 +78,14 @@ class CDPruner(Pruner):
         if self.relevance == "embeddings" and self.clip is not None:
             raise ValueError("cdpruner: clip= is what relevance='clip' asks, and relevance='embeddings' asks no model.")
 
-    def told_by(self, processor: Any) -> CDPruner:
-        return self if self.question is not None else replace(self, question=question_of(processor))
-
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         if self.relevance == "embeddings":
             see, reduce = (Hidden(), QuestionWords(0, self.question)), self.by_embeddings
         else:
-            self.judge(facts.tower_from)
-            see, reduce = (Hidden(), features_of(facts), QuestionIds(0, self.question)), self.by_clip
-            reduce = partial(reduce, where=facts.tower_from)
+            clip_for("cdpruner", self.clip, facts.tower_from, self.question)
+            see = (Hidden(), features_of(facts), QuestionIds(0, self.question))
+            reduce = partial(self.by_clip, where=facts.tower_from)
         return [Cut(Decoder(0), see, reduce, self.positions)]
-
-    def judge(self, where: str | None) -> Clip:
-        """The CLIP model that says what matters.
-
-        Raises:
-            UnsupportedError: there is none, or nothing marks the question whose text it is to read.
-        """
-        way_out = "or use relevance='embeddings', which needs none"
-        if self.clip is None and where is None:
-            raise UnsupportedError(
-                "cdpruner reads the question by the text half of the CLIP model whose tower the model has, and nothing "
-                f"tells which that is: give clip= a folder or an id on the hub, {way_out}."
-            )
-        if self.question is None:
-            raise UnsupportedError(
-                "cdpruner reads the question as text, which takes the model's tokenizer: give question= the processor "
-                f"(the command and the evaluation do), {way_out}."
-            )
-        given = self.clip or where
-        return clip_from(given) if isinstance(given, str) else given
 
     def by_embeddings(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: projected patches and the question's embeddings in, decision out."""
@@ -149,7 +95,7 @@ class CDPruner(Pruner):
     def by_clip(self, seen: Seen, layout: Layout, where: str | None) -> Reduction:
         """Projected patches, the tower's features and the ids of the question in, decision out."""
         features, tower, ids = seen.values()
-        clip, scores = self.judge(where), []
+        clip, scores = clip_for("cdpruner", self.clip, where, self.question), []
         for patches, row in zip(tower, download(ids), strict=True):
             text = self.question.text([token for token in row if token >= 0])
             scores.append(-likeness(clip.patches(patches), clip.texts(text, patches.device)))
@@ -157,10 +103,6 @@ class CDPruner(Pruner):
 
     def choose(self, features: torch.Tensor, relevance: torch.Tensor, layout: Layout) -> Reduction:
         """By `(images, tokens)` relevance of any scale."""
-        among, totals, available = candidates(layout, self.newlines)
-        counts = [count(self.budget, total) for total in totals]
-        order = weighted_det(features, rescaled(relevance, among), max(counts), among)
-        inside = torch.arange(order.shape[1], device=order.device) < upload(counts, order.device)[:, None]
-        spare = among.new_zeros(len(among), among.shape[1] + 1)
-        picked = spare.scatter(1, torch.where(inside, order, among.shape[1]), True)[:, :-1]
-        return keep_patches(picked & among, layout, capped(counts, available), self.newlines, relevance)
+        among = self.among(layout)
+        reduction = select_weighted(features, rescaled(relevance, among), self.budget, layout, self.newlines)
+        return replace(reduction, scores=relevance)

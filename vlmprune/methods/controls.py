@@ -1,171 +1,67 @@
-"""Controls: what a method must beat. They look at nothing."""
+"""Controls, which look at nothing: what a method must beat. `downsample` is another one."""
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import ClassVar
 
-import torch
+from vlmprune.methods.base import BeforeLLM, Layout, Merge, Reduction, Seen, register
+from vlmprune.parts import Seed, image_cells, laid_out, random_scores
 
-from vlmprune.methods.base import Budgeted, Pruner, register
-from vlmprune.parts import (
-    Cut,
-    Decoder,
-    Layout,
-    Merge,
-    ModelFacts,
-    PixelCut,
-    Reduction,
-    Seed,
-    Seen,
-    UnsupportedError,
-    image_cells,
-    keep_patches,
-    laid_out,
-    need_views,
-    random_scores,
-    select,
-)
-
-__all__ = ["Downsample", "Grid", "Pool", "Random"]
-
-
-@dataclass(frozen=True)
-class Control(Pruner):
-    """A cut before the LLM that looks at nothing."""
-
-    looks_at = "nothing"
-
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        return [Cut(Decoder(0), (), self.reduce, self.positions)]
-
-    def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        raise NotImplementedError
+__all__ = ["Grid", "Pool", "Random"]
 
 
 @register("random")
 @dataclass(frozen=True)
-class Random(Control):
+class Random(BeforeLLM):
     """Keep random patches.
 
     The choice depends on `seed`, the image's number in its prompt and its token count, and on nothing else: a batch row
     gets what the sample alone gets. Report the spread over several seeds.
 
     Args:
-        keep, average: patches per image, or a fraction.
         seed: a whole number of at least 0.
-        positions, newlines: as everywhere.
     """
 
     summary = "random patches (control)"
+    looks_at = "nothing"
 
     seed: Seed = 0
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        return select(random_scores(self.seed, layout), self.budget, layout, self.newlines)
-
-
-@dataclass(frozen=True)
-class Cells(Control):
-    """A control that divides the picture into equal cells: the largest grid within the budget with its aspect.
-
-    On an anyres image the thumbnail and the canvas of crops each get their share, of a video every frame. An image
-    whose tokens were cut before is divided as if they were all there.
-    """
-
-    def cells(self, layout: Layout) -> tuple[Reduction, torch.Tensor, torch.Tensor]:
-        cells = partial(image_cells, keep=self.budget)
-        anchor, into, weight, counts = laid_out(layout, cells, ("cells", self.budget))
-        whole = layout.alive_patches == [grid.patches for grid in layout.grids]
-        return keep_patches(anchor, layout, counts if whole else None, self.newlines), into, weight
+        return self.best(random_scores(self.seed, layout), layout)
 
 
 @register("grid")
 @dataclass(frozen=True)
-class Grid(Cells):
-    """Keep the middle patch of every cell.
+class Grid(BeforeLLM):
+    """Keep the middle patch of every cell, of the largest grid of equal cells within the budget with its aspect.
 
-    Args:
-        keep, average: at most so many patches per image (tables show the real count), or a fraction.
-        positions, newlines: as everywhere.
+    On an anyres image the thumbnail and the canvas of crops each get their share, of a video every frame. An image
+    whose tokens were cut before is divided as if they were all there. Tables show the real count.
     """
 
     summary = "a regular grid of patches (control)"
+    looks_at = "nothing"
+
+    merges: ClassVar[bool] = False
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        return self.cells(layout)[0]
+        cells = partial(image_cells, keep=self.budget)
+        anchor, into, weight, counts = laid_out(layout, cells, ("cells", self.budget))
+        merge = Merge(into, weight) if self.merges else None
+        return self.kept(anchor, layout, counts if layout.whole else None, merge=merge)
 
 
 @register("pool")
 @dataclass(frozen=True)
-class Pool(Cells):
-    """Average every cell's patches into one token that stands at the cell's middle patch.
-
-    Args:
-        keep, average: at most so many tokens per image (tables show the real count), or a fraction.
-        positions, newlines: as everywhere.
-    """
+class Pool(Grid):
+    """Average every cell's patches into one token that stands at the cell's middle patch; cells are those of `grid`."""
 
     summary = "average pooling on a regular grid (control, merges)"
+    merges = True
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
-        if layout.alive_patches != [grid.patches for grid in layout.grids]:
-            raise UnsupportedError("pool averages whole cells, and an earlier cut has taken patches: put pool first.")
-        reduction, into, weight = self.cells(layout)
-        return replace(reduction, merge=Merge(into, weight))
-
-
-@register("downsample")
-@dataclass(frozen=True)
-class Downsample(Budgeted):
-    """Shrink the picture and enlarge it again: as many pixels as the budget has patches, but all the tokens.
-
-    It saves nothing. It tells how much of a task needs detail at all, so it stands apart from methods in every table.
-
-    Where a processor bounds the pixels of pictures of any size (Qwen-VL) it is the picture itself that is smaller: as
-    many tokens as the budget has, or the few less that its sides allow. That saves the tower's time too, and is the
-    rival to beat. The processor does it, before the model is called: `vlmprune run`, `fidelity` and `eval` see to it,
-    and `vlmprune.patch` refuses.
-
-    Args:
-        keep, average: fraction of the pixels (an int is taken of one view's patches).
-    """
-
-    summary = "the picture shrunk and enlarged again, all tokens (control; on Qwen-VL a smaller picture, fewer tokens)"
-    stage = "pixels"
-    looks_at = "nothing"
-
-    def cuts(self, facts: ModelFacts) -> list[PixelCut]:
-        way_out = "give its processor a smaller bound of pixels, as `vlmprune run`, `fidelity` and `eval` do on Qwen-VL"
-        need_views(self.name, facts, way_out)
-        budget = self.budget
-        share = budget if isinstance(budget, float) else min(1.0, budget / facts.view_patches)
-        return [] if share == 1 else [PixelCut(partial(self.shrink, share=share))]
-
-    def told_by(self, processor: Any) -> Downsample:
-        made_for = getattr(getattr(processor, "image_processor", None), "budget", None)
-        return self.done() if made_for == self.budget else self
-
-    def done(self) -> Downsample:
-        """This control where the processor makes the pictures smaller, and nothing is left to do."""
-        return Downsampled(keep=self.keep, average=self.average)
-
-    def shrink(self, pixels: torch.Tensor, share: float) -> torch.Tensor:
-        """Pure: `(views, channels, height, width)` in and out, with `share` of the pixels' information."""
-        resize = partial(torch.nn.functional.interpolate, mode="bilinear", antialias=True)
-        small = [max(1, round(n * share**0.5)) for n in pixels.shape[-2:]]
-        if small == list(pixels.shape[-2:]):
-            told = f"downsample changes nothing: {share:.4g} of {small[0]} x {small[1]} pixels are all of them."
-            warnings.warn(told, stacklevel=2)
-            return pixels
-        return resize(resize(pixels.float(), small), pixels.shape[-2:]).to(pixels.dtype)
-
-
-@dataclass(frozen=True)
-class Downsampled(Downsample):
-    """`downsample` of a picture that is smaller already."""
-
-    def cuts(self, facts: ModelFacts) -> list[PixelCut]:
-        return []
+        layout.need_whole("pool", "averages whole cells")
+        return super().reduce(seen, layout)

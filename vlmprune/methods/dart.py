@@ -7,68 +7,11 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch.nn import functional
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    AnyNewlines,
-    Cut,
-    Decoder,
-    DecoderLayer,
-    DecoderTap,
-    Layout,
-    ModelFacts,
-    Positions,
-    Reduction,
-    Scene,
-    Schedule,
-    Seen,
-    candidates,
-    capped,
-    check_layer,
-    keep_patches,
-    last_rows,
-    take_rows,
-    top_k,
-    upcast,
-    upload,
-)
+from vlmprune.methods.base import AnyNewlines, Cut, Decoder, Layout, ModelFacts, Positions, Pruner, Reduction, register
+from vlmprune.parts import PIVOTS, BesidePivots, KeyLengths, Schedule, Seen, check_layer, take_rows, top_k, upload
 
 __all__ = ["Dart", "farthest_from_pivots"]
-
-PIVOTS = 4  # of the image, and as many of the text
-
-
-@dataclass(frozen=True)
-class KeyLengths(DecoderTap):
-    """L1 length of a decoder layer's keys, heads together, by column of the prompt: `(batch, prompt)`, 0 if gone."""
-
-    attends = True
-
-    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
-        left = scene.sequence
-        lengths = upcast(layer.keys(layer.normed(hidden), *left.rotary)).abs().sum((1, 3))
-        lengths = torch.where(left.asked(), lengths, 0)
-        return lengths.new_zeros(len(lengths), left.prompt).scatter_add(1, left.columns, lengths)
-
-
-@dataclass(frozen=True)
-class BesidePivots(DecoderTap):
-    """Unit vectors `(images, tokens + PIVOTS, dim)` at a decoder layer's input behind the model's last norm.
-
-    Those of the visual tokens, and those of the text tokens behind the last image (the last token where there is none)
-    with the longest keys in the layer before, the longest first; fewer than `PIVOTS` repeat.
-    """
-
-    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
-        unit = functional.normalize(upcast(scene.final_norm(hidden)), dim=-1)
-        rows, weight = last_rows(scene.sequence.asked(), *scene.text_after)
-        lengths = scene.seen[KeyLengths(self.layer - 1)].gather(1, scene.sequence.columns.gather(1, rows))
-        order = lengths.masked_fill(weight == 0, -1).sort(dim=1, descending=True, stable=True).indices
-        turn = torch.arange(PIVOTS, device=rows.device) % (weight > 0).sum(1, keepdim=True)
-        text = take_rows(unit, rows.gather(1, order.gather(1, turn)))
-        visual = unit.flatten(0, 1)[scene.flat_index()]
-        return torch.cat((visual, text[upload(scene.layout.sample, text.device)]), 1)
 
 
 def farthest_from_pivots(
@@ -77,10 +20,8 @@ def farthest_from_pivots(
     """The tokens with the longest keys as pivots, and for each pivot the tokens least like it that nobody took.
 
     Args:
-        unit: `(images, tokens, dim)` unit vectors.
-        text: `(images, PIVOTS, dim)`, those of the text's pivots.
-        lengths: `(images, tokens)` of the keys.
-        among: `(images, tokens)` bool.
+        unit: `(images, tokens, dim)` unit vectors; text: `(images, PIVOTS, dim)`, those of the text's pivots.
+        lengths: `(images, tokens)` of the keys; among: `(images, tokens)` bool.
         counts: tokens to keep per image, pivots included.
 
     Returns:
@@ -108,12 +49,10 @@ class Dart(Pruner):
     norm) have the lowest cosine to its own, among those that nobody keeps yet.
 
     Args:
-        keep: visual tokens per image left from layer K on, or a fraction; 2/9, the code's 128 of 576, without a budget.
-        average: the mean over all layers.
+        keep: left from layer K on; 2/9, the code's 128 of 576, without a budget. `average` is over all layers.
         layer: K, 0-based (code: 2). Not scaled with depth.
-        parity: None keeps `keep` tokens, and the image's pivots take turns first, the longest key first. "released"
-            keeps 4 + 8 (keep // 8), as the released code does; its order of pivots is that of a Python set, by chance.
-        positions: original, as the code.
+        parity: "released" keeps 4 + 8 (keep // 8) tokens, as the released code; None keeps `keep`.
+        positions: original (code).
         newlines: kept; how the code counts them on anyres images is not settled.
     """
 
@@ -135,14 +74,16 @@ class Dart(Pruner):
         see = (KeyLengths(layer - 1), BesidePivots(layer))
         return [Cut(Decoder(layer), see, partial(self.reduce, schedule=schedule), self.positions)]
 
+    def left(self, total: int, schedule: Schedule) -> int:
+        """Tokens of an image's `total` that stay from layer K on."""
+        left = schedule.left(total, 0)
+        return left if self.parity is None else min(total, PIVOTS + 2 * PIVOTS * (left // (2 * PIVOTS)))
+
     def reduce(self, seen: Seen, layout: Layout, schedule: Schedule) -> Reduction:
         """Pure: lengths of keys and unit vectors in, decision out."""
         lengths, unit = seen.values()
         lengths = lengths[upload(layout.sample, lengths.device)].gather(1, layout.position)
-        among, totals, available = candidates(layout, self.newlines)
-        counts = [schedule.left(total, 0) for total in totals]
-        if self.parity == "released":
-            counts = [min(n, PIVOTS + 2 * PIVOTS * (c // (2 * PIVOTS))) for c, n in zip(counts, totals, strict=True)]
+        among, counts, reached = self.contest(layout, partial(self.left, schedule=schedule))
         visual, text = unit[:, : layout.width], unit[:, layout.width :]
-        kept = farthest_from_pivots(visual, text, lengths, among, capped(counts, available) or counts)
-        return keep_patches(kept, layout, capped(counts, available), self.newlines)
+        kept = farthest_from_pivots(visual, text, lengths, among, reached or counts)
+        return self.kept(kept, layout, reached)

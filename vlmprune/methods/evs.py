@@ -8,21 +8,8 @@ from typing import ClassVar
 import torch
 from torch.nn import functional
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    Cut,
-    Decoder,
-    Hidden,
-    Layout,
-    ModelFacts,
-    Reduction,
-    Seen,
-    count,
-    frames_of,
-    keep_patches,
-    top_k,
-    upcast,
-)
+from vlmprune.methods.base import BeforeLLM, Layout, Reduction, Seen, register
+from vlmprune.parts import Hidden, count, frames_of, upcast
 
 __all__ = ["Evs", "changes"]
 
@@ -36,27 +23,23 @@ def changes(frames: torch.Tensor) -> torch.Tensor:
 
 @register("evs")
 @dataclass(frozen=True)
-class Evs(Pruner):
+class Evs(BeforeLLM):
     """Keep the patches of a video that changed most since the frame before; the first frame stays whole.
 
     Args:
         keep, average: patches per video, or a fraction, never fewer than one frame's (code). The source's share q is
             what goes: keep = 1 - q.
-        positions: contiguous. The engine that ships it recomputes three-axis ids, which keep their places; families
-            with such ids take "original".
-        newlines: kept.
+        positions: contiguous; the source recomputes three-axis ids, which keep their places.
     """
 
     summary = "the patches of a video that changed since the frame before"
     paper = "arXiv 2510.14624"
     needs = "features of a video"
     looks_at = "features"
+    sees = (Hidden(),)
     refuses_inputs: ClassVar[dict[str, str]] = {
         "image": "keeps what changed since the frame before, and a still picture has none: ask it about videos alone"
     }
-
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        return [Cut(Decoder(0), (Hidden(),), self.reduce, self.positions)]
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: features in, decision out."""
@@ -65,4 +48,4 @@ class Evs(Pruner):
         for video, places in enumerate(frames_of(self.known_as, layout)):
             scores[video, places] = changes(features[video, places])
             counts.append(max(places.shape[1], count(self.budget, places.numel())))
-        return keep_patches(top_k(scores, counts, layout.patches), layout, counts, self.newlines, scores)
+        return self.best(scores, layout, counts)

@@ -6,21 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    AnyNewlines,
-    Cut,
-    Decoder,
-    Layout,
-    ModelFacts,
-    Positions,
-    Reduction,
-    Seen,
-    TextAttention,
-    check_layer,
-    count,
-    select,
-)
+from vlmprune.methods.base import AnyNewlines, Cut, Decoder, Layout, ModelFacts, Positions, Pruner, Reduction, register
+from vlmprune.parts import Seen, TextAttention, check_layer, count
 
 __all__ = ["FastV"]
 
@@ -30,17 +17,15 @@ __all__ = ["FastV"]
 class FastV(Pruner):
     """Keep the visual tokens that the last prompt token attends to in an early decoder layer.
 
-    The attention of layer K - 1 (head mean) decides what enters layer K; system and text tokens always stay.
-
-    The choice hangs on the last prompt token. With `use_cache=False` every step has another one and chooses anew, and
-    with assisted or prompt-lookup decoding the first call ends in guessed tokens: answers can differ from plain greedy.
+    The attention of layer K - 1 (head mean) decides what enters layer K; system and text tokens always stay. With
+    `use_cache=False` every step has another last token and chooses anew, and with assisted or prompt-lookup decoding
+    the first call ends in guessed tokens: answers can differ from plain greedy.
 
     Args:
-        keep: visual tokens per image left from layer K on, or a fraction; without a budget 0.5, the code's default.
+        keep: left from layer K on; without a budget 0.5, the code's default.
         average: the mean over all layers; layer K onwards gets (L T - K N) / (L - K) tokens.
         layer: K, 0-based (code default 2; the demo uses 3). Not scaled with depth.
-        rows: "last", the last prompt token's row (all released code), or "all", the mean over every row (the paper's
-            description).
+        rows: "last", the last prompt token's row (all released code), or "all", the mean over every row (paper).
         positions: original (code: `position_ids` are indexed with what is kept).
         newlines: "candidates" (code: newline tokens compete like patches), or a rule for them.
     """
@@ -67,7 +52,7 @@ class FastV(Pruner):
     def reduce(self, seen: Seen, layout: Layout, before: float) -> Reduction:
         """Pure: `(images, tokens)` attention in, decision out; `before` is the share of layers before the cut."""
         (scores,) = seen.values()
-        return select(scores, partial(self.left, before=before), layout, self.newlines)
+        return self.best(scores, layout, partial(self.left, before=before))
 
     def left(self, total: int, before: float) -> int:
         """Tokens of an image's `total` that stay from layer K on."""

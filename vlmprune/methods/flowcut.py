@@ -9,29 +9,18 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch.nn.functional import pad
 
-from vlmprune.methods.base import InTower, register
+from vlmprune.methods.base import AnyCut, Cut, Decoder, InTower, Layout, ModelFacts, Reduction, Seen, register
 from vlmprune.parts import (
-    AnyCut,
     BlockFlow,
     Carried,
-    Cut,
-    Decoder,
     Kept,
-    Layout,
-    ModelFacts,
-    Must,
-    Reduction,
-    Seen,
     Stay,
     TextFlow,
     TowerCut,
     UnsupportedError,
     Vision,
-    candidates,
-    capped,
     count,
-    is_whole,
-    keep_patches,
+    layer_of,
     schedule_layers,
     top_k,
 )
@@ -39,7 +28,6 @@ from vlmprune.parts import (
 __all__ = ["FlowCut", "importance", "to_remove"]
 
 MORE = 2.5  # times the budget that leaves the tower where a second cut comes
-LATE = Must("a layer from 1 to 31 (of 32, scaled), or None", partial(is_whole, least=1, most=31))
 
 
 def importance(flow: torch.Tensor) -> torch.Tensor:
@@ -81,10 +69,6 @@ class FlowCut(InTower):
         layer: 0-based decoder layer of 32 (scaled) of the second cut (code: 1); None leaves it out.
         parity: None lets every view decide how many go. "released": the most even view of a call decides for all, so
             that what is kept of an image hangs on the others.
-        positions: contiguous (code).
-        newlines: as everywhere; the code has none.
-
-    Without a [CLS] token the mean over all patches stands for it (ours).
     """
 
     summary = "patches from which much flows to the [CLS] token, layer by layer; the others leave the tower early"
@@ -98,7 +82,7 @@ class FlowCut(InTower):
     }
 
     parity: Literal["released"] | None = None
-    layer: Annotated[int | None, LATE] = 1
+    layer: Annotated[int | None, layer_of(32, 1, 31)] = 1
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         target, last = self.left(facts), facts.feature_layer - 1
@@ -151,6 +135,4 @@ class FlowCut(InTower):
     def again(self, seen: Seen, layout: Layout, left: float) -> Reduction:
         """Pure: what flows to the prompt's end in, what stays out."""
         (flow,) = seen.values()
-        scores, (among, _, available) = importance(flow), candidates(layout, self.newlines)
-        counts = [count(left, grid.patches) for grid in layout.grids]
-        return keep_patches(top_k(scores, counts, among), layout, capped(counts, available), self.newlines, scores)
+        return self.best(importance(flow), layout, [count(left, grid.patches) for grid in layout.grids])

@@ -5,50 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    Cut,
-    Decoder,
-    Ensemble,
-    Layout,
-    ModelFacts,
-    Reduction,
-    Scope,
-    Seen,
-    VisionAttention,
-    check_layer,
-    ensemble_scores,
-    need_cls,
-    select,
-    select_rows,
-)
+from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
+from vlmprune.parts import Ensemble, Scope, VisionAttention, check_layer, ensemble_scores, need_cls, select_rows
 
 __all__ = ["FoPru"]
 
 
 @register("fopru")
 @dataclass(frozen=True)
-class FoPru(Pruner):
+class FoPru(BeforeLLM):
     """Keep the patches that the vision tower attends to most.
 
     No code was published: the paper's abstract fixes the two strategies and the restored order; the layer, the score
-    and the rounding are our reading. We take the layer whose output becomes the visual features, and the mean attention
-    a patch receives from all patches; `score="cls"` is the other reading.
+    and the rounding are our reading.
 
     Args:
-        keep, average: patches per image (as many as there are, or more, is the identity), or a fraction. `rank` keeps
-            floor(n * keep) of a fraction, at least 1; `row` keeps whole rows, so the count is a multiple of a row and
-            at least one row.
+        keep, average: `rank` keeps floor(n * keep) of a fraction, at least 1; `row` keeps whole rows, at least one.
         strategy: "rank" (global top-k) or "row" (rows of the raster by mean score).
-        score: "received" (any tower) or "cls" (towers with a [CLS] token).
+        score: "received", the mean attention from all patches (any tower), or "cls" (towers with a [CLS] token).
         layer: 0-based tower layer, negative from the end, or several; default the feature layer, in a tower with
             windows the last one up to it whose patches see all of the picture.
         ensemble: how the scores of several layers become one: "mean", "sum" (same ranking), "max" or "min".
         scope: "view" gives each view of an anyres image its share, "image" ranks all its patches together; rows are
             always taken per plane (the thumbnail, and the stitched canvas of crops).
-        positions: position ids after the cut; the family's own, which where positions count is contiguous, as in code
-            that embeds the kept tokens alone.
-        newlines: what happens to newline tokens.
     """
 
     summary = "the patches that get most attention in the vision tower"
@@ -62,12 +41,11 @@ class FoPru(Pruner):
     ensemble: Ensemble = "mean"
     scope: Scope = "view"
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def see(self, facts: ModelFacts) -> tuple[Tap, ...]:
         if self.score == "cls":
             need_cls("fopru with score='cls'", facts, "use score='received'")
         rows = "cls" if self.score == "cls" else "patches"
-        taps = tuple(VisionAttention(layer, rows) for layer in self.layers(facts))
-        return [Cut(Decoder(0), taps, self.reduce, self.positions)]
+        return tuple(VisionAttention(layer, rows) for layer in self.layers(facts))
 
     def layers(self, facts: ModelFacts) -> list[int]:
         """The tower layers that are read."""
@@ -84,4 +62,4 @@ class FoPru(Pruner):
         scores = ensemble_scores(list(seen.values()), self.ensemble)
         if self.strategy == "row":
             return select_rows(scores, self.budget, layout, self.newlines)
-        return select(scores, self.budget, layout, self.newlines, self.scope)
+        return self.best(scores, layout, scope=self.scope)

@@ -3,79 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
-import torch
+from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
+from vlmprune.parts import Share, by_view, layer_of, neighbours, row_of, scale_tower_layer, top_k, upload
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    Cut,
-    Decoder,
-    Layout,
-    ModelFacts,
-    Must,
-    Reduction,
-    Seen,
-    Share,
-    by_view,
-    is_whole,
-    keep_patches,
-    row_of,
-    scale_tower_layer,
-    top_k,
-    upload,
-)
-
-__all__ = ["HiPrune", "neighbours"]
-
-
-def neighbours(marked: torch.Tensor, layout: Layout, wrap: bool = False) -> torch.Tensor:
-    """The patches left, right, above and below of marked ones.
-
-    Args:
-        marked: `(images, tokens)` bool.
-        wrap: as the released code, numbers of patches within a view (+-1, +-side, clamped), instead of places.
-
-    Returns:
-        `(images, tokens)` bool.
-    """
-    if wrap:
-        side = upload([grid.side for grid in layout.grids], marked.device)
-        place, down, size = layout.stack("source"), side[:, 1:], max(grid.encoded for grid in layout.grids)
-        patches = side.prod(1, keepdim=True)
-        low = place // patches * patches
-        high = low + patches - 1
-    else:  # on the token's own plane, with a margin of one around it
-        planes = max(len(grid.planes) for grid in layout.grids)
-        rows, down = (max(plane[axis] for grid in layout.grids for plane in grid.planes) + 2 for axis in (0, 1))
-        place, size = (layout.plane * rows + layout.row + 1) * down + layout.col + 1, planes * rows * down
-        place = place.clamp(max=size - 1)  # newlines of a canvas without patches stand outside of it
-        low, high = place * 0, place * 0 + size - 1
-    hits = torch.zeros(len(layout), size, dtype=torch.long, device=marked.device)
-    for step in (-1, 1, -down, down):
-        hits = hits.scatter_add(1, (place + step).clamp(low, high), marked.long())
-    return (hits.gather(1, place) > 0) & layout.patches
+__all__ = ["HiPrune"]
 
 
 @register("hiprune")
 @dataclass(frozen=True)
-class HiPrune(Pruner):
+class HiPrune(BeforeLLM):
     """Keep objects as a middle layer of the tower sees them, with their surroundings, and what a deep layer looks at.
 
     Anchors are the patches that get most attention in a middle layer, from all tokens, [CLS] included; with them stay
     their four neighbours. The rest of the budget goes to the patches that get most attention in the layer whose output
-    becomes the features.
+    becomes the features. Views share the budget in proportion to their patches.
 
     Args:
-        keep, average: patches per image, or a fraction; views share it in proportion to their patches.
         alpha: anchors and neighbours are about this share of the budget, round(budget * alpha / 5) anchors (code: 0.1).
         object_layer: 1-based layer of 24 (scaled) of the anchors (code: 9).
         parity: None takes neighbours on the picture's own grid, across the seams of crops and not around its edges.
             "released" counts numbers (+-1, +-24) within a view, so that its rows wrap.
-        positions, newlines: as everywhere.
-
-    HiPrune++, which adds patches like the question on top of the budget, is left out: no equal budget was published.
     """
 
     summary = "objects of a middle tower layer with their neighbours, then what a deep layer looks at"
@@ -84,16 +33,16 @@ class HiPrune(Pruner):
     looks_at = "tower"
 
     alpha: Share = 0.1
-    object_layer: Annotated[int, Must("a layer from 1 to 24 (of 24, scaled)", partial(is_whole, least=1, most=24))] = 9
+    object_layer: Annotated[int, layer_of(24, 1, 24)] = 9
     parity: Literal["released"] | None = None
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def see(self, facts: ModelFacts) -> tuple[Tap, ...]:
         layers = scale_tower_layer(self.object_layer - 1, facts), facts.feature_layer
-        return [Cut(Decoder(0), tuple(row_of(facts, x, "all") for x in layers), self.reduce, self.positions)]
+        return tuple(row_of(facts, layer, "all") for layer in layers)
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: `(images, tokens)` attention received in a middle and a deep layer in, decision out."""
-        shallow, deep = list(seen.values()) * (1 if len(seen) == 2 else 2)  # in a tiny tower they are one layer
+        shallow, deep = (*seen.values(), *seen.values())[:2]  # in a tiny tower they are one layer
         views, shares, counts = by_view(layout, self.budget)
         shares = upload(shares, deep.device)
         anchors = (shares * (self.alpha / 5)).round().long()
@@ -101,4 +50,4 @@ class HiPrune(Pruner):
         near = neighbours(strong, layout, self.parity == "released")
         score = (deep + 2.0 * (strong | near) + 2.0 * strong)[:, None].expand_as(views)  # attention is at most 1
         kept = top_k(score, shares, views).any(1)
-        return keep_patches(kept, layout, counts, self.newlines, deep)
+        return self.kept(kept, layout, counts, deep)

@@ -7,24 +7,8 @@ from typing import Literal
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    Cut,
-    Decoder,
-    Hidden,
-    Layout,
-    Merge,
-    ModelFacts,
-    Reduction,
-    Seen,
-    candidates,
-    capped,
-    count,
-    keep_patches,
-    row_of,
-    top_k,
-    upload,
-)
+from vlmprune.methods.base import BeforeLLM, Layout, Merge, ModelFacts, Reduction, Seen, Tap, register
+from vlmprune.parts import Hidden, row_of, take_rows, top_k, upcast, upload
 
 __all__ = ["HoloV", "shared_out", "slice_scores", "slices"]
 
@@ -71,11 +55,10 @@ def shared_out(scores: torch.Tensor, sizes: torch.Tensor, keep: torch.Tensor, fi
         fill: give what a slice has no room for to the best ones that have.
     """
     part = (keep[:, None] * scores / scores.sum(1, keepdim=True).clamp(min=1e-12)).floor().long()
-    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(1)
-    part = torch.minimum(part + (rank < (keep - part.sum(1))[:, None]), sizes)
+    best = scores.argsort(dim=1, descending=True, stable=True)
+    part = torch.minimum(part + (best.argsort(1) < (keep - part.sum(1))[:, None]), sizes)
     if not fill:
         return part
-    best = scores.argsort(dim=1, descending=True, stable=True)
     room = (sizes - part).gather(1, best)
     more = ((keep - part.sum(1))[:, None] - (room.cumsum(1) - room)).clamp(min=0)
     return part.scatter_add(1, best, torch.minimum(more, room))
@@ -83,20 +66,17 @@ def shared_out(scores: torch.Tensor, sizes: torch.Tensor, keep: torch.Tensor, fi
 
 @register("holov")
 @dataclass(frozen=True)
-class HoloV(Pruner):
+class HoloV(BeforeLLM):
     """Give every stretch of the picture its share of the budget, and keep there what [CLS] looks at.
 
-    Sixteen slices of consecutive patches share the budget in proportion to their scores: the mean attention of the
-    [CLS] token in the layer whose output becomes the features, and 0.09 times how unevenly the projected patches of the
-    slice are like each other. Inside a slice attention alone decides.
+    Sixteen slices of consecutive patches share the budget in proportion to their scores: the mean attention of `row_of`
+    the layer whose output becomes the features, and 0.09 times how unevenly the projected patches of the slice are like
+    each other. Inside a slice attention alone decides.
 
     Args:
-        keep, average: patches per image, or a fraction (released: 64 of the whole image, whatever it is).
+        keep, average: of the whole image (released: 64, whatever it is).
         parity: None gives what a slice has no room for to the best ones that have some. "released" leaves it empty:
             vectors of zeros stand for it, tokens come slice by slice by falling attention, and newlines go.
-        positions, newlines: as everywhere.
-
-    A tower without a [CLS] token is read by the attention that a patch receives (ours).
     """
 
     summary = "every stretch of the picture has its share, of which stays what [CLS] looks at"
@@ -106,41 +86,38 @@ class HoloV(Pruner):
 
     parity: Literal["released"] | None = None
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        see = (Hidden(), row_of(facts))
-        return [Cut(Decoder(0), see, self.reduce, self.positions, reorders=self.parity == "released")]
+    @property
+    def reorders(self) -> bool:
+        return self.parity == "released"
+
+    def see(self, facts: ModelFacts) -> tuple[Tap, ...]:
+        return Hidden(), row_of(facts)
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: features and one attention row in, decision out."""
         features, row = seen.values()
-        among, totals, available = candidates(layout, self.newlines)
-        own, place = slices(among), among.cumsum(1) - 1
+        among, counts, reached = self.contest(layout)
+        own = slices(among)
         members = among[:, None] & (own[:, None] == torch.arange(SLICES, device=own.device)[:, None])
-        # every slice in a row of its own
-        first = (members.cumsum(-1) - 1).masked_fill(~members, 0).sum(1)
-        width = -(-layout.width // SLICES)
-        slot = torch.where(among, own * width + first.clamp(max=width - 1), SLICES * width)
-        into = lambda x: x.new_zeros(len(layout), SLICES * width + 1, *x.shape[2:])  # noqa: E731
-        at = slot[..., None].expand_as(features)
-        boxed = into(features).scatter(1, at, features)[:, :-1].unflatten(1, (SLICES, width))
-        look = into(row).scatter(1, slot, row)[:, :-1].unflatten(1, (SLICES, width))
-        there = into(among).scatter(1, slot, among)[:, :-1].unflatten(1, (SLICES, width))
-        counts = [count(self.budget, total) for total in totals]
-        keep = torch.minimum(upload(counts, among.device), among.sum(1))
-        released = self.parity == "released"
-        part = shared_out(slice_scores(boxed, look, there), there.sum(-1), keep, fill=not released)
+        # every slice in a row of its own, of `(images, slices, patches)`
+        sizes, place = members.sum(-1), torch.arange(-(-layout.width // SLICES), device=own.device)
+        order = among.long().sort(dim=1, descending=True, stable=True).indices
+        nth = ((sizes.cumsum(1) - sizes)[..., None] + place).clamp(max=layout.width - 1)
+        at = order.gather(1, nth.flatten(1))
+        boxed, look = (x.unflatten(1, nth.shape[1:]) for x in (take_rows(features, at), row.gather(1, at)))
+        keep = torch.minimum(upload(counts, row.device), among.sum(1))
+        worth = slice_scores(boxed, look, place < sizes[..., None])
+        part = shared_out(worth, sizes, keep, fill=not self.reorders)
         kept = top_k(row[:, None].expand_as(members), part, members).any(1)
-        if released:
-            return self.as_released(kept, own, row, capped(counts, available), place)
-        return keep_patches(kept, layout, capped(counts, available), self.newlines, row)
+        if self.reorders:
+            return self.as_released(kept, own, row, reached)
+        return self.kept(kept, layout, reached, row)
 
-    def as_released(
-        self, kept: torch.Tensor, own: torch.Tensor, row: torch.Tensor, counts: list[int] | None, place: torch.Tensor
-    ) -> Reduction:
+    def as_released(self, kept: torch.Tensor, own: torch.Tensor, row: torch.Tensor, counts: list[int]) -> Reduction:
         """The kept tokens slice by slice, by falling attention, over the image's first places; then zeros."""
         order = row.masked_fill(~kept, -torch.inf).argsort(dim=1, descending=True, stable=True)
         by_slice = torch.where(kept, own, SLICES).gather(1, order).argsort(dim=1, stable=True)
         number = torch.arange(kept.shape[1], device=kept.device).expand_as(kept)
         keep = number < upload(counts, kept.device)[:, None]
-        weight = (number < kept.sum(1, keepdim=True)).to(torch.promote_types(row.dtype, torch.float32))
+        weight = upcast((number < kept.sum(1, keepdim=True)).to(row.dtype))
         return Reduction(keep, counts, merge=Merge(number, weight, order.gather(1, by_slice)), scores=row)

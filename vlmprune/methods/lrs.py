@@ -3,32 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    DEPTH,
-    Cut,
-    Decoder,
-    ImageGrid,
-    Layout,
-    ModelFacts,
-    Must,
-    Reduction,
-    Seen,
-    Share,
-    TextAttention,
-    UnsupportedError,
-    count,
-    decoder_cuts,
-    is_whole,
-    select,
-    top_k,
-    upload,
-)
+from vlmprune.methods.base import Cut, Decoder, Layout, ModelFacts, Pruner, Reduction, Seen, register
+from vlmprune.parts import ImageGrid, Share, TextAttention, count, decoder_cuts, layer_of, need_crops, top_k, upload
 
 __all__ = ["Lrs", "tile_of"]
 
@@ -45,17 +25,15 @@ def tile_of(grid: ImageGrid) -> torch.Tensor:
 class Lrs(Pruner):
     """Let what the question looks at in the thumbnail choose the crops that stay, and what it looks at in those.
 
-    LRS-VQA trains a module to choose, level by level, which tiles of a large picture are encoded at all. This is the
-    form without training that nobody has published: one prefill, in which the model's own attention of a decoder layer
-    stands in for the module, the thumbnail for the coarse level and the crops for the fine one. All crops are encoded
-    and run through the layers before the cut, so that the tower is paid in full.
+    LRS-VQA trains a module to choose which tiles of a large picture are encoded at all. This is the form without
+    training that nobody has published: attention of a decoder layer stands in for the module. All crops are encoded.
 
     Args:
-        keep, average: patches per image left from the cut on, or a fraction (`average` is taken of these, too). The
-            thumbnail comes first, then patches of chosen crops, then others, each by their attention.
+        keep, average: left from the cut on: of the thumbnail first, then of chosen crops, then of others, each by their
+            attention.
         coarse: share of the thumbnail's patches that choose crops: every crop that shows one of the best (code: 0.25).
         layer: 1-based, of a 32-layer decoder, behind which tokens go (inferred; scaled with depth).
-        positions: contiguous. newlines: kept (code).
+        positions, newlines: contiguous, kept (code).
     """
 
     summary = "crops that show what the question looks at in the thumbnail (training-free form, unpublished)"
@@ -70,13 +48,10 @@ class Lrs(Pruner):
     }
 
     coarse: Share = 0.25
-    layer: Annotated[int, Must(f"a layer from 1 to {DEPTH - 1}", partial(is_whole, least=1, most=DEPTH - 1))] = 8
+    layer: Annotated[int, layer_of(32, 1, 31)] = 8
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
-        if not facts.views:
-            raise UnsupportedError(
-                f"lrs chooses among the crops of an image, and {facts.family} models have a single view."
-            )
+        need_crops("lrs", facts, "chooses")
         (layer,) = decoder_cuts("layer", (self.layer,), facts.decoder_layers)
         return [Cut(Decoder(layer), (TextAttention(layer - 1, "last"),), self.reduce, self.positions)]
 
@@ -93,4 +68,4 @@ class Lrs(Pruner):
             chosen = torch.zeros(grid.views, device=view.device).index_add(0, torch.where(best, tile, 0), best.float())
             level[i] = torch.where(small, 2.0, (chosen[view] > 0).to(level))
         # attention is at most 1: a level counts for more than any
-        return select(attention + 2 * level, self.budget, layout, self.newlines)
+        return self.best(attention + 2 * level, layout)

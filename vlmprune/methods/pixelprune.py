@@ -7,19 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from vlmprune.methods.base import Method, register
-from vlmprune.parts import (
-    AnyCut,
-    Cut,
-    Decoder,
-    Kept,
-    Layout,
-    ModelFacts,
-    PatchCut,
-    Reduction,
-    Seen,
-    keep_patches,
-)
+from vlmprune.methods.base import AnyCut, Cut, Decoder, Layout, Method, ModelFacts, Reduction, Seen, register
+from vlmprune.parts import Kept, PatchCut, keep_patches
 
 __all__ = ["PixelPrune", "unpredicted"]
 
@@ -49,9 +38,7 @@ class PixelPrune(Method):
 
     No pixel is lost: what is kept tells the picture back, value by value, in raster order. The answer may still be
     another one, as tower and language model see fewer tokens. What is kept keeps its places in both. Frames of a video
-    are predicted each by itself.
-
-    The picture decides how many stay: in photographs all, as in whatever a processor has enlarged or shrunk.
+    are predicted each by itself. The picture decides how many stay: in photographs all.
     """
 
     summary = "documents and screens without what repeats, pixel by pixel, before the tower (Qwen-VL)"

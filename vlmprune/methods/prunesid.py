@@ -6,65 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch.nn.functional import normalize, one_hot
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    Cut,
-    Decoder,
-    Layout,
-    ModelFacts,
-    Reduction,
-    Seen,
-    candidates,
-    capped,
-    count,
-    download,
-    features_of,
-    keep_patches,
-    row_of,
-    upcast,
-)
+from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, register
+from vlmprune.parts import download, features_of, principal_groups, row_of, select_each, survivors, upcast, upload
 
-__all__ = ["PruneSID", "allotted", "groups", "survivors"]
-
-
-def groups(features: torch.Tensor, number: int) -> torch.Tensor:
-    """Group every token by the principal direction, of the `number` first ones, on which it weighs most.
-
-    The directions are those of the sigmoid of the features, tokens as columns, each less its mean.
-
-    Args:
-        features: `(tokens, dim)`.
-
-    Returns:
-        `(tokens,)` long.
-    """
-    y = torch.sigmoid(features)
-    y = y - y.mean(1, keepdim=True)
-    if y.shape[0] <= y.shape[1]:
-        loading = torch.linalg.eigh(y @ y.T).eigenvectors[:, -number:]
-    else:  # of more tokens than numbers, by the smaller matrix
-        value, vector = torch.linalg.eigh(y.T @ y)
-        loading = y @ vector[:, -number:] / value[-number:].clamp(min=torch.finfo(y.dtype).tiny).sqrt()
-    return loading.abs().flip(1).argmax(1)
-
-
-def survivors(group: torch.Tensor, cosine: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
-    """The tokens of each group that are not too much like a better one that survives.
-
-    Args:
-        group: `(tokens,)` long, of tokens from the best to the worst; cosine: `(tokens, tokens)`.
-
-    Returns:
-        `(tokens,)` bool.
-    """
-    number = torch.arange(len(group), device=group.device)
-    worse = (group == group[:, None]) & (number[:, None] < number)
-    hides = (worse & (cosine > tau)).float()
-    left, before = torch.ones_like(group, dtype=torch.bool), None
-    while before is None or not torch.equal(left, before):  # a few rounds, as many as the longest chain of likes
-        before, left = left, left.float() @ hides == 0
-    return left
+__all__ = ["PruneSID", "allotted"]
 
 
 def allotted(survive: list[int], sizes: list[int], keep: int) -> list[int]:
@@ -94,20 +41,13 @@ def allotted(survive: list[int], sizes: list[int], keep: int) -> list[int]:
 
 @register("prunesid")
 @dataclass(frozen=True)
-class PruneSID(Pruner):
+class PruneSID(BeforeLLM):
     """Group patches by principal directions of their features, thin out each group, and keep some of every one.
 
-    A quarter as many groups as tokens are kept. In a group patches that are too much like a better one (by the [CLS]
-    attention of the layer whose output becomes the features) are suppressed; what survives comes first. The bar of
-    likeness is the image's mean cosine times an 32nd of the budget.
-
-    Args:
-        keep, average: patches per image, or a fraction. The released code gives one place to the [CLS] token; here all
-            are patches.
-        positions, newlines: as everywhere.
-
-    The released code finds the directions by random projections, so that a picture's tokens change from run to run;
-    here they are exact. A tower without a [CLS] token is read by the attention that a patch receives (ours).
+    A quarter as many groups as tokens are kept (the released code gives one place to the [CLS] token). In a group
+    patches that are too much like a better one (by `row_of` the layer whose output becomes the features) are
+    suppressed; what survives comes first. The bar of likeness is the image's mean cosine times a 32nd of the budget.
+    The released code finds the directions by random projections; here they are exact.
     """
 
     summary = "patches grouped by principal directions, each group thinned out"
@@ -119,36 +59,26 @@ class PruneSID(Pruner):
         "parity": "the released code draws random numbers, and there is nothing to repeat."
     }
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        return [Cut(Decoder(0), (features_of(facts), row_of(facts)), self.reduce, self.positions)]
+    def see(self, facts: ModelFacts) -> tuple[Tap, ...]:
+        return features_of(facts), row_of(facts)
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: features and one attention row in, decision out."""
         features, row = seen.values()
-        among, totals, available = candidates(layout, self.newlines)
-        there = download(among.sum(1)) if available is None else available
-        counts = capped([count(self.budget, total) for total in totals], there)
-        mask = torch.zeros_like(among)
-        for i, (keep, alive) in enumerate(zip(counts, there, strict=True)):
-            order = row[i].masked_fill(~among[i], -torch.inf).sort(descending=True, stable=True).indices[:alive]
-            if alive and not mask.is_meta:  # where only the number is asked for
-                mask[i] = mask[i].scatter(0, order, self.choose(features[i, order], keep))
-        return keep_patches(mask, layout, counts, self.newlines, row)
+        choose = lambda image, order, keep: self.choose(features[image, order], keep)  # noqa: E731
+        return select_each(row, self.budget, layout, self.newlines, choose)
 
     def choose(self, features: torch.Tensor, keep: int) -> torch.Tensor:
         """`(tokens,)` bool of the kept ones among `(tokens, dim)`, from the best to the worst."""
         features, tokens = upcast(features), len(features)
         number = max(1, min(keep // 4, tokens))
-        group = groups(features, number)
-        unit = torch.nn.functional.normalize(features, dim=-1)
+        group, unit = principal_groups(features, number), normalize(features, dim=-1)
         cosine = unit @ unit.T
         mean = (cosine.sum() - cosine.diagonal().sum()) / max(1, tokens * (tokens - 1))
         first = survivors(group, cosine, mean * keep / 32)
-        member = torch.nn.functional.one_hot(group, number)
-        survive, sizes = download(torch.stack(((member * first[:, None]).sum(0), member.sum(0))))
-        part = torch.tensor(allotted(survive, sizes, keep)).to(group.device, non_blocking=True)
+        member, alive = one_hot(group, number), first[:, None]
+        survive, sizes = download(torch.stack(((member * alive).sum(0), member.sum(0))))
         # survivors by attention, then the others: rank of every token in its group
-        ahead = (member * first[:, None]).cumsum(0) - 1
-        behind = (member * ~first[:, None]).cumsum(0) - 1 + (member * first[:, None]).sum(0)
-        rank = torch.where(first[:, None], ahead, behind).gather(1, group[:, None])[:, 0]
-        return rank < part[group]
+        ahead, behind = (member * alive).cumsum(0), (member * alive).sum(0) + (member * ~alive).cumsum(0)
+        rank = torch.where(alive, ahead, behind).gather(1, group[:, None])[:, 0] - 1
+        return rank < upload(allotted(survive, sizes, keep), group.device)[group]

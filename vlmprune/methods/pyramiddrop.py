@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
-from vlmprune.methods.base import Staged, register
-from vlmprune.parts import (
-    AnyNewlines,
-    Cut,
-    Decoder,
-    Layout,
-    ModelFacts,
-    Reduction,
-    Schedule,
-    Seen,
-    TextAttention,
-    select,
-)
+import torch
+
+from vlmprune.methods.base import AnyNewlines, Layout, ModelFacts, Seen, Staged, Tap, register
+from vlmprune.parts import TextAttention
 
 __all__ = ["PyramidDrop"]
 
@@ -31,13 +21,9 @@ class PyramidDrop(Staged):
     and keys), of the prompt's last token, which the source calls the last instruction token.
 
     Args:
-        keep: visual tokens per image left after the last cut, or a fraction; without a budget the published schedule
-            runs (an average of 270 of 576), another value stretches what it removes so that it ends there. Schedules
-            for the averages of 192, 128 and 64 in other papers' tables were never published.
-        average: the mean over all layers, met in the same way.
-        prune_layers: 1-based, of a 32-layer decoder (code: 8, 16, 24); another depth scales them.
-        keep_ratios: of the tokens that entered the LLM, one per cut (code: 0.5, 0.25, 0.125, floored).
-        positions: contiguous, re-indexed at every cut, as the code.
+        keep, average: None runs the published schedule (an average of 270 of 576), which a budget stretches.
+        prune_layers, keep_ratios: behind layers 8, 16, 24 of 32 (scaled) 0.5, 0.25, 0.125, floored (code).
+        positions: contiguous, re-indexed at every cut (code).
         newlines: "candidates" (code: all tokens of the image compete), or a rule for them.
     """
 
@@ -49,19 +35,10 @@ class PyramidDrop(Staged):
 
     newlines: AnyNewlines = "candidates"
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        layers, schedule = self.stages(facts)
-        return [
-            Cut(
-                Decoder(layer),
-                (TextAttention(layer, "last"),),
-                partial(self.reduce, stage=stage, schedule=schedule),
-                self.positions,
-            )
-            for stage, layer in enumerate(layers)
-        ]
+    def see(self, layer: int, facts: ModelFacts) -> tuple[Tap, ...]:
+        return (TextAttention(layer, "last"),)
 
-    def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule) -> Reduction:
-        """Pure: `(images, tokens)` attention in, decision out."""
+    def score(self, seen: Seen, layout: Layout) -> torch.Tensor:
+        """Pure: attention as it is."""
         (attention,) = seen.values()
-        return select(attention, partial(schedule.left, stage=stage), layout, self.newlines)
+        return attention

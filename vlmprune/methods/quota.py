@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    Cut,
-    Decoder,
-    Hidden,
-    Layout,
-    Merge,
-    ModelFacts,
-    Must,
-    Reduction,
-    Seen,
-    Tap,
-    TextAttention,
-    check_layer,
-    count,
-    frames_of,
-    keep_patches,
-)
+from vlmprune.methods.base import Cut, Decoder, Layout, Merge, ModelFacts, Pruner, Reduction, Seen, Tap, register
+from vlmprune.parts import Hidden, Must, TextAttention, check_layer, count, frames_of
 
 __all__ = ["Quota", "frame_budgets"]
 
@@ -60,7 +44,8 @@ class Quota(Pruner):
     """Split a video's budget over its frames by their scores, and average every frame on a grid that its part pays for.
 
     QuoTA has a second model score the frames and moves a fixed budget among them; it saves nothing by itself. Here the
-    scores are the attention that the text behind the video pays each frame in an early layer, or a function's.
+    scores are the attention that the text behind the video pays each frame in an early layer, or a function's, and no
+    frame gets more than it has. A frame whose part is under one token goes.
 
     Args:
         keep, average: at most so many patches per video, or a fraction: grids are whole, so that a few are left over
@@ -68,11 +53,7 @@ class Quota(Pruner):
         scorer: scores `(frames,)`, at least 0, made of projected features `(frames, patches, dim)`; the cut is then
             before the LLM. None reads the attention of layer `layer` - 1, and the cut is at the input of `layer`.
         layer: 0-based, at least 1; not scaled.
-        positions: contiguous, a new sequence as the source.
-        newlines: kept.
-
-    The source resizes frames and may enlarge them; here no frame gets more than it has, and what is over goes to the
-    others once, as in the source's pooling variants. A frame whose part is under one token goes.
+        positions: contiguous, a new sequence (source).
     """
 
     summary = "a video's budget split over frames by what the question looks at, each pooled"
@@ -96,11 +77,10 @@ class Quota(Pruner):
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: features or attention in, decision out."""
         (values,) = seen.values()
-        token = torch.arange(layout.width, device=values.device)
-        into = token.expand(len(layout), -1).clone()
+        into = torch.arange(layout.width, device=values.device).expand(len(layout), -1).clone()
         keep, weight = layout.patches.clone(), layout.alive.double()
         for video, places in enumerate(frames_of(self.known_as, layout)):
-            grid, (frames, most) = layout.grids[video], places.shape
+            frames, most = places.shape
             if (budget := count(self.budget, places.numel())) == places.numel():
                 continue
             scores = values[video, places]
@@ -108,17 +88,16 @@ class Quota(Pruner):
             if tuple(scores.shape) != (frames,):
                 raise ValueError(f"scorer= must make {(frames,)} scores of so many frames, not {tuple(scores.shape)}.")
             number = frame_budgets(scores, budget, most)[:, None]
-            rows, cols = grid.planes[0]
-            row, col = layout.row[video, places], layout.col[video, places]
+            # every frame on a grid of its own, as square as its part allows
+            rows, cols = layout.grids[video].planes[0]
             down = number.double().sqrt().floor().long().clamp(max=rows)
             across = (number // down.clamp(min=1)).clamp(max=cols)
-            cell = (row * down // rows) * cols + col * across // cols
-            cell = cell + torch.arange(frames, device=cell.device)[:, None] * rows * cols
-            first = torch.full((frames * rows * cols,), layout.width, device=cell.device)
-            first = first.scatter_reduce(0, cell.flatten(), places.flatten(), "amin")[cell]
-            size = torch.zeros(frames * rows * cols, dtype=torch.double, device=cell.device)
-            size = size.scatter_add(0, cell.flatten(), torch.ones_like(size)[: cell.numel()])[cell]
+            cell = (layout.row[video, places] * down // rows) * cols + layout.col[video, places] * across // cols
+            first = torch.full((frames, rows * cols), layout.width, device=cell.device)
+            first = first.scatter_reduce(1, cell, places, "amin").gather(1, cell)
             into[video, places], keep[video, places] = first, (first == places) & (number > 0)
-            weight[video, places] = 1 / size
-        reduction = keep_patches(keep, layout, None, self.newlines)
-        return replace(reduction, merge=Merge(into, weight.float() if weight.device.type == "mps" else weight))
+            size = torch.zeros(frames, rows * cols, dtype=torch.double, device=cell.device)
+            size = size.scatter_add(1, cell, torch.ones_like(cell, dtype=torch.double))
+            weight[video, places] = 1 / size.gather(1, cell)
+        weight = weight.float() if weight.device.type == "mps" else weight
+        return self.kept(keep, layout, None, merge=Merge(into, weight))

@@ -3,37 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 
-from vlmprune.methods.base import Staged, register
-from vlmprune.parts import (
-    DEPTH,
-    AnyNewlines,
-    BlockTap,
-    Cut,
-    Decoder,
-    Layout,
-    ModelFacts,
-    Reduction,
-    Scene,
-    Schedule,
-    Seen,
-    Share,
-    TextAttention,
-    ascending,
-    candidates,
-    falling,
-    schedule_layers,
-    select,
-    upcast,
-)
+from vlmprune.methods.base import AnyNewlines, Layout, ModelFacts, Seen, Staged, Tap, register
+from vlmprune.parts import Layers, Ratios, Share, TextAttention, Transition, TransitionMode, ascending, schedule_layers
 
-__all__ = ["TransPrune", "accumulated", "transition"]
-
-Mode = Literal["official", "paper"]
+__all__ = ["TransPrune", "accumulated"]
 
 
 def accumulated(layers: tuple[int, ...], prune: tuple[int, ...], depth: int) -> list[int]:
@@ -43,45 +20,9 @@ def accumulated(layers: tuple[int, ...], prune: tuple[int, ...], depth: int) -> 
     without a gap stay so: all from the first scaled one to the last.
     """
     cut = dict(zip(prune, schedule_layers(prune, depth), strict=True))
-    scaled = sorted({cut.get(layer, max(1, round(layer * depth / DEPTH))) for layer in layers})
+    scaled = sorted({cut.get(layer, max(1, round(layer * depth / 32))) for layer in layers})
     whole = layers[-1] - layers[0] + 1 == len(layers)
     return list(range(scaled[0], scaled[-1] + 1)) if whole else scaled
-
-
-def transition(before: torch.Tensor, after: torch.Tensor, among: torch.Tensor, mode: Mode) -> torch.Tensor:
-    """Token transition variation of one block: softmax of the direction term times |after| / |before|.
-
-    Args:
-        before, after: `(..., tokens, dim)` what the block read and wrote (without the residual).
-        among: `(..., tokens)` bool, the tokens the softmax runs over.
-        mode: the direction term is 1 - cos ("official") or 1 - |cos| ("paper").
-
-    Returns:
-        `(..., tokens)`, 0 outside `among`.
-    """
-    before, after = upcast(before), upcast(after)
-    norm = torch.linalg.vector_norm
-    magnitude = norm(after, dim=-1) / norm(before, dim=-1)
-    cosine = torch.nn.functional.cosine_similarity(after, before, dim=-1)
-    direction = 1 - cosine if mode == "official" else 1 - cosine.abs()
-    weight = direction.masked_fill(~among, -torch.inf).softmax(-1)
-    return torch.where(among, weight * magnitude, 0)
-
-
-@dataclass(frozen=True)
-class Transition(BlockTap):
-    """Transition variation of visual tokens, `(images, tokens)` float32, summed over a layer's two blocks.
-
-    The softmax runs over every real token of the sample ("official") or over the image's tokens ("paper").
-    """
-
-    mode: Mode = "official"
-
-    def measure(self, before: torch.Tensor, after: torch.Tensor, scene: Scene) -> torch.Tensor:
-        at = scene.flat_index()
-        if self.mode == "official":
-            return transition(before, after, scene.sequence.asked(), self.mode).flatten()[at]
-        return transition(before.flatten(0, 1)[at], after.flatten(0, 1)[at], scene.layout.alive, self.mode)
 
 
 @register("transprune")
@@ -89,23 +30,18 @@ class Transition(BlockTap):
 class TransPrune(Staged):
     """Keep the tokens that the middle layers change most and that the instruction looks at, in three steps.
 
-    After layers 7, 9 and 12 of 32 (scaled with depth): the accumulated transition variation of layers 7..12 so far,
-    plus the attention the next layer's instruction rows pay to each token.
+    After layers 7, 9 and 12 of 32 (scaled with depth): the accumulated `Transition` of layers 7..12 so far, plus the
+    attention the next layer's instruction rows pay to each token.
 
     Args:
-        keep: visual tokens per image left after the last cut, or a fraction; without a budget the published "High"
-            schedule runs, another value stretches what it removes so that it ends there.
-        average: the mean over all layers, met in the same way.
+        keep, average: None runs the published "High" schedule, which a budget stretches.
         mode: "official", what the released code computes (1 - cos, softmax over the whole sequence, both scores
             rescaled to sum 1), or "paper" (1 - |cos|, softmax over the image, raw sum with alpha).
         accumulate_layers, prune_layers: 1-based, of a 32-layer decoder; all layers from the first cut to the last one
-            are accumulated if none are given (7 to 12, as the source). At another depth the cuts scale by
-            max(previous + 1, round(p L / 32)), and the accumulated layers follow them (see `accumulated`).
-        keep_ratios: of the tokens that entered the LLM, one per cut, floored, but never fewer than 1 of an
-            image that has tokens (code: 0 is possible).
+            are accumulated if none are given (7 to 12, as the source). At another depth both scale (`accumulated`).
+        keep_ratios: floored, but never fewer than 1 of an image that has tokens (code: 0 is possible).
         alpha: weight of the transition score; the official code has none, which is 0.5.
-        positions: the family's own; contiguous, re-indexed at every cut, as the source; its decode positions differ by
-            layer.
+        positions: contiguous, re-indexed at every cut (source).
         newlines: "candidates" (source: all tokens of the image compete).
     """
 
@@ -115,10 +51,10 @@ class TransPrune(Staged):
     looks_at = "decoder"
     stage = "decoder layers 7, 9, 12 of 32"
 
-    mode: Mode = "official"
-    accumulate_layers: Annotated[tuple[int, ...] | None, ascending(DEPTH)] = None
-    prune_layers: Annotated[tuple[int, ...], ascending(DEPTH - 1)] = (7, 9, 12)
-    keep_ratios: Annotated[tuple[float, ...], falling()] = (0.875, 0.625, 0.125)
+    mode: TransitionMode = "official"
+    accumulate_layers: Annotated[tuple[int, ...] | None, ascending(32)] = None
+    prune_layers: Layers = (7, 9, 12)
+    keep_ratios: Ratios = (0.875, 0.625, 0.125)
     alpha: Share = 0.5
     newlines: AnyNewlines = "candidates"
 
@@ -133,33 +69,19 @@ class TransPrune(Staged):
                 f"by the last one, after layer {last}: what comes later is never read."
             )
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        prune, schedule = self.stages(facts)
+    def see(self, layer: int, facts: ModelFacts) -> tuple[Tap, ...]:
+        # layers count from 1: "after layer p" is the input of layer p counted from 0, whose attention decides
         watched = accumulated(self.accumulate_layers, self.prune_layers, facts.decoder_layers)
-        cuts = []
-        for stage, p in enumerate(prune):
-            # layers count from 1: "after layer p" is the input of layer p counted from 0, whose attention decides
-            taps = tuple(Transition(layer - 1, self.mode) for layer in watched if layer <= p)
-            see = (*taps, TextAttention(p, "instruction"))
-            cuts.append(Cut(Decoder(p), see, partial(self.reduce, stage=stage, schedule=schedule), self.positions))
-        return cuts
+        taps = tuple(Transition(number - 1, self.mode) for number in watched if number <= layer)
+        return (*taps, TextAttention(layer, "instruction"))
 
-    def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule) -> Reduction:
-        """Pure: transitions of the layers so far and `(images, tokens)` attention in, decision out."""
-        change = torch.stack([value for tap, value in seen.items() if isinstance(tap, Transition)]).sum(0)
-        attention = next(value for tap, value in seen.items() if isinstance(tap, TextAttention))
-        among, *_ = candidates(layout, self.newlines)
-        scores = self.score(change, attention, among)
-        return select(scores, partial(schedule.left, stage=stage), layout, self.newlines)
-
-    def score(self, change: torch.Tensor, attention: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-        """Both scores in one, `(..., tokens)`; the official code first divides each by its sum over the image."""
+    def score(self, seen: Seen, layout: Layout) -> torch.Tensor:
+        """Pure: transitions of the layers so far and attention in; the code first divides both by their sums."""
+        *changes, attention = seen.values()
+        change = torch.stack(changes).sum(0)
         if self.mode == "official":
+            among = self.among(layout)
             change, attention = (
                 x / (torch.where(among, x, 0).sum(-1, keepdim=True) + 1e-8) for x in (change, attention)
             )
         return self.alpha * change + (1 - self.alpha) * attention
-
-    def count(self, total: int, stage: int, share: tuple[float, ...] = ()) -> int:
-        """Tokens kept of an image's `total` after a stage (`Schedule.left`); `share` is `Schedule.shares`."""
-        return Schedule(self.keep_ratios, share, self.keep, self.average).left(total, stage)

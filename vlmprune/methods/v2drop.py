@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated
 
-from vlmprune.methods.base import Staged, register
-from vlmprune.parts import (
-    DEPTH,
-    Cut,
-    Decoder,
-    Hidden,
-    Inputs,
-    Layout,
-    ModelFacts,
-    Positions,
-    Reduction,
-    Schedule,
-    Seen,
-    ascending,
-    falling,
-    select,
-    upcast,
-)
+import torch
+
+from vlmprune.methods.base import Layout, ModelFacts, Positions, Seen, Staged, Tap, register
+from vlmprune.parts import Hidden, Inputs, Layers, falling, upcast
 
 __all__ = ["V2Drop"]
 
@@ -36,14 +21,10 @@ class V2Drop(Staged):
     A token's score is the length of what the layer before the cut added to it (L2).
 
     Args:
-        keep: visual tokens per image left after the last cut, or a fraction; without a budget the released schedule of
-            LLaVA-1.5 runs (a half, a quarter, one token: an average of 203 of 576), another value stretches what it
-            removes so that it ends there.
-        average: the mean over all layers, met in the same way.
-        prune_layers: 1-based, of a 32-layer decoder (code: the inputs of layers 3, 17 and 22 counted from 0); another
-            depth scales them.
-        keep_ratios: of the tokens that entered the LLM, one per cut; 0 is the single token that the code leaves.
-        positions: original, as the code.
+        keep, average: None runs the released schedule (an average of 203 of 576), which a budget stretches.
+        prune_layers: 1-based, of a 32-layer decoder, scaled (code: the inputs of layers 3, 17 and 22 counted from 0).
+        keep_ratios: of the tokens that entered the LLM; 0 is the single token that the code leaves.
+        positions: original (code).
         newlines: kept; the code knows single views.
     """
 
@@ -53,24 +34,14 @@ class V2Drop(Staged):
     needs = "decoder states"
     stage = "decoder layers 3, 17, 22 of 32"
 
-    prune_layers: Annotated[tuple[int, ...], ascending(DEPTH - 1)] = (3, 17, 22)
+    prune_layers: Layers = (3, 17, 22)
     keep_ratios: Annotated[tuple[float, ...], falling(0)] = (0.5, 0.25, 0.0)
     positions: Positions = "original"
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        layers, schedule = self.stages(facts)
-        return [
-            Cut(
-                Decoder(layer),
-                (Inputs(layer - 1), Hidden()),
-                partial(self.reduce, stage=stage, schedule=schedule),
-                self.positions,
-            )
-            for stage, layer in enumerate(layers)
-        ]
+    def see(self, layer: int, facts: ModelFacts) -> tuple[Tap, ...]:
+        return Inputs(layer - 1), Hidden()
 
-    def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule) -> Reduction:
-        """Pure: `(images, tokens, dim)` states before and after a layer in, decision out."""
+    def score(self, seen: Seen, layout: Layout) -> torch.Tensor:
+        """Pure: `(images, tokens, dim)` states before and after a layer in, how far it moved each out."""
         before, after = seen.values()
-        change = (upcast(after) - upcast(before)).norm(dim=-1)
-        return select(change, partial(schedule.left, stage=stage), layout, self.newlines)
+        return (upcast(after) - upcast(before)).norm(dim=-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -11,33 +10,22 @@ from typing import Annotated, ClassVar
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import AnyCut, Layout, ModelFacts, Positions, Pruner, Reduction, Seen, register
 from vlmprune.parts import (
-    Cut,
-    Decoder,
-    ImageGrid,
-    Layout,
-    Merge,
-    ModelFacts,
+    ContextRelevance,
     Must,
-    Positions,
+    Positive,
     Range,
-    Reduction,
     Scaled,
     Schedule,
-    Seen,
-    TowerLayer,
-    TowerTap,
-    attention_mass,
-    capped,
     is_number,
-    keep_patches,
     nearest,
-    top_k,
+    recycle,
+    square_cells,
     upload,
 )
 
-__all__ = ["VFlowOpt", "context_relevance", "recycle"]
+__all__ = ["VFlowOpt"]
 
 # of LLaVA-OneVision-7B, for a mean of 25, 50 and 10 % over all layers: what the three cuts leave of what they get, the
 # threshold of the context and the side of a cell
@@ -46,92 +34,7 @@ RELEASED = (
     ((0.7233, 0.7487, 0.487), 28.68, 11.76),
     ((0.1166, 1.0, 0.6011), 39.26, 17.39),
 )
-POSITIVE = Must("a number above 0, or None for the released one", lambda x: is_number(x, 0, 1e9) and x > 0)
-PART = Must("a number above 0 and at most 1, or None for the released one", lambda x: is_number(x) and x > 0)
-
-
-def context_relevance(
-    query: torch.Tensor, key: torch.Tensor, scale: float, threshold: float, first: int
-) -> torch.Tensor:
-    """How much the context tokens of a view look at every patch, summed over them, head mean.
-
-    Context are the patches that receive more than `threshold` times the mean attention of all patches' rows; where none
-    does, the one that receives most.
-
-    Args:
-        query: `(views, heads, patches, dim)`; key: `(views, heads, first + patches, dim)`.
-        first: tokens in front of the patches.
-
-    Returns:
-        `(views, patches)`.
-    """
-    received = attention_mass(query, key, scale)[:, first:]
-    context = received > threshold * received.mean(1, keepdim=True)
-    most = top_k(received, [1] * len(received), torch.ones_like(context))
-    context = torch.where(context.any(1, keepdim=True), context, most)
-    return attention_mass(query, key, scale, weight=context.to(received))[:, first:]
-
-
-@dataclass(frozen=True)
-class Context(TowerTap):
-    """`context_relevance` in a tower layer, `(images, tokens)` float32."""
-
-    attends: ClassVar[bool] = True
-
-    threshold: float = 0.0
-
-    def measure(self, layer: TowerLayer, hidden: torch.Tensor, has_cls: bool) -> torch.Tensor:
-        first, normed = int(has_cls), layer.normed(hidden)
-        query, key = layer.queries(normed[:, first:]), layer.keys(normed)
-        return context_relevance(query, key, layer.scale, self.threshold, first)
-
-
-def cells_of(grid: ImageGrid, side: float) -> torch.Tensor:
-    """`(tokens,)` long, the square of `side` patches, of its plane, that each token lies in."""
-    across = max(math.ceil(cols / side) for _, cols in grid.planes)
-    down = max(math.ceil(rows / side) for rows, _ in grid.planes)
-    cell = (grid.plane * down + (grid.row / side).long()) * across + (grid.col / side).long()
-    return torch.where(grid.newline, cell[~grid.newline].amin(), cell)  # newlines stand for nothing
-
-
-def recycle(
-    scores: torch.Tensor, cell: torch.Tensor, patches: torch.Tensor, counts: list[int], cells: list[int]
-) -> tuple[torch.Tensor, Merge]:
-    """Keep the best tokens, and in every cell the mean of the others, weighted by their scores, at the best of them.
-
-    Args:
-        scores: `(images, tokens)`; cell: `(images, tokens)` long; patches: `(images, tokens)` bool.
-        counts: tokens that stay of every image, the recycled ones included.
-        cells: number of cells of every image; 0 recycles nothing.
-
-    Returns:
-        `(images, tokens)` bool, and how tokens flow. Where the budget does not pay for all cells those with the best
-        tokens stay; where cells have nothing to recycle, the next best tokens take their places.
-    """
-    strong = top_k(scores, [max(0, n - c) for n, c in zip(counts, cells, strict=True)], patches)
-    rest = patches & ~strong & (upload(cells, scores.device)[:, None] > 0)
-    width, number = scores.shape[1], torch.arange(scores.shape[1], device=scores.device).expand_as(cell)
-    low = torch.finfo(scores.dtype).min
-    shape = (len(scores), int(max(cells, default=0)) + 1)
-    box = torch.where(rest, cell, shape[1] - 1)
-    top = torch.full(shape, low, dtype=scores.dtype, device=scores.device).scatter_reduce(
-        1, box, torch.where(rest, scores, low), "amax"
-    )
-    best = rest & (scores == top.gather(1, box))
-    first = torch.full(shape, width, device=scores.device).scatter_reduce(
-        1, box, torch.where(best, number, width), "amin"
-    )
-    wanted = upload(counts, scores.device)
-    anchors = top_k(scores, wanted - strong.sum(1), rest & (number == first.gather(1, box)))
-    keep = strong | anchors
-    keep = keep | top_k(scores, wanted - keep.sum(1), patches & ~keep)
-    into = torch.where(rest, first.gather(1, box).clamp(max=width - 1), number)
-    flows = rest & anchors.gather(1, into) & (anchors | ~keep)
-    into = torch.where(flows, into, number)
-    weight = torch.where(flows, scores.clamp(min=torch.finfo(scores.dtype).tiny), 0)
-    total = torch.zeros_like(weight).scatter_add(1, into, weight)
-    weight = torch.where(flows, weight / total.gather(1, into), (~flows & ~rest | keep).to(scores))
-    return keep, Merge(into, weight)
+PART = Must("a number above 0 and at most 1", lambda part: is_number(part) and part > 0)
 
 
 @register("vflowopt")
@@ -140,26 +43,17 @@ class VFlowOpt(Pruner):
     """Keep the patches that the tower's context tokens look at, in three cuts, and recycle the others cell by cell.
 
     Context tokens receive far more attention in the tower than the mean patch. Before the LLM the best patches stay,
-    and in each cell of a coarse grid the mean of all others, weighted by their scores. At one and two thirds of the
-    decoder the same scores cut again, so that no attention of the LLM is ever read.
+    and in each cell of a coarse grid the mean of all others, weighted by their scores (of videos none: code). At one
+    and two thirds of the decoder the same scores cut again, so that no attention of the LLM is ever read.
 
     Args:
-        keep: patches per image left after the last cut, or a fraction; without a budget the schedule released for an
-            average of 25 %. Another value takes the released schedule (for 25, 50 or 10 %) that is nearest and
-            stretches what it removes.
-        average: the mean over all layers, met in the same way; the papers' budgets are these.
+        keep, average: None runs the schedule released for an average of 25 %. Another value takes the released one (for
+            25, 50 or 10 %) that is nearest and stretches what it removes; the papers' budgets are averages.
         threshold: t, how many times the mean a context token receives; None is that of the schedule.
-        cell: side of a cell in patches, any number above 0; None is that of the schedule. Videos are not recycled
-            (code).
+        cell: side of a cell in patches, any number above 0; None is that of the schedule.
         second, third: what these cuts leave of what they get; None is that of the schedule. With one of them the first
-            cut alone follows from the budget.
-        positions: original (code).
-        newlines: kept (code).
-
-    The paper searches threshold, cell and cuts for every model and budget; `vlmprune tune --method vflowopt` does. The
-    patch entropy of the paper has weight 0 in every released configuration, and is not here. Towers with a [CLS] token
-    are read by the attention between patches (inferred); where no patch reaches the threshold, the one that receives
-    most is the context (the code divides by nothing).
+            cut alone follows from the budget. `vlmprune tune --method vflowopt` searches all four, as the paper does.
+        positions, newlines: original, kept (code).
     """
 
     summary = "the patches that the tower's context tokens look at, in three cuts; the rest recycled by cells"
@@ -173,8 +67,8 @@ class VFlowOpt(Pruner):
     }
 
     # where the code searches, in its box for an average of 25 %
-    threshold: Annotated[float | None, POSITIVE, Range(1, 50)] = None
-    cell: Annotated[float | None, POSITIVE, Range(3, 24)] = None
+    threshold: Annotated[Positive | None, Range(1, 50)] = None
+    cell: Annotated[Positive | None, Range(3, 24)] = None
     second: Annotated[float | None, PART, Range(0.5, 1)] = None
     third: Annotated[float | None, PART, Range(0.1, 1)] = None
     positions: Positions = "original"
@@ -183,7 +77,7 @@ class VFlowOpt(Pruner):
         """The released schedules on this decoder."""
         return [Schedule.at(layers, depth, tuple(accumulate(ratios, mul)), None, None) for ratios, *_ in RELEASED]
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
+    def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         depth = facts.decoder_layers
         layers = [0, depth // 3, 2 * (depth // 3)]
         if depth < 3:
@@ -195,28 +89,23 @@ class VFlowOpt(Pruner):
         if self.second is not None or self.third is not None:
             own = (released[0], self.second or released[1], self.third or released[2])
             schedule = Scaled(tuple(accumulate(own, mul)), schedule.shares, self.keep, self.average)
-        if isinstance(self.average if self.keep is None else self.keep, float):
+        if isinstance(self.budget, float):
             schedule.left(10**9, 0)  # a fraction can be met for all images or for none
-        see = (Context(facts.attention_layer, threshold if self.threshold is None else self.threshold),)
-        reduce = partial(self.reduce, schedule=schedule, side=side if self.cell is None else self.cell)
-        return [
-            Cut(Decoder(layer), see, partial(reduce, stage=stage), self.positions) for stage, layer in enumerate(layers)
-        ]
+        see = (ContextRelevance(facts.attention_layer, self.threshold or threshold),)
+        reduce = partial(self.reduce, schedule=schedule, side=self.cell or side)
+        return self.in_stages(layers, lambda layer: see, reduce)
 
     def reduce(self, seen: Seen, layout: Layout, stage: int, schedule: Schedule, side: float) -> Reduction:
         """Pure: `(images, tokens)` context relevance in, decision out."""
         (scores,) = seen.values()
         left = [schedule.left(grid.patches, stage) for grid in layout.grids]
-        counts = capped(left, layout.alive_patches)
-        whole = layout.alive_patches == [grid.patches for grid in layout.grids]
-        if stage or not whole:
-            return keep_patches(top_k(scores, left, layout.patches), layout, counts, self.newlines, scores)
+        if stage or not layout.whole:
+            return self.best(scores, layout, left)
         cell, cells = torch.zeros(layout.position.shape, dtype=torch.long), []
         for i, (grid, n) in enumerate(zip(layout.grids, left, strict=True)):
             if ("vflowopt", side) not in grid.memo:
-                grid.memo["vflowopt", side] = cells_of(grid, side).unique(return_inverse=True)
+                grid.memo["vflowopt", side] = square_cells(grid, side).unique(return_inverse=True)
             kinds, cell[i, : grid.tokens] = grid.memo["vflowopt", side]
             cells.append(0 if grid.frames or n == grid.patches else len(kinds))
         keep, merge = recycle(scores, upload(cell, scores.device), layout.patches, left, cells)
-        reduction = keep_patches(keep, layout, counts, self.newlines, scores)
-        return replace(reduction, merge=merge) if any(cells) else reduction
+        return self.kept(keep, layout, left, scores, merge if any(cells) else None)

@@ -6,23 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch.nn import functional
+from torch.nn.functional import normalize
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    Cut,
-    Decoder,
-    Hidden,
-    Layout,
-    ModelFacts,
-    Reduction,
-    Seen,
-    count,
-    frames_of,
-    keep_patches,
-    top_k,
-    upcast,
-)
+from vlmprune.methods.base import BeforeLLM, Layout, Reduction, Seen, register
+from vlmprune.parts import Hidden, count, frames_of, upcast
 
 __all__ = ["VidCom2", "commonness", "frame_scales"]
 
@@ -31,19 +18,16 @@ TEMPERATURE = 0.01  # of the frames' budgets
 
 
 def commonness(frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How near every patch is to the mean of its video, and to that of its frame: high is common.
+    """How near every patch of `(frames, patches, dim)` is to the mean of its video, and of its frame: high is common.
 
     Of the half of the channels that vary least, unit vectors; a sum of Gaussians of the distance.
-
-    Args:
-        frames: `(frames, patches, dim)`.
 
     Returns:
         two `(frames, patches)`.
     """
     x = upcast(frames)
     quiet = x.flatten(0, 1).var(0).sort(stable=True).indices[: x.shape[-1] // 2]
-    x = functional.normalize(x[..., quiet], dim=-1)
+    x = normalize(x[..., quiet], dim=-1)
 
     def near(centre: torch.Tensor) -> torch.Tensor:
         apart = ((x - centre) ** 2).sum(-1)
@@ -65,7 +49,7 @@ def frame_scales(common: torch.Tensor, ratio: float) -> torch.Tensor:
 
 @register("vidcom2")
 @dataclass(frozen=True)
-class VidCom2(Pruner):
+class VidCom2(BeforeLLM):
     """Give frames that are unlike the video more tokens, and keep in each what is unlike the video and the frame.
 
     Args:
@@ -73,7 +57,6 @@ class VidCom2(Pruner):
         parity: None keeps exactly the budget: tokens are taken in turns in proportion to the frames' shares, the first
             of every frame before any other. "released" keeps round(share * patches) of every frame, at least 1, so that
             the total is emergent (one device sync more) and hardly ever the budget.
-        positions: contiguous.
         newlines: kept (as the released code for LLaVA-Video, whose rows have one).
     """
 
@@ -82,14 +65,12 @@ class VidCom2(Pruner):
     needs = "features of a video"
     looks_at = "features"
     optional = True
+    sees = (Hidden(),)
     refuses_inputs: ClassVar[dict[str, str]] = {
         "image": "shares a budget among the frames of a video, and a still picture has none: ask it about videos alone"
     }
 
     parity: Literal["released"] | None = None
-
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        return [Cut(Decoder(0), (Hidden(),), self.reduce, self.positions)]
 
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: features in, decision out."""
@@ -108,7 +89,6 @@ class VidCom2(Pruner):
             scores[video, places] = -turn.to(scores)
             keep[video, places] = rank < wanted.round().clamp(min=1)
         if self.parity is None:
-            keep = top_k(scores, counts, layout.patches)
-        whole = [n == grid.patches for n, grid in zip(counts, layout.grids, strict=True)]
-        exact = self.parity is None or all(whole)
-        return keep_patches(keep, layout, counts if exact else None, self.newlines, scores)
+            return self.best(scores, layout, counts)
+        everything = counts == [grid.patches for grid in layout.grids]
+        return self.kept(keep, layout, counts if everything else None, scores)

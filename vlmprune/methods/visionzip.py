@@ -6,47 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmprune.methods.base import BehindTower, register
-from vlmprune.parts import (
-    AnyCut,
-    BlockKeys,
-    Merge,
-    ModelFacts,
-    Pick,
-    Seen,
-    Share,
-    Views,
-    VisionAttention,
-    gather_to,
-    stride,
-    top_k,
-    upload,
-)
+from vlmprune.methods.base import AnyCut, BehindTower, Merge, ModelFacts, Pick, Seen, register
+from vlmprune.parts import BlockKeys, Share, Views, VisionAttention, gather_to, stride, top_k, upload
 
-__all__ = ["VisionZip", "zip_view"]
-
-
-def zip_view(
-    row: torch.Tensor, keys: torch.Tensor, present: torch.Tensor, dominant: list[int], contextual: list[int]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Dominant patches, contextual targets, and which target every other patch flows into.
-
-    Args:
-        row: `(views, patches)` attention.
-        keys: `(views, patches, dim)` head-mean keys.
-        present: `(views, patches)` bool, patches that count.
-        dominant, contextual: how many of each, per view.
-
-    Returns:
-        `(views, patches)` bool dominant and target; `(views, patches)` long the target, and float its weight: one over
-        the number of patches that flow there, 0 for those that flow nowhere.
-    """
-    strong = top_k(row, dominant, present)
-    rest = present & ~strong
-    targets = stride(rest, contextual)
-    into, flows = gather_to(keys, rest & ~targets, targets)
-    number = torch.zeros_like(row).scatter_add(1, into, flows.to(row))
-    return strong, targets, into, flows / number.gather(1, into).clamp(min=1)
+__all__ = ["VisionZip"]
 
 
 @register("visionzip")
@@ -56,20 +19,15 @@ class VisionZip(BehindTower):
 
     Per view: the dominant tokens are the [CLS] token itself and the patches it looks at most, in the layer whose output
     becomes the features. Of the rest every n-th is a contextual token: it becomes itself plus the mean of the patches
-    whose keys (head mean) are most like its own, a sum of two averages as in the released code. Merging happens between
-    tower and projector.
+    whose keys (head mean) are most like its own, a sum of two averages as in the released code. A tower without a [CLS]
+    token is read by the attention that a patch receives (as the released code does for SigLIP).
 
     Args:
-        keep, average: patches per image, or a fraction; views share it in proportion to their patches. The [CLS] token
-            counts as one, and stands at the first place that nothing else takes (the released code puts it first, and
-            contextual tokens last; here all are in the order of their places).
+        keep, average: views share it in proportion to their patches. The [CLS] token counts as one, and stands at the
+            first place that nothing else takes (the released code puts it first, and contextual tokens last).
         contextual: share of the budget that merges: 5/32 gives the released 30 of 192, 20 of 128, 10 of 64. At most
             what the [CLS] token leaves of it.
-        positions: the family's own; contiguous, as the released code.
-        newlines: kept by default; the released code drops them with the un-padding.
-
-    A tower without a [CLS] token is read by the mean attention that a patch receives (as the released code does for
-    SigLIP), and all dominant tokens are patches.
+        newlines: kept; the released code drops them with the un-padding.
     """
 
     summary = "patches that [CLS] looks at, and a few that the others are merged into"
@@ -86,19 +44,23 @@ class VisionZip(BehindTower):
     def merge(self, seen: Seen, views: Views) -> Pick:
         """Pure: one attention row and the keys of every view in, what anchors become out."""
         row, keys = seen.values()
-        cls = keys.shape[1] - row.shape[1]
-        present, totals = upload(views.present, row.device), views.patches
-        shares = views.shares(self.budget)
-        # what keeps all its patches stays as it is
-        whole = [kept == total for kept, total in zip(shares, totals, strict=True)]
-        extra = [0 if all_ or not kept else cls for kept, all_ in zip(shares, whole, strict=True)]
-        left = [0 if all_ else kept - e for kept, all_, e in zip(shares, whole, extra, strict=True)]
-        targets = [min(round(kept * self.contextual), most) for kept, most in zip(shares, left, strict=True)]
-        strong = [kept - t - e for kept, t, e in zip(shares, targets, extra, strict=True)]
-        dominant, anchors, into, weight = zip_view(row, keys[:, cls:], present, strong, targets)
-        keep = dominant | anchors
-        weight = torch.where(anchors, 1.0, weight)
-        into = torch.where(anchors, torch.arange(row.shape[1], device=row.device), into)
+        cls, present, shares = (
+            keys.shape[1] - row.shape[1],
+            upload(views.present, row.device),
+            views.shares(self.budget),
+        )
+        # to be divided among the three kinds: what keeps all its patches stays as it is
+        split = [0 if kept == total else kept for kept, total in zip(shares, views.patches, strict=True)]
+        extra = [cls if n else 0 for n in split]
+        contextual = [min(round(n * self.contextual), n - e) for n, e in zip(split, extra, strict=True)]
+        strong = [kept - n - e for kept, n, e in zip(shares, contextual, extra, strict=True)]
+        dominant = top_k(row, strong, present)
+        rest = present & ~dominant
+        targets = stride(rest, contextual)
+        into, flows = gather_to(keys[:, cls:], rest & ~targets, targets)
+        number = torch.zeros_like(row).scatter_add(1, into, flows.to(row))
+        weight = torch.where(targets, 1.0, flows / number.gather(1, into).clamp(min=1))
+        keep = dominant | targets
         if cls:
             # [CLS] stands where nothing else is left
             place = (present & ~keep).long().argmax(1, keepdim=True)

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from vlmprune.methods.base import Pruner, register
+from vlmprune.methods.base import Cut, Decoder, Layout, ModelFacts, Pruner, Reduction, Seen, register
 from vlmprune.parts import (
-    Cut,
-    Decoder,
     Hidden,
-    Layout,
-    Merge,
-    ModelFacts,
-    Must,
-    Newlines,
-    Reduction,
-    Seen,
     TextAttention,
     by_view,
-    candidates,
-    capped,
     floored,
-    gather_to,
-    is_whole,
-    keep_patches,
+    layer_of,
+    nearest_mean,
     row_of,
     scale_tower_layer,
     schedule_layers,
@@ -35,16 +23,19 @@ from vlmprune.parts import (
     upload,
 )
 
-__all__ = ["VScan", "nearest_mean", "two_scans"]
+__all__ = ["VScan", "two_scans"]
 
-LATE = Must("a layer from 1 to 31 (of 32, scaled), or None", partial(is_whole, least=1, most=31))
 ACROSS = 4  # windows along each side of a view
 
 
 def two_scans(
-    shallow: torch.Tensor, deep: torch.Tensor, rows: torch.Tensor, window: torch.Tensor, shares: torch.Tensor,
+    shallow: torch.Tensor,
+    deep: torch.Tensor,
+    rows: torch.Tensor,
+    window: torch.Tensor,
+    shares: torch.Tensor,
     fill: bool = True,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Half of every view's share from its windows by a shallow layer, the rest from the whole view by a deep one.
 
     Args:
@@ -67,36 +58,25 @@ def two_scans(
     return (local | top_k(far, left, rows & ~local)).any(1)
 
 
-def nearest_mean(features: torch.Tensor, kept: torch.Tensor, patches: torch.Tensor) -> Merge:
-    """Every dropped patch flows into the kept one that it is most like, which becomes the plain mean of all of them."""
-    into, flows = gather_to(features, patches & ~kept, kept)
-    number = torch.ones(into.shape, device=into.device, dtype=torch.promote_types(features.dtype, torch.float32))
-    number = number.scatter_add(1, into, flows.to(number))
-    return Merge(into, 1 / number.gather(1, into))
-
-
 @register("vscan")
 @dataclass(frozen=True)
 class VScan(Pruner):
     """Scan the picture twice in the tower, merge what is left over, and cut again in the middle of the decoder.
 
-    Stage 1: half of its budget comes in equal parts from 4 x 4 windows of every view, by the [CLS] attention of a
-    shallow tower layer; the rest from the whole view by that of the layer whose output becomes the features. Every
-    patch that goes is averaged into the kept one that it is most like. Stage 2: the attention of the last prompt token
-    at a middle decoder layer keeps a third of that.
+    Stage 1: half of its budget comes in equal parts from 4 x 4 windows of every view, by `row_of` a shallow tower
+    layer; the rest from the whole view by that of the layer whose output becomes the features. Every patch that goes is
+    averaged into the kept one that it is most like. Stage 2: the attention of the last prompt token at a middle decoder
+    layer keeps a third of that.
 
     Args:
-        keep: patches per image, or a fraction, that are left after stage 2; three times as many enter the LLM (released
-            96, then 32). Without a stage 2 it is those that enter.
-        average: the same as a mean over decoder layers (with layer 16 of 32: twice `keep`).
+        keep: left after stage 2; three times as many enter the LLM (released 96, then 32). Without a stage 2 it is
+            those that enter. `average` is the same as a mean over decoder layers (with layer 16 of 32: twice `keep`).
         window_layer: 0-based tower layer of 24 (scaled) of the windows (code: 5).
         layer: 0-based decoder layer of 32 (scaled) of stage 2 (code: 16); None leaves it out.
         parity: None gives the windows whose best patch is looked at most what does not divide by 16. "released" loses
             it: fewer tokens than asked come out of stage 1, and no local one of fewer than 32.
-        positions: contiguous in both stages, as the code.
+        positions: contiguous in both stages (code).
         newlines: of both stages; the code knows none.
-
-    A tower without a [CLS] token is read by the attention that a patch receives (ours).
     """
 
     summary = "two scans of the tower's [CLS] attention, the rest merged; then what the prompt's end looks at"
@@ -106,10 +86,9 @@ class VScan(Pruner):
     stage = "before the LLM + decoder layer 16 of 32"
     served_with: ClassVar[dict[str, Any]] = {"layer": None}
 
-    window_layer: Annotated[int, Must("a layer from 0 to 23 (of 24, scaled)", partial(is_whole, most=23))] = 5
-    layer: Annotated[int | None, LATE] = 16
+    window_layer: Annotated[int, layer_of(24, 0, 23)] = 5
+    layer: Annotated[int | None, layer_of(32, 1, 31)] = 16
     parity: Literal["released"] | None = None
-    newlines: Newlines = "all"
 
     def cuts(self, facts: ModelFacts) -> list[Cut]:
         late = 0 if self.layer is None else schedule_layers((self.layer,), facts.decoder_layers)[0]
@@ -144,12 +123,10 @@ class VScan(Pruner):
         shares = upload(shares, deep.device)
         kept = two_scans(shallow, deep, rows, row * ACROSS + col, shares, fill=self.parity is None)
         merge = nearest_mean(features, kept, layout.patches)
-        counts = None if self.parity else counts
-        return replace(keep_patches(kept, layout, counts, self.newlines, deep), merge=merge)
+        return self.kept(kept, layout, None if self.parity else counts, deep, merge)
 
     def look(self, seen: Seen, layout: Layout, early: float) -> Reduction:
         """Pure: one attention row of the decoder in, what stays out."""
         (row,) = seen.values()
-        among, _, available = candidates(layout, self.newlines)
         counts = [self.budgets(grid.patches, early)[1] for grid in layout.grids]
-        return keep_patches(top_k(row, counts, among), layout, capped(counts, available), self.newlines, row)
+        return self.best(row, layout, counts)

@@ -5,47 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from vlmprune.methods.base import Pruner, register
-from vlmprune.parts import (
-    Cut,
-    Decoder,
-    Ensemble,
-    Layout,
-    ModelFacts,
-    Reduction,
-    Scope,
-    Seen,
-    UnsupportedError,
-    VisionAttention,
-    check_layer,
-    ensemble_scores,
-    need_cls,
-    scale_tower_layer,
-    select,
-)
+from vlmprune.methods.base import BeforeLLM, Layout, ModelFacts, Reduction, Seen, Tap, UnsupportedError, register
+from vlmprune.parts import Ensemble, Scope, check_layer, ensemble_scores, need_cls, row_of, scale_tower_layer
 
 __all__ = ["VtcCls"]
 
 
 @register("vtc_cls")
 @dataclass(frozen=True)
-class VtcCls(Pruner):
+class VtcCls(BeforeLLM):
     """Keep the patches that the tower's [CLS] token looks at, summed over its last layers.
 
     The layers run from `start_layer` to the last but one; the last layer is never used (code: the slice `[start:-1]`).
 
     Args:
-        keep, average: patches per image, or a fraction.
-        start_layer: 0-based, negative from the end. The evaluation loaders of the official code default to 16 of 24
-            layers, which is the default here, scaled to the tower's depth; notes on the paper say 20 (three layers).
+        start_layer: 0-based, negative from the end. Default 16 of 24 layers (the code's evaluation loaders), scaled;
+            notes on the paper say 20.
         ensemble: "sum" (code), "mean" (same ranking), "max" or "min" (ablations).
         fallback: None refuses towers without a [CLS] token; "received" scores by the mean attention received from all
             patches over the same layers (in a tower with windows over those whose patches see all of the picture), a
             recognised stand-in that is not VTC-CLS.
-        scope: "view" gives each view of an anyres image its share (patches are split by largest remainder, so that the
-            budget is met), "image" ranks all its patches together (the official code knows single views only).
-        positions: the family's own; contiguous, as the official code (its prepare step drops the original ids).
-        newlines: what happens to newline tokens.
+        scope: "view" gives each view of an anyres image its share, "image" ranks all its patches together (the code
+            knows single views only).
     """
 
     summary = "the patches that the tower's [CLS] token looks at"
@@ -57,6 +38,17 @@ class VtcCls(Pruner):
     ensemble: Ensemble = "sum"
     fallback: Literal["received"] | None = None
     scope: Scope = "view"
+
+    def see(self, facts: ModelFacts) -> tuple[Tap, ...]:
+        if self.fallback is None:
+            need_cls("vtc_cls", facts, "fallback='received' scores by attention received instead")
+        layers = [layer for layer in self.layers(facts) if layer not in facts.windowed]
+        if not layers:
+            raise UnsupportedError(
+                f"vtc_cls reads tower layers {self.layers(facts)[0]}..{facts.tower_layers - 2} here, in all of which a "
+                f"patch sees its window alone: set start_layer to {facts.attention_layer} or less."
+            )
+        return tuple(row_of(facts, layer) for layer in layers)
 
     def layers(self, facts: ModelFacts) -> range:
         """The tower layers whose rows are combined."""
@@ -70,20 +62,7 @@ class VtcCls(Pruner):
             )
         return range(start, last)
 
-    def cuts(self, facts: ModelFacts) -> list[Cut]:
-        if self.fallback is None:
-            need_cls("vtc_cls", facts, "fallback='received' scores by attention received instead")
-        rows = "cls" if facts.has_cls else "patches"
-        layers = [layer for layer in self.layers(facts) if layer not in facts.windowed]
-        if not layers:
-            raise UnsupportedError(
-                f"vtc_cls reads tower layers {self.layers(facts)[0]}..{facts.tower_layers - 2} here, in all of which a "
-                f"patch sees its window alone: set start_layer to {facts.attention_layer} or less."
-            )
-        taps = tuple(VisionAttention(layer, rows) for layer in layers)
-        return [Cut(Decoder(0), taps, self.reduce, self.positions)]
-
     def reduce(self, seen: Seen, layout: Layout) -> Reduction:
         """Pure: one `(images, tokens)` row per layer in, decision out."""
         scores = ensemble_scores(list(seen.values()), self.ensemble)
-        return select(scores, self.budget, layout, self.newlines, self.scope)
+        return self.best(scores, layout, scope=self.scope)

@@ -7,16 +7,26 @@ so that what reads budgets or options alone does not wait for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-_PARTS = ("attention", "budget", "cells", "clip", "coverage", "cuts", "diversity", "facts", "layers", "layout")
-_PARTS += ("merging", "options", "schedules", "scores", "selection", "taps", "templates", "text_taps", "vector_taps")
+_PARTS = ("attention", "budget", "cells", "clip", "coverage", "cuts", "decoder_taps", "diversity")
+_PARTS += ("facts", "layers", "layout", "merging", "options", "schedules", "scores")
+_PARTS += ("selection", "taps", "templates", "text_taps", "vector_taps")
 _HOMES = ("errors", *(f"parts.{name}" for name in _PARTS))
 
 if TYPE_CHECKING:
     from vlmprune.errors import UnsupportedError
     from vlmprune.parts.attention import Visible, attention_mass, last_rows, mean_weight, take_rows, upcast
     from vlmprune.parts.budget import HAIR, count, floored, share
-    from vlmprune.parts.cells import image_cells, laid_out, nested_cells
-    from vlmprune.parts.clip import Clip, clip_from
+    from vlmprune.parts.cells import (
+        adjacent,
+        image_cells,
+        kept_of_regions,
+        laid_out,
+        neighbours,
+        nested_cells,
+        regions,
+        square_cells,
+    )
+    from vlmprune.parts.clip import Clip, clip_for, told_clip
     from vlmprune.parts.coverage import Cover, select_covering
     from vlmprune.parts.cuts import (
         AnyCut,
@@ -35,11 +45,21 @@ if TYPE_CHECKING:
         Vision,
         schedule_layers,
     )
-    from vlmprune.parts.diversity import greedy_diversity, most_apart, select_diverse, weighted_det
+    from vlmprune.parts.decoder_taps import PIVOTS, BesidePivots, KeyLengths, Transition, TransitionMode
+    from vlmprune.parts.diversity import (
+        dedupe,
+        greedy_diversity,
+        most_apart,
+        principal_groups,
+        select_diverse,
+        select_weighted,
+        survivors,
+    )
     from vlmprune.parts.facts import (
         ModelFacts,
         check_layer,
         need_cls,
+        need_crops,
         need_patches,
         need_views,
         scale_tower_layer,
@@ -51,12 +71,30 @@ if TYPE_CHECKING:
         gather_to,
         match_alternating,
         match_energy,
+        nearest_mean,
         peaks,
+        recycle,
         spread_evenly,
     )
-    from vlmprune.parts.options import Must, Range, Seed, Share, ascending, falling, is_number, is_whole
-    from vlmprune.parts.schedules import DEPTH, Scaled, Schedule, decoder_cuts, nearest
-    from vlmprune.parts.scores import Ensemble, ensemble_scores, random_scores
+    from vlmprune.parts.options import (
+        Layers,
+        Must,
+        Positive,
+        Range,
+        Ratios,
+        Seed,
+        Share,
+        Weight,
+        Whole,
+        ascending,
+        falling,
+        is_number,
+        is_whole,
+        layer_of,
+        whole,
+    )
+    from vlmprune.parts.schedules import Scaled, Schedule, decoder_cuts, nearest
+    from vlmprune.parts.scores import Ensemble, ensemble_scores, outlying, random_scores
     from vlmprune.parts.selection import (
         AnyNewlines,
         Newlines,
@@ -64,8 +102,10 @@ if TYPE_CHECKING:
         by_view,
         candidates,
         capped,
+        contest,
         keep_patches,
         select,
+        select_each,
         select_rows,
         stride,
         top_k,
@@ -92,16 +132,27 @@ if TYPE_CHECKING:
         TowerTap,
         VisionAttention,
         decoder_mass,
+        visual_entries,
     )
-    from vlmprune.parts.templates import QuestionMarks, question_of, system_prefix, told_question
-    from vlmprune.parts.text_taps import OwnText, QuestionIds, QuestionWords
-    from vlmprune.parts.vector_taps import WholeKeys, WholeRow, features_of, row_of
+    from vlmprune.parts.templates import QuestionMarks, question_of, system_prefix, told_question, told_system
+    from vlmprune.parts.text_taps import MeanState, OwnText, QuestionIds, QuestionWords, Rated, Raters, queries
+    from vlmprune.parts.vector_taps import (
+        ContextRelevance,
+        Density,
+        Outlying,
+        PageRank,
+        WholeKeys,
+        WholeRow,
+        features_of,
+        row_of,
+    )
 
 __all__ = [
-    "DEPTH",
     "HAIR",
+    "PIVOTS",
     "AnyCut",
     "AnyNewlines",
+    "BesidePivots",
     "BlockFlow",
     "BlockKeys",
     "BlockTap",
@@ -110,34 +161,45 @@ __all__ = [
     "ClsLogits",
     "ClusterOf",
     "Clusters",
+    "ContextRelevance",
     "Cover",
     "CrossShare",
     "Cut",
     "Decoder",
     "DecoderLayer",
     "DecoderTap",
+    "Density",
     "Distinctness",
     "Ensemble",
     "Hidden",
     "ImageGrid",
     "Inputs",
     "Kept",
+    "KeyLengths",
+    "Layers",
     "Layout",
+    "MeanState",
     "Merge",
     "ModelFacts",
     "Must",
     "Newlines",
+    "Outlying",
     "OwnText",
+    "PageRank",
     "PatchCut",
     "Pick",
     "PixelCut",
     "Pixels",
     "Positions",
+    "Positive",
     "ProjectorCut",
     "QuestionIds",
     "QuestionMarks",
     "QuestionWords",
     "Range",
+    "Rated",
+    "Raters",
+    "Ratios",
     "ReceivedAttention",
     "Reduction",
     "Scaled",
@@ -154,23 +216,30 @@ __all__ = [
     "TowerCut",
     "TowerLayer",
     "TowerTap",
+    "Transition",
+    "TransitionMode",
     "UnsupportedError",
     "Views",
     "Visible",
     "Vision",
     "VisionAttention",
+    "Weight",
+    "Whole",
     "WholeKeys",
     "WholeRow",
+    "adjacent",
     "ascending",
     "attention_mass",
     "by_view",
     "candidates",
     "capped",
     "check_layer",
-    "clip_from",
+    "clip_for",
+    "contest",
     "count",
     "decoder_cuts",
     "decoder_mass",
+    "dedupe",
     "download",
     "ensemble_scores",
     "falling",
@@ -184,37 +253,54 @@ __all__ = [
     "is_number",
     "is_whole",
     "keep_patches",
+    "kept_of_regions",
     "laid_out",
     "last_rows",
+    "layer_of",
     "match_alternating",
     "match_energy",
     "mean_weight",
     "most_apart",
     "nearest",
+    "nearest_mean",
     "need_cls",
+    "need_crops",
     "need_patches",
     "need_views",
+    "neighbours",
     "nested_cells",
+    "outlying",
     "peaks",
+    "principal_groups",
+    "queries",
     "question_of",
     "random_scores",
+    "recycle",
+    "regions",
     "row_of",
     "scale_tower_layer",
     "schedule_layers",
     "select",
     "select_covering",
     "select_diverse",
+    "select_each",
     "select_rows",
+    "select_weighted",
     "share",
     "spread_evenly",
+    "square_cells",
     "stride",
+    "survivors",
     "system_prefix",
     "take_rows",
+    "told_clip",
     "told_question",
+    "told_system",
     "top_k",
     "upcast",
     "upload",
-    "weighted_det",
+    "visual_entries",
+    "whole",
 ]
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "cls_logits",
     "distinctness",
     "last_rows",
+    "masses_by_head",
     "mean_logits",
     "mean_weight",
     "split_heads",
@@ -62,6 +63,22 @@ def attention_mass(
         `(batch, keys)` in float32 (float64 for float64 input).
     """
     return kernels.call("attention_mass", query, key, scale, *visible, weight, bias)
+
+
+def masses_by_head(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scale: float,
+    weight: torch.Tensor,
+    visible: Visible = Visible(),  # noqa: B008
+) -> torch.Tensor:
+    """As `attention_mass` of every head by itself: `(batch, heads, keys)` for a weight `(batch, heads, rows)`."""
+    heads = query.shape[1]
+    key = key.repeat_interleave(heads // key.shape[1], 1)
+    at, real = (None if x is None else x.repeat_interleave(heads, 0) for x in visible[:2])
+    alone = Visible(at, real, visible.window)
+    query, key = query.flatten(0, 1)[:, None], key.flatten(0, 1)[:, None]
+    return attention_mass(query, key, scale, alone, weight.flatten(0, 1)).unflatten(0, (-1, heads))
 
 
 def mean_logits(

@@ -1,16 +1,18 @@
-"""Dividing a picture into equal cells, on the host: from its layout alone."""
+"""Where patches lie: a picture divided into equal cells, patches beside each other, and regions that they form."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from vlmprune.parts.budget import count, floored, share
 from vlmprune.parts.layout import ImageGrid, Layout, upload
 
-__all__ = ["grid_shape", "image_cells", "laid_out", "nested_cells"]
+__all__ = ["adjacent", "grid_shape", "image_cells", "kept_of_regions", "laid_out", "neighbours", "nested_cells"]
+__all__ += ["regions", "square_cells"]
 
 
 def grid_shape(keep: int, rows: int, cols: int) -> tuple[int, int]:
@@ -98,6 +100,102 @@ def laid_out(
     into, weight = upload(into, layout.device), upload(weight, layout.device)
     anchor = (into == torch.arange(layout.width, device=layout.device)) & (weight > 0) & layout.patches
     return anchor, into, weight, counts
+
+
+def square_cells(grid: ImageGrid, side: float) -> torch.Tensor:
+    """`(tokens,)` long, the square of `side` patches, of its plane, that each token lies in."""
+    across = max(math.ceil(cols / side) for _, cols in grid.planes)
+    down = max(math.ceil(rows / side) for rows, _ in grid.planes)
+    cell = (grid.plane * down + (grid.row / side).long()) * across + (grid.col / side).long()
+    return torch.where(grid.newline, cell[~grid.newline].amin(), cell)  # newlines stand for nothing
+
+
+def adjacent(grid: ImageGrid) -> torch.Tensor:
+    """`(pairs, 2)` long: patches beside or below each other on their plane."""
+    if "adjacent" not in grid.memo:
+        pairs = []
+        for plane, size in enumerate(grid.planes):
+            here = ((grid.plane == plane) & ~grid.newline).nonzero().flatten()
+            table = torch.full(size, -1)
+            table[grid.row[here], grid.col[here]] = here
+            pairs += [(table[:, :-1], table[:, 1:]), (table[:-1], table[1:])]
+        edges = torch.cat([torch.stack((one.flatten(), other.flatten()), 1) for one, other in pairs])
+        grid.memo["adjacent"] = edges[(edges >= 0).all(1)]
+    return grid.memo["adjacent"]
+
+
+def regions(tokens: int, edges: np.ndarray) -> np.ndarray:
+    """Connected components: the smallest number in the component of each of so many tokens.
+
+    Args:
+        edges: `(edges, 2)` whole numbers, tokens that belong together.
+    """
+    label = np.arange(tokens)
+    while True:
+        pair, new = label[edges], label.copy()
+        for end in pair.T:
+            np.minimum.at(new, end, pair.min(1, initial=tokens))
+        new = new[new][new]  # whoever joined a component follows it
+        if np.array_equal(new, label):
+            return label
+        label = new
+
+
+def kept_of_regions(label: np.ndarray, ratio: float, budget: int | None) -> np.ndarray:
+    """`(tokens,)` bool: of every region of c tokens max(1, c - round(c * ratio)), evenly spaced.
+
+    Args:
+        label: `(tokens,)`, the region of every token.
+        budget: tokens that stay at most, which sets the ratio; where there are more regions, the largest keep one each,
+            evenly spaced ones of those as large as the last.
+            None takes `ratio`.
+    """
+    _, region, sizes = np.unique(label, return_inverse=True, return_counts=True)
+    if budget is None:
+        left = np.maximum(1, sizes - np.round(sizes * ratio)).astype(int)
+    elif budget <= len(sizes):
+        least = np.sort(sizes)[-budget]
+        left = (sizes > least).astype(int)
+        # of those as large as the last, evenly spaced ones: where nothing is flat, all are
+        alike = np.flatnonzero(sizes == least)
+        left[alike[np.linspace(0, len(alike) - 1, budget - left.sum()).round().astype(int)]] = 1
+    else:
+        # tokens beyond the first of each region, in proportion to what there is, the largest remainders up
+        most, extra = sizes - 1, budget - len(sizes)
+        part = most * extra / max(1, most.sum())
+        left = 1 + np.floor(part).astype(int)
+        left[np.argsort(np.floor(part) - part, kind="stable")[: budget - left.sum()]] += 1
+    order = np.argsort(region, kind="stable")
+    rank = np.empty_like(region)
+    rank[order] = np.arange(len(order)) - (sizes.cumsum() - sizes)[region[order]]
+    wanted = left[region]
+    step = np.maximum(1, (sizes[region] - 1) / np.maximum(1, wanted - 1))
+    near = np.round(rank / step)
+    return np.where(wanted > 1, (np.round(near * step) == rank) & (near < wanted), (rank == 0) & (wanted > 0))
+
+
+def neighbours(marked: torch.Tensor, layout: Layout, wrap: bool = False) -> torch.Tensor:
+    """The patches left, right, above and below of marked ones, both `(images, tokens)` bool.
+
+    Args:
+        wrap: as the released code, numbers of patches within a view (+-1, +-side, clamped), instead of places.
+    """
+    if wrap:
+        side = upload([grid.side for grid in layout.grids], marked.device)
+        place, down, size = layout.stack("source"), side[:, 1:], max(grid.encoded for grid in layout.grids)
+        patches = side.prod(1, keepdim=True)
+        low = place // patches * patches
+        high = low + patches - 1
+    else:  # on the token's own plane, with a margin of one around it
+        planes = max(len(grid.planes) for grid in layout.grids)
+        rows, down = (max(plane[axis] for grid in layout.grids for plane in grid.planes) + 2 for axis in (0, 1))
+        place, size = (layout.plane * rows + layout.row + 1) * down + layout.col + 1, planes * rows * down
+        place = place.clamp(max=size - 1)  # newlines of a canvas without patches stand outside of it
+        low, high = place * 0, place * 0 + size - 1
+    hits = torch.zeros(len(layout), size, dtype=torch.long, device=marked.device)
+    for step in (-1, 1, -down, down):
+        hits = hits.scatter_add(1, (place + step).clamp(low, high), marked.long())
+    return (hits.gather(1, place) > 0) & layout.patches
 
 
 def middle(group: torch.Tensor, groups: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from vlmprune.errors import UnsupportedError
 
-__all__ = ["Clip", "clip_from"]
+__all__ = ["Clip", "clip_for", "clip_from", "told_clip"]
 
 
 class Clip:
@@ -52,6 +52,34 @@ class Clip:
         model = self.model.to(features.device)
         kind = model.visual_projection.weight.dtype
         return model.visual_projection(model.vision_model.post_layernorm(features.to(kind)))
+
+
+def told_clip(name: str, given: Any) -> Any:
+    """The rule of an option that says which: a folder or an id of the hub, a `Clip`, or None."""
+    if not isinstance(given, str | Clip | None):
+        raise ValueError(f"{name}={given!r} must be a folder, an id on the hub, or a vlmprune.parts.Clip.")
+    return given
+
+
+def clip_for(method: str, given: str | Clip | None, tower_from: str | None, question: Any) -> Clip:
+    """The CLIP model that an option `clip` says, or else the one whose tower a model has (`ModelFacts.tower_from`).
+
+    Raises:
+        UnsupportedError: there is none, or no `question` marks whose text it is to read.
+    """
+    way_out = "or use relevance='embeddings', which needs none"
+    if given is None and tower_from is None:
+        raise UnsupportedError(
+            f"{method} reads the question by the text half of the CLIP model whose tower the model has, and nothing "
+            f"tells which that is: give clip= a folder or an id on the hub, {way_out}."
+        )
+    if question is None:
+        raise UnsupportedError(
+            f"{method} reads the question as text, which takes the model's tokenizer: give question= the processor "
+            f"(the command and the evaluation do), {way_out}."
+        )
+    found = given or tower_from
+    return clip_from(found) if isinstance(found, str) else found
 
 
 @lru_cache(maxsize=2)

@@ -61,6 +61,13 @@ class Cover:
             ]
             self.level = torch.cat(logits) if logits else self.rows.new_zeros(0)
 
+    @classmethod
+    def of_each_other(
+        cls, tokens: torch.Tensor, among: torch.Tensor, temperature: float | None = None, scale: float = 1.0
+    ) -> Cover:
+        """How well tokens `(tokens, dim)` cover each other, those of `among` alone."""
+        return cls(tokens, tokens, among, among, temperature, scale)
+
     def __len__(self) -> int:
         return len(self.rows)
 

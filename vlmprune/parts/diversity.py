@@ -10,12 +10,12 @@ from vlmprune import kernels
 from vlmprune.kernels.precision import product
 from vlmprune.kernels.reference import floor
 from vlmprune.parts.attention import upcast
-from vlmprune.parts.budget import count
 from vlmprune.parts.cuts import Reduction
 from vlmprune.parts.layout import Layout, upload
-from vlmprune.parts.selection import AnyNewlines, candidates, capped, keep_patches
+from vlmprune.parts.selection import AnyNewlines, contest, keep_patches
 
-__all__ = ["Objective", "greedy_diversity", "most_apart", "select_diverse", "weighted_det"]
+__all__ = ["Objective", "dedupe", "greedy_diversity", "most_apart", "principal_groups", "select_diverse"]
+__all__ += ["select_weighted", "survivors", "weighted_det"]
 
 CHUNK = 256  # rows of a cosine matrix that exist at one time
 
@@ -104,6 +104,59 @@ def most_apart(features: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor
     return torch.cat(nearest, 1).masked_fill(~candidates, torch.inf).argmin(1)
 
 
+def principal_groups(features: torch.Tensor, number: int) -> torch.Tensor:
+    """`(tokens,)` long: the principal direction, of the `number` first ones, on which a token weighs most.
+
+    The directions are those of the sigmoid of the features `(tokens, dim)`, tokens as columns, each less its mean.
+    """
+    y = torch.sigmoid(features)
+    y = y - y.mean(1, keepdim=True)
+    if y.shape[0] <= y.shape[1]:
+        loading = torch.linalg.eigh(y @ y.T).eigenvectors[:, -number:]
+    else:  # of more tokens than numbers, by the smaller matrix
+        value, vector = torch.linalg.eigh(y.T @ y)
+        loading = y @ vector[:, -number:] / value[-number:].clamp(min=torch.finfo(y.dtype).tiny).sqrt()
+    return loading.abs().flip(1).argmax(1)
+
+
+def survivors(group: torch.Tensor, cosine: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+    """`(tokens,)` bool: the tokens of each group that are not too much like a better one that survives.
+
+    Args:
+        group: `(tokens,)` long, of tokens from the best to the worst; cosine: `(tokens, tokens)`.
+    """
+    number = torch.arange(len(group), device=group.device)
+    worse = (group == group[:, None]) & (number[:, None] < number)
+    hides = (worse & (cosine > tau)).float()
+    left, before = torch.ones_like(group, dtype=torch.bool), None
+    while before is None or not torch.equal(left, before):  # a few rounds, as many as the longest chain of likes
+        before, left = left, left.float() @ hides == 0
+    return left
+
+
+def dedupe(unit: torch.Tensor, target: int, step: int = 8) -> torch.Tensor:
+    """Drop near duplicates until `target` tokens are left.
+
+    In rounds: tokens at even places are compared with those at odd ones, and up to `step` even ones that are most like
+    an odd one go. What is left of the even ones, by falling likeness, and the odd ones are the next round's order.
+
+    Args:
+        unit: `(tokens, dim)` of length 1, in the order of the first round.
+
+    Returns:
+        `(target,)` long, in the order of the last round.
+    """
+    cosine, left = unit @ unit.T, torch.arange(len(unit), device=unit.device)
+    while len(left) > max(target, 0):
+        even, odd = left[::2], left[1::2]
+        if not len(odd):
+            return left[:target]
+        # not a stable sort: so the released code orders what float32 cannot tell apart
+        alike = cosine[even][:, odd].amax(1).argsort(descending=True)
+        left = torch.cat((even[alike[min(step, len(left) - target) :]], odd))
+    return left
+
+
 def select_diverse(
     features: torch.Tensor,
     first: torch.Tensor | None,
@@ -119,8 +172,24 @@ def select_diverse(
         first: `(images,)` long, the first pick of every image; None starts from the candidate that is `most_apart`.
         keep: budget in patches per image or video (tokens for `newlines="candidates"`).
     """
-    among, totals, available = candidates(layout, newlines)
-    counts = [count(keep, total) for total in totals]
+    among, counts, reached = contest(layout, keep, newlines)
     first = most_apart(features, among) if first is None else first
     picked, _ = greedy_diversity(features, first, counts, among, objective)
-    return keep_patches(picked & among, layout, capped(counts, available), newlines)
+    return keep_patches(picked & among, layout, reached, newlines)
+
+
+def select_weighted(
+    features: torch.Tensor, weight: torch.Tensor, keep: int | float, layout: Layout, newlines: AnyNewlines
+) -> Reduction:
+    """Keep tokens of every image that weigh much and differ (`weighted_det`).
+
+    Args:
+        features: `(images, tokens, dim)`; weight: `(images, tokens)` of at least 0.
+        keep: as of `select_diverse`.
+    """
+    among, counts, reached = contest(layout, keep, newlines)
+    order = weighted_det(features, weight, max(counts), among)
+    inside = torch.arange(order.shape[1], device=order.device) < upload(counts, order.device)[:, None]
+    spare = among.new_zeros(len(among), among.shape[1] + 1)
+    picked = spare.scatter(1, torch.where(inside, order, among.shape[1]), True)[:, :-1]
+    return keep_patches(picked & among, layout, reached, newlines)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from vlmprune.errors import UnsupportedError
 
-__all__ = ["ModelFacts", "check_layer", "need_cls", "need_patches", "need_sparse", "need_views", "scale_tower_layer"]
+__all__ = ["ModelFacts", "check_layer", "need_cls", "need_crops", "need_patches", "need_sparse", "need_views"]
+__all__ += ["scale_tower_layer"]
 
 
 @dataclass(frozen=True)
@@ -86,12 +87,25 @@ def need_cls(method: str, facts: ModelFacts, way_out: str) -> None:
         )
 
 
-def need_views(method: str, facts: ModelFacts, way_out: str) -> None:
+def need_crops(method: str, facts: ModelFacts, does: str) -> None:
+    """Raise UnsupportedError if images have no thumbnail and crops; `does` is what the method does among them."""
+    if not facts.views:
+        raise UnsupportedError(
+            f"{method} {does} among the crops of an image, and {facts.family} models have a single view or do not tell "
+            "how their views lie."
+        )
+
+
+def need_views(
+    method: str,
+    facts: ModelFacts,
+    way_out: str,
+    does: str = "changes what the vision tower reads or makes of equal views",
+) -> None:
     """Raise UnsupportedError if the tower has no views of one size; `way_out` names what to do instead."""
     if facts.packed:
         raise UnsupportedError(
-            f"{method} changes what the vision tower reads or makes of equal views, and this tower packs pictures of "
-            f"any size into one sequence; {way_out}."
+            f"{method} {does}, and this tower packs pictures of any size into one sequence; {way_out}."
         )
 
 

@@ -210,6 +210,16 @@ class Layout:
         """Whether any image has newlines."""
         return any(grid.newlines for grid in self.grids)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all patches are known to be there still."""
+        return self.alive_patches == [grid.patches for grid in self.grids]
+
+    def need_whole(self, name: str, does: str) -> None:
+        """Raise UnsupportedError if an earlier cut took patches; `name` and what it `does` are the asking method's."""
+        if not self.whole:
+            raise UnsupportedError(f"{name} {does}, and an earlier cut has taken patches: put {name} first.")
+
     def stack(self, field: str, fill: int | bool = 0) -> torch.Tensor:
         """Pad one field of all grids to `(images, width)` on the layout's device."""
         if len({id(grid) for grid in self.grids}) == 1:
@@ -277,7 +287,6 @@ def frames_of(name: str, layout: Layout) -> list[torch.Tensor]:
     Raises:
         UnsupportedError: an earlier cut took patches, so that places of frames no longer correspond.
     """
-    if layout.alive_patches != [grid.patches for grid in layout.grids]:
-        raise UnsupportedError(f"{name} compares whole frames, and an earlier cut has taken patches: put {name} first.")
+    layout.need_whole(name, "compares whole frames")
     places = [(~grid.newline).nonzero().flatten().view(grid.frames, -1) for grid in layout.grids]
     return [upload(tokens, layout.device) for tokens in places]

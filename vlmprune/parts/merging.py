@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from vlmprune.parts.attention import upcast
 from vlmprune.parts.cuts import Clusters, Merge, Pick
-from vlmprune.parts.layout import Layout
+from vlmprune.parts.layout import Layout, upload
 from vlmprune.parts.selection import top_k
 
 __all__ = [
@@ -19,8 +19,10 @@ __all__ = [
     "gather_to",
     "match_alternating",
     "match_energy",
+    "nearest_mean",
     "peaks",
     "picked",
+    "recycle",
     "spread_evenly",
 ]
 
@@ -146,6 +148,17 @@ def gather_to(keys: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) 
     return torch.where(flows, torch.cat(best, 1), own), flows
 
 
+def nearest_mean(keys: torch.Tensor, kept: torch.Tensor, patches: torch.Tensor) -> Merge:
+    """Every dropped patch flows into the kept one that it is most like, which becomes the plain mean of all of them.
+
+    Args:
+        keys: `(images, tokens, dim)`, compared by cosine; kept, patches: `(images, tokens)` bool.
+    """
+    into, flows = gather_to(keys, patches & ~kept, kept)
+    number = upcast(torch.ones_like(keys[..., 0]))
+    return Merge(into, 1 / number.scatter_add(1, into, flows.to(number)).gather(1, into))
+
+
 def peaks(
     features: torch.Tensor, among: torch.Tensor, counts: list[int], most: int, neighbours: int = 5
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,6 +193,46 @@ def peaks(
     into = apart.masked_fill(~(pair & centres[:, None]), torch.inf).argmin(-1)
     into = torch.where(real & ~centres, into, number)
     return torch.zeros_like(among).scatter(1, index, centres), own.scatter(1, index, index.gather(1, into))
+
+
+def recycle(
+    scores: torch.Tensor, cell: torch.Tensor, patches: torch.Tensor, counts: list[int], cells: list[int]
+) -> tuple[torch.Tensor, Merge]:
+    """Keep the best tokens, and in every cell the mean of the others, weighted by their scores, at the best of them.
+
+    Args:
+        scores: `(images, tokens)`; cell: `(images, tokens)` long; patches: `(images, tokens)` bool.
+        counts: tokens that stay of every image, the recycled ones included.
+        cells: number of cells of every image; 0 recycles nothing.
+
+    Returns:
+        `(images, tokens)` bool, and how tokens flow. Where the budget does not pay for all cells those with the best
+        tokens stay; where cells have nothing to recycle, the next best tokens take their places.
+    """
+    strong = top_k(scores, [max(0, n - c) for n, c in zip(counts, cells, strict=True)], patches)
+    rest = patches & ~strong & (upload(cells, scores.device)[:, None] > 0)
+    width, number = scores.shape[1], torch.arange(scores.shape[1], device=scores.device).expand_as(cell)
+    low = torch.finfo(scores.dtype).min
+    shape = (len(scores), int(max(cells, default=0)) + 1)
+    box = torch.where(rest, cell, shape[1] - 1)
+    top = torch.full(shape, low, dtype=scores.dtype, device=scores.device).scatter_reduce(
+        1, box, torch.where(rest, scores, low), "amax"
+    )
+    best = rest & (scores == top.gather(1, box))
+    first = torch.full(shape, width, device=scores.device).scatter_reduce(
+        1, box, torch.where(best, number, width), "amin"
+    )
+    wanted = upload(counts, scores.device)
+    anchors = top_k(scores, wanted - strong.sum(1), rest & (number == first.gather(1, box)))
+    keep = strong | anchors
+    keep = keep | top_k(scores, wanted - keep.sum(1), patches & ~keep)
+    into = torch.where(rest, first.gather(1, box).clamp(max=width - 1), number)
+    flows = rest & anchors.gather(1, into) & (anchors | ~keep)
+    into = torch.where(flows, into, number)
+    weight = torch.where(flows, scores.clamp(min=torch.finfo(scores.dtype).tiny), 0)
+    total = torch.zeros_like(weight).scatter_add(1, into, weight)
+    weight = torch.where(flows, weight / total.gather(1, into), (~flows & ~rest | keep).to(scores))
+    return keep, Merge(into, weight)
 
 
 def first_of_cluster(cluster: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
-from math import isfinite
+from math import inf, isfinite
 from numbers import Real
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["Must", "Range", "Seed", "Share", "ascending", "checked", "falling", "hints", "is_number", "is_whole"]
-__all__ += ["ranges"]
+__all__ = ["Layers", "Must", "Positive", "Range", "Ratios", "Seed", "Share", "Weight", "Whole", "ascending", "checked"]
+__all__ += ["falling", "hints", "is_number", "is_whole", "layer_of", "ranges", "whole"]
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,21 @@ def is_number(value: object, least: float = 0, most: float = 1) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most and isfinite(value)
 
 
-Seed = Annotated[int, Must("a whole number of at least 0", is_whole)]
+Whole = Annotated[int, Must("a whole number of at least 0", is_whole)]
+Seed = Whole
 Share = Annotated[float, Must("a number between 0 and 1", is_number)]
+Weight = Annotated[float, Must("a number of at least 0", partial(is_number, most=inf))]
+Positive = Annotated[float, Must("a number above 0", lambda value: is_number(value, most=inf) and value > 0)]
+
+
+def whole(least: int, most: int) -> Must:
+    """The rule of a whole number from `least` to `most`."""
+    return Must(f"a whole number from {least} to {most}", partial(is_whole, least=least, most=most))
+
+
+def layer_of(depth: int, least: int, most: int) -> Must:
+    """The rule of the number of a layer, from `least` to `most`, of a tower or decoder of `depth` layers."""
+    return Must(f"a layer from {least} to {most} (of {depth}, scaled)", partial(is_whole, least=least, most=most))
 
 
 def ascending(most: int, of: int = 32) -> Callable[[str, Any], tuple[int, ...]]:
@@ -86,6 +99,11 @@ def several(be: str, ordered: Callable[[list], bool], fits: Callable[[Any], Any]
     if not found or not all(map(fits, found)) or not ordered(found):
         raise ValueError(f"{name}={given!r} must be {be}.")
     return tuple(found)
+
+
+#: Of cuts in a decoder: behind which layers, and what each leaves of the tokens that entered.
+Layers = Annotated[tuple[int, ...], ascending(31)]
+Ratios = Annotated[tuple[float, ...], falling()]
 
 
 @cache

@@ -9,9 +9,7 @@ from itertools import pairwise
 from vlmprune.parts.budget import count, floored
 from vlmprune.parts.cuts import schedule_layers
 
-__all__ = ["DEPTH", "Scaled", "Schedule", "decoder_cuts", "nearest"]
-
-DEPTH = 32  # of the decoder that a user's layer numbers mean
+__all__ = ["Scaled", "Schedule", "decoder_cuts", "nearest"]
 
 
 def decoder_cuts(name: str, layers: tuple[int, ...], depth: int) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 
 from vlmprune.parts.layout import Layout, upload
 
-__all__ = ["STRIDE", "Ensemble", "ensemble_scores", "random_scores"]
+__all__ = ["STRIDE", "Ensemble", "ensemble_scores", "outlying", "random_scores"]
 
 Ensemble = Literal["sum", "mean", "max", "min"]
 #: How far apart the drawings of two seeds are: image `STRIDE` of seed 0 is image 0 of seed 1.
@@ -20,6 +20,12 @@ def ensemble_scores(rows: list[torch.Tensor], ensemble: Ensemble = "sum") -> tor
     """Combine the rows of several layers (head-mean), each `(..., patches)`, into one score."""
     stack = torch.stack(rows)
     return getattr(stack, {"max": "amax", "min": "amin"}.get(ensemble, ensemble))(0)
+
+
+def outlying(row: torch.Tensor) -> torch.Tensor:
+    """How far every score is above Q3 + 1.5 (Q3 - Q1) of its `(..., patches)` row (NaN apart): outliers are above 0."""
+    low, high = (torch.nanquantile(row, q, dim=-1, keepdim=True) for q in (0.25, 0.75))
+    return row - (high + 1.5 * (high - low))
 
 
 def noise(seed: int, ordinal: int, tokens: int) -> torch.Tensor:

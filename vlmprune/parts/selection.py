@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 
 from vlmprune import kernels
 from vlmprune.parts.budget import count, share
-from vlmprune.parts.cuts import Reduction
-from vlmprune.parts.layout import Layout, upload
+from vlmprune.parts.cuts import Merge, Reduction
+from vlmprune.parts.layout import Layout, download, upload
 
 __all__ = [
     "AnyNewlines",
@@ -19,8 +20,10 @@ __all__ = [
     "by_view",
     "candidates",
     "capped",
+    "contest",
     "keep_patches",
     "select",
+    "select_each",
     "select_rows",
     "stride",
     "top_k",
@@ -30,6 +33,7 @@ Newlines = Literal["all", "row", "none"]
 #: Of methods that let newlines compete with patches: they count on `candidates` for who competes.
 AnyNewlines = Literal["all", "row", "none", "candidates"]
 Scope = Literal["view", "image"]
+Keep = int | float | list[int] | Callable[[int], int]
 
 
 def top_k(scores: torch.Tensor, counts: list[int] | torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
@@ -84,6 +88,7 @@ def keep_patches(
     counts: list[int] | None,
     newlines: AnyNewlines,
     scores: torch.Tensor | None = None,
+    merge: Merge | None = None,
 ) -> Reduction:
     """Turn `(images, tokens)` kept patches into a reduction, adding newlines by policy.
 
@@ -102,12 +107,12 @@ def keep_patches(
         else:
             alive = zip(counts, layout.alive_counts, layout.alive_patches, strict=True)
             total = [c + tokens - patch for c, tokens, patch in alive]
-    return Reduction(keep_newlines(keep, layout, newlines), total, patches, scores=scores)
+    return Reduction(keep_newlines(keep, layout, newlines), total, patches, merge, scores)
 
 
 def select(
     scores: torch.Tensor,
-    keep: int | float | Callable[[int], int],
+    keep: Keep,
     layout: Layout,
     newlines: AnyNewlines = "all",
     scope: Scope = "image",
@@ -117,16 +122,39 @@ def select(
     Args:
         scores: `(images, tokens)`; higher is better.
         keep: budget in patches per image or video (tokens for `newlines="candidates"`, which lets newlines compete), or
-            what says how many stay of so many that entered the LLM (for `scope="image"`).
+            (for `scope="image"`) one count for each, or what says how many stay of so many that entered the LLM.
         scope: "image" ranks all patches of an image or video together, "view" gives each view (thumbnail, crop, frame)
             its share of the budget.
     """
     if scope == "view":
         return select_in_views(scores, keep, layout, newlines)
+    among, counts, reached = contest(layout, keep, newlines)
+    return keep_patches(top_k(scores, counts, among), layout, reached, newlines, scores)
+
+
+def select_each(
+    scores: torch.Tensor,
+    keep: int | float,
+    layout: Layout,
+    newlines: AnyNewlines,
+    choose: Callable[[int, torch.Tensor, int], torch.Tensor],
+) -> Reduction:
+    """Keep what `choose` takes of every image's candidates, one image after the other.
+
+    Args:
+        scores: `(images, tokens)`; higher is better.
+        keep: budget in patches per image or video.
+        choose: of an image's number, its candidates from the best to the worst, `(candidates,)` long, and how many of
+            them shall stay: which do, `(candidates,)` bool.
+    """
     among, totals, available = candidates(layout, newlines)
-    counts = [keep(total) if callable(keep) else count(keep, total) for total in totals]
-    mask = top_k(scores, counts, among)
-    return keep_patches(mask, layout, capped(counts, available), newlines, scores)
+    there = download(among.sum(1)) if available is None else available
+    counts, mask = capped([count(keep, total) for total in totals], there), torch.zeros_like(among)
+    for i, (wanted, alive) in enumerate(zip(counts, there, strict=True)):
+        order = scores[i].masked_fill(~among[i], -torch.inf).sort(descending=True, stable=True).indices[:alive]
+        if alive and not mask.is_meta:  # where only the number is asked for
+            mask[i] = mask[i].scatter(0, order, choose(i, order, wanted))
+    return keep_patches(mask, layout, counts, newlines, scores)
 
 
 def select_in_views(scores: torch.Tensor, keep: int | float, layout: Layout, newlines: AnyNewlines) -> Reduction:
@@ -183,9 +211,8 @@ def select_rows(scores: torch.Tensor, keep: int | float, layout: Layout, newline
         sum(n * cols for n, (_, cols) in zip(rows, grid.planes, strict=True))
         for rows, grid in zip(paid, layout.grids, strict=True)
     ]
-    whole = layout.alive_patches == [grid.patches for grid in layout.grids]
     keep_line = best.gather(1, line) & layout.patches
-    return keep_patches(keep_line, layout, total if whole else None, newlines, scores)
+    return keep_patches(keep_line, layout, total if layout.whole else None, newlines, scores)
 
 
 def rows_per_plane(keep: int | float, planes: tuple[tuple[int, int], ...]) -> list[int]:
@@ -203,6 +230,16 @@ def candidates(layout: Layout, newlines: AnyNewlines) -> tuple[torch.Tensor, lis
         return layout.alive, layout.entered, layout.alive_counts
     entered = layout.entered_patches or [grid.patches for grid in layout.grids]
     return layout.patches, entered, layout.alive_patches
+
+
+def contest(layout: Layout, keep: Keep, newlines: AnyNewlines) -> tuple[torch.Tensor, list[int], list[int] | None]:
+    """Who competes for a budget (as of `select`): `(images, tokens)` bool, how many it keeps of every image, and how
+    many that really are, None where the host does not know what an earlier cut has left.
+    """
+    among, totals, available = candidates(layout, newlines)
+    stay = keep if callable(keep) else partial(count, keep)
+    counts = keep if isinstance(keep, list) else [stay(total) for total in totals]
+    return among, counts, capped(counts, available)
 
 
 def capped(counts: list[int], available: list[int] | None) -> list[int] | None:

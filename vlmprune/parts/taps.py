@@ -55,6 +55,7 @@ __all__ = [
     "TowerTap",
     "VisionAttention",
     "decoder_mass",
+    "visual_entries",
 ]
 
 
@@ -447,9 +448,7 @@ class CrossShare(DecoderTap):
 
     def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
         layout, real = scene.layout, scene.sequence.asked()
-        at, sample = scene.flat_index(), upload(layout.sample, hidden.device)
-        visual = torch.zeros(real.numel(), dtype=torch.long, device=real.device)
-        visual = visual.scatter_add(0, at.flatten(), layout.alive.long().flatten()).view_as(real) > 0
+        sample, visual = upload(layout.sample, hidden.device), visual_entries(scene)
         text = real & ~visual & ((visual.cumsum(1) > 0) | self.beyond_system(scene, real))
         alone = self.system is None or (scene.sequence.past is None and scene.text_before <= self.system)
         alone = alone and max(layout.ordinal) == 0 and not scene.text_between
@@ -496,6 +495,14 @@ class BlockTap(Tap):
             after: what it wrote, before the residual is added.
         """
         raise NotImplementedError
+
+
+def visual_entries(scene: Scene) -> torch.Tensor:
+    """`(batch, length)` bool, the visual tokens."""
+    real = scene.sequence.asked()
+    visual = torch.zeros(real.numel(), dtype=torch.long, device=real.device)
+    visual = visual.scatter_add(0, scene.flat_index().flatten(), scene.layout.alive.long().flatten())
+    return visual.view_as(real) > 0
 
 
 def decoder_mass(

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmprune.parts.options import is_whole
+
 __all__ = ["QuestionMarks", "image_token", "question_of", "started_once", "system_prefix", "told_question"]
+__all__ += ["told_system"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +83,24 @@ def told_question(name: str, given: Any) -> QuestionMarks:
     if (told := question_of(given)) is None:
         raise ValueError(f"{name}: {type(given).__name__} has no chat template that marks a question: give none.")
     return told
+
+
+def told_system(name: str, given: Any) -> int:
+    """The rule of an option that says how long the system prefix is: a number, or a processor, which is asked.
+
+    Raises:
+        ValueError: neither.
+    """
+    if not hasattr(given, "apply_chat_template"):
+        if is_whole(given):
+            return given
+        raise ValueError(
+            f"{name}={given!r} must be a number of tokens of at least 0, a processor whose chat template tells it, or "
+            "None for all that stands in front of the first image."
+        )
+    if (length := system_prefix(given)) is None:
+        raise ValueError(f"{type(given).__name__} has no chat template that tells the system prefix: give a number.")
+    return length
 
 
 def system_prefix(processor: Any) -> int | None:

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from vlmprune.parts.attention import upcast
+from vlmprune.errors import UnsupportedError
+from vlmprune.parts.attention import (
+    Visible,
+    attention_mass,
+    last_rows,
+    masses_by_head,
+    mean_weight,
+    take_rows,
+    upcast,
+)
 from vlmprune.parts.cuts import Decoder, Place
 from vlmprune.parts.layers import DecoderLayer, Scene
-from vlmprune.parts.layout import upload
-from vlmprune.parts.taps import DecoderTap
+from vlmprune.parts.layout import Layout, download, upload
+from vlmprune.parts.selection import top_k
+from vlmprune.parts.taps import DecoderTap, decoder_mass, visual_entries
 from vlmprune.parts.templates import QuestionMarks
 
 if TYPE_CHECKING:
     from vlmprune.parts.facts import ModelFacts
 
-__all__ = ["OwnText", "QuestionIds", "QuestionWords"]
+__all__ = ["MeanState", "OwnText", "QuestionIds", "QuestionWords", "Rated", "Raters", "queries", "raters", "strongest"]
+
+HEADS = 14 / 32  # of the heads that SparseVLM's "+" listens to
 
 
 @dataclass(frozen=True)
@@ -113,12 +125,107 @@ class OwnText(QuestionTap):
         return torch.stack(means)
 
 
-def visual_entries(scene: Scene) -> torch.Tensor:
-    """`(batch, length)` bool, the visual tokens."""
-    real = scene.sequence.asked()
-    visual = torch.zeros(real.numel(), dtype=torch.long, device=real.device)
-    visual = visual.scatter_add(0, scene.flat_index().flatten(), scene.layout.alive.long().flatten())
-    return visual.view_as(real) > 0
+def queries(layout: Layout) -> dict[int, int]:
+    """The last picture of every prompt that has several, by batch row."""
+    order = layout.ordinal
+    if len({bool(grid.frames) for grid in layout.grids}) > 1:  # videos are counted behind all images
+        order = download(layout.position[:, 0])
+    last = {layout.sample[i]: i for i in sorted(range(len(layout)), key=order.__getitem__)}
+    return {row: i for row, i in last.items() if layout.sample.count(row) > 1}
+
+
+@dataclass(frozen=True)
+class MeanState(DecoderTap):
+    """Mean state at a decoder layer's input of all tokens from the query's picture on, or of all in front of it.
+
+    Arrives as `(images, dim)` float32 or better, for all pictures of a prompt the same; zeros for a picture alone.
+    """
+
+    part: Literal["query", "context"] = "query"
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        columns, real = scene.sequence.columns, scene.sequence.asked()
+        means = upcast(hidden.new_zeros(len(hidden), hidden.shape[-1]))
+        for row, i in queries(scene.layout).items():
+            behind = columns[row] >= scene.layout.position[i, 0]
+            mine = real[row] & (behind if self.part == "query" else ~behind)
+            means[row] = mine.to(means) @ hidden[row].to(means) / mine.sum().clamp(min=1)
+        return means[upload(scene.layout.sample, hidden.device)]
+
+
+def raters(visual: torch.Tensor, text: torch.Tensor, seen: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    """`(batch, rows)` bool: the text tokens that visual tokens point at more than at the mean one, all if none is.
+
+    Args:
+        visual: `(batch, tokens, dim)`; text: `(batch, rows, dim)`, both at the input of the language model.
+        seen: `(batch, tokens)` bool, who is visual; said: `(batch, rows)` bool, who is text.
+    """
+    points = upcast(visual) @ upcast(text).transpose(-1, -2)
+    points = points.masked_fill(~said[:, None], torch.finfo(points.dtype).min).softmax(-1)
+    score = (points * seen[..., None]).sum(1) / seen.sum(1, keepdim=True).clamp(min=1)
+    above = said & (score > (score * said).sum(1, keepdim=True) / said.sum(1, keepdim=True).clamp(min=1))
+    return torch.where(above.any(1, keepdim=True), above, said)
+
+
+@dataclass(frozen=True)
+class Raters(DecoderTap):
+    """Weights `(batch, prompt)` that average the rating text tokens, by column of the prompt: all behind an image."""
+
+    layer: int = 0
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        left = scene.sequence
+        rows, weight = last_rows(left.asked(), *scene.text_after)
+        rates = mean_weight(raters(hidden, take_rows(hidden, rows), visual_entries(scene), weight > 0))
+        return rates.new_zeros(len(rates), left.prompt).scatter_add(1, left.columns.gather(1, rows), rates)
+
+
+@dataclass(frozen=True)
+class Rated(DecoderTap):
+    """Attention that visual tokens receive in a decoder layer from the rating text tokens, `(images, tokens)` float32.
+
+    With `plus` it is that of the heads which look at the picture most, over what the rotary embedding alone would give.
+    """
+
+    attends = True
+
+    plus: bool = False
+
+    def measure(self, layer: DecoderLayer, hidden: torch.Tensor, scene: Scene) -> torch.Tensor:
+        left, at = scene.sequence, scene.flat_index()
+        rows, inside = last_rows(left.asked(), *scene.text_after)
+        weight = scene.seen[Raters()].gather(1, left.columns.gather(1, rows)) * (inside > 0)
+        if not self.plus:
+            return decoder_mass(layer, hidden, scene, [(rows, weight)])[0].flatten()[at]
+        if left.past is not None:
+            raise UnsupportedError("sparsevlm's '+' cannot go on behind what a cache holds: start a new prompt.")
+        normed, (cos, sin) = layer.normed(hidden), left.rotary
+        query = layer.queries(take_rows(normed, rows), take_rows(cos, rows), take_rows(sin, rows))
+        heads, visible = query.shape[1], Visible(rows, left.asked(), layer.window or 0)
+        each = weight[:, None].expand(-1, heads, -1)
+        mass = masses_by_head(query, layer.keys(normed, cos, sin), layer.scale, each, visible)
+        # a query and a key of ones, turned: what the distance of two tokens alone is worth
+        turned = torch.cat((cos, sin), -1)
+        near = attention_mass(take_rows(turned, rows)[:, None], turned[:, None], layer.scale, visible, weight)
+        # of every image: heads differ in how much they look at it
+        sample = upload(scene.layout.sample, at.device)
+        place = (at - sample[:, None] * left.length)[:, None].expand(-1, heads, -1)
+        seen = mass[sample].gather(2, place)
+        # what a sliding window hides is nothing of nothing
+        near = near[sample].gather(1, place[:, 0]).clamp(min=torch.finfo(torch.float32).tiny)
+        return strongest(seen, scene.layout.alive, heads) / near
+
+
+def strongest(attention: torch.Tensor, among: torch.Tensor, heads: int) -> torch.Tensor:
+    """Mean over the 14 of 32 heads (scaled) with most attention on `among`.
+
+    Args:
+        attention: `(images, heads, tokens)`; among: `(images, tokens)` bool.
+    """
+    mass = (attention * among[:, None]).sum(-1)
+    number = max(1, round(HEADS * heads))
+    best = top_k(mass, [number] * len(mass), torch.ones_like(mass, dtype=torch.bool))
+    return (attention * best[..., None]).sum(1) / number
 
 
 def fewer(said: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmprune.methods.base import Method
-from vlmprune.methods.controls import Downsample
+from vlmprune.methods.downsample import Downsample
 from vlmprune.parts.budget import count
 from vlmprune.runtime.errors import UserError
 

@@ -12,8 +12,7 @@ import vlmprune
 from vlmprune.eval.bench.clock import Clock
 from vlmprune.eval.bench.oracle import PlainRun, stretches
 from vlmprune.eval.bench.stages import STAGES, stage_seconds
-from vlmprune.methods.transprune import Transition
-from vlmprune.parts import taps
+from vlmprune.parts import Transition, taps
 
 NAP = 1000.0  # seconds of a clock that only stamps (a tick each) and naps move
 
