@@ -48,9 +48,10 @@ def where(model):
     return str(embedded.path(model)) if model in embedded.NAMES else str(model)
 
 
-def questions(model, count=60):
-    """Prompts about one picture each."""
-    return [Prompt((record.image,), record.question) for record in testbed.questions(SPLITS[model])[:count]]
+def questions(model, count=60, every=1):
+    """Prompts about one picture each; there are about six in a row about the same one."""
+    records = testbed.questions(SPLITS[model])[: count * every : every]
+    return [Prompt((record.image,), record.question) for record in records]
 
 
 def several(model, count):

@@ -46,14 +46,15 @@ def fallbacks(model):
 
 
 #: Where a noise of one part in a million on what a method sees changes what it does, so that it hangs on who rounds,
-#: here as on transformers itself: vispruner's rounds pair patches by their order, and vscan lets a patch flow into the
-#: kept one that is most like it. For how many prompts of 120 at most, and how far apart is what is seen at most, as a
-#: share of the largest value: the random tower's large numbers round worse.
+#: here as on transformers itself: vispruner's rounds pair patches by their order, vscan lets a patch flow into the kept
+#: one that is most like it, prunesid groups patches by eigenvectors. For how many prompts of 120 at most, and how far
+#: apart is what is seen at most, as a share of the largest value: the random tower's large numbers round worse.
 ROUNDED = {
     ("scene-llava", "vispruner"): (24, 1e-5),
     ("scene-llava-next", "vispruner"): (120, 1e-5),
     ("onevision", "vispruner"): (24, 2e-3),
     ("scene-llava-next", "vscan"): (40, 1e-5),
+    ("scene-llava-next", "prunesid"): (24, 1e-5),
 }
 CASES = [(model, name) for model in MODELS for name in served(model) if (model, name) not in ROUNDED]
 
@@ -72,7 +73,7 @@ def test_every_served_method_at_two_budgets(engines, onevision, model, name, rec
         model, prompts = onevision, serving_models.prompts(60, shrunk="shrunk" not in cls.refuses_inputs)
         options |= scenes.FALLBACK.get(name, {})
     else:
-        prompts = questions(model)
+        prompts = questions(model, every=6)  # as many pictures
     prompts += [prompt.at(second) for prompt in prompts]
     engine = engines(model, name, **options)
     found = engine.ask(prompts)
@@ -91,7 +92,7 @@ def test_where_rounding_decides_all_else_is_equal(engines, onevision, model, nam
     cls, (_, first, second) = registry.find(name), MODELS[model]
     options = {"keep": first, **cls.served_with, **fallbacks(model).get(name, {})}
     folder = onevision if model == "onevision" else model
-    prompts = serving_models.prompts(60) if model == "onevision" else questions(model)
+    prompts = serving_models.prompts(60) if model == "onevision" else questions(model, every=6)
     engine, found, wanted, off, other = engines(folder, name, **options), [], [], [], 0
     for keep in (first, second):
         plan = engine.inner.served.choice(keep).plan
