@@ -30,6 +30,11 @@ def overrides(model: str, method: str, **options: Any) -> dict[str, Any]:
     from transformers import AutoConfig
 
     check_version()
+    if not isinstance(method, str):
+        raise TypeError(
+            f"method={method!r}: an engine is told the method by its name, or several joined by '+', and its options "
+            "beside it."
+        )
     settings = {"method": method, **options}
     config = AutoConfig.from_pretrained(model)
     if config.model_type not in ARCHITECTURES:

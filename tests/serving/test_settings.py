@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tiny_folders
 
@@ -109,18 +110,45 @@ def test_what_rides_along_comes_back_exactly(keep):
         ({"do_resize": False}, "takes vlmprune_keep alone"),
         ({"vlmprune_keep": 25, "size": 32}, "'size' among a request's"),
         ({"vlmprune_keep": 0}, "keeps nothing"),
+        ({"vlmprune_keep": "25%"}, "vlmprune_keep='25%': keep='25%' is not a number"),
+        ({"vlmprune_keep": True}, "keep=True is not a number"),
+        ({"vlmprune_keep": [4]}, r"keep=\[4\] is not a number"),
     ],
 )
 def test_requests_bring_a_budget_and_nothing_else(folder, kwargs, words):
+    engine = served(folder, method="fopru", keep=4)
+    assert engine.keep_of({}) is None
+    assert engine.keep_of({"vlmprune_keep": 0.5}) == 0.5
+    assert engine.keep_of({"vlmprune_keep": 1}) == 1  # which is remembered, and True is none of it
+    with pytest.raises(ValueError, match=words):
+        engine.keep_of(kwargs)
+
+
+def served(folder, **settings):
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder)
-    config.vlmprune = {"method": "fopru", "keep": 4}
-    engine = Served(config, stand_in(config))
-    assert engine.keep_of({}) is None
-    assert engine.keep_of({"vlmprune_keep": 0.5}) == 0.5
-    with pytest.raises(ValueError, match=words):
-        engine.keep_of(kwargs)
+    config.vlmprune = settings
+    return Served(config, stand_in(config))
+
+
+@pytest.mark.parametrize("keep", [np.int64(5), np.float64(0.5), np.float32(0.5)])
+def test_a_budget_of_numpys_is_sent_as_a_plain_one(folder, keep):
+    found = served(folder, method="fopru", keep=4).keep_of({"vlmprune_keep": keep})
+    assert type(found) is type(keep.item())
+    assert Request.of(Request(found, 5, 0).row()).keep == keep
+
+
+def test_a_request_cannot_say_the_budgets_of_several_methods(folder):
+    engine = served(folder, method="fopru+divprune", **{"fopru.keep": 6, "divprune.keep": 0.5})
+    with pytest.raises(ValueError, match=r"fopru.keep 6, divprune.keep 0.5.*leave vlmprune_keep away"):
+        engine.keep_of({"vlmprune_keep": 4})
+
+
+@pytest.mark.parametrize("method", [["fopru"], None])
+def test_a_method_is_told_by_its_name(folder, method):
+    with pytest.raises(TypeError, match="told the method by its name"):
+        vlmprune.vllm.overrides(folder, method, keep=4)
 
 
 def test_a_budget_beyond_all_numbers_is_all_tokens():
@@ -130,6 +158,7 @@ def test_a_budget_beyond_all_numbers_is_all_tokens():
 def test_a_requests_budget_takes_the_place_of_the_engines():
     asked = settings.with_keep({"method": "fopru", "average": 0.5, "strategy": "row"}, 25)
     assert asked == {"method": "fopru", "strategy": "row", "keep": 25}
+    assert settings.with_keep({"method": "fopru", "fopru.average": 9}, 25) == {"method": "fopru", "fopru.keep": 25}
 
 
 def test_the_plugin_imports_nothing_of_ours_and_cannot_raise():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from vlmprune.errors import UnsupportedError, did_you_mean
+from vlmprune.parts.budget import check_keep
 from vlmprune.parts.layout import ImageGrid
 from vlmprune.parts.packing import Layouts
 from vlmprune.patches import FAMILIES, Family
@@ -149,6 +150,7 @@ class Served:
         if keep is None:
             return None
         try:
+            keep = check_keep(keep)  # plain: True is remembered as 1 is, and numpy's 5 would come to the model as 5.0
             self.choice(keep)
         except (TypeError, UnsupportedError, ValueError) as error:
             raise ValueError(f"{KEEP}={keep!r}: {error}") from error

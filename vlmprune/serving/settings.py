@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmprune._version import __version__
 from vlmprune.errors import UnsupportedError
-from vlmprune.spec import BUDGETS, build
+from vlmprune.spec import budget_text, budgets_in, build
 
 if TYPE_CHECKING:
     from vlmprune.methods.base import Method
@@ -76,8 +76,19 @@ def methods_of(settings: Mapping[str, Any]) -> list[Method]:
 
 
 def with_keep(settings: Mapping[str, Any], keep: Any) -> dict[str, Any]:
-    """The settings of one request that brings its own budget, which takes the place of the engine's."""
-    return {key: value for key, value in settings.items() if key not in BUDGETS} | {"keep": keep}
+    """The settings of one request that brings its own budget, which takes the place of the engine's.
+
+    Raises:
+        ValueError: several methods have a budget each.
+    """
+    own = budgets_in(settings)
+    if len(own) > 1:
+        raise ValueError(
+            f"the methods of this engine have a budget each ({budget_text(own)}), and a request cannot change these: "
+            f"leave {KEEP} away."
+        )
+    name, dot, _ = next(iter(own), "keep").rpartition(".")
+    return {key: value for key, value in settings.items() if key not in own} | {f"{name}{dot}keep": keep}
 
 
 def salt(settings: Mapping[str, Any]) -> str:
