@@ -78,7 +78,10 @@ class ShowUI(BeforeLLM):
         same = np.array(download(torch.cat(flat)), dtype=bool)
         keep, counts = np.zeros(layout.position.shape, dtype=bool), []
         for image, (grid, pairs) in enumerate(zip(layout.grids, edges, strict=True)):
-            patch, label = (~grid.newline).numpy(), regions(grid.tokens, pairs.numpy()[same[: len(pairs)]])
+            if "arrays" not in grid.memo:  # read once a size
+                grid.memo["arrays"] = (~grid.newline).numpy(), pairs.numpy()
+            patch, both = grid.memo["arrays"]
+            label = regions(grid.tokens, both[same[: len(pairs)]])
             same, budget = same[len(pairs) :], None if self.budget is None else count(self.budget, grid.patches)
             keep[image, : grid.tokens][patch] = kept_of_regions(label[patch], float(self.ratio), budget)
             counts.append(int(keep[image].sum()))
