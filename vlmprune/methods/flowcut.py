@@ -14,14 +14,13 @@ from vlmprune.parts import (
     BlockFlow,
     Carried,
     Kept,
-    Must,
     Stay,
     TextFlow,
     TowerCut,
     UnsupportedError,
     Vision,
     count,
-    is_whole,
+    layer_of,
     schedule_layers,
     top_k,
 )
@@ -29,7 +28,6 @@ from vlmprune.parts import (
 __all__ = ["FlowCut", "importance", "to_remove"]
 
 MORE = 2.5  # times the budget that leaves the tower where a second cut comes
-LATE = Must("a layer from 1 to 31 (of 32, scaled), or None", partial(is_whole, least=1, most=31))
 
 
 def importance(flow: torch.Tensor) -> torch.Tensor:
@@ -84,7 +82,7 @@ class FlowCut(InTower):
     }
 
     parity: Literal["released"] | None = None
-    layer: Annotated[int | None, LATE] = 1
+    layer: Annotated[int | None, layer_of(32, 1, 31)] = 1
 
     def cuts(self, facts: ModelFacts) -> list[AnyCut]:
         target, last = self.left(facts), facts.feature_layer - 1
