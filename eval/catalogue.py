@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields, replace
@@ -24,6 +25,8 @@ from vlmprune.serving.choice import SERVED, refusals
 
 __all__ = ["methods", "models"]
 
+#: What a docstring says of some options.
+ENTRY = re.compile(r"^    (\w+(?:, \w+)*): .*(?:\n     .*)*", re.MULTILINE)
 #: What a budget per image is of: by whether a picture has several views.
 WHOLE = {False: "a picture", True: "a picture, its thumbnail and crops together"}
 
@@ -61,7 +64,20 @@ def describe(name: str, cls: type) -> dict[str, Any]:
         "options": json.loads(json.dumps(options, default=str)),
         "searched": {name: [one.low, one.high] for name, one in ranges(cls).items()},
         "doc": inspect.getdoc(cls) or "",
+        "shared": shared(cls, set(options)),
     }
+
+
+def shared(cls: type, options: set[str]) -> str:
+    """What a method's base classes say of options that its own docstring does not name."""
+    found = []
+    for one in cls.__mro__:
+        _, _, args = inspect.cleandoc(vars(one).get("__doc__") or "").partition("\nArgs:\n")
+        for entry in ENTRY.finditer(args):
+            if (names := {*entry[1].split(", ")} & options) and one is not cls:
+                found.append(entry[0])
+            options = options - names
+    return "\n".join(found)
 
 
 def about_option(field: Field) -> dict[str, Any]:

@@ -96,3 +96,9 @@ sys.exit(main(["ls", "methods"]))
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(60) == 0
+
+
+def test_of_a_refused_value_one_reads_what_is_allowed_alone(cli):
+    code, _, err = cli("ls", "nothing")
+    assert code == 2
+    assert err.splitlines()[-1] == "vlmprune: Invalid value for 'what': 'nothing' is not one of 'methods', 'models'."

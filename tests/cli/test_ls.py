@@ -176,3 +176,21 @@ def test_what_a_search_may_set(cli):
     code, out, _ = cli("ls", "methods", "scope")
     assert (code, "`vlmprune tune --method scope` searches: alpha from 0 to 4" in out) == (0, True)
     assert "searches" not in cli("ls", "methods", "fopru")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "left_out"),
+    [
+        ("fopru", ["positions", "newlines"], ["keep", "average"]),  # what its own docstring names
+        ("divprune", ["positions"], ["newlines"]),
+        ("prunesid", ["keep", "average", "positions", "newlines"], []),
+        ("catp", ["average", "newlines"], ["question"]),
+        ("atp", [], []),
+    ],
+)
+def test_of_one_method_every_option_is_explained(cli, name, there, left_out):
+    code, out, _ = cli("ls", "methods", name)
+    assert code == 0
+    shared = out.partition("As everywhere:\n")[2]
+    assert [word for word in there if f"\n    {word}: " not in f"\n{shared}"] == []
+    assert [word for word in left_out if f"\n    {word}: " in f"\n{shared}"] == []

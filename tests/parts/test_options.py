@@ -33,6 +33,7 @@ class Typed(Pruner):
     share: Share = 0.5
     half: Share | None = None
     even: Annotated[int | None, Must("an even number or None", lambda n: n % 2 == 0)] = None
+    some: Annotated[int | None, Must("an odd number", lambda n: n % 2 == 1)] = None
     few: Annotated[int, "a note that is no rule", Must("at most 3", partial(is_whole, most=3))] = 3
     layers: Annotated[tuple[int, ...], ascending(32)] = (1, 2)
     ratios: Annotated[tuple[float, ...], falling()] = (0.5,)
@@ -59,9 +60,10 @@ class Narrower(Typed):
         ({"seed": True}, "seed=True must be a whole number of at least 0."),
         ({"share": 1.5}, "share=1.5 must be a number between 0 and 1."),
         ({"share": None}, "share=None must be a number between 0 and 1."),
-        ({"half": "x"}, "half='x' must be a number between 0 and 1."),
-        ({"half": float("nan")}, "half=nan must be a number between 0 and 1."),
+        ({"half": "x"}, "half='x' must be a number between 0 and 1, or None."),
+        ({"half": float("nan")}, "half=nan must be a number between 0 and 1, or None."),
         ({"even": 3}, "even=3 must be an even number or None."),
+        ({"some": 2}, "some=2 must be an odd number, or None."),
         ({"few": 4}, "few=4 must be at most 3."),
         ({"layers": (2, 1)}, "layers=(2, 1) must be one or more ascending layer numbers from 1 to 32"),
         ({"ratios": ()}, "ratios=() must be one or more numbers in (0, 1] that do not grow."),

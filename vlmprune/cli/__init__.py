@@ -92,7 +92,8 @@ def run_verb(argv: list[str]) -> int:
     except TyperException as error:  # a mistake on the command line
         if context := getattr(error, "ctx", None):
             print(context.get_usage(), f"try: {context.command_path} --help", sep="\n", file=sys.stderr)
-        print(f"vlmprune: {brief(error.format_message())}", file=sys.stderr)
+        # pydantic, by which Typer reads values, says so of every refused one
+        print(f"vlmprune: {brief(error.format_message()).replace(': Value error, ', ': ')}", file=sys.stderr)
         return error.exit_code
     except CommandError as error:
         check_interruption(error)

@@ -91,7 +91,8 @@ def details(method: dict[str, Any]) -> list[str]:
     lines = [f"    options: {', '.join(given)}"]
     if searched := [f"{o} from {low:g} to {high:g}" for o, (low, high) in method["searched"].items()]:
         lines.append(f"    `vlmprune tune --method {method['name']}` searches: {', '.join(searched)}")
-    return [*lines, "", method["doc"]]
+    everywhere = ["", "As everywhere:", method["shared"]] if method["shared"] else []
+    return [*lines, "", method["doc"], *everywhere]
 
 
 def models_text(about: dict[str, Any]) -> str:

@@ -44,6 +44,10 @@ class Must:
             raise ValueError(f"{name}={value!r} must be {self.be}.")
         return value
 
+    def or_none(self) -> Must:
+        """The same rule where None is allowed too, for the error."""
+        return self if "None" in self.be else Must(f"{self.be}, or None", self.fits)
+
 
 @dataclass(frozen=True)
 class Range:
@@ -162,13 +166,14 @@ def checked(name: str, hint: Any, value: Any) -> Any:
     return value
 
 
-def by_rules(name: str, parts: tuple, value: Any) -> Any:
-    """`checked` of an Annotated's parts; None needs to keep no rule where the type has it."""
+def by_rules(name: str, parts: tuple, value: Any, optional: bool = False) -> Any:
+    """`checked` of an Annotated's parts; None needs to keep no rule where the type has it, or what is `optional`."""
     value = checked(name, parts[0], value)
-    if value is None and NoneType in get_args(parts[0]):
+    optional = optional or NoneType in get_args(parts[0])
+    if value is None and optional:
         return None
     for rule in filter(callable, parts[1:]):
-        value = rule(name, value)
+        value = (rule.or_none() if optional and isinstance(rule, Must) else rule)(name, value)
     return value
 
 
@@ -183,7 +188,10 @@ def of_union(name: str, parts: tuple, value: Any) -> Any:
         return None
     if len(others) > 1 and kinds.count(tuple) != 1:
         return value
-    return checked(name, others[kinds.index(tuple) if tuple in kinds else 0], value)
+    only = others[kinds.index(tuple) if tuple in kinds else 0]
+    if get_origin(only) is Annotated:
+        return by_rules(name, get_args(only), value, optional=bool(nothing))
+    return checked(name, only, value)
 
 
 def choice(name: str, value: Any, allowed: tuple) -> Any:
