@@ -121,7 +121,8 @@ def _torchvision_message(error: Exception) -> str:
         "To fix it, either\n"
         "  pip uninstall torchvision\n"
         "(nothing here needs it: without it pictures are prepared with Pillow), or reinstall torch and torchvision as\n"
-        "a matching pair, both from the same package index: a CPU torch and a CUDA torchvision do not fit."
+        "a matching pair, both from the same package index: a CPU torch and a CUDA torchvision do not fit.\n"
+        "vLLM does need it: beside that, put scripts/torchvision_shim.py into place, as docs/serving.md says."
     )
 
 

@@ -53,12 +53,26 @@ def test_flags_of_vllm_stay_the_users(cli, started):
         (["--method", "fopru", "--keep", "9", "--average", "9"], "--average is not allowed with --keep"),
         (["--method", "fopru", "--keep", "9", "--hf-overrides", "{}"], "--hf-overrides cannot be given"),
         (["--method", "fopru", "--keep", "9", "--hf_overrides={}"], "--hf-overrides cannot be given"),
+        # vLLM would take these in the place of ours, and serve the model unpruned
+        (["--method", "fopru", "--keep", "9", "--hf-overrides.vocab_size", "9"], "--hf-overrides cannot be given"),
+        (["--method", "fopru", "--keep", "9", "--hf_overrides.text_config.x=9"], "--hf-overrides cannot be given"),
+        (["--method", "fopru", "--keep", "9", "--hf-over", "{}"], "--hf-overrides cannot be given"),
     ],
 )
 def test_mistakes_are_told_before_anything_starts(cli, started, given, words):
     code, out, err = cli("serve", "--model", "scene-llava", *given)
     assert (code, out, started) == (2, "", [])
     assert words in err
+
+
+@pytest.mark.parametrize("loaded", ["", "lora_filesystem_resolver"])
+def test_a_plugin_that_is_left_out_is_told_before_anything_starts(cli, started, monkeypatch, loaded):
+    monkeypatch.setenv("VLLM_PLUGINS", loaded)
+    code, _, err = cli("serve", "--model", "scene-llava", "--method", "fopru", "--keep", "9")
+    assert (code, started) == (2, [])
+    assert "unset it, or add vlmprune" in err
+    monkeypatch.setenv("VLLM_PLUGINS", f"{loaded},vlmprune")
+    assert cli("serve", "--model", "scene-llava", "--method", "fopru", "--keep", "9")[0] == 0
 
 
 def test_without_vllm_it_says_how_to_get_it(cli, started, monkeypatch):

@@ -10,22 +10,27 @@ from vlmprune import registry
 
 pytestmark = pytest.mark.vllm
 
-#: What is exchanged for what: one that adds a layer to the tower and one that merges in it, by each other.
-PAIRS = [("tome", "todre"), ("todre", "tome")]
+#: What is exchanged for what: one that adds a layer to the tower and one that merges in it, by each other; and where
+#: positions travel with the rows.
+PAIRS = [("scene-llava", "tome", "todre"), ("scene-llava", "todre", "tome"), ("scene-qwen", "pool", "fopru")]
 
 
-def settings(method):
-    return {"keep": 64, **registry.find(method).served_with}
+BUDGETS = {"scene-llava": (64, 140), "scene-qwen": (12, 0.4)}
 
 
-@pytest.mark.parametrize(("before", "method"), PAIRS)
-def test_an_exchanged_engine_answers_as_one_that_started_so(engines, before, method):
-    prompts = questions("scene-llava")
-    prompts += [prompt.at(140) for prompt in prompts]
-    fresh = engines("scene-llava", method, fresh=True, **settings(method)).ask(prompts)
+def settings(method, model="scene-llava"):
+    return {"keep": BUDGETS[model][0], **registry.find(method).served_with}
+
+
+@pytest.mark.parametrize(("model", "before", "method"), PAIRS)
+def test_an_exchanged_engine_answers_as_one_that_started_so(engines, model, before, method):
+    prompts = questions(model)
+    prompts += [prompt.at(BUDGETS[model][1]) for prompt in prompts]
+    fresh = engines(model, method, fresh=True, **settings(method, model)).ask(prompts)
     live = engines.llm
-    engines("scene-llava", before, **settings(before)).ask(prompts)  # whose answers are in the caches
-    engine = engines("scene-llava", method, **settings(method))
+    others = engines(model, before, **settings(before, model)).ask(prompts)  # whose answers are in the caches
+    assert all(one != other for one, other in zip(fresh, others, strict=True))
+    engine = engines(model, method, **settings(method, model))
     assert engines.llm is live
     assert engine.ask(prompts) == fresh  # log-probabilities to the last bit
 
@@ -67,6 +72,8 @@ def test_half_an_exchange_is_noticed(engines, monkeypatch, left):
         engine = engines("scene-llava", method, keep=keep)
         with pytest.raises((AssertionError, RuntimeError)):
             agree(engine.ask(prompts), expected("scene-llava", prompts, method, keep=keep))
+        if left == "model":  # and nothing else is wrong with it: it answers as before
+            agree(engine.ask(prompts), expected("scene-llava", prompts, "vtc_cls", keep=64))
     finally:
         engines.stop()
 

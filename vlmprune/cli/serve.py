@@ -29,6 +29,7 @@ What is not told here goes to vLLM as it is. A request brings its own budget as 
 {"vlmprune_keep": 25}. Which methods can be served: vlmprune ls methods
 """
 TRUST, NO_TRUST = "--trust-request-mm-kwargs", "--no-trust-request-mm-kwargs"
+PLUGIN = "vlmprune"  # as its entry point calls it
 SERVER = "vllm.entrypoints.openai.api_server"
 
 
@@ -76,8 +77,11 @@ def command_for(model: str, method: str, options: dict, rest: Sequence[str]) -> 
     from vlmprune.vllm import overrides
 
     for flag in ("--hf-overrides", "--model"):
-        if has(flag, rest):
+        if has(flag, rest) or any(replaces(text, flag) for text in rest):
             raise UserError(f"{flag} cannot be given to vLLM here: vlmprune serve sets it.")
+    loaded = os.environ.get("VLLM_PLUGINS")
+    if loaded is not None and PLUGIN not in loaded.split(","):
+        raise UserError(f"VLLM_PLUGINS={loaded!r} keeps vLLM from loading the plugin: unset it, or add {PLUGIN}.")
     place = str(embedded.path(model)) if model in embedded.EVERY else model
     with user_mistakes():
         if unsure := check_version():
@@ -94,6 +98,12 @@ def command_for(model: str, method: str, options: dict, rest: Sequence[str]) -> 
 def has(flag: str, given: Sequence[str]) -> bool:
     """Whether a flag is among those given, as `--flag`, `--flag=value` or with underscores."""
     return any(text.partition("=")[0].replace("_", "-") == flag for text in given)
+
+
+def replaces(text: str, flag: str) -> bool:
+    """Whether vLLM reads a text as this flag, and its value in the place of ours: `--flag.key`, or the flag cut off."""
+    name = text.partition("=")[0].partition(".")[0].replace("_", "-")
+    return name == flag or (len(name) > len("--hf-") and flag.startswith(name))
 
 
 def server(place: str) -> list[str]:
