@@ -198,7 +198,7 @@ class Rated(DecoderTap):
         if not self.plus:
             return decoder_mass(layer, hidden, scene, [(rows, weight)])[0].flatten()[at]
         if left.past is not None:
-            raise UnsupportedError("What heads look at most (sparsevlm's '+') cannot be told behind a cache: start a new prompt.")
+            raise UnsupportedError("What heads look at most ('+') cannot be told behind a cache: start a new prompt.")
         normed, (cos, sin) = layer.normed(hidden), left.rotary
         query = layer.queries(take_rows(normed, rows), take_rows(cos, rows), take_rows(sin, rows))
         heads, visible = query.shape[1], Visible(rows, left.asked(), layer.window or 0)
