@@ -37,6 +37,17 @@ def test_it_starts_vllms_own_server(cli, started):
     assert "--trust-request-mm-kwargs" in rest
 
 
+def test_a_model_that_is_none_is_told_before_vllm_starts(cli, started, tmp_path):
+    code, _, err = cli("serve", "--model", "scene-lava", "--method", "fopru", "--keep", "25")
+    assert (code, started) == (2, [])
+    assert "no model 'scene-lava'" in err
+    assert "Did you mean 'scene-llava'" in err
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "scene-llava"}))
+    code, _, err = cli("serve", "--model", str(tmp_path), "--method", "fopru", "--keep", "25")
+    assert (code, started) == (2, [])
+    assert "is the folder of an adapter: serve its base" in err
+
+
 def test_flags_of_vllm_stay_the_users(cli, started):
     given = ["--model", "scene-llava", "--method", "fopru", "--keep", "9"]
     assert cli("serve", *given, "--no-trust-request-mm-kwargs", "--served-model-name", "mine")[0] == 0

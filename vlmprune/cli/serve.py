@@ -8,11 +8,13 @@ import shutil
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated
 
 from typer import Context, Option
 
 from vlmprune.cli import flags
+from vlmprune.runtime import loading
 from vlmprune.runtime.errors import UserError, user_mistakes
 from vlmprune.runtime.status import note
 
@@ -66,13 +68,27 @@ def verb(
     os.execv(command[0], command)  # so that signals are the server's
 
 
+def place_of(model: str) -> str:
+    """What vLLM is to load: a folder, an id on the hub, or an address that it understands itself.
+
+    Raises:
+        UserError: none of these, or the folder of an adapter.
+    """
+    if "://" in model:
+        return model
+    if loading.is_adapter(Path(model).expanduser()):
+        raise UserError(
+            f"{model} is the folder of an adapter: serve its base with vLLM's --enable-lora --lora-modules."
+        )
+    return loading.find_model(model).place
+
+
 def command_for(model: str, method: str, options: dict, rest: Sequence[str]) -> list[str]:
     """The command that serves a model: what is not ours goes to vLLM as it is.
 
     Raises:
-        UserError: there is no vLLM, something that cannot be served, or a flag that is ours to set.
+        UserError: there is no vLLM or no such model, something that cannot be served, or a flag that is ours to set.
     """
-    from vlmprune import embedded
     from vlmprune.serving.settings import check_version
     from vlmprune.vllm import overrides
 
@@ -82,7 +98,7 @@ def command_for(model: str, method: str, options: dict, rest: Sequence[str]) -> 
     loaded = os.environ.get("VLLM_PLUGINS")
     if loaded is not None and PLUGIN not in loaded.split(","):
         raise UserError(f"VLLM_PLUGINS={loaded!r} keeps vLLM from loading the plugin: unset it, or add {PLUGIN}.")
-    place = str(embedded.path(model)) if model in embedded.EVERY else model
+    place = place_of(model)
     with user_mistakes():
         if unsure := check_version():
             note(unsure)
