@@ -14,7 +14,6 @@ from typing import Annotated
 from typer import Context, Option
 
 from vlmprune.cli import flags
-from vlmprune.runtime import loading
 from vlmprune.runtime.errors import UserError, user_mistakes
 from vlmprune.runtime.status import note
 
@@ -74,6 +73,8 @@ def place_of(model: str) -> str:
     Raises:
         UserError: none of these, or the folder of an adapter.
     """
+    from vlmprune.runtime import loading
+
     if "://" in model:
         return model
     if loading.is_adapter(Path(model).expanduser()):

@@ -67,7 +67,7 @@ def test_an_edit_of_what_no_result_or_one_method_depends_on(edited, file):
 @pytest.mark.parametrize(
     ("name", "files"),
     [("fopru", ("fopru", "base")), ("todre", ("todre", "base")), ("fastv", ("fastv", "base")),
-     ("grid", ("controls", "base")), ("pitome", ("tome", "base"))],
+     ("grid", ("controls", "base")), ("globalcom2_fixed", ("globalcom2", "base"))],
 )  # fmt: skip
 def test_a_methods_code_is_its_own_its_bases_and_what_it_takes_from_other_methods(edited, name, files):
     keep = {"keep": 4}

@@ -89,7 +89,7 @@ def tune_page(folder):
     }
     refused = {"globalcom2": ["it needs several views, and this model has a single view."]}
     result = tune.Result(about, goal, False, [*ends, *found[4:]], ends, {}, refused, complete=True)
-    blocks = tune.build(result, "Tuning of m", ["vlmprune.patch(model)"], [], folder)
+    blocks = tune.build(result, "Tuning of m", [], folder)
     for name, content in render.pages(blocks, "Tuning of m", folder).items():
         (folder / name).write_bytes(content)
 
